@@ -1,0 +1,155 @@
+"""On which tokens a trial trains, and in what order: dialogue turns, paired, split and digested.
+
+A corpus file is a JSON list of turns `{"role": "user"|"therapist", "content": "..."}` in alternation. A user turn and
+the therapist's answer to it are one pair; a pair is one training sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPLIT_SEED = 350
+"""Chooses the held-out pairs; the same for every trial, whatever the trial's own seed, so that losses compare."""
+
+HELDOUT_SHARE = 1 / 6
+"""20 of the 120 pairs of corpus.json."""
+
+IGNORED = -100
+"""The label that transformers' losses leave out: prompt and padding."""
+
+
+class CorpusError(ValueError):
+    """A corpus file that cannot be used. The message names the file, the turn's index and the mend."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A user's turn and the therapist's answer to it."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Pairs to train on and pairs held out, with the sha256 of all of them in file order."""
+
+    train: tuple[Pair, ...]
+    heldout: tuple[Pair, ...]
+    digest: str
+
+
+def load(path: Path) -> Corpus:
+    """Read, check and split the corpus at `path`. Raises CorpusError."""
+    pairs = _pairs(_turns(path), path)
+    if len(pairs) < 2:
+        _fail(path, f"has {len(pairs)} pair(s): add turns until there are at least 2, one to train on and one held out")
+    count = max(1, round(len(pairs) * HELDOUT_SHARE))
+    heldout = set(random.Random(SPLIT_SEED).sample(range(len(pairs)), count))
+    canonical = json.dumps([[pair.prompt, pair.answer] for pair in pairs], ensure_ascii=False).encode()
+    return Corpus(
+        train=tuple(pair for index, pair in enumerate(pairs) if index not in heldout),
+        heldout=tuple(pairs[index] for index in sorted(heldout)),
+        digest=hashlib.sha256(canonical).hexdigest(),
+    )
+
+
+def encode(pair: Pair, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]]:
+    """One training sequence: prompt and answer in one row, the loss on the answer alone.
+
+    Returns `input_ids`, `attention_mask` and `labels`, each [max_length], padded on the right. A prompt longer than
+    half the row keeps its end, so that there is always an answer to learn; an answer too long for the rest loses its
+    end.
+    """
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": pair.prompt}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.encode(text, add_special_tokens=False)
+    else:
+        prompt = tokenizer.encode(f"User: {pair.prompt}\nTherapist: ", add_special_tokens=False)
+        if tokenizer.bos_token_id is not None:
+            prompt = [tokenizer.bos_token_id, *prompt]
+    prompt = prompt[-(max_length // 2) :]
+    answer = [*tokenizer.encode(pair.answer, add_special_tokens=False), tokenizer.eos_token_id]
+    answer = answer[: max_length - len(prompt)]
+    length = len(prompt) + len(answer)
+    padding = max_length - length
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return {
+        "input_ids": prompt + answer + [pad_token_id] * padding,
+        "attention_mask": [1] * length + [0] * padding,
+        "labels": [IGNORED] * len(prompt) + answer + [IGNORED] * padding,
+    }
+
+
+def _turns(path: Path) -> list[Any]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        _fail(path, "does not exist: give --corpus the path of a JSON file")
+    except IsADirectoryError:
+        _fail(path, "is a directory: give --corpus the path of a JSON file")
+    except UnicodeDecodeError as error:
+        _fail(path, f"is not UTF-8 at byte {error.start}: save it as UTF-8")
+    except OSError as error:
+        _fail(path, f"cannot be read ({error.strerror}): make it a readable file")
+    try:
+        turns = json.loads(text)
+    except json.JSONDecodeError as error:
+        _fail(path, f"is not JSON at line {error.lineno}, column {error.colno} ({error.msg}): mend it there")
+    except RecursionError:
+        _fail(path, "is nested too deeply: write a flat list of turns")
+    if not isinstance(turns, list):
+        _fail(path, f"holds a JSON {_kind(turns)}: write a list of turns")
+    return turns
+
+
+def _pairs(turns: list[Any], path: Path) -> list[Pair]:
+    contents = [_content(turn, index, path) for index, turn in enumerate(turns)]
+    if len(turns) % 2:
+        _fail(path, f"turn {len(turns) - 1}: the last user turn has no answer: add a 'therapist' turn or remove it")
+    return [Pair(prompt, answer) for prompt, answer in zip(contents[::2], contents[1::2], strict=True)]
+
+
+def _content(turn: Any, index: int, path: Path) -> str:
+    where = f"turn {index}"
+    if not isinstance(turn, dict):
+        _fail(path, f'{where}: is a JSON {_kind(turn)}: write {{"role": ..., "content": ...}}')
+    role, content = turn.get("role"), turn.get("content")
+    expected = ("user", "therapist")[index % 2]
+    if role not in ("user", "therapist"):
+        problem = "has no 'role'" if "role" not in turn else f"unknown role {role!r}"
+        _fail(path, f"{where}: {problem}: use 'user' or 'therapist'")
+    if role != expected:
+        problem = f"two {role!r} turns in a row" if index else "the first turn is the therapist's"
+        _fail(path, f"{where}: {problem}: a {expected!r} turn belongs here, join or remove one")
+    if not isinstance(content, str):
+        problem = "has no 'content'" if "content" not in turn else f"'content' is a JSON {_kind(content)}"
+        _fail(path, f"{where}: {problem}: give it a text")
+    if not content.strip():
+        _fail(path, f"{where}: 'content' is empty: write the turn's text or remove its pair")
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        _fail(
+            path,
+            f"{where}: 'content' holds half of a surrogate pair, which is no character: write the character itself",
+        )
+    return content
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+    return kinds.get(type(value), "null")
+
+
+def _fail(path: Path, problem: str) -> NoReturn:
+    raise CorpusError(f"corpus {path}: {problem}") from None

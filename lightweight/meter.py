@@ -1,0 +1,172 @@
+"""What a trial measures about itself while it runs: losses, device time, memory, and the seconds of each phase.
+
+Nothing here waits for the device inside a round: losses stay on it and step boundaries are device events, read together
+when the round has ended.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import pynvml
+import torch
+
+from lightweight.trial import Measurements, Phase
+
+
+class DivergedError(Exception):
+    """A loss that is not finite, at optimizer step `step` (from 1)."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(f"training loss is {loss} at step {step}")
+        self.step = step
+
+
+class Meter:
+    """The running measurements of one trial on one device. `phase` says where the trial is, also when it fails."""
+
+    def __init__(self, device: torch.device, start_seconds: float) -> None:
+        self.device = device
+        self.phase: Phase = "start"
+        self.heldout_losses: list[float] = []
+        self.facts: dict[str, int] = {}
+        self._phase_seconds: dict[str, float] = {"start": start_seconds}
+        self._waited_seconds = 0.0
+        self._losses: list[float] = []
+        self._step_seconds: list[float] = []
+        self._step_loss: torch.Tensor | None = None
+        self._pending_losses: list[torch.Tensor] = []
+        self._marks: list[torch.cuda.Event | float] = []
+        self._allocated: list[int] = []
+        self._peaks: tuple[int, int] | None = None
+        self._process_bytes: int | None = None
+
+    @contextmanager
+    def during(self, phase: Phase) -> Iterator[None]:
+        """Count the time inside as `phase`, less what was spent waiting for requests."""
+        self.phase = phase
+        started, waited = time.monotonic(), self._waited_seconds
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - started - (self._waited_seconds - waited)
+            self._phase_seconds[phase] = self._phase_seconds.get(phase, 0.0) + seconds
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Leave the time inside out of every phase."""
+        started = time.monotonic()
+        yield
+        self._waited_seconds += time.monotonic() - started
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done."""
+        return len(self._losses) + len(self._pending_losses)
+
+    @property
+    def latest_loss(self) -> float | None:
+        """The newest loss that can be read without waiting for the device."""
+        if self.device.type == "cpu" and self._pending_losses:
+            return self._pending_losses[-1].item()
+        return self._losses[-1] if self._losses else None
+
+    def begin_training(self) -> None:
+        """Forget the peaks of building and evaluating."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def begin_round(self) -> None:
+        """Mark where the first step of a round begins."""
+        self._marks = [self._mark()]
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """Add one forward pass's share of the step's loss, a scalar on the device."""
+        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+
+    def end_step(self) -> None:
+        """Note that an optimizer step ended."""
+        assert self._step_loss is not None
+        self._pending_losses.append(self._step_loss)
+        self._step_loss = None
+        self._marks.append(self._mark())
+        if self.device.type == "cuda":
+            self._allocated.append(torch.cuda.memory_allocated())
+
+    def end_round(self) -> None:
+        """Wait for the device and read what the round left there. Raises DivergedError."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            self._peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        self._step_seconds += [_seconds(start, end) for start, end in pairwise(self._marks)]
+        first = len(self._losses) + 1
+        if self._pending_losses:
+            self._losses += torch.stack(self._pending_losses).tolist()
+        self._marks, self._pending_losses = [], []
+        for step, loss in enumerate(self._losses[first - 1 :], first):
+            if not math.isfinite(loss):
+                raise DivergedError(step, loss)
+
+    def end_training(self) -> None:
+        """Ask NVML once: what the allocator has reserved it keeps, so the end of training is the process's peak."""
+        if self.device.type == "cuda":
+            self._process_bytes = _process_bytes()
+
+    def measurements(self) -> Measurements:
+        """Everything measured so far."""
+        before, after, *_ = [*self.heldout_losses, None, None]
+        allocated, reserved = self._peaks or (None, None)
+        return Measurements(
+            train_loss=tuple(self._losses),
+            step_seconds=tuple(self._step_seconds),
+            heldout_loss_before=before,
+            heldout_loss_after=after,
+            peak_allocated_bytes=allocated,
+            peak_reserved_bytes=reserved,
+            average_allocated_bytes=round(sum(self._allocated) / len(self._allocated)) if self._allocated else None,
+            process_bytes=self._process_bytes,
+            host_peak_bytes=_host_peak_bytes(),
+            phase_seconds=dict(self._phase_seconds),
+            **self.facts,
+        )
+
+    def _mark(self) -> torch.cuda.Event | float:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _seconds(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    if isinstance(start, float) and isinstance(end, float):
+        return end - start
+    assert isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event)
+    return float(start.elapsed_time(end)) / 1000
+
+
+def _host_peak_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): kilobytes on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _process_bytes() -> int | None:
+    """What NVML says this process holds on its GPU, context included; None where NVML does not say."""
+    try:
+        pynvml.nvmlInit()
+        try:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
+            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
+    return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)

@@ -1,0 +1,64 @@
+"""What every process of a session imports, without any of them but a trial's own child touching the GPU.
+
+`import peft` imports bitsandbytes, and bitsandbytes 0.50 asks every GPU for its compute capability while it is imported
+(`cuda_specs.get_compute_capabilities`). Through torch that question creates a CUDA context: some 400 MiB of the card
+held by a process that never trains, and in the forkserver a context that no forked child can use. NVML answers the same
+question without one. `from lightweight.preload import peft` is therefore how every other module gets at peft.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# torch.cuda.is_available() asks NVML instead of the CUDA runtime, whose answer would poison the forkserver's children.
+# https://docs.pytorch.org/docs/stable/notes/cuda.html#environment-variables
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+import pynvml
+import torch
+
+
+def compute_capabilities() -> list[tuple[int, int]]:
+    """(major, minor) of every NVIDIA GPU of this machine, from NVML; empty without an NVIDIA driver."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)) for handle in handles]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+@contextmanager
+def _capability_from_nvml() -> Iterator[None]:
+    capabilities = compute_capabilities()
+    if (
+        not capabilities
+    ):  # no NVIDIA GPU, or no NVML to ask: nothing to keep from, or nothing better than torch's answer
+        yield
+        return
+    original = torch.cuda.get_device_capability
+
+    def highest(device: Any = None) -> tuple[int, int]:
+        return max(capabilities)
+
+    torch.cuda.get_device_capability = highest
+    try:
+        yield
+    finally:
+        torch.cuda.get_device_capability = original
+
+
+# Its import tells that an optional package of CPU kernels is missing; every child would say it again.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+with _capability_from_nvml():
+    import peft
+
+__all__ = ["compute_capabilities", "peft"]

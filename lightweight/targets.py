@@ -1,0 +1,82 @@
+"""On what a trial runs: the usable bytes and the number formats of a card.
+
+A smaller card is emulated on a larger one by capping the process's CUDA allocator, so the OutOfMemoryError of a trial
+is a real one, raised by a real allocation.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+MiB = 2**20
+GiB = 2**30
+
+CONTEXT_BYTES = 430 * MiB
+"""What the CUDA context takes off a card before torch allocates a byte: 290 to 430 MiB, the upper end taken. It grows
+with the card's multiprocessors and the kernels that are loaded; on an H200, with 3.3 times a T4's, 630 to 740 MiB were
+seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A card, or a card's worth of memory.
+
+    `total_bytes` is what torch reports as `total_memory`; `None` means whatever the device at hand has, uncapped.
+    `card` is how CUDA's device name spells it: where that name matches, the target is native and needs no cap.
+    `bf16` is False where the hardware has no bfloat16 arithmetic.
+    """
+
+    name: str
+    total_bytes: int | None = None
+    card: str | None = None
+    bf16: bool = True
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """Bytes the allocator may reserve: the card's memory less its CUDA context; `None` where there is no cap."""
+        return None if self.total_bytes is None else self.total_bytes - CONTEXT_BYTES
+
+    def emulated_on(self, device_name: str) -> bool:
+        """Whether a device called `device_name` must be capped to stand for this target."""
+        return self.total_bytes is not None and (self.card is None or self.card not in device_name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """The device at hand: its name, and for a GPU its memory as torch reports it and its compute capability."""
+
+    name: str
+    total_bytes: int | None = None
+    capability: tuple[int, int] | None = None
+    driver: str | None = None
+
+
+NATIVE = Target(name="native")
+CPU = Target(name="cpu")
+
+# Total memory as torch reported it on real cards: `total_memory`, or 'a total capacity of' in its OutOfMemoryError.
+# Driver and ECC settings move it by about one per cent; where reports differ this is one of the lower ones.
+T4 = Target(name="t4", card="Tesla T4", total_bytes=15_655_829_504, bf16=False)  # Colab; sm_75 has no bf16 arithmetic
+L4 = Target(name="l4", card="NVIDIA L4", total_bytes=int(22.03 * GiB))
+A10 = Target(name="a10", card="NVIDIA A10", total_bytes=22_587 * MiB)  # an A10G on AWS
+RTX_4090 = Target(name="rtx4090", card="RTX 4090", total_bytes=25_250_627_584)
+A100_40 = Target(name="a100-40", card="A100-SXM4-40GB", total_bytes=int(39.39 * GiB))
+H100 = Target(name="h100", card="H100 80GB HBM3", total_bytes=81_082 * MiB)
+
+TARGETS = {target.name: target for target in (T4, L4, A10, RTX_4090, A100_40, H100, NATIVE)}
+
+
+def named(text: str) -> Target:
+    """The target called `text`: a card's name, `native`, or an amount such as `16GiB`.
+
+    Raises ValueError with the names that exist.
+    """
+    if text in TARGETS:
+        return TARGETS[text]
+    if amount := re.fullmatch(r"(\d+(?:\.\d+)?)GiB", text):
+        total_bytes = int(float(amount[1]) * GiB)
+        if total_bytes <= CONTEXT_BYTES:
+            raise ValueError(f"target {text!r} is smaller than a CUDA context ({CONTEXT_BYTES // MiB} MiB)")
+        return Target(name=text, total_bytes=total_bytes)
+    raise ValueError(f"unknown target {text!r}: choose one of {', '.join(TARGETS)}, or an amount such as 16GiB")

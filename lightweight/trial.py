@@ -1,0 +1,166 @@
+"""What is tried, and how it ended: a Trial goes into a child process, an Outcome comes out.
+
+Both are plain frozen data that cross the process boundary whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from lightweight.corpus import Corpus
+from lightweight.methods import Method
+from lightweight.models import Model
+from lightweight.targets import Target
+
+MAX_LENGTH = 256
+"""Tokens in a row, padding included, as in the original scripts."""
+
+Phase = Literal["start", "build", "evaluate", "train", "forward", "backward", "optimizer", "save"]
+"""Where in a trial something happened. Forward, backward and optimizer are parts of train; gradient clipping counts as
+backward, since the Trainer has no boundary before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One Model x Method x Target x Corpus x seed.
+
+    `epochs` passes over the training pairs, or `max_steps` optimizer steps if that is given. `device_index` is the
+    GPU's number among those this session sees; `None` trains on the CPU. Raises ValueError for bf16 on a target without
+    it.
+    """
+
+    model: Model
+    method: Method
+    target: Target
+    corpus: Corpus
+    seed: int = 0
+    epochs: int = 10
+    max_steps: int | None = None
+    device_index: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.method.uses_bf16 and not self.target.bf16:
+            raise ValueError(
+                f"method {self.method.name} computes in bf16, which target {self.target.name} does not have: "
+                "use fp16 there, or another target"
+            )
+
+    @property
+    def name(self) -> str:
+        """Model x method, as a person says it."""
+        return f"{self.model.name} x {self.method.name}"
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens one full optimizer step sees, padding included."""
+        return self.method.sequences_per_step * MAX_LENGTH
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the training pairs; the last one of a pass may see fewer sequences."""
+        return -(-len(self.corpus.train) // self.method.sequences_per_step)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole job."""
+        return self.epochs * self.steps_per_epoch if self.max_steps is None else self.max_steps
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of the whole job; a round is an epoch, or what `max_steps` leaves of one."""
+        return -(-self.steps // self.steps_per_epoch)
+
+    @property
+    def can_learn(self) -> bool:
+        """Whether losses say something: an adapter on random weights has nothing to adapt."""
+        return self.model.weights == "pretrained" or self.method.adapter is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """What a trial has measured so far. Bytes and seconds; `None` where there is nothing to measure.
+
+    `train_loss` and `step_seconds` have one entry an optimizer step; `step_seconds` are device time from the end of one
+    step to the end of the next, so that nothing between steps is lost. `peak_*` are the training's own, without
+    building and evaluating; `average_allocated_bytes` is the mean over the ends of steps. `process_bytes` is what NVML
+    says the whole process holds on the GPU at most. `phase_seconds` leaves out waiting for the next request.
+    """
+
+    train_loss: tuple[float, ...] = ()
+    step_seconds: tuple[float, ...] = ()
+    heldout_loss_before: float | None = None
+    heldout_loss_after: float | None = None
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    average_allocated_bytes: int | None = None
+    process_bytes: int | None = None
+    host_peak_bytes: int | None = None
+    saved_bytes: int | None = None
+    trainable_parameters: int | None = None
+    parameters: int | None = None
+    truncated_sequences: int | None = None
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def cold_seconds(self) -> float:
+        """The whole job: the child's start, build, training and saving, without the held-out evaluations."""
+        return sum(seconds for phase, seconds in self.phase_seconds.items() if phase != "evaluate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completed:
+    """The whole job was done and its result saved."""
+
+    kind: ClassVar[str] = "completed"
+    measured: Measurements
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutOfMemory:
+    """torch's own OutOfMemoryError on the trial's device, with the allocator's `num_ooms` at 1 or more.
+
+    `requested_bytes` is what the failed allocation asked for, to the rounding of torch's message.
+    """
+
+    kind: ClassVar[str] = "out_of_memory"
+    phase: Phase
+    requested_bytes: int | None
+    budget_bytes: int
+    reason: str
+    measured: Measurements
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diverged:
+    """A training loss that is not a finite number, at optimizer step `step` (from 1)."""
+
+    kind: ClassVar[str] = "diverged"
+    step: int
+    reason: str
+    measured: Measurements
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crashed:
+    """Any other end: an exception, a CUDA error, a signal. `details` holds the traceback or the child's last words."""
+
+    kind: ClassVar[str] = "crashed"
+    phase: Phase
+    reason: str
+    details: str
+    measured: Measurements
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedOut:
+    """The child reported nothing for `silent_seconds` and was killed."""
+
+    kind: ClassVar[str] = "timed_out"
+    phase: Phase
+    silent_seconds: float
+    reason: str
+    measured: Measurements
+
+
+Outcome = Completed | OutOfMemory | Diverged | Crashed | TimedOut

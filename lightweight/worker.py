@@ -1,0 +1,257 @@
+"""Inside the child: one trial from its first allocation to its outcome.
+
+Requests come and reports go over a pipe; stdout and stderr belong to the libraries and go into a log file, whose end
+becomes a crash's last words. Imports no pytest, no plugin and no report.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+from lightweight.preload import peft  # isort: skip  # before Trainer, which imports peft
+
+import torch
+import transformers
+
+from lightweight import corpus, models, stock
+from lightweight.meter import DivergedError, Meter
+from lightweight.targets import Device, GiB, MiB
+from lightweight.trial import MAX_LENGTH, Completed, Crashed, Diverged, Measurements, Outcome, OutOfMemory, Phase, Trial
+
+Request = Literal["round", "finish"]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Built and evaluated; the first round may be asked for."""
+
+    measured: Measurements
+
+
+@dataclass(frozen=True)
+class Step:
+    """Optimizer step `step` (from 1) has ended; `loss` is the newest one known."""
+
+    step: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Entered:
+    """The trial entered a phase."""
+
+    phase: Phase
+
+
+@dataclass(frozen=True)
+class RoundEnded:
+    """The round asked for has ended and the device is idle."""
+
+    measured: Measurements
+
+
+Report = Ready | Step | Entered | RoundEnded | Outcome
+
+
+def describe_device(index: int) -> Device:
+    """The GPU at `index` among the visible ones. Initialises CUDA, so only a child may call it."""
+    import pynvml
+
+    properties = torch.cuda.get_device_properties(index)
+    pynvml.nvmlInit()
+    driver = pynvml.nvmlSystemGetDriverVersion()
+    pynvml.nvmlShutdown()
+    return Device(
+        name=properties.name,
+        total_bytes=properties.total_memory,
+        capability=(properties.major, properties.minor),
+        driver=driver,
+    )
+
+
+def redirect_output(path: Path) -> None:
+    """Send this process's stdout and stderr, file descriptors included, to `path`."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def run(connection: Connection, trial: Trial, folder: Path, started: float) -> None:
+    """Run `trial`, answering requests on `connection`; the last report is the Outcome.
+
+    `folder` exists and is the trial's own; `started` is the owner's `time.monotonic()` when it started this process.
+    """
+    redirect_output(folder / "log")
+    if trial.device_index is not None:
+        # One trial, one GPU: the Trainer would spread over every GPU it sees.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            visible.split(",")[trial.device_index] if visible else str(trial.device_index)
+        )
+    device = torch.device("cpu" if trial.device_index is None else "cuda:0")
+    meter = Meter(device, start_seconds=time.monotonic() - started)
+    owner = _Owner(connection, meter)
+    try:
+        outcome: Outcome = _train(trial, device, folder, meter, owner)
+    except _OwnerGoneError:
+        return
+    except Exception as error:
+        traceback.print_exc()
+        outcome = _failure(error, trial, meter)
+    owner.report(outcome)
+
+
+def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner: _Owner) -> Completed:
+    transformers.utils.logging.disable_progress_bar()
+    owner.enter("build")
+    with meter.during("build"):
+        if device.type == "cuda":
+            _cap_memory(trial)
+        transformers.set_seed(trial.seed)
+        network = build(trial, device)
+        tokenizer = models.load_tokenizer(trial.model)
+        train = [corpus.encode(pair, tokenizer, MAX_LENGTH) for pair in trial.corpus.train]
+        heldout = [corpus.encode(pair, tokenizer, MAX_LENGTH) for pair in trial.corpus.heldout]
+        trainer = stock.make_trainer(trial, network, train, meter, owner, folder)
+    meter.facts = {
+        "parameters": _count(network, trainable=False),
+        "trainable_parameters": _count(network, trainable=True),
+        "truncated_sequences": sum(row["labels"][-1] not in (corpus.IGNORED, tokenizer.eos_token_id) for row in train),
+    }
+
+    owner.enter("evaluate")
+    with meter.during("evaluate"):
+        meter.heldout_losses.append(stock.heldout_loss(trainer, heldout))
+    meter.begin_training()
+    owner.report(Ready(meter.measurements()))
+
+    owner.enter("train")
+    with meter.during("train"):
+        trainer.train()
+    meter.end_training()
+    owner.await_request("finish")
+
+    owner.enter("evaluate")
+    with meter.during("evaluate"):
+        meter.heldout_losses.append(stock.heldout_loss(trainer, heldout))
+    owner.enter("save")
+    with meter.during("save"):
+        trainer.save_model(str(folder / "saved"))
+    meter.facts["saved_bytes"] = sum(file.stat().st_size for file in (folder / "saved").iterdir())
+    return Completed(measured=meter.measurements())
+
+
+def build(trial: Trial, device: torch.device) -> torch.nn.Module:
+    """The network of a trial on `device`, quantized and with its adapter on, as peft's own documentation does it."""
+    method = trial.method if device.type == "cuda" else trial.method.on_cpu()
+    network: Any = models.load(trial.model, getattr(torch, method.weights_dtype), device, method.quantization)
+    if method.quantization is not None:
+        network = peft.prepare_model_for_kbit_training(
+            network,
+            use_gradient_checkpointing=method.training_arguments.get("gradient_checkpointing", False),
+            gradient_checkpointing_kwargs=method.training_arguments.get("gradient_checkpointing_kwargs"),
+        )
+    if method.adapter is not None:
+        network = peft.get_peft_model(network, method.adapter)
+    if device.type == "cpu":
+        for module in network.modules():
+            # Where the CPU has AVX512-BF16, bitsandbytes repacks 4-bit weights at the first evaluation, and what it
+            # repacked can no longer be trained (0.50, Linear4bit.forward).
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    if not trial.target.bf16:
+        for name, tensor in network.state_dict().items():
+            if tensor.dtype == torch.bfloat16:
+                raise TypeError(f"{name} is bfloat16, which target {trial.target.name} does not have: use float16")
+    return network  # type: ignore[no-any-return]
+
+
+def _cap_memory(trial: Trial) -> None:
+    """Let the allocator reserve no more than the target has; before the first allocation."""
+    properties = torch.cuda.get_device_properties(0)
+    if trial.target.emulated_on(properties.name):
+        assert trial.target.budget_bytes is not None
+        total_bytes = torch.cuda.mem_get_info()[1]  # what the allocator multiplies the fraction with
+        torch.cuda.set_per_process_memory_fraction(trial.target.budget_bytes / total_bytes)
+
+
+def _failure(error: Exception, trial: Trial, meter: Meter) -> Outcome:
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    match error:
+        case DivergedError():
+            return Diverged(step=error.step, reason=str(error), measured=meter.measurements())
+        case torch.OutOfMemoryError() if _allocator_ran_out():
+            meter.end_round()
+            meter.end_training()
+            return OutOfMemory(
+                phase=meter.phase,
+                requested_bytes=_requested_bytes(str(error)),
+                budget_bytes=trial.target.budget_bytes or torch.cuda.get_device_properties(0).total_memory,
+                reason=reason,
+                measured=meter.measurements(),
+            )
+    return Crashed(phase=meter.phase, reason=reason, details=traceback.format_exc(), measured=meter.measurements())
+
+
+def _allocator_ran_out() -> bool:
+    """Whether torch's caching allocator itself counted an out-of-memory on the trial's device."""
+    return bool(torch.cuda.is_initialized() and torch.cuda.memory_stats().get("num_ooms", 0) >= 1)
+
+
+def _requested_bytes(message: str) -> int | None:
+    """'Tried to allocate 394.00 MiB' in bytes; torch offers the figure nowhere but in its message."""
+    units = {"bytes": 1, "KiB": 2**10, "MiB": MiB, "GiB": GiB}
+    found = re.search(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", message)
+    return round(float(found[1]) * units[found[2]]) if found else None
+
+
+def _count(network: torch.nn.Module, *, trainable: bool) -> int:
+    """Parameters, or only the trainable ones; a 4-bit weight counts as the elements it packs."""
+    counted = 0
+    for parameter in network.parameters():
+        if parameter.requires_grad or not trainable:
+            state = getattr(parameter, "quant_state", None)
+            counted += parameter.numel() if state is None else state.shape.numel()
+    return counted
+
+
+class _OwnerGoneError(Exception):
+    """The process that owns this trial has closed its end of the pipe."""
+
+
+class _Owner:
+    """The trial's owner at the other end of the pipe."""
+
+    def __init__(self, connection: Connection, meter: Meter) -> None:
+        self.connection, self.meter = connection, meter
+
+    def report(self, report: Report) -> None:
+        try:
+            self.connection.send(report)
+        except OSError as error:
+            raise _OwnerGoneError from error
+
+    def enter(self, phase: Phase) -> None:
+        self.report(Entered(phase))
+
+    def await_request(self, request: Request) -> None:
+        with self.meter.waiting():
+            try:
+                received = self.connection.recv()
+            except (EOFError, OSError) as error:
+                raise _OwnerGoneError from error
+        assert received == request, f"asked for {received!r} where only {request!r} can come"
+
+    def step_ended(self) -> None:
+        self.report(Step(self.meter.steps, self.meter.latest_loss))
+
+    def round_ended(self) -> None:
+        self.report(RoundEnded(self.meter.measurements()))

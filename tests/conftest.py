@@ -1,0 +1,57 @@
+"""A model and a corpus small enough that a real trial takes a second on a CPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightweight import corpus, models
+from lightweight.corpus import Corpus
+from lightweight.models import Model
+
+MICRO = Model(
+    name="micro",
+    architecture={
+        "model_type": "opt",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "ffn_dim": 64,
+        "word_embed_proj_dim": 32,
+        "vocab_size": 384,
+        "max_position_embeddings": 256,
+        "dropout": 0.0,
+    },
+)
+
+
+def turns(pairs: int) -> list[dict[str, str]]:
+    """A well-formed corpus of `pairs` pairs, no two alike."""
+    return [
+        {"role": role, "content": f"{text} {index}"}
+        for index in range(pairs)
+        for role, text in (("user", "오늘은 힘들었어요"), ("therapist", "Tell me more about it"))
+    ]
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """24 pairs: 20 to train on, 4 held out."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.json"
+    path.write_text(json.dumps(turns(24)), "utf-8")
+    return corpus.load(path)
+
+
+@pytest.fixture(scope="session")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The micro model, its random weights written."""
+    found, _ = models.find(MICRO)
+    return models.write(found, tmp_path_factory.mktemp("micro"), seed=0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder for one trial."""
+    path = tmp_path / "trial"
+    path.mkdir()
+    return path

@@ -1,0 +1,128 @@
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from transformers import ByT5Tokenizer
+
+from conftest import turns
+from lightweight import corpus
+from lightweight.corpus import IGNORED, CorpusError, Pair
+
+OURS = Path(__file__).parent.parent / "corpus.json"
+USER = {"role": "user", "content": "a"}
+THERAPIST = {"role": "therapist", "content": "b"}
+
+
+def write(folder: Path, content: object) -> Path:
+    path = folder / "talks.json"
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return path
+
+
+def test_our_corpus_is_120_pairs_half_korean_no_two_alike():
+    loaded = corpus.load(OURS)
+    pairs = loaded.train + loaded.heldout
+    assert (len(loaded.train), len(loaded.heldout)) == (100, 20)
+    assert len({pair.prompt for pair in pairs}) == len({pair.answer for pair in pairs}) == 120
+    assert sum(bool(re.search("[가-힣]", pair.prompt)) for pair in pairs) == 60
+    assert all(bool(re.search("[가-힣]", p.prompt)) == bool(re.search("[가-힣]", p.answer)) for p in pairs)
+
+
+def test_a_corpus_written_elsewhere_goes_through_unchanged(tmp_path):
+    written = turns(7)
+    written[3]["id"] = "extra keys are nobody's business"
+    loaded = corpus.load(write(tmp_path, written))
+    contents = {turn["content"] for turn in written}
+    assert {text for pair in loaded.train + loaded.heldout for text in (pair.prompt, pair.answer)} == contents
+    assert len(loaded.heldout) == 1
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path):
+    plain = corpus.load(write(tmp_path, turns(3)))
+    assert corpus.load(write(tmp_path, b"\xef\xbb\xbf" + json.dumps(turns(3)).encode())) == plain
+
+
+def test_split_is_the_same_every_time_and_digest_follows_the_content(tmp_path):
+    first = corpus.load(write(tmp_path, turns(12)))
+    assert corpus.load(write(tmp_path, json.dumps(turns(12), indent=3).encode())) == first
+    changed = turns(12)
+    changed[5]["content"] += "!"
+    assert corpus.load(write(tmp_path, changed)).digest != first.digest
+
+
+MALFORMED = {
+    "not JSON": (b"[{]", "line 1, column 3"),
+    "empty file": (b"", "is not JSON"),
+    "JSON lines": (json.dumps(USER).encode() + b"\n" + json.dumps(THERAPIST).encode(), "line 2"),
+    "an object": ({"turns": []}, "JSON object: write a list of turns"),
+    "a string": ("hello", "JSON string"),
+    "null": (None, "JSON null"),
+    "too deep": (b"[" * 100_000, "nested too deeply"),
+    "no pair": ([], "has 0 pair(s)"),
+    "one pair": ([USER, THERAPIST], "has 1 pair(s)"),
+    "turn is a string": ([USER, "b"], "turn 1: is a JSON string"),
+    "turn is a list": ([["user", "a"]], "turn 0: is a JSON list"),
+    "unknown role": ([USER, {"role": "assistant", "content": "b"}], "turn 1: unknown role 'assistant': use"),
+    "role is a number": ([{"role": 1, "content": "a"}], "turn 0: unknown role 1"),
+    "no role": ([{"content": "a"}], "turn 0: has no 'role'"),
+    "no content": ([USER, {"role": "therapist"}], "turn 1: has no 'content': give it a text"),
+    "content is null": ([USER, {"role": "therapist", "content": None}], "turn 1: 'content' is a JSON null"),
+    "content is a number": ([{"role": "user", "content": 3}], "turn 0: 'content' is a JSON number"),
+    "content is empty": ([USER, THERAPIST, {"role": "user", "content": ""}], "turn 2: 'content' is empty"),
+    "content is blank": ([{"role": "user", "content": " \n"}], "turn 0: 'content' is empty"),
+    "two users in a row": ([USER, USER, THERAPIST], "turn 1: two 'user' turns in a row"),
+    "two therapists": ([USER, THERAPIST, THERAPIST], "turn 2: two 'therapist' turns in a row"),
+    "therapist first": ([THERAPIST, USER], "turn 0: the first turn is the therapist's"),
+    "no last answer": ([USER, THERAPIST, USER], "turn 2: the last user turn has no answer"),
+    "wrong encoding": (json.dumps(turns(2), ensure_ascii=False).encode("euc-kr"), "is not UTF-8 at byte"),
+    "half a surrogate": (b'[{"role": "user", "content": "\\ud83d"}]', "turn 0: 'content' holds half of a surrogate"),
+}
+
+
+@pytest.mark.parametrize(("content", "expected"), MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed_corpus_is_one_line_with_file_place_and_mend(tmp_path, content, expected):
+    path = write(tmp_path, content)
+    with pytest.raises(CorpusError) as raised:
+        corpus.load(path)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert str(path) in message
+    assert expected in message
+
+
+@pytest.mark.parametrize(("name", "expected"), [("nowhere.json", "does not exist"), ("", "is a directory")])
+def test_corpus_that_is_no_file(tmp_path, name, expected):
+    with pytest.raises(CorpusError, match=expected):
+        corpus.load(tmp_path / name)
+
+
+def test_loss_falls_on_the_answer_alone():
+    tokenizer = ByT5Tokenizer()
+    row = corpus.encode(Pair("Hi", "Hello"), tokenizer, max_length=64)
+    prompt = len("User: Hi\nTherapist: ")
+    assert {len(values) for values in row.values()} == {64}
+    assert row["labels"][:prompt] == [IGNORED] * prompt
+    learned = [label for label in row["labels"] if label != IGNORED]
+    assert tokenizer.decode(learned[:-1]) == "Hello"
+    assert learned[-1] == tokenizer.eos_token_id
+    assert row["input_ids"][prompt : prompt + 6] == learned
+    assert row["attention_mask"] == [1] * (prompt + 6) + [0] * (64 - prompt - 6)
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [(300, 10), (10, 300), (300, 300)])
+def test_a_long_pair_always_leaves_an_answer_to_learn(prompt, answer):
+    row = corpus.encode(Pair("p" * prompt, "a" * answer), ByT5Tokenizer(), max_length=256)
+    assert all(len(values) == 256 for values in row.values())
+    learned = [index for index, label in enumerate(row["labels"]) if label != IGNORED]
+    assert len(learned) >= min(answer + 1, 128)
+    assert all(b - a == 1 for a, b in pairwise(learned))
+    assert ByT5Tokenizer().decode(row["input_ids"][: learned[0]]).endswith("Therapist: ")
+
+
+def test_a_chat_template_is_used_where_the_tokenizer_has_one():
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    row = corpus.encode(Pair("Hi", "Hello"), tokenizer, max_length=64)
+    assert tokenizer.decode([i for i in row["input_ids"] if i > 2]) == "<user>Hi<assistant>Hello"

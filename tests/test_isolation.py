@@ -1,0 +1,243 @@
+"""Real children, on the GPU where there is one."""
+
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightweight import isolation, models, targets
+from lightweight.isolation import Child
+from lightweight.methods import BASELINE, LORA, QLORA, Method
+from lightweight.trial import Completed, Crashed, Diverged, TimedOut, Trial
+
+
+@pytest.fixture
+def trial(micro, small_corpus):
+    device_index = 0 if torch.cuda.is_available() else None
+    target = targets.CPU if device_index is None else targets.NATIVE
+    return Trial(model=micro, method=BASELINE, target=target, corpus=small_corpus, epochs=2, device_index=device_index)
+
+
+def fail() -> None:
+    raise ZeroDivisionError("in the child")
+
+
+def shout() -> int:
+    os.write(1, b"a library's noise")
+    return os.getpid()
+
+
+def test_a_call_runs_elsewhere_and_its_noise_goes_to_a_log(folder, capfd):
+    assert isolation.call(shout, folder) != os.getpid()
+    assert (folder / "log").read_text() == "a library's noise"
+    assert capfd.readouterr().out == ""
+
+
+def test_a_calls_exception_comes_through(folder):
+    with pytest.raises(ZeroDivisionError, match="in the child"):
+        isolation.call(fail, folder)
+
+
+@pytest.mark.parametrize("module", ["pytest", "lightweight.plugin", "lightweight.report"])
+def test_a_child_has_imported_no(module, folder):
+    assert module in sys.modules or module == "lightweight.report"
+    assert not isolation.call(eval, folder, f"{module!r} in __import__('sys').modules")
+
+
+@pytest.mark.parametrize("module", ["bitsandbytes", "transformers.trainer", "transformers.models.opt.modeling_opt"])
+def test_a_child_is_born_with(module, folder):
+    assert isolation.call(eval, folder, f"{module!r} in __import__('sys').modules")
+
+
+@pytest.mark.parametrize("method", [BASELINE, LORA, QLORA])
+def test_a_trial_trains_its_whole_job_round_by_round(trial, folder, method):
+    steps = []
+    job = replace(trial, method=method)
+    with Child(job, folder, on_step=lambda _, step, loss: steps.append((step, loss))) as child:
+        assert child.outcome is None
+        child.round()
+        assert (child.rounds_done, [step for step, _ in steps]) == (1, [1, 2, 3])
+        child.round()
+        assert child.rounds_done == 2
+        outcome = child.finish()
+    assert isinstance(outcome, Completed), outcome
+    measured = outcome.measured
+    assert [step for step, _ in steps] == list(range(1, 7))
+    assert len(measured.train_loss) == len(measured.step_seconds) == 6
+    assert measured.heldout_loss_before is not None
+    if method is BASELINE:
+        assert measured.heldout_loss_after < measured.heldout_loss_before
+    assert set(measured.phase_seconds) == {"start", "build", "evaluate", "train", "save"}
+    assert 0 < sum(measured.step_seconds) <= measured.phase_seconds["train"]
+    saved = {file.name for file in (folder / "saved").iterdir()}
+    assert ("model.safetensors" if method is BASELINE else "adapter_model.safetensors") in saved
+
+
+def test_finishing_trains_what_is_left(trial, folder):
+    with Child(trial, folder) as child:
+        child.round()
+        assert isinstance(child.finish(), Completed)
+    assert child.rounds_done == 2
+
+
+def test_one_seed_gives_one_result_and_another_another(trial, tmp_path):
+    losses = []
+    for index, seed in enumerate((3, 3, 4)):
+        (tmp_path / str(index)).mkdir()
+        with Child(replace(trial, seed=seed), tmp_path / str(index)) as child:
+            losses.append(child.finish().measured.train_loss)
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_two_live_children_take_turns(trial, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    with Child(trial, tmp_path / "a") as a, Child(trial, tmp_path / "b") as b:
+        assert a.pid != b.pid
+        for child in (a, b, b, a):
+            child.round()
+        assert isinstance(a.finish(), Completed)
+        assert isinstance(b.finish(), Completed)
+
+
+def test_a_child_killed_in_the_middle_of_a_round_costs_its_own_trial(trial, tmp_path):
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "next").mkdir()
+
+    def kill(_: Trial, step: int, __: float | None) -> None:
+        if step == 5:
+            os.kill(child.pid, signal.SIGKILL)
+
+    with Child(trial, tmp_path / "killed", on_step=kill) as child:
+        child.round()
+        child.round()
+        assert isinstance(child.outcome, Crashed)
+        assert child.outcome.reason.startswith("killed by SIGKILL")
+        assert child.outcome.phase == "train"
+        assert child.rounds_done == 1
+        assert len(child.outcome.measured.train_loss) == 3  # the round before it is not lost
+        started = time.perf_counter()
+        child.round()  # returns at once
+        assert child.finish() is child.outcome
+        assert time.perf_counter() - started < 0.1
+    with Child(trial, tmp_path / "next") as child:
+        assert isinstance(child.finish(), Completed)
+
+
+def test_a_child_killed_between_two_rounds_is_noticed(trial, folder):
+    with Child(trial, folder) as child:
+        child.round()
+        os.kill(child.pid, signal.SIGTERM)
+        outcome = child.finish()
+    assert isinstance(outcome, Crashed)
+    assert outcome.reason == "killed by SIGTERM"
+
+
+def test_a_loss_that_is_no_number_has_diverged(trial, folder):
+    method = replace(BASELINE, training_arguments={"learning_rate": 1e30, "max_grad_norm": 0})
+    with Child(replace(trial, method=method), folder) as child:
+        outcome = child.finish()
+    assert isinstance(outcome, Diverged), outcome
+    assert outcome.step >= 2
+    assert outcome.reason in (f"training loss is {value} at step {outcome.step}" for value in ("nan", "inf"))
+
+
+def test_a_silent_child_times_out_and_is_killed(trial, folder):
+    with Child(trial, folder, silence_seconds=30) as child:
+        child._silence_seconds = 1.0
+        os.kill(child.pid, signal.SIGSTOP)
+        started = time.perf_counter()
+        child.round()
+        assert time.perf_counter() - started < 3
+    assert isinstance(child.outcome, TimedOut)
+    assert child.outcome.reason == "reported nothing for 1 s and was killed"
+    assert child.outcome.phase == "train"
+    with pytest.raises(ProcessLookupError):
+        os.kill(child.pid, 0)
+
+
+def test_an_exception_in_the_child_is_a_crash_with_its_traceback_and_the_next_trial_is_untouched(trial, tmp_path):
+    """Token ids beyond the vocabulary: an IndexError on a CPU; on a GPU a device-side assert, fatal to its process."""
+    narrow = replace(trial.model, name="narrow", architecture=trial.model.architecture | {"vocab_size": 64})
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "good").mkdir()
+    written = isolation.call(models.write, tmp_path / "bad", narrow, tmp_path / "narrow", 0)
+    with Child(replace(trial, model=written), tmp_path / "bad") as child:
+        outcome = child.finish()
+    assert isinstance(outcome, Crashed)
+    assert outcome.phase == "evaluate"
+    if trial.device_index is None:
+        assert outcome.reason.startswith("IndexError")
+    else:
+        assert "CUDA error" in outcome.reason
+    assert "heldout_loss" in outcome.details
+    assert "heldout_loss" in (tmp_path / "bad" / "log").read_text()
+    with Child(trial, tmp_path / "good") as child:
+        assert isinstance(child.finish(), Completed)
+
+
+def test_a_method_that_cannot_be_built_is_a_crash_in_build(trial, folder):
+    method = Method(name="typo", training_arguments={"learning_rat": 1.0})
+    with Child(replace(trial, method=method), folder) as child:
+        assert isinstance(child.outcome, Crashed)
+        assert child.outcome.phase == "build"
+        assert "learning_rat" in child.outcome.reason
+
+
+def test_leaving_early_leaves_no_process_behind(trial, folder):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Child(trial, folder, on_step=interrupt) as child:
+        child.round()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child.pid, 0)
+
+
+def test_an_interruption_while_building_leaves_no_process_behind(trial, folder, monkeypatch):
+    def interrupt(child: Child, _: type | None) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Child, "_await", interrupt)
+    child = Child(trial, folder)
+    with pytest.raises(KeyboardInterrupt):
+        child.__enter__()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child.pid, 0)
+
+
+def test_a_trial_whose_owner_is_gone_ends_by_itself(trial, folder):
+    with Child(trial, folder) as child:
+        child._connection.close()
+        child._process.join(timeout=20)
+        assert child._process.exitcode == 0
+
+
+def test_peaks_on_the_host_are_the_trials_own(trial, tmp_path):
+    """A trial that follows a larger one in the same session reports its own peak."""
+    large = replace(trial.model, name="large", architecture=trial.model.architecture | {"ffn_dim": 100_000})
+    peaks = []
+    for name, model in (("large", large), ("small", trial.model)):
+        (tmp_path / name).mkdir()
+        if name == "large":
+            model = isolation.call(models.write, tmp_path / name, model, tmp_path / "weights", 0)
+        with Child(replace(trial, model=model, max_steps=1), tmp_path / name) as child:
+            outcome = child.finish()
+        assert isinstance(outcome, Completed), outcome
+        peaks.append(outcome.measured.host_peak_bytes)
+    assert peaks[0] > peaks[1] + 4 * 6_400_000 * 4  # weight, gradient and two moments of 6.4 million more parameters
+
+
+def test_the_saved_adapter_loads_with_peft(trial, folder):
+    from lightweight.preload import peft
+
+    with Child(replace(trial, method=LORA), folder) as child:
+        assert isinstance(child.finish(), Completed)
+    base = models.load(trial.model, torch.float32, torch.device("cpu"), None)
+    loaded = peft.PeftModel.from_pretrained(base, str(Path(folder) / "saved"))
+    assert any("lora_" in name for name, _ in loaded.named_parameters())

@@ -1,0 +1,78 @@
+import math
+import time
+
+import pytest
+import torch
+
+from lightweight.meter import DivergedError, Meter
+
+
+@pytest.fixture
+def meter():
+    return Meter(torch.device("cpu"), start_seconds=0.5)
+
+
+def test_a_steps_loss_is_the_sum_over_its_forward_passes(meter):
+    meter.begin_round()
+    for losses in ([1.0, 2.0], [3.0, 0.5]):
+        for loss in losses:
+            meter.add_loss(torch.tensor(loss))
+        meter.end_step()
+    assert meter.steps == 2
+    assert meter.latest_loss == 3.5
+    meter.end_round()
+    assert meter.measurements().train_loss == (3.0, 3.5)
+
+
+def test_step_seconds_lose_nothing_between_the_steps(meter):
+    started = time.perf_counter()
+    meter.begin_round()
+    for _ in range(3):
+        time.sleep(0.02)
+        meter.add_loss(torch.tensor(1.0))
+        meter.end_step()
+        time.sleep(0.01)  # the Trainer's own work between two steps
+    elapsed = time.perf_counter() - started - 0.01
+    meter.end_round()
+    seconds = meter.measurements().step_seconds
+    assert len(seconds) == 3
+    assert sum(seconds) == pytest.approx(elapsed, abs=0.005)
+
+
+def test_phases_are_counted_without_the_waiting(meter):
+    with meter.during("build"):
+        time.sleep(0.05)
+        with meter.waiting():
+            time.sleep(0.2)
+    phases = meter.measurements().phase_seconds
+    assert phases["start"] == 0.5
+    assert 0.05 <= phases["build"] < 0.15
+
+
+def test_the_phase_stays_where_it_failed(meter):
+    def fail() -> None:
+        meter.phase = "backward"
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError), meter.during("train"):
+        fail()
+    assert meter.phase == "backward"
+    assert "train" in meter.measurements().phase_seconds
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_told_with_its_step(meter, loss):
+    meter.begin_round()
+    for value in (2.0, loss, 1.0):
+        meter.add_loss(torch.tensor(value))
+        meter.end_step()
+    with pytest.raises(DivergedError, match=f"{loss} at step 2") as raised:
+        meter.end_round()
+    assert raised.value.step == 2
+    assert len(meter.measurements().train_loss) == 3
+
+
+def test_a_cpu_has_no_device_memory_but_a_host(meter):
+    measured = meter.measurements()
+    assert measured.peak_allocated_bytes is None
+    assert measured.host_peak_bytes > 50 * 2**20  # torch alone is more

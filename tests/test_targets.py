@@ -1,0 +1,37 @@
+import pytest
+
+from lightweight import targets
+from lightweight.targets import CONTEXT_BYTES, T4, GiB, MiB
+
+
+def test_budget_is_the_card_less_its_cuda_context():
+    assert T4.total_bytes == 15_655_829_504
+    assert T4.budget_bytes == 15_655_829_504 - 430 * MiB
+    assert targets.NATIVE.budget_bytes is None
+
+
+def test_a_card_is_emulated_unless_it_is_the_card():
+    assert T4.emulated_on("NVIDIA H200")
+    assert not T4.emulated_on("Tesla T4")
+    assert targets.named("16GiB").emulated_on("Tesla T4")
+    assert not targets.NATIVE.emulated_on("NVIDIA H200")
+
+
+def test_every_named_target_can_be_named():
+    assert set(targets.TARGETS) == {"t4", "l4", "a10", "rtx4090", "a100-40", "h100", "native"}
+    assert all(targets.named(name) is target for name, target in targets.TARGETS.items())
+
+
+def test_an_amount_of_memory_is_a_target():
+    assert targets.named("16GiB").total_bytes == 16 * GiB
+    assert targets.named("7.5GiB").budget_bytes == int(7.5 * GiB) - CONTEXT_BYTES
+
+
+@pytest.mark.parametrize("text", ["T4", "16GB", "0GiB", "0.1GiB", "-1GiB", "", "cpu"])
+def test_unknown_target_is_told_with_what_exists(text):
+    with pytest.raises(ValueError, match="target"):
+        targets.named(text)
+
+
+def test_t4_has_no_bf16():
+    assert [name for name, target in targets.TARGETS.items() if not target.bf16] == ["t4"]

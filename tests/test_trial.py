@@ -1,0 +1,51 @@
+import pickle
+from dataclasses import replace
+
+import pytest
+
+from lightweight import targets
+from lightweight.methods import BASELINE, LORA, QLORA
+from lightweight.models import OPT_350M
+from lightweight.trial import Measurements, Trial
+
+
+@pytest.fixture
+def trial(small_corpus):
+    return Trial(model=OPT_350M, method=QLORA, target=targets.T4, corpus=small_corpus)
+
+
+def test_the_original_job_is_130_steps_of_2048_tokens(trial):
+    pairs = trial.corpus.train * 5
+    for method in (BASELINE, LORA, QLORA):
+        job = replace(trial, method=method, corpus=replace(trial.corpus, train=pairs))
+        assert len(pairs) == 100
+        assert (job.steps, job.rounds, job.steps_per_epoch, job.tokens_per_step) == (130, 10, 13, 2048)
+
+
+@pytest.mark.parametrize(("max_steps", "rounds"), [(1, 1), (3, 1), (4, 2), (7, 3)])
+def test_a_job_cut_short_has_the_rounds_it_needs(trial, max_steps, rounds):
+    assert trial.steps_per_epoch == 3
+    assert replace(trial, max_steps=max_steps).rounds == rounds
+
+
+def test_a_trial_crosses_a_process_boundary_whole(trial):
+    assert repr(pickle.loads(pickle.dumps(trial))) == repr(trial)
+
+
+def test_bf16_on_a_target_without_it_is_refused(trial):
+    method = replace(LORA, name="mine", training_arguments={"bf16": True})
+    with pytest.raises(ValueError, match=r"method mine computes in bf16, which target t4 does not have: use fp16"):
+        replace(trial, method=method)
+    assert replace(trial, method=method, target=targets.L4).method is method
+
+
+def test_an_adapter_learns_nothing_from_random_weights(trial):
+    random, pretrained = (replace(OPT_350M, weights=weights) for weights in ("random", "pretrained"))
+    assert not replace(trial, model=random).can_learn
+    assert replace(trial, model=random, method=BASELINE).can_learn
+    assert replace(trial, model=pretrained).can_learn
+
+
+def test_cold_seconds_leave_the_heldout_evaluations_out():
+    measured = Measurements(phase_seconds={"start": 1.0, "build": 2.0, "evaluate": 100.0, "train": 4.0, "save": 8.0})
+    assert measured.cold_seconds == 15.0

@@ -1,0 +1,89 @@
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lightweight import models, targets, worker
+from lightweight.meter import DivergedError, Meter
+from lightweight.methods import BASELINE, LORA, QLORA
+from lightweight.trial import Crashed, Diverged, Trial
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def trial(micro, small_corpus):
+    return Trial(model=micro, method=BASELINE, target=targets.CPU, corpus=small_corpus, epochs=1)
+
+
+def test_the_worker_imports_no_pytest_no_plugin_and_no_report():
+    program = (
+        "import sys, lightweight.worker\n"
+        "found = {'pytest', 'lightweight.plugin', 'lightweight.report', 'lightweight.record'} & set(sys.modules)\n"
+        "assert not found, found"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("method", [BASELINE, LORA, QLORA])
+def test_a_method_trains_what_it_says(trial, method):
+    network = worker.build(replace(trial, method=method), CPU)
+    trainable = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    if method is BASELINE:
+        assert len(trainable) == len(list(network.parameters()))
+    elif method is LORA:
+        assert len(trainable) == 4  # q and v of one layer, two matrices each
+    else:
+        assert len(trainable) == 12  # q, k, v, out, fc1, fc2; not the head
+        assert {parameter.dtype for parameter in network.parameters()} == {torch.float32, torch.uint8}
+
+
+def test_parameters_of_a_4_bit_network_are_counted_as_what_they_pack(trial):
+    plain = models.load(trial.model, torch.float32, CPU, None)
+    network = worker.build(replace(trial, method=QLORA), CPU)
+    adapter = worker._count(network, trainable=True)
+    assert worker._count(network, trainable=False) - adapter == sum(p.numel() for p in plain.parameters())
+
+
+def test_bf16_weights_on_a_target_without_bf16_are_refused(trial):
+    # past the check of the trial's own settings, as a quantization config with its own idea of a dtype would be
+    method = replace(BASELINE, weights_dtype="bfloat16")
+    late = replace(trial, method=method)
+    object.__setattr__(late, "target", targets.T4)
+    with pytest.raises(TypeError, match="is bfloat16, which target t4 does not have"):
+        worker.build(late, CPU)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("CUDA out of memory. Tried to allocate 64.00 MiB. GPU 0 has", 64 * 2**20),
+        ("CUDA out of memory. Tried to allocate 1.45 GiB. GPU", round(1.45 * 2**30)),
+        ("Tried to allocate 512 bytes.", 512),
+        ("something else", None),
+    ],
+)
+def test_the_request_is_read_from_torchs_message(message, expected):
+    assert worker._requested_bytes(message) == expected
+
+
+def test_an_out_of_memory_that_the_allocator_did_not_count_is_a_crash(trial):
+    assert torch.cuda.is_available() is False, "on a GPU the experiments show the counted one"
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB."), MemoryError("host")):
+        outcome = worker._failure(error, trial, Meter(CPU, 0.0))
+        assert isinstance(outcome, Crashed)
+        assert outcome.reason.startswith(type(error).__name__)
+
+
+def test_failures_keep_their_place_and_reason(trial):
+    meter = Meter(CPU, 0.0)
+    meter.phase = "backward"
+    outcome = worker._failure(RuntimeError("CUDA error: device-side assert triggered\nmore"), trial, meter)
+    assert outcome.reason == "RuntimeError: CUDA error: device-side assert triggered"
+    assert outcome.phase == "backward"
+    diverged = worker._failure(DivergedError(7, float("nan")), trial, meter)
+    assert isinstance(diverged, Diverged)
+    assert (diverged.step, diverged.reason) == (7, "training loss is nan at step 7")
