@@ -1,0 +1,110 @@
+"""The JSON that outlives a run: one entry a trial, beside pytest-benchmark's own rows in the same file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lightweight import __version__
+from lightweight.targets import Device
+from lightweight.trial import Outcome, Trial
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "pytest", "pytest-benchmark")
+
+Entry = dict[str, Any]
+"""One trial as JSON. `step_seconds`, `train_loss`: one number an optimizer step; `*_bytes`, `*_seconds` in those units;
+`None` where there is nothing to say. Keys that only some outcomes have: `reason`, `details`, `requested_bytes`,
+`budget_bytes`, `diverged_at_step`."""
+
+
+class RecordError(ValueError):
+    """A record that cannot be read. The message names the file and the mend."""
+
+
+def entry(trial: Trial, outcome: Outcome, device: Device) -> Entry:
+    """The record of one trial and how it ended on `device`."""
+    measured = dataclasses.asdict(outcome.measured)
+    on_gpu = trial.device_index is not None
+    method = trial.method if on_gpu else trial.method.on_cpu()
+    return {
+        "model": trial.model.name,
+        "method": method.name,
+        "target": trial.target.name,
+        "emulated": on_gpu and trial.target.emulated_on(device.name),
+        "weights": trial.model.weights,
+        "precision": method.precision,
+        "weights_dtype": method.weights_dtype,
+        "adapter": _settings(method.adapter),
+        "quantization": _settings(method.quantization),
+        "training_arguments": dict(method.training_arguments),
+        "corpus_digest": trial.corpus.digest,
+        "seed": trial.seed,
+        "outcome": outcome.kind,
+        "phase": getattr(outcome, "phase", None),
+        "reason": getattr(outcome, "reason", None),
+        "details": getattr(outcome, "details", None),
+        "requested_bytes": getattr(outcome, "requested_bytes", None),
+        "budget_bytes": trial.target.budget_bytes if on_gpu else None,
+        "diverged_at_step": getattr(outcome, "step", None),
+        "steps": len(measured["step_seconds"]),
+        "planned_steps": trial.steps,
+        "steps_per_epoch": trial.steps_per_epoch,
+        "tokens_per_step": trial.tokens_per_step,
+        **measured,
+        "steady_step_seconds": steady_step_seconds(outcome.measured.step_seconds, trial.steps_per_epoch),
+        "cold_seconds": outcome.measured.cold_seconds,
+        "device": device.name,
+        "device_bytes": device.total_bytes,
+        "device_driver": device.driver,
+        "versions": versions(),
+    }
+
+
+def steady_step_seconds(step_seconds: tuple[float, ...], steps_per_epoch: int) -> float | None:
+    """The median step, in seconds, after the first epoch, in which libraries still warm up, where there is a second
+    one."""
+    steady = step_seconds[steps_per_epoch:] or step_seconds
+    return statistics.median(steady) if steady else None
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of what a result depends on."""
+    found: dict[str, str | None] = {"lightweight": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def load(paths: Iterable[Path]) -> list[Entry]:
+    """The entries of all records at `paths`, in order. Raises RecordError."""
+    entries: list[Entry] = []
+    for path in paths:
+        try:
+            document = json.loads(path.read_text("utf-8"))
+        except OSError as error:
+            raise RecordError(f"record {path}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise RecordError(f"record {path}: is not JSON ({error}): store the run again") from error
+        if not isinstance(document, dict) or not isinstance(document.get("outcomes"), list):
+            raise RecordError(
+                f"record {path}: has no 'outcomes': give a file that `pytest experiments --benchmark-json` wrote"
+            )
+        entries += document["outcomes"]
+    return entries
+
+
+def _settings(config: Any) -> dict[str, Any] | None:
+    """A peft or quantization config as plain JSON."""
+    if config is None:
+        return None
+    text = json.dumps(config.to_dict(), default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    settings: dict[str, Any] = json.loads(text)
+    return settings

@@ -1,0 +1,156 @@
+"""What a person reads: one table from saved entries, out-of-memory cells as rows like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from tabulate import tabulate
+
+from lightweight.record import Entry
+from lightweight.targets import GiB, MiB
+
+Format = Literal["terminal", "markdown"]
+
+COLUMNS = (
+    "model",
+    "method",
+    "target",
+    "outcome",
+    "total",
+    "step",
+    "speedup",
+    "peak memory",
+    "of baseline",
+    "held-out loss",
+)
+
+RANDOM, EMULATED, HOST = "[r]", "[e]", "[h]"
+"""Marks in the table, each explained below it where it occurs."""
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+class ReportError(ValueError):
+    """A report that cannot be written. The message names the file and the mend."""
+
+
+def table(entries: Sequence[Entry], style: Format) -> str:
+    """All entries as one table, with the notes its marks need. Speedups are per token, over that model's baseline."""
+    rows = [_row(entry, _baseline(entry, entries)) for entry in entries]
+    lines = [
+        tabulate(
+            rows,
+            headers=COLUMNS,
+            tablefmt="github" if style == "markdown" else "simple",
+            disable_numparse=True,
+            colalign=("left",) * 4 + ("right",) * 5 + ("left",),
+        )
+    ]
+    lines += notes(entries)
+    return ("\n\n" if style == "markdown" else "\n").join(lines)
+
+
+def notes(entries: Sequence[Entry]) -> list[str]:
+    """What a reader must know beside the table: on what it was measured, and what random weights cannot say."""
+    lines = []
+    for device in dict.fromkeys(entry["device"] for entry in entries):
+        of_device = [entry for entry in entries if entry["device"] == device]
+        installed = of_device[0]["versions"]
+        packages = ", ".join(f"{name} {installed[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
+        lines.append(f"Measured on {device}; {packages}.")
+        if any(entry["emulated"] for entry in of_device):
+            lines.append(f"{EMULATED} Emulated: torch's allocator is capped at the bytes the target has.")
+        if all(entry["peak_allocated_bytes"] is None for entry in of_device):
+            lines.append(f"{HOST} No GPU: the whole process's memory on the host, libraries included.")
+    if any(entry["weights"] == "random" for entry in entries):
+        lines.append(
+            f"{RANDOM} Random weights: speed and memory are as with the true ones; the loss says nothing of quality."
+        )
+    return lines
+
+
+def into(readme: Path, text: str) -> None:
+    """Replace what stands between the result marks of `readme`. Raises ReportError."""
+    try:
+        before, rest = readme.read_text("utf-8").split(BEGIN)
+        _, after = rest.split(END)
+    except OSError as error:
+        raise ReportError(f"report {readme}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ReportError(f"report {readme}: needs the lines '{BEGIN}' and '{END}' once each") from error
+    readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", "utf-8")
+
+
+def _baseline(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
+    """The baseline of `entry`'s model on the same target and device."""
+    same = ("model", "target", "device", "weights", "corpus_digest")
+    found = (e for e in entries if e["method"] == "baseline" and all(e[key] == entry[key] for key in same))
+    return next(found, None)
+
+
+def _row(entry: Entry, baseline: Entry | None) -> list[str]:
+    return [
+        entry["model"],
+        entry["method"],
+        f"{entry['target']} {EMULATED}" if entry["emulated"] else entry["target"],
+        _outcome(entry),
+        _duration(entry["cold_seconds"]) if entry["outcome"] == "completed" else "-",
+        _step(entry["steady_step_seconds"]) if entry["outcome"] == "completed" else "-",
+        _speedup(entry, baseline),
+        _memory(entry),
+        _memory_ratio(entry, baseline),
+        _loss(entry),
+    ]
+
+
+def _outcome(entry: Entry) -> str:
+    outcome = entry["outcome"].replace("_", " ")
+    return f"{outcome} in {entry['phase']}" if entry["phase"] else outcome
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.2f} min"
+
+
+def _step(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1000:.1f} ms"
+
+
+def _speedup(entry: Entry, baseline: Entry | None) -> str:
+    if entry["outcome"] != "completed" or baseline is None:
+        return "-"
+    if baseline["outcome"] != "completed":
+        return f"baseline {baseline['outcome'].replace('_', ' ')}"
+    per_token = entry["steady_step_seconds"] / entry["tokens_per_step"]
+    return f"{baseline['steady_step_seconds'] / baseline['tokens_per_step'] / per_token:.2f}x"
+
+
+def _peak_bytes(entry: Entry) -> int | None:
+    peak: int | None = entry["peak_allocated_bytes"] or entry["host_peak_bytes"]
+    return peak
+
+
+def _memory(entry: Entry) -> str:
+    peak = _peak_bytes(entry)
+    if peak is None:
+        return "-"
+    size = f"{peak / GiB:.2f} GiB" if peak >= GiB else f"{peak / MiB:.0f} MiB"
+    return size if entry["peak_allocated_bytes"] else f"{size} {HOST}"
+
+
+def _memory_ratio(entry: Entry, baseline: Entry | None) -> str:
+    if entry["outcome"] != "completed" or baseline is None:
+        return "-"
+    if baseline["outcome"] != "completed":
+        return f"baseline {baseline['outcome'].replace('_', ' ')}"
+    peak, of = _peak_bytes(entry), _peak_bytes(baseline)
+    return f"{peak / of:.2f}" if peak and of else "-"
+
+
+def _loss(entry: Entry) -> str:
+    before, after = entry["heldout_loss_before"], entry["heldout_loss_after"]
+    if before is None or after is None:
+        return "-"
+    return f"{before:.3f} -> {after:.3f}" + (f" {RANDOM}" if entry["weights"] == "random" else "")
