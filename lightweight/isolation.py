@@ -56,7 +56,8 @@ class Child:
 
     Ask for rounds, then `finish`. `outcome` is set as soon as the trial has ended, however it did; `rounds_done` counts
     rounds that were trained whole. `on_step(trial, step, loss)` is told of every optimizer step, `loss` being the
-    newest known. A child that reports nothing for `silence_seconds` has timed out and is killed.
+    newest known, and `on_round(trial, measured)` of every round's end. A child that reports nothing for
+    `silence_seconds` has timed out and is killed.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Child:
         folder: Path,
         silence_seconds: float = 600.0,
         on_step: Callable[[Trial, int, float | None], None] = lambda trial, step, loss: None,
+        on_round: Callable[[Trial, Measurements], None] = lambda trial, measured: None,
     ) -> None:
         self.trial = trial
         self.outcome: Outcome | None = None
@@ -74,6 +76,7 @@ class Child:
         self._folder = folder
         self._silence_seconds = silence_seconds
         self._on_step = on_step
+        self._on_round = on_round
 
     def __enter__(self) -> Self:
         self._connection, childs_end = _forkserver.Pipe()
@@ -150,8 +153,10 @@ class Child:
                     self._phase = phase
                 case worker.Ready(measured) | worker.RoundEnded(measured):
                     self._measured = measured
-                    self.rounds_done += isinstance(report, worker.RoundEnded)
                     assert answer is not None and isinstance(report, answer)
+                    if isinstance(report, worker.RoundEnded):
+                        self.rounds_done += 1
+                        self._on_round(self.trial, measured)
                     return
                 case _:
                     self.outcome = report

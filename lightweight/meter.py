@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from statistics import mean
 
 import pynvml
 import torch
@@ -44,7 +45,7 @@ class Meter:
         self._step_loss: torch.Tensor | None = None
         self._pending_losses: list[torch.Tensor] = []
         self._marks: list[torch.cuda.Event | float] = []
-        self._allocated: list[int] = []
+        self._held: list[tuple[int, int]] = []
         self._peaks: tuple[int, int] | None = None
         self._process_bytes: int | None = None
 
@@ -99,7 +100,7 @@ class Meter:
         self._step_loss = None
         self._marks.append(self._mark())
         if self.device.type == "cuda":
-            self._allocated.append(torch.cuda.memory_allocated())
+            self._held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
 
     def end_round(self) -> None:
         """Wait for the device and read what the round left there. Raises DivergedError."""
@@ -124,6 +125,7 @@ class Meter:
         """Everything measured so far."""
         before, after, *_ = [*self.heldout_losses, None, None]
         allocated, reserved = self._peaks or (None, None)
+        averages = [round(mean(held)) for held in zip(*self._held, strict=True)] or [None, None]
         return Measurements(
             train_loss=tuple(self._losses),
             step_seconds=tuple(self._step_seconds),
@@ -131,7 +133,8 @@ class Meter:
             heldout_loss_after=after,
             peak_allocated_bytes=allocated,
             peak_reserved_bytes=reserved,
-            average_allocated_bytes=round(sum(self._allocated) / len(self._allocated)) if self._allocated else None,
+            average_allocated_bytes=averages[0],
+            average_reserved_bytes=averages[1],
             process_bytes=self._process_bytes,
             host_peak_bytes=_host_peak_bytes(),
             phase_seconds=dict(self._phase_seconds),

@@ -26,7 +26,7 @@ from lightweight import corpus, isolation, methods, models, record, report, targ
 from lightweight.methods import Method
 from lightweight.models import Model
 from lightweight.targets import CPU, NATIVE, T4, Device, GiB, Target
-from lightweight.trial import Outcome, Trial
+from lightweight.trial import Measurements, Outcome, Trial
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -94,6 +94,10 @@ def pytest_configure(config: pytest.Config) -> None:
     laboratory = Laboratory(config)
     config.pluginmanager.register(laboratory, "lightweight-laboratory")
     _ = laboratory.methods  # a name that does not exist is told now
+    for option in ("epochs", "trial_timeout"):
+        value = config.getoption(option)
+        if value is not None and value <= 0:
+            raise pytest.UsageError(f"--{option.replace('_', '-')} {value:g}: give more than 0")
 
 
 class Laboratory:
@@ -229,13 +233,14 @@ class Laboratory:
         """Run `trial` in a child of its own, letting `rounds` time its rounds, and record it with `item`."""
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         try:
-            with isolation.Child(trial, folder, self.config.getoption("trial_timeout"), self._show_step) as child:
+            silence_seconds = self.config.getoption("trial_timeout")
+            with isolation.Child(trial, folder, silence_seconds, self._show_step, self._show_round) as child:
                 if rounds is not None:
                     rounds(child)
                 outcome = child.finish()
         finally:
             shutil.rmtree(folder)
-        self._show(f"{trial.name}: {outcome.kind.replace('_', ' ')}", last=True)
+        self._show(f"{trial.name}: {outcome.kind.replace('_', ' ')}", " ", " ")
         self._outcomes[repr(trial)] = outcome
         item.stash.setdefault(_ENTRIES, []).append(record.entry(trial, outcome, self.device))
         return outcome
@@ -248,7 +253,7 @@ class Laboratory:
             except models.ModelError as error:
                 raise pytest.UsageError(str(error)) from None
             if note:
-                self._show(note, last=True)
+                self._show(note, "\n", "\n")
         return self._models[model.name]
 
     def _locate(self, model: Model) -> Model:
@@ -264,22 +269,26 @@ class Laboratory:
     # Telling
 
     def _show_step(self, trial: Trial, step: int, loss: float | None) -> None:
-        text = f"{trial.name}: step {step} of {trial.steps}" + ("" if loss is None else f", loss {loss:.3f}")
-        self._show(text, last=step % trial.steps_per_epoch == 0 or step == trial.steps)
+        self._show(f"{trial.name}: step {step} of {trial.steps}" + ("" if loss is None else f", loss {loss:.3f}"))
 
-    def _show(self, text: str, last: bool = False) -> None:
-        """A line of progress: rewritten in place on a terminal; elsewhere only the `last` of a stretch is printed."""
+    def _show_round(self, trial: Trial, measured: Measurements) -> None:
+        step, loss = len(measured.train_loss), measured.train_loss[-1]
+        self._show(f"{trial.name}: step {step} of {trial.steps}, loss {loss:.3f}", in_a_log="\n")
+
+    def _show(self, text: str, in_a_log: str = "", on_a_terminal: str = "") -> None:
+        """A line of progress. On a terminal the next one overwrites it unless it is ended with `on_a_terminal`; in a
+        log, where nothing is overwritten, it is left out unless it is ended with `in_a_log`."""
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")
         capture = self.config.pluginmanager.get_plugin("capturemanager")
-        if reporter is None or capture is None or reporter.config.get_verbosity() < 0:
+        if reporter is None or capture is None or self.config.get_verbosity() < 0:
             return
         with capture.global_and_fixture_disabled():
             if reporter.isatty:
-                reporter.rewrite(text, erase=True)
-            elif last:
                 reporter.ensure_newline()
-                reporter.write_line(text)
-            reporter.flush()
+                reporter.write(f"\r\x1b[K{text}{on_a_terminal}", flush=True)
+            elif in_a_log:
+                reporter.ensure_newline()
+                reporter.write(text + in_a_log, flush=True)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
@@ -304,6 +313,7 @@ class Laboratory:
             terminalreporter.write_line(line)
 
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
+        machine_info.pop("node", None)  # records are committed and shared; whose machine it was is nobody's business
         machine_info["gpu"] = dataclasses.asdict(self.device) if self.has_cuda else None
 
     def pytest_benchmark_compare_machine_info(

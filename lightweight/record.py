@@ -8,11 +8,13 @@ import statistics
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightweight import __version__
-from lightweight.targets import Device
-from lightweight.trial import Outcome, Trial
+
+if TYPE_CHECKING:  # a record is read without torch
+    from lightweight.targets import Device
+    from lightweight.trial import Outcome, Trial
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "pytest", "pytest-benchmark")
 
@@ -20,6 +22,15 @@ Entry = dict[str, Any]
 """One trial as JSON. `step_seconds`, `train_loss`: one number an optimizer step; `*_bytes`, `*_seconds` in those units;
 `None` where there is nothing to say. Keys that only some outcomes have: `reason`, `details`, `requested_bytes`,
 `budget_bytes`, `diverged_at_step`."""
+
+
+KEYS = (
+    *("model", "method", "target", "emulated", "weights", "precision", "corpus_digest", "seed", "outcome", "phase"),
+    *("steps", "tokens_per_step", "train_loss", "step_seconds", "steady_step_seconds", "cold_seconds"),
+    *("heldout_loss_before", "heldout_loss_after", "peak_allocated_bytes", "peak_reserved_bytes"),
+    *("average_allocated_bytes", "host_peak_bytes", "device", "device_bytes", "versions"),
+)
+"""What every entry has, and what a reader of records may rely on."""
 
 
 class RecordError(ValueError):
@@ -97,6 +108,11 @@ def load(paths: Iterable[Path]) -> list[Entry]:
             raise RecordError(
                 f"record {path}: has no 'outcomes': give a file that `pytest experiments --benchmark-json` wrote"
             )
+        for index, entry in enumerate(document["outcomes"]):
+            if not isinstance(entry, dict):
+                raise RecordError(f"record {path}: outcome {index} is no object: store the run again")
+            if missing := [key for key in KEYS if key not in entry]:
+                raise RecordError(f"record {path}: outcome {index} has no {missing[0]!r}: store the run again")
         entries += document["outcomes"]
     return entries
 

@@ -39,6 +39,8 @@ class ReportError(ValueError):
 def table(entries: Sequence[Entry], style: Format) -> str:
     """All entries as one table, with the notes its marks need. Speedups are per token, over that model's baseline."""
     rows = [_row(entry, _baseline(entry, entries)) for entry in entries]
+    if style == "markdown":
+        rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]
     lines = [
         tabulate(
             rows,
@@ -92,8 +94,8 @@ def _baseline(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
 
 def _row(entry: Entry, baseline: Entry | None) -> list[str]:
     return [
-        entry["model"],
-        entry["method"],
+        " ".join(entry["model"].split()),
+        " ".join(entry["method"].split()),
         f"{entry['target']} {EMULATED}" if entry["emulated"] else entry["target"],
         _outcome(entry),
         _duration(entry["cold_seconds"]) if entry["outcome"] == "completed" else "-",

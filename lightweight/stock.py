@@ -30,6 +30,7 @@ Row = dict[str, list[int]]
 class Rounds(Protocol):
     """The owner of the trial, as seen from inside: it asks, one request after the other, and is told."""
 
+    def training_began(self) -> None: ...
     def await_request(self, request: Literal["round", "finish"]) -> None: ...
     def step_ended(self) -> None: ...
     def round_ended(self) -> None: ...
@@ -103,6 +104,9 @@ class _MeasuredTrainer(Trainer):
 class _RoundBoundary(TrainerCallback):
     def __init__(self, meter: Meter, rounds: Rounds) -> None:
         self.meter, self.rounds = meter, rounds
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.rounds.training_began()
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.rounds.await_request("round")

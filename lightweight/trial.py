@@ -83,7 +83,7 @@ class Measurements:
 
     `train_loss` and `step_seconds` have one entry an optimizer step; `step_seconds` are device time from the end of one
     step to the end of the next, so that nothing between steps is lost. `peak_*` are the training's own, without
-    building and evaluating; `average_allocated_bytes` is the mean over the ends of steps. `process_bytes` is what NVML
+    building and evaluating; `average_*` are the mean over the ends of steps. `process_bytes` is what NVML
     says the whole process holds on the GPU at most. `phase_seconds` leaves out waiting for the next request.
     """
 
@@ -94,6 +94,7 @@ class Measurements:
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     average_allocated_bytes: int | None = None
+    average_reserved_bytes: int | None = None
     process_bytes: int | None = None
     host_peak_bytes: int | None = None
     saved_bytes: int | None = None

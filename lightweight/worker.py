@@ -6,6 +6,7 @@ becomes a crash's last words. Imports no pytest, no plugin and no report.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import time
@@ -30,7 +31,7 @@ Request = Literal["round", "finish"]
 
 @dataclass(frozen=True)
 class Ready:
-    """Built and evaluated; the first round may be asked for."""
+    """Built, evaluated, and the training set up; the first round may be asked for."""
 
     measured: Measurements
 
@@ -131,7 +132,6 @@ def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner
     with meter.during("evaluate"):
         meter.heldout_losses.append(stock.heldout_loss(trainer, heldout))
     meter.begin_training()
-    owner.report(Ready(meter.measurements()))
 
     owner.enter("train")
     with meter.during("train"):
@@ -160,7 +160,7 @@ def build(trial: Trial, device: torch.device) -> torch.nn.Module:
             gradient_checkpointing_kwargs=method.training_arguments.get("gradient_checkpointing_kwargs"),
         )
     if method.adapter is not None:
-        network = peft.get_peft_model(network, method.adapter)
+        network = peft.get_peft_model(network, copy.deepcopy(method.adapter))  # peft writes what it finds into it
     if device.type == "cpu":
         for module in network.modules():
             # Where the CPU has AVX512-BF16, bitsandbytes repacks 4-bit weights at the first evaluation, and what it
@@ -249,6 +249,9 @@ class _Owner:
             except (EOFError, OSError) as error:
                 raise _OwnerGoneError from error
         assert received == request, f"asked for {received!r} where only {request!r} can come"
+
+    def training_began(self) -> None:
+        self.report(Ready(self.meter.measurements()))
 
     def step_ended(self) -> None:
         self.report(Step(self.meter.steps, self.meter.latest_loss))

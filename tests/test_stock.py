@@ -20,6 +20,9 @@ class Unattended:
         self.requests: list[str] = []
         self.steps = self.rounds = 0
 
+    def training_began(self) -> None:
+        self.requests.append("begin")
+
     def await_request(self, request: str) -> None:
         self.requests.append(request)
 
@@ -46,7 +49,7 @@ def prepare(trial, folder):
 def test_a_round_is_an_epoch_and_training_goes_on_from_round_to_round(trial, folder):
     trainer, _, meter, owner = prepare(trial, folder)
     trainer.train()
-    assert owner.requests == ["round", "round"]
+    assert owner.requests == ["begin", "round", "round"]
     assert (owner.rounds, owner.steps) == (2, trial.steps) == (2, 6)
     losses = meter.measurements().train_loss
     assert len(losses) == 6

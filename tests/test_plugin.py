@@ -1,0 +1,304 @@
+"""End to end: pytest runs pytest, children train. One file of cells, on a model that trains in a second."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from conftest import MICRO, turns
+from lightweight import targets
+
+CELLS = f"""
+    import pytest
+    from lightweight.models import Model
+
+    MICRO = Model(name="micro", architecture={MICRO.architecture!r})
+
+    @pytest.mark.parametrize("method", ["baseline", "lora"])
+    def test_cell(train, method):
+        outcome = train(MICRO, method)
+        assert outcome.kind == "completed", outcome.reason
+"""
+
+OUT_OF_MEMORY = """
+    '''A child that ends as one does on a GPU; a CPU has no allocator that could.'''
+    import pytest
+    from lightweight import worker
+    from lightweight.trial import Measurements, OutOfMemory
+
+    def run(connection, trial, folder, started):
+        connection.send(worker.Ready(Measurements()))
+        assert connection.recv() == "round"
+        measured = Measurements(peak_allocated_bytes=90, peak_reserved_bytes=99, phase_seconds={"train": 0.1})
+        connection.send(
+            OutOfMemory(phase="backward", requested_bytes=20, budget_bytes=100, reason="no room", measured=measured)
+        )
+"""
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester) -> pytest.Pytester:
+    """Somebody's project that loads the plugin, with a corpus of 12 pairs: two steps an epoch."""
+    pytester.makeconftest('pytest_plugins = ["lightweight.plugin"]')
+    (pytester.path / "corpus.json").write_text(json.dumps(turns(12)), "utf-8")
+    return pytester
+
+
+def run_json(project: pytest.Pytester, *arguments: str):
+    result = project.runpytest("--benchmark-json=out.json", "--epochs=3", *arguments)
+    return result, json.loads((project.path / "out.json").read_text())
+
+
+def test_cells_are_trained_timed_shown_and_recorded(project):
+    project.makepyfile(CELLS)
+    scratch = set(Path(tempfile.gettempdir()).glob("lightweight-*"))
+    result, document = run_json(project)
+    result.assert_outcomes(passed=2)
+    assert [(e["model"], e["method"], e["outcome"]) for e in document["outcomes"]] == [
+        ("micro", "baseline", "completed"),
+        ("micro", "lora", "completed"),
+    ]
+    for entry, row in zip(document["outcomes"], document["benchmarks"], strict=True):
+        assert entry["target"] == "cpu"
+        assert (entry["steps"], entry["weights"], entry["precision"]) == (6, "random", "fp32")
+        assert len(entry["train_loss"]) == len(entry["step_seconds"]) == 6
+        assert entry["cold_seconds"] > sum(entry["step_seconds"])
+        assert row["stats"]["rounds"] == 3
+        assert row["group"] == "micro on cpu"
+        assert len(row["extra_info"]["device_seconds"]) == 3
+        # a round is what the child measured, and little more
+        assert row["stats"]["total"] == pytest.approx(sum(row["extra_info"]["device_seconds"]), rel=0.5)
+    assert document["machine_info"]["gpu"] is None
+    assert "node" not in document["machine_info"]
+    result.stdout.fnmatch_lines(
+        [
+            "micro x baseline: step 2 of 6, loss *",
+            "micro x baseline: step 6 of 6, loss *",
+            "micro x baseline: completed .*",
+            "model * method * target * outcome *",
+            "micro * baseline * cpu * completed * 1.00x *",
+            "micro * lora * cpu * completed *",
+            "*benchmark 'micro on cpu': 2 tests*",
+        ]
+    )
+    assert set(Path(tempfile.gettempdir()).glob("lightweight-*")) == scratch
+
+
+def test_with_benchmarks_disabled_the_whole_job_is_still_trained(project):
+    project.makepyfile(CELLS)
+    result = project.runpytest("--benchmark-disable", "--epochs=2", "-k", "lora")
+    result.assert_outcomes(passed=1, deselected=1)
+    result.stdout.fnmatch_lines(["micro x lora: step 4 of 4, loss *", "micro * lora * completed *"])
+
+
+def test_a_run_whose_only_cell_ends_out_of_memory_is_recorded(project):
+    project.makepyfile(children=OUT_OF_MEMORY)
+    project.makepyfile(
+        CELLS.replace('"baseline", ', "").replace(
+            'assert outcome.kind == "completed", outcome.reason', 'assert outcome.kind == "out_of_memory"'
+        )
+        + """
+    @pytest.fixture(autouse=True)
+    def child(monkeypatch):
+        import children
+        from lightweight import worker
+        monkeypatch.setattr(worker, "run", children.run)
+    """
+    )
+    project.syspathinsert()
+    result, document = run_json(project, "--benchmark-autosave")
+    result.assert_outcomes(passed=1)
+    (entry,) = document["outcomes"]
+    assert (entry["outcome"], entry["phase"], entry["requested_bytes"]) == ("out_of_memory", "backward", 20)
+    (row,) = document["benchmarks"]
+    assert row["stats"]["rounds"] == 1
+    assert row["name"].endswith("[out of memory]")
+    assert row["fullname"].endswith("test_cell[lora]")
+    result.stdout.fnmatch_lines(["micro * lora * cpu * out of memory in backward *"])
+    assert list(project.path.glob(".benchmarks/*/0001_*.json"))
+
+
+def test_a_child_killed_in_a_round_costs_its_cell_and_nothing_else(project):
+    project.makepyfile(
+        CELLS
+        + """
+    @pytest.fixture(autouse=True)
+    def killer(monkeypatch, request):
+        import multiprocessing, os, signal
+        from lightweight.plugin import Laboratory
+
+        def kill(laboratory, trial, step, loss):
+            if trial.method.name == "baseline" and step == 3:
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+        monkeypatch.setattr(Laboratory, "_show_step", kill)
+    """
+    )
+    result, document = run_json(project)
+    result.assert_outcomes(passed=1, failed=1)
+    crashed, completed = document["outcomes"]
+    assert (crashed["outcome"], completed["outcome"]) == ("crashed", "completed")
+    assert crashed["reason"].startswith("killed by SIGKILL")
+    assert (crashed["steps"], crashed["planned_steps"]) == (2, 6)  # the round before it is kept
+    assert [row["stats"]["rounds"] for row in document["benchmarks"]] == [1, 3]
+    result.stdout.fnmatch_lines(
+        ["*killed by SIGKILL*", "micro * baseline * crashed in train *", "micro * lora * completed *"]
+    )
+
+
+def test_an_outcome_is_looked_up_not_trained_twice(project):
+    project.makepyfile(
+        CELLS
+        + """
+    def test_before_in_the_file_but_after_in_time(outcome_of):
+        assert outcome_of(MICRO, "lora").kind == "completed"
+
+    def test_other_changes_are_another_trial(outcome_of):
+        assert len(outcome_of(MICRO, "lora", max_steps=1).measured.train_loss) == 1
+    """
+    )
+    result, document = run_json(project)
+    result.assert_outcomes(passed=4)
+    assert [(e["method"], e["steps"]) for e in document["outcomes"]] == [("baseline", 6), ("lora", 6), ("lora", 1)]
+    assert len(document["benchmarks"]) == 2
+
+
+def test_models_and_methods_come_from_the_command_line(project, micro):
+    project.makepyfile(
+        mine="""
+        from dataclasses import replace
+        from lightweight.methods import LORA
+        MINE = replace(LORA, name="mine", training_arguments={"per_device_train_batch_size": 4})
+        """
+    )
+    project.makepyfile(
+        """
+        def test_cell(train, model, method):
+            assert train(model, method).kind == "completed"
+
+        def test_of_somebody_else(model):
+            assert model == "theirs"
+        """
+    )
+    project.makeconftest(
+        """
+        import pytest
+        pytest_plugins = ["lightweight.plugin"]
+
+        @pytest.fixture
+        def model():
+            return "theirs"
+        """
+    )
+    project.syspathinsert()
+    arguments = (f"--model={micro.location}", "--method=baseline", "--method=mine:MINE")
+    result, document = run_json(project, *arguments)
+    result.assert_outcomes(passed=3)
+    assert [(e["method"], e["weights"]) for e in document["outcomes"]] == [
+        ("baseline", "pretrained"),
+        ("mine", "pretrained"),
+    ]
+    assert document["outcomes"][1]["steps"] == 9  # ten pairs in batches of four, three epochs
+    assert document["benchmarks"][0]["params"] == {"model": micro.location, "method": "baseline"}
+
+
+def test_parametrising_a_test_oneself_goes_before_the_command_line(project):
+    project.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.parametrize("model, method", [("opt-tiny", "lora")])
+        def test_cell(train, model, method):
+            pass
+
+        @pytest.mark.parametrize("method", ["qlora"])
+        def test_method(train, model, method):
+            pass
+        """
+    )
+    result = project.runpytest("--collect-only", "-q")
+    result.stdout.fnmatch_lines(
+        [
+            "*::test_cell[[]opt-tiny-lora[]]",
+            "*::test_method[[]opt-tiny-qlora[]]",
+            "*::test_method[[]gpt-neo-tiny-qlora[]]",
+            "3 tests collected*",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--corpus=nowhere.json"], "corpus nowhere.json: does not exist: give --corpus the path of a JSON file"),
+        (["--corpus=test_cells.py"], "corpus test_cells.py: is not JSON at line *"),
+        (["--model=./nowhere"], "model ./nowhere: no such folder; give a folder with *"),
+        (["--method=lorra"], "--method: unknown method 'lorra': choose one of baseline, lora, qlora, or *"),
+        (["--target=t4"], "--target t4: a target caps a GPU's memory, and CUDA finds no GPU here; *"),
+        (["--weights=pretrained"], "model opt-tiny: exists with random weights only*"),
+        (["--epochs=0"], "--epochs 0: *"),
+        (["--trial-timeout=0"], "--trial-timeout 0: *"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_model_is_built(project, arguments, expected):
+    project.makepyfile(test_cells="def test_cell(train, model, method):\n    assert not train(model, method)\n")
+    result = project.runpytest(*arguments)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    lines = [line for line in result.stderr.lines if line.strip()]
+    assert len(lines) == 1
+    result.stderr.fnmatch_lines([f"ERROR: {expected}"])
+    assert "writing" not in result.stdout.str()
+
+
+def test_what_needs_cuda_is_not_run_and_not_passed(project):
+    project.makepyfile(
+        "import pytest\n\n@pytest.mark.needs_cuda\ndef test_gpu(train):\n    train('opt-350m', 'lora')\n"
+    )
+    result = project.runpytest()
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["not run: needs CUDA: *::test_gpu"])
+
+
+def test_tests_that_train_nothing_need_no_corpus_and_get_no_table(pytester):
+    pytester.makeconftest('pytest_plugins = ["lightweight.plugin"]')
+    pytester.makepyfile("def test_nothing():\n    pass\n")
+    result = pytester.runpytest()
+    result.assert_outcomes(passed=1)
+    assert "lightweight:" not in result.stdout.str()
+
+
+def test_comparing_with_nothing_stored_passes_and_with_a_stored_run_compares(project):
+    project.makepyfile(CELLS)
+    # as in this repository: pytest-benchmark's warning that there is nothing yet must not become an error
+    project.makeini("[pytest]\nfilterwarnings =\n    error\n    default:Can't compare\n")
+    arguments = ("--epochs=2", "-k", "lora", "--benchmark-autosave", "--benchmark-compare")
+    first = project.runpytest_subprocess(*arguments)
+    assert first.ret == 0
+    first.assert_outcomes(passed=1, deselected=1)
+    (stored,) = project.path.glob(".benchmarks/*/0001_*.json")
+    assert len(json.loads(stored.read_text())["outcomes"]) == 1
+    second = project.runpytest(*arguments)
+    assert second.ret == 0
+    second.stdout.fnmatch_lines_random(["test_cell*lora* (NOW) *", "test_cell*lora* (0001_*) *"])
+
+
+def test_a_run_on_another_gpu_is_never_compared(project):
+    project.makepyfile(CELLS)
+    project.runpytest("--epochs=1", "-k", "lora", "--benchmark-autosave").assert_outcomes(passed=1, deselected=1)
+    (stored,) = project.path.glob(".benchmarks/*/0001_*.json")
+    document = json.loads(stored.read_text())
+    document["machine_info"]["gpu"] = {"name": "Tesla T4", "total_bytes": targets.T4.total_bytes}
+    stored.write_text(json.dumps(document))
+    result = project.runpytest("--epochs=1", "-k", "lora", "--benchmark-compare")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(
+        ["ERROR: --benchmark-compare: the stored run was measured on Tesla T4 and this one is on *"]
+    )
+
+
+def test_outcomes_of_xdist_workers_reach_the_controller(project):
+    project.makepyfile(CELLS)
+    result = project.runpytest("-n", "2", "--epochs=1")
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines_random(["micro * baseline * completed *", "micro * lora * completed *"])

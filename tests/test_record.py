@@ -1,0 +1,99 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from lightweight import record, targets
+from lightweight.methods import LORA, QLORA
+from lightweight.record import RecordError
+from lightweight.targets import Device
+from lightweight.trial import Completed, Crashed, Diverged, Measurements, OutOfMemory, TimedOut, Trial
+
+H200 = Device(name="NVIDIA H200", total_bytes=150_109_880_320, capability=(9, 0), driver="580")
+MEASURED = Measurements(train_loss=(3.0, 2.0), step_seconds=(0.2, 0.1), phase_seconds={"train": 0.3, "evaluate": 9.0})
+
+REQUIRED = {
+    *("model", "method", "target", "emulated", "weights", "corpus_digest", "seed", "outcome", "phase", "steps"),
+    *("tokens_per_step", "train_loss", "heldout_loss_before", "heldout_loss_after", "step_seconds", "cold_seconds"),
+    *("peak_allocated_bytes", "peak_reserved_bytes", "average_allocated_bytes", "host_peak_bytes"),
+}
+
+
+@pytest.fixture
+def trial(micro, small_corpus):
+    return Trial(model=micro, method=QLORA, target=targets.T4, corpus=small_corpus, device_index=0)
+
+
+OUTCOMES = [
+    Completed(measured=MEASURED),
+    OutOfMemory(phase="backward", requested_bytes=64, budget_bytes=100, reason="r", measured=MEASURED),
+    Diverged(step=2, reason="training loss is nan at step 2", measured=MEASURED),
+    Crashed(phase="build", reason="killed by SIGKILL", details="last words", measured=Measurements()),
+    TimedOut(phase="train", silent_seconds=5.0, reason="reported nothing", measured=MEASURED),
+]
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES, ids=lambda outcome: outcome.kind)
+def test_every_outcome_is_one_entry_with_every_key_as_plain_json(trial, outcome):
+    entry = record.entry(trial, outcome, H200)
+    assert set(entry) >= REQUIRED
+    assert set(record.KEYS) <= set(entry)
+    restored = json.loads(json.dumps(entry, allow_nan=False))
+    assert restored["outcome"] == outcome.kind
+    assert restored["reason"] == getattr(outcome, "reason", None)
+    assert restored["phase"] == getattr(outcome, "phase", None)
+    assert restored["steps"] == len(outcome.measured.step_seconds)
+    assert restored["device"] == "NVIDIA H200"
+    assert restored["versions"]["torch"].startswith("2.")
+    assert set(restored["versions"]) >= {"torch", "transformers", "peft", "bitsandbytes"}
+    assert restored["adapter"]["target_modules"] == "all-linear"
+    assert restored["quantization"]["bnb_4bit_quant_type"] == "nf4"
+
+
+def test_entries_say_what_was_emulated_and_in_which_precision(trial):
+    entry = record.entry(trial, OUTCOMES[0], H200)
+    assert (entry["emulated"], entry["precision"], entry["budget_bytes"]) == (True, "fp16", targets.T4.budget_bytes)
+    assert not record.entry(trial, OUTCOMES[0], replace(H200, name="Tesla T4"))["emulated"]
+    on_cpu = record.entry(replace(trial, target=targets.CPU, device_index=None), OUTCOMES[0], Device(name="a CPU"))
+    assert (on_cpu["emulated"], on_cpu["precision"], on_cpu["budget_bytes"]) == (False, "fp32", None)
+
+
+def test_a_set_in_a_peft_config_is_written_in_order(trial):
+    entry = record.entry(replace(trial, method=LORA), OUTCOMES[0], H200)
+    assert entry["adapter"]["target_modules"] == ["q_proj", "v_proj"]
+
+
+def test_the_steady_step_is_the_median_after_the_first_epoch():
+    assert record.steady_step_seconds((9.0, 9.0, 1.0, 2.0, 3.0), steps_per_epoch=2) == 2.0
+    assert record.steady_step_seconds((9.0, 8.0, 7.0), steps_per_epoch=3) == 8.0
+    assert record.steady_step_seconds((), steps_per_epoch=3) is None
+
+
+def test_records_are_read_in_order(trial, tmp_path):
+    for name, seeds in (("a", [1, 2]), ("b", [3])):
+        entries = [record.entry(replace(trial, seed=seed), OUTCOMES[0], H200) for seed in seeds]
+        (tmp_path / name).write_text(json.dumps({"outcomes": entries}))
+    assert [entry["seed"] for entry in record.load([tmp_path / "b", tmp_path / "a"])] == [3, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "cannot be read"),
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[]", "has no 'outcomes'"),
+        (b'{"benchmarks": []}', "give a file that `pytest experiments --benchmark-json` wrote"),
+        (b'{"outcomes": 3}', "has no 'outcomes'"),
+        (b'{"outcomes": [{"model": "m"}]}', "outcome 0 has no 'method': store the run again"),
+        (b'{"outcomes": ["m"]}', "outcome 0 is no object"),
+    ],
+)
+def test_a_record_that_cannot_be_read_is_one_line(tmp_path, content, expected):
+    path = tmp_path / "run.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RecordError, match=expected) as raised:
+        record.load([path])
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
