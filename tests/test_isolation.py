@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,22 @@ def test_a_calls_exception_comes_through(folder):
 def test_a_child_has_imported_no(module, folder):
     assert module in sys.modules or module == "lightweight.report"
     assert not isolation.call(eval, folder, f"{module!r} in __import__('sys').modules")
+
+
+def test_a_child_does_not_run_the_main_script_again(trial, tmp_path, monkeypatch):
+    """Which is pytest's, and multiprocessing would: it imports the script that `__main__` was started from."""
+    script = tmp_path / "script.py"
+    script.write_text("from pathlib import Path; Path(__file__).with_name('ran').touch()")
+    main = types.ModuleType("__main__")
+    main.__file__ = str(script)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    for name in ("call", "trial"):
+        (tmp_path / name).mkdir()
+    assert isolation.call(os.getpid, tmp_path / "call") != os.getpid()
+    with Child(trial, tmp_path / "trial") as child:
+        assert child.outcome is None
+    assert sys.modules["__main__"] is main
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("module", ["bitsandbytes", "transformers.trainer", "transformers.models.opt.modeling_opt"])
