@@ -41,6 +41,13 @@ def test_a_method_trains_what_it_says(trial, method):
         assert {parameter.dtype for parameter in network.parameters()} == {torch.float32, torch.uint8}
 
 
+def test_building_leaves_the_method_as_it_was(trial):
+    before = QLORA.adapter.to_dict()
+    worker.build(replace(trial, method=QLORA), CPU)
+    assert QLORA.adapter.to_dict() == before
+    assert QLORA.adapter.target_modules == "all-linear"
+
+
 def test_parameters_of_a_4_bit_network_are_counted_as_what_they_pack(trial):
     plain = models.load(trial.model, torch.float32, CPU, None)
     network = worker.build(replace(trial, method=QLORA), CPU)
