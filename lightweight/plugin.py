@@ -98,6 +98,9 @@ def pytest_configure(config: pytest.Config) -> None:
         value = config.getoption(option)
         if value is not None and value <= 0:
             raise pytest.UsageError(f"--{option.replace('_', '-')} {value:g}: give more than 0")
+    seed = config.getoption("seed")
+    if not 0 <= seed < 2**32:
+        raise pytest.UsageError(f"--seed {seed}: give a number from 0 to {2**32 - 1}, which is what numpy takes")
 
 
 class Laboratory:
@@ -160,11 +163,12 @@ class Laboratory:
 
     @cached_property
     def models(self) -> list[str]:
-        return self.config.getoption("model") or list(TRUE_SIZES if self.has_cuda else TWINS)
+        names = self.config.getoption("model") or (TRUE_SIZES if self.has_cuda else TWINS)
+        return list(dict.fromkeys(names))
 
     @cached_property
     def methods(self) -> list[str]:
-        names = self.config.getoption("method") or list(methods.METHODS)
+        names = list(dict.fromkeys(self.config.getoption("method") or methods.METHODS))
         for name in names:
             _method(name)
         return names

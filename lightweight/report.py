@@ -68,7 +68,7 @@ def notes(entries: Sequence[Entry]) -> list[str]:
             lines.append(f"{HOST} No GPU: the whole process's memory on the host, libraries included.")
     if any(entry["weights"] == "random" for entry in entries):
         lines.append(
-            f"{RANDOM} Random weights: speed and memory are as with the true ones; the loss says nothing of quality."
+            f"{RANDOM} Random weights: speed and memory are as with trained ones; the loss says nothing of quality."
         )
     return lines
 

@@ -240,6 +240,7 @@ def test_parametrising_a_test_oneself_goes_before_the_command_line(project):
         (["--weights=pretrained"], "model opt-tiny: exists with random weights only*"),
         (["--epochs=0"], "--epochs 0: *"),
         (["--trial-timeout=0"], "--trial-timeout 0: *"),
+        (["--seed=-1"], "--seed -1: give a number from 0 to *"),
     ],
 )
 def test_bad_input_is_one_line_before_any_model_is_built(project, arguments, expected):
