@@ -9,17 +9,21 @@ from statistics import mean
 from lightweight.plugin import Laboratory, Train
 from lightweight.trial import Completed, OutOfMemory
 
-# Cells that a T4 has no room for; every other cell of the known models has to fit it.
-DOES_NOT_FIT_T4 = {("gpt-neo-1.3b", "baseline"), ("gpt-neo-1.3b", "lora")}
+# What the committed record shows to fit a T4: there, running out of memory is a regression. Elsewhere it is an answer.
+FITS_T4 = {
+    ("opt-350m", "baseline"),
+    ("opt-350m", "lora"),
+    ("opt-350m", "qlora"),
+    ("gpt-neo-1.3b", "qlora"),
+}
 
 
 def test_training(train: Train, laboratory: Laboratory, model: str, method: str) -> None:
     outcome = train(model, method)
 
     if isinstance(outcome, OutOfMemory):
-        # An answer, not an accident, where it is known of this target; it stays a row of the table.
-        expected = (model, method) in DOES_NOT_FIT_T4 or laboratory.target.name != "t4"
-        assert expected, f"{model} x {method} no longer fits {laboratory.target.name}: {outcome.reason}"
+        fitted = laboratory.target.name == "t4" and (model, method) in FITS_T4
+        assert not fitted, f"{model} x {method} no longer fits a T4: {outcome.reason}"
         return
     assert isinstance(outcome, Completed), f"{model} x {method} {outcome.kind}: {outcome.reason}"
 

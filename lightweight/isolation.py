@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import ParamSpec, Self, TypeVar
 
 from lightweight import worker
+from lightweight.stock import Request
 from lightweight.trial import Crashed, Measurements, Outcome, Phase, TimedOut, Trial
 
 P = ParamSpec("P")
@@ -120,7 +121,7 @@ class Child:
             self._process.kill()
             self._process.join()
 
-    def _request(self, request: worker.Request, answer: type | None) -> None:
+    def _request(self, request: Request, answer: type | None) -> None:
         if self.outcome is None:
             try:
                 self._connection.send(request)

@@ -103,18 +103,22 @@ class Meter:
             self._held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
 
     def end_round(self) -> None:
-        """Wait for the device and read what the round left there. Raises DivergedError."""
+        """Read what the round left on the device. Raises DivergedError."""
+        first = len(self._losses) + 1
+        self.read_device()
+        for step, loss in enumerate(self._losses[first - 1 :], first):
+            if not math.isfinite(loss):
+                raise DivergedError(step, loss)
+
+    def read_device(self) -> None:
+        """Wait for the device, and take its peaks and what it holds of losses and step boundaries."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             self._peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         self._step_seconds += [_seconds(start, end) for start, end in pairwise(self._marks)]
-        first = len(self._losses) + 1
         if self._pending_losses:
             self._losses += torch.stack(self._pending_losses).tolist()
         self._marks, self._pending_losses = [], []
-        for step, loss in enumerate(self._losses[first - 1 :], first):
-            if not math.isfinite(loss):
-                raise DivergedError(step, loss)
 
     def end_training(self) -> None:
         """Ask NVML once: what the allocator has reserved it keeps, so the end of training is the process's peak."""

@@ -149,12 +149,13 @@ def find(model: Model, weights: Weights | None = None) -> tuple[Model, str | Non
     except ModelError as error:
         if weights == "pretrained" or (model.architecture is None and not _has_config(model)):
             raise
-        return _random(model), f"{error}; building random ones at its true size"
+        problem = str(error).split("; ")[0]
+        return _random(model), f"{problem}; building random weights at its true size"
 
 
 def _pretrained(model: Model) -> Model:
     if model.source is None:
-        raise ModelError(f"model {model.name}: exists with random weights only")
+        raise ModelError(f"model {model.name}: exists with random weights only; take those")
     folder = Path(model.source)
     if folder.is_dir():
         return _in_folder(model, folder)
@@ -170,8 +171,8 @@ def _pretrained(model: Model) -> Model:
         if model.package and (spec := importlib.util.find_spec(model.package)) and spec.origin:
             return _in_folder(model, Path(spec.origin).parent)
         reason = str(error).splitlines()[0].rstrip(".")
-        known = "" if model.name in MODELS else f"; known names: {', '.join(MODELS)}; or give a local folder"
-        raise ModelError(f"model {model.name}: not on this machine and not from the hub ({reason}){known}") from error
+        mend = "give a local folder" + ("" if model.name in MODELS else f" or a known name: {', '.join(MODELS)}")
+        raise ModelError(f"model {model.name}: not on this machine and not from the hub ({reason}); {mend}") from error
     if any(snapshot.glob("*.safetensors")):
         return replace(model, weights="pretrained", location=str(snapshot))
     # Pickled weights only: transformers finds the hub's own safetensors conversion, by repository id.

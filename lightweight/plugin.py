@@ -198,13 +198,18 @@ class Laboratory:
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Check everything a trial needs, before any model is built."""
-        needed = any(name in getattr(item, "fixturenames", ()) for item in session.items for name in FIXTURES)
-        if needed and not self.config.getoption("collectonly"):
-            for model in self.models:
-                found = self._find(models.named(model))
-                for method in self.methods:
+        if self.config.getoption("collectonly"):
+            return
+        for item in session.items:
+            if any(name in getattr(item, "fixturenames", ()) for name in FIXTURES):
+                settings: dict[str, Any] = {"target": self.target, "corpus": self.corpus}
+                # Only cells that are going to run: looking for a model may download it.
+                cell = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+                model, method = cell.get("model"), cell.get("method")
+                found = self._find(_model(model)) if isinstance(model, str | Model) else Model(name="any")
+                if isinstance(method, str | Method):
                     try:
-                        Trial(model=found, method=_method(method), target=self.target, corpus=self.corpus)
+                        Trial(model=found, method=_method(method), **settings)
                     except ValueError as error:
                         raise pytest.UsageError(str(error)) from None
 
@@ -224,8 +229,8 @@ class Laboratory:
             "device_index": 0 if self.has_cuda else None,
         }
         return Trial(
-            model=self._locate(models.named(model) if isinstance(model, str) else model),
-            method=_method(method) if isinstance(method, str) else method,
+            model=self._locate(_model(model)),
+            method=_method(method),
             **settings | changes,
         )
 
@@ -396,9 +401,13 @@ def _by_round(step_seconds: tuple[float, ...], steps_per_round: int) -> list[flo
     return [sum(step_seconds[i : i + steps_per_round]) for i in range(0, len(step_seconds), steps_per_round)]
 
 
-def _method(name: str) -> Method:
+def _model(model: str | Model) -> Model:
+    return models.named(model) if isinstance(model, str) else model
+
+
+def _method(method: str | Method) -> Method:
     try:
-        return methods.named(name)
+        return methods.named(method) if isinstance(method, str) else method
     except ValueError as error:
         raise pytest.UsageError(f"--method: {error}") from None
 

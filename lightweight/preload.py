@@ -38,9 +38,7 @@ def compute_capabilities() -> list[tuple[int, int]]:
 @contextmanager
 def _capability_from_nvml() -> Iterator[None]:
     capabilities = compute_capabilities()
-    if (
-        not capabilities
-    ):  # no NVIDIA GPU, or no NVML to ask: nothing to keep from, or nothing better than torch's answer
+    if not capabilities:  # no GPU to keep off, or no NVML to ask instead
         yield
         return
     original = torch.cuda.get_device_capability

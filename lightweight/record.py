@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +22,8 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "pyte
 
 Entry = dict[str, Any]
 """One trial as JSON. `step_seconds`, `train_loss`: one number an optimizer step; `*_bytes`, `*_seconds` in those units;
-`None` where there is nothing to say. Keys that only some outcomes have: `reason`, `details`, `requested_bytes`,
-`budget_bytes`, `diverged_at_step`."""
-
+`None` where there is nothing to say, or no finite number, which JSON does not have. Keys that only some outcomes have:
+`reason`, `details`, `requested_bytes`, `budget_bytes`, `diverged_at_step`."""
 
 KEYS = (
     *("model", "method", "target", "emulated", "weights", "precision", "corpus_digest", "seed", "outcome", "phase"),
@@ -39,7 +40,7 @@ class RecordError(ValueError):
 
 def entry(trial: Trial, outcome: Outcome, device: Device) -> Entry:
     """The record of one trial and how it ended on `device`."""
-    measured = dataclasses.asdict(outcome.measured)
+    measured = _plain(dataclasses.asdict(outcome.measured))
     on_gpu = trial.device_index is not None
     method = trial.method if on_gpu else trial.method.on_cpu()
     return {
@@ -50,9 +51,9 @@ def entry(trial: Trial, outcome: Outcome, device: Device) -> Entry:
         "weights": trial.model.weights,
         "precision": method.precision,
         "weights_dtype": method.weights_dtype,
-        "adapter": _settings(method.adapter),
-        "quantization": _settings(method.quantization),
-        "training_arguments": dict(method.training_arguments),
+        "adapter": None if method.adapter is None else _plain(method.adapter.to_dict()),
+        "quantization": None if method.quantization is None else _plain(method.quantization.to_dict()),
+        "training_arguments": _plain(method.training_arguments),
         "corpus_digest": trial.corpus.digest,
         "seed": trial.seed,
         "outcome": outcome.kind,
@@ -117,10 +118,19 @@ def load(paths: Iterable[Path]) -> list[Entry]:
     return entries
 
 
-def _settings(config: Any) -> dict[str, Any] | None:
-    """A peft or quantization config as plain JSON."""
-    if config is None:
-        return None
-    text = json.dumps(config.to_dict(), default=lambda value: sorted(value) if isinstance(value, set) else str(value))
-    settings: dict[str, Any] = json.loads(text)
-    return settings
+def _plain(value: Any) -> Any:
+    """`value` in JSON's own types, which are also all that pytest-xdist carries between processes."""
+    match value:
+        case Mapping():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case set() | frozenset():
+            return sorted(_plain(item) for item in value)
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case float() if not math.isfinite(value):
+            return None
+        case Enum():
+            return _plain(value.value)
+        case str() | int() | float() | None:
+            return value
+    return str(value)

@@ -14,7 +14,7 @@ import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightweight.preload import peft  # isort: skip  # before Trainer, which imports peft
 
@@ -23,10 +23,9 @@ import transformers
 
 from lightweight import corpus, models, stock
 from lightweight.meter import DivergedError, Meter
+from lightweight.stock import Request
 from lightweight.targets import Device, GiB, MiB
 from lightweight.trial import MAX_LENGTH, Completed, Crashed, Diverged, Measurements, Outcome, OutOfMemory, Phase, Trial
-
-Request = Literal["round", "finish"]
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ def _failure(error: Exception, trial: Trial, meter: Meter) -> Outcome:
         case DivergedError():
             return Diverged(step=error.step, reason=str(error), measured=meter.measurements())
         case torch.OutOfMemoryError() if _allocator_ran_out():
-            meter.end_round()
+            meter.read_device()
             meter.end_training()
             return OutOfMemory(
                 phase=meter.phase,

@@ -72,6 +72,15 @@ def test_a_loss_that_is_no_number_is_told_with_its_step(meter, loss):
     assert len(meter.measurements().train_loss) == 3
 
 
+def test_a_trial_that_fails_in_a_round_keeps_what_it_had_and_is_asked_nothing_about_it(meter):
+    meter.begin_round()
+    meter.add_loss(torch.tensor(math.nan))
+    meter.end_step()
+    meter.add_loss(torch.tensor(1.0))  # the forward pass after it, whose backward ran out of memory
+    meter.read_device()
+    assert len(meter.measurements().step_seconds) == len(meter.measurements().train_loss) == 1
+
+
 def test_a_cpu_has_no_device_memory_but_a_host(meter):
     measured = meter.measurements()
     assert measured.peak_allocated_bytes is None

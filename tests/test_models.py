@@ -142,7 +142,7 @@ def test_without_the_hub_a_known_model_gets_random_weights_and_says_so():
     found, note = models.find(replace(models.OPT_350M))
     assert found.weights == "random"
     assert note.startswith("model opt-350m: not on this machine and not from the hub")
-    assert note.endswith("building random ones at its true size")
+    assert note.endswith("building random weights at its true size")
     assert "\n" not in note
 
 
@@ -150,9 +150,9 @@ def test_without_the_hub_a_known_model_gets_random_weights_and_says_so():
 @pytest.mark.parametrize(
     ("name", "weights", "expected"),
     [
-        ("opt-350m", "pretrained", "not on this machine"),
+        ("opt-350m", "pretrained", r"not on this machine and not from the hub \(.*\); give a local folder$"),
         ("opt-tiny", "pretrained", "exists with random weights only"),
-        ("opt-35m", None, "known names: opt-350m, gpt-neo-1.3b"),
+        ("opt-35m", None, "give a local folder or a known name: opt-350m, gpt-neo-1.3b"),
         ("nobody/nothing", None, "give a local folder"),
         ("nobody/nothing", "random", "random weights need an architecture"),
         ("./nowhere", None, "no such folder"),

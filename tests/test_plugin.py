@@ -204,6 +204,27 @@ def test_models_and_methods_come_from_the_command_line(project, micro):
     assert document["benchmarks"][0]["params"] == {"model": micro.location, "method": "baseline"}
 
 
+def test_only_models_that_are_going_to_be_trained_are_looked_for(project):
+    """Which may download them: neither the defaults of the command line nor what was deselected."""
+    project.makepyfile(
+        f"""
+        import pytest
+        from lightweight import models
+
+        MICRO = models.Model(name="micro", architecture={MICRO.architecture!r})
+
+        @pytest.mark.parametrize("model", [MICRO, models.Model(name="far", source="./far")], ids=["micro", "far"])
+        def test_cell(train, laboratory, model):
+            assert train(model, "baseline").kind == "completed"
+            assert list(laboratory._models) == ["micro"]
+        """
+    )
+    project.runpytest("-k", "micro", "--epochs=1").assert_outcomes(passed=1, deselected=1)
+    result = project.runpytest("-k", "far", "--epochs=1")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: model far: no such folder; *"])
+
+
 def test_parametrising_a_test_oneself_goes_before_the_command_line(project):
     project.makepyfile(
         """

@@ -1,7 +1,10 @@
 import json
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from transformers import SchedulerType
 
 from lightweight import record, targets
 from lightweight.methods import LORA, QLORA
@@ -56,6 +59,25 @@ def test_entries_say_what_was_emulated_and_in_which_precision(trial):
     assert not record.entry(trial, OUTCOMES[0], replace(H200, name="Tesla T4"))["emulated"]
     on_cpu = record.entry(replace(trial, target=targets.CPU, device_index=None), OUTCOMES[0], Device(name="a CPU"))
     assert (on_cpu["emulated"], on_cpu["precision"], on_cpu["budget_bytes"]) == (False, "fp32", None)
+
+
+def test_what_json_has_no_word_for_is_written_as_none(trial):
+    measured = Measurements(train_loss=(3.0, math.nan, math.inf), heldout_loss_before=math.nan)
+    entry = record.entry(trial, Diverged(step=2, reason="training loss is nan at step 2", measured=measured), H200)
+    assert entry["train_loss"] == [3.0, None, None]
+    assert entry["heldout_loss_before"] is None
+    assert json.loads(json.dumps(entry, allow_nan=False)) == entry
+
+
+def test_a_method_may_say_things_in_objects(trial):
+    arguments = {"lr_scheduler_type": SchedulerType.COSINE, "label_names": ("labels",), "output_dir": Path("here")}
+    entry = record.entry(replace(trial, method=replace(LORA, training_arguments=arguments)), OUTCOMES[0], H200)
+    assert type(entry["training_arguments"]["lr_scheduler_type"]) is str  # SchedulerType only behaves like one
+    assert entry["training_arguments"] == {
+        "lr_scheduler_type": "cosine",
+        "label_names": ["labels"],
+        "output_dir": "here",
+    }
 
 
 def test_a_set_in_a_peft_config_is_written_in_order(trial):

@@ -1,5 +1,6 @@
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,8 @@ def test_the_committed_record_holds_the_answer():
     assert found["gpt-neo-1.3b", "baseline"]["outcome"] == "out_of_memory"
     assert found["gpt-neo-1.3b", "qlora"]["outcome"] == "completed"
     assert found["gpt-neo-1.3b", "qlora"]["peak_reserved_bytes"] <= found["gpt-neo-1.3b", "qlora"]["budget_bytes"]
+    fits = runpy.run_path(str(ROOT / "experiments" / "test_training.py"))["FITS_T4"]
+    assert {cell for cell, e in found.items() if e["outcome"] == "completed"} == fits
     assert all(e["device_bytes"] and e["steps"] in (0, 130) for e in found.values())
 
 
