@@ -1,9 +1,11 @@
-"""The command line: `lightweight report RECORD.json ...`."""
+"""The command line: `lightweight plan MODEL ...` and `lightweight report RECORD.json ...`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from lightweight import __version__, record, report
@@ -14,13 +16,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lightweight", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("report", help="print saved records as one table")
-    command.add_argument("records", nargs="+", type=Path, metavar="RECORD.json")
-    command.add_argument("--format", choices=("terminal", "markdown"), default="terminal")
-    command.add_argument(
+    _add_plan(commands.add_parser("plan", help="forecast which methods fit which cards, without a GPU or the weights"))
+    _add_report(commands.add_parser("report", help="print saved records as one table"))
+    options = parser.parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = options.run
+    return run(options)
+
+
+def _refuse(error: Exception) -> int:
+    print(f"lightweight: {error}", file=sys.stderr)
+    return 2
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_report)
+    parser.add_argument("records", nargs="+", type=Path, metavar="RECORD.json")
+    parser.add_argument("--format", choices=("terminal", "markdown"), default="terminal")
+    parser.add_argument(
         "--into", type=Path, metavar="README.md", help="write the markdown table between the result marks of this file"
     )
-    options = parser.parse_args(arguments)
+
+
+def _report(options: argparse.Namespace) -> int:
     try:
         entries = record.load(options.records)
         if options.into:
@@ -28,9 +45,76 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             print(report.table(entries, options.format))
     except (record.RecordError, report.ReportError) as error:
-        print(f"lightweight: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error)
     return 0
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_plan)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="a known name, a hub id or a local folder")
+    parser.add_argument(
+        "--method", action="append", metavar="NAME", help="repeatable: a known name or package.module:NAME"
+    )
+    parser.add_argument(
+        "--target", action="append", metavar="NAME", help="repeatable: a card, or an amount such as 16GiB"
+    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help="sequences a forward pass (default: the method's)")
+    parser.add_argument("--max-length", type=int, metavar="N", help="tokens a row (default: 256)")
+    parser.add_argument("--max-batch", action="store_true", help="also find the largest batch that fits")
+    parser.add_argument(
+        "--record",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="RECORD.json",
+        help="repeatable: records whose step times say which method is the fastest",
+    )
+    parser.add_argument("--format", choices=("table", "json"), default="table")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from lightweight import forecast, methods, models, plan, targets  # torch takes seconds, and a report needs none
+    from lightweight.trial import MAX_LENGTH
+
+    try:
+        for option in ("batch_size", "max_length"):
+            value = getattr(options, option)
+            if value is not None and value < 1:
+                raise ValueError(f"--{option.replace('_', '-')} {value}: give at least 1")
+        wanted_methods = [methods.named(name) for name in dict.fromkeys(options.method or methods.METHODS)]
+        names = options.target or [target.name for target in targets.TARGETS.values() if target.total_bytes]
+        wanted_targets = [targets.named(name) for name in dict.fromkeys(names)]
+        for target in wanted_targets:
+            if target.total_bytes is None:
+                raise ValueError(f"target {target.name!r} has no amount of memory to plan for: name a card, or 16GiB")
+        measured = record.load(options.record)
+    except ValueError as error:
+        return _refuse(error)
+    try:
+        rows = plan.plan(
+            [models.named(name) for name in dict.fromkeys(options.models)],
+            wanted_methods,
+            wanted_targets,
+            batch_size=options.batch_size,
+            max_length=options.max_length or MAX_LENGTH,
+            max_batch=options.max_batch,
+            measured=measured,
+            progress=_show,
+        )
+    except (forecast.ForecastError, models.ModelError) as error:
+        return _refuse(error)
+    finally:
+        _show("")
+    print(json.dumps(rows, indent=1) if options.format == "json" else plan.table(rows))
+    if options.target:
+        return 0 if plan.each_target_has_a_method(rows) else 1
+    return 0 if any(row["chosen"] for row in rows) else 1
+
+
+def _show(text: str) -> None:
+    """A line of progress that the next one overwrites; none where nobody watches."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

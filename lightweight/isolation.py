@@ -27,6 +27,7 @@ T = TypeVar("T")
 PRELOAD = [
     "lightweight.preload",  # first: it keeps the imports after it off the GPU
     "lightweight.worker",
+    "lightweight.forecast",
     # transformers imports these lazily, in every child anew, unless the forkserver has them already
     "transformers.integrations.bitsandbytes",
     "transformers.models.byt5.tokenization_byt5",

@@ -170,13 +170,17 @@ def _pretrained(model: Model) -> Model:
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         if model.package and (spec := importlib.util.find_spec(model.package)) and spec.origin:
             return _in_folder(model, Path(spec.origin).parent)
-        reason = str(error).splitlines()[0].rstrip(".")
-        mend = "give a local folder" + ("" if model.name in MODELS else f" or a known name: {', '.join(MODELS)}")
-        raise ModelError(f"model {model.name}: not on this machine and not from the hub ({reason}); {mend}") from error
+        raise _unreachable(model, error) from error
     if any(snapshot.glob("*.safetensors")):
         return replace(model, weights="pretrained", location=str(snapshot))
     # Pickled weights only: transformers finds the hub's own safetensors conversion, by repository id.
     return replace(model, weights="pretrained", location=model.source)
+
+
+def _unreachable(model: Model, error: Exception) -> ModelError:
+    reason = str(error).splitlines()[0].rstrip(".")
+    mend = "give a local folder" + ("" if model.name in MODELS else f" or a known name: {', '.join(MODELS)}")
+    return ModelError(f"model {model.name}: not on this machine and not from the hub ({reason}); {mend}")
 
 
 def _in_folder(model: Model, folder: Path) -> Model:
@@ -244,19 +248,65 @@ def _unpacked(location: str, gguf_file: str) -> PreTrainedModel:
 
 def _architecture(model: Model) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
     """The configuration that random weights are drawn for, its special tokens those of the tokenizer."""
-    from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer
+    from transformers import AutoTokenizer, ByT5Tokenizer
 
+    config = configuration(model)
     tokenizer: PreTrainedTokenizerBase = ByT5Tokenizer()
-    if model.architecture is not None:
-        config = AutoConfig.for_model(**model.architecture)
-    else:
+    if model.architecture is None:
         assert model.source is not None
-        config = AutoConfig.from_pretrained(model.source, trust_remote_code=False)
         if (Path(model.source) / "tokenizer_config.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(model.source, trust_remote_code=False)
     config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     config.bos_token_id = tokenizer.bos_token_id
     return config, tokenizer
+
+
+def configuration(model: Model) -> PretrainedConfig:
+    """The configuration alone: the architecture that is known, a folder's config.json, or the hub's. Raises
+    ModelError."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from transformers import AutoConfig
+
+    if model.architecture is not None:
+        known: PretrainedConfig = AutoConfig.for_model(**model.architecture)
+        return known
+    assert model.source is not None
+    folder = Path(model.source)
+    if not _has_config(model):
+        if folder.is_dir():
+            raise ModelError(f"model {model.name}: {folder} has no config.json; add the one of its architecture")
+        try:
+            folder = Path(snapshot_download(model.source, allow_patterns="config.json"))
+        except (OSError, HfHubHTTPError, HFValidationError) as error:
+            raise _unreachable(model, error) from error
+    try:
+        found: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ModelError(
+            f"model {model.name}: its config.json cannot be used ({reason}); "
+            "give an architecture that transformers has, whose code does not come with the model"
+        ) from error
+    return found
+
+
+def skeleton(
+    config: PretrainedConfig, dtype: torch.dtype, quantization: QuantizationConfigMixin | None
+) -> PreTrainedModel:
+    """The network that `load` would give, on the meta device: shapes and no weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    with torch.device("meta"):
+        network: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        if quantization is not None:
+            quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+            quantizer.preprocess_model(model=network, device_map=None)
+            network.hf_quantizer = quantizer
+            quantizer.postprocess_model(network)
+    return network
 
 
 def load(
@@ -283,3 +333,13 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
     assert model.location is not None
     return AutoTokenizer.from_pretrained(model.location, trust_remote_code=False)
+
+
+def count_parameters(network: torch.nn.Module, *, trainable: bool = False) -> int:
+    """Parameters, or only the trainable ones; a 4-bit weight counts as the elements it packs."""
+    counted = 0
+    for parameter in network.parameters():
+        if parameter.requires_grad or not trainable:
+            state = getattr(parameter, "quant_state", None)
+            counted += parameter.numel() if state is None else state.shape.numel()
+    return counted

@@ -5,9 +5,10 @@ Load it from a conftest.py: `pytest_plugins = ["lightweight.plugin"]`. Tests the
 - `train(model, method, **changes)`: train a cell in a child process, its rounds timed by pytest-benchmark, and get the
   Outcome;
 - `outcome_of(model, method, **changes)`: the Outcome of a cell that has been trained in this session, or else train it
-  now, untimed by pytest-benchmark.
+  now, untimed by pytest-benchmark;
+- `forecast_of(model, method, **changes)`: the Forecast of a cell, which needs no GPU and no weights.
 
-A test that takes `model` and `method` arguments beside either of them is parametrised over `--model` x `--method`.
+A test that takes `model` and `method` arguments beside any of them is parametrised over `--model` x `--method`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Generator
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +24,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
-from lightweight import corpus, isolation, methods, models, record, report, targets, worker
+from lightweight import corpus, forecast, isolation, methods, models, record, report, targets, worker
+from lightweight.forecast import Forecast, ForecastError
 from lightweight.methods import Method
 from lightweight.models import Model
 from lightweight.targets import CPU, NATIVE, T4, Device, GiB, Target
@@ -31,7 +34,8 @@ from lightweight.trial import Measurements, Outcome, Trial
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-FIXTURES = ("train", "outcome_of")
+TRAINING_FIXTURES = ("train", "outcome_of")
+FIXTURES = (*TRAINING_FIXTURES, "forecast_of")
 TRUE_SIZES = ("opt-350m", "gpt-neo-1.3b")
 TWINS = ("opt-tiny", "gpt-neo-tiny")
 CUDA_EPOCHS = 10  # the original job
@@ -41,9 +45,15 @@ NOT_RUN = "not run: "
 
 class Train(Protocol):
     """Train one cell and return how it ended. `changes` replace fields of its Trial: target, epochs, max_steps,
-    seed."""
+    max_length, seed."""
 
     def __call__(self, model: str | Model, method: str | Method, **changes: Any) -> Outcome: ...
+
+
+class ForecastOf(Protocol):
+    """Forecast one cell. `changes` replace fields of its Trial."""
+
+    def __call__(self, model: str | Model, method: str | Method, **changes: Any) -> Forecast: ...
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -109,8 +119,9 @@ class Laboratory:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.entries: list[record.Entry] = []
-        self.not_run: list[str] = []
+        self.not_run: Counter[str] = Counter()
         self._outcomes: dict[str, Outcome] = {}
+        self._traces: dict[str, forecast.Trace] = {}
         self._models: dict[str, Model] = {}
 
     # What the options say; each is read when first needed, and raises pytest.UsageError.
@@ -201,7 +212,7 @@ class Laboratory:
         if self.config.getoption("collectonly"):
             return
         for item in session.items:
-            if any(name in getattr(item, "fixturenames", ()) for name in FIXTURES):
+            if any(name in getattr(item, "fixturenames", ()) for name in TRAINING_FIXTURES):
                 settings: dict[str, Any] = {"target": self.target, "corpus": self.corpus}
                 # Only cells that are going to run: looking for a model may download it.
                 cell = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
@@ -219,8 +230,8 @@ class Laboratory:
 
     # Training
 
-    def trial(self, model: str | Model, method: str | Method, **changes: Any) -> Trial:
-        """The trial of a cell under the session's options."""
+    def trial(self, model: str | Model, method: str | Method, *, written: bool = True, **changes: Any) -> Trial:
+        """The trial of a cell under the session's options; its weights need not be there unless `written`."""
         settings: dict[str, Any] = {
             "target": self.target,
             "corpus": self.corpus,
@@ -228,11 +239,19 @@ class Laboratory:
             "epochs": self.config.getoption("epochs") or (CUDA_EPOCHS if self.has_cuda else CPU_EPOCHS),
             "device_index": 0 if self.has_cuda else None,
         }
-        return Trial(
-            model=self._locate(_model(model)),
-            method=_method(method),
-            **settings | changes,
-        )
+        found = self._locate(_model(model)) if written else _model(model)
+        return Trial(model=found, method=_method(method), **settings | changes)
+
+    def forecast(self, trial: Trial) -> Forecast:
+        """The forecast of `trial` on the session's device; its trace is made once for all targets. Raises
+        ForecastError."""
+        # Kernels are the device's own; without one they are those of the target aimed at.
+        target = NATIVE if self.device.capability else trial.target
+        key = repr(dataclasses.replace(trial, target=target))
+        if key not in self._traces:
+            self._show(f"{trial.name}: forecasting its memory")
+            self._traces[key] = isolation.call(forecast.trace_on, self.folder, trial, self.device)
+        return forecast.of_trial(self._traces[key], trial, self.device)
 
     def outcome_of(self, trial: Trial) -> Outcome | None:
         """How `trial` ended, if it has been run in this session."""
@@ -251,8 +270,17 @@ class Laboratory:
             shutil.rmtree(folder)
         self._show(f"{trial.name}: {outcome.kind.replace('_', ' ')}", " ", " ")
         self._outcomes[repr(trial)] = outcome
-        item.stash.setdefault(_ENTRIES, []).append(record.entry(trial, outcome, self.device))
+        item.stash.setdefault(_ENTRIES, []).append(
+            record.entry(trial, outcome, self.device, self._try_to_forecast(trial))
+        )
         return outcome
+
+    def _try_to_forecast(self, trial: Trial) -> Forecast | None:
+        try:
+            return self.forecast(trial)
+        except ForecastError as error:
+            self._show(f"no forecast: {error}", "\n", "\n")
+            return None
 
     def _find(self, model: Model) -> Model:
         """The model with where its weights come from, looked for once a session."""
@@ -311,15 +339,15 @@ class Laboratory:
         self.entries += getattr(report, "lightweight_entries", [])
         if report.skipped and isinstance(report.longrepr, tuple) and NOT_RUN in report.longrepr[2]:
             reason = report.longrepr[2].removeprefix("Skipped: ")
-            self.not_run.append(f"{reason}: {report.nodeid}")
+            self.not_run[f"{reason}: {report.nodeid.partition('[')[0]}"] += 1
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.entries or self.not_run:
             terminalreporter.section("lightweight: does it fit, how fast is it, what does it do to the loss")
         if self.entries:
             terminalreporter.write_line(report.table(self.entries, "terminal"))
-        for line in self.not_run:
-            terminalreporter.write_line(line)
+        for line, count in self.not_run.items():
+            terminalreporter.write_line(line if count == 1 else f"{line} ({count} cells)")
 
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
         machine_info.pop("node", None)  # records are committed and shared; whose machine it was is nobody's business
@@ -385,6 +413,16 @@ def outcome_of(request: pytest.FixtureRequest, laboratory: Laboratory) -> Train:
     def find(model: str | Model, method: str | Method, **changes: Any) -> Outcome:
         trial = laboratory.trial(model, method, **changes)
         return laboratory.outcome_of(trial) or laboratory.run(request.node, trial)
+
+    return find
+
+
+@pytest.fixture
+def forecast_of(laboratory: Laboratory) -> ForecastOf:
+    """The Forecast of a cell, on the session's device or, where there is none, on the cell's target."""
+
+    def find(model: str | Model, method: str | Method, **changes: Any) -> Forecast:
+        return laboratory.forecast(laboratory.trial(model, method, written=False, **changes))
 
     return find
 

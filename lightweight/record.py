@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lightweight import __version__
 
 if TYPE_CHECKING:  # a record is read without torch
+    from lightweight.forecast import Forecast
     from lightweight.targets import Device
     from lightweight.trial import Outcome, Trial
 
@@ -29,7 +30,8 @@ KEYS = (
     *("model", "method", "target", "emulated", "weights", "precision", "corpus_digest", "seed", "outcome", "phase"),
     *("steps", "tokens_per_step", "train_loss", "step_seconds", "steady_step_seconds", "cold_seconds"),
     *("heldout_loss_before", "heldout_loss_after", "peak_allocated_bytes", "peak_reserved_bytes"),
-    *("average_allocated_bytes", "host_peak_bytes", "device", "device_bytes", "versions"),
+    *("average_allocated_bytes", "host_peak_bytes", "forecast_allocated_bytes", "forecast_reserved_bytes"),
+    *("forecast_verdict", "device", "device_bytes", "versions"),
 )
 """What every entry has, and what a reader of records may rely on."""
 
@@ -38,8 +40,8 @@ class RecordError(ValueError):
     """A record that cannot be read. The message names the file and the mend."""
 
 
-def entry(trial: Trial, outcome: Outcome, device: Device) -> Entry:
-    """The record of one trial and how it ended on `device`."""
+def entry(trial: Trial, outcome: Outcome, device: Device, forecast: Forecast | None) -> Entry:
+    """The record of one trial, how it ended on `device`, and what was forecast of it, `None` where nothing could be."""
     measured = _plain(dataclasses.asdict(outcome.measured))
     on_gpu = trial.device_index is not None
     method = trial.method if on_gpu else trial.method.on_cpu()
@@ -66,10 +68,16 @@ def entry(trial: Trial, outcome: Outcome, device: Device) -> Entry:
         "steps": len(measured["step_seconds"]),
         "planned_steps": trial.steps,
         "steps_per_epoch": trial.steps_per_epoch,
+        "max_length": trial.max_length,
         "tokens_per_step": trial.tokens_per_step,
         **measured,
         "steady_step_seconds": steady_step_seconds(outcome.measured.step_seconds, trial.steps_per_epoch),
         "cold_seconds": outcome.measured.cold_seconds,
+        "forecast_allocated_bytes": forecast and forecast.allocated_bytes,
+        "forecast_reserved_bytes": forecast and forecast.reserved_bytes,
+        "forecast_verdict": forecast and forecast.verdict,
+        "forecast_phase": forecast and forecast.phase,
+        "forecast_bytes_by_cause": forecast and dict(forecast.by_cause),
         "device": device.name,
         "device_bytes": device.total_bytes,
         "device_driver": device.driver,

@@ -22,6 +22,7 @@ COLUMNS = (
     "step",
     "speedup",
     "peak memory",
+    "forecast",
     "of baseline",
     "held-out loss",
 )
@@ -47,7 +48,7 @@ def table(entries: Sequence[Entry], style: Format) -> str:
             headers=COLUMNS,
             tablefmt="github" if style == "markdown" else "simple",
             disable_numparse=True,
-            colalign=("left",) * 4 + ("right",) * 5 + ("left",),
+            colalign=("left",) * 4 + ("right",) * 6 + ("left",),
         )
     ]
     lines += notes(entries)
@@ -65,7 +66,10 @@ def notes(entries: Sequence[Entry]) -> list[str]:
         if any(entry["emulated"] for entry in of_device):
             lines.append(f"{EMULATED} Emulated: torch's allocator is capped at the bytes the target has.")
         if all(entry["peak_allocated_bytes"] is None for entry in of_device):
-            lines.append(f"{HOST} No GPU: the whole process's memory on the host, libraries included.")
+            lines.append(
+                f"{HOST} No GPU: the whole process's memory on the host, libraries included. "
+                "The forecast is what torch would allocate on a GPU."
+            )
     if any(entry["weights"] == "random" for entry in entries):
         lines.append(
             f"{RANDOM} Random weights: speed and memory are as with trained ones; the loss says nothing of quality."
@@ -102,6 +106,7 @@ def _row(entry: Entry, baseline: Entry | None) -> list[str]:
         _step(entry["steady_step_seconds"]) if entry["outcome"] == "completed" else "-",
         _speedup(entry, baseline),
         _memory(entry),
+        _forecast(entry),
         _memory_ratio(entry, baseline),
         _loss(entry),
     ]
@@ -138,8 +143,21 @@ def _memory(entry: Entry) -> str:
     peak = _peak_bytes(entry)
     if peak is None:
         return "-"
-    size = f"{peak / GiB:.2f} GiB" if peak >= GiB else f"{peak / MiB:.0f} MiB"
-    return size if entry["peak_allocated_bytes"] else f"{size} {HOST}"
+    return _size(peak) if entry["peak_allocated_bytes"] else f"{_size(peak)} {HOST}"
+
+
+def _forecast(entry: Entry) -> str:
+    """The forecast peak, and how far it is from the measured one where that is a whole training's."""
+    forecast, measured = entry["forecast_allocated_bytes"], entry["peak_allocated_bytes"]
+    if forecast is None:
+        return "-"
+    if measured is None or entry["outcome"] != "completed":
+        return _size(forecast)
+    return f"{_size(forecast)} ({forecast / measured - 1:+.1%})"
+
+
+def _size(count: int) -> str:
+    return f"{count / GiB:.2f} GiB" if count >= GiB else f"{count / MiB:.0f} MiB"
 
 
 def _memory_ratio(entry: Entry, baseline: Entry | None) -> str:

@@ -12,6 +12,11 @@ from dataclasses import dataclass
 MiB = 2**20
 GiB = 2**30
 
+Capability = tuple[int, int]
+"""CUDA's compute capability, major and minor: which kernels a card can run."""
+
+HOPPER: Capability = (9, 0)
+
 CONTEXT_BYTES = 430 * MiB
 """What the CUDA context takes off a card before torch allocates a byte: 290 to 430 MiB, the upper end taken. It grows
 with the card's multiprocessors and the kernels that are loaded; on an H200, with 3.3 times a T4's, 630 to 740 MiB were
@@ -24,12 +29,14 @@ class Target:
 
     `total_bytes` is what torch reports as `total_memory`; `None` means whatever the device at hand has, uncapped.
     `card` is how CUDA's device name spells it: where that name matches, the target is native and needs no cap.
-    `bf16` is False where the hardware has no bfloat16 arithmetic.
+    `capability` decides which kernels a forecast reckons with, `bf16` is False where the hardware has no bfloat16
+    arithmetic.
     """
 
     name: str
     total_bytes: int | None = None
     card: str | None = None
+    capability: Capability = HOPPER
     bf16: bool = True
 
     @property
@@ -48,7 +55,7 @@ class Device:
 
     name: str
     total_bytes: int | None = None
-    capability: tuple[int, int] | None = None
+    capability: Capability | None = None
     driver: str | None = None
 
 
@@ -57,11 +64,13 @@ CPU = Target(name="cpu")
 
 # Total memory as torch reported it on real cards: `total_memory`, or 'a total capacity of' in its OutOfMemoryError.
 # Driver and ECC settings move it by about one per cent; where reports differ this is one of the lower ones.
-T4 = Target(name="t4", card="Tesla T4", total_bytes=15_655_829_504, bf16=False)  # Colab; sm_75 has no bf16 arithmetic
-L4 = Target(name="l4", card="NVIDIA L4", total_bytes=int(22.03 * GiB))
-A10 = Target(name="a10", card="NVIDIA A10", total_bytes=22_587 * MiB)  # an A10G on AWS
-RTX_4090 = Target(name="rtx4090", card="RTX 4090", total_bytes=25_250_627_584)
-A100_40 = Target(name="a100-40", card="A100-SXM4-40GB", total_bytes=int(39.39 * GiB))
+T4 = Target(  # Colab; sm_75 has no bf16 arithmetic
+    name="t4", card="Tesla T4", capability=(7, 5), total_bytes=15_655_829_504, bf16=False
+)
+L4 = Target(name="l4", card="NVIDIA L4", capability=(8, 9), total_bytes=int(22.03 * GiB))
+A10 = Target(name="a10", card="NVIDIA A10", capability=(8, 6), total_bytes=22_587 * MiB)  # an A10G on AWS
+RTX_4090 = Target(name="rtx4090", card="RTX 4090", capability=(8, 9), total_bytes=25_250_627_584)
+A100_40 = Target(name="a100-40", card="A100-SXM4-40GB", capability=(8, 0), total_bytes=int(39.39 * GiB))
 H100 = Target(name="h100", card="H100 80GB HBM3", total_bytes=81_082 * MiB)
 
 TARGETS = {target.name: target for target in (T4, L4, A10, RTX_4090, A100_40, H100, NATIVE)}

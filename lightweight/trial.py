@@ -25,9 +25,9 @@ backward, since the Trainer has no boundary before it."""
 class Trial:
     """One Model x Method x Target x Corpus x seed.
 
-    `epochs` passes over the training pairs, or `max_steps` optimizer steps if that is given. `device_index` is the
-    GPU's number among those this session sees; `None` trains on the CPU. Raises ValueError for bf16 on a target without
-    it.
+    `epochs` passes over the training pairs, or `max_steps` optimizer steps if that is given. `max_length` is the
+    tokens of a row, padding included. `device_index` is the GPU's number among those this session sees; `None` trains
+    on the CPU. Raises ValueError for bf16 on a target without it.
     """
 
     model: Model
@@ -37,6 +37,7 @@ class Trial:
     seed: int = 0
     epochs: int = 10
     max_steps: int | None = None
+    max_length: int = MAX_LENGTH
     device_index: int | None = None
 
     def __post_init__(self) -> None:
@@ -54,7 +55,7 @@ class Trial:
     @property
     def tokens_per_step(self) -> int:
         """Tokens one full optimizer step sees, padding included."""
-        return self.method.sequences_per_step * MAX_LENGTH
+        return self.method.sequences_per_step * self.max_length
 
     @property
     def steps_per_epoch(self) -> int:

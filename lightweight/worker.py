@@ -6,7 +6,6 @@ becomes a crash's last words. Imports no pytest, no plugin and no report.
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import time
@@ -14,9 +13,8 @@ import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
-from lightweight.preload import peft  # isort: skip  # before Trainer, which imports peft
+from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, which imports peft
 
 import torch
 import transformers
@@ -25,7 +23,7 @@ from lightweight import corpus, models, stock
 from lightweight.meter import DivergedError, Meter
 from lightweight.stock import Request
 from lightweight.targets import Device, GiB, MiB
-from lightweight.trial import MAX_LENGTH, Completed, Crashed, Diverged, Measurements, Outcome, OutOfMemory, Phase, Trial
+from lightweight.trial import Completed, Crashed, Diverged, Measurements, Outcome, OutOfMemory, Phase, Trial
 
 
 @dataclass(frozen=True)
@@ -118,12 +116,12 @@ def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner
         transformers.set_seed(trial.seed)
         network = build(trial, device)
         tokenizer = models.load_tokenizer(trial.model)
-        train = [corpus.encode(pair, tokenizer, MAX_LENGTH) for pair in trial.corpus.train]
-        heldout = [corpus.encode(pair, tokenizer, MAX_LENGTH) for pair in trial.corpus.heldout]
+        train = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.train]
+        heldout = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.heldout]
         trainer = stock.make_trainer(trial, network, train, meter, owner, folder)
     meter.facts = {
-        "parameters": _count(network, trainable=False),
-        "trainable_parameters": _count(network, trainable=True),
+        "parameters": models.count_parameters(network),
+        "trainable_parameters": models.count_parameters(network, trainable=True),
         "truncated_sequences": sum(row["labels"][-1] not in (corpus.IGNORED, tokenizer.eos_token_id) for row in train),
     }
 
@@ -149,17 +147,9 @@ def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner
 
 
 def build(trial: Trial, device: torch.device) -> torch.nn.Module:
-    """The network of a trial on `device`, quantized and with its adapter on, as peft's own documentation does it."""
+    """The network of a trial on `device`, quantized and with its adapter on."""
     method = trial.method if device.type == "cuda" else trial.method.on_cpu()
-    network: Any = models.load(trial.model, getattr(torch, method.weights_dtype), device, method.quantization)
-    if method.quantization is not None:
-        network = peft.prepare_model_for_kbit_training(
-            network,
-            use_gradient_checkpointing=method.training_arguments.get("gradient_checkpointing", False),
-            gradient_checkpointing_kwargs=method.training_arguments.get("gradient_checkpointing_kwargs"),
-        )
-    if method.adapter is not None:
-        network = peft.get_peft_model(network, copy.deepcopy(method.adapter))  # peft writes what it finds into it
+    network = method.adapt(models.load(trial.model, getattr(torch, method.weights_dtype), device, method.quantization))
     if device.type == "cpu":
         for module in network.modules():
             # Where the CPU has AVX512-BF16, bitsandbytes repacks 4-bit weights at the first evaluation, and what it
@@ -210,16 +200,6 @@ def _requested_bytes(message: str) -> int | None:
     units = {"bytes": 1, "KiB": 2**10, "MiB": MiB, "GiB": GiB}
     found = re.search(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", message)
     return round(float(found[1]) * units[found[2]]) if found else None
-
-
-def _count(network: torch.nn.Module, *, trainable: bool) -> int:
-    """Parameters, or only the trainable ones; a 4-bit weight counts as the elements it packs."""
-    counted = 0
-    for parameter in network.parameters():
-        if parameter.requires_grad or not trainable:
-            state = getattr(parameter, "quant_state", None)
-            counted += parameter.numel() if state is None else state.shape.numel()
-    return counted
 
 
 class _OwnerGoneError(Exception):

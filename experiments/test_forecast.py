@@ -1,0 +1,119 @@
+"""Does the forecast say what happens? Peaks forecast without a GPU, beside peaks measured on one.
+
+The frontier of a T4 is asserted by forecast on every machine, for the true sizes. The cells are measured where there is
+CUDA; `experiments/records/h200-forecast.json` is such a run, and tests/test_forecast.py compares with it anywhere.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lightweight.forecast import Forecast
+from lightweight.methods import BASELINE, LORA, QLORA, Method
+from lightweight.models import SMOLLM2_135M, Model
+from lightweight.plugin import ForecastOf, Laboratory, Train
+from lightweight.targets import CONTEXT_BYTES, NATIVE, T4, Target
+from lightweight.trial import Completed, Outcome, OutOfMemory
+
+ALLOCATED, RESERVED = 0.02, 0.05
+"""How far from the measured peak a forecast may be."""
+
+
+def without_checkpointing(method: Method) -> Method:
+    arguments = {**method.training_arguments, "gradient_checkpointing": False}
+    return replace(method, name=f"{method.name}-no-checkpointing", training_arguments=arguments)
+
+
+SMOLLM2_SHAPE = Model(name="smollm2-135m", architecture=SMOLLM2_135M.architecture)
+MODELS: dict[str, str | Model] = {
+    "opt-350m": "opt-350m",
+    "gpt-neo-1.3b": "gpt-neo-1.3b",
+    "smollm2-135m": SMOLLM2_SHAPE,
+}
+BF16 = replace(BASELINE, name="bf16", weights_dtype="bfloat16")
+QLORA_PLAIN = without_checkpointing(QLORA)
+
+CELLS: dict[str, tuple[str, Method, int]] = {
+    f"{model} x {method.name}": (model, method, 256)
+    for model in MODELS
+    for method in (BASELINE, BF16, LORA, QLORA, QLORA_PLAIN)
+} | {
+    "opt-350m x lora, 4 x 512": ("opt-350m", LORA.with_batch(4), 512),
+    "opt-350m x qlora, 8 x 512": ("opt-350m", QLORA.with_batch(8), 512),
+    "gpt-neo-1.3b x qlora-no-checkpointing, 1 x 1024": ("gpt-neo-1.3b", QLORA_PLAIN.with_batch(1), 1024),
+    "smollm2-135m x baseline, 16 x 128": ("smollm2-135m", BASELINE.with_batch(16), 128),
+}
+"""Model, method and tokens a row, by name."""
+
+CAPPED = ("opt-350m x baseline", "opt-350m x lora", "smollm2-135m x lora", "gpt-neo-1.3b x qlora-no-checkpointing")
+"""Cells that are also measured under budgets around their peak."""
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "verdict"),
+    [
+        ("opt-350m", "baseline", "fits"),
+        ("opt-350m", "lora", "fits"),
+        ("opt-350m", "qlora", "fits"),
+        ("gpt-neo-1.3b", "lora", "does_not_fit"),
+        ("gpt-neo-1.3b", "qlora", "fits"),
+    ],
+)
+def test_frontier_of_a_t4(forecast_of: ForecastOf, model: str, method: str, verdict: str) -> None:
+    assert forecast_of(model, method, target=T4).verdict == verdict
+
+
+def test_large_baseline_fits_a_t4_at_no_batch_size(forecast_of: ForecastOf) -> None:
+    smallest = forecast_of("gpt-neo-1.3b", BASELINE.with_batch(1), target=T4, max_length=8)
+    assert smallest.verdict == "does_not_fit"
+    state = sum(smallest.by_cause[cause] for cause in ("weights", "optimizer", "gradients"))
+    assert state > (T4.budget_bytes or 0), "what does not depend on the batch is already too much"
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("cell", CELLS)
+def test_forecast_agrees_with_measurement(
+    outcome_of: Train, forecast_of: ForecastOf, laboratory: Laboratory, cell: str
+) -> None:
+    outcome, forecast = run(outcome_of, forecast_of, cell, NATIVE)
+    assert isinstance(outcome, Completed), outcome.reason
+    assert_agreement(outcome, forecast)
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("share", ["too little", "in between", "enough"])
+@pytest.mark.parametrize("cell", CAPPED)
+def test_verdict_is_right_near_the_budget(
+    outcome_of: Train, forecast_of: ForecastOf, laboratory: Laboratory, cell: str, share: str
+) -> None:
+    _, forecast = run(None, forecast_of, cell, NATIVE)
+    budget = {
+        "too little": round(forecast.allocated_bytes * 0.95),
+        "in between": (forecast.allocated_bytes + forecast.reserved_bytes) // 2,
+        "enough": round(forecast.reserved_bytes * 1.05),
+    }[share]
+    target = Target(name=f"{cell}: {share}", total_bytes=budget + CONTEXT_BYTES)
+    outcome, forecast = run(outcome_of, forecast_of, cell, target)
+    assert_right(outcome, forecast)
+    if share != "in between":
+        assert forecast.verdict == ("fits" if share == "enough" else "does_not_fit")
+
+
+def run(outcome_of: Train | None, forecast_of: ForecastOf, cell: str, target: Target) -> tuple[Any, Forecast]:
+    model, method, max_length = CELLS[cell]
+    changes = {"target": target, "max_steps": 3, "max_length": max_length}
+    outcome = None if outcome_of is None else outcome_of(MODELS[model], method, **changes)
+    return outcome, forecast_of(MODELS[model], method, **changes)
+
+
+def assert_agreement(outcome: Outcome, forecast: Forecast) -> None:
+    measured = outcome.measured
+    assert forecast.allocated_bytes == pytest.approx(measured.peak_allocated_bytes, rel=ALLOCATED)
+    assert forecast.reserved_bytes == pytest.approx(measured.peak_reserved_bytes, rel=RESERVED)
+
+
+def assert_right(outcome: Outcome, forecast: Forecast) -> None:
+    assert isinstance(outcome, Completed | OutOfMemory), outcome.reason
+    wrong = "does_not_fit" if isinstance(outcome, Completed) else "fits"
+    assert forecast.verdict != wrong, f"{outcome.kind}, and the forecast said {forecast.verdict}"

@@ -1,0 +1,486 @@
+"""Will this fit, before anyone has a GPU or the weights? The peak of a training step, forecast from a trace of it.
+
+The network is built without weights, its adapter put on, and HF `Trainer` itself trains it for a few optimizer steps on
+fake tensors, which have shapes and no content. Every allocation and release of the trace is then replayed through a
+model of torch's caching allocator, with or without a budget: what is at the peak, in which phase, and whether it fits.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, which imports peft
+
+import torch
+from bitsandbytes import functional as bitsandbytes_functional
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from lightweight import corpus, models, stock
+from lightweight.allocator import CachingAllocator, OutOfBudgetError
+from lightweight.cuda_rules import CudaRules, Padding
+from lightweight.meter import Meter
+from lightweight.stock import Request
+from lightweight.targets import CONTEXT_BYTES, HOPPER, Capability, Device
+from lightweight.trial import Phase, Trial
+
+Cause = Literal["weights", "quantization state", "gradients", "optimizer", "activations", "logits", "workspace"]
+CAUSES: tuple[Cause, ...] = (
+    *("weights", "quantization state", "gradients", "optimizer", "activations", "logits", "workspace"),
+)
+
+
+class ForecastError(ValueError):
+    """A model or method that cannot be traced. The message names the module and the reason."""
+
+
+Verdict = Literal["fits", "does_not_fit", "too_close_to_call"]
+
+MARGIN = 0.03
+"""How far from a budget a forecast must be to decide: the committed matrix (experiments/records/h200-forecast.json)
+is forecast within 1.2 % allocated and 3.4 % reserved, and what decides lies between the two."""
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """What a replay found. `by_cause` adds up to `allocated_bytes`; `phase` is where that peak was.
+
+    `out_of_memory_in` is the phase in which the budget did not suffice; the rest then describes the time until that.
+    """
+
+    allocated_bytes: int
+    reserved_bytes: int
+    phase: Phase
+    by_cause: dict[Cause, int]
+    out_of_memory_in: Phase | None = None
+
+
+@dataclass(kw_only=True)
+class Trace:
+    """Every allocation and release of building a network and training it for a few optimizer steps.
+
+    `events` are (name, bytes) in order: a name allocated with its bytes, or released with 0. `causes` says by name what
+    each was for, `phases` where in `events` each phase began.
+    """
+
+    parameters: int
+    trainable_parameters: int
+    events: list[tuple[int, int]] = field(default_factory=list)
+    causes: dict[int, Cause] = field(default_factory=dict)
+    phases: list[tuple[int, Phase]] = field(default_factory=list)
+
+    def replay(self, budget_bytes: float | None = None) -> Peak:
+        """The peak of training, on a card whose allocator may reserve `budget_bytes`."""
+        allocator = CachingAllocator(budget_bytes)
+        sizes: dict[int, int] = {}
+        held, at_peak = dict.fromkeys(CAUSES, 0), dict.fromkeys(CAUSES, 0)
+        begins = dict(self.phases)
+        phase: Phase = "build"
+        peak_phase, stopped_in, peak_bytes = phase, None, 0
+        for index, (name, size) in enumerate(self.events):
+            if index in begins:
+                if phase == "build":
+                    allocator.empty_cache()
+                    allocator.reset_peaks()
+                    peak_bytes = 0
+                phase = begins[index]
+            if size == 0:
+                allocator.release(name)
+                held[self.causes[name]] -= sizes.pop(name)
+                continue
+            before = allocator.allocated_bytes
+            try:
+                allocator.allocate(name, size)
+            except OutOfBudgetError:
+                stopped_in = phase
+                break
+            sizes[name] = allocator.allocated_bytes - before
+            held[self.causes[name]] += sizes[name]
+            if allocator.allocated_bytes > peak_bytes:
+                peak_bytes, peak_phase, at_peak = allocator.allocated_bytes, phase, dict(held)
+        return Peak(
+            allocated_bytes=allocator.peak_allocated_bytes,
+            reserved_bytes=allocator.peak_reserved_bytes,
+            phase=peak_phase,
+            by_cause=at_peak,
+            out_of_memory_in=stopped_in,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What training takes, and whether a budget allows it.
+
+    `allocated_bytes` is the peak of `torch.cuda.max_memory_allocated`, and `by_cause` what it consists of.
+    `reserved_bytes` is that of `max_memory_reserved`: under the budget where it fits, without one where it does not.
+    `phase` is where it runs out of memory, or else where the peak is.
+    """
+
+    allocated_bytes: int
+    reserved_bytes: int
+    phase: Phase
+    by_cause: dict[Cause, int]
+    verdict: Verdict
+    budget_bytes: int | None
+    parameters: int
+    trainable_parameters: int
+
+
+def within(traced: Trace, budget_bytes: int | None) -> Forecast:
+    """The forecast of a trace on a card whose allocator may reserve `budget_bytes`; `None` is no limit."""
+    free = capped = traced.replay()
+    verdict: Verdict = "fits"
+    if budget_bytes is not None:
+        capped = traced.replay(budget_bytes)
+        if traced.replay(budget_bytes * (1 - MARGIN)).out_of_memory_in is not None:
+            decided = traced.replay(budget_bytes * (1 + MARGIN)).out_of_memory_in is not None
+            verdict = "does_not_fit" if decided else "too_close_to_call"
+    return Forecast(
+        allocated_bytes=free.allocated_bytes,
+        reserved_bytes=(free if capped.out_of_memory_in else capped).reserved_bytes,
+        phase=capped.out_of_memory_in or free.phase,
+        by_cause=free.by_cause,
+        verdict=verdict,
+        budget_bytes=budget_bytes,
+        parameters=traced.parameters,
+        trainable_parameters=traced.trainable_parameters,
+    )
+
+
+def of_trial(traced: Trace, trial: Trial, device: Device) -> Forecast:
+    """The forecast of a trial on `device`, under the budget of its target or else that of the device itself."""
+    budget_bytes = trial.target.budget_bytes
+    if budget_bytes is None and device.total_bytes is not None:
+        budget_bytes = device.total_bytes - CONTEXT_BYTES
+    return within(traced, budget_bytes)
+
+
+def trace_on(trial: Trial, device: Device) -> Trace:
+    """The trace of a trial as it is run on `device`, with that device's kernels.
+
+    Where the model's tokenizer is at hand, only the kinds of batches that the corpus gives are traced. Raises
+    ForecastError.
+    """
+    return trace(trial, device.capability or trial.target.capability, _paddings(trial))
+
+
+def _paddings(trial: Trial) -> tuple[Padding, ...]:
+    if not trial.model.is_written or not trial.corpus.train:
+        return "full", "padded"
+    tokenizer = models.load_tokenizer(trial.model)
+    rows = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.train]
+    full = sum(all(row["attention_mask"]) for row in rows)
+    padded: tuple[Padding, ...] = ("padded",) if full < len(rows) else ()
+    return ("full", *padded) if full >= min(trial.method.sequences_per_pass, len(rows)) else padded
+
+
+def trace(trial: Trial, capability: Capability = HOPPER, paddings: tuple[Padding, ...] = ("full", "padded")) -> Trace:
+    """Trace a trial on a GPU of this compute capability, its batches of the kinds in `paddings`.
+
+    The peak comes once the optimizer has its state and, where a step has several forward passes, once there are
+    gradients to add to. So each kind of batch is traced after a first optimizer step; or, where passes accumulate, in
+    one step of an optimizer that has its state already, which is quicker.
+
+    Needs the model's configuration, and no weights. Raises ForecastError, and ModelError where there is no
+    configuration.
+    """
+    config = models.configuration(trial.model)
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and trial.max_length > longest:
+        raise ForecastError(f"{trial.name}: rows of {trial.max_length} tokens, where the model takes {longest}")
+    dtype = getattr(torch, trial.method.weights_dtype)
+    try:
+        network = trial.method.adapt(models.skeleton(config, dtype, trial.method.quantization))
+    except (NotImplementedError, ValueError) as error:
+        raise ForecastError(f"{trial.name}: cannot be built: {_reason(error)}") from error
+    rules = CudaRules(capability)
+    mode: Any = FakeTensorMode(allow_non_fake_inputs=True)
+    tracer = _Tracer(mode, Meter(torch.device("cpu"), start_seconds=0.0), rules, config.get_text_config().vocab_size)
+    with mode, rules, tracer:
+        tracer.meter.phase = "build"
+        _materialise(network, dtype, tracer, trial)
+        with _module_names(network) as entered:
+            try:
+                _train(network, trial, paddings, tracer)
+            except _TracedError:
+                pass
+            except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+                where = f"{entered[-1]} " if entered else ""
+                raise ForecastError(f"{trial.name}: {where}cannot be traced: {_reason(error)}") from error
+    return Trace(
+        parameters=models.count_parameters(network),
+        trainable_parameters=models.count_parameters(network, trainable=True),
+        events=tracer.events,
+        causes=tracer.causes,
+        phases=tracer.phases,
+    )
+
+
+class _Tracer(TorchDispatchMode):
+    """Writes down what operators allocate, and when it is released: when the last tensor of a storage goes."""
+
+    def __init__(self, mode: FakeTensorMode, meter: Meter, rules: CudaRules, vocabulary: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._mode = mode
+        self._results: dict[Any, tuple[Any, Any, torch.dtype]] = {}
+        self.meter = meter
+        self.rules = rules
+        self.events: list[tuple[int, int]] = []
+        self.causes: dict[int, Cause] = {}
+        self.phases: list[tuple[int, Phase]] = []
+        self._vocabulary = vocabulary
+        self._names: dict[int, int] = {}
+        self._workspaces: set[tuple[str, bool]] = set()
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        if operator is torch.ops.prim.device.default:  # asked for more often than all else together
+            return arguments[0].fake_device
+        self._enter_phase()
+        # Each thread that multiplies matrices has workspaces of its own, and backward runs in another thread.
+        for kind, size in self.rules.workspace_bytes(operator).items():
+            if (workspace := (kind, self.meter.phase == "backward")) not in self._workspaces:
+                self._workspaces.add(workspace)
+                self._allocate(size, "workspace")
+        scratch_bytes = self.rules.scratch_bytes(operator, arguments)
+        scratch = self._allocate(scratch_bytes, "workspace") if scratch_bytes else None
+        result = self._run(operator, arguments, options or {})
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self._see(value)
+        if scratch is not None:
+            self.events.append((scratch, 0))
+        return result
+
+    def _run(self, operator: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """The operator's result. Shapes that were computed once are remembered: layers are alike, and asking fake
+        tensors again takes most of a forecast's time."""
+        if not _is_pure(operator):
+            return operator(*arguments, **options)
+        key = operator, _shapes(arguments), _shapes(tuple(options.items()))
+        shape = self._results.get(key)
+        if shape is None:
+            result = operator(*arguments, **options)
+            if type(result) is FakeTensor:
+                self._results[key] = result.shape, result.stride(), result.dtype
+            return result
+        with no_dispatch():
+            size, stride, dtype = shape
+            return FakeTensor(self._mode, torch.empty_strided(size, stride, dtype=dtype, device="meta"), _CPU)
+
+    def mark(self, tensor: Tensor, cause: Cause) -> None:
+        """Say what a tensor is for."""
+        if (name := self._names.get(tensor.untyped_storage()._cdata)) is not None:
+            self.causes[name] = cause
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._names or size == 0:
+            return
+        if self.meter.phase == "build":
+            cause: Cause = "weights"
+        elif tensor.dim() > 1 and tensor.size(-1) == self._vocabulary:
+            cause = "logits"
+        else:
+            cause = "activations"
+        name = self._names[key] = self._allocate(size, cause)
+        weakref.finalize(storage, self._release, key, name)
+
+    def _allocate(self, size: int, cause: Cause) -> int:
+        name = len(self.causes)
+        self.causes[name] = cause
+        self.events.append((name, size))
+        return name
+
+    def _release(self, key: int, name: int) -> None:
+        del self._names[key]
+        self.events.append((name, 0))
+
+    def _enter_phase(self) -> None:
+        if not self.phases or self.phases[-1][1] != self.meter.phase:
+            self.phases.append((len(self.events), self.meter.phase))
+
+
+@functools.cache
+def _is_pure(operator: Any) -> bool:
+    """Whether an operator's result is new memory, and its shape follows from its arguments' shapes."""
+    schema = operator._schema
+    return not (
+        schema.is_mutable
+        or any(value.alias_info is not None for value in schema.returns)
+        or operator is torch.ops.aten._unsafe_view.default  # a view that says it is none
+        or torch.Tag.dynamic_output_shape in operator.tags
+        or torch.Tag.data_dependent_output in operator.tags
+    )
+
+
+def _shapes(value: Any) -> Any:
+    """What an operator's result depends on, in a form that can be looked up."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, tuple | list):
+        return tuple(_shapes(item) for item in value)
+    return type(value), value
+
+
+def _materialise(network: Any, dtype: torch.dtype, tracer: _Tracer, trial: Trial) -> None:
+    """Turn a network on the meta device into one of fake tensors, as loading it would: in one large segment first, then
+    piece by piece, quantized as it comes."""
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:  # tied weights stay tied
+            new: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
+            if isinstance(tensor, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            made[id(tensor)] = new
+        return made[id(tensor)]
+
+    for name, module in network.named_modules():
+        if isinstance(module, Linear8bitLt):
+            raise ForecastError(
+                f"{trial.name}: {name} is quantized to 8 bits, which cannot be traced: use 4 bits, or none"
+            )
+        for tensors in (module._parameters, module._buffers):
+            for key, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if isinstance(module, Linear4bit) and key == "weight":
+                    tensors[key] = _quantize(tensor, dtype, tracer)
+                    # `to_4bit` weights that bitsandbytes would repack for a CPU are those of a GPU here
+                    module.support_avx512bf16_for_cpu = False
+                else:
+                    tensors[key] = fake(tensor)
+    network.to = lambda *_, **__: network  # it is where it is to be; moving would swap tensors, which fake ones cannot
+
+
+def _quantize(weight: Any, dtype: torch.dtype, tracer: _Tracer) -> nn.Parameter:
+    """What bitsandbytes' own quantization makes of a 4-bit layer's weight. Its Params4bit cannot hold a fake tensor, so
+    a plain parameter carries what its layers and peft read."""
+    packed, state = bitsandbytes_functional.quantize_4bit(
+        torch.empty(weight.shape, dtype=dtype),
+        blocksize=weight.blocksize,
+        compress_statistics=weight.compress_statistics,
+        quant_type=weight.quant_type,
+        quant_storage=weight.quant_storage,
+    )
+    quantized: Any = nn.Parameter(packed, requires_grad=False)
+    for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage"):
+        setattr(quantized, name, getattr(weight, name))
+    quantized.bnb_quantized, quantized.quant_state = True, state
+    for part in (state, state.state2):
+        for tensor in vars(part).values() if part is not None else ():
+            if isinstance(tensor, Tensor):
+                tracer.mark(tensor, "quantization state")
+    return quantized  # type: ignore[no-any-return]
+
+
+def _train(network: Any, trial: Trial, paddings: tuple[Padding, ...], tracer: _Tracer) -> None:
+    """Let the Trainer train `network` on batches of the kinds in `paddings`. Raises _TracedError when done."""
+    arguments = dict(trial.method.training_arguments)
+    accumulates = arguments.get("gradient_accumulation_steps", 1) > 1
+    # The kinds of batches that the forward passes of each step see.
+    steps = [[paddings[-1], *paddings]] if accumulates else [[kind] for kind in (paddings[0], *paddings)]
+    arguments |= {
+        "gradient_accumulation_steps": len(steps[0]),
+        "logging_nan_inf_filter": False,  # it reads the loss, and a fake one has no value
+    }
+    method = replace(trial.method, training_arguments=arguments)
+    trial = replace(trial, method=method, max_steps=len(steps), device_index=None)
+    owner = _Owner(len(steps), tracer, begin_with_state=accumulates)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer: Any = stock.make_trainer(trial, network, [{}], tracer.meter, owner, Path(folder))
+    owner.trainer = trainer
+    if arguments.get("fp16"):
+        # accelerate takes fp16 autocast and its scaler on a GPU only; Accelerator.__init__
+        trainer.accelerator.native_amp, trainer.accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda grown: tracer.mark(grown.grad, "gradients"))
+    kinds = iter([kind for step in steps for kind in step])
+    network.register_forward_pre_hook(lambda *_: setattr(tracer.rules, "padding", next(kinds)))
+    shape = (method.sequences_per_pass, trial.max_length)
+    batch = {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
+    trainer.get_train_dataloader = lambda: [dict(batch) for step in steps for _ in step]
+    trainer.train()
+
+
+class _TracedError(Exception):
+    """Every step there is to trace has been traced."""
+
+
+class _Owner:
+    """The owner of the traced training, which ends it after the last step."""
+
+    def __init__(self, steps: int, tracer: _Tracer, begin_with_state: bool) -> None:
+        self._steps, self._tracer, self._begin_with_state = steps, tracer, begin_with_state
+        self.trainer: Any = None
+
+    def training_began(self) -> None:
+        if self._begin_with_state:
+            optimizer = self.trainer.optimizer.optimizer
+            self._tracer.meter.phase = "optimizer"
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad()
+            self._mark_state()
+
+    def await_request(self, request: Request) -> None: ...
+
+    def step_ended(self) -> None:
+        self._mark_state()
+        self._steps -= 1
+        if self._steps == 0:
+            raise _TracedError
+
+    def round_ended(self) -> None: ...
+
+    def _mark_state(self) -> None:
+        for state in self.trainer.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    self._tracer.mark(value, "optimizer")
+
+
+@contextmanager
+def _module_names(network: nn.Module) -> Iterator[list[str]]:
+    """The modules whose forward has been entered and not left, by name and class, the innermost last."""
+    names = {
+        id(module): f"{name or 'the network'} ({type(module).__name__})" for name, module in network.named_modules()
+    }
+    entered: list[str] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        entered.append(names.get(id(module), type(module).__name__))
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        entered.pop()
+
+    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        yield entered
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"

@@ -1,0 +1,214 @@
+"""Which method fits which card, and how large a batch: forecasts as the answer to a person who has neither yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+from tabulate import tabulate
+
+from lightweight import forecast
+from lightweight.corpus import Corpus
+from lightweight.forecast import Forecast
+from lightweight.methods import Method
+from lightweight.models import Model
+from lightweight.record import Entry
+from lightweight.targets import CONTEXT_BYTES, NATIVE, Capability, GiB, MiB, Target
+from lightweight.trial import MAX_LENGTH, Trial
+
+Row = dict[str, Any]
+"""One model x method x target as JSON: `model`, `method`, `target`, `forecast_allocated_bytes`,
+`forecast_reserved_bytes`, `budget_bytes`, `phase` and `verdict` as in Forecast; `batch_size` in sequences a forward
+pass, `max_length` in tokens a row; `bytes_by_cause`; `chosen`, whether this is the method to take on this target;
+`reason` where something else than memory decides; `max_batch`, where it was asked for, the largest batch that fits."""
+
+LARGEST_BATCH = 2**14
+"""Where the search for the largest batch ends."""
+
+
+def plan(
+    models: Sequence[Model],
+    methods: Sequence[Method],
+    targets: Sequence[Target],
+    *,
+    batch_size: int | None = None,
+    max_length: int = MAX_LENGTH,
+    max_batch: bool = False,
+    measured: Sequence[Entry] = (),
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[Row]:
+    """A row for every model x method x target. Raises ForecastError and ModelError.
+
+    `batch_size` is in sequences a forward pass, a method's own where it is None. `measured` are entries of records,
+    whose step times order the methods where they have all of them.
+    """
+
+    @cache
+    def traced(model: int, method: int, sequences: int, capability: Capability) -> forecast.Trace:
+        trial = Trial(
+            model=models[model],
+            method=methods[method].with_batch(sequences),
+            target=NATIVE,
+            corpus=Corpus(train=(), heldout=(), digest=""),
+            max_length=max_length,
+        )
+        progress(f"{trial.name}: tracing a batch of {sequences} x {max_length}")
+        return forecast.trace(trial, capability)
+
+    rows = []
+    for i, model in enumerate(models):
+        for target in targets:
+            of_target = []
+            for j, method in enumerate(methods):
+
+                def fits(sequences: int, i: int = i, j: int = j, target: Target = target) -> Forecast:
+                    return forecast.within(traced(i, j, sequences, target.capability), target.budget_bytes)
+
+                sequences = batch_size or method.sequences_per_pass
+                of_target.append(_row(model, method, target, sequences, max_length, fits(sequences)))
+                if max_batch:
+                    refused = of_target[-1]["reason"] is not None
+                    of_target[-1]["max_batch"] = 0 if refused else largest_batch(fits, sequences)
+            _choose(of_target, dict(zip((m.name for m in methods), methods, strict=True)), measured)
+            rows += of_target
+    return rows
+
+
+def largest_batch(fits: Callable[[int], Forecast], first: int) -> int:
+    """The largest batch whose verdict is `fits`, 0 if none is.
+
+    What a step holds grows with the batch almost in a straight line, so two forecasts point at the next to try; the
+    answer and its successor are always forecast themselves.
+    """
+    low, high, guess = 0, LARGEST_BATCH + 1, first
+    seen: dict[int, int] = {}
+    while high - low > 1:
+        found = fits(guess)
+        seen[guess] = found.allocated_bytes
+        low, high = (guess, high) if found.verdict == "fits" else (low, guess)
+        guess = _guess(seen, found.budget_bytes or 0, low, high)
+    return low
+
+
+def _guess(seen: dict[int, int], budget_bytes: int, low: int, high: int) -> int:
+    """A batch strictly between `low` and `high`: where the line through the two nearest known ones meets the budget."""
+    if len(seen) == 1:
+        (known,) = seen
+        guess = max(1, known // 2) if high == known else 2 * known
+    else:
+        middle = low if low in seen else high
+        first, second = sorted(seen, key=lambda batch: abs(batch - middle))[:2]
+        slope = (seen[first] - seen[second]) / (first - second)
+        guess = int(first + (budget_bytes * (1 - forecast.MARGIN) - seen[first]) / max(slope, 1.0))
+    return max(low + 1, min(guess, high - 1))
+
+
+def _row(model: Model, method: Method, target: Target, batch_size: int, max_length: int, found: Forecast) -> Row:
+    reason = None
+    if method.uses_bf16 and not target.bf16:
+        reason = f"computes in bf16, which {target.name} does not have"
+    return {
+        "model": model.name,
+        "method": method.name,
+        "target": target.name,
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "forecast_allocated_bytes": found.allocated_bytes,
+        "forecast_reserved_bytes": found.reserved_bytes,
+        "budget_bytes": found.budget_bytes,
+        "context_bytes": CONTEXT_BYTES,
+        "bytes_by_cause": found.by_cause,
+        "parameters": found.parameters,
+        "trainable_parameters": found.trainable_parameters,
+        "phase": found.phase,
+        "verdict": "does_not_fit" if reason else found.verdict,
+        "reason": reason,
+        "chosen": False,
+    }
+
+
+def _choose(rows: list[Row], methods: dict[str, Method], measured: Sequence[Entry]) -> None:
+    """Mark the fastest of the methods that fit: by measured step times where every one of them has one, else by what
+    is expected."""
+    fitting = [row for row in rows if row["verdict"] == "fits"]
+    seconds = {
+        entry["method"]: entry["steady_step_seconds"] / entry["tokens_per_step"]
+        for entry in measured
+        if fitting and entry["model"] == fitting[0]["model"] and entry["outcome"] == "completed"
+    }
+    if all(row["method"] in seconds for row in fitting):
+        fitting.sort(key=lambda row: seconds[row["method"]])
+    else:
+        fitting.sort(key=lambda row: methods[row["method"]].expected_cost)
+    for row in fitting[:1]:
+        row["chosen"] = True
+
+
+def each_target_has_a_method(rows: Sequence[Row]) -> bool:
+    """Whether for every model and target some method fits."""
+    cells = {(row["model"], row["target"]) for row in rows}
+    return cells == {(row["model"], row["target"]) for row in rows if row["chosen"]}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """What a person reads: the peak of each method by cause, and each target's verdicts and choice."""
+    parts = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        of_model = [row for row in rows if row["model"] == model]
+        parts += [_causes(of_model), _verdicts(of_model)]
+    return "\n\n".join(parts)
+
+
+def _causes(rows: Sequence[Row]) -> str:
+    """The bytes of every method, once for all targets with the same kernels."""
+    peaks: dict[tuple[Any, ...], list[str]] = {}
+    for row in rows:
+        sizes = [row["forecast_allocated_bytes"], *row["bytes_by_cause"].values()]
+        peaks.setdefault((row["method"], *sizes), []).append(row["target"])
+    lines = [
+        [method, _size(allocated), *map(_size, causes), ", ".join(targets)]
+        for (method, allocated, *causes), targets in peaks.items()
+    ]
+    first = rows[0]
+    title = (
+        f"{first['model']}, {first['parameters'] / 1e6:,.0f} M parameters, rows of {first['max_length']} tokens: "
+        "allocated at the peak"
+    )
+    headers = ["method", "peak", *forecast.CAUSES, "with the kernels of"]
+    aligned = ("left", *["right"] * (len(headers) - 2), "left")
+    return f"{title}\n\n{tabulate(lines, headers, tablefmt='simple', disable_numparse=True, colalign=aligned)}"
+
+
+def _verdicts(rows: Sequence[Row]) -> str:
+    with_max_batch = "max_batch" in rows[0]
+    headers = ["target", "method", "batch", "verdict", "reserved", "budget", "margin", "peak in"]
+    lines = []
+    for row in rows:
+        margin = 1 - row["forecast_reserved_bytes"] / row["budget_bytes"]
+        where = f"out of memory in {row['phase']}" if row["verdict"] == "does_not_fit" else row["phase"]
+        line = [
+            row["target"],
+            row["method"],
+            str(row["batch_size"]),
+            row["verdict"].replace("_", " ") + (" <- take this" if row["chosen"] else ""),
+            _size(row["forecast_reserved_bytes"]),
+            _size(row["budget_bytes"]),
+            f"{margin:+.1%}",
+            row["reason"] or where,
+        ]
+        lines.append([*line, str(row["max_batch"])] if with_max_batch else line)
+    if with_max_batch:
+        headers.append("largest batch")
+    aligned = ["left", "left", "right", "left", "right", "right", "right", "left"] + ["right"] * with_max_batch
+    note = (
+        f"The budget is the card's memory less {CONTEXT_BYTES // MiB} MiB for a CUDA context; the margin is what of it "
+        "the allocator would not reserve."
+    )
+    return f"{tabulate(lines, headers, tablefmt='simple', disable_numparse=True, colalign=aligned)}\n\n{note}"
+
+
+def _size(count: int) -> str:
+    if count >= GiB:
+        return f"{count / GiB:.2f} GiB"
+    return f"{count / MiB:.0f} MiB" if count else "-"
