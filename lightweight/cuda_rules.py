@@ -165,8 +165,9 @@ def _expand_heads(tensor: Tensor, heads: int) -> Tensor:
 
 
 def _set_autocast(library: torch.library.Library) -> None:
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key
     cuda, cpu = (
-        {name.removeprefix("aten::") for name in torch._C._dispatch_get_registrations_for_dispatch_key(key)}
+        {name.removeprefix("aten::") for name in registered(key) if name.startswith("aten::")}
         for key in ("AutocastCUDA", "AutocastCPU")
     )
     for name in cpu - cuda:

@@ -233,7 +233,7 @@ def trace(trial: Trial, capability: Capability = HOPPER, paddings: tuple[Padding
 class _Tracer(TorchDispatchMode):
     """Writes down what operators allocate, and when it is released: when the last tensor of a storage goes."""
 
-    def __init__(self, mode: FakeTensorMode, meter: Meter, rules: CudaRules, vocabulary: int) -> None:
+    def __init__(self, mode: Any, meter: Meter, rules: CudaRules, vocabulary: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._mode = mode
         self._results: dict[Any, tuple[Any, Any, torch.dtype]] = {}
@@ -251,6 +251,11 @@ class _Tracer(TorchDispatchMode):
     ) -> Any:
         if operator is torch.ops.prim.device.default:  # asked for more often than all else together
             return arguments[0].fake_device
+        if operator is torch.ops.aten.rand.default and not arguments[0]:
+            # A single number decides whether a layer is dropped: the most memory is held when none is.
+            with no_dispatch():
+                one = torch.ones(())
+            return self._mode.fake_tensor_converter.from_real_tensor(self._mode, one, make_constant=True)
         self._enter_phase()
         # Each thread that multiplies matrices has workspaces of its own, and backward runs in another thread.
         for kind, size in self.rules.workspace_bytes(operator).items():
@@ -276,7 +281,7 @@ class _Tracer(TorchDispatchMode):
         shape = self._results.get(key)
         if shape is None:
             result = operator(*arguments, **options)
-            if type(result) is FakeTensor:
+            if type(result) is FakeTensor and result.dim() > 0:  # a scalar may carry its value
                 self._results[key] = result.shape, result.stride(), result.dtype
             return result
         with no_dispatch():
