@@ -239,7 +239,8 @@ class Laboratory:
             "epochs": self.config.getoption("epochs") or (CUDA_EPOCHS if self.has_cuda else CPU_EPOCHS),
             "device_index": 0 if self.has_cuda else None,
         }
-        found = self._locate(_model(model)) if written else _model(model)
+        model = _model(model)
+        found = self._locate(model) if written else self._models.get(model.name, model)
         return Trial(model=found, method=_method(method), **settings | changes)
 
     def forecast(self, trial: Trial) -> Forecast:
