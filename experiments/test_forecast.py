@@ -12,7 +12,7 @@ import pytest
 from lightweight.forecast import Forecast
 from lightweight.methods import BASELINE, LORA, QLORA, Method
 from lightweight.models import SMOLLM2_135M, Model
-from lightweight.plugin import ForecastOf, Laboratory, Train
+from lightweight.plugin import ForecastOf, Train
 from lightweight.targets import CONTEXT_BYTES, NATIVE, T4, Target
 from lightweight.trial import Completed, Outcome, OutOfMemory
 
@@ -73,10 +73,8 @@ def test_large_baseline_fits_a_t4_at_no_batch_size(forecast_of: ForecastOf) -> N
 
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("cell", CELLS)
-def test_forecast_agrees_with_measurement(
-    outcome_of: Train, forecast_of: ForecastOf, laboratory: Laboratory, cell: str
-) -> None:
-    outcome, forecast = run(outcome_of, forecast_of, cell, NATIVE)
+def test_forecast_agrees_with_measurement(train: Train, forecast_of: ForecastOf, cell: str) -> None:
+    outcome, forecast = run(train, forecast_of, cell, NATIVE)
     assert isinstance(outcome, Completed), outcome.reason
     assert_agreement(outcome, forecast)
 
@@ -84,9 +82,7 @@ def test_forecast_agrees_with_measurement(
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("share", ["too little", "in between", "enough"])
 @pytest.mark.parametrize("cell", CAPPED)
-def test_verdict_is_right_near_the_budget(
-    outcome_of: Train, forecast_of: ForecastOf, laboratory: Laboratory, cell: str, share: str
-) -> None:
+def test_verdict_is_right_near_the_budget(train: Train, forecast_of: ForecastOf, cell: str, share: str) -> None:
     _, forecast = run(None, forecast_of, cell, NATIVE)
     budget = {
         "too little": round(forecast.allocated_bytes * 0.95),
@@ -94,16 +90,16 @@ def test_verdict_is_right_near_the_budget(
         "enough": round(forecast.reserved_bytes * 1.05),
     }[share]
     target = Target(name=f"{cell}: {share}", total_bytes=budget + CONTEXT_BYTES)
-    outcome, forecast = run(outcome_of, forecast_of, cell, target)
+    outcome, forecast = run(train, forecast_of, cell, target)
     assert_right(outcome, forecast)
     if share != "in between":
         assert forecast.verdict == ("fits" if share == "enough" else "does_not_fit")
 
 
-def run(outcome_of: Train | None, forecast_of: ForecastOf, cell: str, target: Target) -> tuple[Any, Forecast]:
+def run(train: Train | None, forecast_of: ForecastOf, cell: str, target: Target) -> tuple[Any, Forecast]:
     model, method, max_length = CELLS[cell]
     changes = {"target": target, "max_steps": 3, "max_length": max_length}
-    outcome = None if outcome_of is None else outcome_of(MODELS[model], method, **changes)
+    outcome = None if train is None else train(MODELS[model], method, **changes)
     return outcome, forecast_of(MODELS[model], method, **changes)
 
 

@@ -22,7 +22,7 @@ import torch
 from bitsandbytes import functional as bitsandbytes_functional
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -193,7 +193,7 @@ def trace(trial: Trial, capability: Capability = HOPPER, paddings: tuple[Padding
 
     The peak comes once the optimizer has its state and, where a step has several forward passes, once there are
     gradients to add to. So each kind of batch is traced after a first optimizer step; or, where passes accumulate, in
-    one step of an optimizer that has its state already, which is quicker.
+    one step that begins with state and gradients, which is quicker.
 
     Needs the model's configuration, and no weights. Raises ForecastError, and ModelError where there is no
     configuration.
@@ -275,6 +275,11 @@ class _Tracer(TorchDispatchMode):
     def _run(self, operator: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """The operator's result. Shapes that were computed once are remembered: layers are alike, and asking fake
         tensors again takes most of a forecast's time."""
+        if operator.is_view and type(arguments[0]) is FakeTensor:
+            with no_dispatch(), in_kernel_invocation_manager(self._mode):
+                view = operator(*arguments, **options)
+            if type(view) is Tensor:
+                return FakeTensor(self._mode, view, _CPU)
         if not _is_pure(operator):
             return operator(*arguments, **options)
         key = operator, _shapes(arguments), _shapes(tuple(options.items()))
@@ -401,14 +406,14 @@ def _train(network: Any, trial: Trial, paddings: tuple[Padding, ...], tracer: _T
     arguments = dict(trial.method.training_arguments)
     accumulates = arguments.get("gradient_accumulation_steps", 1) > 1
     # The kinds of batches that the forward passes of each step see.
-    steps = [[paddings[-1], *paddings]] if accumulates else [[kind] for kind in (paddings[0], *paddings)]
+    steps = [list(paddings)] if accumulates else [[kind] for kind in (paddings[0], *paddings)]
     arguments |= {
         "gradient_accumulation_steps": len(steps[0]),
         "logging_nan_inf_filter": False,  # it reads the loss, and a fake one has no value
     }
     method = replace(trial.method, training_arguments=arguments)
     trial = replace(trial, method=method, max_steps=len(steps), device_index=None)
-    owner = _Owner(len(steps), tracer, begin_with_state=accumulates)
+    owner = _Owner(len(steps), tracer, begin_in_the_middle=accumulates)
     with tempfile.TemporaryDirectory() as folder:
         trainer: Any = stock.make_trainer(trial, network, [{}], tracer.meter, owner, Path(folder))
     owner.trainer = trainer
@@ -433,19 +438,19 @@ class _TracedError(Exception):
 class _Owner:
     """The owner of the traced training, which ends it after the last step."""
 
-    def __init__(self, steps: int, tracer: _Tracer, begin_with_state: bool) -> None:
-        self._steps, self._tracer, self._begin_with_state = steps, tracer, begin_with_state
+    def __init__(self, steps: int, tracer: _Tracer, begin_in_the_middle: bool) -> None:
+        self._steps, self._tracer, self._begin_in_the_middle = steps, tracer, begin_in_the_middle
         self.trainer: Any = None
 
     def training_began(self) -> None:
-        if self._begin_with_state:
+        if self._begin_in_the_middle:
             optimizer = self.trainer.optimizer.optimizer
             self._tracer.meter.phase = "optimizer"
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = torch.zeros_like(parameter)
+                    self._tracer.mark(parameter.grad, "gradients")
             optimizer.step()
-            optimizer.zero_grad()
             self._mark_state()
 
     def await_request(self, request: Request) -> None: ...
