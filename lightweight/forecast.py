@@ -8,7 +8,9 @@ model of torch's caching allocator, with or without a budget: what is at the pea
 from __future__ import annotations
 
 import functools
+import logging
 import tempfile
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -200,17 +202,18 @@ def trace(trial: Trial, capability: Capability = HOPPER, paddings: tuple[Padding
     """
     config = models.configuration(trial.model)
     longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and trial.max_length > longest:
+    if longest and 0 < longest < trial.max_length:
         raise ForecastError(f"{trial.name}: rows of {trial.max_length} tokens, where the model takes {longest}")
     dtype = getattr(torch, trial.method.weights_dtype)
     try:
-        network = trial.method.adapt(models.skeleton(config, dtype, trial.method.quantization))
+        with _quiet():
+            network = trial.method.adapt(models.skeleton(config, dtype, trial.method.quantization))
     except (NotImplementedError, ValueError) as error:
         raise ForecastError(f"{trial.name}: cannot be built: {_reason(error)}") from error
     rules = CudaRules(capability)
     mode: Any = FakeTensorMode(allow_non_fake_inputs=True)
     tracer = _Tracer(mode, Meter(torch.device("cpu"), start_seconds=0.0), rules, config.get_text_config().vocab_size)
-    with mode, rules, tracer:
+    with _quiet(), mode, rules, tracer:
         tracer.meter.phase = "build"
         _materialise(network, dtype, tracer, trial)
         with _module_names(network) as entered:
@@ -468,6 +471,21 @@ class _Owner:
             for value in state.values():
                 if isinstance(value, Tensor):
                     self._tracer.mark(value, "optimizer")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what libraries say meanwhile: torch logs a traceback for what becomes one line here, and transformers
+    warns of its own names."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

@@ -78,30 +78,27 @@ def plan(
 def largest_batch(fits: Callable[[int], Forecast], first: int) -> int:
     """The largest batch whose verdict is `fits`, 0 if none is.
 
-    What a step holds grows with the batch almost in a straight line, so two forecasts point at the next to try; the
-    answer and its successor are always forecast themselves.
+    What a step holds grows with the batch almost in a straight line, so two forecasts point at the next to try; every
+    other try halves what is left, in case the line is none. The answer and its successor are always forecast
+    themselves.
     """
     low, high, guess = 0, LARGEST_BATCH + 1, first
-    seen: dict[int, int] = {}
+    held: dict[int, int] = {}
     while high - low > 1:
         found = fits(guess)
-        seen[guess] = found.allocated_bytes
+        held[guess] = found.allocated_bytes
         low, high = (guess, high) if found.verdict == "fits" else (low, guess)
-        guess = _guess(seen, found.budget_bytes or 0, low, high)
+        if len(held) == 1:
+            guess = 2 * low or high // 2
+        elif len(held) % 2 or high > LARGEST_BATCH:
+            near, far = sorted(held, key=lambda batch: abs(batch - (low or high)))[:2]
+            slope = (held[near] - held[far]) / (near - far)
+            room = (found.budget_bytes or 0) * (1 - forecast.MARGIN) - held[near]
+            guess = int(near + room / max(slope, 1.0))
+        else:
+            guess = (low + high) // 2
+        guess = max(low + 1, min(guess, high - 1))
     return low
-
-
-def _guess(seen: dict[int, int], budget_bytes: int, low: int, high: int) -> int:
-    """A batch strictly between `low` and `high`: where the line through the two nearest known ones meets the budget."""
-    if len(seen) == 1:
-        (known,) = seen
-        guess = max(1, known // 2) if high == known else 2 * known
-    else:
-        middle = low if low in seen else high
-        first, second = sorted(seen, key=lambda batch: abs(batch - middle))[:2]
-        slope = (seen[first] - seen[second]) / (first - second)
-        guess = int(first + (budget_bytes * (1 - forecast.MARGIN) - seen[first]) / max(slope, 1.0))
-    return max(low + 1, min(guess, high - 1))
 
 
 def _row(model: Model, method: Method, target: Target, batch_size: int, max_length: int, found: Forecast) -> Row:

@@ -130,6 +130,8 @@ def _speedup(entry: Entry, baseline: Entry | None) -> str:
         return "-"
     if baseline["outcome"] != "completed":
         return f"baseline {baseline['outcome'].replace('_', ' ')}"
+    if entry["steady_step_seconds"] is None or baseline["steady_step_seconds"] is None:
+        return "-"
     per_token = entry["steady_step_seconds"] / entry["tokens_per_step"]
     return f"{baseline['steady_step_seconds'] / baseline['tokens_per_step'] / per_token:.2f}x"
 

@@ -38,7 +38,7 @@ OUTCOMES = [
 
 @pytest.mark.parametrize("outcome", OUTCOMES, ids=lambda outcome: outcome.kind)
 def test_every_outcome_is_one_entry_with_every_key_as_plain_json(trial, outcome):
-    entry = record.entry(trial, outcome, H200)
+    entry = record.entry(trial, outcome, H200, None)
     assert set(entry) >= REQUIRED
     assert set(record.KEYS) <= set(entry)
     restored = json.loads(json.dumps(entry, allow_nan=False))
@@ -54,16 +54,20 @@ def test_every_outcome_is_one_entry_with_every_key_as_plain_json(trial, outcome)
 
 
 def test_entries_say_what_was_emulated_and_in_which_precision(trial):
-    entry = record.entry(trial, OUTCOMES[0], H200)
+    entry = record.entry(trial, OUTCOMES[0], H200, None)
     assert (entry["emulated"], entry["precision"], entry["budget_bytes"]) == (True, "fp16", targets.T4.budget_bytes)
-    assert not record.entry(trial, OUTCOMES[0], replace(H200, name="Tesla T4"))["emulated"]
-    on_cpu = record.entry(replace(trial, target=targets.CPU, device_index=None), OUTCOMES[0], Device(name="a CPU"))
+    assert not record.entry(trial, OUTCOMES[0], replace(H200, name="Tesla T4"), None)["emulated"]
+    on_cpu = record.entry(
+        replace(trial, target=targets.CPU, device_index=None), OUTCOMES[0], Device(name="a CPU"), None
+    )
     assert (on_cpu["emulated"], on_cpu["precision"], on_cpu["budget_bytes"]) == (False, "fp32", None)
 
 
 def test_what_json_has_no_word_for_is_written_as_none(trial):
     measured = Measurements(train_loss=(3.0, math.nan, math.inf), heldout_loss_before=math.nan)
-    entry = record.entry(trial, Diverged(step=2, reason="training loss is nan at step 2", measured=measured), H200)
+    entry = record.entry(
+        trial, Diverged(step=2, reason="training loss is nan at step 2", measured=measured), H200, None
+    )
     assert entry["train_loss"] == [3.0, None, None]
     assert entry["heldout_loss_before"] is None
     assert json.loads(json.dumps(entry, allow_nan=False)) == entry
@@ -71,7 +75,7 @@ def test_what_json_has_no_word_for_is_written_as_none(trial):
 
 def test_a_method_may_say_things_in_objects(trial):
     arguments = {"lr_scheduler_type": SchedulerType.COSINE, "label_names": ("labels",), "output_dir": Path("here")}
-    entry = record.entry(replace(trial, method=replace(LORA, training_arguments=arguments)), OUTCOMES[0], H200)
+    entry = record.entry(replace(trial, method=replace(LORA, training_arguments=arguments)), OUTCOMES[0], H200, None)
     assert type(entry["training_arguments"]["lr_scheduler_type"]) is str  # SchedulerType only behaves like one
     assert entry["training_arguments"] == {
         "lr_scheduler_type": "cosine",
@@ -81,7 +85,7 @@ def test_a_method_may_say_things_in_objects(trial):
 
 
 def test_a_set_in_a_peft_config_is_written_in_order(trial):
-    entry = record.entry(replace(trial, method=LORA), OUTCOMES[0], H200)
+    entry = record.entry(replace(trial, method=LORA), OUTCOMES[0], H200, None)
     assert entry["adapter"]["target_modules"] == ["q_proj", "v_proj"]
 
 
@@ -93,7 +97,7 @@ def test_the_steady_step_is_the_median_after_the_first_epoch():
 
 def test_records_are_read_in_order(trial, tmp_path):
     for name, seeds in (("a", [1, 2]), ("b", [3])):
-        entries = [record.entry(replace(trial, seed=seed), OUTCOMES[0], H200) for seed in seeds]
+        entries = [record.entry(replace(trial, seed=seed), OUTCOMES[0], H200, None) for seed in seeds]
         (tmp_path / name).write_text(json.dumps({"outcomes": entries}))
     assert [entry["seed"] for entry in record.load([tmp_path / "b", tmp_path / "a"])] == [3, 1, 2]
 

@@ -51,8 +51,8 @@ def test_building_leaves_the_method_as_it_was(trial):
 def test_parameters_of_a_4_bit_network_are_counted_as_what_they_pack(trial):
     plain = models.load(trial.model, torch.float32, CPU, None)
     network = worker.build(replace(trial, method=QLORA), CPU)
-    adapter = worker._count(network, trainable=True)
-    assert worker._count(network, trainable=False) - adapter == sum(p.numel() for p in plain.parameters())
+    adapter = models.count_parameters(network, trainable=True)
+    assert models.count_parameters(network) - adapter == sum(p.numel() for p in plain.parameters())
 
 
 def test_bf16_weights_on_a_target_without_bf16_are_refused(trial):

@@ -1,0 +1,270 @@
+"""The forecast against measured peaks, against parameter counts from the papers, and against traces worked by hand."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import BitsAndBytesConfig
+
+from experiments.test_forecast import ALLOCATED, CELLS, MODELS, RESERVED
+from lightweight import forecast, isolation, models, record, targets
+from lightweight.corpus import Corpus
+from lightweight.forecast import MARGIN, ForecastError, Trace
+from lightweight.methods import BASELINE, LORA, QLORA
+from lightweight.models import GPT_NEO_TINY, OPT_TINY, Model
+from lightweight.targets import HOPPER, NATIVE, MiB
+from lightweight.trial import Trial
+
+RECORDS = Path(__file__).parents[1] / "experiments" / "records"
+MATRIX, T4_RUN = RECORDS / "h200-forecast.json", RECORDS / "h200-t4.json"
+
+
+def trial(model, method, **changes):
+    return Trial(
+        model=models.named(model) if isinstance(model, str) else model,
+        method=method,
+        target=NATIVE,
+        corpus=Corpus(train=(), heldout=(), digest=""),
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory):
+    """Every cell of the matrix traced, two at a time, each in a process of its own."""
+    folder = tmp_path_factory.mktemp("traces")
+
+    def traced(cell):
+        model, method, max_length = CELLS[cell]
+        return isolation.call(forecast.trace, folder, trial(MODELS[model], method, max_length=max_length), HOPPER)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(CELLS, pool.map(traced, CELLS), strict=True))
+
+
+def cell_of(entry):
+    """The cell that a record's entry measured."""
+    sequences = entry["training_arguments"]["per_device_train_batch_size"]
+    return next(
+        name
+        for name, (model, method, max_length) in CELLS.items()
+        if (entry["model"], entry["method"]) == (model, method.name)
+        and (entry["max_length"], sequences) == (max_length, method.sequences_per_pass)
+    )
+
+
+def test_the_committed_matrix_is_whole():
+    completed = [entry for entry in record.load([MATRIX]) if entry["target"] == "native"]
+    assert {cell_of(entry) for entry in completed} == set(CELLS)
+    assert len(CELLS) >= 12
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_forecasts_agree_with_the_committed_measurements(traces, cell):
+    (entry,) = [e for e in record.load([MATRIX]) if e["target"] == "native" and cell_of(e) == cell]
+    peak = traces[cell].replay()
+    assert peak.allocated_bytes == pytest.approx(entry["peak_allocated_bytes"], rel=ALLOCATED)
+    assert peak.reserved_bytes == pytest.approx(entry["peak_reserved_bytes"], rel=RESERVED)
+
+
+def test_no_verdict_is_wrong_on_the_committed_runs(traces):
+    decided = 0
+    for entry in record.load([MATRIX, T4_RUN]):
+        budget = entry["budget_bytes"] or entry["device_bytes"] - targets.CONTEXT_BYTES
+        found = forecast.within(traces[cell_of(entry)], budget)
+        if entry["outcome"] == "out_of_memory":
+            assert found.verdict != "fits", (entry["model"], entry["method"], entry["target"])
+            if found.verdict == "does_not_fit":
+                assert found.phase == entry["phase"], "where it ran out of memory"
+        else:
+            assert found.verdict != "does_not_fit", (entry["model"], entry["method"], entry["target"])
+        decided += found.verdict != "too_close_to_call"
+    assert decided >= 30
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "lora"),
+    [
+        # arXiv:2205.01068 table 1, with the tied embeddings that this size projects; lora: q and v of 24 layers, r=8
+        ("opt-350m", 331_196_416, 24 * 2 * 8 * (1024 + 1024)),
+        ("gpt-neo-1.3b", 1_315_575_808, 24 * 2 * 8 * (2048 + 2048)),
+        ("smollm2-135m", 134_515_008, 30 * 8 * (576 + 576 + 576 + 192)),
+    ],
+)
+def test_traces_count_the_parameters_of_the_papers(traces, model, parameters, lora):
+    baseline, adapter = traces[f"{model} x baseline"], traces[f"{model} x lora"]
+    assert baseline.parameters == baseline.trainable_parameters == parameters
+    assert adapter.trainable_parameters == lora
+    assert adapter.parameters == parameters + lora
+    assert traces[f"{model} x qlora"].parameters > parameters, "a 4-bit weight counts as the elements it packs"
+
+
+def test_causes_add_up_and_are_what_they_are_called(traces):
+    peak = traces["opt-350m x baseline"].replay()
+    assert sum(peak.by_cause.values()) == peak.allocated_bytes
+    weights = 4 * 331_196_416
+    assert peak.by_cause["weights"] == pytest.approx(weights, rel=1e-3)
+    assert peak.by_cause["optimizer"] == pytest.approx(2 * weights, rel=1e-3)
+    assert peak.by_cause["logits"] == 3 * 8 * 256 * 50272 * 4, "logits, their log-softmax and its gradient"
+    assert peak.by_cause["workspace"] == 65 * MiB
+    assert peak.phase == "backward"
+
+    packed = traces["gpt-neo-1.3b x qlora"].replay()
+    linear = 24 * (4 * 2048 * 2048 + 2 * 2048 * 8192)
+    assert packed.by_cause["quantization state"] == pytest.approx(linear / 64 * 4, rel=1e-3)
+    trainable = traces["gpt-neo-1.3b x qlora"].trainable_parameters
+    assert packed.by_cause["gradients"] == pytest.approx(4 * trainable, rel=1e-2)
+
+
+def test_larger_batches_and_rows_hold_more_and_checkpointing_less(traces):
+    def peak(model, method, **changes):
+        return forecast.trace(trial(model, method, **changes)).replay().allocated_bytes
+
+    assert peak(OPT_TINY, BASELINE) < peak(OPT_TINY, BASELINE.with_batch(16))
+    assert peak(GPT_NEO_TINY, LORA) < peak(GPT_NEO_TINY, LORA, max_length=512)
+    for model in MODELS:
+        kept = traces[f"{model} x qlora-no-checkpointing"].replay().allocated_bytes
+        assert traces[f"{model} x qlora"].replay().allocated_bytes < kept
+
+
+def test_the_optimizer_of_the_method_is_the_one_that_is_traced():
+    def state(**arguments):
+        method = replace(BASELINE, training_arguments={**BASELINE.training_arguments, **arguments})
+        return forecast.trace(trial(OPT_TINY, method)).replay().by_cause["optimizer"]
+
+    assert state(optim="sgd") == 0
+    assert state(optim="adafactor") < state() / 2
+
+
+def handmade(*events):
+    """A trace with a build phase of one weight, and then `events` of forward and backward."""
+    forward, backward = events
+    numbered = [(0, 40 * MiB), *forward, *backward]
+    return Trace(
+        parameters=1,
+        trainable_parameters=1,
+        events=numbered,
+        causes=dict.fromkeys({name for name, _ in numbered}, "activations") | {0: "weights"},
+        phases=[(0, "build"), (1, "forward"), (1 + len(forward), "backward")],
+    )
+
+
+def test_a_replay_says_what_was_held_at_the_peak_and_in_which_phase():
+    peak = handmade([(1, 30 * MiB), (2, 20 * MiB), (2, 0)], [(1, 0), (3, 20 * MiB)]).replay()
+    assert (peak.allocated_bytes, peak.phase) == (90 * MiB, "forward")
+    assert peak.by_cause["weights"] == 40 * MiB
+    assert peak.by_cause["activations"] == 50 * MiB
+    assert peak.out_of_memory_in is None
+
+
+@pytest.mark.parametrize(
+    ("budget", "phase"), [(30, "build"), (60, "forward"), (89, "forward"), (109, "backward"), (110, None)]
+)
+def test_a_replay_runs_out_of_memory_where_its_budget_ends(budget, phase):
+    traced = handmade([(1, 30 * MiB), (2, 20 * MiB)], [(3, 20 * MiB)])
+    assert traced.replay(budget * MiB).out_of_memory_in == phase
+
+
+def test_a_verdict_needs_a_margin():
+    traced = handmade([(1, 60 * MiB)], [(1, 0)])
+    need = 100 * MiB
+    assert forecast.within(traced, round(need / (1 - MARGIN)) + MiB).verdict == "fits"
+    assert forecast.within(traced, round(need * 1.01)).verdict == "too_close_to_call"
+    assert forecast.within(traced, round(need * 0.99)).verdict == "too_close_to_call"
+    refused = forecast.within(traced, round(need / (1 + MARGIN)) - MiB)
+    assert (refused.verdict, refused.phase, refused.reserved_bytes) == ("does_not_fit", "forward", need)
+    assert forecast.within(traced, None).verdict == "fits"
+
+
+def test_dropping_layers_is_forecast_as_if_none_were_dropped():
+    dropping = replace(OPT_TINY, architecture={**OPT_TINY.architecture, "layerdrop": 0.9})
+    peaks = [forecast.trace(trial(model, LORA)).replay().allocated_bytes for model in (OPT_TINY, dropping)]
+    assert peaks[0] == peaks[1]
+
+
+LSH = {"model_type": "reformer", "is_decoder": True, "vocab_size": 384, "axial_pos_shape": [16, 16]}
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 384,
+    "num_local_experts": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "words"),
+    [
+        (Model(name="lsh", architecture=LSH), BASELINE, ("lsh x baseline", "LSHSelfAttention", "DataDependent")),
+        (Model(name="moe", architecture=MIXTRAL), BASELINE, ("moe x baseline", "model.layers.0.mlp.experts")),
+        (
+            OPT_TINY,
+            replace(LORA, name="int8", quantization=BitsAndBytesConfig(load_in_8bit=True)),
+            ("opt-tiny x int8", "project_out is quantized to 8 bits"),
+        ),
+        (
+            OPT_TINY,
+            replace(LORA, adapter=replace(LORA.adapter, target_modules=["nothing"])),
+            ("lora", "cannot be built"),
+        ),
+    ],
+    ids=["data-dependent", "experts", "8 bits", "no such module"],
+)
+def test_what_cannot_be_traced_is_one_line_that_names_it(model, method, words):
+    with pytest.raises(ForecastError) as failure:
+        forecast.trace(trial(model, method))
+    line = str(failure.value)
+    assert "\n" not in line
+    for word in words:
+        assert word in line
+
+
+def test_rows_longer_than_the_model_takes_are_refused():
+    with pytest.raises(ForecastError, match="rows of 1024 tokens, where the model takes 512"):
+        forecast.trace(trial(OPT_TINY, LORA, max_length=1024))
+
+
+def test_only_batches_that_the_corpus_gives_are_traced(micro, small_corpus):
+    short = Trial(model=micro, method=BASELINE, target=NATIVE, corpus=small_corpus)
+    assert forecast._paddings(short) == ("padded",)
+    assert forecast._paddings(replace(short, max_length=8)) == ("full",)
+    assert forecast._paddings(replace(short, model=replace(micro, location=None))) == ("full", "padded")
+
+
+def test_a_large_model_is_forecast_in_seconds_without_much_memory(tmp_path):
+    architecture = {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    }
+    llama = trial(Model(name="llama-7b", architecture=architecture), QLORA)
+    seconds, host_bytes, parameters = isolation.call(timed, tmp_path, llama)
+    assert parameters == pytest.approx(6.76e9, rel=0.01)
+    assert seconds < 30
+    assert host_bytes < 2 * 2**30
+
+
+def timed(large):
+    """Seconds and host memory of a trace, measured in its own process."""
+    import resource
+    import time
+
+    start = time.monotonic()
+    traced = forecast.trace(large)
+    traced.replay(targets.T4.budget_bytes)
+    return time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, traced.parameters
+
+
+def test_records_say_what_was_forecast():
+    entries = json.loads(T4_RUN.read_text("utf-8"))["outcomes"]
+    assert {entry["forecast_verdict"] for entry in entries} == {"fits", "does_not_fit"}
+    assert all(sum(entry["forecast_bytes_by_cause"].values()) == entry["forecast_allocated_bytes"] for entry in entries)
