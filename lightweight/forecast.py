@@ -52,7 +52,7 @@ Verdict = Literal["fits", "does_not_fit", "too_close_to_call"]
 
 MARGIN = 0.03
 """How far from a budget a forecast must be to decide: the committed matrix (experiments/records/h200-forecast.json)
-is forecast within 1.2 % allocated and 3.4 % reserved, and what decides lies between the two."""
+is forecast within 1.2 % allocated and 1.8 % reserved, and what decides lies between the two."""
 
 _CPU = torch.device("cpu")
 
