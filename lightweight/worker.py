@@ -21,7 +21,7 @@ from lightweight.preload import peft  # isort: skip  # before Trainer, which imp
 import torch
 import transformers
 
-from lightweight import corpus, models, stock
+from lightweight import captured, corpus, models, stock
 from lightweight.meter import DivergedError, Meter
 from lightweight.stock import Request
 from lightweight.targets import Device, GiB, MiB
@@ -132,9 +132,18 @@ def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner
         meter.heldout_losses.append(stock.heldout_loss(trainer, heldout))
     meter.begin_training()
 
-    owner.enter("train")
-    with meter.during("train"):
-        trainer.train()
+    if trial.method.captured_step is None:
+        owner.enter("train")
+        with meter.during("train"):
+            trainer.train()
+    else:
+        job = captured.Job(trial, trainer, train, meter)
+        owner.enter("capture")
+        with meter.during("capture"):
+            job.prepare()
+        owner.enter("train")
+        with meter.during("train"):
+            job.train(owner)
     meter.end_training()
     owner.await_request("finish")
 
@@ -149,10 +158,11 @@ def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner
 
 
 def build(trial: Trial, device: torch.device) -> torch.nn.Module:
-    """The network of a trial on `device`, quantized and with its adapter on, as peft's own documentation does it."""
-    method = trial.method if device.type == "cuda" else trial.method.on_cpu()
+    """The network of a trial on `device`, quantized and with its adapter on, as peft's own documentation does it; for a
+    captured step without peft's upcasts to fp32, unless it asks for them."""
+    method, step = trial.running_method, trial.method.captured_step
     network: Any = models.load(trial.model, getattr(torch, method.weights_dtype), device, method.quantization)
-    if method.quantization is not None:
+    if method.quantization is not None and (step is None or step.upcast):
         network = peft.prepare_model_for_kbit_training(
             network,
             use_gradient_checkpointing=method.training_arguments.get("gradient_checkpointing", False),
