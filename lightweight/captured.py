@@ -19,7 +19,7 @@ from typing import Any
 from lightweight.preload import peft  # isort: skip  # before Trainer, which imports peft
 
 import torch
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
 from transformers import Trainer
 
 from lightweight import attention, packing
@@ -124,14 +124,27 @@ class Job:
         if type(head) is not torch.nn.Linear:
             return False
         ids = torch.arange(1, 9, device=self.device).unsqueeze(0)
-        mask = torch.ones_like(ids)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        seen: list[torch.Tensor] = []
+
+        def enlarge(module: torch.nn.Module, arguments: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+            seen.append(arguments[0])
+            seen.append(output * (100 / output.abs().max()))  # a soft cap leaves small logits nearly as they are
+            return seen[1]
+
         self.network.eval()
-        with torch.no_grad(), self._autocast():
-            logits = self.network(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            found = linear(hidden.to(head.weight.dtype), head.weight, head.bias) if hidden.dim() == 3 else hidden
-        self.network.train()
-        return found.shape == logits.shape and torch.allclose(found.float(), logits.float(), rtol=1e-2, atol=1e-3)
+        hook = head.register_forward_hook(enlarge)
+        try:
+            with torch.no_grad(), self._autocast():
+                logits = self.network(**inputs).logits
+                hidden = self.model.base_model(**inputs).last_hidden_state
+        finally:
+            hook.remove()
+            self.network.train()
+        return all(
+            found.shape == expected.shape and torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-3)
+            for found, expected in ((hidden, seen[0]), (logits, seen[1]))
+        )
 
     def _prepare_batches(self) -> None:
         """The layouts of every epoch, and the static shape that each of them runs in."""
@@ -330,6 +343,7 @@ class _Optimizer:
         for weight in self._masters:
             weight.grad = None
 
+    @torch.no_grad()
     def step(self) -> None:
         """Unscale, clip, and take the step, unless a gradient is not finite under a loss scale."""
         self._scaler.unscale_(self._adamw)
@@ -375,11 +389,6 @@ def _learning_rates(trial: Trial, trainer: Trainer) -> list[float]:
     stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=trainer.args.learning_rate)
     scheduler = trainer.create_scheduler(num_training_steps=trial.steps, optimizer=stand_in)
     trainer.lr_scheduler = None
-    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-        raise ValueError(
-            f"method {trial.method.name}: the captured step needs a learning rate known from the step's number, which "
-            f"{trainer.args.lr_scheduler_type} is not: choose another, or let the Trainer run the steps"
-        )
     rates = []
     for _ in range(trial.steps):
         rates.append(float(scheduler.get_last_lr()[0]))
@@ -395,7 +404,7 @@ def what_cannot_be_captured(network: torch.nn.Module, step: Callable[[], None]) 
     hooks = []
     for name, module in network.named_modules():
         label = f"{name or 'the network'} ({type(module).__name__})"
-        hooks.append(module.register_forward_pre_hook(lambda *_, label=label: inside.append(label)))
+        hooks.append(module.register_forward_pre_hook(lambda *_, label=label: inside.append(label), prepend=True))
         hooks.append(module.register_forward_hook(lambda *_: inside.pop() and None))
     waiting = torch.cuda.get_sync_debug_mode() if torch.cuda.is_available() else 0
     try:

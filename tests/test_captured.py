@@ -7,8 +7,9 @@ from test_stock import Unattended
 from lightweight import captured, corpus, models, stock, targets, worker
 from lightweight.corpus import Corpus
 from lightweight.meter import Meter
-from lightweight.methods import BASELINE, LORA, Method
+from lightweight.methods import BASELINE, LORA, QLORA, CapturedStep, Method
 from lightweight.models import GPT_NEO_TINY, OPT_TINY, Model
+from lightweight.preload import peft
 from lightweight.trial import MAX_LENGTH, Trial
 
 CPU = torch.device("cpu")
@@ -108,3 +109,213 @@ def test_twenty_captured_steps_have_the_trainers_losses(
     after = dict(theirs.model.named_parameters())
     for name, parameter in ours.model.named_parameters():
         assert torch.allclose(parameter, after[name], atol=2e-3), name
+
+
+@pytest.fixture
+def trial(written, dialogues):
+    return Trial(
+        model=written["opt-tiny"],
+        method=replace(LORA, step="captured", training_arguments={"per_device_train_batch_size": 8}),
+        target=targets.CPU,
+        corpus=dialogues,
+        epochs=1,
+    )
+
+
+def job_of(trial, folder):
+    trainer, rows, meter, _ = prepared(trial, folder)
+    job = captured.Job(trial, trainer, rows, meter)
+    job.prepare()
+    return job
+
+
+def gradients(job, layout):
+    """What one step's backward pass leaves on the trained weights, and its loss, before anything is clipped."""
+    found = {}
+
+    def keep():
+        found.update({n: p.grad.clone() for n, p in job.network.named_parameters() if p.grad is not None})
+
+    job._optimizer.step = keep
+    job._run(layout)
+    return found, job.loss.item()
+
+
+@pytest.mark.parametrize("model", ["opt-tiny", "gpt-neo-tiny", "llama-tiny"])
+def test_packed_rows_have_the_loss_and_gradients_of_rows_of_one_dialogue(trial, written, tmp_path, model):
+    method = replace(without_dropout(BASELINE), step=CapturedStep())
+    trial = replace(trial, model=written[model], method=method)
+    packs = job_of(trial, tmp_path / "packs")
+    alone = job_of(replace(trial, method=replace(method, step=CapturedStep(packing=False))), tmp_path / "alone")
+    assert packs.packs and not alone.packs
+    packed, unpacked = packs.epochs[0][0], alone.epochs[0][0]
+    assert len(packed.rows) < len(unpacked.rows) == 8
+    assert max(len(row) for row in packed.rows) > 1
+    (ours, loss), (expected, expected_loss) = gradients(packs, packed), gradients(alone, unpacked)
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    assert ours.keys() == expected.keys()
+    for name, gradient in ours.items():
+        assert torch.allclose(gradient, expected[name], atol=1e-5), name
+
+
+def test_packing_is_left_out_where_it_saves_no_rows(trial, tmp_path):
+    long = tuple(replace(pair, answer=pair.answer * 20) for pair in trial.corpus.train)
+    job = job_of(replace(trial, corpus=replace(trial.corpus, train=long)), tmp_path)
+    assert not job.packs
+    assert job.meter.facts["capture_note"].startswith("packing would make 36 rows of 36")
+
+
+@pytest.mark.parametrize(
+    "switched",
+    [
+        {"loss": "model"},
+        {"attention": "model", "packing": False},
+        {"attention": "model", "loss": "model", "packing": False},
+    ],
+)
+def test_each_part_can_be_switched_off_without_another_loss(trial, tmp_path, switched):
+    method = without_dropout(trial.method)
+    losses = []
+    for index, step in enumerate((CapturedStep(), CapturedStep(**switched))):
+        _, meter, _ = trained(replace(trial, method=replace(method, step=step)), tmp_path / str(index))
+        losses.append(meter.measurements().train_loss)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_a_seed_gives_the_same_run_twice_and_another_seed_another(trial, tmp_path):
+    """With dropout, in the adapter and in the model."""
+    assert trial.method.adapter.lora_dropout == 0.1
+    losses = []
+    for index, seed in enumerate((0, 0, 1)):
+        _, meter, _ = trained(replace(trial, seed=seed), tmp_path / str(index))
+        losses.append(meter.measurements().train_loss)
+    assert losses[0] == losses[1]
+    assert losses[0] != pytest.approx(losses[2], abs=1e-4)
+
+
+def test_dropout_is_the_methods(trial, tmp_path):
+    losses = []
+    for index, method in enumerate((trial.method, without_dropout(trial.method))):
+        # B starts at zero, so that A's dropout shows from the second step on
+        _, meter, _ = trained(
+            replace(trial, method=replace(method, training_arguments={"learning_rate": 1e-2})), tmp_path / str(index)
+        )
+        losses.append(meter.measurements().train_loss)
+    assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-5)
+    assert losses[0][1:] != pytest.approx(losses[1][1:], abs=1e-5)
+
+
+@pytest.mark.parametrize("method", [LORA, QLORA], ids=["lora", "qlora"])
+def test_what_a_captured_run_saves_peft_loads(trial, tmp_path, method):
+    method = replace(method, step="captured", weights_dtype="half", training_arguments={"learning_rate": 1e-3})
+    trial = replace(trial, method=method)
+    trainer, _, _ = trained(trial, tmp_path / "run")
+    trainer.save_model(str(tmp_path / "saved"))
+    base = models.load(trial.model, torch.float32, CPU, trial.running_method.quantization)
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # as worker.build does, for the same arithmetic
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "saved")
+    ids = torch.arange(10).unsqueeze(0)
+    with torch.no_grad():
+        ours, theirs = (network.eval()(input_ids=ids).logits for network in (trainer.model, loaded))
+        with loaded.disable_adapter():
+            bare = loaded(input_ids=ids).logits
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert not torch.allclose(theirs, bare, atol=1e-4)
+
+
+def test_half_precision_weights_are_trained_by_fp32_masters_and_saved_in_fp32(trial, tmp_path):
+    """At a rate at which bf16 weights by themselves would stand still."""
+    method = replace(
+        without_dropout(BASELINE),
+        step="captured",
+        weights_dtype="bfloat16",
+        training_arguments={"learning_rate": 1e-5, "lr_scheduler_type": "constant"},
+    )
+    trial = replace(trial, method=method, epochs=2)
+    before = {name: p.detach().clone() for name, p in worker.build(trial, CPU).named_parameters()}
+    assert {p.dtype for p in before.values()} == {torch.bfloat16}
+    trainer, meter, _ = trained(trial, tmp_path / "half")
+    name = "model.decoder.layers.0.fc1.weight"
+    after = dict(trainer.model.named_parameters())[name]
+    assert after.dtype == torch.float32
+    moved = (after - before[name].float()).abs()
+    assert 1e-6 < moved.max() <= 1.1e-4  # ten steps of at most the rate
+    assert (moved > 0).float().mean() > 0.9
+    whole = replace(method, weights_dtype="float32", step="captured")
+    _, expected, _ = trained(replace(trial, method=whole), tmp_path / "whole")
+    assert meter.measurements().train_loss == pytest.approx(expected.measurements().train_loss, rel=1e-2)
+
+
+def test_a_rehearsal_leaves_no_trace_in_what_is_trained(trial, tmp_path):
+    """Capturing runs whole steps first; on a GPU nobody would see what they did."""
+    losses = []
+    for index, rehearses in enumerate((False, True)):
+        trainer, rows, meter, owner = prepared(trial, tmp_path / str(index))
+        job = captured.Job(trial, trainer, rows, meter)
+        job.prepare()
+        if rehearses:
+            with job._optimizer.rehearsing():
+                for layout in job.epochs[0][:3]:
+                    job._run(layout)
+        job.train(owner)
+        losses.append(meter.measurements().train_loss)
+    assert losses[0] == losses[1]
+
+
+def test_what_prevents_a_capture_is_named_with_its_module(trial, tmp_path):
+    job = job_of(trial, tmp_path)
+    layer = job.model.model.decoder.layers[1]
+
+    def waits(*_):
+        raise RuntimeError("called a synchronizing CUDA operation\nand more")
+
+    step = lambda: job._run(job.epochs[0][0])  # noqa: E731
+    assert captured.what_cannot_be_captured(job.network, step) is None
+    handle = layer.fc1.register_forward_pre_hook(waits)
+    found = captured.what_cannot_be_captured(job.network, step)
+    assert found == "base_model.model.model.decoder.layers.1.fc1 (Linear): called a synchronizing CUDA operation"
+    handle.remove()
+    assert captured.what_cannot_be_captured(job.network, step) is None
+
+
+def test_a_model_whose_logits_are_more_than_its_heads_keeps_its_own_loss(trial, tmp_path):
+    trainer, rows, meter, _ = prepared(trial, tmp_path)
+    forward = trainer.model.get_base_model().forward
+
+    def capped(*arguments, **options):
+        output = forward(*arguments, **options)
+        output.logits = 2.0 * torch.tanh(output.logits / 2.0)
+        return output
+
+    trainer.model.get_base_model().forward = capped
+    job = captured.Job(trial, trainer, rows, meter)
+    job.prepare()
+    assert not job.chunks
+    assert "keeps its own loss" in meter.facts["capture_note"]
+
+
+def test_on_a_cpu_the_record_says_that_nothing_was_captured(trial, tmp_path):
+    facts = job_of(trial, tmp_path).meter.facts
+    assert (facts["captured"], facts["compiled"]) == (False, False)
+    assert facts["capture_note"].endswith("no GPU: the same step without a graph")
+
+
+def test_an_optimizer_that_only_the_trainer_runs_is_refused_in_one_line(trial, tmp_path):
+    trial = replace(trial, method=replace(trial.method, training_arguments={"optim": "sgd"}))
+    trainer, rows, meter, _ = prepared(trial, tmp_path)
+    with pytest.raises(ValueError, match="runs torch's AdamW, and `optim` asks for SGD: leave it out") as raised:
+        captured.Job(trial, trainer, rows, meter)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_schedule_does_not_move_on_a_skipped_step(trial, tmp_path):
+    job = job_of(trial, tmp_path)
+    optimizer = job._optimizer
+    rates = captured._learning_rates(trial, job.trainer)
+    assert rates == pytest.approx([5e-5 * (1 - step / trial.steps) for step in range(trial.steps)])
+    for skipped, taken in ((0.0, 1), (1.0, 1), (0.0, 2)):
+        optimizer._adamw.found_inf = torch.tensor([skipped])
+        optimizer._count_step(optimizer._adamw)
+        assert optimizer._taken.item() == taken
