@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer
 
 from lightweight import attention, packing
+from lightweight.lean import Lean
 from lightweight.loss import linear_cross_entropy
 from lightweight.meter import Meter
 from lightweight.methods import CapturedStep
@@ -57,6 +58,7 @@ class Job:
         self.packs, self.chunks = step.packing, step.loss == "chunked"
         self.captured = self.compiled = False
         self._compiled_layers: list[Any] = []
+        self._lean: Lean | None = None
         self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         self._optimizer = _Optimizer(trial, trainer, self.device)
 
@@ -95,6 +97,8 @@ class Job:
         self._graphs.clear()
         for layer in self._compiled_layers:
             del layer.forward  # its class's own again: evaluating is not worth compiling for
+        if self._lean is not None:
+            self._lean.undo()
         self._optimizer.finish()
 
     # Before the first step
@@ -116,6 +120,9 @@ class Job:
         self.compiled = self.device.type == "cuda" and (
             self.trial.steps >= COMPILE_STEPS if self.step.compile is None else self.step.compile
         )
+        # A compiler decides by itself what to keep, and autocast casts in the middle of what is one function here.
+        if self.step.lean and not self.compiled and isinstance(self._autocast(), contextlib.nullcontext):
+            self._lean = Lean(self.model)
 
     def _ends_with_its_head(self) -> bool:
         """Whether the network's logits are its body's output times its head: no soft cap or scale after it, no virtual
@@ -237,6 +244,8 @@ class Job:
         self._optimizer.clear_gradients()
         self.loss.zero_()
         for index in range(buffers.shape.passes):
+            if self._lean is not None:
+                self._lean.roll()
             with self._autocast():
                 loss = self._loss(buffers, index)
             self._optimizer.backward(loss)

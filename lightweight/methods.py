@@ -28,14 +28,16 @@ class CapturedStep:
 
     `attention` "sdpa" runs every attention through `scaled_dot_product_attention`, without a mask where causality is
     all there is to say. `loss` "chunked" never holds the logits whole. `packing` puts several dialogues into one row.
-    `graph` False runs the same step uncaptured. `compile` None decides from the number of steps. `upcast` holds the
-    norms, embeddings and head of a quantized model in fp32, as `prepare_model_for_kbit_training` does. Raises
-    ValueError for packing on the model's own attention, which knows one dialogue a row.
+    `lean` keeps less of the forward pass of frozen layers and computes again what is cheap. `graph` False runs the same
+    step uncaptured. `compile` None decides from the number of steps. `upcast` holds the norms, embeddings and head of a
+    quantized model in fp32, as `prepare_model_for_kbit_training` does. Raises ValueError for packing on the model's own
+    attention, which knows one dialogue a row.
     """
 
     attention: Literal["model", "sdpa"] = "sdpa"
     loss: Literal["model", "chunked"] = "chunked"
     packing: bool = True
+    lean: bool = True
     graph: bool = True
     compile: bool | None = None
     upcast: bool = False

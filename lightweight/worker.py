@@ -137,9 +137,9 @@ def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner
         with meter.during("train"):
             trainer.train()
     else:
-        job = captured.Job(trial, trainer, train, meter)
         owner.enter("capture")
         with meter.during("capture"):
+            job = captured.Job(trial, trainer, train, meter)
             job.prepare()
         owner.enter("train")
         with meter.during("train"):

@@ -1,13 +1,15 @@
+import copy
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from test_stock import Unattended
 
-from lightweight import captured, corpus, models, stock, targets, worker
+from lightweight import captured, corpus, isolation, models, record, stock, targets, worker
 from lightweight.corpus import Corpus
 from lightweight.meter import Meter
-from lightweight.methods import BASELINE, LORA, QLORA, CapturedStep, Method
+from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, QLORA, CapturedStep, Method
 from lightweight.models import GPT_NEO_TINY, OPT_TINY, Model
 from lightweight.preload import peft
 from lightweight.trial import MAX_LENGTH, Trial
@@ -77,9 +79,9 @@ def trained(trial, folder):
 
 
 def without_dropout(method: Method) -> Method:
-    if method.adapter is None:
-        return method
-    adapter = type(method.adapter)(**{**method.adapter.to_dict(), "lora_dropout": 0.0})
+    adapter = copy.deepcopy(method.adapter)
+    if adapter is not None:
+        adapter.lora_dropout = 0.0
     return replace(method, adapter=adapter)
 
 
@@ -169,8 +171,9 @@ def test_packing_is_left_out_where_it_saves_no_rows(trial, tmp_path):
     "switched",
     [
         {"loss": "model"},
+        {"lean": False},
         {"attention": "model", "packing": False},
-        {"attention": "model", "loss": "model", "packing": False},
+        {"attention": "model", "loss": "model", "packing": False, "lean": False},
     ],
 )
 def test_each_part_can_be_switched_off_without_another_loss(trial, tmp_path, switched):
@@ -180,6 +183,33 @@ def test_each_part_can_be_switched_off_without_another_loss(trial, tmp_path, swi
         _, meter, _ = trained(replace(trial, method=replace(method, step=step)), tmp_path / str(index))
         losses.append(meter.measurements().train_loss)
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("model", ["opt-tiny", "gpt-neo-tiny", "llama-tiny"])
+def test_layers_computed_twice_train_the_same(trial, written, tmp_path, model):
+    """Gradient checkpointing, the mask of packed rows and all."""
+    losses = []
+    for index, twice in enumerate((False, True)):
+        arguments = {"gradient_checkpointing": twice, "learning_rate": 1e-3}
+        method = replace(without_dropout(trial.method), training_arguments=arguments)
+        trainer, meter, _ = trained(replace(trial, model=written[model], method=method), tmp_path / str(index))
+        assert trainer.model.is_gradient_checkpointing == twice
+        losses.append(meter.measurements().train_loss)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_captured_cell_completes_in_a_child_and_its_record_says_how_it_ran(trial, folder):
+    small = replace(trial, method=LORA_CAPTURED)
+    with isolation.Child(small, folder) as child:
+        outcome = child.finish()
+    assert outcome.kind == "completed", outcome.details
+    entry = record.entry(small, outcome, targets.Device(name="a CPU"))
+    assert (entry["captured"], entry["compiled"], entry["steps"]) == (False, False, 5)
+    assert "no GPU" in entry["capture_note"]
+    assert (entry["precision"], entry["weights_dtype"]) == ("fp32", "float32")
+    assert entry["captured_step"]["attention"] == "sdpa"
+    assert entry["phase_seconds"]["capture"] > 0
+    assert json.loads(json.dumps(entry, allow_nan=False)) == entry
 
 
 def test_a_seed_gives_the_same_run_twice_and_another_seed_another(trial, tmp_path):
