@@ -45,13 +45,12 @@ class Lean:
         widths = {module.in_features for module in adapted}
         for site, module in enumerate(adapted):
             self._change(module, functools.partial(_lora, module, self._seed, site))
-        for module in model.modules():
-            if not adapted or any(parameter.requires_grad for parameter in module.parameters()):
-                continue
-            if forward := _forward_of(module, widths):
-                self._change(module, forward)
-            elif _is_gated(module):
+        for module in model.modules() if adapted else ():
+            if _is_gated(module):
                 self._change(module, functools.partial(_gated, module))
+            elif not any(parameter.requires_grad for parameter in module.parameters()):
+                if forward := _forward_of(module, widths):
+                    self._change(module, forward)
 
     def roll(self) -> None:
         """Draw the seed of the next forward pass's dropout, on the device."""
