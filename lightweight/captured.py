@@ -74,6 +74,9 @@ class Job:
         elif self.step.graph:
             with self._optimizer.rehearsing():
                 self.captured = self._capture()
+        if not self.captured:
+            self._graphs.clear()
+            self._compile()
         self.meter.facts |= {
             "captured": self.captured,
             "compiled": self.compiled,
@@ -220,7 +223,7 @@ class Job:
 
     def _compile(self) -> None:
         """Compile the layers one by one: they are alike, so that what one of them costs serves all."""
-        if not self.compiled:
+        if not self.compiled or self._compiled_layers:
             return
         names = set(self.model._no_split_modules or ())
         self._compiled_layers = [module for module in self.model.modules() if type(module).__name__ in names]

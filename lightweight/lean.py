@@ -48,9 +48,10 @@ class Lean:
         for module in model.modules() if adapted else ():
             if _is_gated(module):
                 self._change(module, functools.partial(_gated, module))
-            elif not any(parameter.requires_grad for parameter in module.parameters()):
-                if forward := _forward_of(module, widths):
-                    self._change(module, forward)
+            elif not any(parameter.requires_grad for parameter in module.parameters()) and (
+                forward := _forward_of(module, widths)
+            ):
+                self._change(module, forward)
 
     def roll(self) -> None:
         """Draw the seed of the next forward pass's dropout, on the device."""
