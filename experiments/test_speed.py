@@ -109,6 +109,16 @@ def test_a_captured_method_is_captured_faster_and_as_good(
     assert sorted(our_steps)[len(our_steps) // 2] < sorted(their_steps)[len(their_steps) // 2] / 2
 
 
+@needs_cuda
+def test_a_model_that_cannot_be_captured_trains_uncaptured_and_says_what_prevented_it(outcome_of: Train) -> None:
+    step = CapturedStep(attention="model", packing=False)  # GPT-Neo's own attention uploads a constant in every forward
+    outcome = outcome_of("gpt-neo-1.3b", replace(QLORA_CAPTURED, name="qlora-own-attention", step=step), max_steps=2)
+    assert isinstance(outcome, Completed), outcome.reason
+    assert outcome.measured.captured is False
+    note = outcome.measured.capture_note
+    assert note is not None and "uncaptured: " in note and "GPTNeo" in note, note
+
+
 def still(model: Model, **no_dropout: float) -> Model:
     """`model` on random weights, without dropout of its own."""
     assert model.architecture is not None

@@ -308,11 +308,13 @@ class _Optimizer:
         dtype = getattr(torch, trial.running_method.weights_dtype)
         self._masters: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._sums: dict[torch.nn.Parameter, torch.Tensor] = {}  # the masters' gradients
-        if dtype != torch.float32 and not (trial.method.captured_step or CapturedStep()).upcast:
-            for weight in self.weights:
+        upcast = (trial.method.captured_step or CapturedStep()).upcast
+        for weight in self.weights:
+            computed_in = weight.dtype if upcast else dtype
+            if computed_in != torch.float32:
                 self._masters[weight] = master = weight.detach().clone().float().requires_grad_()
                 self._sums[weight] = master.grad = torch.zeros_like(master)
-                weight.data = weight.detach().to(dtype)
+                weight.data = weight.detach().to(computed_in)
         groups = [
             {
                 "params": [self._masters.get(weight, weight) for weight in group["params"]],
@@ -362,7 +364,8 @@ class _Optimizer:
         if self._max_norm:
             trained = [weight for group in self._adamw.param_groups for weight in group["params"]]
             torch.nn.utils.clip_grad_norm_(trained, self._max_norm)
-        self._rate.copy_(self._rates.index_select(0, self._taken)[0])
+        index = self._taken.clamp(max=len(self._rates) - 1)  # a rehearsal may be longer than a very short job
+        self._rate.copy_(self._rates.index_select(0, index)[0])
         self._scaler.step(self._adamw)
         self._scaler.update()
         if self._masters:

@@ -255,13 +255,19 @@ def test_what_a_captured_run_saves_peft_loads(trial, tmp_path, method):
     assert not torch.allclose(theirs, bare, atol=1e-4)
 
 
-def test_half_precision_weights_are_trained_by_fp32_masters_and_saved_in_fp32(trial, tmp_path):
+@pytest.mark.parametrize(("size", "accumulation"), [(8, 1), (4, 2)])
+def test_half_precision_weights_are_trained_by_fp32_masters_and_saved_in_fp32(trial, tmp_path, size, accumulation):
     """At a rate at which bf16 weights by themselves would stand still."""
     method = replace(
         without_dropout(BASELINE),
         step="captured",
         weights_dtype="bfloat16",
-        training_arguments={"learning_rate": 1e-5, "lr_scheduler_type": "constant"},
+        training_arguments={
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": accumulation,
+            "learning_rate": 1e-5,
+            "lr_scheduler_type": "constant",
+        },
     )
     trial = replace(trial, method=method, epochs=2)
     before = {name: p.detach().clone() for name, p in worker.build(trial, CPU).named_parameters()}
@@ -279,7 +285,8 @@ def test_half_precision_weights_are_trained_by_fp32_masters_and_saved_in_fp32(tr
 
 
 def test_a_rehearsal_leaves_no_trace_in_what_is_trained(trial, tmp_path):
-    """Capturing runs whole steps first; on a GPU nobody would see what they did."""
+    """Capturing runs whole steps first; on a GPU nobody would see what they did. Also in a job shorter than that."""
+    trial = replace(trial, max_steps=2)
     losses = []
     for index, rehearses in enumerate((False, True)):
         trainer, rows, meter, owner = prepared(trial, tmp_path / str(index))
@@ -287,8 +294,8 @@ def test_a_rehearsal_leaves_no_trace_in_what_is_trained(trial, tmp_path):
         job.prepare()
         if rehearses:
             with job._optimizer.rehearsing():
-                for layout in job.epochs[0][:3]:
-                    job._run(layout)
+                for _ in range(4):
+                    job._run(job.epochs[0][0])
         job.train(owner)
         losses.append(meter.measurements().train_loss)
     assert losses[0] == losses[1]
