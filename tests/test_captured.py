@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import json
 from dataclasses import replace
@@ -6,7 +7,7 @@ import pytest
 import torch
 from test_stock import Unattended
 
-from lightweight import captured, corpus, isolation, models, record, stock, targets, worker
+from lightweight import captured, corpus, isolation, models, packing, record, stock, targets, worker
 from lightweight.corpus import Corpus
 from lightweight.meter import Meter
 from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, QLORA, CapturedStep, Method
@@ -356,3 +357,76 @@ def test_the_schedule_does_not_move_on_a_skipped_step(trial, tmp_path):
         optimizer._adamw.found_inf = torch.tensor([skipped])
         optimizer._count_step(optimizer._adamw)
         assert optimizer._taken.item() == taken
+
+
+class StandInGraph:
+    """A CUDA graph as the job sees it: what ran while it was recorded runs again over the same buffers."""
+
+    recording = None
+
+    def replay(self):
+        self.again()
+
+    def pool(self):
+        return "pool"
+
+
+@contextlib.contextmanager
+def recording(graph, pool=None):
+    StandInGraph.recording = graph
+    graph.in_pool = pool
+    yield
+    StandInGraph.recording = None
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Everything of CUDA graphs but CUDA."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandInGraph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(captured, "_on_a_side_stream", contextlib.nullcontext)
+    step = captured.Job._step
+
+    def watched(job, buffers):
+        if StandInGraph.recording is not None:
+            StandInGraph.recording.again = lambda: step(job, buffers)
+        step(job, buffers)
+
+    monkeypatch.setattr(captured.Job, "_step", watched)
+
+
+def test_replays_train_as_the_steps_they_recorded_in_every_shape(trial, tmp_path, graphs, monkeypatch):
+    monkeypatch.setattr(packing, "BUCKET_STEPS", 1)
+    trial = replace(trial, epochs=2)
+    _, expected, _ = trained(trial, tmp_path / "uncaptured")
+    trainer, rows, meter, owner = prepared(trial, tmp_path / "captured")
+    job = captured.Job(trial, trainer, rows, meter)
+    job.prepare()
+    with job._optimizer.rehearsing():
+        job.captured = job._capture()
+    assert job.captured
+    shapes = list(job._graphs)
+    assert len(shapes) > 1 and set(shapes) == set(job._shapes.values())
+    assert shapes[0].rows == max(shape.rows for shape in shapes)  # memory is laid out by the largest
+    assert [graph.in_pool for graph in job._graphs.values()] == [None] + ["pool"] * (len(shapes) - 1)
+    job.train(owner)
+    assert meter.measurements().train_loss == expected.measurements().train_loss
+
+
+def test_out_of_memory_in_a_capture_is_that_and_any_other_failure_a_note(trial, tmp_path, graphs, monkeypatch):
+    job = job_of(trial, tmp_path)
+
+    @contextlib.contextmanager
+    def failing(graph, pool=None):
+        yield
+        raise error from None
+
+    monkeypatch.setattr(torch.cuda, "graph", failing)
+    with job._optimizer.rehearsing():
+        error = RuntimeError("operation not permitted when stream is capturing\nand more")
+        assert job._capture() is False
+        assert job.notes[-1] == "uncaptured: OPTForCausalLM: operation not permitted when stream is capturing"
+        error = RuntimeError("capture was invalidated")
+        error.__context__ = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        with pytest.raises(torch.OutOfMemoryError, match=r"1\.00 GiB"):
+            job._capture()
