@@ -285,9 +285,11 @@ def test_half_precision_weights_are_trained_by_fp32_masters_and_saved_in_fp32(tr
     assert meter.measurements().train_loss == pytest.approx(expected.measurements().train_loss, rel=1e-2)
 
 
-def test_a_rehearsal_leaves_no_trace_in_what_is_trained(trial, tmp_path):
+@pytest.mark.parametrize("steps", [2, 5])
+def test_a_rehearsal_leaves_no_trace_in_what_is_trained(trial, tmp_path, steps):
     """Capturing runs whole steps first; on a GPU nobody would see what they did. Also in a job shorter than that."""
-    trial = replace(trial, max_steps=2)
+    method = replace(trial.method, training_arguments={"learning_rate": 1e-2})
+    trial = replace(trial, max_steps=steps, method=method)
     losses = []
     for index, rehearses in enumerate((False, True)):
         trainer, rows, meter, owner = prepared(trial, tmp_path / str(index))
