@@ -28,7 +28,7 @@ def drop_again(x: torch.Tensor, p: float, seed: torch.Tensor, site: int) -> torc
     return dropped
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["site"])  # type: ignore[untyped-decorator]  # one kernel for all layers
 def _drop(x, dropped, seed, site, p, scale, count, block: tl.constexpr):  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     lane = tl.arange(0, block)
