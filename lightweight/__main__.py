@@ -81,7 +81,8 @@ def _plan(options: argparse.Namespace) -> int:
             value = getattr(options, option)
             if value is not None and value < 1:
                 raise ValueError(f"--{option.replace('_', '-')} {value}: give at least 1")
-        wanted_methods = [methods.named(name) for name in dict.fromkeys(options.method or methods.METHODS)]
+        stock = [method.name for method in methods.METHODS.values() if method.captured_step is None]
+        wanted_methods = [methods.named(name) for name in dict.fromkeys(options.method or stock)]
         names = options.target or [target.name for target in targets.TARGETS.values() if target.total_bytes]
         wanted_targets = [targets.named(name) for name in dict.fromkeys(names)]
         for target in wanted_targets:

@@ -200,6 +200,8 @@ def trace(trial: Trial, capability: Capability = HOPPER, paddings: tuple[Padding
     Needs the model's configuration, and no weights. Raises ForecastError, and ModelError where there is no
     configuration.
     """
+    if trial.method.captured_step is not None:
+        raise ForecastError(f"{trial.name}: the captured step is not forecast, only steps that the Trainer runs")
     config = models.configuration(trial.model)
     longest = getattr(config, "max_position_embeddings", None)
     if longest and 0 < longest < trial.max_length:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from statistics import mean
+from typing import Any
 
 import pynvml
 import torch
@@ -37,7 +38,7 @@ class Meter:
         self.device = device
         self.phase: Phase = "start"
         self.heldout_losses: list[float] = []
-        self.facts: dict[str, int] = {}
+        self.facts: dict[str, Any] = {}
         self._phase_seconds: dict[str, float] = {"start": start_seconds}
         self._waited_seconds = 0.0
         self._losses: list[float] = []

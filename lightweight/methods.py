@@ -2,7 +2,7 @@
 vocabulary.
 
 `BASELINE`, `LORA` and `QLORA` are the settings of the four original scripts. A variant is made with
-`dataclasses.replace`, a new method by writing one `Method`.
+`dataclasses.replace`, a new method by writing one `Method`. `*_CAPTURED` train the same with the captured step.
 """
 
 from __future__ import annotations
@@ -18,23 +18,54 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightweight.preload import peft
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "half"]
+"""`half` is bf16 on a target that has it and fp16 elsewhere; a `Trial` knows which."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturedStep:
+    """One optimizer step as one CUDA graph, and what is changed in it beside that; each part has a switch, so that what
+    it buys can be measured.
+
+    `attention` "sdpa" runs every attention through `scaled_dot_product_attention`, without a mask where causality is
+    all there is to say. `loss` "chunked" never holds the logits whole. `packing` puts several dialogues into one row.
+    `lean` keeps less of the forward pass of frozen layers and computes again what is cheap. `graph` False runs the same
+    step uncaptured. `compile` None decides from the number of steps. `upcast` holds the norms, embeddings and head of a
+    quantized model in fp32, as `prepare_model_for_kbit_training` does. Raises ValueError for packing on the model's own
+    attention, which knows one dialogue a row.
+    """
+
+    attention: Literal["model", "sdpa"] = "sdpa"
+    loss: Literal["model", "chunked"] = "chunked"
+    packing: bool = True
+    lean: bool = True
+    graph: bool = True
+    compile: bool | None = None
+    upcast: bool = False
+
+    def __post_init__(self) -> None:
+        if self.packing and self.attention == "model":
+            raise ValueError("packing needs attention='sdpa': the model's own attention knows one dialogue a row")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A way to fine-tune.
 
-    `adapter` None trains every parameter. `weights_dtype` is what unquantized weights are held in. `training_arguments`
-    override transformers' `TrainingArguments`; mixed precision (`fp16`, `bf16`), batch size, accumulation and gradient
-    checkpointing are said there. Everything not said is the Trainer's default: AdamW, learning rate 5e-5, linear decay.
+    `adapter` None trains every parameter. `weights_dtype` is what unquantized weights are held in; "half" is bfloat16
+    where the target has it, else float16, and 4-bit weights are then computed with in the same format.
+    `training_arguments` override transformers' `TrainingArguments`; mixed precision (`fp16`, `bf16`), batch size,
+    accumulation and gradient checkpointing are said there. Everything not said is the Trainer's default: AdamW,
+    learning rate 5e-5, linear decay. `step` is what runs an optimizer step: HF `Trainer`, or the captured step, whose
+    parts a `CapturedStep` switches.
     """
 
     name: str
     adapter: peft.PeftConfig | None = None
     quantization: QuantizationConfigMixin | None = None
-    weights_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    weights_dtype: Literal["float32", "float16", "bfloat16", "half"] = "float32"
     training_arguments: Mapping[str, Any] = field(default_factory=dict)
+    step: Literal["trainer", "captured"] | CapturedStep = "trainer"
 
     @property
     def precision(self) -> Precision:
@@ -43,7 +74,15 @@ class Method:
             return "fp16"
         if self.training_arguments.get("bf16"):
             return "bf16"
-        return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[self.weights_dtype]  # type: ignore[return-value]
+        names: dict[str, Precision] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "half": "half"}
+        return names[self.weights_dtype]
+
+    @property
+    def captured_step(self) -> CapturedStep | None:
+        """The captured step with its switches; None where the Trainer runs the steps."""
+        if isinstance(self.step, CapturedStep):
+            return self.step
+        return CapturedStep() if self.step == "captured" else None
 
     @property
     def uses_bf16(self) -> bool:
@@ -76,9 +115,10 @@ class Method:
         """The method with `sequences` in a forward pass."""
         return replace(self, training_arguments={**self.training_arguments, "per_device_train_batch_size": sequences})
 
-    def adapt(self, network: Any) -> Any:
-        """`network`, loaded or on the meta device, with its adapter on, as peft's own documentation does it."""
-        if self.quantization is not None:
+    def adapt(self, network: Any, upcast: bool = True) -> Any:
+        """`network`, loaded or on the meta device, with its adapter on, as peft's own documentation does it. `upcast`
+        holds what a 4-bit model leaves unquantized in fp32."""
+        if self.quantization is not None and upcast:
             network = peft.prepare_model_for_kbit_training(
                 network,
                 use_gradient_checkpointing=self.training_arguments.get("gradient_checkpointing", False),
@@ -90,11 +130,26 @@ class Method:
 
     def on_cpu(self) -> Method:
         """The method as a CPU can run it: fp16 mixed precision needs a GPU (accelerate refuses it), so fp32 there."""
-        quantization = self.quantization
-        if isinstance(quantization, BitsAndBytesConfig) and quantization.load_in_4bit:
-            quantization = BitsAndBytesConfig(**{**quantization.to_dict(), "bnb_4bit_compute_dtype": "float32"})
         arguments = {name: value for name, value in self.training_arguments.items() if name != "fp16"}
-        return replace(self, quantization=quantization, training_arguments=arguments)
+        return replace(
+            self,
+            quantization=_computing_in("float32", self.quantization),
+            weights_dtype="float32" if self.weights_dtype == "half" else self.weights_dtype,
+            training_arguments=arguments,
+        )
+
+    def on_gpu(self, *, bf16: bool) -> Method:
+        """The method as a GPU with or without bf16 arithmetic runs it: `half` is one of the two formats there."""
+        if self.weights_dtype != "half":
+            return self
+        dtype: Literal["bfloat16", "float16"] = "bfloat16" if bf16 else "float16"
+        return replace(self, quantization=_computing_in(dtype, self.quantization), weights_dtype=dtype)
+
+
+def _computing_in(dtype: str, quantization: QuantizationConfigMixin | None) -> QuantizationConfigMixin | None:
+    if isinstance(quantization, BitsAndBytesConfig) and quantization.load_in_4bit:
+        return BitsAndBytesConfig(**{**quantization.to_dict(), "bnb_4bit_compute_dtype": dtype})
+    return quantization
 
 
 BASELINE = Method(name="baseline", training_arguments={"per_device_train_batch_size": 8})
@@ -123,7 +178,28 @@ QLORA = Method(
     },
 )
 
-METHODS = {method.name: method for method in (BASELINE, LORA, QLORA)}
+# All parameters are trained, so none is frozen to be held in half precision, and fp32 is what the optimizer adds its
+# small updates to: pure fp32 keeps the baseline's arithmetic and its 16 bytes a parameter. Half-precision products with
+# fp32 masters beside them are `replace(BASELINE_CAPTURED, weights_dtype="half")`, at 20 bytes a parameter.
+BASELINE_CAPTURED = replace(BASELINE, name="baseline-captured", step="captured")
+
+LORA_CAPTURED = replace(
+    LORA,
+    name="lora-captured",
+    step="captured",
+    weights_dtype="half",
+    training_arguments={"per_device_train_batch_size": 8},
+)
+
+QLORA_CAPTURED = replace(
+    QLORA,
+    name="qlora-captured",
+    step="captured",
+    weights_dtype="half",
+    training_arguments={"per_device_train_batch_size": 8},  # one pass, nothing recomputed
+)
+
+METHODS = {method.name: method for method in (BASELINE, LORA, QLORA, BASELINE_CAPTURED, LORA_CAPTURED, QLORA_CAPTURED)}
 
 
 def named(text: str) -> Method:

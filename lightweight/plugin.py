@@ -272,11 +272,12 @@ class Laboratory:
         self._show(f"{trial.name}: {outcome.kind.replace('_', ' ')}", " ", " ")
         self._outcomes[repr(trial)] = outcome
         item.stash.setdefault(_ENTRIES, []).append(
-            record.entry(trial, outcome, self.device, self._try_to_forecast(trial))
+            record.entry(trial, outcome, self.device, self.try_to_forecast(trial))
         )
         return outcome
 
-    def _try_to_forecast(self, trial: Trial) -> Forecast | None:
+    def try_to_forecast(self, trial: Trial) -> Forecast | None:
+        """The forecast of `trial`, or None, said in a line, where it cannot be made."""
         try:
             return self.forecast(trial)
         except ForecastError as error:

@@ -44,7 +44,7 @@ def entry(trial: Trial, outcome: Outcome, device: Device, forecast: Forecast | N
     """The record of one trial, how it ended on `device`, and what was forecast of it, `None` where nothing could be."""
     measured = _plain(dataclasses.asdict(outcome.measured))
     on_gpu = trial.device_index is not None
-    method = trial.method if on_gpu else trial.method.on_cpu()
+    method = trial.running_method
     return {
         "model": trial.model.name,
         "method": method.name,
@@ -56,6 +56,7 @@ def entry(trial: Trial, outcome: Outcome, device: Device, forecast: Forecast | N
         "adapter": None if method.adapter is None else _plain(method.adapter.to_dict()),
         "quantization": None if method.quantization is None else _plain(method.quantization.to_dict()),
         "training_arguments": _plain(method.training_arguments),
+        "captured_step": None if method.captured_step is None else _plain(dataclasses.asdict(method.captured_step)),
         "corpus_digest": trial.corpus.digest,
         "seed": trial.seed,
         "outcome": outcome.kind,

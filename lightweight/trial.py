@@ -16,9 +16,10 @@ from lightweight.targets import Target
 MAX_LENGTH = 256
 """Tokens in a row, padding included, as in the original scripts."""
 
-Phase = Literal["start", "build", "evaluate", "train", "forward", "backward", "optimizer", "save"]
+Phase = Literal["start", "build", "evaluate", "capture", "train", "forward", "backward", "optimizer", "save"]
 """Where in a trial something happened. Forward, backward and optimizer are parts of train; gradient clipping counts as
-backward, since the Trainer has no boundary before it."""
+backward, since the Trainer has no boundary before it. Capture is the preparation of a captured step, whose parts
+have no boundary that the host sees."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,11 @@ class Trial:
                 f"method {self.method.name} computes in bf16, which target {self.target.name} does not have: "
                 "use fp16 there, or another target"
             )
+
+    @property
+    def running_method(self) -> Method:
+        """The method as this trial's device and target run it."""
+        return self.method.on_cpu() if self.device_index is None else self.method.on_gpu(bf16=self.target.bf16)
 
     @property
     def name(self) -> str:
@@ -86,6 +92,8 @@ class Measurements:
     step to the end of the next, so that nothing between steps is lost. `peak_*` are the training's own, without
     building and evaluating; `average_*` are the mean over the ends of steps. `process_bytes` is what NVML
     says the whole process holds on the GPU at most. `phase_seconds` leaves out waiting for the next request.
+    `captured` and `compiled` say how a captured step really ran, and `capture_note` why not otherwise; None for the
+    Trainer's.
     """
 
     train_loss: tuple[float, ...] = ()
@@ -102,6 +110,9 @@ class Measurements:
     trainable_parameters: int | None = None
     parameters: int | None = None
     truncated_sequences: int | None = None
+    captured: bool | None = None
+    compiled: bool | None = None
+    capture_note: str | None = None
     phase_seconds: dict[str, float] = field(default_factory=dict)
 
     @property

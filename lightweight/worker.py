@@ -19,7 +19,7 @@ from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, 
 import torch
 import transformers
 
-from lightweight import corpus, models, stock
+from lightweight import captured, corpus, models, stock
 from lightweight.meter import DivergedError, Meter
 from lightweight.stock import Request
 from lightweight.targets import Device, GiB, MiB
@@ -130,9 +130,18 @@ def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner
         meter.heldout_losses.append(stock.heldout_loss(trainer, heldout))
     meter.begin_training()
 
-    owner.enter("train")
-    with meter.during("train"):
-        trainer.train()
+    if trial.method.captured_step is None:
+        owner.enter("train")
+        with meter.during("train"):
+            trainer.train()
+    else:
+        owner.enter("capture")
+        with meter.during("capture"):
+            job = captured.Job(trial, trainer, train, meter)
+            job.prepare()
+        owner.enter("train")
+        with meter.during("train"):
+            job.train(owner)
     meter.end_training()
     owner.await_request("finish")
 
@@ -147,9 +156,11 @@ def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner
 
 
 def build(trial: Trial, device: torch.device) -> torch.nn.Module:
-    """The network of a trial on `device`, quantized and with its adapter on."""
-    method = trial.method if device.type == "cuda" else trial.method.on_cpu()
-    network = method.adapt(models.load(trial.model, getattr(torch, method.weights_dtype), device, method.quantization))
+    """The network of a trial on `device`, quantized and with its adapter on; for a captured step without peft's upcasts
+    to fp32, unless it asks for them."""
+    method, step = trial.running_method, trial.method.captured_step
+    network = models.load(trial.model, getattr(torch, method.weights_dtype), device, method.quantization)
+    network = method.adapt(network, upcast=step is None or step.upcast)
     if device.type == "cpu":
         for module in network.modules():
             # Where the CPU has AVX512-BF16, bitsandbytes repacks 4-bit weights at the first evaluation, and what it

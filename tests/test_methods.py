@@ -5,7 +5,16 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from lightweight import methods
-from lightweight.methods import BASELINE, LORA, QLORA, Method
+from lightweight.methods import (
+    BASELINE,
+    BASELINE_CAPTURED,
+    LORA,
+    LORA_CAPTURED,
+    QLORA,
+    QLORA_CAPTURED,
+    CapturedStep,
+    Method,
+)
 from lightweight.preload import peft
 
 MINE = replace(LORA, name="mine")
@@ -66,3 +75,29 @@ def test_a_name_that_is_no_method_is_told(text, expected):
 
 def test_batch_is_the_trainers_default_where_nothing_is_said():
     assert Method(name="bare").sequences_per_step == 8
+
+
+def test_captured_methods_train_what_the_stock_ones_do():
+    for stock, captured in ((BASELINE, BASELINE_CAPTURED), (LORA, LORA_CAPTURED), (QLORA, QLORA_CAPTURED)):
+        assert stock.captured_step is None
+        assert captured.captured_step == CapturedStep()
+        assert captured.name == f"{stock.name}-captured"
+        assert captured.adapter == stock.adapter
+        assert captured.sequences_per_step == stock.sequences_per_step
+    assert not QLORA_CAPTURED.training_arguments.get("gradient_checkpointing")
+    assert BASELINE_CAPTURED.precision == "fp32"
+
+
+@pytest.mark.parametrize(("bf16", "dtype", "precision"), [(True, "bfloat16", "bf16"), (False, "float16", "fp16")])
+def test_half_is_the_format_the_target_has(bf16, dtype, precision):
+    assert not QLORA_CAPTURED.uses_bf16  # no target needs to have it
+    method = QLORA_CAPTURED.on_gpu(bf16=bf16)
+    assert (method.weights_dtype, method.precision) == (dtype, precision)
+    assert method.quantization.bnb_4bit_compute_dtype == getattr(torch, dtype)
+    assert QLORA.on_gpu(bf16=bf16) == QLORA
+
+
+def test_packing_on_the_models_own_attention_is_refused():
+    with pytest.raises(ValueError, match="packing needs attention='sdpa'"):
+        CapturedStep(attention="model")
+    assert Method(name="m", step=CapturedStep(packing=False)).captured_step == CapturedStep(packing=False)

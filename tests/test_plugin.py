@@ -256,7 +256,7 @@ def test_parametrising_a_test_oneself_goes_before_the_command_line(project):
         (["--corpus=nowhere.json"], "corpus nowhere.json: does not exist: give --corpus the path of a JSON file"),
         (["--corpus=test_cells.py"], "corpus test_cells.py: is not JSON at line *"),
         (["--model=./nowhere"], "model ./nowhere: no such folder; give a folder with *"),
-        (["--method=lorra"], "--method: unknown method 'lorra': choose one of baseline, lora, qlora, or *"),
+        (["--method=lorra"], "--method: unknown method 'lorra': choose one of baseline, lora, qlora, *-captured, or *"),
         (["--target=t4"], "--target t4: a target caps a GPU's memory, and CUDA finds no GPU here; *"),
         (["--weights=pretrained"], "model opt-tiny: exists with random weights only*"),
         (["--epochs=0"], "--epochs 0: *"),

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from lightweight import targets
-from lightweight.methods import BASELINE, LORA, QLORA
+from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, QLORA
 from lightweight.models import OPT_350M
 from lightweight.trial import Measurements, Trial
 
@@ -37,6 +37,13 @@ def test_bf16_on_a_target_without_it_is_refused(trial):
     with pytest.raises(ValueError, match=r"method mine computes in bf16, which target t4 does not have: use fp16"):
         replace(trial, method=method)
     assert replace(trial, method=method, target=targets.L4).method is method
+
+
+def test_a_method_runs_in_the_format_that_device_and_target_have(trial):
+    trial = replace(trial, method=LORA_CAPTURED)
+    assert trial.running_method.weights_dtype == "float32"  # no GPU
+    assert replace(trial, device_index=0).running_method.weights_dtype == "float16"  # a T4
+    assert replace(trial, device_index=0, target=targets.L4).running_method.weights_dtype == "bfloat16"
 
 
 def test_an_adapter_learns_nothing_from_random_weights(trial):

@@ -1,0 +1,141 @@
+"""Attention of every causal LM as one `scaled_dot_product_attention`, with a mask only where one says something.
+
+Rows are padded on the right, so causality alone keeps the padding out of every answer's sight and no mask is needed. A
+mask is built where causality does not say enough: for several dialogues in one row, and in layers that look back over a
+window shorter than the row.
+
+transformers' own registries do it for the models that ask them. GPT-Neo's attention asks nobody: it uploads a constant
+in every forward, which waits for the host and cannot be captured, and holds the scores of all pairs in fp32. It is
+replaced here, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function, sdpa_mask
+from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
+
+NAME = "lightweight"
+"""What transformers' registries know this attention by."""
+
+_packed: torch.Tensor | None = None
+
+
+@contextmanager
+def packed(dialogues: torch.Tensor | None) -> Iterator[None]:
+    """Inside, tokens see only those before them with the same number in `dialogues`: [rows, time]; None for one
+    dialogue a row. The registry's mask function has no argument to pass it in."""
+    global _packed
+    _packed = dialogues
+    try:
+        yield
+    finally:
+        _packed = None
+
+
+def install(model: PreTrainedModel) -> str | None:
+    """Give `model` this attention where its logits stay what they are; else say in one line why it keeps its own.
+
+    `model` is the bare transformers model, on its device. The check compares the logits of one short row.
+    """
+    row = torch.arange(1, 9, device=model.device).remainder(model.config.get_text_config().vocab_size).unsqueeze(0)
+    own, classes = model.config._attn_implementation, []
+    expected = _logits(model, row)
+    for module in model.modules():
+        if type(module) is GPTNeoSelfAttention:
+            classes.append(module)
+            module.__class__ = _GPTNeoAttention
+    try:
+        if classes:
+            model.config._attn_implementation = NAME  # read where the mask is made
+        else:
+            model.set_attn_implementation(NAME)
+        found = _logits(model, row)
+    except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        problem: str | None = str(error).splitlines()[0] if str(error) else type(error).__name__
+    else:
+        problem = None if _alike(found, expected) else "its logits would change"
+        if problem is None and model.config._attn_implementation != NAME:
+            problem = "it does not ask transformers' AttentionInterface"
+    if problem is None:
+        return None
+    for module in classes:
+        module.__class__ = GPTNeoSelfAttention
+    if not classes and model.config._attn_implementation != own:
+        model.set_attn_implementation(own)
+    model.config._attn_implementation = own
+    return f"{type(model).__name__} keeps its own attention: {problem}"
+
+
+def _logits(model: PreTrainedModel, row: torch.Tensor) -> torch.Tensor:
+    """Logits of one row of ids: [1, time, vocab], without dropout."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits
+    model.train(was_training)
+    return logits
+
+
+def _alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two logits differ by rounding alone: a wrong mask or scale moves them by far more."""
+    largest = expected.float().abs().max()
+    tolerance = {torch.float32: 1e-4, torch.float16: 1e-2}.get(expected.dtype, 5e-2)
+    return bool((found.float() - expected.float()).abs().max() <= tolerance * largest)
+
+
+def _mask(*arguments: Any, **options: Any) -> torch.Tensor | None:
+    """transformers' `sdpa_mask` [rows, 1, time, time] without the padding, and None where causality says it all."""
+    options["attention_mask"] = None
+    if _packed is not None:
+        inside = packed_sequence_mask_function(_packed)
+        options["mask_function"] = and_masks(options.get("mask_function", causal_mask_function), inside)
+        options["allow_is_causal_skip"] = False
+    return sdpa_mask(*arguments, **options)
+
+
+AttentionInterface.register(NAME, sdpa_attention_forward)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+class _GPTNeoAttention(GPTNeoSelfAttention):
+    """GPT-Neo's attention: scores are not scaled, and a local layer sees `window_size` tokens, itself included."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        layer_past: Any = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """`hidden_states`: [rows, time, hidden]; `attention_mask`: [rows or 1, 1, time, time], True where seen."""
+        if layer_past is not None:
+            raise NotImplementedError("the captured attention trains and keeps no cache: pass use_cache=False")
+        rows, time, _hidden = hidden_states.shape
+        query, key, value = (
+            projection(hidden_states).view(rows, time, self.num_heads, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.attention_type == "local" and time > self.config.window_size:
+            window = self.bias[:, :, :time, :time]  # causal, and no further back than the window
+            attention_mask = window if attention_mask is None else attention_mask & window
+        output = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=self.attn_dropout.p if self.training else 0.0,
+            is_causal=attention_mask is None,
+            scale=1.0,
+        )
+        output = self.out_proj(output.transpose(1, 2).reshape(rows, time, self.embed_dim))
+        return self.resid_dropout(output), None

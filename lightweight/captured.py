@@ -1,0 +1,452 @@
+"""The captured step: how fast can fine-tuning be where Python is not in the way?
+
+A stock step launches thousands of small kernels from Python and leaves a large GPU idle most of the time. Here one
+optimizer step - every pass of its accumulation, forward and backward, gradient clipping, AdamW, the loss scaler and the
+learning-rate schedule - is recorded once as a CUDA graph over static buffers and then replayed. On the CPU, and for a
+model that cannot be recorded, the same step runs without the graph.
+
+What is trained is what the Trainer would train: batches in its order, its loss, parameter groups and schedule are all
+taken from the `Trainer` object.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from lightweight.preload import peft  # isort: skip  # before Trainer, which imports peft
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import Trainer
+
+from lightweight import attention, packing
+from lightweight.lean import Lean
+from lightweight.loss import linear_cross_entropy
+from lightweight.meter import Meter
+from lightweight.methods import CapturedStep
+from lightweight.packing import Buffers, Layout, Shape
+from lightweight.stock import Rounds, Row
+from lightweight.trial import Trial
+
+PACKING_SHARE = 1 / 8
+"""Rows that packing must save, of all: it pays with a mask in every attention, which flash kernels do not take."""
+
+COMPILE_STEPS = 6_000
+"""Steps from which torch.compile earns its time back: for opt-350m it took 10 to 16 s and brought a captured step from
+12.8 to 10.5 ms (H100, torch 2.11)."""
+
+
+class Job:
+    """A trial's training by the captured step: `prepare` once, then `train`.
+
+    Raises ValueError where the method asks for something that only the Trainer does.
+    """
+
+    def __init__(self, trial: Trial, trainer: Trainer, rows: Sequence[Row], meter: Meter) -> None:
+        step = trial.method.captured_step
+        assert step is not None and trainer.model is not None
+        self.trial, self.trainer, self.rows, self.meter, self.step = trial, trainer, rows, meter, step
+        self.device = torch.device(trainer.args.device)
+        self.network: Any = trainer.model
+        # without peft around it; the adapters are inside
+        self.model: Any = trainer.model.get_base_model() if isinstance(trainer.model, peft.PeftModel) else trainer.model
+        self.loss = torch.zeros((), device=self.device)
+        self.notes: list[str] = []
+        self.packs, self.chunks = step.packing, step.loss == "chunked"
+        self.captured = self.compiled = False
+        self._compiled_layers: list[Any] = []
+        self._lean: Lean | None = None
+        self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
+        self._optimizer = _Optimizer(trial, trainer, self.device)
+
+    def prepare(self) -> None:
+        """Lay the job out in static shapes, warm its step up and capture it, leaving no trace in what is trained.
+
+        The meter's facts say how the step will really run.
+        """
+        self._prepare_network()
+        self._prepare_batches()
+        if self.device.type != "cuda":
+            self.notes.append("no GPU: the same step without a graph")
+        elif self.step.graph:
+            with self._optimizer.rehearsing():
+                self.captured = self._capture()
+        if not self.captured:
+            self._graphs.clear()
+            self._compile()
+        self.meter.facts |= {
+            "captured": self.captured,
+            "compiled": self.compiled,
+            "capture_note": "; ".join(self.notes) or None,
+        }
+
+    def train(self, rounds: Rounds) -> None:
+        """Train the whole job, a round an epoch, as its owner asks for them."""
+        rounds.training_began()
+        torch.manual_seed(self.trial.seed)  # dropout's numbers start here, wherever a rehearsal has left them
+        for epoch in self.epochs:
+            rounds.await_request("round")
+            self.meter.begin_round()
+            for layout in epoch:
+                self._run(layout)
+                self.meter.add_loss(self.loss.clone())
+                self.meter.end_step()
+                rounds.step_ended()
+            self.meter.end_round()
+            rounds.round_ended()
+        self._graphs.clear()
+        for layer in self._compiled_layers:
+            del layer.forward  # its class's own again: evaluating is not worth compiling for
+        if self._lean is not None:
+            self._lean.undo()
+        self._optimizer.finish()
+
+    # Before the first step
+
+    def _prepare_network(self) -> None:
+        arguments = self.trainer.args
+        self.network.train()
+        if arguments.gradient_checkpointing:
+            self.network.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
+            self.network.enable_input_require_grads()
+        if self.step.attention == "sdpa" and (problem := attention.install(self.model)):
+            self.notes.append(problem)
+            self.packs = False
+        if self.chunks and not self._ends_with_its_head():
+            self.notes.append(
+                f"{type(self.network).__name__} keeps its own loss: its head is not the last thing it does"
+            )
+            self.chunks = False
+        self.compiled = self.device.type == "cuda" and (
+            self.trial.steps >= COMPILE_STEPS if self.step.compile is None else self.step.compile
+        )
+        # A compiler decides by itself what to keep, and autocast casts in the middle of what is one function here.
+        if self.step.lean and not self.compiled and isinstance(self._autocast(), contextlib.nullcontext):
+            self._lean = Lean(self.model)
+
+    def _ends_with_its_head(self) -> bool:
+        """Whether the network's logits are its body's output times its head: no soft cap or scale after it, no virtual
+        tokens before the row."""
+        head = self.model.get_output_embeddings()
+        if type(head) is not torch.nn.Linear:
+            return False
+        ids = torch.arange(1, 9, device=self.device).unsqueeze(0)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        seen: list[torch.Tensor] = []
+
+        def enlarge(module: torch.nn.Module, arguments: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+            seen.append(arguments[0])
+            seen.append(output * (100 / output.abs().max()))  # a soft cap leaves small logits nearly as they are
+            return seen[1]
+
+        self.network.eval()
+        hook = head.register_forward_hook(enlarge)
+        try:
+            with torch.no_grad(), self._autocast():
+                logits = self.network(**inputs).logits
+                hidden = self.model.base_model(**inputs).last_hidden_state
+        finally:
+            hook.remove()
+            self.network.train()
+        return all(
+            found.shape == expected.shape and torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-3)
+            for found, expected in ((hidden, seen[0]), (logits, seen[1]))
+        )
+
+    def _prepare_batches(self) -> None:
+        """The layouts of every epoch, and the static shape that each of them runs in."""
+        over_step = self.trainer.model_accepts_loss_kwargs
+        self.epochs = [
+            [packing.one_a_row(passes, self.rows, over_step=over_step) for passes in epoch] for epoch in self._order()
+        ]
+        if self.packs:
+            packed = [[packing.packed(layout, self.rows) for layout in epoch] for epoch in self.epochs]
+            before, after = (
+                sum(len(layout.rows) for epoch in epochs for layout in epoch) for epochs in (self.epochs, packed)
+            )
+            self.packs = after <= before * (1 - PACKING_SHARE)
+            self.notes.append(f"packing {'makes' if self.packs else 'would make'} {after} rows of {before}")
+            if self.packs:
+                self.epochs = packed
+        layouts = [layout for epoch in self.epochs for layout in epoch]
+        rows_per_pass = self.trial.method.sequences_per_pass
+        self._shapes = packing.shapes(layouts, self.rows, rows_per_pass, most=1 if self.compiled else None)
+        self._buffers = {shape: Buffers(shape, self.device) for shape in self._shapes.values()}
+
+    def _order(self) -> list[list[list[list[int]]]]:
+        """epoch -> optimizer step -> pass -> numbers of its rows, as the Trainer would draw them."""
+        loader: Any = self.trainer.get_train_dataloader()
+        accumulation = self.trainer.args.gradient_accumulation_steps
+        epochs, left = [], self.trial.steps
+        for epoch in range(self.trial.rounds):
+            loader.set_epoch(epoch)  # as the Trainer does: the order follows from the seed and the epoch's number
+            passes = [list(numbers) for numbers in loader.batch_sampler]
+            steps = [passes[start : start + accumulation] for start in range(0, len(passes), accumulation)]
+            epochs.append(steps[:left])
+            left -= len(epochs[-1])
+        return epochs
+
+    def _capture(self) -> bool:
+        """Record a graph for each shape, all in one memory pool, the largest first. Whether it could be done."""
+        examples = {self._shapes[len(layout.rows)]: layout for epoch in self.epochs for layout in epoch}
+        pool = None
+        for shape, layout in sorted(examples.items(), key=lambda item: -item[0].passes * item[0].rows):
+            buffers = self._buffers[shape]
+            buffers.fill(layout, self.rows)
+            with _on_a_side_stream():
+                self._step(buffers)  # libraries initialise themselves, and the optimizer its state
+                if pool is None:
+                    if problem := what_cannot_be_captured(self.network, functools.partial(self._step, buffers)):
+                        self.notes.append(f"uncaptured: {problem}")
+                        return False
+                    self._compile()
+                if self.compiled:
+                    self._step(buffers)
+                    self._step(buffers)
+            self._optimizer.clear_gradients()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=pool):
+                    self._step(buffers)
+            except RuntimeError as error:
+                ran_out = next((e for e in (error, error.__context__) if isinstance(e, torch.OutOfMemoryError)), None)
+                if ran_out is not None:
+                    raise ran_out from None
+                self.notes.append(f"uncaptured: {type(self.model).__name__}: {_first_line(error)}")
+                return False
+            pool = graph.pool()
+            self._graphs[shape] = graph
+        return True
+
+    def _compile(self) -> None:
+        """Compile the layers one by one: they are alike, so that what one of them costs serves all."""
+        if not self.compiled or self._compiled_layers:
+            return
+        names = set(self.model._no_split_modules or ())
+        self._compiled_layers = [module for module in self.model.modules() if type(module).__name__ in names]
+        for layer in self._compiled_layers:
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+        self.compiled = bool(self._compiled_layers)
+
+    # The step
+
+    def _run(self, layout: Layout) -> None:
+        shape = self._shapes[len(layout.rows)]
+        self._buffers[shape].fill(layout, self.rows)
+        if self.captured:
+            self._graphs[shape].replay()
+        else:
+            self._step(self._buffers[shape])
+
+    def _step(self, buffers: Buffers) -> None:
+        """One optimizer step over what `buffers` hold; `self.loss` is then its loss. Nothing in it may wait for the
+        device."""
+        self._optimizer.clear_gradients()
+        self.loss.zero_()
+        for index in range(buffers.shape.passes):
+            if self._lean is not None:
+                self._lean.roll()
+            with self._autocast():
+                loss = self._loss(buffers, index)
+            self._optimizer.backward(loss)
+            self.loss += loss.detach()
+        self._optimizer.step()
+
+    def _loss(self, buffers: Buffers, index: int) -> torch.Tensor:
+        """The share of pass `index` in the step's loss: a scalar."""
+        inputs = {"input_ids": buffers.input_ids[index], "attention_mask": buffers.attention_mask[index]}
+        dialogues = None
+        if self.packs:
+            inputs["position_ids"], dialogues = buffers.position_ids[index], buffers.dialogues[index]
+        answers, targets, weights = buffers.answers[index], buffers.targets[index], buffers.weights[index]
+        with attention.packed(dialogues):
+            if self.chunks:
+                hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+                head = self.model.get_output_embeddings()
+                chosen = hidden.flatten(0, 1).index_select(0, answers)
+                return linear_cross_entropy(chosen, head.weight, head.bias, targets, weights)
+            if self.trainer.model_accepts_loss_kwargs:
+                loss: torch.Tensor = self.network(
+                    **inputs, labels=buffers.labels[index], num_items_in_batch=buffers.count, use_cache=False
+                ).loss
+                return loss
+            logits = self.network(**inputs, use_cache=False).logits[:, -buffers.shape.time :]
+        chosen = logits.flatten(0, 1).index_select(0, answers).float()
+        return (cross_entropy(chosen, targets, reduction="none") * weights).sum()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        arguments = self.trial.running_method.training_arguments
+        dtype = torch.float16 if arguments.get("fp16") else torch.bfloat16 if arguments.get("bf16") else None
+        if dtype is None:
+            return contextlib.nullcontext()
+        # Cast weights that it caches would outlive the pass, in a graph's memory.
+        return torch.autocast(self.device.type, dtype, cache_enabled=False)
+
+
+class _Optimizer:
+    """AdamW with everything around it on the device: clipping, loss scaler, learning-rate schedule, and fp32 masters of
+    trained weights that are computed with in half precision.
+
+    A bf16 weight keeps three digits, and a step of Adam is smaller than the last of them: such weights would not move.
+    """
+
+    def __init__(self, trial: Trial, trainer: Trainer, device: torch.device) -> None:
+        created = trainer.create_optimizer()
+        if type(created) is not torch.optim.AdamW:
+            raise ValueError(
+                f"method {trial.method.name}: the captured step runs torch's AdamW, and `optim` asks for "
+                f"{type(created).__name__}: leave it out, or let the Trainer run the steps"
+            )
+        self._max_norm = trainer.args.max_grad_norm
+        self._rates = torch.tensor(_learning_rates(trial, trainer), device=device)  # [steps]
+        self._taken = torch.zeros(1, dtype=torch.int64, device=device)  # steps that were not skipped
+        self._rate = torch.zeros((), device=device)
+        self.weights = [weight for group in created.param_groups for weight in group["params"]]
+        dtype = getattr(torch, trial.running_method.weights_dtype)
+        self._masters: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self._sums: dict[torch.nn.Parameter, torch.Tensor] = {}  # the masters' gradients
+        upcast = (trial.method.captured_step or CapturedStep()).upcast
+        for weight in self.weights:
+            computed_in = weight.dtype if upcast else dtype
+            if computed_in != torch.float32:
+                self._masters[weight] = master = weight.detach().clone().float().requires_grad_()
+                self._sums[weight] = master.grad = torch.zeros_like(master)
+                weight.data = weight.detach().to(computed_in)
+        groups = [
+            {
+                "params": [self._masters.get(weight, weight) for weight in group["params"]],
+                "weight_decay": group["weight_decay"],
+            }
+            for group in created.param_groups
+        ]
+        defaults = created.defaults
+        self._adamw = torch.optim.AdamW(
+            groups,
+            lr=self._rate,
+            betas=defaults["betas"],
+            eps=defaults["eps"],
+            amsgrad=defaults["amsgrad"],
+            fused=True,
+            capturable=device.type == "cuda",
+        )
+        self._adamw.register_step_pre_hook(self._count_step)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=trial.running_method.precision == "fp16")
+        trainer.optimizer = None
+
+    def clear_gradients(self) -> None:
+        """Forget the last step's gradients, so that the next backward pass writes instead of adding."""
+        for weight in self.weights:
+            weight.grad = None
+        self._passes = 0
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of one pass's loss, those of half-precision weights in fp32."""
+        self._scaler.scale(loss).backward()
+        self._passes += 1
+        reached = [(weight.grad, self._sums[weight]) for weight in self._masters if weight.grad is not None]
+        if not reached:
+            return
+        gradients, sums = (list(tensors) for tensors in zip(*reached, strict=True))
+        if self._passes == 1:
+            torch._foreach_copy_(sums, gradients)
+        else:
+            torch._foreach_add_(sums, [gradient.float() for gradient in gradients])
+        for weight in self._masters:
+            weight.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Unscale, clip, and take the step, unless a gradient is not finite under a loss scale."""
+        self._scaler.unscale_(self._adamw)
+        if self._max_norm:
+            trained = [weight for group in self._adamw.param_groups for weight in group["params"]]
+            torch.nn.utils.clip_grad_norm_(trained, self._max_norm)
+        index = self._taken.clamp(max=len(self._rates) - 1)  # a rehearsal may be longer than a very short job
+        self._rate.copy_(self._rates.index_select(0, index)[0])
+        self._scaler.step(self._adamw)
+        self._scaler.update()
+        if self._masters:
+            torch._foreach_copy_(list(self._masters), list(self._masters.values()))
+
+    @contextlib.contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Inside, steps run whole at a learning rate of 0; afterwards weights, moments, loss scale and schedule are as
+        they were."""
+        rates, scaler = self._rates.clone(), self._scaler.state_dict()
+        self._rates.zero_()
+        try:
+            yield
+        finally:
+            self._rates.copy_(rates)
+            self._taken.zero_()
+            for state in self._adamw.state.values():
+                for tensor in state.values():
+                    tensor.zero_()
+            self._scaler.load_state_dict(scaler)
+
+    def finish(self) -> None:
+        """Put the masters in the place of the half-precision weights, so that what was learned is saved in fp32."""
+        self.clear_gradients()
+        for weight, master in self._masters.items():
+            weight.data = master.detach()
+
+    def _count_step(self, optimizer: Any, *_: Any) -> None:
+        """A skipped step does not move the schedule on, as with the Trainer."""
+        skipped = getattr(optimizer, "found_inf", None)  # the loss scaler's, while it runs the step
+        self._taken += 1 if skipped is None else (1 - skipped).long()
+
+
+def _learning_rates(trial: Trial, trainer: Trainer) -> list[float]:
+    """The learning rate of each optimizer step, by the Trainer's own scheduler."""
+    stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=trainer.args.learning_rate)
+    scheduler = trainer.create_scheduler(num_training_steps=trial.steps, optimizer=stand_in)
+    trainer.lr_scheduler = None
+    rates = []
+    for _ in range(trial.steps):
+        rates.append(float(scheduler.get_last_lr()[0]))
+        stand_in.step()
+        scheduler.step()
+    return rates
+
+
+def what_cannot_be_captured(network: torch.nn.Module, step: Callable[[], None]) -> str | None:
+    """Run `step` with every wait for the device forbidden, since a graph has no host to wait: the innermost module of
+    `network` that did wait and why, in one line, or None."""
+    inside: list[str] = []
+    hooks = []
+    for name, module in network.named_modules():
+        label = f"{name or 'the network'} ({type(module).__name__})"
+        hooks.append(module.register_forward_pre_hook(lambda *_, label=label: inside.append(label), prepend=True))
+        hooks.append(module.register_forward_hook(lambda *_: inside.pop() and None))
+    waiting = torch.cuda.get_sync_debug_mode() if torch.cuda.is_available() else 0
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("error")
+        step()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return f"{inside[-1] if inside else 'backward, loss or optimizer'}: {_first_line(error)}"
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode(waiting)
+        for hook in hooks:
+            hook.remove()
+    return None
+
+
+@contextlib.contextmanager
+def _on_a_side_stream() -> Iterator[None]:
+    """Warm-up runs off the stream that is captured, as torch's notes on CUDA graphs ask."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
