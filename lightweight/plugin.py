@@ -81,6 +81,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help=f"passes over the training pairs (default: {CUDA_EPOCHS}; without CUDA: {CPU_EPOCHS})",
     )
     group.addoption(
+        "--false-alarms",
+        action="store_true",
+        help="also count the gate's false alarms and misses, on hundreds of gates; takes an hour",
+    )
+    group.addoption(
         "--trial-timeout",
         type=float,
         default=600.0,
