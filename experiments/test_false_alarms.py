@@ -131,7 +131,7 @@ def _children(laboratory: Laboratory, trial: Trial, slowdown: float) -> Iterator
         for share in (0.0, slowdown):
             folder = laboratory.folder / f"false-alarms-{time.monotonic_ns()}"
             folder.mkdir()
-            patch.setattr(worker, "run", functools.partial(run_slower, worker_run, share))
+            patch.setattr(worker, "run", functools.partial(run_slower, share))
             children.append(stack.enter_context(Child(trial, folder)))
         first, second = children
         for child in children:
@@ -140,19 +140,14 @@ def _children(laboratory: Laboratory, trial: Trial, slowdown: float) -> Iterator
         yield pair
 
 
-worker_run = worker.run
-
-
 def run_slower(
-    run: Callable[[Connection, Trial, Path, float], None],
     share: float,
     connection: Connection,
     trial: Trial,
     folder: Path,
     started: float,
 ) -> None:
-    """In the child: `run`, with matrix products added to every step until `share` of the step's own time has passed
-    again."""
+    """In the child: `worker.run`, with matrix products added to every step for `share` of the step's own time."""
     end_step = Meter.end_step
     ended = time.perf_counter()
 
@@ -173,7 +168,7 @@ def run_slower(
         ended = time.perf_counter()
 
     Meter.end_step = end_step_later  # type: ignore[assignment,method-assign]
-    run(connection, trial, folder, started)
+    worker.run(connection, trial, folder, started)
 
 
 def _write(name: str, laboratory: Laboratory, stored: tuple[float, ...], gates: list[dict[str, Any]]) -> None:

@@ -38,7 +38,7 @@ class ReportError(ValueError):
 
 def table(entries: Sequence[Entry], style: Format) -> str:
     """All entries as one table, with the notes its marks need. Speedups are per token, over that model's baseline."""
-    rows = [_row(entry, _baseline(entry, entries)) for entry in entries]
+    rows = [_row(entry, baseline_of(entry, entries)) for entry in entries]
     if style == "markdown":
         rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]
     lines = [
@@ -85,7 +85,7 @@ def into(readme: Path, text: str) -> None:
     readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", "utf-8")
 
 
-def _baseline(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
+def baseline_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
     """The baseline of `entry`'s model on the same target and device."""
     same = ("model", "target", "device", "weights", "corpus_digest")
     found = (e for e in entries if e["method"] == "baseline" and all(e[key] == entry[key] for key in same))
@@ -100,10 +100,10 @@ def _row(entry: Entry, baseline: Entry | None) -> list[str]:
         _outcome(entry),
         _duration(entry["cold_seconds"]) if entry["outcome"] == "completed" else "-",
         _step(entry["steady_step_seconds"]) if entry["outcome"] == "completed" else "-",
-        _speedup(entry, baseline),
-        _memory(entry),
-        _memory_ratio(entry, baseline),
-        _loss(entry),
+        speedup(entry, baseline),
+        memory(entry),
+        memory_ratio(entry, baseline),
+        loss(entry),
     ]
 
 
@@ -120,7 +120,11 @@ def _step(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1000:.1f} ms"
 
 
-def _speedup(entry: Entry, baseline: Entry | None) -> str:
+def speedup(entry: Entry, baseline: Entry | None) -> str:
+    """From pairs of rounds, with its interval, where there are any, else from the steady steps of both cells."""
+    paired = entry.get("speedup")
+    if paired and paired["ratio"] is not None:
+        return f"{paired['ratio']:.2f}x [{paired['low']:.2f}, {paired['high']:.2f}]"
     if entry["outcome"] != "completed" or baseline is None:
         return "-"
     if baseline["outcome"] != "completed":
@@ -129,29 +133,29 @@ def _speedup(entry: Entry, baseline: Entry | None) -> str:
     return f"{baseline['steady_step_seconds'] / baseline['tokens_per_step'] / per_token:.2f}x"
 
 
-def _peak_bytes(entry: Entry) -> int | None:
+def peak_bytes(entry: Entry) -> int | None:
     peak: int | None = entry["peak_allocated_bytes"] or entry["host_peak_bytes"]
     return peak
 
 
-def _memory(entry: Entry) -> str:
-    peak = _peak_bytes(entry)
+def memory(entry: Entry) -> str:
+    peak = peak_bytes(entry)
     if peak is None:
         return "-"
     size = f"{peak / GiB:.2f} GiB" if peak >= GiB else f"{peak / MiB:.0f} MiB"
     return size if entry["peak_allocated_bytes"] else f"{size} {HOST}"
 
 
-def _memory_ratio(entry: Entry, baseline: Entry | None) -> str:
+def memory_ratio(entry: Entry, baseline: Entry | None) -> str:
     if entry["outcome"] != "completed" or baseline is None:
         return "-"
     if baseline["outcome"] != "completed":
         return f"baseline {baseline['outcome'].replace('_', ' ')}"
-    peak, of = _peak_bytes(entry), _peak_bytes(baseline)
+    peak, of = peak_bytes(entry), peak_bytes(baseline)
     return f"{peak / of:.2f}" if peak and of else "-"
 
 
-def _loss(entry: Entry) -> str:
+def loss(entry: Entry) -> str:
     before, after = entry["heldout_loss_before"], entry["heldout_loss_after"]
     if before is None or after is None:
         return "-"
