@@ -110,6 +110,18 @@ class _Worker(_Side):
         for option in ("benchmark_json", "benchmark_save", "benchmark_autosave", "benchmark_compare"):
             setattr(config.option, option, None)
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """pytest-xdist tells a test's group to its scheduler at the end of the node id, which pytest 9.1 has moved from
+        where pytest-xdist 3.8 writes it."""
+        for item in items:
+            if (suffix := self._suffix(item)) and not item.nodeid.endswith(suffix):
+                item._id = type(item._id).parse(item.nodeid + suffix)
+
+    def _suffix(self, item: pytest.Item) -> str:
+        groups = {str(mark.args[0] if mark.args else mark.kwargs["name"]) for mark in item.iter_markers("xdist_group")}
+        return f"@{'_'.join(sorted(groups))}" if groups and self.config.option.loadgroup else ""
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
@@ -127,8 +139,7 @@ class _Worker(_Side):
         row = stats.as_dict(include_data=False, stats=False)
         row |= {"data": stats.stats.data, "iterations": stats.iterations}
         row["extra_info"] = {**row["extra_info"], **where(self.config)}
-        if self.config.option.loadgroup and item.get_closest_marker("xdist_group"):
-            row["fullname"] = row["fullname"].rpartition("@")[0]  # pytest-xdist's group, which other runs do not have
+        row["fullname"] = row["fullname"].removesuffix(self._suffix(item))  # which other runs do not have
         return str(safe_dumps(row))
 
 
@@ -213,16 +224,23 @@ def _stats(row: dict[str, Any]) -> Any:
 def _scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadGroupScheduling
 
-    class OnceOnly(LoadGroupScheduling):  # type: ignore[misc]
-        """pytest-xdist 3.8 gives the test that a worker died in to the next worker again, which may die of it too."""
+    class Scheduler(LoadGroupScheduling):  # type: ignore[misc]
+        """pytest-xdist's own, which in 3.8 gives the test that a worker died in to the next worker again, and waits for
+        ever where a dead worker's tests were done or a new one has a single test to do (its issues 1323, 1327, 1378).
+        """
 
         def remove_node(self, node: Any) -> str | None:
-            units = self.assigned_work[node].values()
-            died_in = next((test for unit in units for test, is_done in unit.items() if not is_done), None)
-            for unit in units:
-                if died_in in unit:
-                    unit[died_in] = True
-            super().remove_node(node)
-            return died_in
+            units = self.assigned_work.pop(node)
+            waiting = [(group, test) for group, unit in units.items() for test, is_done in unit.items() if not is_done]
+            for group, test in waiting[1:]:
+                self.workqueue.setdefault(group, {})[test] = False
+            for other in self.nodes:
+                self._reschedule(other)
+            return waiting[0][1] if waiting else None
 
-    return OnceOnly(config, log)
+        def schedule(self) -> None:
+            super().schedule()
+            for node in self.nodes:  # a second time: gives a worker with one test another one, or says it is the last
+                self._reschedule(node)
+
+    return Scheduler(config, log)
