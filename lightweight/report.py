@@ -39,15 +39,19 @@ class ReportError(ValueError):
 def table(entries: Sequence[Entry], style: Format) -> str:
     """All entries as one table, with the notes its marks need. Speedups are per token, over that model's baseline."""
     rows = [_row(entry, baseline_of(entry, entries)) for entry in entries]
+    headers = COLUMNS
+    if any("worker" in entry for entry in entries):
+        headers = (*headers, "worker")
+        rows = [[*row, _worker(entry)] for row, entry in zip(rows, entries, strict=True)]
     if style == "markdown":
         rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]
     lines = [
         tabulate(
             rows,
-            headers=COLUMNS,
+            headers=headers,
             tablefmt="github" if style == "markdown" else "simple",
             disable_numparse=True,
-            colalign=("left",) * 4 + ("right",) * 5 + ("left",),
+            colalign=("left",) * 4 + ("right",) * 5 + ("left",) * (len(headers) - 9),
         )
     ]
     lines += notes(entries)
@@ -105,6 +109,12 @@ def _row(entry: Entry, baseline: Entry | None) -> list[str]:
         memory_ratio(entry, baseline),
         loss(entry),
     ]
+
+
+def _worker(entry: Entry) -> str:
+    """The pytest-xdist worker that ran the trial, and the number of its GPU."""
+    gpu = entry.get("visible_gpu")
+    return f"{entry.get('worker', '-')}" + ("" if gpu is None else f", GPU {gpu}")
 
 
 def _outcome(entry: Entry) -> str:
