@@ -39,7 +39,7 @@ class ReportError(ValueError):
 def table(entries: Sequence[Entry], style: Format) -> str:
     """All entries as one table, with the notes its marks need. Speedups are per token, over that model's baseline."""
     rows = [_row(entry, baseline_of(entry, entries)) for entry in entries]
-    headers = COLUMNS
+    headers: tuple[str, ...] = COLUMNS
     if any("worker" in entry for entry in entries):
         headers = (*headers, "worker")
         rows = [[*row, _worker(entry)] for row, entry in zip(rows, entries, strict=True)]

@@ -39,6 +39,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """A model's cells stay together, unless another way to distribute was named."""
     workers = config.getoption("numprocesses", None) or config.getoption("tx", None)
+    if hasattr(config, "workerinput"):  # a worker has its controller's --tx, too
+        return
     if workers and config.getoption("dist") == "no" and not config.getoption("distload"):
         config.option.dist = "loadgroup"
 

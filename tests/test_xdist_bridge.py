@@ -1,4 +1,4 @@
-"""End to end on two workers: every cell in the one JSON and the one table, once, and one worker's death is one cell's."""
+"""End to end on two workers: every cell in one JSON and one table, once, and a worker's death costs one cell."""
 
 import json
 import os
