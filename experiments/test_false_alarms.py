@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from lightweight import isolation, ratio, record, worker
-from lightweight.alternate import log_ratio, seconds_per_token, trial_of_rounds
+from lightweight.alternate import log_ratio, method_goes_first, seconds_per_token, share_cores, trial_of_rounds
 from lightweight.isolation import Child
 from lightweight.meter import Meter
 from lightweight.methods import BASELINE
@@ -35,7 +35,7 @@ SERIES = Path(__file__).parent / "series"
 GATES_A_CHILD = 20
 MODEL = "opt-tiny"
 METHOD = replace(BASELINE, training_arguments={"per_device_train_batch_size": 4})  # rounds of about 100 ms on a CPU
-BLOCK = 10
+BLOCK = 8
 """Pairs of one interval, where its coverage is counted."""
 
 
@@ -59,8 +59,7 @@ def stored(laboratory: Laboratory, trial: Trial) -> tuple[float, ...]:
 
 
 def test_noise_does_not_fail_the_gate(laboratory: Laboratory, trial: Trial, stored: tuple[float, ...]) -> None:
-    gates = _gates(laboratory, trial, stored, count=200, slowdown=0.0, fail=0.05)
-    _write("same", laboratory, stored, gates)
+    gates = _gates("same", laboratory, trial, stored, count=200, slowdown=0.0, fail=0.05)
     alarms = Counter(gate["verdict"] for gate in gates)
     assert alarms["fail"] <= 2
     series = [log for gate in gates for log in gate["log_ratios"]]
@@ -73,8 +72,8 @@ def test_noise_does_not_fail_the_gate(laboratory: Laboratory, trial: Trial, stor
 def test_a_slowdown_fails_the_gate(
     laboratory: Laboratory, trial: Trial, stored: tuple[float, ...], slowdown: float, fail: float, wanted: int
 ) -> None:
-    gates = _gates(laboratory, trial, stored, count=100, slowdown=slowdown, fail=fail)
-    _write(f"slower-{slowdown * 100:.0f}", laboratory, stored, gates)
+    name = f"slower-{slowdown * 100:.0f}"
+    gates = _gates(name, laboratory, trial, stored, count=100, slowdown=slowdown, fail=fail)
     assert Counter(gate["verdict"] for gate in gates)["fail"] >= wanted
 
 
@@ -94,8 +93,16 @@ def test_the_harness_takes_less_than_a_hundredth_of_a_round(laboratory: Laborato
 
 
 def _gates(
-    laboratory: Laboratory, trial: Trial, stored: tuple[float, ...], *, count: int, slowdown: float, fail: float
+    name: str,
+    laboratory: Laboratory,
+    trial: Trial,
+    stored: tuple[float, ...],
+    *,
+    count: int,
+    slowdown: float,
+    fail: float,
 ) -> list[dict[str, Any]]:
+    """`count` gates, one after the other, written to the series called `name` as they come."""
     gates: list[dict[str, Any]] = []
     floor = 1 - fail
     while len(gates) < count:
@@ -121,8 +128,8 @@ def _children(laboratory: Laboratory, trial: Trial, slowdown: float) -> Iterator
 
     def pair() -> float:
         nonlocal count
+        found = log_ratio(first, second, method_first=method_goes_first(count))
         count += 1
-        found = log_ratio(first, second, method_first=count % 2 == 0)
         assert not math.isnan(found), (first.outcome, second.outcome)
         return found
 
@@ -134,6 +141,7 @@ def _children(laboratory: Laboratory, trial: Trial, slowdown: float) -> Iterator
             patch.setattr(worker, "run", functools.partial(run_slower, share))
             children.append(stack.enter_context(Child(trial, folder)))
         first, second = children
+        share_cores(first, second)
         for child in children:
             child.round()
             child.round()

@@ -105,7 +105,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=ratio.CAP,
         metavar="N",
-        help="at most N pairs of rounds for a speedup, an even number; fewer as soon as its verdict is clear "
+        help="at most N pairs of rounds for a speedup, a multiple of 4; fewer as soon as its verdict is clear "
         f"(default: {ratio.CAP})",
     )
     for what, change in (("speedup", "loses more than this share of"), ("memory", "takes this share more than")):

@@ -35,9 +35,9 @@ CONFIDENCE = 0.95
 CAP = 128
 """Pairs after which a verdict that is not clear stays undecided."""
 
-LOOKS = (6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""After how many pairs a verdict is looked for: even numbers, so that either side has gone first as often, and each
-about a third to a half more than the last, since a look at almost the same pairs costs error and tells nothing new."""
+LOOKS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""After how many pairs a verdict is looked for: whole turns of A B B A B A A B, and each look a third to a half
+later than the last, since a look at almost the same pairs costs error and tells nothing new."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def interval(log_ratios: Sequence[float], confidence: float = CONFIDENCE) -> Int
 def looks(cap: int) -> tuple[int, ...]:
     """After how many pairs a verdict is looked for when there are at most `cap`; `cap` is the last. Raises
     ValueError."""
-    if cap < LOOKS[0] or cap % 2:
-        raise ValueError(f"{cap} pairs: give an even number of at least {LOOKS[0]}")
+    if cap < LOOKS[0] or cap % 4:
+        raise ValueError(f"{cap} pairs: give a multiple of 4 from {LOOKS[0]} on")
     return (*(look for look in LOOKS if look < cap), cap)
 
 

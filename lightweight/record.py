@@ -189,7 +189,7 @@ def _is_speedup(found: Any) -> bool:
         return False
     numbers, cap = found["log_ratios"], found["cap"]
     whole = isinstance(numbers, list) and all(isinstance(number, float) for number in numbers)
-    return whole and isinstance(cap, int) and cap >= max(6, len(numbers)) and cap % 2 == 0
+    return whole and isinstance(cap, int) and cap >= max(8, len(numbers)) and cap % 4 == 0
 
 
 def _plain(value: Any) -> Any:

@@ -1,8 +1,10 @@
 import math
+import os
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+import torch
 
 from lightweight import alternate, isolation, methods, ratio, targets
 from lightweight.alternate import trial_of_rounds
@@ -20,6 +22,7 @@ class FakeChild:
     def __init__(self, trial, seconds, ends, log):
         self.trial, self.seconds, self.ends, self.log = trial, iter(seconds), ends, log
         self.measured, self.outcome = Measurements(), None
+        self.pid = os.getpid()
 
     def round(self):
         self.log.append(self.trial.method.name)
@@ -30,8 +33,16 @@ class FakeChild:
             self.measured = Measurements(step_seconds=(*self.measured.step_seconds, step))
 
 
+@pytest.fixture(autouse=True)
+def cores():
+    """Fake children have this process's id; what they pin is given back."""
+    had = os.sched_getaffinity(0)
+    yield
+    os.sched_setaffinity(0, had)
+
+
 @pytest.fixture
-def start(request):
+def start():
     """Starts fake children; `seconds` and `ends` by method name. `log` notes starts, rounds and ends."""
 
     def make(seconds, ends=None, alone=None):
@@ -62,15 +73,16 @@ def other(trial):
     return replace(trial, method=replace(methods.LORA, name="lora"))
 
 
-def test_rounds_go_a_b_b_a_after_one_to_warm_up_each(trial, start):
+def test_rounds_go_a_b_b_a_and_b_a_a_b_after_one_to_warm_up_each(trial, start):
     children, log = start({"baseline": [9.0] + [2.0] * 8, "lora": [9.0] + [1.0] * 8})
     found = alternate.alternate(trial, other(trial), children, lambda pairs: True, cap=8)
-    assert found.log_ratios == pytest.approx([math.log(2)] * 6)
+    assert found.log_ratios == pytest.approx([math.log(2)] * 8)
     assert found.pairing == "alternating"
     assert found.ended is None
     rounds = [entry for entry in log if " " not in entry]
     assert rounds[:2] == ["baseline", "lora"]
-    assert rounds[2:] == ["baseline", "lora", "lora", "baseline"] * 3
+    there, back = ["baseline", "lora", "lora", "baseline"], ["lora", "baseline", "baseline", "lora"]
+    assert rounds[2:] == (there + back) * 2
     assert log[:2] == ["start baseline", "start lora"]
 
 
@@ -88,8 +100,8 @@ def test_pairs_are_added_at_the_looks_until_it_is_enough_or_the_cap(trial, start
 def test_the_ratio_is_per_token(trial, start):
     smaller = replace(methods.LORA, training_arguments={"per_device_train_batch_size": 4})
     children, _ = start({"baseline": [1.0] * 20, "lora": [1.0] * 20})
-    found = alternate.alternate(trial, replace(trial, method=smaller), children, lambda pairs: True, cap=6)
-    assert found.log_ratios == pytest.approx([-math.log(2)] * 6)
+    found = alternate.alternate(trial, replace(trial, method=smaller), children, lambda pairs: True, cap=8)
+    assert found.log_ratios == pytest.approx([-math.log(2)] * 8)
 
 
 def test_what_does_not_fit_side_by_side_runs_one_after_the_other(trial, start):
@@ -137,7 +149,7 @@ def test_rounds_have_full_steps_whatever_the_corpus_holds(trial):
 
 def test_two_live_children_alternate(trial, tmp_path):
     """For real: the same method against itself, in two processes at once."""
-    pids = []
+    pids, affinities = [], []
 
     @contextmanager
     def start(trial):
@@ -146,11 +158,14 @@ def test_two_live_children_alternate(trial, tmp_path):
         with isolation.Child(trial, folder) as child:
             pids.append(child.pid)
             yield child
+            affinities.append(os.sched_getaffinity(child.pid))
             assert not isinstance(child.outcome, Completed)  # it was closed before its time
 
-    short = trial_of_rounds(trial, rounds=6, steps=2)
-    found = alternate.alternate(short, short, start, lambda pairs: False, cap=6)
-    assert len(found.log_ratios) == 6
+    short = trial_of_rounds(trial, rounds=8, steps=2)
+    found = alternate.alternate(short, short, start, lambda pairs: False, cap=8)
+    assert len(found.log_ratios) == 8
     assert found.ended is None
     assert len(set(pids)) == 2
+    cores = {frozenset(of) for of in affinities}
+    assert len(cores) == 1 and len(*cores) == min(torch.get_num_threads(), os.cpu_count())
     assert 0.2 < ratio.interval(found.log_ratios).ratio < 5

@@ -261,7 +261,7 @@ def test_parametrising_a_test_oneself_goes_before_the_command_line(project):
         (["--epochs=0"], "--epochs 0: *"),
         (["--trial-timeout=0"], "--trial-timeout 0: *"),
         (["--seed=-1"], "--seed -1: give a number from 0 to *"),
-        (["--pairs=7"], "--pairs: 7 pairs: give an even number of at least 6"),
+        (["--pairs=7"], "--pairs: 7 pairs: give a multiple of 4 from 8 on"),
         (["--speedup-fail=10%"], "--speedup-fail and --memory-fail hold a run against a stored one: add *"),
         (["--memory-fail=ten", "--benchmark-compare"], "--memory-fail 'ten': give a percentage *"),
     ],
@@ -361,16 +361,16 @@ def test_times_of_cells_under_other_conditions_are_left_out_of_the_table(project
 def test_a_speedup_is_measured_in_alternation_recorded_and_shown(project):
     project.makepyfile(SPEEDUP)
     # --benchmark-json makes it a run that others are held against: as many pairs as precision takes, here all
-    result, document = run_json(project, "--pairs=8")
+    result, document = run_json(project, "--pairs=12")
     result.assert_outcomes(passed=3)
     baseline, lora = document["outcomes"]
     assert "speedup" not in baseline
     found = lora["speedup"]
-    assert 6 <= len(found["log_ratios"]) <= 8
-    assert (found["pairing"], found["cap"], found["verdict"]) == ("alternating", 8, None)
+    assert 8 <= len(found["log_ratios"]) <= 12
+    assert (found["pairing"], found["cap"], found["verdict"]) == ("alternating", 12, None)
     assert found["low"] < found["ratio"] < found["high"]
     result.stdout.fnmatch_lines(
-        ["micro x lora: 6 pairs of rounds, *", f"micro * lora * {found['ratio']:.2f}x [[]*, *[]] *"]
+        ["micro x lora: 8 pairs of rounds, *", f"micro * lora * {found['ratio']:.2f}x [[]*, *[]] *"]
     )
 
 

@@ -92,8 +92,8 @@ def test_slowdowns_are_caught():
 
 def test_what_is_plain_is_seen_at_the_first_look():
     rng = np.random.default_rng(5)
-    assert gate(lambda count: rng.normal(0, 0.003, count), 0.95) == ("pass", 6)
-    assert gate(lambda count: rng.normal(-0.11, 0.003, count), 0.95) == ("fail", 6)
+    assert gate(lambda count: rng.normal(0, 0.003, count), 0.95) == ("pass", 8)
+    assert gate(lambda count: rng.normal(-0.11, 0.003, count), 0.95) == ("fail", 8)
 
 
 def test_what_cannot_be_told_is_undecided_after_the_cap():
@@ -113,22 +113,22 @@ def test_all_looks_together_spend_the_error_and_no_more():
 
 
 def test_pairs_after_the_last_look_are_left_out():
-    pairs = [0.1, -0.1] * 3 + [5.0]
-    assert ratio.repeated_interval(pairs, 8) == ratio.repeated_interval(pairs[:6], 8)
-    assert ratio.repeated_interval(pairs[:5], 8).high == math.inf
+    pairs = [0.1, -0.1] * 4 + [5.0]
+    assert ratio.repeated_interval(pairs, 12) == ratio.repeated_interval(pairs[:8], 12)
+    assert ratio.repeated_interval(pairs[:7], 12).high == math.inf
 
 
-@pytest.mark.parametrize("cap", [0, 4, 7, 31])
-def test_a_cap_that_leaves_no_even_look_is_told(cap):
-    with pytest.raises(ValueError, match="give an even number of at least 6"):
+@pytest.mark.parametrize("cap", [0, 4, 9, 30])
+def test_a_cap_that_leaves_no_whole_turn_is_told(cap):
+    with pytest.raises(ValueError, match="give a multiple of 4 from 8 on"):
         ratio.looks(cap)
 
 
 def test_looks_end_with_the_cap():
-    assert ratio.looks(6) == (6,)
-    assert ratio.looks(20) == (6, 8, 12, 16, 20)
+    assert ratio.looks(8) == (8,)
+    assert ratio.looks(20) == (8, 12, 16, 20)
     assert ratio.looks(1024)[-2:] == (512, 1024)
-    assert all(look % 2 == 0 for look in ratio.looks(ratio.CAP))
+    assert all(look % 4 == 0 for look in ratio.looks(ratio.CAP))
 
 
 @pytest.mark.parametrize(("low", "high", "expected"), [(0.96, 1.0, "pass"), (0.8, 0.94, "fail"), (0.9, 1, "undecided")])

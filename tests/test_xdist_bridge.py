@@ -60,7 +60,7 @@ def run_json(project: pytest.Pytester, *arguments: str):
 
 def test_two_workers_cells_are_all_there_once_and_a_models_together(project):
     project.makepyfile(test_cells=CELLS + SPEEDUP)
-    result, document = run_json(project, "-n", "2", "--epochs=2", "--pairs=6", "--benchmark-autosave")
+    result, document = run_json(project, "-n", "2", "--epochs=2", "--pairs=8", "--benchmark-autosave")
     result.assert_outcomes(passed=6)
     entries, rows = document["outcomes"], document["benchmarks"]
     assert len(entries) == len(rows) == 4
@@ -74,7 +74,7 @@ def test_two_workers_cells_are_all_there_once_and_a_models_together(project):
         assert (told["worker"], told["visible_gpu"]) == (worker_of[told["model"]], None)
         assert row["stats"]["rounds"] == len(row["stats"]["data"]) == len(told["device_seconds"]) == 2
         assert row["group"] == f"{told['model']} on cpu"
-    assert [len(entry["speedup"]["log_ratios"]) for entry in entries if "speedup" in entry] == [6, 6]
+    assert [len(entry["speedup"]["log_ratios"]) for entry in entries if "speedup" in entry] == [8, 8]
     result.stdout.fnmatch_lines_random(
         [
             "*benchmark 'micro on cpu': 2 tests*",
