@@ -115,9 +115,8 @@ def _gates(
                     if verdict != "undecided":
                         break
                 gates.append({"verdict": verdict, "log_ratios": [round(log, 6) for log in log_ratios]})
-                print(
-                    f"slowdown {slowdown:.0%}: gate {len(gates)}: {verdict} after {len(log_ratios)} pairs", flush=True
-                )
+                print(f"{name}: gate {len(gates)}: {verdict} after {len(log_ratios)} pairs", flush=True)
+                _write(name, laboratory, stored, gates)
     return gates
 
 
