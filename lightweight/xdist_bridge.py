@@ -114,11 +114,20 @@ class _Worker(_Side):
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """pytest-xdist tells a test's group to its scheduler at the end of the node id, which pytest 9.1 has moved from
-        where pytest-xdist 3.8 writes it."""
+        """pytest-xdist tells a test's group to its scheduler at the end of the node id, but pytest 9.2 does not have the
+        id where pytest-xdist 3.8 writes it."""
         for item in items:
             if (suffix := self._suffix(item)) and not item.nodeid.endswith(suffix):
                 item._id = type(item._id).parse(item.nodeid + suffix)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_collection_finish(self) -> Generator[None, None, None]:
+        """What is wrong with the command line is told by the controller, in one line."""
+        try:
+            yield
+        except pytest.UsageError as error:
+            vars(self.config)["workeroutput"]["lightweight_usage_error"] = str(error)
+            raise
 
     def _suffix(self, item: pytest.Item) -> str:
         groups = {str(mark.args[0] if mark.args else mark.kwargs["name"]) for mark in item.iter_markers("xdist_group")}
@@ -166,6 +175,8 @@ class _Controller(_Side):
         taken = self._slots[_machine(node)]
         for slot in [slot for slot, owner in taken.items() if owner is node]:
             del taken[slot]
+        if told := getattr(node, "workeroutput", {}).get("lightweight_usage_error"):
+            raise pytest.UsageError(told)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:

@@ -111,6 +111,14 @@ def test_a_worker_that_dies_loses_the_cell_it_ran_and_nothing_else(project, work
     result.stdout.fnmatch_lines_random(["micro * baseline * crashed in start *", "micro * lora * completed *"])
 
 
+def test_a_wrong_command_line_is_one_line_from_the_workers_too(project):
+    project.makepyfile("def test_cell(train, model, method):\n    assert not train(model, method)\n")
+    result = project.runpytest_subprocess("-n", "2", "--model=./nowhere", timeout=300)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: model ./nowhere: no such folder; give a folder with *"])
+    assert "INTERNALERROR" not in result.stdout.str()
+
+
 def test_auto_is_one_worker_a_gpu_and_one_on_a_cpu(project, monkeypatch):
     config = project.parseconfig("-n", "auto")
     monkeypatch.delenv("PYTEST_XDIST_AUTO_NUM_WORKERS", raising=False)
