@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from operator import attrgetter
 from pathlib import Path
 from typing import Literal
@@ -202,20 +203,20 @@ def _memory_failures(now: Entry, then: Entry, entries: Sequence[Entry], run: Run
     """Allocated memory is the same in every run of a cell, so a single byte over the limit is one too many."""
     if limits.memory_fail is None or now["outcome"] != "completed" or then["outcome"] != "completed":
         return []
-    held_now, held_then = now["peak_allocated_bytes"], then["peak_allocated_bytes"]
-    if not held_now or not held_then:  # a whole process's memory on the host is not exact
-        return []
+    if not now["peak_allocated_bytes"] or not then["peak_allocated_bytes"]:
+        return []  # a whole process's memory on the host is not exact
+    held_now, held_then = Fraction(now["peak_allocated_bytes"]), Fraction(then["peak_allocated_bytes"])
     of_now, of_then = _baseline_bytes(now, entries), _baseline_bytes(then, run.entries)
     what, unit = "peak memory", " bytes"
     if of_now and of_then and now["method"] != "baseline":
         held_now, held_then = held_now / of_now, held_then / of_then
         what, unit = "memory ratio", " of the baseline's"
-    if held_now <= held_then * (1 + limits.memory_fail):
+    if held_now <= held_then * (1 + Fraction(limits.memory_fail)):
         return []
-    exact = "{:.4f}" if held_then < 100 else "{:.0f}"
+    exact = "{:.4f}" if unit != " bytes" else "{:.0f}"
     return [
-        f"{_name(now)}: {what} {exact.format(held_now)}{unit} now, {exact.format(held_then)} in {run.name}: "
-        f"{held_now / held_then - 1:+.1%}, more than {limits.memory_fail:+.1%}; both are exact"
+        f"{_name(now)}: {what} {exact.format(float(held_now))}{unit} now, {exact.format(float(held_then))} in "
+        f"{run.name}: {float(held_now / held_then - 1):+.1%}, more than {limits.memory_fail:+.1%}; both are exact"
     ]
 
 

@@ -114,8 +114,8 @@ class _Worker(_Side):
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """pytest-xdist tells a test's group to its scheduler at the end of the node id, but pytest 9.2 has moved that from
-        where pytest-xdist 3.8 writes it."""
+        """pytest-xdist tells a test's group to its scheduler at the end of the node id, but pytest 9.2 has moved the id
+        from where pytest-xdist 3.8 writes it."""
         for item in items:
             if (suffix := self._suffix(item)) and not item.nodeid.endswith(suffix):
                 item._id = type(item._id).parse(item.nodeid + suffix)

@@ -104,11 +104,12 @@ def test_a_cell_that_no_longer_completes_fails():
 
 
 def test_the_memory_gate_is_exact_to_the_byte():
-    then = [cell("baseline", peak_allocated_bytes=1000), cell(peak_allocated_bytes=600)]
-    for peak, failures in ((630, 0), (631, 1)):
-        now = [cell("baseline", peak_allocated_bytes=1000), cell(peak_allocated_bytes=peak)]
+    baseline = cell("baseline", peak_allocated_bytes=10_000_000_000)
+    then = [baseline, cell(peak_allocated_bytes=6_000_000_000)]
+    for peak, failures in ((6_300_000_000, 0), (6_300_000_001, 1), (6_400_000_000, 1)):
+        now = [baseline, cell(peak_allocated_bytes=peak)]
         assert len(compare(now, then).failures) == failures
-    assert "memory ratio 0.6310 of the baseline's now, 0.6000 in 0001_old.json: +5.2%" in compare(now, then).failures[0]
+    assert "memory ratio 0.6400 of the baseline's now, 0.6000 in 0001_old.json: +6.7%" in compare(now, then).failures[0]
 
 
 def test_memory_is_compared_as_a_ratio_and_without_a_baseline_in_bytes():

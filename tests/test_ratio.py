@@ -1,4 +1,7 @@
+import json
 import math
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,6 +9,8 @@ from scipy.stats import norm
 
 from lightweight import ratio
 from lightweight.ratio import Interval
+
+SERIES = Path(__file__).parent.parent / "experiments" / "series"
 
 
 def gate(draw, floor, cap=ratio.CAP, stored=()):
@@ -88,6 +93,21 @@ def test_slowdowns_are_caught():
     rng = np.random.default_rng(4)
     assert share("fail", lambda count: rng.normal(-math.log(1.10), 0.06, count), floor=0.95) >= 0.97
     assert share("fail", lambda count: rng.normal(-math.log(1.05), 0.05, count), floor=0.97, gates=300) >= 0.90
+
+
+@pytest.mark.parametrize("series", sorted(SERIES.glob("same-*.json")), ids=lambda path: path.stem)
+def test_real_rounds_of_a_method_against_itself_fail_at_most_one_gate_in_a_hundred(series):
+    """The committed pairs of two live children, cut anew into as many gates as they make, each pair in one gate."""
+    document = json.loads(series.read_text())
+    pairs = iter([log for gate in document["gates"] for log in gate["log_ratios"]])
+    verdicts = []
+    while True:
+        verdict, used = gate(lambda count: islice(pairs, count), 0.95, stored=document["stored"])
+        if used not in ratio.looks(ratio.CAP):  # the pairs have run out
+            break
+        verdicts.append(verdict)
+    assert len(verdicts) >= 20
+    assert verdicts.count("fail") <= len(verdicts) / 100
 
 
 def test_what_is_plain_is_seen_at_the_first_look():
