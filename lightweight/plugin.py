@@ -308,7 +308,7 @@ class Laboratory:
     def run(self, item: pytest.Item, trial: Trial, rounds: Callable[[isolation.Child], None] | None = None) -> Outcome:
         """Run `trial` in a child of its own, letting `rounds` time its rounds, and record it with `item`."""
         died = Crashed(phase="start", reason="the worker that ran it died", details="", measured=Measurements())
-        xdist_bridge.tell_begun(item, {"entries": [self._entry(trial, died)], "speedups": []})
+        self._tell_begun(item, entries=[self._entry(trial, died)])
         with self._child(trial, self._show_step, self._show_round) as child:
             if rounds is not None:
                 rounds(child)
@@ -331,7 +331,7 @@ class Laboratory:
         found = Speedup(baseline=baseline.method.name, cap=cap, steps_per_round=steps, reason=ended)
         if ended is None:
             died = dataclasses.replace(found, reason="the worker that measured it died")
-            xdist_bridge.tell_begun(item, {"entries": [], "speedups": [(of, dataclasses.asdict(died))]})
+            self._tell_begun(item, speedups=[(of, dataclasses.asdict(died))])
             found = self._alternate(trial, baseline, entry, found)
         _shipped(item)["speedups"].append((of, dataclasses.asdict(found)))
         return found
@@ -362,6 +362,11 @@ class Laboratory:
         return dataclasses.replace(
             found, ratio=now.ratio, low=now.low, high=now.high, floor=floor, verdict=verdict(pairs.log_ratios)
         )
+
+    def _tell_begun(self, item: pytest.Item, **begun: Sequence[Any]) -> None:
+        """What this test has found so far, and what it is about to find, as it stands if its worker dies."""
+        found = _shipped(item)
+        xdist_bridge.tell_begun(item, {key: [*found[key], *begun.get(key, ())] for key in ("entries", "speedups")})
 
     @contextmanager
     def _child(self, trial: Trial, *callbacks: Callable[..., None]) -> Iterator[isolation.Child]:

@@ -111,6 +111,30 @@ def test_a_worker_that_dies_loses_the_cell_it_ran_and_nothing_else(project, work
     result.stdout.fnmatch_lines_random(["micro * baseline * crashed in start *", "micro * lora * completed *"])
 
 
+def test_what_a_test_had_found_before_its_worker_died_is_kept(project):
+    project.makepyfile(
+        test_cells=CELLS.split("@pytest")[0]
+        + """
+    def test_two(outcome_of):
+        outcome_of(MICRO, "lora")
+        outcome_of(MICRO, "baseline")
+
+    @pytest.mark.parametrize("model", MODELS[1:])
+    def test_cell(train, model):
+        train(model, "lora")
+"""
+        + KILLER
+    )
+    result, document = run_json(project, "-n", "1", "--epochs=2")
+    result.assert_outcomes(passed=1, failed=1)
+    found = [(entry["model"], entry["method"], entry["outcome"]) for entry in document["outcomes"]]
+    assert sorted(found) == [
+        ("micro", "baseline", "crashed"),
+        ("micro", "lora", "completed"),
+        ("other", "lora", "completed"),
+    ]
+
+
 def test_a_wrong_command_line_is_one_line_from_the_workers_too(project):
     project.makepyfile("def test_cell(train, model, method):\n    assert not train(model, method)\n")
     result = project.runpytest_subprocess("-n", "2", "--model=./nowhere", timeout=300)
