@@ -10,7 +10,7 @@ from lightweight.plugin import NOT_RUN, Laboratory, Train
 from lightweight.targets import NATIVE
 from lightweight.trial import Completed, OutOfMemory
 
-pytestmark = pytest.mark.needs_cuda
+pytestmark = [pytest.mark.needs_cuda, pytest.mark.xdist_group("gpt-neo-1.3b")]
 
 LARGE = "gpt-neo-1.3b"
 FULL_TRAINING_BYTES = 16 * 1_315_575_808  # fp32 weight, gradient and two Adam moments of each of its parameters

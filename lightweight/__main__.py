@@ -1,4 +1,4 @@
-"""The command line: `lightweight plan MODEL ...` and `lightweight report RECORD.json ...`."""
+"""The command line: `lightweight plan MODEL`, `lightweight report RECORD.json`, `lightweight gate NEW.json`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from lightweight import __version__, record, report
+from lightweight import __version__, gate, record, report
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status, 2 for input that cannot be used."""
+    """Run one command; returns the exit status: 1 for a gate that fails, 2 for input that cannot be used."""
     parser = argparse.ArgumentParser(prog="lightweight", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_plan(commands.add_parser("plan", help="forecast which methods fit which cards, without a GPU or the weights"))
     _add_report(commands.add_parser("report", help="print saved records as one table"))
+    _add_gate(commands.add_parser("gate", help="hold a saved record against older ones; status 1 where it got worse"))
     options = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     return run(options)
@@ -116,6 +117,34 @@ def _show(text: str) -> None:
     """A line of progress that the next one overwrites; none where nobody watches."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _add_gate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_gate)
+    parser.add_argument("new", type=Path, metavar="NEW.json")
+    parser.add_argument("--against", nargs="+", type=Path, required=True, metavar="OLD.json")
+    for what in ("speedup", "memory"):
+        parser.add_argument(
+            f"--{what}-fail", default=f"{gate.FAIL:.0%}", metavar="PERCENT", help="of the stored ratio (default: 5%%)"
+        )
+    parser.add_argument("--undecided", choices=("pass", "fail"), default="pass")
+
+
+def _gate(options: argparse.Namespace) -> int:
+    shares = {}
+    for what in ("speedup_fail", "memory_fail"):
+        try:
+            shares[what] = gate.share(getattr(options, what))
+        except ValueError as error:
+            return _refuse(ValueError(f"--{what.replace('_', '-')} {error}"))
+    try:
+        entries = record.load([options.new])
+        runs, problems = gate.load(options.against)
+    except record.RecordError as error:
+        return _refuse(error)
+    comparison = gate.compare(entries, runs, gate.Limits(**shares, undecided=options.undecided))
+    print("\n".join([*problems, gate.text(comparison)]))
+    return 1 if comparison.failures else 0
 
 
 if __name__ == "__main__":

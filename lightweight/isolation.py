@@ -103,6 +103,11 @@ class Child:
         """The child's process id."""
         return self._process.pid
 
+    @property
+    def measured(self) -> Measurements:
+        """The newest of what the trial has measured: as of its start, of its last whole round, or of its end."""
+        return self._measured if self.outcome is None else self.outcome.measured
+
     def round(self) -> None:
         """Train one round; returns at once where the trial has already ended."""
         self._request("round", worker.RoundEnded)

@@ -6,7 +6,8 @@ Load it from a conftest.py: `pytest_plugins = ["lightweight.plugin"]`. Tests the
   Outcome;
 - `outcome_of(model, method, **changes)`: the Outcome of a cell that has been trained in this session, or else train it
   now, untimed by pytest-benchmark;
-- `forecast_of(model, method, **changes)`: the Forecast of a cell, which needs no GPU and no weights.
+- `forecast_of(model, method, **changes)`: the Forecast of a cell, which needs no GPU and no weights;
+- `speedup(model, method, **changes)`: how many times as fast as its baseline a cell is, from alternating rounds.
 
 A test that takes `model` and `method` arguments beside any of them is parametrised over `--model` x `--method`.
 """
@@ -14,32 +15,57 @@ A test that takes `model` and `method` arguments beside any of them is parametri
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import pytest
 
-from lightweight import corpus, forecast, isolation, methods, models, record, report, targets, worker
+from lightweight import (
+    corpus,
+    forecast,
+    gate,
+    isolation,
+    methods,
+    models,
+    ratio,
+    record,
+    report,
+    targets,
+    worker,
+    xdist_bridge,
+)
+from lightweight.alternate import alternate, trial_of_rounds
 from lightweight.forecast import Forecast, ForecastError
 from lightweight.methods import Method
 from lightweight.models import Model
+from lightweight.record import Speedup
 from lightweight.targets import CPU, NATIVE, T4, Device, GiB, Target
-from lightweight.trial import Measurements, Outcome, Trial
+from lightweight.trial import Completed, Crashed, Measurements, Outcome, Trial
+
+# pytest finds these hooks here
+from lightweight.xdist_bridge import pytest_cmdline_main, pytest_xdist_auto_num_workers  # noqa: F401
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-TRAINING_FIXTURES = ("train", "outcome_of")
+TRAINING_FIXTURES = ("train", "outcome_of", "speedup")
 FIXTURES = (*TRAINING_FIXTURES, "forecast_of")
 TRUE_SIZES = ("opt-350m", "gpt-neo-1.3b")
 TWINS = ("opt-tiny", "gpt-neo-tiny")
 CUDA_EPOCHS = 10  # the original job
 CPU_EPOCHS = 3  # enough for a twin's loss to fall, and for the whole suite to end within three minutes on two cores
+BASELINE = "baseline"
+CUDA_STEPS = 4  # of a round that is paired: some 100 ms and more on a fast GPU
+CPU_STEPS = 1
+PRECISION = 0.01
+"""Half the width, as a share, of the interval that is wanted of a speedup which later runs are held against."""
 NOT_RUN = "not run: "
 
 
@@ -54,6 +80,13 @@ class ForecastOf(Protocol):
     """Forecast one cell. `changes` replace fields of its Trial."""
 
     def __call__(self, model: str | Model, method: str | Method, **changes: Any) -> Forecast: ...
+
+
+class MeasureSpeedup(Protocol):
+    """Measure how many times as fast as its model's baseline a cell is, per token. `changes` replace fields of both
+    trials: target, epochs, max_steps, seed."""
+
+    def __call__(self, model: str | Model, method: str | Method, **changes: Any) -> Speedup: ...
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -91,6 +124,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help=f"passes over the training pairs (default: {CUDA_EPOCHS}; without CUDA: {CPU_EPOCHS})",
     )
     group.addoption(
+        "--pairs",
+        type=int,
+        default=ratio.CAP,
+        metavar="N",
+        help="at most N pairs of rounds for a speedup, a multiple of 4; fewer as soon as its verdict is clear "
+        f"(default: {ratio.CAP})",
+    )
+    for what, change in (("speedup", "loses more than this share of"), ("memory", "takes this share more than")):
+        group.addoption(
+            f"--{what}-fail",
+            nargs="?",
+            const=f"{gate.FAIL:.0%}",
+            metavar="PERCENT",
+            help=f"with --benchmark-compare: fail where a cell's {what} ratio {change} the stored one "
+            f"({gate.FAIL:.0%} if nothing is said)",
+        )
+    group.addoption(
+        "--undecided",
+        choices=("pass", "fail"),
+        default="pass",
+        help="what becomes of a speedup that noise leaves open after --pairs (default: pass)",
+    )
+    group.addoption(
+        "--false-alarms",
+        action="store_true",
+        help="also count the gate's false alarms and misses, on hundreds of gates; takes an hour",
+    )
+    group.addoption(
         "--trial-timeout",
         type=float,
         default=600.0,
@@ -104,6 +165,10 @@ def pytest_configure(config: pytest.Config) -> None:
     laboratory = Laboratory(config)
     config.pluginmanager.register(laboratory, "lightweight-laboratory")
     _ = laboratory.methods  # a name that does not exist is told now
+    try:
+        ratio.looks(config.getoption("pairs"))
+    except ValueError as error:
+        raise pytest.UsageError(f"--pairs: {error}") from None
     for option in ("epochs", "trial_timeout"):
         value = config.getoption(option)
         if value is not None and value <= 0:
@@ -111,6 +176,8 @@ def pytest_configure(config: pytest.Config) -> None:
     seed = config.getoption("seed")
     if not 0 <= seed < 2**32:
         raise pytest.UsageError(f"--seed {seed}: give a number from 0 to {2**32 - 1}, which is what numpy takes")
+    xdist_bridge.connect(config)
+    config.pluginmanager.register(Gatekeeper(laboratory), "lightweight-gatekeeper")
 
 
 class Laboratory:
@@ -120,6 +187,11 @@ class Laboratory:
         self.config = config
         self.entries: list[record.Entry] = []
         self.not_run: Counter[str] = Counter()
+        self.runs: list[gate.Run] = []  # what this one is compared with, newest first
+        self.limits = _limits(config)
+        stores = ("benchmark_json", "benchmark_save", "benchmark_autosave")
+        self._is_stored = any(config.getoption(option, None) for option in stores)
+        self._begun: dict[str, Shipped] = {}
         self._outcomes: dict[str, Outcome] = {}
         self._traces: dict[str, forecast.Trace] = {}
         self._models: dict[str, Model] = {}
@@ -199,13 +271,21 @@ class Laboratory:
         for mark in metafunc.definition.iter_markers("parametrize"):
             names = mark.kwargs.get("argnames", mark.args[0] if mark.args else ())
             marked |= {name.strip() for name in (names.split(",") if isinstance(names, str) else names)}
-        for argument, values in {"model": self.models, "method": self.methods}.items():
+        faster = [name for name in self.methods if name != BASELINE or "speedup" not in metafunc.fixturenames]
+        for argument, values in {"model": self.models, "method": faster}.items():
             if argument in metafunc.fixturenames and argument not in marked:
                 metafunc.parametrize(argument, values)
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Cells are trained, and timed, before the tests that only look at how they ended."""
-        items.sort(key=lambda item: "outcome_of" in getattr(item, "fixturenames", ()))
+        """Cells are trained, and timed, before the tests that only look at how they ended, and a model's are kept
+        together where workers share the tests."""
+        items.sort(key=lambda item: not {"outcome_of", "speedup"}.isdisjoint(getattr(item, "fixturenames", ())))
+        for item in items:
+            if any(name in getattr(item, "fixturenames", ()) for name in FIXTURES):
+                cell = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+                model = cell.get("model")
+                xdist_bridge.group_by_model(item, _model(model).name if isinstance(model, str | Model) else None)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Check everything a trial needs, before any model is built."""
@@ -260,20 +340,15 @@ class Laboratory:
 
     def run(self, item: pytest.Item, trial: Trial, rounds: Callable[[isolation.Child], None] | None = None) -> Outcome:
         """Run `trial` in a child of its own, letting `rounds` time its rounds, and record it with `item`."""
-        folder = Path(tempfile.mkdtemp(dir=self.folder))
-        try:
-            silence_seconds = self.config.getoption("trial_timeout")
-            with isolation.Child(trial, folder, silence_seconds, self._show_step, self._show_round) as child:
-                if rounds is not None:
-                    rounds(child)
-                outcome = child.finish()
-        finally:
-            shutil.rmtree(folder)
+        died = Crashed(phase="start", reason="the worker that ran it died", details="", measured=Measurements())
+        self._tell_begun(item, entries=[self._entry(trial, died)])
+        with self._child(trial, self._show_step, self._show_round) as child:
+            if rounds is not None:
+                rounds(child)
+            outcome = child.finish()
         self._show(f"{trial.name}: {outcome.kind.replace('_', ' ')}", " ", " ")
         self._outcomes[repr(trial)] = outcome
-        item.stash.setdefault(_ENTRIES, []).append(
-            record.entry(trial, outcome, self.device, self.try_to_forecast(trial))
-        )
+        _shipped(item)["entries"].append(self._entry(trial, outcome, self.try_to_forecast(trial)))
         return outcome
 
     def try_to_forecast(self, trial: Trial) -> Forecast | None:
@@ -283,6 +358,68 @@ class Laboratory:
         except ForecastError as error:
             self._show(f"no forecast: {error}", "\n", "\n")
             return None
+
+    def speedup(self, item: pytest.Item, trial: Trial, baseline: Trial) -> Speedup:
+        """Measure how many times as fast as `baseline` a trial is, and record it with the trial's own outcome. Both are
+        run now where this session has not yet, since neither a failed cell nor a failed baseline has a speedup."""
+        entry, ended = self._entry(trial, self.outcome_of(trial) or self.run(item, trial)), None
+        of = {key: entry[key] for key in record.SAME_TRIAL}
+        for part in (trial, baseline):
+            outcome = self.outcome_of(part) or self.run(item, part)
+            if not isinstance(outcome, Completed):
+                ended = f"{'baseline ' if part is baseline else ''}{outcome.kind.replace('_', ' ')}"
+        steps, cap = CUDA_STEPS if self.has_cuda else CPU_STEPS, self.config.getoption("pairs")
+        found = Speedup(baseline=baseline.method.name, cap=cap, steps_per_round=steps, reason=ended)
+        if ended is None:
+            died = dataclasses.replace(found, reason="the worker that measured it died")
+            self._tell_begun(item, speedups=[(of, dataclasses.asdict(died))])
+            found = self._alternate(trial, baseline, entry, found)
+        _shipped(item)["speedups"].append((of, dataclasses.asdict(found)))
+        return found
+
+    def _alternate(self, trial: Trial, baseline: Trial, entry: record.Entry, found: Speedup) -> Speedup:
+        stored = gate.stored(entry, self.runs)
+        pairs_then = gate.log_ratios(stored[1] if stored else None)
+        floor = 1 - self.limits.speedup_fail if pairs_then and self.limits.speedup_fail else None
+
+        def verdict(log_ratios: Sequence[float]) -> ratio.Verdict | None:
+            if floor is None:
+                return None
+            return ratio.verdict(ratio.repeated_interval(log_ratios, found.cap, pairs_then), floor)
+
+        def is_enough(log_ratios: Sequence[float]) -> bool:
+            so_far = ratio.interval(log_ratios)
+            self._show(f"{trial.name}: {len(log_ratios)} pairs of rounds, {so_far} times as fast", in_a_log="\n")
+            held_against_later = self._is_stored or (pairs_then and floor is None)
+            return verdict(log_ratios) != "undecided" and (not held_against_later or so_far.half_width <= PRECISION)
+
+        baseline, trial = (trial_of_rounds(part, found.cap, found.steps_per_round) for part in (baseline, trial))
+        pairs = alternate(baseline, trial, self._child, is_enough, found.cap)
+        ended = pairs.ended and f"{pairs.ended[0].name} {pairs.ended[1].kind.replace('_', ' ')} between rounds"
+        found = dataclasses.replace(found, log_ratios=pairs.log_ratios, pairing=pairs.pairing, reason=ended)
+        if not pairs.log_ratios:
+            return found
+        now = ratio.interval(pairs.log_ratios)
+        return dataclasses.replace(
+            found, ratio=now.ratio, low=now.low, high=now.high, floor=floor, verdict=verdict(pairs.log_ratios)
+        )
+
+    def _tell_begun(self, item: pytest.Item, **begun: Sequence[Any]) -> None:
+        """What this test has found so far, and what it is about to find, as it stands if its worker dies."""
+        found = _shipped(item)
+        xdist_bridge.tell_begun(item, {key: [*found[key], *begun.get(key, ())] for key in ("entries", "speedups")})
+
+    @contextmanager
+    def _child(self, trial: Trial, *callbacks: Callable[..., None]) -> Iterator[isolation.Child]:
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        try:
+            with isolation.Child(trial, folder, self.config.getoption("trial_timeout"), *callbacks) as child:
+                yield child
+        finally:
+            shutil.rmtree(folder)
+
+    def _entry(self, trial: Trial, outcome: Outcome, forecast: Forecast | None = None) -> record.Entry:
+        return record.entry(trial, outcome, self.device, forecast) | xdist_bridge.where(self.config)
 
     def _find(self, model: Model) -> Model:
         """The model with where its weights come from, looked for once a session."""
@@ -331,17 +468,33 @@ class Laboratory:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Entries travel on the test's report, which is what pytest-xdist carries from a worker to the controller."""
+        """What was found travels on the test's report, which is what pytest-xdist carries from a worker to the
+        controller."""
         made = yield
-        vars(made)["lightweight_entries"] = item.stash.get(_ENTRIES, [])
-        item.stash[_ENTRIES] = []
+        vars(made)["lightweight"] = _shipped(item)
+        del item.stash[_SHIPPED]
         return made
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.entries += getattr(report, "lightweight_entries", [])
+        if begun := getattr(report, "lightweight_begun", None):
+            self._begun[report.nodeid] = begun
+        elif shipped := getattr(report, "lightweight", None):
+            self._begun.pop(report.nodeid, None)
+            self._take(shipped)
         if report.skipped and isinstance(report.longrepr, tuple) and NOT_RUN in report.longrepr[2]:
             reason = report.longrepr[2].removeprefix("Skipped: ")
             self.not_run[f"{reason}: {report.nodeid.partition('[')[0]}"] += 1
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_handlecrashitem(self, crashitem: str) -> None:
+        """A worker of pytest-xdist died in a test: what it had begun is recorded as crashed."""
+        if begun := self._begun.pop(crashitem, None):
+            self._take(begun)
+
+    def _take(self, shipped: Shipped) -> None:
+        self.entries += shipped["entries"]
+        for of, found in shipped["speedups"]:
+            record.add_speedup(self.entries, of, Speedup(**found))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.entries or self.not_run:
@@ -355,17 +508,6 @@ class Laboratory:
         machine_info.pop("node", None)  # records are committed and shared; whose machine it was is nobody's business
         machine_info["gpu"] = dataclasses.asdict(self.device) if self.has_cuda else None
 
-    def pytest_benchmark_compare_machine_info(
-        self, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
-    ) -> None:
-        """Times of different GPUs are never compared: pytest-benchmark would only warn."""
-        now, stored = (_gpu_name(info) for info in (machine_info, compared_benchmark["machine_info"]))
-        if now != stored:
-            raise pytest.UsageError(
-                f"--benchmark-compare: the stored run was measured on {stored} and this one is on {now}; "
-                "name a run of the same GPU, or leave the option out and store one with --benchmark-autosave"
-            )
-
     def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
         output_json["outcomes"] = self.entries
 
@@ -374,7 +516,102 @@ class Laboratory:
             shutil.rmtree(self.folder)
 
 
-_ENTRIES = pytest.StashKey[list[record.Entry]]()
+class Gatekeeper:
+    """`--benchmark-compare`: this run beside the newest stored one of the same conditions, and whether it got worse."""
+
+    def __init__(self, laboratory: Laboratory) -> None:
+        self.laboratory, self.config = laboratory, laboratory.config
+        self.problems: list[str] = []
+        self.compares = bool(self.config.getoption("benchmark_compare"))
+        if hasattr(self.config, "workerinput"):
+            sent = json.loads(self.config.workerinput["lightweight_runs"])
+            laboratory.runs = [gate.Run(**run | {"path": Path(run["path"])}) for run in sent]
+        elif self.compares:
+            laboratory.runs, self.problems = gate.load(self._stored_files())
+            # pytest-benchmark takes a path: times are compared with the run that ratios are compared with, or not
+            self.config.option.benchmark_compare = self._newest_alike()
+        elif laboratory.limits.speedup_fail or laboratory.limits.memory_fail:
+            raise pytest.UsageError(
+                "--speedup-fail and --memory-fail hold a run against a stored one: add --benchmark-compare"
+            )
+
+    def _stored_files(self) -> list[Path]:
+        from pytest_benchmark.storage.file import FileStorage
+
+        storage = self.config.getoption("benchmark_storage")
+        named = self.config.getoption("benchmark_compare")
+        if "://" in storage and not storage.startswith("file://"):
+            raise pytest.UsageError(f"--benchmark-storage {storage}: --benchmark-compare reads stored files only")
+        files = FileStorage(storage.removeprefix("file://"), logger=None)
+        try:
+            found = files.query("*/[0-9][0-9][0-9][0-9]_" if named is True else named)
+        except ValueError as error:
+            raise pytest.UsageError(f"--benchmark-compare: {error}") from None
+        return [Path(path) for path in found]
+
+    def _newest_alike(self) -> str | None:
+        """The newest run on this device and target; what else tells two runs apart shows only in their cells."""
+        here = self.laboratory
+        for run in here.runs:
+            if any(e["device"] == here.device.name and e["target"] == here.target.name for e in run.entries):
+                return str(run.path)
+        return None
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Workers, which may be on other machines, get what they need to know when a speedup's verdict is clear."""
+        sent = [dataclasses.asdict(run) | {"path": str(run.path)} for run in self.laboratory.runs]
+        for run in sent:
+            run["entries"] = [entry | {"step_seconds": [], "train_loss": []} for entry in run["entries"]]
+        node.workerinput["lightweight_runs"] = json.dumps(sent)
+
+    @cached_property
+    def comparison(self) -> gate.Comparison:
+        return gate.compare(self.laboratory.entries, self.laboratory.runs, self.laboratory.limits)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_benchmark_group_stats(self, benchmarks: list[dict[str, Any]]) -> Generator[None, list[Any], list[Any]]:
+        """Leave stored rows out of the table whose cells ran under other conditions."""
+        benchmarks[:] = [row for row in benchmarks if row["path"] is None or self._is_alike(row)]
+        return (yield)
+
+    def _is_alike(self, row: dict[str, Any]) -> bool:
+        told = row["extra_info"]
+        cells = [
+            entry
+            for entry in self.laboratory.entries
+            if all(entry[key] == told.get(key) for key in ("model", "method", "target"))
+        ]
+        runs = [run for run in self.laboratory.runs if str(run.path).endswith(row["path"])]
+        return "outcome" not in told or any(gate.stored(cell, runs) for cell in cells)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.compares and self.comparison.failures and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> Generator[None, None, None]:
+        try:
+            yield
+        finally:
+            if self.compares and (self.laboratory.entries or self.problems):
+                terminalreporter.section("lightweight: did it get worse")
+                for line in [*self.problems, *gate.text(self.comparison).splitlines()]:
+                    terminalreporter.write_line(line, red=line.startswith("FAILED"))
+
+
+class Shipped(TypedDict):
+    """What a test found: entries, and speedups each with the entry that it belongs to."""
+
+    entries: list[record.Entry]
+    speedups: list[tuple[record.Entry, dict[str, Any]]]
+
+
+_SHIPPED = pytest.StashKey[Shipped]()
+
+
+def _shipped(item: pytest.Item) -> Shipped:
+    return item.stash.setdefault(_SHIPPED, Shipped(entries=[], speedups=[]))
 
 
 @pytest.fixture
@@ -429,6 +666,28 @@ def forecast_of(laboratory: Laboratory) -> ForecastOf:
     return find
 
 
+@pytest.fixture
+def speedup(request: pytest.FixtureRequest, laboratory: Laboratory) -> MeasureSpeedup:
+    """How many times as fast as its model's baseline a cell is, from rounds of both in alternation."""
+
+    def measure(model: str | Model, method: str | Method, **changes: Any) -> Speedup:
+        trials = [laboratory.trial(model, name, **changes) for name in (method, BASELINE)]
+        return laboratory.speedup(request.node, *trials)
+
+    return measure
+
+
+def _limits(config: pytest.Config) -> gate.Limits:
+    shares: dict[str, float | None] = {}
+    for option in ("speedup_fail", "memory_fail"):
+        said = config.getoption(option)
+        try:
+            shares[option] = None if said is None else gate.share(said)
+        except ValueError as error:
+            raise pytest.UsageError(f"--{option.replace('_', '-')} {error}") from None
+    return gate.Limits(**shares, undecided=config.getoption("undecided"))
+
+
 def _time_rounds(benchmark: BenchmarkFixture, child: isolation.Child) -> None:
     """Let pytest-benchmark time the rounds. Those after an early end take no time and are no rounds: they are dropped;
     the one in which the trial ended stays, so that the row is there."""
@@ -450,8 +709,3 @@ def _method(method: str | Method) -> Method:
         return methods.named(method) if isinstance(method, str) else method
     except ValueError as error:
         raise pytest.UsageError(f"--method: {error}") from None
-
-
-def _gpu_name(machine_info: dict[str, Any]) -> str:
-    gpu = machine_info.get("gpu")
-    return str(gpu["name"]) if gpu else "a machine without a GPU"

@@ -24,7 +24,8 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "pyte
 Entry = dict[str, Any]
 """One trial as JSON. `step_seconds`, `train_loss`: one number an optimizer step; `*_bytes`, `*_seconds` in those units;
 `None` where there is nothing to say, or no finite number, which JSON does not have. Keys that only some outcomes have:
-`reason`, `details`, `requested_bytes`, `budget_bytes`, `diverged_at_step`."""
+`reason`, `details`, `requested_bytes`, `budget_bytes`, `diverged_at_step`. Keys that only some runs have: `speedup`, a
+`Speedup` as JSON; `worker`, the pytest-xdist worker that ran the trial, with `visible_gpu`, the number of its GPU."""
 
 KEYS = (
     *("model", "method", "target", "emulated", "weights", "precision", "corpus_digest", "seed", "outcome", "phase"),
@@ -34,6 +35,46 @@ KEYS = (
     *("forecast_verdict", "device", "device_bytes", "versions"),
 )
 """What every entry has, and what a reader of records may rely on."""
+
+
+TYPES: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("model", "method", "target", "corpus_digest", "outcome", "device"), str),
+    **dict.fromkeys(("peak_allocated_bytes", "host_peak_bytes"), (int, float, type(None))),
+    **dict.fromkeys(("heldout_loss_before", "heldout_loss_after"), (int, float, type(None))),
+    "steady_step_seconds": (int, float, type(None)),
+    "tokens_per_step": (int, float, type(None)),
+    "versions": (dict, type(None)),
+}
+"""What a reader of records computes with."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speedup:
+    """How many times as fast as `baseline` a cell is per token, measured in pairs of alternating rounds.
+
+    `log_ratios` has the natural logarithm of each pair's ratio; `ratio`, `low` and `high` are their geometric mean and
+    its 95 % t-interval; `cap` is how many pairs there could have been at most. `pairing` is 'alternating', or 'one
+    after the other' where both did not fit on the device at once, which is weaker. `floor` is the share of the stored
+    speedup that the gate asked for, if it did, and `verdict` what came of it. Without pairs `reason` says why there
+    is no number.
+    """
+
+    baseline: str
+    log_ratios: tuple[float, ...] = ()
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    cap: int
+    pairing: str = "alternating"
+    steps_per_round: int
+    floor: float | None = None
+    verdict: str | None = None
+    reason: str | None = None
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs were measured."""
+        return len(self.log_ratios)
 
 
 class RecordError(ValueError):
@@ -104,27 +145,60 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+SAME_TRIAL = ("model", "method", "target", "weights", "corpus_digest", "seed", "planned_steps", "device")
+"""What tells the trials of one run apart."""
+
+
+def add_speedup(entries: Iterable[Entry], of: Entry, speedup: Speedup) -> None:
+    """Put `speedup` into that one of `entries` which is the trial `of`."""
+    for entry in entries:
+        if all(entry.get(key) == of.get(key) for key in SAME_TRIAL):
+            entry["speedup"] = _plain(dataclasses.asdict(speedup))
+            return
+
+
 def load(paths: Iterable[Path]) -> list[Entry]:
     """The entries of all records at `paths`, in order. Raises RecordError."""
     entries: list[Entry] = []
     for path in paths:
-        try:
-            document = json.loads(path.read_text("utf-8"))
-        except OSError as error:
-            raise RecordError(f"record {path}: cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise RecordError(f"record {path}: is not JSON ({error}): store the run again") from error
-        if not isinstance(document, dict) or not isinstance(document.get("outcomes"), list):
-            raise RecordError(
-                f"record {path}: has no 'outcomes': give a file that `pytest experiments --benchmark-json` wrote"
-            )
-        for index, entry in enumerate(document["outcomes"]):
-            if not isinstance(entry, dict):
-                raise RecordError(f"record {path}: outcome {index} is no object: store the run again")
-            if missing := [key for key in KEYS if key not in entry]:
-                raise RecordError(f"record {path}: outcome {index} has no {missing[0]!r}: store the run again")
-        entries += document["outcomes"]
+        entries += document(path)["outcomes"]
     return entries
+
+
+def document(path: Path) -> dict[str, Any]:
+    """The whole JSON of the record at `path`, its `outcomes` checked. Raises RecordError."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise RecordError(f"record {path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"record {path}: is not JSON ({error}): store the run again") from error
+    if not isinstance(found, dict) or not isinstance(found.get("outcomes"), list):
+        raise RecordError(
+            f"record {path}: has no 'outcomes': give a file that `pytest experiments --benchmark-json` wrote"
+        )
+    for index, entry in enumerate(found["outcomes"]):
+        where = f"record {path}: outcome {index}"
+        if not isinstance(entry, dict):
+            raise RecordError(f"{where} is no object: store the run again")
+        if missing := [key for key in KEYS if key not in entry]:
+            raise RecordError(f"{where} has no {missing[0]!r}: store the run again")
+        if wrong := [key for key, types in TYPES.items() if not isinstance(entry[key], types)]:
+            raise RecordError(f"{where} has {entry[wrong[0]]!r} as {wrong[0]!r}: store the run again")
+        if not _is_speedup(entry.get("speedup")):
+            raise RecordError(f"{where} has no sound 'speedup': store the run again")
+    return found
+
+
+def _is_speedup(found: Any) -> bool:
+    """Whether `found` is what `add_speedup` wrote, or nothing."""
+    if found is None:
+        return True
+    if not isinstance(found, dict) or not {field.name for field in dataclasses.fields(Speedup)} <= set(found):
+        return False
+    numbers, cap = found["log_ratios"], found["cap"]
+    whole = isinstance(numbers, list) and all(isinstance(number, float) for number in numbers)
+    return whole and isinstance(cap, int) and cap >= max(8, len(numbers)) and cap % 4 == 0
 
 
 def _plain(value: Any) -> Any:

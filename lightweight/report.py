@@ -39,16 +39,20 @@ class ReportError(ValueError):
 
 def table(entries: Sequence[Entry], style: Format) -> str:
     """All entries as one table, with the notes its marks need. Speedups are per token, over that model's baseline."""
-    rows = [_row(entry, _baseline(entry, entries)) for entry in entries]
+    rows = [_row(entry, baseline_of(entry, entries)) for entry in entries]
+    headers: tuple[str, ...] = COLUMNS
+    if any("worker" in entry for entry in entries):
+        headers = (*headers, "worker")
+        rows = [[*row, _worker(entry)] for row, entry in zip(rows, entries, strict=True)]
     if style == "markdown":
         rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]
     lines = [
         tabulate(
             rows,
-            headers=COLUMNS,
+            headers=headers,
             tablefmt="github" if style == "markdown" else "simple",
             disable_numparse=True,
-            colalign=("left",) * 4 + ("right",) * 6 + ("left",),
+            colalign=("left",) * 4 + ("right",) * 6 + ("left",) * (len(headers) - 10),
         )
     ]
     lines += notes(entries)
@@ -89,7 +93,7 @@ def into(readme: Path, text: str) -> None:
     readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", "utf-8")
 
 
-def _baseline(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
+def baseline_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
     """The baseline of `entry`'s model on the same target and device."""
     same = ("model", "target", "device", "weights", "corpus_digest")
     found = (e for e in entries if e["method"] == "baseline" and all(e[key] == entry[key] for key in same))
@@ -104,12 +108,18 @@ def _row(entry: Entry, baseline: Entry | None) -> list[str]:
         _outcome(entry),
         _duration(entry["cold_seconds"]) if entry["outcome"] == "completed" else "-",
         _step(entry["steady_step_seconds"]) if entry["outcome"] == "completed" else "-",
-        _speedup(entry, baseline),
-        _memory(entry),
+        speedup(entry, baseline),
+        memory(entry),
         _forecast(entry),
-        _memory_ratio(entry, baseline),
-        _loss(entry),
+        memory_ratio(entry, baseline),
+        loss(entry),
     ]
+
+
+def _worker(entry: Entry) -> str:
+    """The pytest-xdist worker that ran the trial, and the number of its GPU."""
+    gpu = entry.get("visible_gpu")
+    return f"{entry.get('worker', '-')}" + ("" if gpu is None else f", GPU {gpu}")
 
 
 def _outcome(entry: Entry) -> str:
@@ -125,7 +135,11 @@ def _step(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1000:.1f} ms"
 
 
-def _speedup(entry: Entry, baseline: Entry | None) -> str:
+def speedup(entry: Entry, baseline: Entry | None) -> str:
+    """From pairs of rounds, with its interval, where there are any, else from the steady steps of both cells."""
+    paired = entry.get("speedup")
+    if paired and paired["ratio"] is not None:
+        return f"{paired['ratio']:.2f}x [{paired['low']:.2f}, {paired['high']:.2f}]"
     if entry["outcome"] != "completed" or baseline is None:
         return "-"
     if baseline["outcome"] != "completed":
@@ -136,13 +150,13 @@ def _speedup(entry: Entry, baseline: Entry | None) -> str:
     return f"{baseline['steady_step_seconds'] / baseline['tokens_per_step'] / per_token:.2f}x"
 
 
-def _peak_bytes(entry: Entry) -> int | None:
+def peak_bytes(entry: Entry) -> int | None:
     peak: int | None = entry["peak_allocated_bytes"] or entry["host_peak_bytes"]
     return peak
 
 
-def _memory(entry: Entry) -> str:
-    peak = _peak_bytes(entry)
+def memory(entry: Entry) -> str:
+    peak = peak_bytes(entry)
     if peak is None:
         return "-"
     return _size(peak) if entry["peak_allocated_bytes"] else f"{_size(peak)} {HOST}"
@@ -162,16 +176,16 @@ def _size(count: int) -> str:
     return f"{count / GiB:.2f} GiB" if count >= GiB else f"{count / MiB:.0f} MiB"
 
 
-def _memory_ratio(entry: Entry, baseline: Entry | None) -> str:
+def memory_ratio(entry: Entry, baseline: Entry | None) -> str:
     if entry["outcome"] != "completed" or baseline is None:
         return "-"
     if baseline["outcome"] != "completed":
         return f"baseline {baseline['outcome'].replace('_', ' ')}"
-    peak, of = _peak_bytes(entry), _peak_bytes(baseline)
+    peak, of = peak_bytes(entry), peak_bytes(baseline)
     return f"{peak / of:.2f}" if peak and of else "-"
 
 
-def _loss(entry: Entry) -> str:
+def loss(entry: Entry) -> str:
     before, after = entry["heldout_loss_before"], entry["heldout_loss_after"]
     if before is None or after is None:
         return "-"

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from test_gate import cell, speedup
 from test_report import entry
 
 from lightweight import __version__, record, report
@@ -56,3 +57,37 @@ def test_reading_records_needs_no_gpu_library(run):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def records(tmp_path):
+    """A new run that lost a tenth of its speedup, and the old one."""
+    for name, center in (("new.json", 1.53), ("old.json", 1.7)):
+        entries = [dict.fromkeys(record.KEYS) | cell(speedup=speedup(center))]
+        (tmp_path / name).write_text(json.dumps({"datetime": "2026", "outcomes": entries}))
+    return tmp_path / "new.json", tmp_path / "old.json"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [([], 1), (["--speedup-fail", "20%"], 0), (["--speedup-fail", "8%"], 1)]
+)
+def test_the_gate_answers_from_saved_files_with_its_status(records, arguments, status, capsys):
+    new, old = map(str, records)
+    assert main(["gate", new, "--against", old, *arguments]) == status
+    printed = capsys.readouterr().out
+    assert "now / stored" in printed
+    assert ("FAILED opt-350m x lora: speedup 1.5" in printed) == bool(status)
+    assert main(["gate", new, "--against", new]) == 0
+
+
+def test_the_gate_tells_bad_input_in_one_line(records, tmp_path, capsys):
+    new, old = map(str, records)
+    for arguments in (["nowhere.json", "--against", old], [new, "--against", old, "--speedup-fail", "ten"]):
+        assert main(["gate", *arguments]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("lightweight: ") and captured.err.count("\n") == 1
+    (tmp_path / "broken.json").write_text("{")
+    assert main(["gate", new, "--against", str(tmp_path / "broken.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "is not JSON" in lines[0]
+    assert "store it with --benchmark-autosave" in lines[-1]

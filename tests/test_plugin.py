@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from conftest import MICRO, turns
-from lightweight import targets
 
 CELLS = f"""
     import pytest
@@ -262,6 +261,9 @@ def test_parametrising_a_test_oneself_goes_before_the_command_line(project):
         (["--epochs=0"], "--epochs 0: *"),
         (["--trial-timeout=0"], "--trial-timeout 0: *"),
         (["--seed=-1"], "--seed -1: give a number from 0 to *"),
+        (["--pairs=7"], "--pairs: 7 pairs: give a multiple of 4 from 8 on"),
+        (["--speedup-fail=10%"], "--speedup-fail and --memory-fail hold a run against a stored one: add *"),
+        (["--memory-fail=ten", "--benchmark-compare"], "--memory-fail 'ten': give a percentage *"),
     ],
 )
 def test_bad_input_is_one_line_before_any_model_is_built(project, arguments, expected):
@@ -310,22 +312,138 @@ def test_comparing_with_nothing_stored_passes_and_with_a_stored_run_compares(pro
     second.stdout.fnmatch_lines_random(["test_cell*lora* (NOW) *", "test_cell*lora* (0001_*) *"])
 
 
+SPEEDUP = (
+    CELLS
+    + """
+    def test_speedup(speedup):
+        found = speedup(MICRO, "lora")
+        assert found.reason is None
+        assert found.low <= found.ratio <= found.high
+"""
+)
+
+
+def edit_stored(project: pytest.Pytester, change) -> Path:
+    """Let `change` have the one stored run's JSON."""
+    (stored,) = project.path.glob(".benchmarks/*/0001_*.json")
+    document = json.loads(stored.read_text())
+    change(document)
+    stored.write_text(json.dumps(document))
+    return stored
+
+
 def test_a_run_on_another_gpu_is_never_compared(project):
     project.makepyfile(CELLS)
     project.runpytest("--epochs=1", "-k", "lora", "--benchmark-autosave").assert_outcomes(passed=1, deselected=1)
-    (stored,) = project.path.glob(".benchmarks/*/0001_*.json")
-    document = json.loads(stored.read_text())
-    document["machine_info"]["gpu"] = {"name": "Tesla T4", "total_bytes": targets.T4.total_bytes}
-    stored.write_text(json.dumps(document))
-    result = project.runpytest("--epochs=1", "-k", "lora", "--benchmark-compare")
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(
-        ["ERROR: --benchmark-compare: the stored run was measured on Tesla T4 and this one is on *"]
+    edit_stored(project, lambda document: document["outcomes"][0].update(device="Tesla T4"))
+    result = project.runpytest("--epochs=1", "-k", "lora", "--benchmark-compare", "--speedup-fail")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(
+        [
+            "*lightweight: did it get worse*",
+            "micro * lora * no stored run",
+            "not compared with 0001_*.json: device is Tesla T4 there and * here",
+            "nothing stored matches this run*: store it with --benchmark-autosave, *",
+        ]
+    )
+    assert "(0001_" not in result.stdout.str()  # nor are its times
+
+
+def test_times_of_cells_under_other_conditions_are_left_out_of_the_table(project):
+    project.makepyfile(CELLS)
+    project.runpytest("--epochs=1", "--benchmark-autosave").assert_outcomes(passed=2)
+    edit_stored(project, lambda document: document["outcomes"][1].update(precision="bf16"))
+    result = project.runpytest("--epochs=1", "--benchmark-compare")
+    result.stdout.fnmatch_lines_random(["test_cell*baseline* (0001_*", "not compared with 0001_*precision is bf16*"])
+    result.stdout.no_fnmatch_line("test_cell*lora* (0001_*")
+
+
+def test_a_speedup_is_measured_in_alternation_recorded_and_shown(project):
+    project.makepyfile(SPEEDUP)
+    # --benchmark-json makes it a run that others are held against: as many pairs as precision takes, here all
+    result, document = run_json(project, "--pairs=12")
+    result.assert_outcomes(passed=3)
+    baseline, lora = document["outcomes"]
+    assert "speedup" not in baseline
+    found = lora["speedup"]
+    assert 8 <= len(found["log_ratios"]) <= 12
+    assert (found["pairing"], found["cap"], found["verdict"]) == ("alternating", 12, None)
+    assert found["low"] < found["ratio"] < found["high"]
+    result.stdout.fnmatch_lines(
+        ["micro x lora: 8 pairs of rounds, *", f"micro * lora * {found['ratio']:.2f}x [[]*, *[]] *"]
     )
 
 
-def test_outcomes_of_xdist_workers_reach_the_controller(project):
+def test_a_lost_speedup_fails_the_session_and_noise_does_not(project):
+    project.makepyfile(SPEEDUP)
+    project.runpytest("--epochs=1", "--pairs=8", "--benchmark-autosave").assert_outcomes(passed=3)
+    arguments = ("--epochs=1", "--pairs=8", "--benchmark-compare", "--speedup-fail=40%", "--memory-fail")
+    same = project.runpytest(*arguments)
+    same.assert_outcomes(passed=3)
+    assert same.ret == 0
+
+    def thrice_as_fast(document):
+        entry = document["outcomes"][1]
+        entry["speedup"]["log_ratios"] = [log + 1.1 for log in entry["speedup"]["log_ratios"]]
+        entry["versions"]["peft"] = "0.1"
+
+    edit_stored(project, thrice_as_fast)
+    lost = project.runpytest(*arguments, "--benchmark-json=out.json")
+    lost.assert_outcomes(passed=3)
+    assert lost.ret == pytest.ExitCode.TESTS_FAILED
+    lost.stdout.fnmatch_lines(
+        [
+            "*benchmark 'micro on cpu'*",
+            "*lightweight: did it get worse*",
+            "micro * lora * FAIL",
+            "FAILED micro x lora: speedup * now, * in 0001_*; now / stored is *, the floor 0.600. "
+            "Changed since: peft 0.1 -> *",
+        ]
+    )
+    (found,) = [e["speedup"] for e in json.loads((project.path / "out.json").read_text())["outcomes"] if "speedup" in e]
+    assert (found["verdict"], found["floor"]) == ("fail", 0.6)
+
+
+def test_what_is_no_record_in_the_store_costs_one_line(project):
     project.makepyfile(CELLS)
-    result = project.runpytest("-n", "2", "--epochs=1")
-    result.assert_outcomes(passed=2)
-    result.stdout.fnmatch_lines_random(["micro * baseline * completed *", "micro * lora * completed *"])
+    folder = project.path / ".benchmarks" / "elsewhere"
+    folder.mkdir(parents=True)
+    (folder / "0007_broken.json").write_text("{")
+    (folder / "0008_foreign.json").write_text('{"benchmarks": []}')
+    result = project.runpytest("--epochs=1", "-k", "lora", "--benchmark-compare")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(
+        ["left out: record *0007_broken.json: is not JSON *", "left out: record *0008_foreign.json: has no 'outcomes'*"]
+    )
+    assert "Traceback" not in result.stdout.str() + result.stderr.str()
+
+
+def test_a_baseline_out_of_memory_has_no_speedup_over_it(project):
+    project.makepyfile(children=OUT_OF_MEMORY)
+    project.makepyfile(
+        SPEEDUP.replace("assert found.reason is None", 'assert found.reason == "baseline out of memory"').replace(
+            "assert found.low <= found.ratio <= found.high", "assert found.ratio is None"
+        )
+        + """
+    @pytest.fixture(autouse=True)
+    def child(monkeypatch, request):
+        import children
+        from lightweight import isolation, worker
+        enter = isolation.Child.__enter__
+
+        def choose(child):
+            with monkeypatch.context() as patch:
+                if child.trial.method.name == "baseline":
+                    patch.setattr(worker, "run", children.run)
+                return enter(child)
+
+        monkeypatch.setattr(isolation.Child, "__enter__", choose)
+    """
+    )
+    project.syspathinsert()
+    result, document = run_json(project)
+    result.assert_outcomes(passed=2, failed=1)
+    baseline, lora = document["outcomes"]
+    assert (baseline["outcome"], lora["outcome"]) == ("out_of_memory", "completed")
+    assert (lora["speedup"]["ratio"], lora["speedup"]["log_ratios"]) == (None, [])
+    result.stdout.fnmatch_lines(["micro * lora * completed * baseline out of memory *"])

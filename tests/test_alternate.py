@@ -1,0 +1,171 @@
+import math
+import os
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lightweight import alternate, isolation, methods, ratio, targets
+from lightweight.alternate import trial_of_rounds
+from lightweight.trial import Completed, Crashed, Measurements, OutOfMemory, Trial
+
+
+@pytest.fixture
+def trial(micro, small_corpus):
+    return Trial(model=micro, method=methods.BASELINE, target=targets.CPU, corpus=small_corpus, epochs=3)
+
+
+class FakeChild:
+    """A child whose rounds take the seconds it is given, one step each; then it ends as it is told."""
+
+    def __init__(self, trial, seconds, ends, log):
+        self.trial, self.seconds, self.ends, self.log = trial, iter(seconds), ends, log
+        self.measured, self.outcome = Measurements(), None
+        self.pid = os.getpid()
+
+    def round(self):
+        self.log.append(self.trial.method.name)
+        step = next(self.seconds, None)
+        if step is None:
+            self.outcome = self.ends
+        else:
+            self.measured = Measurements(step_seconds=(*self.measured.step_seconds, step))
+
+
+@pytest.fixture(autouse=True)
+def cores():
+    """Fake children have this process's id; what they pin is given back."""
+    had = os.sched_getaffinity(0)
+    yield
+    os.sched_setaffinity(0, had)
+
+
+@pytest.fixture
+def start():
+    """Starts fake children; `seconds` and `ends` by method name. `log` notes starts, rounds and ends."""
+
+    def make(seconds, ends=None, alone=None):
+        log, alive = [], []
+
+        @contextmanager
+        def start(trial):
+            name = trial.method.name
+            alive.append(name)
+            log.append(f"start {name}")
+            crowded = len(alive) > 1 or (ends or {}).get(name) is None
+            end = (ends or {}).get(name) if crowded else (alone or {}).get(name)
+            took = seconds[name] if end is None else []
+            yield FakeChild(trial, took, end, log)
+            alive.remove(name)
+            log.append(f"end {name}")
+
+        return start, log
+
+    return make
+
+
+def out_of_memory():
+    return OutOfMemory(phase="forward", requested_bytes=1, budget_bytes=2, reason="no room", measured=Measurements())
+
+
+def other(trial):
+    return replace(trial, method=replace(methods.LORA, name="lora"))
+
+
+def test_rounds_go_a_b_b_a_and_b_a_a_b_after_one_to_warm_up_each(trial, start):
+    children, log = start({"baseline": [9.0] + [2.0] * 8, "lora": [9.0] + [1.0] * 8})
+    found = alternate.alternate(trial, other(trial), children, lambda pairs: True, cap=8)
+    assert found.log_ratios == pytest.approx([math.log(2)] * 8)
+    assert found.pairing == "alternating"
+    assert found.ended is None
+    rounds = [entry for entry in log if " " not in entry]
+    assert rounds[:2] == ["baseline", "lora"]
+    there, back = ["baseline", "lora", "lora", "baseline"], ["lora", "baseline", "baseline", "lora"]
+    assert rounds[2:] == (there + back) * 2
+    assert log[:2] == ["start baseline", "start lora"]
+
+
+def test_pairs_are_added_at_the_looks_until_it_is_enough_or_the_cap(trial, start):
+    for enough, pairs in ((8, 8), (99, 12)):
+        children, _ = start({"baseline": [1.0] * 20, "lora": [1.0] * 20})
+        asked = []
+        found = alternate.alternate(
+            trial, other(trial), children, lambda p, asked=asked, e=enough: asked.append(len(p)) or len(p) >= e, cap=12
+        )
+        assert len(found.log_ratios) == pairs
+        assert asked == [look for look in ratio.looks(12) if look <= pairs]
+
+
+def test_the_ratio_is_per_token(trial, start):
+    smaller = replace(methods.LORA, training_arguments={"per_device_train_batch_size": 4})
+    children, _ = start({"baseline": [1.0] * 20, "lora": [1.0] * 20})
+    found = alternate.alternate(trial, replace(trial, method=smaller), children, lambda pairs: True, cap=8)
+    assert found.log_ratios == pytest.approx([-math.log(2)] * 8)
+
+
+def test_what_does_not_fit_side_by_side_runs_one_after_the_other(trial, start):
+    children, log = start(
+        {"baseline": [3.0] * 20, "lora": [1.0] * 20}, ends={"lora": out_of_memory()}, alone={"lora": None}
+    )
+    found = alternate.alternate(trial, other(trial), children, lambda pairs: True, cap=8)
+    assert found.pairing == "one after the other"
+    assert found.log_ratios == pytest.approx([math.log(3)] * 8)
+    assert log.index("end baseline") < len(log) - 1 - log[::-1].index("start lora")
+
+
+def test_what_does_not_fit_alone_either_has_no_ratio(trial, start):
+    children, _ = start(
+        {"baseline": [3.0] * 20, "lora": []}, ends={"lora": out_of_memory()}, alone={"lora": out_of_memory()}
+    )
+    found = alternate.alternate(trial, other(trial), children, lambda pairs: True, cap=8)
+    assert found.log_ratios == ()
+    assert found.ended is not None and isinstance(found.ended[1], OutOfMemory)
+    assert found.ended[0].method.name == "lora"
+
+
+def test_a_trial_that_ends_between_rounds_keeps_the_pairs_before_it(trial, start):
+    crash = Crashed(phase="train", reason="gone", details="", measured=Measurements())
+    children, _ = start({"baseline": [1.0] * 20, "lora": [1.0] * 4})
+    ending = children
+
+    @contextmanager
+    def crashing(trial):
+        with ending(trial) as child:
+            child.ends = crash
+            yield child
+
+    found = alternate.alternate(trial, other(trial), crashing, lambda pairs: True, cap=8)
+    assert len(found.log_ratios) == 3
+    assert found.ended is not None and found.ended[1] is crash
+
+
+def test_rounds_have_full_steps_whatever_the_corpus_holds(trial):
+    short = trial_of_rounds(trial, rounds=10, steps=4)
+    assert (short.steps_per_epoch, short.rounds, len(short.corpus.train)) == (4, 11, 32)
+    assert short.corpus.digest == trial.corpus.digest
+    assert short.corpus.train[:20] == trial.corpus.train
+
+
+def test_two_live_children_alternate(trial, tmp_path):
+    """For real: the same method against itself, in two processes at once."""
+    pids, affinities = [], []
+
+    @contextmanager
+    def start(trial):
+        folder = tmp_path / str(len(pids))
+        folder.mkdir()
+        with isolation.Child(trial, folder) as child:
+            pids.append(child.pid)
+            yield child
+            affinities.append(os.sched_getaffinity(child.pid))
+            assert not isinstance(child.outcome, Completed)  # it was closed before its time
+
+    short = trial_of_rounds(trial, rounds=8, steps=2)
+    found = alternate.alternate(short, short, start, lambda pairs: False, cap=8)
+    assert len(found.log_ratios) == 8
+    assert found.ended is None
+    assert len(set(pids)) == 2
+    cores = {frozenset(of) for of in affinities}
+    assert len(cores) == 1 and len(*cores) == min(torch.get_num_threads(), os.cpu_count())
+    assert 0.2 < ratio.interval(found.log_ratios).ratio < 5

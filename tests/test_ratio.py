@@ -1,0 +1,156 @@
+import json
+import math
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from lightweight import ratio
+from lightweight.ratio import Interval
+
+SERIES = Path(__file__).parent.parent / "experiments" / "series"
+
+
+def gate(draw, floor, cap=ratio.CAP, stored=()):
+    """Add pairs until the verdict is clear, as the plugin does; the verdict and how many pairs it took."""
+    pairs = []
+    for look in ratio.looks(cap):
+        pairs += list(draw(look - len(pairs)))
+        verdict = ratio.verdict(ratio.repeated_interval(pairs, cap, stored), floor)
+        if verdict != "undecided":
+            break
+    return verdict, len(pairs)
+
+
+def share(verdict, draw, floor, gates=1000, **options):
+    return sum(gate(draw, floor, **options)[0] == verdict for _ in range(gates)) / gates
+
+
+def test_the_estimate_is_the_geometric_mean_and_the_interval_students():
+    found = ratio.interval([math.log(2), math.log(8)])
+    assert found.ratio == pytest.approx(4)
+    assert found.high == pytest.approx(4 * math.exp(12.7062 * math.log(2)), rel=1e-4)  # t of 1 degree of freedom
+    assert found.low * found.high == pytest.approx(16)
+
+
+def test_pairs_that_agree_leave_no_doubt_and_one_pair_leaves_all():
+    assert ratio.interval([0.0, 0.0, 0.0]) == Interval(1.0, 1.0, 1.0)
+    assert ratio.interval([math.log(3)]) == Interval(pytest.approx(3), 0.0, math.inf)
+    with pytest.raises(ValueError, match="at least one ratio"):
+        ratio.interval([])
+
+
+@pytest.mark.parametrize("pairs", [6, 10, 30])
+def test_the_interval_covers_the_truth_in_95_of_100(pairs):
+    rng = np.random.default_rng(pairs)
+    found = [ratio.interval(list(rng.normal(0.3, 0.05, pairs))) for _ in range(4000)]
+    assert sum(i.low <= math.exp(0.3) <= i.high for i in found) / 4000 == pytest.approx(0.95, abs=0.012)
+
+
+def test_a_drift_that_both_rounds_share_cancels():
+    rng = np.random.default_rng(0)
+    drift = np.cumsum(rng.normal(0, 0.1, 400))
+    baseline, method = (drift + rng.normal(0, 0.02, 400) for _ in range(2))
+    assert ratio.interval(list(baseline - method)).half_width < 0.005
+
+
+def test_looking_after_every_few_pairs_fails_no_more_than_one_look_would():
+    """At the floor itself, where a fixed-size interval that is looked at again and again is wrong three times as
+    often."""
+    rng = np.random.default_rng(1)
+    fails = share("fail", lambda count: rng.normal(0, 0.05, count), floor=1.0, gates=2000)
+    assert fails <= 0.025 + 3 * math.sqrt(0.025 * 0.975 / 2000)
+
+    def naive(pairs):
+        return any(ratio.interval(pairs[:look]).high < 1 for look in ratio.looks(ratio.CAP))
+
+    assert sum(naive(list(rng.normal(0, 0.05, ratio.CAP))) for _ in range(2000)) / 2000 > 0.06
+
+
+def test_a_stored_run_with_errors_of_its_own_does_not_make_it_fail_more_often():
+    rng = np.random.default_rng(2)
+    fails = 0
+    for _ in range(1500):
+        stored = list(rng.normal(0.2, 0.05, 12))
+        fails += gate(lambda count: rng.normal(0.2, 0.05, count), 1.0, stored=stored)[0] == "fail"
+    assert fails / 1500 <= 0.025 + 3 * math.sqrt(0.025 * 0.975 / 1500)
+
+
+@pytest.mark.parametrize("noise", ["normal", "heavy"])
+def test_noise_of_six_per_cent_does_not_fail_a_floor_of_five(noise):
+    rng = np.random.default_rng(3)
+    draws = {
+        "normal": lambda count: rng.normal(0, 0.06, count),
+        "heavy": lambda count: 0.06 / math.sqrt(2) * rng.standard_t(4, count),
+    }
+    assert share("fail", draws[noise], floor=0.95) <= 0.002
+    assert share("pass", draws[noise], floor=0.95) >= 0.97
+
+
+def test_slowdowns_are_caught():
+    rng = np.random.default_rng(4)
+    assert share("fail", lambda count: rng.normal(-math.log(1.10), 0.06, count), floor=0.95) >= 0.97
+    assert share("fail", lambda count: rng.normal(-math.log(1.05), 0.05, count), floor=0.97, gates=300) >= 0.90
+
+
+@pytest.mark.parametrize("series", sorted(SERIES.glob("same-*.json")), ids=lambda path: path.stem)
+def test_real_rounds_of_a_method_against_itself_fail_at_most_one_gate_in_a_hundred(series):
+    """The committed pairs of two live children, cut anew into as many gates as they make, each pair in one gate."""
+    document = json.loads(series.read_text())
+    pairs = iter([log for gate in document["gates"] for log in gate["log_ratios"]])
+    verdicts = []
+    while True:
+        verdict, used = gate(lambda count: islice(pairs, count), 0.95, stored=document["stored"])
+        if used not in ratio.looks(ratio.CAP):  # the pairs have run out
+            break
+        verdicts.append(verdict)
+    assert len(verdicts) >= 20
+    assert verdicts.count("fail") <= len(verdicts) / 100
+
+
+def test_what_is_plain_is_seen_at_the_first_look():
+    rng = np.random.default_rng(5)
+    assert gate(lambda count: rng.normal(0, 0.003, count), 0.95) == ("pass", 8)
+    assert gate(lambda count: rng.normal(-0.11, 0.003, count), 0.95) == ("fail", 8)
+
+
+def test_what_cannot_be_told_is_undecided_after_the_cap():
+    rng = np.random.default_rng(6)
+    assert gate(lambda count: rng.normal(math.log(0.95), 0.2, count), 0.95, cap=16) == ("undecided", 16)
+
+
+def test_all_looks_together_spend_the_error_and_no_more():
+    schedule = ratio.looks(32)
+    levels = ratio.nominal_levels(schedule, 0.025)
+    rng = np.random.default_rng(7)
+    steps = np.diff(np.array([0, *schedule]))
+    paths = np.cumsum(rng.normal(0, np.sqrt(steps), (200_000, len(steps))), axis=1)
+    crossed = (paths / np.sqrt(schedule) > norm.isf(levels)).any(axis=1).mean()
+    assert crossed == pytest.approx(0.025, abs=0.0015)
+    assert all(level < 0.025 for level in levels)
+
+
+def test_pairs_after_the_last_look_are_left_out():
+    pairs = [0.1, -0.1] * 4 + [5.0]
+    assert ratio.repeated_interval(pairs, 12) == ratio.repeated_interval(pairs[:8], 12)
+    assert ratio.repeated_interval(pairs[:7], 12).high == math.inf
+
+
+@pytest.mark.parametrize("cap", [0, 4, 9, 30])
+def test_a_cap_that_leaves_no_whole_turn_is_told(cap):
+    with pytest.raises(ValueError, match="give a multiple of 4 from 8 on"):
+        ratio.looks(cap)
+
+
+def test_looks_end_with_the_cap():
+    assert ratio.looks(8) == (8,)
+    assert ratio.looks(20) == (8, 12, 16, 20)
+    assert ratio.looks(1024)[-2:] == (512, 1024)
+    assert all(look % 4 == 0 for look in ratio.looks(ratio.CAP))
+
+
+@pytest.mark.parametrize(("low", "high", "expected"), [(0.96, 1.0, "pass"), (0.8, 0.94, "fail"), (0.9, 1, "undecided")])
+def test_the_verdict_is_clear_when_the_whole_interval_is_on_one_side(low, high, expected):
+    assert ratio.verdict(Interval(0.95, low, high), 0.95) == expected

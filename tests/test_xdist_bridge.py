@@ -1,0 +1,206 @@
+"""End to end on two workers: every cell in one JSON and one table, once, and a worker's death costs one cell."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from conftest import MICRO, turns
+from lightweight import xdist_bridge
+
+CELLS = f"""
+    import pytest
+    from dataclasses import replace
+    from lightweight.models import Model
+
+    MICRO = Model(name="micro", architecture={MICRO.architecture!r})
+    MODELS = [MICRO, replace(MICRO, name="other")]
+
+    @pytest.mark.parametrize("model", MODELS, ids=["micro", "other"])
+    @pytest.mark.parametrize("method", ["baseline", "lora"])
+    def test_cell(train, model, method):
+        outcome = train(model, method)
+        assert outcome.kind == "completed", outcome.reason
+"""
+
+SPEEDUP = """
+    @pytest.mark.parametrize("model", MODELS, ids=["micro", "other"])
+    def test_speedup(speedup, model):
+        assert speedup(model, "lora").reason is None
+"""
+
+KILLER = """
+    @pytest.fixture(autouse=True)
+    def killer(monkeypatch, request):
+        import os, signal
+        from lightweight.plugin import Laboratory
+
+        def kill(laboratory, trial, step, loss):
+            if trial.name == "micro x baseline" and step == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(Laboratory, "_show_step", kill)
+"""
+
+ALL = {(model, method) for model in ("micro", "other") for method in ("baseline", "lora")}
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester) -> pytest.Pytester:
+    pytester.makeconftest('pytest_plugins = ["lightweight.plugin"]')
+    (pytester.path / "corpus.json").write_text(json.dumps(turns(12)), "utf-8")
+    return pytester
+
+
+def run_json(project: pytest.Pytester, *arguments: str):
+    result = project.runpytest_subprocess("--benchmark-json=out.json", *arguments, timeout=300)
+    return result, json.loads((project.path / "out.json").read_text())
+
+
+def test_two_workers_cells_are_all_there_once_and_a_models_together(project):
+    project.makepyfile(test_cells=CELLS + SPEEDUP)
+    result, document = run_json(project, "-n", "2", "--epochs=2", "--pairs=8", "--benchmark-autosave")
+    result.assert_outcomes(passed=6)
+    entries, rows = document["outcomes"], document["benchmarks"]
+    assert len(entries) == len(rows) == 4
+    assert {(entry["model"], entry["method"]) for entry in entries} == ALL
+    assert {row["fullname"] for row in rows} == {f"test_cells.py::test_cell[{meth}-{mod}]" for mod, meth in ALL}
+    worker_of = {entry["model"]: entry["worker"] for entry in entries}
+    assert set(worker_of.values()) == {"gw0", "gw1"}
+    assert all(entry["worker"] == worker_of[entry["model"]] for entry in entries)
+    for row in rows:
+        told = row["extra_info"]
+        assert (told["worker"], told["visible_gpu"]) == (worker_of[told["model"]], None)
+        assert row["stats"]["rounds"] == len(row["stats"]["data"]) == len(told["device_seconds"]) == 2
+        assert row["group"] == f"{told['model']} on cpu"
+    assert [len(entry["speedup"]["log_ratios"]) for entry in entries if "speedup" in entry] == [8, 8]
+    result.stdout.fnmatch_lines_random(
+        [
+            "*benchmark 'micro on cpu': 2 tests*",
+            f"test_cell*lora-micro* [[]{worker_of['micro']}, CPU[]] *",
+            f"other * lora * completed * {worker_of['other']}*",
+        ]
+    )
+    assert "automatically disabled" not in result.stdout.str() + result.stderr.str()
+    (stored,) = project.path.glob(".benchmarks/*/*.json")  # the controller's alone
+    assert len(json.loads(stored.read_text())["outcomes"]) == 4
+
+
+def test_two_gateways_with_benchmark_only(project):
+    """`--tx` as for other hosts; and --benchmark-only, which pytest-benchmark refuses under pytest-xdist."""
+    project.makepyfile(test_cells=CELLS + "\n    def test_no_benchmark():\n        assert False\n")
+    result, document = run_json(project, "--tx", "2*popen", "--epochs=1", "--benchmark-only", "-k", "cell")
+    result.assert_outcomes(passed=4, skipped=1)
+    assert {(entry["model"], entry["method"]) for entry in document["outcomes"]} == ALL
+    assert len(document["outcomes"]) == len(document["benchmarks"]) == 4
+    assert {row["extra_info"]["worker"] for row in document["benchmarks"]} == {"gw0", "gw1"}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_dies_loses_the_cell_it_ran_and_nothing_else(project, workers):
+    project.makepyfile(test_cells=CELLS + KILLER)
+    result, document = run_json(project, "-n", str(workers), "--epochs=2")
+    result.assert_outcomes(passed=3, failed=1)
+    found = {(entry["model"], entry["method"]): entry for entry in document["outcomes"]}
+    assert len(document["outcomes"]) == 4
+    assert {cell for cell, entry in found.items() if entry["outcome"] == "completed"} == ALL - {("micro", "baseline")}
+    crashed = found["micro", "baseline"]
+    assert (crashed["outcome"], crashed["reason"]) == ("crashed", "the worker that ran it died")
+    assert len(document["benchmarks"]) == 3
+    result.stdout.fnmatch_lines_random(["micro * baseline * crashed in start *", "micro * lora * completed *"])
+
+
+def test_what_a_test_had_found_before_its_worker_died_is_kept(project):
+    project.makepyfile(
+        test_cells=CELLS.split("@pytest")[0]
+        + """
+    def test_two(outcome_of):
+        outcome_of(MICRO, "lora")
+        outcome_of(MICRO, "baseline")
+
+    @pytest.mark.parametrize("model", MODELS[1:])
+    def test_cell(train, model):
+        train(model, "lora")
+"""
+        + KILLER
+    )
+    result, document = run_json(project, "-n", "1", "--epochs=2")
+    result.assert_outcomes(passed=1, failed=1)
+    found = [(entry["model"], entry["method"], entry["outcome"]) for entry in document["outcomes"]]
+    assert sorted(found) == [
+        ("micro", "baseline", "crashed"),
+        ("micro", "lora", "completed"),
+        ("other", "lora", "completed"),
+    ]
+
+
+def test_a_wrong_command_line_is_one_line_from_the_workers_too(project):
+    project.makepyfile("def test_cell(train, model, method):\n    assert not train(model, method)\n")
+    result = project.runpytest_subprocess("-n", "2", "--model=./nowhere", timeout=300)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: model ./nowhere: no such folder; give a folder with *"])
+    assert "INTERNALERROR" not in result.stdout.str()
+
+
+def test_auto_is_one_worker_a_gpu_and_one_on_a_cpu(project, monkeypatch):
+    config = project.parseconfig("-n", "auto")
+    monkeypatch.delenv("PYTEST_XDIST_AUTO_NUM_WORKERS", raising=False)
+    for gpus, workers in ((0, 1), (1, 1), (4, 4)):
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        assert config.hook.pytest_xdist_auto_num_workers(config=config) == workers
+    monkeypatch.setenv("PYTEST_XDIST_AUTO_NUM_WORKERS", "3")  # asked for
+    assert config.hook.pytest_xdist_auto_num_workers(config=config) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["-n", "2"], "loadgroup"),
+        (["--tx", "2*popen"], "loadgroup"),
+        (["-n", "2", "--dist", "load"], "load"),
+        (["-n", "2", "-d"], "no"),  # which pytest-xdist turns into load
+        ([], "no"),
+    ],
+)
+def test_a_models_cells_stay_together_unless_another_way_was_named(project, arguments, expected):
+    config = project.parseconfig(*arguments)
+    xdist_bridge.pytest_cmdline_main(config)
+    assert config.getoption("dist") == expected
+
+
+@pytest.mark.parametrize(
+    ("visible", "slot", "expected"), [(None, 1, "1"), ("2,5", 1, "5"), ("2,5", 2, "2"), ("GPU-a,GPU-b", 0, "GPU-a")]
+)
+def test_a_worker_sees_one_gpu_alone(monkeypatch, visible, slot, expected):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    xdist_bridge._take_gpu(slot)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def test_a_replacement_gets_the_dead_workers_gpu_and_each_machine_counts_its_own(project):
+    controller = xdist_bridge._Controller(project.parseconfig("--dist", "loadgroup"))
+
+    def node(**where):
+        spec = SimpleNamespace(**{"popen": None, "ssh": None, "socket": None} | where)
+        made = SimpleNamespace(gateway=SimpleNamespace(spec=spec), workerinput={})
+        controller.pytest_configure_node(made)
+        return made
+
+    here = [node(popen=True) for _ in range(3)]
+    there = [node(ssh="far") for _ in range(2)]
+    assert [made.workerinput["lightweight_slot"] for made in here + there] == [0, 1, 2, 0, 1]
+    controller.pytest_testnodedown(here[1])
+    assert node(popen=True).workerinput["lightweight_slot"] == 1
+    assert here[0].workerinput["lightweight_loadgroup"]
+
+
+def test_another_pytest_benchmark_is_told_in_one_line():
+    config = SimpleNamespace(_benchmarksession=SimpleNamespace(benchmarks=[], only=False))
+    with pytest.raises(pytest.UsageError, match=r"has no 'disabled'.*install pytest-benchmark==5\.3\.1") as raised:
+        xdist_bridge._benchmark_session(config)
+    assert "\n" not in str(raised.value)
