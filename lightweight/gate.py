@@ -20,7 +20,7 @@ from lightweight import ratio, record, report
 from lightweight.ratio import Interval, Verdict
 from lightweight.record import Entry
 
-CONDITIONS = ("device", "target", "corpus_digest", "precision", "weights")
+CONDITIONS = ("device", "target", "corpus_digest", "precision", "weights", "max_length", "tokens_per_step")
 """What two runs of a cell must have in common to be compared."""
 
 FAIL = 0.05
@@ -253,7 +253,7 @@ def _same_cell(now: Entry, run: Run) -> list[Entry]:
 
 
 def _differing(now: Entry, then: Entry) -> list[str]:
-    return [key for key in CONDITIONS if now[key] != then[key]]
+    return [key for key in CONDITIONS if now.get(key) != then.get(key)]
 
 
 def _not_compared(cells: Sequence[Cell], runs: Sequence[Run]) -> list[str]:

@@ -145,7 +145,20 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-SAME_TRIAL = ("model", "method", "target", "weights", "corpus_digest", "seed", "planned_steps", "device")
+SAME_TRIAL = (
+    *(
+        "model",
+        "method",
+        "target",
+        "weights",
+        "corpus_digest",
+        "seed",
+        "planned_steps",
+        "max_length",
+        "tokens_per_step",
+    ),
+    "device",
+)
 """What tells the trials of one run apart."""
 
 
