@@ -249,6 +249,11 @@ class _Tracer(TorchDispatchMode):
         self._names: dict[int, int] = {}
         self._workspaces: set[tuple[str, bool]] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled, and torch's guard against that would cost a tenth of the time."""
+        return False
+
     def __torch_dispatch__(
         self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
     ) -> Any:
