@@ -358,8 +358,7 @@ def _shapes(value: Any) -> Any:
 
 
 def _materialise(network: Any, dtype: torch.dtype, tracer: _Tracer, trial: Trial) -> None:
-    """Turn a network on the meta device into one of fake tensors, as loading it would: in one large segment first, then
-    piece by piece, quantized as it comes."""
+    """Turn a network on the meta device into one of fake tensors, piece by piece, quantized as it comes."""
     made: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
@@ -381,8 +380,7 @@ def _materialise(network: Any, dtype: torch.dtype, tracer: _Tracer, trial: Trial
                     continue
                 if isinstance(module, Linear4bit) and key == "weight":
                     tensors[key] = _quantize(tensor, dtype, tracer)
-                    # `to_4bit` weights that bitsandbytes would repack for a CPU are those of a GPU here
-                    module.support_avx512bf16_for_cpu = False
+                    module.support_avx512bf16_for_cpu = False  # a CPU would repack them, a GPU does not
                 else:
                     tensors[key] = fake(tensor)
     network.to = lambda *_, **__: network  # it is where it is to be; moving would swap tensors, which fake ones cannot
