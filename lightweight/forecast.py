@@ -251,6 +251,11 @@ class _Tracer(TorchDispatchMode):
         self._names: dict[int, int] = {}
         self._workspaces: set[tuple[str, bool]] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled, and torch's guard against that would cost a tenth of the time."""
+        return False
+
     def __torch_dispatch__(
         self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
     ) -> Any:
@@ -355,8 +360,7 @@ def _shapes(value: Any) -> Any:
 
 
 def _materialise(network: Any, dtype: torch.dtype, tracer: _Tracer, trial: Trial) -> None:
-    """Turn a network on the meta device into one of fake tensors, as loading it would: in one large segment first, then
-    piece by piece, quantized as it comes."""
+    """Turn a network on the meta device into one of fake tensors, piece by piece, quantized as it comes."""
     made: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
@@ -378,8 +382,7 @@ def _materialise(network: Any, dtype: torch.dtype, tracer: _Tracer, trial: Trial
                     continue
                 if isinstance(module, Linear4bit) and key == "weight":
                     tensors[key] = _quantize(tensor, dtype, tracer)
-                    # `to_4bit` weights that bitsandbytes would repack for a CPU are those of a GPU here
-                    module.support_avx512bf16_for_cpu = False
+                    module.support_avx512bf16_for_cpu = False  # a CPU would repack them, a GPU does not
                 else:
                     tensors[key] = fake(tensor)
     network.to = lambda *_, **__: network  # it is where it is to be; moving would swap tensors, which fake ones cannot
