@@ -17,6 +17,8 @@ from lightweight.models import GPT_NEO_TINY, OPT_TINY, Model
 from lightweight.targets import HOPPER, NATIVE, MiB
 from lightweight.trial import Trial
 
+pytestmark = pytest.mark.xdist_group("traces")  # of which one worker makes all
+
 RECORDS = Path(__file__).parents[1] / "experiments" / "records"
 MATRIX, T4_RUN = RECORDS / "h200-forecast.json", RECORDS / "h200-t4.json"
 

@@ -299,7 +299,7 @@ def test_comparing_with_nothing_stored_passes_and_with_a_stored_run_compares(pro
     settings = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["tool"]["pytest"]
     project.makeini("\n    ".join(["[pytest]\nfilterwarnings =", *settings["ini_options"]["filterwarnings"]]))
     arguments = ("--epochs=2", "-k", "lora", "--benchmark-autosave", "--benchmark-compare")
-    first = project.runpytest_subprocess(*arguments)
+    first = project.runpytest(*arguments)
     assert first.ret == 0
     first.assert_outcomes(passed=1, deselected=1)
     (stored,) = project.path.glob(".benchmarks/*/0001_*.json")
@@ -307,7 +307,7 @@ def test_comparing_with_nothing_stored_passes_and_with_a_stored_run_compares(pro
     assert len(document["outcomes"]) == 1
     document["machine_info"]["cpu"]["hz_actual_friendly"] = "as it was that day"
     stored.write_text(json.dumps(document))
-    second = project.runpytest_subprocess(*arguments)
+    second = project.runpytest(*arguments)
     assert second.ret == 0
     second.stdout.fnmatch_lines_random(["test_cell*lora* (NOW) *", "test_cell*lora* (0001_*) *"])
 

@@ -46,6 +46,18 @@ KILLER = """
 ALL = {(model, method) for model in ("micro", "other") for method in ("baseline", "lora")}
 
 
+NO_BENCHMARK = """
+    def test_no_benchmark():
+        assert False
+"""
+
+TWO_IN_ONE = """
+    def test_two(outcome_of):
+        outcome_of(MICRO, "lora", seed=1)
+        outcome_of(MICRO, "baseline", seed=1)
+"""
+
+
 @pytest.fixture
 def project(pytester: pytest.Pytester) -> pytest.Pytester:
     pytester.makeconftest('pytest_plugins = ["lightweight.plugin"]')
@@ -53,14 +65,19 @@ def project(pytester: pytest.Pytester) -> pytest.Pytester:
     return pytester
 
 
-def run_json(project: pytest.Pytester, *arguments: str):
-    result = project.runpytest_subprocess("--benchmark-json=out.json", *arguments, timeout=300)
+def run_json(run, project: pytest.Pytester, *arguments: str, **options):
+    result = run("--benchmark-json=out.json", "--epochs=2", *arguments, **options)
     return result, json.loads((project.path / "out.json").read_text())
 
 
-def test_two_workers_cells_are_all_there_once_and_a_models_together(project):
+def found_in(document):
+    return sorted((entry["model"], entry["method"], entry["outcome"]) for entry in document["outcomes"])
+
+
+def test_on_two_gateways_cells_are_all_there_once_and_a_models_together(project):
+    """`--tx` as for other hosts."""
     project.makepyfile(test_cells=CELLS + SPEEDUP)
-    result, document = run_json(project, "-n", "2", "--epochs=2", "--pairs=8", "--benchmark-autosave")
+    result, document = run_json(project.runpytest, project, "--tx", "2*popen", "--pairs=8", "--benchmark-autosave")
     result.assert_outcomes(passed=6)
     entries, rows = document["outcomes"], document["benchmarks"]
     assert len(entries) == len(rows) == 4
@@ -87,57 +104,43 @@ def test_two_workers_cells_are_all_there_once_and_a_models_together(project):
     assert len(json.loads(stored.read_text())["outcomes"]) == 4
 
 
-def test_two_gateways_with_benchmark_only(project):
-    """`--tx` as for other hosts; and --benchmark-only, which pytest-benchmark refuses under pytest-xdist."""
-    project.makepyfile(test_cells=CELLS + "\n    def test_no_benchmark():\n        assert False\n")
-    result, document = run_json(project, "--tx", "2*popen", "--epochs=1", "--benchmark-only", "-k", "cell")
-    result.assert_outcomes(passed=4, skipped=1)
-    assert {(entry["model"], entry["method"]) for entry in document["outcomes"]} == ALL
-    assert len(document["outcomes"]) == len(document["benchmarks"]) == 4
-    assert {row["extra_info"]["worker"] for row in document["benchmarks"]} == {"gw0", "gw1"}
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_worker_that_dies_loses_the_cell_it_ran_and_nothing_else(project, workers):
-    project.makepyfile(test_cells=CELLS + KILLER)
-    result, document = run_json(project, "-n", str(workers), "--epochs=2")
-    result.assert_outcomes(passed=3, failed=1)
-    found = {(entry["model"], entry["method"]): entry for entry in document["outcomes"]}
-    assert len(document["outcomes"]) == 4
-    assert {cell for cell, entry in found.items() if entry["outcome"] == "completed"} == ALL - {("micro", "baseline")}
-    crashed = found["micro", "baseline"]
-    assert (crashed["outcome"], crashed["reason"]) == ("crashed", "the worker that ran it died")
+def test_one_of_two_workers_dies_and_loses_the_cell_it_ran_and_nothing_else(project):
+    """Under --benchmark-only, which pytest-benchmark refuses under pytest-xdist."""
+    project.makepyfile(test_cells=CELLS + NO_BENCHMARK + KILLER)
+    arguments = ("-n", "2", "--benchmark-only")
+    result, document = run_json(project.runpytest_subprocess, project, *arguments, timeout=300)
+    result.assert_outcomes(passed=3, failed=1, skipped=1)
+    assert found_in(document) == [
+        ("micro", "baseline", "crashed"),
+        ("micro", "lora", "completed"),
+        ("other", "baseline", "completed"),
+        ("other", "lora", "completed"),
+    ]
+    (crashed,) = [entry for entry in document["outcomes"] if entry["outcome"] == "crashed"]
+    assert crashed["reason"] == "the worker that ran it died"
     assert len(document["benchmarks"]) == 3
     result.stdout.fnmatch_lines_random(["micro * baseline * crashed in start *", "micro * lora * completed *"])
 
 
-def test_what_a_test_had_found_before_its_worker_died_is_kept(project):
-    project.makepyfile(
-        test_cells=CELLS.split("@pytest")[0]
-        + """
-    def test_two(outcome_of):
-        outcome_of(MICRO, "lora")
-        outcome_of(MICRO, "baseline")
-
-    @pytest.mark.parametrize("model", MODELS[1:])
-    def test_cell(train, model):
-        train(model, "lora")
-"""
-        + KILLER
-    )
-    result, document = run_json(project, "-n", "1", "--epochs=2")
-    result.assert_outcomes(passed=1, failed=1)
-    found = [(entry["model"], entry["method"], entry["outcome"]) for entry in document["outcomes"]]
-    assert sorted(found) == [
+def test_an_only_worker_dies_twice_and_what_a_test_had_found_before_is_kept(project):
+    project.makepyfile(test_cells=CELLS + TWO_IN_ONE + KILLER)
+    result, document = run_json(project.runpytest_subprocess, project, "-n", "1", timeout=300)
+    result.assert_outcomes(passed=3, failed=2)
+    assert found_in(document) == [
+        ("micro", "baseline", "crashed"),
         ("micro", "baseline", "crashed"),
         ("micro", "lora", "completed"),
+        ("micro", "lora", "completed"),
+        ("other", "baseline", "completed"),
         ("other", "lora", "completed"),
     ]
+    assert sorted(entry["seed"] for entry in document["outcomes"] if entry["model"] == "micro") == [0, 0, 1, 1]
+    assert len(document["benchmarks"]) == 3
 
 
 def test_a_wrong_command_line_is_one_line_from_the_workers_too(project):
     project.makepyfile("def test_cell(train, model, method):\n    assert not train(model, method)\n")
-    result = project.runpytest_subprocess("-n", "2", "--model=./nowhere", timeout=300)
+    result = project.runpytest("-n", "2", "--model=./nowhere")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: model ./nowhere: no such folder; give a folder with *"])
     assert "INTERNALERROR" not in result.stdout.str()
