@@ -103,7 +103,7 @@ def load(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
         except record.RecordError as error:
             problems.append(f"left out: {error}")
         else:
-            runs.append(Run(path=path, ended=str(document.get("datetime")), entries=document["outcomes"]))
+            runs.append(Run(path=path, ended=str(document.get("datetime") or ""), entries=document["outcomes"]))
     return sorted(runs, key=attrgetter("ended"), reverse=True), problems
 
 
@@ -208,7 +208,7 @@ def _memory_failures(now: Entry, then: Entry, entries: Sequence[Entry], run: Run
     held_now, held_then = Fraction(now["peak_allocated_bytes"]), Fraction(then["peak_allocated_bytes"])
     of_now, of_then = _baseline_bytes(now, entries), _baseline_bytes(then, run.entries)
     what, unit = "peak memory", " bytes"
-    if of_now and of_then and now["method"] != "baseline":
+    if of_now and of_then and now["method"] != record.BASELINE:
         held_now, held_then = held_now / of_now, held_then / of_then
         what, unit = "memory ratio", " of the baseline's"
     if held_now <= held_then * (1 + Fraction(limits.memory_fail)):
@@ -228,7 +228,7 @@ def _baseline_bytes(entry: Entry, entries: Sequence[Entry]) -> int | None:
 def _memory(entry: Entry, entries: Sequence[Entry]) -> str:
     """The memory ratio where there is one, else the peak."""
     found = report.memory_ratio(entry, report.baseline_of(entry, entries))
-    is_ratio = entry["method"] != "baseline" and found.replace(".", "").isdigit()
+    is_ratio = entry["method"] != record.BASELINE and found.replace(".", "").isdigit()
     return found if is_ratio else report.memory(entry)
 
 

@@ -118,12 +118,12 @@ def _is_plain_lora(module: Any) -> bool:
     if len(names) != 1 or module.active_adapters != names or module.merged or module.disable_adapters:
         return False
     (name,) = names
-    half_as_wide = base.weight.dtype if type(base) is torch.nn.Linear else base.compute_dtype
+    computed_in = base.weight.dtype if type(base) is torch.nn.Linear else base.compute_dtype
     return (
         not module.lora_variant
         and module.lora_B[name].bias is None
         and not any(parameter.requires_grad for parameter in base.parameters())
-        and module.lora_A[name].weight.dtype == half_as_wide
+        and module.lora_A[name].weight.dtype == computed_in
     )
 
 

@@ -45,7 +45,7 @@ from lightweight.alternate import alternate, trial_of_rounds
 from lightweight.forecast import Forecast, ForecastError
 from lightweight.methods import Method
 from lightweight.models import Model
-from lightweight.record import Speedup
+from lightweight.record import BASELINE, Speedup
 from lightweight.targets import CPU, NATIVE, T4, Device, GiB, Target
 from lightweight.trial import Completed, Crashed, Measurements, Outcome, Trial
 
@@ -61,7 +61,6 @@ TRUE_SIZES = ("opt-350m", "gpt-neo-1.3b")
 TWINS = ("opt-tiny", "gpt-neo-tiny")
 CUDA_EPOCHS = 10  # the original job
 CPU_EPOCHS = 2  # enough for the loss of a twin to fall, and for the suite to end within minutes on two cores
-BASELINE = "baseline"
 CUDA_STEPS = 4  # of a round that is paired: some 100 ms and more on a fast GPU
 CPU_STEPS = 1
 PRECISION = 0.01

@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # a record is read without torch
     from lightweight.targets import Device
     from lightweight.trial import Outcome, Trial
 
+BASELINE = "baseline"
+"""The method that a model's others are held against."""
+
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "pytest", "pytest-benchmark")
 
 Entry = dict[str, Any]
@@ -70,11 +73,6 @@ class Speedup:
     floor: float | None = None
     verdict: str | None = None
     reason: str | None = None
-
-    @property
-    def pairs(self) -> int:
-        """How many pairs were measured."""
-        return len(self.log_ratios)
 
 
 class RecordError(ValueError):

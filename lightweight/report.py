@@ -8,7 +8,7 @@ from typing import Literal
 
 from tabulate import tabulate
 
-from lightweight.record import Entry
+from lightweight.record import BASELINE, Entry
 from lightweight.targets import GiB, MiB
 
 Format = Literal["terminal", "markdown"]
@@ -96,7 +96,7 @@ def into(readme: Path, text: str) -> None:
 def baseline_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
     """The baseline of `entry`'s model on the same target and device."""
     same = ("model", "target", "device", "weights", "corpus_digest")
-    found = (e for e in entries if e["method"] == "baseline" and all(e[key] == entry[key] for key in same))
+    found = (e for e in entries if e["method"] == BASELINE and all(e[key] == entry[key] for key in same))
     return next(found, None)
 
 
@@ -150,13 +150,13 @@ def speedup(entry: Entry, baseline: Entry | None) -> str:
     return f"{baseline['steady_step_seconds'] / baseline['tokens_per_step'] / per_token:.2f}x"
 
 
-def peak_bytes(entry: Entry) -> int | None:
+def _peak_bytes(entry: Entry) -> int | None:
     peak: int | None = entry["peak_allocated_bytes"] or entry["host_peak_bytes"]
     return peak
 
 
 def memory(entry: Entry) -> str:
-    peak = peak_bytes(entry)
+    peak = _peak_bytes(entry)
     if peak is None:
         return "-"
     return _size(peak) if entry["peak_allocated_bytes"] else f"{_size(peak)} {HOST}"
@@ -181,7 +181,7 @@ def memory_ratio(entry: Entry, baseline: Entry | None) -> str:
         return "-"
     if baseline["outcome"] != "completed":
         return f"baseline {baseline['outcome'].replace('_', ' ')}"
-    peak, of = peak_bytes(entry), peak_bytes(baseline)
+    peak, of = _peak_bytes(entry), _peak_bytes(baseline)
     return f"{peak / of:.2f}" if peak and of else "-"
 
 

@@ -185,6 +185,7 @@ def test_files_are_read_newest_first_and_what_is_none_costs_one_line(tmp_path):
     whole = dict.fromkeys(record.KEYS) | cell()
     for name, ended in (("a", "2026-01"), ("b", "2026-02")):
         (tmp_path / name).write_text(json.dumps({"datetime": ended, "outcomes": [whole]}))
+    (tmp_path / "undated").write_text(json.dumps({"outcomes": [whole]}))  # put together by hand: of no known age
     broken = {
         "c": "{",
         "d": "[]",
@@ -195,7 +196,7 @@ def test_files_are_read_newest_first_and_what_is_none_costs_one_line(tmp_path):
     for name, content in broken.items():
         (tmp_path / name).write_text(content)
     runs, problems = gate.load(sorted(tmp_path.iterdir()))
-    assert [run.name for run in runs] == ["b", "a"]
+    assert [run.name for run in runs] == ["b", "a", "undated"]
     assert len(problems) == len(broken)
     for name, problem in zip(broken, problems, strict=True):
         assert problem.startswith(f"left out: record {tmp_path / name}: ")
