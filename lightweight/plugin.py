@@ -270,8 +270,13 @@ class Laboratory:
         for mark in metafunc.definition.iter_markers("parametrize"):
             names = mark.kwargs.get("argnames", mark.args[0] if mark.args else ())
             marked |= {name.strip() for name in (names.split(",") if isinstance(names, str) else names)}
-        faster = [name for name in self.methods if name != BASELINE or "speedup" not in metafunc.fixturenames]
-        for argument, values in {"model": self.models, "method": faster}.items():
+        cells = {"model": self.models, "method": self.methods}
+        if "speedup" in metafunc.fixturenames:
+            cells["method"] = [name for name in self.methods if name != BASELINE]
+            if not (self.has_cuda or self.config.getoption("model") or self.config.getoption("method")):
+                # On a CPU a ratio says nothing of a GPU: one of them shows how it is measured.
+                cells = {argument: values[:1] for argument, values in cells.items()}
+        for argument, values in cells.items():
             if argument in metafunc.fixturenames and argument not in marked:
                 metafunc.parametrize(argument, values)
 

@@ -49,6 +49,13 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return models.write(found, tmp_path_factory.mktemp("micro"), seed=0)
 
 
+@pytest.fixture(autouse=True)
+def nobodys_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions that a test starts are no workers of pytest-xdist, also where these tests run under it."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER_COUNT", raising=False)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder for one trial."""
