@@ -1,0 +1,65 @@
+"""The kernels against plain torch: on the GPU where there is one, else by Triton's interpreter, in their own process.
+
+With Triton 3.6 to 3.8 the interpreter needs numpy before 2.4.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+PROGRAM = """
+import torch
+from lightweight import kernels
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+seed = torch.tensor(11, device=device)
+
+
+def near(found, expected, dtype):
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    difference = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+    assert difference < tolerance, (dtype, difference)
+
+
+def random(*shape):
+    return torch.randn(*shape, device=device)
+
+
+for dtype in (torch.float32, torch.float16) + ((torch.bfloat16,) if device == "cuda" else ()):
+    for tokens, width, rank, p in ((50, 200, 4, 0.25), (256, 128, 8, 0.0), (130, 300, 20, 0.1)):
+        shapes = (tokens, width), (rank, width), (tokens, rank), (tokens, width)
+        x, a, grad, before = (random(*shape).to(dtype) for shape in shapes)
+        ones, eye = torch.ones_like(x), torch.eye(width, device=device, dtype=dtype)
+        kept = (kernels.project(ones, eye, 1.0, p, seed, 4) != 0).float()
+        assert torch.equal(kept, (kernels.project(ones, eye, 1.0, p, seed, 4) != 0).float())
+        assert abs(kept.mean().item() - (1 - p)) < 0.02
+        if p:
+            for other_seed, site in ((seed, 5), (seed + 1000, 4)):
+                other = (kernels.project(ones, eye, 1.0, p, other_seed, site) != 0).float()
+                assert abs((other != kept).float().mean().item() - 2 * p * (1 - p)) < 0.03
+        factor = kept / (1 - p)
+        near(kernels.project(x, a, 2.0, p, seed, 4), 2 * (x.float() * factor) @ a.float().t(), dtype)
+        grad_x = before.clone()
+        grad_a = kernels.project_backward(grad, x, a, grad_x, 2.0, p, seed, 4)
+        near(grad_a, 2 * grad.float().t() @ (x.float() * factor), dtype)
+        near(grad_x, before.float() + 2 * (grad.float() @ a.float()) * factor, dtype)
+        assert torch.equal(kernels.project_backward(grad, x, a, None, 2.0, p, seed, 4), grad_a)
+    buffer, targets, scales = random(7, 5056).to(dtype), torch.randint(5003, (7,), device=device), random(7).abs()
+    logits, beside = buffer[:, :5003], buffer[:, 5003:].clone()
+    reference = logits.float().clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(reference, targets, reduction="none")
+    (expected * scales).sum().backward()
+    near(kernels.cross_entropy_(logits, targets, scales), expected, torch.float32)
+    near(logits, reference.grad, dtype)
+    assert torch.equal(buffer[:, 5003:], beside)
+"""
+
+
+def test_kernels_compute_what_torch_does():
+    pytest.importorskip("triton", reason="not run: needs Triton, which torch brings along on CUDA")
+    environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
