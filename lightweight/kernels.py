@@ -61,12 +61,13 @@ def project_backward(
     return grad_a.sum(0)
 
 
-def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The cross-entropy (nats) of each row of `logits` [tokens, vocab] against `targets` [tokens]: [tokens], fp32.
-    Afterwards `logits` hold `scales` [tokens] times its gradient. Their rows may lie apart, not their columns."""
+def cross_entropy_(logits: torch.Tensor, vocabulary: int, targets: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy (nats) of the first `vocabulary` columns of `logits` [tokens, columns] against `targets`
+    [tokens]: [tokens], fp32. Afterwards these columns hold `scales` [tokens] times its gradient, and those behind them,
+    there to make rows begin where a wide load can, hold zeros."""
     losses = torch.empty(logits.shape[0], device=logits.device)
     _cross_entropy[(logits.shape[0],)](
-        logits, targets, scales, losses, logits.stride(0), logits.shape[1], columns=4096, num_warps=8
+        logits, targets, scales, losses, vocabulary, logits.shape[1], columns=4096, num_warps=8
     )
     return losses
 
@@ -158,25 +159,25 @@ def _project_backward(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _cross_entropy(  # type: ignore[no-untyped-def]
-    logits, targets, scales, losses, stride, vocabulary, columns: tl.constexpr
+    logits, targets, scales, losses, vocabulary, stride, columns: tl.constexpr
 ):
     row = tl.program_id(0)
     start = logits + row.to(tl.int64) * stride
     target = tl.load(targets + row)
     predicted = tl.load(start + target).to(tl.float32)
     largest, total = predicted, 0.0
-    for first in range(0, vocabulary, columns):
+    for first in range(0, stride, columns):
         column = first + tl.arange(0, columns)
-        value = tl.load(start + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
+        value = tl.load(start + column, mask=column < stride, other=0.0).to(tl.float32)
+        value = tl.where(column < vocabulary, value, float("-inf"))
         highest = tl.maximum(largest, tl.max(value, 0))
         total = total * tl.exp(largest - highest) + tl.sum(tl.exp(value - highest), 0)
         largest = highest
     normaliser = largest + tl.log(total)
     tl.store(losses + row, normaliser - predicted)
     scale = tl.load(scales + row)
-    for first in range(0, vocabulary, columns):
+    for first in range(0, stride, columns):
         column = first + tl.arange(0, columns)
-        inside = column < vocabulary
-        value = tl.load(start + column, mask=inside, other=float("-inf")).to(tl.float32)
+        value = tl.load(start + column, mask=column < stride, other=0.0).to(tl.float32)
         gradient = (tl.exp(value - normaliser) - tl.where(column == target, 1.0, 0.0)) * scale
-        tl.store(start + column, gradient, mask=inside)
+        tl.store(start + column, tl.where(column < vocabulary, gradient, 0.0), mask=column < stride)

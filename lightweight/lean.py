@@ -20,7 +20,7 @@ from lightweight.preload import peft  # isort: skip  # before transformers, whic
 import bitsandbytes.functional
 import torch
 from bitsandbytes.nn.modules import Linear4bit
-from torch.nn.functional import gelu, layer_norm, rms_norm, silu
+from torch.nn.functional import gelu, layer_norm, linear, rms_norm, silu
 from transformers.activations import NewGELUActivation, SiLUActivation
 
 try:
@@ -179,11 +179,40 @@ class _Projection:
         return cls(module.get_base_layer(), site, module.scaling[name], p, adapter)
 
 
+@dataclass(frozen=True)
+class _Joint:
+    """The weights of several linear layers in one: [sum of `widths`, in], and their biases."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    widths: list[int]
+
+
+@torch.no_grad()
+def _joined(bases: list[Any]) -> _Joint | None:
+    """Several whole linear layers as one, which feeds a matrix unit better; their own weights become parts of it. None
+    where that cannot be."""
+    if len(bases) == 1 or any(type(base) is not torch.nn.Linear for base in bases):
+        return None
+    biases = [base.bias for base in bases if base.bias is not None]
+    if len(biases) not in (0, len(bases)):
+        return None
+    joint = _Joint(
+        torch.cat([base.weight for base in bases]),
+        torch.cat(biases) if biases else None,
+        [base.out_features for base in bases],
+    )
+    for base, part in zip(bases, joint.weight.split(joint.widths), strict=True):
+        base.weight.data = part
+    return joint
+
+
 class _Family:
     """Layers that project one input. The first one asked computes all; its siblings then hand theirs out."""
 
     def __init__(self, modules: list[Any], seed: torch.Tensor, site: int) -> None:
         self._modules, self._seed, self._site = modules, seed, site
+        self._joint = _joined([_Projection.of(module, site).base for module in modules])
         self._x: torch.Tensor | None = None
         self._waiting: dict[int, torch.Tensor] = {}
 
@@ -193,7 +222,7 @@ class _Family:
             projections = [_Projection.of(module, self._site + i) for i, module in enumerate(self._modules)]
             function, sources = getattr(x, "recipe", (None, (x,)))
             adapters = [weight for projection in projections for weight in projection.adapter or ()]
-            outputs = _Projections.apply(x, self._seed, projections, function, *adapters, *sources)  # type: ignore[no-untyped-call]
+            outputs = _Projections.apply(x, self._seed, projections, self._joint, function, *adapters, *sources)  # type: ignore[no-untyped-call]
             self._x, self._waiting = x, dict(enumerate(outputs))
         output = self._waiting.pop(index)
         if not self._waiting:
@@ -210,21 +239,25 @@ class _Projections(torch.autograd.Function):
         x: torch.Tensor,
         seed: torch.Tensor,
         projections: list[_Projection],
+        joint: _Joint | None,
         function: Callable[..., torch.Tensor] | None,
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         """x: [..., in]; seed: one number; `tensors`: a [r, in] and b [out, r] of each adapter, then the sources. x is
         `function(*sources)` where there is one."""
-        flat, outputs, kept = x.reshape(-1, x.shape[-1]), [], []
+        flat, kept = x.reshape(-1, x.shape[-1]), []
+        outputs: list[torch.Tensor]
+        if joint is not None:
+            outputs = list(linear(x, joint.weight, joint.bias).split(joint.widths, -1))
+        else:  # each by its own forward pass, whatever stands in for it
+            outputs = [type(projection.base).forward(projection.base, x) for projection in projections]
         weights = iter(tensors)
-        for projection in projections:
-            y: torch.Tensor = type(projection.base).forward(projection.base, x)  # its own, whatever stands in for it
+        for projection, y in zip(projections, outputs, strict=True):
             if projection.adapter:
                 a, b = next(weights), next(weights)
                 inner, mask = _project(flat, a, projection, seed)
                 y.view(-1, y.shape[-1]).addmm_(inner, b.t())
                 kept += [inner, mask]
-            outputs.append(y)
         ctx.save_for_backward(seed, *tensors, *kept)
         ctx.settings = projections, function, len(tensors), x.shape
         ctx.set_materialize_grads(False)
@@ -256,7 +289,7 @@ class _Projections(torch.autograd.Function):
                 continue
             adapter_grads += [_project_backward(grad @ b, x, a, grad_x, projection, seed, mask), grad.t() @ inner]
         grad_x = None if grad_x is None else grad_x.view(shape)
-        return grad_x, None, None, None, *adapter_grads, *(None,) * len(sources)
+        return grad_x, None, None, None, None, *adapter_grads, *(None,) * len(sources)
 
 
 def _project(
