@@ -1,5 +1,5 @@
-"""The captured step's own GPU kernels: a LoRA adapter in two passes over memory instead of nine, and a softmax that
-becomes its own gradient.
+"""The captured step's own GPU kernels: a LoRA adapter in two passes over memory instead of nine, a softmax that becomes
+its own gradient, and norms and activations in one pass each.
 
 Dropout keeps no mask. Which elements fall follows from a seed on the device, so the backward pass draws the same
 numbers again while it has the elements in hand: a mask would cost a byte an element for as long as the forward pass
@@ -17,8 +17,12 @@ COLUMNS = 128
 """Columns of a tile. Every kernel walks over an input in tiles of this width: an element's random number follows from
 its row and its place among the tiles."""
 
-ROWS_OF_A_SHARE = 128
+ROWS_OF_A_SHARE = 64
 """Rows that one program sums an adapter's gradient over; the shares are added in a fixed order, for a run to repeat."""
+
+
+ELEMENTS = 2048
+"""Elements of one program of an activation."""
 
 
 def project(x: torch.Tensor, a: torch.Tensor, scaling: float, p: float, seed: torch.Tensor, site: int) -> torch.Tensor:
@@ -70,6 +74,60 @@ def cross_entropy_(logits: torch.Tensor, vocabulary: int, targets: torch.Tensor,
         logits, targets, scales, losses, vocabulary, logits.shape[1], columns=4096, num_warps=8
     )
     return losses
+
+
+def norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, centred: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Layer norm over the last axis of `x`, or RMS norm where it is not `centred`, and each row's mean and reciprocal
+    deviation, [rows, 2] in fp32, for `norm_backward`."""
+    x = x.contiguous()
+    width = x.shape[-1]
+    rows = x.numel() // width
+    result, statistics = torch.empty_like(x), torch.empty(rows, 2, device=x.device)
+    _norm[(rows,)](
+        x, weight, weight if bias is None else bias, result, statistics, eps, width, centred=centred,
+        biased=bias is not None, columns=triton.next_power_of_2(width),
+    )  # fmt: skip
+    return result, statistics
+
+
+def norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, statistics: torch.Tensor, centred: bool
+) -> torch.Tensor:
+    """The gradient of `norm`'s `x`, given that of its result and the statistics it returned beside it."""
+    grad, x = grad.contiguous(), x.contiguous()
+    width = x.shape[-1]
+    grad_x = torch.empty_like(x)
+    _norm_backward[(x.numel() // width,)](
+        grad, x, weight, statistics, grad_x, width, centred=centred, columns=triton.next_power_of_2(width)
+    )
+    return grad_x
+
+
+def relu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """ReLU of `x` and where `x` is positive, a bool an element."""
+    x = x.contiguous()
+    result, positive = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+    _relu[(triton.cdiv(x.numel(), ELEMENTS),)](x, result, positive.view(torch.int8), x.numel(), elements=ELEMENTS)
+    return result, positive
+
+
+def gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, of one shape."""
+    gate, up = gate.contiguous(), up.contiguous()
+    result = torch.empty_like(gate)
+    _gate[(triton.cdiv(gate.numel(), ELEMENTS),)](gate, up, result, gate.numel(), elements=ELEMENTS)
+    return result
+
+
+def gate_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of `gate` and `up`, given that of what `gate` returned."""
+    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    programs = triton.cdiv(gate.numel(), ELEMENTS)
+    _gate_backward[(programs,)](grad, gate, up, grad_gate, grad_up, gate.numel(), elements=ELEMENTS)
+    return grad_gate, grad_up
 
 
 def _threshold(p: float) -> int:
@@ -181,3 +239,70 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
         value = tl.load(start + column, mask=column < stride, other=0.0).to(tl.float32)
         gradient = (tl.exp(value - normaliser) - tl.where(column == target, 1.0, 0.0)) * scale
         tl.store(start + column, tl.where(column < vocabulary, gradient, 0.0), mask=column < stride)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _norm(  # type: ignore[no-untyped-def]
+    x, weight, bias, result, statistics, eps, width, centred: tl.constexpr, biased: tl.constexpr, columns: tl.constexpr
+):
+    row = tl.program_id(0)
+    column = tl.arange(0, columns)
+    inside = column < width
+    place = row.to(tl.int64) * width + column
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    mean = 0.0
+    if centred:
+        mean = tl.sum(value, 0) / width
+    centre = tl.where(inside, value - mean, 0.0)
+    factor = 1 / tl.sqrt(tl.sum(centre * centre, 0) / width + eps)
+    scaled = centre * factor * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if biased:
+        scaled += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(result + place, scaled, mask=inside)
+    tl.store(statistics + 2 * row, mean)
+    tl.store(statistics + 2 * row + 1, factor)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _norm_backward(  # type: ignore[no-untyped-def]
+    grad, x, weight, statistics, grad_x, width, centred: tl.constexpr, columns: tl.constexpr
+):
+    row = tl.program_id(0)
+    column = tl.arange(0, columns)
+    inside = column < width
+    place = row.to(tl.int64) * width + column
+    mean, factor = tl.load(statistics + 2 * row), tl.load(statistics + 2 * row + 1)
+    normal = tl.where(inside, (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean) * factor, 0.0)
+    change = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+    change *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    result = change - normal * (tl.sum(change * normal, 0) / width)
+    if centred:
+        result -= tl.sum(change, 0) / width
+    tl.store(grad_x + place, result * factor, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _relu(x, result, positive, count, elements: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0).to(tl.int64) * elements + tl.arange(0, elements)
+    value = tl.load(x + place, mask=place < count, other=0.0)
+    tl.store(result + place, tl.where(value < 0, 0.0, value), mask=place < count)  # as torch does, NaN stays NaN
+    tl.store(positive + place, (value > 0).to(tl.int8), mask=place < count)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gate(gate, up, result, count, elements: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0).to(tl.int64) * elements + tl.arange(0, elements)
+    value = tl.load(gate + place, mask=place < count, other=0.0).to(tl.float32)
+    other = tl.load(up + place, mask=place < count, other=0.0).to(tl.float32)
+    tl.store(result + place, value * tl.sigmoid(value) * other, mask=place < count)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gate_backward(grad, gate, up, grad_gate, grad_up, count, elements: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0).to(tl.int64) * elements + tl.arange(0, elements)
+    change = tl.load(grad + place, mask=place < count, other=0.0).to(tl.float32)
+    value = tl.load(gate + place, mask=place < count, other=0.0).to(tl.float32)
+    other = tl.load(up + place, mask=place < count, other=0.0).to(tl.float32)
+    share = tl.sigmoid(value)
+    tl.store(grad_up + place, change * value * share, mask=place < count)
+    tl.store(grad_gate + place, change * other * share * (1 + value * (1 - share)), mask=place < count)

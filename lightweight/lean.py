@@ -48,9 +48,11 @@ class Lean:
         self._seed = torch.zeros((), dtype=torch.int64, device=device)
         adapted: list[Any] = [module for module in model.modules() if _is_plain_lora(module)]
         widths = {module.in_features for module in adapted}
+        # Rotary embeddings make new queries and keys; in one tensor with the values the old ones would be kept as well.
+        joins = getattr(getattr(model, "config", None), "rope_parameters", None) is None
         site = 0
         for modules in _families(model, adapted):
-            family = _Family(modules, self._seed, site)
+            family = _Family(modules, self._seed, site, joins=joins)
             for index, module in enumerate(modules):
                 self._change(module, functools.partial(family.project, index))
             site += len(modules)
@@ -90,14 +92,11 @@ def _forward_of(module: Any, widths: set[int]) -> Callable[[torch.Tensor], torch
     `widths`: what the adapted layers take; an activation no adapter looks at need not be kept itself.
     """
     function: Callable[[torch.Tensor], torch.Tensor]
-    if type(module) is torch.nn.LayerNorm:
-        function = functools.partial(
-            layer_norm, normalized_shape=module.normalized_shape, weight=module.weight, bias=module.bias, eps=module.eps
-        )
+    if type(module) is torch.nn.LayerNorm and len(module.normalized_shape) == 1 and module.weight is not None:
+        function = functools.partial(_norm, module.weight, module.bias, module.eps, True)
     elif type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-        weight, eps = module.weight, module.variance_epsilon
-        function = functools.partial(rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
-        if not _agree(function, module, weight):  # some add one to the weight
+        function = functools.partial(_norm, module.weight, None, module.variance_epsilon, False)
+        if not _agree(function, module, module.weight):  # some add one to the weight
             return None
     elif type(module) is NewGELUActivation:
         function = functools.partial(gelu, approximate="tanh")  # the same formula, in one pass instead of eight
@@ -210,9 +209,9 @@ def _joined(bases: list[Any]) -> _Joint | None:
 class _Family:
     """Layers that project one input. The first one asked computes all; its siblings then hand theirs out."""
 
-    def __init__(self, modules: list[Any], seed: torch.Tensor, site: int) -> None:
+    def __init__(self, modules: list[Any], seed: torch.Tensor, site: int, *, joins: bool) -> None:
         self._modules, self._seed, self._site = modules, seed, site
-        self._joint = _joined([_Projection.of(module, site).base for module in modules])
+        self._joint = _joined([_Projection.of(module, site).base for module in modules]) if joins else None
         self._x: torch.Tensor | None = None
         self._waiting: dict[int, torch.Tensor] = {}
 
@@ -338,6 +337,30 @@ def _weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
     return whole
 
 
+def _norm(weight: torch.Tensor, bias: torch.Tensor | None, eps: float, centred: bool, x: torch.Tensor) -> torch.Tensor:
+    """Layer norm, or RMS norm where it is not `centred`: [..., width] -> [..., width], `weight` and `bias` frozen."""
+    if kernels is not None and x.is_cuda:
+        result: torch.Tensor = _Norm.apply(x, weight, bias, eps, centred)  # type: ignore[no-untyped-call]
+        return result
+    return layer_norm(x, weight.shape, weight, bias, eps) if centred else rms_norm(x, weight.shape, weight, eps)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, centred: bool
+    ) -> torch.Tensor:
+        result, statistics = kernels.norm(x, weight, bias, eps, centred)
+        ctx.save_for_backward(x, weight, statistics)
+        ctx.centred = centred
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, statistics = ctx.saved_tensors
+        return kernels.norm_backward(grad_output, x, weight, statistics, ctx.centred), None, None, None, None
+
+
 def _relu(widths: set[int], x: torch.Tensor) -> torch.Tensor:
     """A ReLU whose output an adapter keeps costs nothing; else one byte an element is enough."""
     if x.shape[-1] in widths:
@@ -349,12 +372,13 @@ def _relu(widths: set[int], x: torch.Tensor) -> torch.Tensor:
 class _Relu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x > 0)
-        return torch.relu(x)
+        result, positive = kernels.relu(x) if kernels is not None and x.is_cuda else (torch.relu(x), x > 0)
+        ctx.save_for_backward(positive)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:
-        positive: torch.Tensor = ctx.saved_tensors[0]
+        (positive,) = ctx.saved_tensors
         # their product, by the kernel that reads a mask of bytes eight at a time
         grad: torch.Tensor = torch.ops.aten.native_dropout_backward(grad_output, positive, 1.0)
         return grad
@@ -378,7 +402,7 @@ def _gated(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return silu(gate) * up
+    return kernels.gate(gate, up) if kernels is not None and gate.is_cuda else silu(gate) * up
 
 
 class _Gate(torch.autograd.Function):
@@ -392,4 +416,6 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
+        if kernels is not None and gate.is_cuda:
+            return kernels.gate_backward(grad_output, gate, up)
         return torch.ops.aten.silu_backward(grad_output * up, gate), grad_output * silu(gate)

@@ -61,6 +61,26 @@ for dtype in (torch.float32, torch.float16) + ((torch.bfloat16,) if device == "c
         near(kernels.cross_entropy_(logits, vocabulary, targets, scales), expected, torch.float32)
         near(logits[:, :vocabulary], reference.grad, dtype)
         assert not logits[:, vocabulary:].any()
+    x, weight, bias, grad = (random(*shape).to(dtype) for shape in ((3, 5, 300), (300,), (300,), (3, 5, 300)))
+    for centred in (True, False):
+        reference = x.float().clone().requires_grad_()
+        if centred:
+            expected = torch.nn.functional.layer_norm(reference, (300,), weight.float(), bias.float(), 1e-5)
+        else:
+            expected = torch.nn.functional.rms_norm(reference, (300,), weight.float(), 1e-5)
+        expected.backward(grad.float())
+        found, statistics = kernels.norm(x, weight, bias if centred else None, 1e-5, centred)
+        near(found, expected, dtype)
+        near(kernels.norm_backward(grad, x, weight, statistics, centred), reference.grad, dtype)
+    found, positive = kernels.relu(x)
+    assert torch.equal(found, torch.relu(x)) and torch.equal(positive, x > 0)
+    up = random(3, 5, 300).to(dtype)
+    references = [tensor.float().clone().requires_grad_() for tensor in (x, up)]
+    expected = torch.nn.functional.silu(references[0]) * references[1]
+    expected.backward(grad.float())
+    near(kernels.gate(x, up), expected, dtype)
+    for found, reference in zip(kernels.gate_backward(grad, x, up), references, strict=True):
+        near(found, reference.grad, dtype)
 """
 
 
