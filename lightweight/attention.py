@@ -43,8 +43,8 @@ def packed(dialogues: torch.Tensor | None) -> Iterator[None]:
 def start_quickly() -> None:
     """Leave cuDNN's attention out for as long as this process lives, before the first forward pass.
 
-    On Hopper torch prefers it, and it takes 4.5 s to start where flash attention takes none; an opt-350m step then
-    costs a few hundredths more. It pays from some ten thousand steps on, where so does torch.compile.
+    On Hopper torch prefers it. It takes 4.5 s to start where flash attention takes none, and a captured step of
+    opt-350m then takes the same 9.4 ms with either (H200, torch 2.11).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
