@@ -40,6 +40,15 @@ def packed(dialogues: torch.Tensor | None) -> Iterator[None]:
         _packed = None
 
 
+def start_quickly() -> None:
+    """Leave cuDNN's attention out for as long as this process lives, before the first forward pass.
+
+    On Hopper torch prefers it. It takes 4.5 s to start where flash attention takes none, and a captured step of
+    opt-350m then takes the same 9.4 ms with either (H200, torch 2.11).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def install(model: PreTrainedModel) -> str | None:
     """Give `model` this attention where its logits stay what they are; else say in one line why it keeps its own.
 
@@ -92,12 +101,20 @@ def _alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def _mask(*arguments: Any, **options: Any) -> torch.Tensor | None:
-    """transformers' `sdpa_mask` [rows, 1, time, time] without the padding, and None where causality says it all."""
+    """transformers' `sdpa_mask` [rows, 1, time, time] without the padding, and None where causality says it all.
+
+    `sdpa_mask` itself leaves causality to the kernel only while no graph is captured, because its caller may replay
+    other lengths; here a graph's shapes are static.
+    """
     options["attention_mask"] = None
     if _packed is not None:
         inside = packed_sequence_mask_function(_packed)
         options["mask_function"] = and_masks(options.get("mask_function", causal_mask_function), inside)
         options["allow_is_causal_skip"] = False
+    elif options.get("allow_is_causal_skip", True) and options["q_length"] == options["kv_length"]:
+        window = options.get("local_size")
+        if window is None or options["kv_length"] < window:
+            return None
     return sdpa_mask(*arguments, **options)
 
 

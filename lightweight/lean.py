@@ -1,16 +1,18 @@
 """What a frozen layer keeps for its backward pass: at 2048 tokens that, not the weights, is what fills a card.
 
 peft's LoRA layer keeps its dropped-out input and a mask besides what the layer before it keeps anyway, and passes over
-its output three times. Here a layer and its adapter are one function that keeps its input once, or, where that is the
-output of a norm or an activation, nothing: those are computed again from what they themselves keep. Dropout's masks are
-drawn again from a seed where Triton can do it in the same pass over memory. Frozen layers alone are changed, while the
-captured step trains; everything is exact up to rounding.
+its output three times. Here the layers that project one input, as query, key and value do, are one function with their
+adapters. It keeps their input once, or, where that is the output of a norm or an activation, nothing: those are
+computed again from what they themselves keep. Dropout's masks are drawn again from a seed where Triton can do it in the
+same pass over memory. Frozen layers alone are changed, while the captured step trains; everything is exact up to
+rounding.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from lightweight.preload import peft  # isort: skip  # before transformers, which may import it
@@ -18,13 +20,16 @@ from lightweight.preload import peft  # isort: skip  # before transformers, whic
 import bitsandbytes.functional
 import torch
 from bitsandbytes.nn.modules import Linear4bit
-from torch.nn.functional import gelu, layer_norm, rms_norm, silu
+from torch.nn.functional import gelu, layer_norm, linear, rms_norm, silu
 from transformers.activations import NewGELUActivation, SiLUActivation
 
 try:
-    from lightweight.dropout import drop_again
+    from lightweight import kernels
 except ImportError:  # no Triton: masks are kept
-    drop_again = None  # type: ignore[assignment]
+    kernels = None  # type: ignore[assignment]
+
+SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+"""Names under which a module's children project one and the same input."""
 
 Recipe = tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]
 """How to compute a tensor again, and from what."""
@@ -43,8 +48,14 @@ class Lean:
         self._seed = torch.zeros((), dtype=torch.int64, device=device)
         adapted: list[Any] = [module for module in model.modules() if _is_plain_lora(module)]
         widths = {module.in_features for module in adapted}
-        for site, module in enumerate(adapted):
-            self._change(module, functools.partial(_lora, module, self._seed, site))
+        # Rotary embeddings make new queries and keys; in one tensor with the values the old ones would be kept as well.
+        joins = getattr(getattr(model, "config", None), "rope_parameters", None) is None
+        site = 0
+        for modules in _families(model, adapted):
+            family = _Family(modules, self._seed, site, joins=joins)
+            for index, module in enumerate(modules):
+                self._change(module, functools.partial(family.project, index))
+            site += len(modules)
         for module in model.modules() if adapted else ():
             if _is_gated(module):
                 self._change(module, functools.partial(_gated, module))
@@ -81,14 +92,11 @@ def _forward_of(module: Any, widths: set[int]) -> Callable[[torch.Tensor], torch
     `widths`: what the adapted layers take; an activation no adapter looks at need not be kept itself.
     """
     function: Callable[[torch.Tensor], torch.Tensor]
-    if type(module) is torch.nn.LayerNorm:
-        function = functools.partial(
-            layer_norm, normalized_shape=module.normalized_shape, weight=module.weight, bias=module.bias, eps=module.eps
-        )
+    if type(module) is torch.nn.LayerNorm and len(module.normalized_shape) == 1 and module.weight is not None:
+        function = functools.partial(_norm, module.weight, module.bias, module.eps, True)
     elif type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-        weight, eps = module.weight, module.variance_epsilon
-        function = functools.partial(rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
-        if not _agree(function, module, weight):  # some add one to the weight
+        function = functools.partial(_norm, module.weight, None, module.variance_epsilon, False)
+        if not _agree(function, module, module.weight):  # some add one to the weight
             return None
     elif type(module) is NewGELUActivation:
         function = functools.partial(gelu, approximate="tanh")  # the same formula, in one pass instead of eight
@@ -127,79 +135,197 @@ def _is_plain_lora(module: Any) -> bool:
     )
 
 
-def _lora(module: Any, seed: torch.Tensor, site: int, x: torch.Tensor) -> torch.Tensor:
-    """A LoRA layer's output: [..., in] -> [..., out]."""
-    (name,) = module.lora_A.keys()
-    dropout = module.lora_dropout[name]
-    p = dropout.p if module.training and isinstance(dropout, torch.nn.Dropout) else 0.0
-    function, sources = getattr(x, "recipe", (None, (x,)))
-    a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    result: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        x, a, b, seed, module.get_base_layer(), module.scaling[name], p, site, function, *sources
+def _families(model: torch.nn.Module, adapted: list[Any]) -> Iterator[list[Any]]:
+    """The adapted layers, each together with the frozen ones that project the same input."""
+    left = dict.fromkeys(adapted)
+    for parent in model.modules():
+        for names in SIBLINGS:
+            family = [child for name, child in parent.named_children() if name in names]
+            if not any(child in left for child in family) or not all(
+                child in left or _is_frozen_linear(child) for child in family
+            ):
+                continue
+            yield family
+            for child in family:
+                left.pop(child, None)
+    yield from ([module] for module in left)
+
+
+def _is_frozen_linear(module: Any) -> bool:
+    return (type(module) is torch.nn.Linear or isinstance(module, Linear4bit)) and not any(
+        parameter.requires_grad for parameter in module.parameters()
     )
-    return result
 
 
-class _LoraLinear(torch.autograd.Function):
-    """x @ W.T + bias + scaling * dropout(x) @ A.T @ B.T, W and bias frozen."""
+@dataclass(frozen=True)
+class _Projection:
+    """A frozen layer, its adapter's settings where it has one, and the number its dropout is drawn with."""
+
+    base: Any
+    site: int
+    scaling: float = 0.0
+    p: float = 0.0
+    adapter: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @classmethod
+    def of(cls, module: Any, site: int) -> _Projection:
+        if not hasattr(module, "lora_A"):
+            return cls(module, site)
+        (name,) = module.lora_A.keys()
+        dropout = module.lora_dropout[name]
+        p = dropout.p if module.training and isinstance(dropout, torch.nn.Dropout) else 0.0
+        adapter = module.lora_A[name].weight, module.lora_B[name].weight
+        return cls(module.get_base_layer(), site, module.scaling[name], p, adapter)
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """The weights of several linear layers in one: [sum of `widths`, in], and their biases."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    widths: list[int]
+
+
+@torch.no_grad()
+def _joined(bases: list[Any]) -> _Joint | None:
+    """Several whole linear layers as one, which feeds a matrix unit better; their own weights become parts of it. None
+    where that cannot be."""
+    if len(bases) == 1 or any(type(base) is not torch.nn.Linear for base in bases):
+        return None
+    biases = [base.bias for base in bases if base.bias is not None]
+    if len(biases) not in (0, len(bases)):
+        return None
+    joint = _Joint(
+        torch.cat([base.weight for base in bases]),
+        torch.cat(biases) if biases else None,
+        [base.out_features for base in bases],
+    )
+    for base, part in zip(bases, joint.weight.split(joint.widths), strict=True):
+        base.weight.data = part
+    return joint
+
+
+class _Family:
+    """Layers that project one input. The first one asked computes all; its siblings then hand theirs out."""
+
+    def __init__(self, modules: list[Any], seed: torch.Tensor, site: int, *, joins: bool) -> None:
+        self._modules, self._seed, self._site = modules, seed, site
+        self._joint = _joined([_Projection.of(module, site).base for module in modules]) if joins else None
+        self._x: torch.Tensor | None = None
+        self._waiting: dict[int, torch.Tensor] = {}
+
+    def project(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """What layer `index` makes of `x`: [..., in] -> [..., out]."""
+        if self._x is not x or index not in self._waiting:
+            projections = [_Projection.of(module, self._site + i) for i, module in enumerate(self._modules)]
+            function, sources = getattr(x, "recipe", (None, (x,)))
+            adapters = [weight for projection in projections for weight in projection.adapter or ()]
+            outputs = _Projections.apply(x, self._seed, projections, self._joint, function, *adapters, *sources)  # type: ignore[no-untyped-call]
+            self._x, self._waiting = x, dict(enumerate(outputs))
+        output = self._waiting.pop(index)
+        if not self._waiting:
+            self._x = None
+        return output
+
+
+class _Projections(torch.autograd.Function):
+    """x @ W.T + bias + scaling * dropout(x) @ A.T @ B.T for each W, W and bias frozen."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        a: torch.Tensor,
-        b: torch.Tensor,
         seed: torch.Tensor,
-        base: Any,
-        scaling: float,
-        p: float,
-        site: int,
+        projections: list[_Projection],
+        joint: _Joint | None,
         function: Callable[..., torch.Tensor] | None,
-        *sources: torch.Tensor,
-    ) -> torch.Tensor:
-        """x: [..., in]; a: [r, in]; b: [out, r]; seed: one number. x is `function(*sources)` where there is one."""
-        y: torch.Tensor = base(x)
-        flat, mask = x.reshape(-1, x.shape[-1]), None
-        if p and drop_again is not None and x.is_cuda:
-            dropped = drop_again(flat, p, seed, site)
-        elif p:
-            dropped, mask = torch.native_dropout(flat, p, True)
-        else:
-            dropped = flat
-        inner = dropped @ a.t()  # [tokens, r]
-        y.view(-1, y.shape[-1]).addmm_(inner, b.t(), alpha=scaling)
-        ctx.save_for_backward(a, b, seed, inner, mask, *sources)
-        ctx.settings = base, scaling, p, site, function
-        return y
+        *tensors: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """x: [..., in]; seed: one number; `tensors`: a [r, in] and b [out, r] of each adapter, then the sources. x is
+        `function(*sources)` where there is one."""
+        flat, kept = x.reshape(-1, x.shape[-1]), []
+        outputs: list[torch.Tensor]
+        if joint is not None:
+            outputs = list(linear(x, joint.weight, joint.bias).split(joint.widths, -1))
+        else:  # each by its own forward pass, whatever stands in for it
+            outputs = [type(projection.base).forward(projection.base, x) for projection in projections]
+        weights = iter(tensors)
+        for projection, y in zip(projections, outputs, strict=True):
+            if projection.adapter:
+                a, b = next(weights), next(weights)
+                inner, mask = _project(flat, a, projection, seed)
+                y.view(-1, y.shape[-1]).addmm_(inner, b.t())
+                kept += [inner, mask]
+        ctx.save_for_backward(seed, *tensors, *kept)
+        ctx.settings = projections, function, len(tensors), x.shape
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        a, b, seed, inner, mask, *sources = ctx.saved_tensors
-        base, scaling, p, site, function = ctx.settings
-
-        def dropout(tensor: torch.Tensor) -> torch.Tensor:
-            """The forward pass's dropout once more, or its gradient: the same kept elements, the same scale."""
-            if not p:
-                return tensor
-            if mask is None:
-                return drop_again(tensor, p, seed, site)
-            kept: torch.Tensor = torch.ops.aten.native_dropout_backward(tensor, mask, 1 / (1 - p))
-            return kept
-
-        grad = grad_output.reshape(-1, grad_output.shape[-1])  # [tokens, out]
+    def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        projections, function, count, shape = ctx.settings
+        seed, *saved = ctx.saved_tensors
+        adapted = 2 * sum(projection.adapter is not None for projection in projections)
+        weights, sources, kept = iter(saved[:adapted]), saved[adapted:count], iter(saved[count:])
         x = sources[0] if function is None else function(*sources)
-        grad_inner = (grad @ b).mul_(scaling)  # [tokens, r]
-        grad_a = grad_inner.t() @ dropout(x.reshape(-1, x.shape[-1]))
-        grad_b = (grad.t() @ inner).mul_(scaling)
+        x = x.reshape(-1, x.shape[-1])
+        grads = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]  # [tokens, out]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ _weight(base, grad.dtype)
-            if p:
-                grad_x += dropout(grad_inner @ a)
-            else:
-                grad_x.addmm_(grad_inner, a)
-            grad_x = grad_x.view(x.shape)
-        return grad_x, grad_a, grad_b, *(None,) * (6 + len(sources))
+            for projection, grad in zip(projections, grads, strict=True):
+                if grad is None:
+                    continue
+                weight = _weight(projection.base, grad.dtype)
+                grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
+        adapter_grads: list[torch.Tensor | None] = []
+        for projection, grad in zip(projections, grads, strict=True):
+            if not projection.adapter:
+                continue
+            a, b, inner, mask = next(weights), next(weights), next(kept), next(kept)
+            if grad is None:
+                adapter_grads += [None, None]
+                continue
+            adapter_grads += [_project_backward(grad @ b, x, a, grad_x, projection, seed, mask), grad.t() @ inner]
+        grad_x = None if grad_x is None else grad_x.view(shape)
+        return grad_x, None, None, None, None, *adapter_grads, *(None,) * len(sources)
+
+
+def _project(
+    x: torch.Tensor, a: torch.Tensor, projection: _Projection, seed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """scaling * dropout(x) @ a.T, [tokens, r], and dropout's mask where it must be kept."""
+    if kernels is not None and x.is_cuda:
+        return kernels.project(x, a, projection.scaling, projection.p, seed, projection.site), None
+    mask = None
+    if projection.p:
+        x, mask = torch.native_dropout(x, projection.p, True)
+    return (x @ a.t()).mul_(projection.scaling), mask
+
+
+def _project_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    grad_x: torch.Tensor | None,
+    projection: _Projection,
+    seed: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """The gradient of `a`, given that of `_project`'s result, [tokens, r]; adds that of `x` to `grad_x`."""
+    if kernels is not None and x.is_cuda:
+        return kernels.project_backward(grad, x, a, grad_x, projection.scaling, projection.p, seed, projection.site)
+
+    def dropout(tensor: torch.Tensor) -> torch.Tensor:
+        if mask is None:
+            return tensor
+        kept: torch.Tensor = torch.ops.aten.native_dropout_backward(tensor, mask, 1 / (1 - projection.p))
+        return kept
+
+    grad = grad * projection.scaling
+    if grad_x is not None:
+        grad_x += dropout(grad @ a)
+    return grad.t() @ dropout(x)
 
 
 def _weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -209,6 +335,30 @@ def _weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
         return bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state).to(dtype)
     whole: torch.Tensor = base.weight
     return whole
+
+
+def _norm(weight: torch.Tensor, bias: torch.Tensor | None, eps: float, centred: bool, x: torch.Tensor) -> torch.Tensor:
+    """Layer norm, or RMS norm where it is not `centred`: [..., width] -> [..., width], `weight` and `bias` frozen."""
+    if kernels is not None and x.is_cuda:
+        result: torch.Tensor = _Norm.apply(x, weight, bias, eps, centred)  # type: ignore[no-untyped-call]
+        return result
+    return layer_norm(x, weight.shape, weight, bias, eps) if centred else rms_norm(x, weight.shape, weight, eps)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, centred: bool
+    ) -> torch.Tensor:
+        result, statistics = kernels.norm(x, weight, bias, eps, centred)
+        ctx.save_for_backward(x, weight, statistics)
+        ctx.centred = centred
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, statistics = ctx.saved_tensors
+        return kernels.norm_backward(grad_output, x, weight, statistics, ctx.centred), None, None, None, None
 
 
 def _relu(widths: set[int], x: torch.Tensor) -> torch.Tensor:
@@ -222,13 +372,16 @@ def _relu(widths: set[int], x: torch.Tensor) -> torch.Tensor:
 class _Relu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x > 0)
-        return torch.relu(x)
+        result, positive = kernels.relu(x) if kernels is not None and x.is_cuda else (torch.relu(x), x > 0)
+        ctx.save_for_backward(positive)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:
-        positive: torch.Tensor = ctx.saved_tensors[0]
-        return grad_output * positive
+        (positive,) = ctx.saved_tensors
+        # their product, by the kernel that reads a mask of bytes eight at a time
+        grad: torch.Tensor = torch.ops.aten.native_dropout_backward(grad_output, positive, 1.0)
+        return grad
 
 
 def _is_gated(module: Any) -> bool:
@@ -249,7 +402,7 @@ def _gated(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return silu(gate) * up
+    return kernels.gate(gate, up) if kernels is not None and gate.is_cuda else silu(gate) * up
 
 
 class _Gate(torch.autograd.Function):
@@ -263,4 +416,6 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
+        if kernels is not None and gate.is_cuda:
+            return kernels.gate_backward(grad_output, gate, up)
         return torch.ops.aten.silu_backward(grad_output * up, gate), grad_output * silu(gate)

@@ -19,7 +19,7 @@ from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, 
 import torch
 import transformers
 
-from lightweight import captured, corpus, models, stock
+from lightweight import attention, captured, corpus, models, stock
 from lightweight.meter import DivergedError, Meter
 from lightweight.stock import Request
 from lightweight.targets import Device, GiB, MiB
@@ -113,6 +113,8 @@ def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner
     with meter.during("build"):
         if device.type == "cuda":
             _cap_memory(trial)
+        if trial.method.captured_step is not None and trial.method.captured_step.attention == "sdpa":
+            attention.start_quickly()
         transformers.set_seed(trial.seed)
         network = build(trial, device)
         tokenizer = models.load_tokenizer(trial.model)

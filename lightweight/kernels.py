@@ -1,0 +1,308 @@
+"""The captured step's own GPU kernels: a LoRA adapter in two passes over memory instead of nine, a softmax that becomes
+its own gradient, and norms and activations in one pass each.
+
+Dropout keeps no mask. Which elements fall follows from a seed on the device, so the backward pass draws the same
+numbers again while it has the elements in hand: a mask would cost a byte an element for as long as the forward pass
+lasts.
+Importing this needs Triton, which torch brings along on CUDA.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+COLUMNS = 128
+"""Columns of a tile. Every kernel walks over an input in tiles of this width: an element's random number follows from
+its row and its place among the tiles."""
+
+ROWS_OF_A_SHARE = 64
+"""Rows that one program sums an adapter's gradient over; the shares are added in a fixed order, for a run to repeat."""
+
+
+ELEMENTS = 2048
+"""Elements of one program of an activation."""
+
+
+def project(x: torch.Tensor, a: torch.Tensor, scaling: float, p: float, seed: torch.Tensor, site: int) -> torch.Tensor:
+    """`scaling * dropout(x) @ a.T`: [tokens, r] from `x` [tokens, in] and `a` [r, in], in one pass over `x`.
+
+    Which elements fall depends on `seed` (one int64 on the device, read when the kernel runs), on `site` and on their
+    place in `x` alone. 0 <= p < 1.
+    """
+    x, a = x.contiguous(), a.contiguous()
+    tokens, width = x.shape
+    projected = torch.empty(tokens, a.shape[0], dtype=x.dtype, device=x.device)
+    _project[(triton.cdiv(tokens, 16),)](
+        x, a, projected, seed, site, _threshold(p), scaling / (1 - p), tokens, width, a.shape[0],
+        drops=p > 0, rank=_padded(a.shape[0]), rows=16, columns=COLUMNS, num_stages=4,
+    )  # fmt: skip
+    return projected
+
+
+def project_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    grad_x: torch.Tensor | None,
+    scaling: float,
+    p: float,
+    seed: torch.Tensor,
+    site: int,
+) -> torch.Tensor:
+    """The gradient of `a`, [r, in], given `grad` [tokens, r] of what `project` returned; adds that of `x` to `grad_x`
+    [tokens, in], contiguous, where there is one. `p`, `seed` and `site` as in the forward pass."""
+    grad, x, a = grad.contiguous(), x.contiguous(), a.contiguous()
+    tokens, width = x.shape
+    shares = triton.cdiv(tokens, ROWS_OF_A_SHARE)
+    grad_a = torch.empty(shares, *a.shape, dtype=a.dtype, device=a.device)
+    _project_backward[(shares, triton.cdiv(width, COLUMNS))](
+        grad, x, a, x if grad_x is None else grad_x, grad_a, seed, site, _threshold(p), scaling / (1 - p), tokens,
+        width, a.shape[0], drops=p > 0, reaches_x=grad_x is not None, rank=_padded(a.shape[0]), share=ROWS_OF_A_SHARE,
+        rows=32, columns=COLUMNS,
+    )  # fmt: skip
+    return grad_a.sum(0)
+
+
+def cross_entropy_(logits: torch.Tensor, vocabulary: int, targets: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy (nats) of the first `vocabulary` columns of `logits` [tokens, columns] against `targets`
+    [tokens]: [tokens], fp32. Afterwards these columns hold `scales` [tokens] times its gradient, and those behind them,
+    there to make rows begin where a wide load can, hold zeros."""
+    losses = torch.empty(logits.shape[0], device=logits.device)
+    _cross_entropy[(logits.shape[0],)](
+        logits, targets, scales, losses, vocabulary, logits.shape[1], columns=4096, num_warps=8
+    )
+    return losses
+
+
+def norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, centred: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Layer norm over the last axis of `x`, or RMS norm where it is not `centred`, and each row's mean and reciprocal
+    deviation, [rows, 2] in fp32, for `norm_backward`."""
+    x = x.contiguous()
+    width = x.shape[-1]
+    rows = x.numel() // width
+    result, statistics = torch.empty_like(x), torch.empty(rows, 2, device=x.device)
+    _norm[(rows,)](
+        x, weight, weight if bias is None else bias, result, statistics, eps, width, centred=centred,
+        biased=bias is not None, columns=triton.next_power_of_2(width),
+    )  # fmt: skip
+    return result, statistics
+
+
+def norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, statistics: torch.Tensor, centred: bool
+) -> torch.Tensor:
+    """The gradient of `norm`'s `x`, given that of its result and the statistics it returned beside it."""
+    grad, x = grad.contiguous(), x.contiguous()
+    width = x.shape[-1]
+    grad_x = torch.empty_like(x)
+    _norm_backward[(x.numel() // width,)](
+        grad, x, weight, statistics, grad_x, width, centred=centred, columns=triton.next_power_of_2(width)
+    )
+    return grad_x
+
+
+def relu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """ReLU of `x` and where `x` is positive, a bool an element."""
+    x = x.contiguous()
+    result, positive = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+    _relu[(triton.cdiv(x.numel(), ELEMENTS),)](x, result, positive.view(torch.int8), x.numel(), elements=ELEMENTS)
+    return result, positive
+
+
+def gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, of one shape."""
+    gate, up = gate.contiguous(), up.contiguous()
+    result = torch.empty_like(gate)
+    _gate[(triton.cdiv(gate.numel(), ELEMENTS),)](gate, up, result, gate.numel(), elements=ELEMENTS)
+    return result
+
+
+def gate_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of `gate` and `up`, given that of what `gate` returned."""
+    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    programs = triton.cdiv(gate.numel(), ELEMENTS)
+    _gate_backward[(programs,)](grad, gate, up, grad_gate, grad_up, gate.numel(), elements=ELEMENTS)
+    return grad_gate, grad_up
+
+
+def _threshold(p: float) -> int:
+    """A 16-bit random number below this lets its element fall."""
+    return round(p * 2**16)
+
+
+def _padded(rank: int) -> int:
+    """A matrix unit takes 16 columns at the least."""
+    return max(16, int(triton.next_power_of_2(rank)))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _kept(seed, row, tile, width, threshold, columns: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether each element of a tile is kept: [rows, columns]. One draw of Philox is eight 16-bit numbers, for eight
+    neighbours in a row."""
+    group = tile * (columns // 8) + tl.arange(0, columns // 8)
+    place = row[:, None] * tl.cdiv(width, columns) * (columns // 8) + group[None, :]
+    first, second, third, fourth = tl.randint4x(seed, place, n_rounds=7)
+    left = tl.join(_pair(first, threshold), _pair(second, threshold))
+    right = tl.join(_pair(third, threshold), _pair(fourth, threshold))
+    return tl.reshape(tl.join(left, right), (row.shape[0], columns)) != 0
+
+
+@triton.jit
+def _pair(number, threshold):  # type: ignore[no-untyped-def]
+    low = ((number & 0xFFFF) >= threshold).to(tl.int8)
+    high = (((number >> 16) & 0xFFFF) >= threshold).to(tl.int8)
+    return tl.join(low, high)
+
+
+@triton.jit(do_not_specialize=["site", "threshold", "tokens", "rank_"])  # type: ignore[untyped-decorator]
+def _project(  # type: ignore[no-untyped-def]
+    x, a, projected, seed, site, threshold, scale, tokens, width, rank_,
+    drops: tl.constexpr, rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    unit = tl.arange(0, rank)
+    start = row[:, None].to(tl.int64) * width
+    total = tl.zeros((rows, rank), dtype=tl.float32)
+    key = tl.load(seed) + site
+    for tile in range(0, tl.cdiv(width, columns)):
+        column = tile * columns + tl.arange(0, columns)
+        inside = (row[:, None] < tokens) & (column[None, :] < width)
+        value = tl.load(x + start + column[None, :], mask=inside, other=0.0)
+        if drops:
+            value = tl.where(_kept(key, row, tile, width, threshold, columns), value, 0.0).to(x.dtype.element_ty)
+        there = (unit[None, :] < rank_) & (column[:, None] < width)
+        weight = tl.load(a + unit[None, :] * width + column[:, None], mask=there, other=0.0)
+        total = tl.dot(value, weight, total, input_precision="ieee")
+    there = (row[:, None] < tokens) & (unit[None, :] < rank_)
+    tl.store(projected + row[:, None] * rank_ + unit[None, :], total * scale, mask=there)
+
+
+@triton.jit(do_not_specialize=["site", "threshold", "tokens", "rank_"])  # type: ignore[untyped-decorator]
+def _project_backward(  # type: ignore[no-untyped-def]
+    grad, x, a, grad_x, grad_a, seed, site, threshold, scale, tokens, width, rank_,
+    drops: tl.constexpr, reaches_x: tl.constexpr, rank: tl.constexpr, share: tl.constexpr, rows: tl.constexpr,
+    columns: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(1)
+    column, unit = tile * columns + tl.arange(0, columns), tl.arange(0, rank)
+    there = (unit[:, None] < rank_) & (column[None, :] < width)
+    weight = tl.load(a + unit[:, None] * width + column[None, :], mask=there, other=0.0)
+    total = tl.zeros((rank, columns), dtype=tl.float32)
+    key = tl.load(seed) + site
+    for step in range(0, share // rows):
+        row = tl.program_id(0) * share + step * rows + tl.arange(0, rows)
+        inside = (row[:, None] < tokens) & (column[None, :] < width)
+        place = row[:, None].to(tl.int64) * width + column[None, :]
+        value = tl.load(x + place, mask=inside, other=0.0)
+        here = (row[:, None] < tokens) & (unit[None, :] < rank_)
+        inner = tl.load(grad + row[:, None] * rank_ + unit[None, :], mask=here, other=0.0)
+        if drops:
+            kept = _kept(key, row, tile, width, threshold, columns)
+            value = tl.where(kept, value, 0.0).to(x.dtype.element_ty)
+        total = tl.dot(tl.trans(inner), value, total, input_precision="ieee")
+        if reaches_x:
+            change = tl.dot(inner, weight, input_precision="ieee") * scale
+            if drops:
+                change = tl.where(kept, change, 0.0)
+            before = tl.load(grad_x + place, mask=inside, other=0.0).to(tl.float32)
+            tl.store(grad_x + place, before + change, mask=inside)
+    first = tl.program_id(0) * rank_ * width
+    tl.store(grad_a + first + unit[:, None] * width + column[None, :], total * scale, mask=there)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _cross_entropy(  # type: ignore[no-untyped-def]
+    logits, targets, scales, losses, vocabulary, stride, columns: tl.constexpr
+):
+    row = tl.program_id(0)
+    start = logits + row.to(tl.int64) * stride
+    target = tl.load(targets + row)
+    predicted = tl.load(start + target).to(tl.float32)
+    largest, total = predicted, 0.0
+    for first in range(0, stride, columns):
+        column = first + tl.arange(0, columns)
+        value = tl.load(start + column, mask=column < stride, other=0.0).to(tl.float32)
+        value = tl.where(column < vocabulary, value, float("-inf"))
+        highest = tl.maximum(largest, tl.max(value, 0))
+        total = total * tl.exp(largest - highest) + tl.sum(tl.exp(value - highest), 0)
+        largest = highest
+    normaliser = largest + tl.log(total)
+    tl.store(losses + row, normaliser - predicted)
+    scale = tl.load(scales + row)
+    for first in range(0, stride, columns):
+        column = first + tl.arange(0, columns)
+        value = tl.load(start + column, mask=column < stride, other=0.0).to(tl.float32)
+        gradient = (tl.exp(value - normaliser) - tl.where(column == target, 1.0, 0.0)) * scale
+        tl.store(start + column, tl.where(column < vocabulary, gradient, 0.0), mask=column < stride)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _norm(  # type: ignore[no-untyped-def]
+    x, weight, bias, result, statistics, eps, width, centred: tl.constexpr, biased: tl.constexpr, columns: tl.constexpr
+):
+    row = tl.program_id(0)
+    column = tl.arange(0, columns)
+    inside = column < width
+    place = row.to(tl.int64) * width + column
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    mean = 0.0
+    if centred:
+        mean = tl.sum(value, 0) / width
+    centre = tl.where(inside, value - mean, 0.0)
+    factor = 1 / tl.sqrt(tl.sum(centre * centre, 0) / width + eps)
+    scaled = centre * factor * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if biased:
+        scaled += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(result + place, scaled, mask=inside)
+    tl.store(statistics + 2 * row, mean)
+    tl.store(statistics + 2 * row + 1, factor)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _norm_backward(  # type: ignore[no-untyped-def]
+    grad, x, weight, statistics, grad_x, width, centred: tl.constexpr, columns: tl.constexpr
+):
+    row = tl.program_id(0)
+    column = tl.arange(0, columns)
+    inside = column < width
+    place = row.to(tl.int64) * width + column
+    mean, factor = tl.load(statistics + 2 * row), tl.load(statistics + 2 * row + 1)
+    normal = tl.where(inside, (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean) * factor, 0.0)
+    change = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+    change *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    result = change - normal * (tl.sum(change * normal, 0) / width)
+    if centred:
+        result -= tl.sum(change, 0) / width
+    tl.store(grad_x + place, result * factor, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _relu(x, result, positive, count, elements: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0).to(tl.int64) * elements + tl.arange(0, elements)
+    value = tl.load(x + place, mask=place < count, other=0.0)
+    tl.store(result + place, tl.where(value < 0, 0.0, value), mask=place < count)  # as torch does, NaN stays NaN
+    tl.store(positive + place, (value > 0).to(tl.int8), mask=place < count)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gate(gate, up, result, count, elements: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0).to(tl.int64) * elements + tl.arange(0, elements)
+    value = tl.load(gate + place, mask=place < count, other=0.0).to(tl.float32)
+    other = tl.load(up + place, mask=place < count, other=0.0).to(tl.float32)
+    tl.store(result + place, value * tl.sigmoid(value) * other, mask=place < count)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gate_backward(grad, gate, up, grad_gate, grad_up, count, elements: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0).to(tl.int64) * elements + tl.arange(0, elements)
+    change = tl.load(grad + place, mask=place < count, other=0.0).to(tl.float32)
+    value = tl.load(gate + place, mask=place < count, other=0.0).to(tl.float32)
+    other = tl.load(up + place, mask=place < count, other=0.0).to(tl.float32)
+    share = tl.sigmoid(value)
+    tl.store(grad_up + place, change * value * share, mask=place < count)
+    tl.store(grad_gate + place, change * other * share * (1 + value * (1 - share)), mask=place < count)
