@@ -42,6 +42,11 @@ COMPILE_STEPS = 6_000
 """Steps from which torch.compile earns its time back: for opt-350m it took 10 to 16 s and brought a captured step from
 12.8 to 10.5 ms (H100, torch 2.11)."""
 
+
+class MethodError(ValueError):
+    """A method that asks for something that the captured step does not do. The message names it and the mend."""
+
+
 STATE_NAME = "captured_step.pt"
 """The file of a checkpoint that holds what `_Optimizer.state` gives."""
 
@@ -49,7 +54,7 @@ STATE_NAME = "captured_step.pt"
 class Job:
     """A trial's training by the captured step: `prepare` once, then `train`.
 
-    Raises ValueError where the method asks for something that only the Trainer does.
+    Raises MethodError where the method asks for something that only the Trainer does.
     """
 
     def __init__(self, trial: Trial, trainer: Trainer, rows: Sequence[Row], meter: Meter) -> None:
@@ -358,7 +363,7 @@ class _Optimizer:
     def __init__(self, trial: Trial, trainer: Trainer, device: torch.device) -> None:
         created = trainer.create_optimizer()
         if type(created) is not torch.optim.AdamW:
-            raise ValueError(
+            raise MethodError(
                 f"method {trial.method.name}: the captured step runs torch's AdamW, and `optim` asks for "
                 f"{type(created).__name__}: leave it out, or let the Trainer run the steps"
             )
