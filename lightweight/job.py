@@ -26,7 +26,7 @@ from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, 
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import TensorBoardCallback, get_available_reporting_integrations
+from transformers.integrations import integration_utils
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lightweight import corpus, forecast, methods, models, plan, record, stock, targets, worker
@@ -40,7 +40,6 @@ from lightweight.stock import Request
 from lightweight.targets import CPU, NATIVE, Device, GiB, MiB, Target
 from lightweight.trial import MAX_LENGTH, Completed, Crashed, Diverged, Outcome, OutOfMemory, Phase, Trial
 
-TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 CHECKPOINT_SECONDS = 300.0
 """Between two checkpoints where none is asked for by steps: what a killed job loses at most."""
 LOG_STEPS = 10
@@ -148,7 +147,7 @@ def _train(trial: Trial, job: Job, output: Output, device: Device, progress: Cal
             wanted = result_bytes + checkpoint_bytes if checkpoint else 2 * checkpoint_bytes
             output.require(wanted + BESIDES_BYTES)
             for callback in trainer.callback_handler.callbacks:
-                if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                if isinstance(callback, integration_utils.TensorBoardCallback) and callback.logging_dir is None:
                     callback.logging_dir = str(output.partial / "runs")  # one curve, also of a job that is resumed
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(checkpoints)
@@ -226,8 +225,14 @@ def base_name(model: Model) -> str:
 
 
 def _check_tracker(name: str) -> None:
-    if name != "none" and name not in get_available_reporting_integrations():
-        raise JobError(f"--report-to {name}: the package {name} is not installed or switched off: pip install {name}")
+    if name == "none":
+        return
+    try:
+        found = getattr(integration_utils, f"is_{name}_available")()  # some import the package to know
+    except ImportError as error:
+        raise JobError(f"--report-to {name}: the package {name} cannot be imported ({error}): mend it") from error
+    if not found:
+        raise JobError(f"--report-to {name}: the package is not installed or switched off: pip install {name}")
 
 
 def _target(name: str | None, device: Device, on_gpu: bool) -> Target:

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import struct
@@ -339,3 +341,12 @@ def test_another_job_is_not_resumed(train, out, signal_at, monkeypatch, capsys):
     assert "already exists" in capsys.readouterr().err
     assert train("b", "--resume", "--max-steps", "1") == 0
     assert "nothing to resume" in capsys.readouterr().out
+
+
+def test_the_readmes_two_commands_work(base, dialogues, out, capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    trains, chats = re.findall(r"^    lightweight ((?:train|chat) .*)$", readme, re.MULTILINE)
+    here = {"smollm2-135m": str(base), "corpus.json": str(dialogues), "my-counsellor": str(out / "a")}
+    for line, less in ((trains, "--max-steps 1 --max-length 64 --batch-size 2"), (chats, "--max-tokens 1")):
+        assert main([here.get(word, word) for word in shlex.split(line)] + less.split()) == 0
+    assert "saved in" in capsys.readouterr().out
