@@ -121,8 +121,10 @@ def run(job: Job, progress: Callable[[str], None] = lambda text: None) -> Outcom
         progress(f"{trial.name}: loading")
         trial = replace(trial, model=_written(found, output, job.seed))
         return _train(trial, job, output, device, progress)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except REFUSALS:
+        raise
+    except Exception as error:  # safetensors and torch tell a full disk each in their own way
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or output.is_full:
             raise _disk_full(output) from error
         raise
     finally:
@@ -174,8 +176,6 @@ def _train(trial: Trial, job: Job, output: Output, device: Device, progress: Cal
     except Exception as error:
         failed = worker.failure(error, trial, meter)
         if isinstance(failed, Crashed):
-            if output.is_full:
-                raise _disk_full(output) from error
             if not _host_ran_out(error):
                 raise
             failed = OutOfMemory(
