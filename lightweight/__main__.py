@@ -162,7 +162,8 @@ def _train(options: argparse.Namespace) -> int:
     try:
         for option in ("epochs", "max_steps", "batch_size", "max_length", "save_steps"):
             _at_least(options, option, 1)
-        _at_least(options, "seed", 0)
+        if not 0 <= options.seed < 2**32:
+            raise ValueError(f"--seed {options.seed}: give a number from 0 to {2**32 - 1}, which is what numpy takes")
     except ValueError as error:
         return _refuse(error)
     try:
