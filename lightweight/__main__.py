@@ -1,10 +1,14 @@
-"""The command line: `lightweight plan MODEL`, `lightweight report RECORD.json`, `lightweight gate NEW.json`."""
+"""The command line: `lightweight plan MODEL`, `lightweight train --model MODEL --output DIR`, `lightweight chat DIR`,
+`lightweight report RECORD.json`, `lightweight gate NEW.json`."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,14 +16,18 @@ from lightweight import __version__, gate, record, report
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 1 for a gate that fails, 2 for input that cannot be used."""
+    """Run one command; returns the exit status: 1 for a gate that fails or a training that did not complete, 2 for
+    input that cannot be used, 130 for an interruption."""
     parser = argparse.ArgumentParser(prog="lightweight", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_plan(commands.add_parser("plan", help="forecast which methods fit which cards, without a GPU or the weights"))
+    _add_train(commands.add_parser("train", help="fine-tune a model and save it, with checkpoints on the way"))
+    _add_chat(commands.add_parser("chat", help="let a model that was trained answer prompts"))
     _add_report(commands.add_parser("report", help="print saved records as one table"))
     _add_gate(commands.add_parser("gate", help="hold a saved record against older ones; status 1 where it got worse"))
     options = parser.parse_args(arguments)
+    options.given = sys.argv[1:] if arguments is None else arguments
     run: Callable[[argparse.Namespace], int] = options.run
     return run(options)
 
@@ -79,9 +87,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     try:
         for option in ("batch_size", "max_length"):
-            value = getattr(options, option)
-            if value is not None and value < 1:
-                raise ValueError(f"--{option.replace('_', '-')} {value}: give at least 1")
+            _at_least(options, option, 1)
         stock = [method.name for method in methods.METHODS.values() if method.captured_step is None]
         wanted_methods = [methods.named(name) for name in dict.fromkeys(options.method or stock)]
         names = options.target or [target.name for target in targets.TARGETS.values() if target.total_bytes]
@@ -117,6 +123,129 @@ def _show(text: str) -> None:
     """A line of progress that the next one overwrites; none where nobody watches."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_train)
+    parser.add_argument("--model", required=True, metavar="NAME", help="a known name, a hub id or a local folder")
+    parser.add_argument(
+        "--method", metavar="NAME", help="a known name or package.module:NAME (default: the fastest forecast to fit)"
+    )
+    parser.add_argument("--corpus", type=Path, default=Path("corpus.json"), metavar="PATH", help="a JSON list of turns")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the trained model goes")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that is there already")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of an interrupted job")
+    parser.add_argument(
+        "--target", metavar="NAME", help="the card whose memory it gets, or an amount such as 16GiB (default: all)"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("pretrained", "random"),
+        help="where weights come from (default: pretrained where they can be had, else random)",
+    )
+    parser.add_argument("--epochs", type=int, default=10, metavar="N", help="passes over the corpus (default: 10)")
+    parser.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps, instead of epochs")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="sequences a forward pass (default: the method's)")
+    parser.add_argument("--max-length", type=int, default=256, metavar="N", help="tokens a row (default: 256)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "--report-to", choices=("tensorboard", "wandb", "trackio", "mlflow", "none"), default="none", help="a tracker"
+    )
+    parser.add_argument(
+        "--save-steps", type=int, metavar="N", help="optimizer steps between checkpoints (default: every five minutes)"
+    )
+
+
+def _train(options: argparse.Namespace) -> int:
+    from lightweight.output import Output
+
+    try:
+        for option in ("epochs", "max_steps", "batch_size", "max_length", "save_steps"):
+            _at_least(options, option, 1)
+        if not 0 <= options.seed < 2**32:
+            raise ValueError(f"--seed {options.seed}: give a number from 0 to {2**32 - 1}, which is what numpy takes")
+    except ValueError as error:
+        return _refuse(error)
+    try:
+        return _train_job(options)
+    except KeyboardInterrupt:
+        if Output(options.output.absolute()).checkpoint is None:
+            print("lightweight: interrupted before the first checkpoint: nothing is left to resume", file=sys.stderr)
+        else:
+            again = options.given if options.resume else [*options.given, "--resume"]
+            print(f"lightweight: interrupted: go on with: lightweight {shlex.join(again)}", file=sys.stderr)
+        return 130
+
+
+def _train_job(options: argparse.Namespace) -> int:
+    from lightweight import job  # torch takes seconds
+
+    _quiet()
+    names = [field.name for field in dataclasses.fields(job.Job)]
+    try:
+        outcome = job.run(job.Job(**{name: getattr(options, name) for name in names}), progress=_show)
+    except job.NothingFitsError as error:
+        _refuse(error)
+        return 1
+    except job.REFUSALS as error:
+        return _refuse(error)
+    return 0 if outcome.kind == "completed" else 1
+
+
+def _quiet() -> None:
+    """Leave the terminal to what this program says itself."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    # transformers and peft call activation checkpointing by its older name
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
+
+
+def _at_least(options: argparse.Namespace, option: str, least: int) -> None:
+    value = getattr(options, option)
+    if value is not None and value < least:
+        raise ValueError(f"--{option.replace('_', '-')} {value}: give at least {least}")
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_chat)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="what `lightweight train` wrote")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this one (default: standard input, line by line)")
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0, the default, takes the likeliest token each time",
+    )
+
+
+def _chat(options: argparse.Namespace) -> int:
+    try:
+        _at_least(options, "max_tokens", 1)
+        _at_least(options, "temperature", 0)
+    except ValueError as error:
+        return _refuse(error)
+
+    from lightweight import chat  # torch takes seconds
+
+    _quiet()
+    try:
+        found = chat.load(options.folder, progress=_show)
+        _show("")
+        how = {"max_tokens": options.max_tokens, "temperature": options.temperature}
+        if options.prompt is None:
+            chat.talk(found, **how)
+        else:
+            found.answer(options.prompt, show=True, **how)
+    except chat.REFUSALS as error:
+        return _refuse(error)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 0
 
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:

@@ -14,13 +14,17 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightweight.preload import peft  # isort: skip  # before Trainer, which imports peft
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from lightweight import attention, packing
 from lightweight.lean import Lean
@@ -28,7 +32,7 @@ from lightweight.loss import linear_cross_entropy
 from lightweight.meter import Meter
 from lightweight.methods import CapturedStep
 from lightweight.packing import Buffers, Layout, Shape
-from lightweight.stock import Rounds, Row
+from lightweight.stock import Row
 from lightweight.trial import Trial
 
 PACKING_SHARE = 1 / 8
@@ -39,10 +43,18 @@ COMPILE_STEPS = 6_000
 12.8 to 10.5 ms (H100, torch 2.11)."""
 
 
+class MethodError(ValueError):
+    """A method that asks for something that the captured step does not do. The message names it and the mend."""
+
+
+STATE_NAME = "captured_step.pt"
+"""The file of a checkpoint that holds what `_Optimizer.state` gives."""
+
+
 class Job:
     """A trial's training by the captured step: `prepare` once, then `train`.
 
-    Raises ValueError where the method asks for something that only the Trainer does.
+    Raises MethodError where the method asks for something that only the Trainer does.
     """
 
     def __init__(self, trial: Trial, trainer: Trainer, rows: Sequence[Row], meter: Meter) -> None:
@@ -83,26 +95,81 @@ class Job:
             "capture_note": "; ".join(self.notes) or None,
         }
 
-    def train(self, rounds: Rounds) -> None:
-        """Train the whole job, a round an epoch, as its owner asks for them."""
-        rounds.training_began()
+    def train(self, checkpoint: Path | None = None) -> None:
+        """Train the whole job, from `checkpoint` on where there is one, telling the Trainer's callbacks what the
+        Trainer would: so rounds, logs and checkpoints are theirs to ask for."""
+        trainer, handler = self.trainer, self.trainer.callback_handler
+        if checkpoint is not None:
+            trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        arguments, state = trainer.args, trainer.state
+        state.max_steps, state.num_train_epochs = self.trial.steps, self.trial.rounds
+        state.compute_steps(arguments, self.trial.steps)
+        self._logged = state.global_step
+        trainer.control = handler.on_train_begin(arguments, state, trainer.control)
         torch.manual_seed(self.trial.seed)  # dropout's numbers start here, wherever a rehearsal has left them
-        for epoch in self.epochs:
-            rounds.await_request("round")
-            self.meter.begin_round()
-            for layout in epoch:
+        if checkpoint is not None:
+            self._load(checkpoint)
+        for number, epoch in enumerate(self.epochs):
+            left = epoch[max(0, state.global_step - number * self.trial.steps_per_epoch) :]
+            if not left:
+                continue
+            trainer.control = handler.on_epoch_begin(arguments, state, trainer.control)
+            for layout in left:
+                trainer.control = handler.on_step_begin(arguments, state, trainer.control)
                 self._run(layout)
                 self.meter.add_loss(self.loss.clone())
-                self.meter.end_step()
-                rounds.step_ended()
-            self.meter.end_round()
-            rounds.round_ended()
+                state.global_step += 1
+                state.epoch = state.global_step / self.trial.steps_per_epoch
+                trainer.control = handler.on_step_end(arguments, state, trainer.control)
+                self._log_and_save()
+                if trainer.control.should_training_stop:
+                    break
+            trainer.control = handler.on_epoch_end(arguments, state, trainer.control)
+            self._log_and_save()
+            if trainer.control.should_training_stop:
+                break
         self._graphs.clear()
         for layer in self._compiled_layers:
             del layer.forward  # its class's own again: evaluating is not worth compiling for
         if self._lean is not None:
             self._lean.undo()
         self._optimizer.finish()
+        trainer.control = handler.on_train_end(arguments, state, trainer.control)
+
+    # What callbacks ask for
+
+    def _log_and_save(self) -> None:
+        trainer, state = self.trainer, self.trainer.state
+        if trainer.control.should_log and state.global_step > self._logged:
+            losses = self.meter.train_loss[self._logged :]
+            trainer.log({"loss": sum(losses) / len(losses), "learning_rate": self._optimizer.rate})
+            self._logged = state.global_step
+        if trainer.control.should_save:
+            self._save()
+            trainer.control = trainer.callback_handler.on_save(trainer.args, state, trainer.control)
+
+    def _save(self) -> None:
+        """A checkpoint where the Trainer would write it, complete once its trainer_state.json is there, as with the
+        Trainer's own."""
+        trainer, state = self.trainer, self.trainer.state
+        kept: Any = state.stateful_callbacks
+        run = str(trainer.args.output_dir)
+        folder = Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder.mkdir(exist_ok=True)
+        if isinstance(self.network, peft.PeftModel):
+            with self._optimizer.masters_in_place():
+                trainer.save_model(str(folder), _internal_call=True)
+        torch.save(self._optimizer.state(), folder / STATE_NAME)
+        trainer._save_rng_state(str(folder))
+        for callback in (*trainer.callback_handler.callbacks, trainer.control):
+            if isinstance(callback, ExportableState):
+                kept[type(callback).__name__] = callback.state()
+        state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        rotate_checkpoints(run, trainer.args.save_total_limit, use_mtime=True)
+
+    def _load(self, checkpoint: Path) -> None:
+        self._optimizer.load(torch.load(checkpoint / STATE_NAME, map_location="cpu", weights_only=True))
+        self.trainer._load_rng_state(str(checkpoint))
 
     # Before the first step
 
@@ -296,7 +363,7 @@ class _Optimizer:
     def __init__(self, trial: Trial, trainer: Trainer, device: torch.device) -> None:
         created = trainer.create_optimizer()
         if type(created) is not torch.optim.AdamW:
-            raise ValueError(
+            raise MethodError(
                 f"method {trial.method.name}: the captured step runs torch's AdamW, and `optim` asks for "
                 f"{type(created).__name__}: leave it out, or let the Trainer run the steps"
             )
@@ -362,8 +429,7 @@ class _Optimizer:
         """Unscale, clip, and take the step, unless a gradient is not finite under a loss scale."""
         self._scaler.unscale_(self._adamw)
         if self._max_norm:
-            trained = [weight for group in self._adamw.param_groups for weight in group["params"]]
-            torch.nn.utils.clip_grad_norm_(trained, self._max_norm)
+            torch.nn.utils.clip_grad_norm_(self._trained(), self._max_norm)
         index = self._taken.clamp(max=len(self._rates) - 1)  # a rehearsal may be longer than a very short job
         self._rate.copy_(self._rates.index_select(0, index)[0])
         self._scaler.step(self._adamw)
@@ -387,11 +453,55 @@ class _Optimizer:
                     tensor.zero_()
             self._scaler.load_state_dict(scaler)
 
+    @property
+    def rate(self) -> float:
+        """The learning rate of the last step; waits for the device."""
+        return self._rate.item()
+
+    def state(self) -> dict[str, Any]:
+        """What `load` needs to go on from here: trained weights, moments, loss scale and place in the schedule."""
+        trained = self._trained()
+        return {
+            "weights": [weight.detach() for weight in trained],
+            "moments": [dict(self._adamw.state[weight]) for weight in trained],
+            "scaler": self._scaler.state_dict(),
+            "taken": self._taken,
+        }
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, in place: a graph has the addresses of what it reads."""
+        for weight, saved, moments in zip(self._trained(), state["weights"], state["moments"], strict=True):
+            weight.copy_(saved)
+            own = self._adamw.state[weight]
+            for name, moment in moments.items():
+                own[name] = own[name].copy_(moment) if name in own else moment.to(weight.device)
+        for weight, master in self._masters.items():
+            weight.copy_(master)
+        self._scaler.load_state_dict(state["scaler"])
+        self._taken.copy_(state["taken"])
+
+    @contextlib.contextmanager
+    def masters_in_place(self) -> Iterator[None]:
+        """Inside, the network has the fp32 masters in the place of its half-precision weights."""
+        computed_with = {weight: weight.data for weight in self._masters}
+        for weight, master in self._masters.items():
+            weight.data = master.detach()
+        try:
+            yield
+        finally:
+            for weight, tensor in computed_with.items():
+                weight.data = tensor
+
     def finish(self) -> None:
         """Put the masters in the place of the half-precision weights, so that what was learned is saved in fp32."""
         self.clear_gradients()
         for weight, master in self._masters.items():
             weight.data = master.detach()
+
+    def _trained(self) -> list[torch.Tensor]:
+        """What AdamW steps: the masters where there are any."""
+        return [weight for group in self._adamw.param_groups for weight in group["params"]]
 
     def _count_step(self, optimizer: Any, *_: Any) -> None:
         """A skipped step does not move the schedule on, as with the Trainer."""

@@ -62,6 +62,17 @@ def load(path: Path) -> Corpus:
     )
 
 
+def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A user's turn up to where the answer begins, as ids: the tokenizer's own chat template, or plain names of the
+    roles where it has none. The answer after it ends with `eos_token_id`."""
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": text}]
+        marked = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer.encode(marked, add_special_tokens=False))
+    ids = tokenizer.encode(f"User: {text}\nTherapist: ", add_special_tokens=False)
+    return [*ids] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]
+
+
 def encode(pair: Pair, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]]:
     """One training sequence: prompt and answer in one row, the loss on the answer alone.
 
@@ -69,14 +80,7 @@ def encode(pair: Pair, tokenizer: PreTrainedTokenizerBase, max_length: int) -> d
     half the row keeps its end, so that there is always an answer to learn; an answer too long for the rest loses its
     end.
     """
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": pair.prompt}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        prompt = tokenizer.encode(text, add_special_tokens=False)
-    else:
-        prompt = tokenizer.encode(f"User: {pair.prompt}\nTherapist: ", add_special_tokens=False)
-        if tokenizer.bos_token_id is not None:
-            prompt = [tokenizer.bos_token_id, *prompt]
+    prompt = encode_prompt(pair.prompt, tokenizer)
     prompt = prompt[-(max_length // 2) :]
     answer = [*tokenizer.encode(pair.answer, add_special_tokens=False), tokenizer.eos_token_id]
     answer = answer[: max_length - len(prompt)]

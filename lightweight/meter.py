@@ -74,6 +74,22 @@ class Meter:
         return len(self._losses) + len(self._pending_losses)
 
     @property
+    def train_loss(self) -> list[float]:
+        """The loss of every optimizer step so far; waits for the device."""
+        pending = torch.stack(self._pending_losses).tolist() if self._pending_losses else []
+        return self._losses + pending
+
+    def state(self) -> dict[str, list[float]]:
+        """What a checkpoint keeps for `resume`; waits for the device."""
+        losses = self.train_loss
+        seconds = self._step_seconds + [_seconds(start, end) for start, end in pairwise(self._marks)]
+        return {"train_loss": losses, "step_seconds": seconds, "heldout_losses": self.heldout_losses}
+
+    def resume(self, *, train_loss: list[float], step_seconds: list[float], heldout_losses: list[float]) -> None:
+        """Go on from what another process had measured when it saved a checkpoint."""
+        self._losses, self._step_seconds, self.heldout_losses = train_loss, step_seconds, heldout_losses
+
+    @property
     def latest_loss(self) -> float | None:
         """The newest loss that can be read without waiting for the device."""
         if self.device.type == "cpu" and self._pending_losses:
@@ -117,8 +133,7 @@ class Meter:
             torch.cuda.synchronize()
             self._peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         self._step_seconds += [_seconds(start, end) for start, end in pairwise(self._marks)]
-        if self._pending_losses:
-            self._losses += torch.stack(self._pending_losses).tolist()
+        self._losses = self.train_loss
         self._marks, self._pending_losses = [], []
 
     def end_training(self) -> None:

@@ -131,8 +131,10 @@ MODELS = {model.name: model for model in (OPT_350M, GPT_NEO_1_3B, SMOLLM2_135M, 
 
 
 def named(text: str) -> Model:
-    """The model called `text`; any other text is taken as a local folder or a hub id."""
-    return MODELS.get(text, Model(name=text, source=text))
+    """The model called `text`, by its name here or on the hub; any other text is taken as a local folder or a hub
+    id."""
+    known = (model for model in MODELS.values() if text in (model.name, model.source))
+    return next(known, Model(name=text, source=text))
 
 
 def find(model: Model, weights: Weights | None = None) -> tuple[Model, str | None]:

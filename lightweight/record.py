@@ -79,16 +79,13 @@ class RecordError(ValueError):
     """A record that cannot be read. The message names the file and the mend."""
 
 
-def entry(trial: Trial, outcome: Outcome, device: Device, forecast: Forecast | None) -> Entry:
-    """The record of one trial, how it ended on `device`, and what was forecast of it, `None` where nothing could be."""
-    measured = _plain(dataclasses.asdict(outcome.measured))
-    on_gpu = trial.device_index is not None
+def settings(trial: Trial) -> Entry:
+    """What a trial is: those parts of its record that are known before it runs."""
     method = trial.running_method
     return {
         "model": trial.model.name,
         "method": method.name,
         "target": trial.target.name,
-        "emulated": on_gpu and trial.target.emulated_on(device.name),
         "weights": trial.model.weights,
         "precision": method.precision,
         "weights_dtype": method.weights_dtype,
@@ -98,6 +95,20 @@ def entry(trial: Trial, outcome: Outcome, device: Device, forecast: Forecast | N
         "captured_step": None if method.captured_step is None else _plain(dataclasses.asdict(method.captured_step)),
         "corpus_digest": trial.corpus.digest,
         "seed": trial.seed,
+        "planned_steps": trial.steps,
+        "steps_per_epoch": trial.steps_per_epoch,
+        "max_length": trial.max_length,
+        "tokens_per_step": trial.tokens_per_step,
+    }
+
+
+def entry(trial: Trial, outcome: Outcome, device: Device, forecast: Forecast | None) -> Entry:
+    """The record of one trial, how it ended on `device`, and what was forecast of it, `None` where nothing could be."""
+    measured = _plain(dataclasses.asdict(outcome.measured))
+    on_gpu = trial.device_index is not None
+    return {
+        **settings(trial),
+        "emulated": on_gpu and trial.target.emulated_on(device.name),
         "outcome": outcome.kind,
         "phase": getattr(outcome, "phase", None),
         "reason": getattr(outcome, "reason", None),
@@ -106,10 +117,6 @@ def entry(trial: Trial, outcome: Outcome, device: Device, forecast: Forecast | N
         "budget_bytes": trial.target.budget_bytes if on_gpu else None,
         "diverged_at_step": getattr(outcome, "step", None),
         "steps": len(measured["step_seconds"]),
-        "planned_steps": trial.steps,
-        "steps_per_epoch": trial.steps_per_epoch,
-        "max_length": trial.max_length,
-        "tokens_per_step": trial.tokens_per_step,
         **measured,
         "steady_step_seconds": steady_step_seconds(outcome.measured.step_seconds, trial.steps_per_epoch),
         "cold_seconds": outcome.measured.cold_seconds,

@@ -18,6 +18,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 
 from lightweight.corpus import IGNORED
 from lightweight.meter import Meter
@@ -40,9 +42,16 @@ class Rounds(Protocol):
 
 
 def make_trainer(
-    trial: Trial, model: torch.nn.Module, rows: Sequence[Row], meter: Meter, rounds: Rounds, folder: Path
+    trial: Trial,
+    model: torch.nn.Module,
+    rows: Sequence[Row],
+    meter: Meter,
+    rounds: Rounds,
+    folder: Path,
+    **overrides: Any,
 ) -> Trainer:
-    """The Trainer of a stock method over the training rows."""
+    """The Trainer of a stock method over the training rows. `overrides` are TrainingArguments that go before the
+    method's: what is logged and saved on the way, nothing of what is trained."""
     arguments: dict[str, Any] = {
         "output_dir": str(folder),
         "num_train_epochs": trial.epochs,
@@ -56,7 +65,7 @@ def make_trainer(
     }
     return _MeasuredTrainer(
         model=model,
-        args=TrainingArguments(**arguments | dict(trial.method.training_arguments)),
+        args=TrainingArguments(**arguments | dict(trial.method.training_arguments) | overrides),
         train_dataset=list(rows),
         callbacks=[_RoundBoundary(meter, rounds)],
         meter=meter,
@@ -104,9 +113,20 @@ class _MeasuredTrainer(Trainer):
         return loss
 
 
-class _RoundBoundary(TrainerCallback):
+def resume_meter(meter: Meter, checkpoint: Path) -> None:
+    """Give `meter` what was measured when `checkpoint` was saved."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    callbacks: Any = state.stateful_callbacks
+    meter.resume(**callbacks[_RoundBoundary.__name__]["attributes"])
+
+
+class _RoundBoundary(TrainerCallback, ExportableState):
     def __init__(self, meter: Meter, rounds: Rounds) -> None:
         self.meter, self.rounds = meter, rounds
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the measurements."""
+        return {"args": {}, "attributes": self.meter.state()}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.rounds.training_began()

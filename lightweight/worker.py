@@ -10,9 +10,11 @@ import os
 import re
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, which imports peft
 
@@ -21,7 +23,7 @@ import transformers
 
 from lightweight import attention, captured, corpus, models, stock
 from lightweight.meter import DivergedError, Meter
-from lightweight.stock import Request
+from lightweight.stock import Request, Rounds, Row
 from lightweight.targets import Device, GiB, MiB
 from lightweight.trial import Completed, Crashed, Diverged, Measurements, Outcome, OutOfMemory, Phase, Trial
 
@@ -74,6 +76,13 @@ def describe_device(index: int) -> Device:
     )
 
 
+def see_one_gpu(index: int) -> None:
+    """Leave this process only the GPU at `index` among the visible ones, before CUDA is initialised: one trial, one
+    GPU, where the Trainer would spread over every GPU it sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
+
+
 def redirect_output(path: Path) -> None:
     """Send this process's stdout and stderr, file descriptors included, to `path`."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -89,11 +98,7 @@ def run(connection: Connection, trial: Trial, folder: Path, started: float) -> N
     """
     redirect_output(folder / "log")
     if trial.device_index is not None:
-        # One trial, one GPU: the Trainer would spread over every GPU it sees.
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        os.environ["CUDA_VISIBLE_DEVICES"] = (
-            visible.split(",")[trial.device_index] if visible else str(trial.device_index)
-        )
+        see_one_gpu(trial.device_index)
     device = torch.device("cpu" if trial.device_index is None else "cuda:0")
     meter = Meter(device, start_seconds=time.monotonic() - started)
     owner = _Owner(connection, meter)
@@ -103,13 +108,34 @@ def run(connection: Connection, trial: Trial, folder: Path, started: float) -> N
         return
     except Exception as error:
         traceback.print_exc()
-        outcome = _failure(error, trial, meter)
+        outcome = failure(error, trial, meter)
     owner.report(outcome)
 
 
 def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner: _Owner) -> Completed:
     transformers.utils.logging.disable_progress_bar()
     owner.enter("build")
+    trainer, train_rows, heldout = set_up(trial, device, meter, owner, folder)
+    owner.enter("evaluate")
+    evaluate(trainer, heldout, meter)
+    train(trial, trainer, train_rows, meter, owner.enter)
+    owner.await_request("finish")
+    owner.enter("evaluate")
+    evaluate(trainer, heldout, meter)
+    owner.enter("save")
+    with meter.during("save"):
+        trainer.save_model(str(folder / "saved"))
+    meter.facts["saved_bytes"] = sum(file.stat().st_size for file in (folder / "saved").iterdir())
+    return Completed(measured=meter.measurements())
+
+
+def set_up(
+    trial: Trial, device: torch.device, meter: Meter, rounds: Rounds, folder: Path, **overrides: Any
+) -> tuple[transformers.Trainer, list[Row], list[Row]]:
+    """Everything before the first step: the Trainer over the trial's network, and its training and held-out rows.
+
+    `overrides` are TrainingArguments, as for `stock.make_trainer`.
+    """
     with meter.during("build"):
         if device.type == "cuda":
             _cap_memory(trial)
@@ -118,43 +144,48 @@ def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner
         transformers.set_seed(trial.seed)
         network = build(trial, device)
         tokenizer = models.load_tokenizer(trial.model)
-        train = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.train]
+        train_rows = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.train]
         heldout = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.heldout]
-        trainer = stock.make_trainer(trial, network, train, meter, owner, folder)
+        trainer = stock.make_trainer(trial, network, train_rows, meter, rounds, folder, **overrides)
+    ends = (corpus.IGNORED, tokenizer.eos_token_id)
     meter.facts = {
         "parameters": models.count_parameters(network),
         "trainable_parameters": models.count_parameters(network, trainable=True),
-        "truncated_sequences": sum(row["labels"][-1] not in (corpus.IGNORED, tokenizer.eos_token_id) for row in train),
+        "truncated_sequences": sum(row["labels"][-1] not in ends for row in train_rows),
     }
+    return trainer, train_rows, heldout
 
-    owner.enter("evaluate")
+
+def evaluate(trainer: transformers.Trainer, heldout: Sequence[Row], meter: Meter) -> None:
+    """Add the held-out loss, as it is now, to the meter's."""
     with meter.during("evaluate"):
         meter.heldout_losses.append(stock.heldout_loss(trainer, heldout))
+
+
+def train(
+    trial: Trial,
+    trainer: transformers.Trainer,
+    rows: Sequence[Row],
+    meter: Meter,
+    enter: Callable[[Phase], None],
+    checkpoint: Path | None = None,
+) -> None:
+    """Train the whole job, by the Trainer or by the captured step as the method says; from `checkpoint` on, where there
+    is one. `enter` is told of every phase."""
     meter.begin_training()
-
     if trial.method.captured_step is None:
-        owner.enter("train")
+        enter("train")
         with meter.during("train"):
-            trainer.train()
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     else:
-        owner.enter("capture")
+        enter("capture")
         with meter.during("capture"):
-            job = captured.Job(trial, trainer, train, meter)
+            job = captured.Job(trial, trainer, rows, meter)
             job.prepare()
-        owner.enter("train")
+        enter("train")
         with meter.during("train"):
-            job.train(owner)
+            job.train(checkpoint)
     meter.end_training()
-    owner.await_request("finish")
-
-    owner.enter("evaluate")
-    with meter.during("evaluate"):
-        meter.heldout_losses.append(stock.heldout_loss(trainer, heldout))
-    owner.enter("save")
-    with meter.during("save"):
-        trainer.save_model(str(folder / "saved"))
-    meter.facts["saved_bytes"] = sum(file.stat().st_size for file in (folder / "saved").iterdir())
-    return Completed(measured=meter.measurements())
 
 
 def build(trial: Trial, device: torch.device) -> torch.nn.Module:
@@ -185,7 +216,8 @@ def _cap_memory(trial: Trial) -> None:
         torch.cuda.set_per_process_memory_fraction(trial.target.budget_bytes / total_bytes)
 
 
-def _failure(error: Exception, trial: Trial, meter: Meter) -> Outcome:
+def failure(error: Exception, trial: Trial, meter: Meter) -> OutOfMemory | Diverged | Crashed:
+    """How a trial ended that raised `error`."""
     reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     match error:
         case DivergedError():

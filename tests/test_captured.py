@@ -75,7 +75,7 @@ def trained(trial, folder):
     else:
         job = captured.Job(trial, trainer, rows, meter)
         job.prepare()
-        job.train(owner)
+        job.train()
     return trainer, meter, owner
 
 
@@ -292,14 +292,14 @@ def test_a_rehearsal_leaves_no_trace_in_what_is_trained(trial, tmp_path, steps):
     trial = replace(trial, max_steps=steps, method=method)
     losses = []
     for index, rehearses in enumerate((False, True)):
-        trainer, rows, meter, owner = prepared(trial, tmp_path / str(index))
+        trainer, rows, meter, _ = prepared(trial, tmp_path / str(index))
         job = captured.Job(trial, trainer, rows, meter)
         job.prepare()
         if rehearses:
             with job._optimizer.rehearsing():
                 for _ in range(4):
                     job._run(job.epochs[0][0])
-        job.train(owner)
+        job.train()
         losses.append(meter.measurements().train_loss)
     assert losses[0] == losses[1]
 
@@ -401,7 +401,7 @@ def test_replays_train_as_the_steps_they_recorded_in_every_shape(trial, tmp_path
     monkeypatch.setattr(packing, "BUCKET_STEPS", 1)
     trial = replace(trial, epochs=2)
     _, expected, _ = trained(trial, tmp_path / "uncaptured")
-    trainer, rows, meter, owner = prepared(trial, tmp_path / "captured")
+    trainer, rows, meter, _ = prepared(trial, tmp_path / "captured")
     job = captured.Job(trial, trainer, rows, meter)
     job.prepare()
     with job._optimizer.rehearsing():
@@ -411,7 +411,7 @@ def test_replays_train_as_the_steps_they_recorded_in_every_shape(trial, tmp_path
     assert len(shapes) > 1 and set(shapes) == set(job._shapes.values())
     assert shapes[0].rows == max(shape.rows for shape in shapes)  # memory is laid out by the largest
     assert [graph.in_pool for graph in job._graphs.values()] == [None] + ["pool"] * (len(shapes) - 1)
-    job.train(owner)
+    job.train()
     assert meter.measurements().train_loss == expected.measurements().train_loss
 
 

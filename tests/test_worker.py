@@ -80,7 +80,7 @@ def test_the_request_is_read_from_torchs_message(message, expected):
 def test_an_out_of_memory_that_the_allocator_did_not_count_is_a_crash(trial):
     assert torch.cuda.is_available() is False, "on a GPU the experiments show the counted one"
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB."), MemoryError("host")):
-        outcome = worker._failure(error, trial, Meter(CPU, 0.0))
+        outcome = worker.failure(error, trial, Meter(CPU, 0.0))
         assert isinstance(outcome, Crashed)
         assert outcome.reason.startswith(type(error).__name__)
 
@@ -88,9 +88,9 @@ def test_an_out_of_memory_that_the_allocator_did_not_count_is_a_crash(trial):
 def test_failures_keep_their_place_and_reason(trial):
     meter = Meter(CPU, 0.0)
     meter.phase = "backward"
-    outcome = worker._failure(RuntimeError("CUDA error: device-side assert triggered\nmore"), trial, meter)
+    outcome = worker.failure(RuntimeError("CUDA error: device-side assert triggered\nmore"), trial, meter)
     assert outcome.reason == "RuntimeError: CUDA error: device-side assert triggered"
     assert outcome.phase == "backward"
-    diverged = worker._failure(DivergedError(7, float("nan")), trial, meter)
+    diverged = worker.failure(DivergedError(7, float("nan")), trial, meter)
     assert isinstance(diverged, Diverged)
     assert (diverged.step, diverged.reason) == (7, "training loss is nan at step 7")

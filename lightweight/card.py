@@ -1,0 +1,79 @@
+"""What a trained model says of itself: a model card, from nothing but the record of its training."""
+
+from __future__ import annotations
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from lightweight.record import Entry
+
+
+def model_card(entry: Entry, base_model: str | None) -> ModelCard:
+    """The card of the model whose training is recorded in `entry`; `base_model` is its base's id on the hub, if any."""
+    adapted = entry["adapter"] is not None
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="peft" if adapted else "transformers",
+        pipeline_tag="text-generation",
+        tags=["lightweight", entry["method"]],
+    )
+    weights = "random weights, so that losses say nothing of quality" if entry["weights"] == "random" else "pretrained"
+    losses = entry["train_loss"]
+    rows = f"{entry['steps_per_epoch']} an epoch, rows of {entry['max_length']} tokens, seed {entry['seed']}"
+    facts = {
+        "base model": f"{entry['model']} ({weights})",
+        "method": _method(entry),
+        "corpus": f"sha256 `{entry['corpus_digest']}` of its pairs",
+        "optimizer steps": f"{len(losses)} ({rows})",
+        "device": entry["device"],
+    }
+    nats = {
+        "training, first step": losses[0],
+        "training, last step": losses[-1],
+        "held out, before training": entry["heldout_loss_before"],
+        "held out, after training": entry["heldout_loss_after"],
+    }
+    versions = {name: found for name, found in entry["versions"].items() if found and not name.startswith("pytest")}
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {_cell(entry['model'])}, fine-tuned by {_cell(entry['method'])}",
+        _table("", "", facts),
+        "## Losses",
+        "Cross-entropy of the answers, in nats a token; held out: the pairs of the corpus that were not trained on.",
+        _table("", "loss", {name: f"{loss:.4f}" for name, loss in nats.items()}),
+        "## Use",
+        "`lightweight chat` with this folder answers prompts."
+        + (" `PeftModel.from_pretrained(base, folder)` puts the adapter on its base model." if adapted else ""),
+        "## Versions",
+        _table("package", "version", versions),
+    ]
+    return ModelCard("\n\n".join(parts) + "\n")
+
+
+def _method(entry: Entry) -> str:
+    """The method in a line: its name, adapter, quantization, precision and training arguments."""
+    said = [f"{entry['method']}: {entry['precision']}"]
+    if adapter := entry["adapter"]:
+        rank = f" r={adapter['r']}" if "r" in adapter else ""
+        said.append(f"{adapter['peft_type']}{rank} on {_names(adapter.get('target_modules'))}")
+    else:
+        said.append("all parameters")
+    if entry["quantization"]:
+        said.append(f"base quantized by {entry['quantization']['quant_method']}")
+    said += [f"{name}={value}" for name, value in entry["training_arguments"].items()]
+    if entry["captured_step"]:
+        said.append("captured step")
+    return ", ".join(said)
+
+
+def _names(modules: object) -> str:
+    return " ".join(map(str, modules)) if isinstance(modules, list) else str(modules)
+
+
+def _table(left: str, right: str, rows: dict[str, str]) -> str:
+    lines = [f"| {left} | {right} |", "|---|---|", *(f"| {_cell(a)} | {_cell(b)} |" for a, b in rows.items())]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """`text` where a line of markdown is: no cell, line or tag of it ends here."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

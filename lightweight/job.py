@@ -1,0 +1,520 @@
+"""The job itself, for the person who wants the model: one trial trained to its end and saved.
+
+What trains is the suite's own code (`worker`), in this process. Around it: a method chosen by forecast where none is
+given; checkpoints, signals, progress and trackers, which are callbacks of the Trainer and, since it tells them the
+same, of the captured step; and an output folder that is whole or not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, which imports peft
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import integration_utils
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from lightweight import corpus, forecast, methods, models, plan, record, stock, targets, worker
+from lightweight.captured import MethodError
+from lightweight.card import model_card
+from lightweight.meter import Meter
+from lightweight.methods import Method
+from lightweight.models import Model
+from lightweight.output import RECORD_NAME, Output, OutputError, step_of
+from lightweight.stock import Request
+from lightweight.targets import CPU, NATIVE, Device, GiB, MiB, Target
+from lightweight.trial import MAX_LENGTH, Completed, Crashed, Diverged, Outcome, OutOfMemory, Phase, Trial
+
+CHECKPOINT_SECONDS = 300.0
+"""Between two checkpoints where none is asked for by steps: what a killed job loses at most."""
+LOG_STEPS = 10
+"""Optimizer steps between two entries of a log. The captured step waits for the device at each."""
+BESIDES_BYTES = 64 * MiB
+"""Room for what is saved beside weights and moments: tokenizer, card, random numbers' state, a tracker's files."""
+PROGRESS_SECONDS = 10.0
+"""Between two lines of progress where nobody watches."""
+
+
+class JobError(ValueError):
+    """A job that cannot start. The message names what it is about and the mend."""
+
+
+class NothingFitsError(JobError):
+    """No method is forecast to fit."""
+
+
+REFUSALS = (JobError, OutputError, corpus.CorpusError, models.ModelError, forecast.ForecastError, MethodError)
+"""What a job raises that cannot start, each with one clear line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to train and where to leave it. Names are those of the command line; `None` is what it chooses itself.
+
+    `save_steps` are optimizer steps between checkpoints, `None` one every five minutes.
+    """
+
+    model: str
+    corpus: Path
+    output: Path
+    method: str | None = None
+    target: str | None = None
+    weights: models.Weights | None = None
+    epochs: int = 10
+    max_steps: int | None = None
+    max_length: int = MAX_LENGTH
+    batch_size: int | None = None
+    seed: int = 0
+    report_to: str = "none"
+    save_steps: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+
+def run(job: Job, progress: Callable[[str], None] = lambda text: None) -> Outcome:
+    """Train `job` and save what it gives; anything but Completed has been told in one line.
+
+    `progress` is told what is happening before there are steps. Raises KeyboardInterrupt where SIGINT or SIGTERM
+    stopped it, and one of REFUSALS where it cannot start.
+    """
+    output = Output(job.output.absolute())
+    dialogues = corpus.load(job.corpus)
+    _check_tracker(job.report_to)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        worker.see_one_gpu(0)
+    device = worker.describe_device(0) if on_gpu else Device(name=f"{platform.machine()} CPU")
+    try:
+        target = _target(job.target, device, on_gpu)
+        method = methods.named(job.method) if job.method else None
+    except ValueError as error:
+        raise JobError(str(error)) from error
+    output.claim(resume=job.resume, overwrite=job.overwrite)
+    try:
+        found, note = models.find(models.named(job.model), job.weights)
+        if note:
+            _say(note)
+        before = output.recall()
+        if method is None:
+            method = _chosen(job, found, target, device, before.get("method"), progress)
+        if job.batch_size is not None:
+            method = method.with_batch(job.batch_size)
+        trial = _trial(job, found, method, target, dialogues, on_gpu)
+        if job.resume:
+            _check_same(trial, before, output)
+        output.remember(record.settings(trial))
+        progress(f"{trial.name}: loading")
+        trial = replace(trial, model=_written(found, output, job.seed))
+        return _train(trial, job, output, device, progress)
+    except REFUSALS:
+        raise
+    except Exception as error:  # safetensors and torch tell a full disk each in their own way
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or output.is_full:
+            raise _disk_full(output) from error
+        raise
+    finally:
+        progress("")
+        output.tidy()
+
+
+def _train(trial: Trial, job: Job, output: Output, device: Device, progress: Callable[[str], None]) -> Outcome:
+    torch_device = torch.device("cpu" if trial.device_index is None else "cuda:0")
+    meter = Meter(torch_device, start_seconds=0.0)
+    checkpoint = output.checkpoint
+    try:
+        with (
+            Checkpoints(None if job.save_steps else CHECKPOINT_SECONDS) as checkpoints,
+            contextlib.closing(Progress()) as bar,
+        ):
+            trainer, rows, heldout = worker.set_up(
+                trial, torch_device, meter, Unattended(), output.partial, **_arguments(job, output)
+            )
+            result_bytes, checkpoint_bytes = sizes(trial, trainer.model)
+            # A new checkpoint is whole before the old one goes, and the result before the last one does.
+            wanted = result_bytes + checkpoint_bytes if checkpoint else 2 * checkpoint_bytes
+            output.require(wanted + BESIDES_BYTES)
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, integration_utils.TensorBoardCallback) and callback.logging_dir is None:
+                    callback.logging_dir = str(output.partial / "runs")  # one curve, also of a job that is resumed
+            trainer.remove_callback(PrinterCallback)
+            trainer.add_callback(checkpoints)
+            trainer.add_callback(bar)
+            if checkpoint is None:
+                progress(f"{trial.name}: held-out loss")
+                worker.evaluate(trainer, heldout, meter)
+            else:
+                stock.resume_meter(meter, checkpoint)
+                _say(f"going on after step {step_of(checkpoint)} of {trial.steps}")
+            progress("")
+            worker.train(trial, trainer, rows, meter, _entered, checkpoint)
+            if checkpoints.stopped:
+                raise KeyboardInterrupt
+            worker.evaluate(trainer, heldout, meter)
+            # Every rank takes part in gathering what is saved; the first one alone writes, and finishes.
+            result = output.partial / "result"
+            shutil.rmtree(result, ignore_errors=True)
+            trainer.save_model(str(result))
+            outcome = Completed(measured=meter.measurements())
+            if trainer.is_world_process_zero():
+                _finish(trial, outcome, device, output, result)
+            return outcome
+    except Exception as error:
+        failed = worker.failure(error, trial, meter)
+        if isinstance(failed, Crashed):
+            if not _host_ran_out(error):
+                raise
+            failed = OutOfMemory(
+                phase=meter.phase,
+                requested_bytes=None,
+                budget_bytes=_host_bytes(),
+                reason=str(error),
+                measured=meter.measurements(),
+            )
+    _tell(failed, trial, job, device, progress)
+    return failed
+
+
+def _finish(trial: Trial, outcome: Completed, device: Device, output: Output, result: Path) -> None:
+    """Complete the saved weights in `result` with all that belongs to them, and put it into its place."""
+    (result / "training_args.bin").unlink(missing_ok=True)  # pickled, and full of this machine's paths
+    models.load_tokenizer(trial.model).save_pretrained(result)
+    base = base_name(trial.model)
+    adapter = result / "adapter_config.json"
+    if adapter.exists():  # peft wrote where the weights lay here, which may be a folder that goes now
+        config = json.loads(adapter.read_text("utf-8")) | {"base_model_name_or_path": base}
+        adapter.write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
+    entry = record.entry(trial, outcome, device, None)
+    (result / RECORD_NAME).write_text(json.dumps({"outcomes": [entry]}, indent=1), "utf-8")
+    on_hub = trial.model.weights == "pretrained" and not Path(base).is_absolute()
+    model_card(entry, base if on_hub else None).save(result / "README.md")  # in the place of the one peft wrote
+    if (output.partial / "runs").exists():
+        (output.partial / "runs").rename(result / "runs")
+    output.publish(result)
+    measured = outcome.measured
+    _say(
+        f"{trial.name}: {len(measured.train_loss)} steps, training loss {measured.train_loss[0]:.4f} -> "
+        f"{measured.train_loss[-1]:.4f}, held out {measured.heldout_loss_before:.4f} -> "
+        f"{measured.heldout_loss_after:.4f}; saved in {output.folder}"
+    )
+
+
+def base_name(model: Model) -> str:
+    """What finds the base model again: its id on the hub, its folder, or its name here."""
+    if model.source is None:
+        return model.name
+    folder = Path(model.source)
+    return str(folder.resolve()) if folder.is_dir() else model.source
+
+
+# Before the first step
+
+
+def _check_tracker(name: str) -> None:
+    if name == "none":
+        return
+    try:
+        found = getattr(integration_utils, f"is_{name}_available")()  # some import the package to know
+    except ImportError as error:
+        raise JobError(f"--report-to {name}: the package {name} cannot be imported ({error}): mend it") from error
+    if not found:
+        raise JobError(f"--report-to {name}: the package is not installed or switched off: pip install {name}")
+
+
+def _target(name: str | None, device: Device, on_gpu: bool) -> Target:
+    if name is None:
+        return NATIVE if on_gpu else CPU
+    target = targets.named(name)
+    if on_gpu and target.emulated_on(device.name) and (target.total_bytes or 0) > (device.total_bytes or 0):
+        raise JobError(f"--target {name}: has more memory than {device.name}: choose a smaller target or leave it out")
+    return target
+
+
+def _chosen(
+    job: Job,
+    model: Model,
+    target: Target,
+    device: Device,
+    before: str | None,
+    progress: Callable[[str], None],
+) -> Method:
+    """The method of a job that was given none, which is told in one line. Raises NothingFitsError."""
+    if before is not None:
+        _say(f"method {before}: what the interrupted job was trained with")
+        return methods.named(before)
+    if device.total_bytes is None and target.total_bytes is None:
+        if model.weights == "random":
+            _say("method baseline: without GPU or --target nothing is forecast; random weights give adapters no ground")
+            return methods.BASELINE
+        _say("method lora: without GPU or --target nothing is forecast; it trains the fewest weights, fp32 on a CPU")
+        return methods.LORA
+    rows = _forecasts(job, model, target, device, (), progress)
+    row = next((row for row in rows if row["chosen"]), None)
+    budget = rows[0]["budget_bytes"]
+    if row is None:
+        least = min(rows, key=lambda row: row["forecast_reserved_bytes"])
+        raise NothingFitsError(
+            f"model {job.model}: no method is forecast to fit {_size(budget)}: {least['method']} takes least, "
+            f"{_size(least['forecast_reserved_bytes'])}: take a smaller --batch-size or --max-length, or more memory"
+        )
+    fitting = [row["method"] for row in rows if row["verdict"] == "fits"]
+    where = "" if device.total_bytes else ", though trained on this CPU, which has no such budget"
+    _say(
+        f"method {row['method']}: {_size(row['forecast_reserved_bytes'])} of {target.name}'s {_size(budget)} by "
+        f"forecast, expected to be the fastest of what fits ({', '.join(fitting)}; captured steps are not forecast)"
+        f"{where}"
+    )
+    return methods.named(row["method"])
+
+
+def _forecasts(
+    job: Job,
+    model: Model,
+    target: Target,
+    device: Device,
+    without: Sequence[str],
+    progress: Callable[[str], None],
+) -> list[plan.Row]:
+    """A row for each of the suite's methods that can be forecast, but those called `without`."""
+    candidates = [
+        method for method in methods.METHODS.values() if method.captured_step is None and method.name not in without
+    ]
+    if target.total_bytes is None:  # the card as it is
+        capability = device.capability or target.capability
+        target = replace(target, total_bytes=device.total_bytes, capability=capability, bf16=capability >= (8, 0))
+    try:
+        return plan.plan(
+            [model], candidates, [target], batch_size=job.batch_size, max_length=job.max_length, progress=progress
+        )
+    finally:
+        progress("")
+
+
+def _trial(job: Job, model: Model, method: Method, target: Target, dialogues: corpus.Corpus, on_gpu: bool) -> Trial:
+    try:
+        return Trial(
+            model=model,
+            method=method,
+            target=target,
+            corpus=dialogues,
+            seed=job.seed,
+            epochs=job.epochs,
+            max_steps=job.max_steps,
+            max_length=job.max_length,
+            device_index=0 if on_gpu else None,
+        )
+    except ValueError as error:
+        raise JobError(str(error)) from error
+
+
+def _check_same(trial: Trial, before: dict[str, Any], output: Output) -> None:
+    """Raise JobError where the interrupted job was another one than `trial`."""
+    if not before:
+        _say(f"nothing to resume in {output.partial}: starting at the first step")
+        return
+    settings = json.loads(json.dumps(record.settings(trial)))
+    differ = [key for key in settings if settings[key] != before.get(key)]
+    if differ:
+        was = ", ".join(f"{key} was {before.get(key)!r} and is {settings[key]!r}" for key in differ)
+        raise JobError(
+            f"--resume: the job in {output.partial} is another one: {was}: give the options it was started with, "
+            "or --overwrite without --resume"
+        )
+
+
+def _written(model: Model, output: Output, seed: int) -> Model:
+    """The model with its weights in a folder; one that had to be made stays until the job has ended."""
+    if model.is_written:
+        return model
+    folder, unfinished = output.partial / "base", output.partial / "base.unfinished"
+    if not folder.exists():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        models.write(model, unfinished, seed)
+        unfinished.rename(folder)
+    return replace(model, location=str(folder), gguf_file=None)
+
+
+def _arguments(job: Job, output: Output) -> dict[str, Any]:
+    """TrainingArguments of what is logged and saved on the way."""
+    saving: dict[str, Any] = {"save_strategy": "no"}
+    if job.save_steps is not None:
+        saving = {"save_strategy": "steps", "save_steps": job.save_steps}
+    return saving | {
+        "save_total_limit": 1,
+        "logging_strategy": "steps",
+        "logging_steps": LOG_STEPS,
+        "logging_first_step": True,
+        "report_to": job.report_to,
+        "run_name": output.folder.name,
+    }
+
+
+def sizes(trial: Trial, network: Any) -> tuple[int, int]:
+    """Bytes of the result's weights and of a checkpoint: fp32 weights, and two moments of each that is trained."""
+    trained = models.count_parameters(network, trainable=True)
+    adapted = trial.method.adapter is not None
+    result = 4 * (trained if adapted else models.count_parameters(network))
+    twice = result if adapted and trial.method.captured_step else 0  # for peft, and as the optimizer has it
+    return result, result + twice + 8 * trained
+
+
+# While it trains
+
+
+class Unattended:
+    """The owner of a trial that nobody paces: every round goes on at once."""
+
+    def training_began(self) -> None: ...
+    def await_request(self, request: Request) -> None: ...
+    def step_ended(self) -> None: ...
+    def round_ended(self) -> None: ...
+
+
+class Checkpoints(TrainerCallback):
+    """When a checkpoint is saved: every `seconds`, and when SIGINT or SIGTERM comes, after which training stops.
+
+    As a context it takes both signals. While training one of them ends the step at hand first, and `stopped` says
+    that it did; before training it ends the process at once, and after training the result is still saved. The second
+    one always ends it at once, by KeyboardInterrupt.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self.stopped = False
+        self._seconds = seconds
+        self._training = self._signalled = False
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._signalled or not self._training:
+            raise KeyboardInterrupt
+        self._signalled = True
+        text = f"\n{signal.Signals(number).name}: the step at hand, then a checkpoint; once more stops at once\n"
+        os.write(2, text.encode())  # print() may be what the signal has interrupted
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._training, self._saved_at = True, time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._signalled:
+            self.stopped = control.should_save = control.should_training_stop = True
+        elif self._seconds is not None and time.monotonic() - self._saved_at >= self._seconds:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._saved_at = time.monotonic()
+
+
+class Progress(ProgressCallback):
+    """transformers' own bar with the loss in it, in one line; in a log a line every few seconds."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        super().on_train_begin(args, state, control)  # type: ignore[no-untyped-call]
+        if self.training_bar is not None:
+            bar = self.training_bar
+            bar.initial = bar.n = bar.last_print_n = self.current_step = state.global_step  # for the time that is left
+            if not sys.stderr.isatty():
+                bar.mininterval = PROGRESS_SECONDS
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}", refresh=False)
+
+    def close(self) -> None:
+        """End the line of a training that did not get to its end."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+
+
+def _entered(phase: Phase) -> None: ...
+
+
+# How it ended
+
+
+def _tell(
+    failed: OutOfMemory | Diverged, trial: Trial, job: Job, device: Device, progress: Callable[[str], None]
+) -> None:
+    """Say in one line how the job failed, and what would not."""
+    if isinstance(failed, Diverged):
+        _fail(f"{trial.name}: {failed.reason}: take a smaller learning rate, by a method of your own")
+        return
+    asked = "" if failed.requested_bytes is None else f", where {_size(failed.requested_bytes)} more were asked for"
+    what = f"{trial.name}: out of memory in {failed.phase}{asked}, of {_size(failed.budget_bytes)}"
+    _fail(f"{what}: {_instead(trial, job, device, progress)}")
+
+
+def _instead(trial: Trial, job: Job, device: Device, progress: Callable[[str], None]) -> str:
+    """What to try where `trial` ran out of memory."""
+    smaller = "take a smaller --batch-size or --max-length"
+    if device.total_bytes is None and trial.target.total_bytes is None:
+        return f"{smaller}, or a method that trains less"
+    try:
+        rows = _forecasts(job, trial.model, trial.target, device, (trial.method.name,), progress)
+    except forecast.ForecastError as error:
+        return f"{smaller} ({error})"
+    row = next((row for row in rows if row["chosen"]), None)
+    if row is None:
+        return f"no other method is forecast to fit: {smaller}"
+    return f"--method {row['method']} is forecast to fit, with {_size(row['forecast_reserved_bytes'])}"
+
+
+def _host_ran_out(error: Exception) -> bool:
+    """Whether the memory of the machine itself did not suffice: torch has no exception of its own for that."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _host_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _disk_full(output: Output) -> OutputError:
+    return OutputError(
+        f"--output {output.folder}: the disk is full: free some space"
+        + (f"; --resume then goes on after step {step_of(output.checkpoint)}" if output.checkpoint else "")
+    )
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(text: str) -> None:
+    if _is_first_rank():
+        print(text, flush=True)
+
+
+def _fail(text: str) -> None:
+    if _is_first_rank():
+        print(f"lightweight: {text}", file=sys.stderr, flush=True)
+
+
+def _size(count: int) -> str:
+    return f"{count / GiB:.2f} GiB" if count >= GiB else f"{count / MiB:.0f} MiB"

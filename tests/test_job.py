@@ -1,0 +1,352 @@
+"""The job through its command line, on a model that trains a step in milliseconds."""
+
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import struct
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from conftest import MICRO, turns
+from lightweight import chat, isolation, job, models, record, worker
+from lightweight.__main__ import main
+from lightweight.output import Output
+from lightweight.preload import peft
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """A folder with a micro model, dropout on, so that random numbers matter."""
+    model, _ = models.find(replace(MICRO, architecture=MICRO.architecture | {"dropout": 0.1}))
+    folder = tmp_path_factory.mktemp("base")
+    models.write(model, folder, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dialogues(tmp_path_factory) -> Path:
+    """20 pairs to train on, in ten steps an epoch at two a step."""
+    path = tmp_path_factory.mktemp("dialogues") / "corpus.json"
+    path.write_text(json.dumps(turns(24)), "utf-8")
+    return path
+
+
+@pytest.fixture
+def train(base, dialogues, tmp_path):
+    """`lightweight train` into `out/NAME`, two epochs of ten steps; returns its exit status."""
+
+    def run(name: str, *more: str, method: str | None = "baseline") -> int:
+        return main(arguments(base, dialogues, tmp_path / "out" / name, *more, method=method))
+
+    return run
+
+
+def arguments(base: Path, dialogues: Path, output: Path, *more: str, method: str | None = "baseline") -> list[str]:
+    chosen = ["--method", method] if method else []
+    job = f"train --model {base} --corpus {dialogues} --output {output} --epochs 2 --batch-size 2 --max-length 64"
+    return [*job.split(), *chosen, *more]
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+def entry(folder: Path) -> record.Entry:
+    (found,) = record.load([folder / "record.json"])
+    return found
+
+
+def weights(folder: Path) -> bytes:
+    (found,) = folder.glob("*.safetensors")
+    return found.read_bytes()
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """Have this process sent a signal while optimizer step `step` runs."""
+
+    def arrange(step: int, number: int = signal.SIGINT) -> None:
+        done = []
+
+        def step_ended(self: job.Unattended) -> None:
+            done.append(1)
+            if len(done) == step:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(job.Unattended, "step_ended", step_ended)
+
+    return arrange
+
+
+@pytest.mark.parametrize("method", ["baseline", "lora", "baseline-captured", "lora-captured"])
+@pytest.mark.parametrize("step", [7, 10])
+def test_an_interrupted_job_resumes_to_the_same_bits(train, out, signal_at, monkeypatch, capsys, method, step):
+    """In the middle of an epoch and at its end; with dropout."""
+    assert train("whole", method=method) == 0
+    signal_at(step)
+    capsys.readouterr()
+    assert train("cut", method=method) == 130
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("lightweight: ")]
+    assert line.startswith("lightweight: interrupted: go on with: lightweight train --model")
+    assert line.endswith("--resume")
+    assert not (out / "cut").exists()
+    assert [path.name for path in (out / "cut.partial").glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    monkeypatch.undo()
+    assert main(line.split(" lightweight ", 1)[1].split()) == 0
+    assert f"going on after step {step} of 20" in capsys.readouterr().out
+    assert weights(out / "cut") == weights(out / "whole")
+    resumed, whole = entry(out / "cut"), entry(out / "whole")
+    assert len(whole["train_loss"]) == whole["steps"] == resumed["steps"] == 20
+    for key in ("train_loss", "heldout_loss_before", "heldout_loss_after"):
+        assert resumed[key] == whole[key], key
+    assert not (out / "cut.partial").exists()
+
+
+def command(given: list[str], log: Path) -> None:
+    """The command in a process of its own."""
+    worker.redirect_output(log)
+    sys.exit(main(given))
+
+
+def test_sigterm_ends_a_process_with_a_checkpoint_and_status_130(base, dialogues, out, tmp_path):
+    given = arguments(base, dialogues, out / "a", "--epochs", "10000", "--save-steps", "3")
+    process = isolation._forkserver.Process(target=command, args=(given, tmp_path / "log"))
+    with isolation._without_main():
+        process.start()
+    deadline = time.monotonic() + 60
+    while Output(out / "a").checkpoint is None:
+        assert process.is_alive() and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    log = (tmp_path / "log").read_text()
+    assert process.exitcode == 130, log
+    assert log.splitlines()[-1].endswith("--save-steps 3 --resume")
+    checkpoint = Output(out / "a").checkpoint
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] > 3
+    assert (checkpoint / "optimizer.pt").exists() and (checkpoint / "model.safetensors").exists()
+
+
+def test_a_second_signal_and_one_before_training_stop_at_once(train, out, monkeypatch, capsys):
+    def impatient(self: job.Unattended) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(job.Unattended, "step_ended", impatient)
+    assert train("a") == 130
+    monkeypatch.setattr(worker, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert train("b") == 130
+    assert capsys.readouterr().err.count("interrupted before the first checkpoint: nothing is left to resume") == 2
+    assert not list(out.iterdir())
+
+
+def test_the_result_says_what_it_is_and_peft_loads_it(train, base, dialogues, out, capsys):
+    assert train("a", method="lora") == 0
+    folder = out / "a"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "20 steps, training loss" in line and line.endswith(f"saved in {folder}")
+    found = entry(folder)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "peft"
+    assert card.data.base_model is None  # a folder is nothing the hub knows
+    for said in (
+        found["corpus_digest"],
+        *(f"{found[key]:.4f}" for key in ("heldout_loss_before", "heldout_loss_after")),
+        *(f"{found['train_loss'][index]:.4f}" for index in (0, -1)),
+        f"| torch | {torch.__version__} |",
+        "LORA r=8 on q_proj v_proj",
+        str(base),
+    ):
+        assert said in card.content, said
+    assert {path.name for path in folder.iterdir()} >= {"tokenizer_config.json", "adapter_config.json"}
+    assert not (folder / "training_args.bin").exists()
+    config = peft.PeftConfig.from_pretrained(folder)
+    assert config.base_model_name_or_path == str(base)
+    located = replace(models.named(str(base)), location=str(base))
+    network = peft.PeftModel.from_pretrained(models.load(located, torch.float32, torch.device("cpu"), None), folder)
+    assert any(weight.abs().max() > 0 for name, weight in network.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("method", ["baseline", "lora-captured"])
+def test_the_trained_model_answers_as_it_was_taught(train, out, capsys, monkeypatch, method):
+    """Every answer of the corpus is nearly the same, and a model that has learned them by heart says it and stops."""
+    sure = replace(
+        job.methods.METHODS[method],
+        training_arguments={"learning_rate": 1e-2, "lr_scheduler_type": "constant"},
+    )
+    if sure.adapter is not None:
+        sure = replace(sure, adapter=peft.LoraConfig(r=32, lora_alpha=64, target_modules=["fc1", "fc2"]))
+    monkeypatch.setitem(job.methods.METHODS, method, sure)
+    assert train("a", "--epochs", "25", "--max-length", "128", method=method) == 0
+    capsys.readouterr()
+    assert main(["chat", str(out / "a"), "--prompt", "오늘은 힘들었어요 3", "--max-tokens", "40"]) == 0
+    assert " me more about it" in capsys.readouterr().out
+    found = chat.load(out / "a")
+    assert 20 < len(found.answer("오늘은 힘들었어요 7", max_tokens=100)) < 40  # it stopped by itself
+    monkeypatch.setattr("sys.stdin", io.StringIO("오늘은 힘들었어요 1\n\n오늘은 힘들었어요 2\n"))
+    assert main(["chat", str(out / "a"), "--max-tokens", "40"]) == 0
+    assert capsys.readouterr().out.count(" me more about it") == 2
+
+
+def test_an_adapter_on_random_weights_finds_them_again(dialogues, out, capsys):
+    given = f"train --model opt-tiny --corpus {dialogues} --output {out / 'a'} --max-steps 2 --seed 3 --max-length 64"
+    assert main([*given.split(), "--method", "lora"]) == 0
+    assert not list(out.glob("*.partial"))
+    base, _ = models.find(models.OPT_TINY)
+    base = models.write(base, out / "base", seed=3)
+    expected = models.load(base, torch.float32, torch.device("cpu"), None).state_dict()
+    network = chat.load(out / "a").network
+    layer = "model.decoder.layers.0.fc1.weight"
+    assert torch.equal(network.get_base_model().state_dict()[layer], expected[layer])
+
+
+def test_without_a_method_the_fastest_that_fits_is_taken_and_said(train, out, base, capsys):
+    """By forecast where there is a budget; on a CPU alone by what the weights are."""
+    assert train("a", "--target", "16GiB", "--max-steps", "1", method=None) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("method lora: ") and "of 16GiB's 15.58 GiB by forecast" in first
+    assert "(baseline, lora, qlora; captured steps are not forecast)" in first
+    assert train("b", "--max-steps", "1", method=None) == 0
+    assert capsys.readouterr().out.startswith("method lora: without GPU or --target nothing is forecast")
+    assert train("c", "--max-steps", "1", "--weights", "random", method=None) == 0
+    assert capsys.readouterr().out.startswith("method baseline: without GPU or --target nothing is forecast")
+    assert [entry(out / name)["method"] for name in "abc"] == ["lora", "lora", "baseline"]
+
+
+def test_where_no_method_fits_that_is_one_line_and_status_1(train, out, capsys):
+    assert train("a", "--target", "0.43GiB", "--batch-size", "64", method=None) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "no method is forecast to fit 10 MiB" in error
+    assert not list(out.iterdir())
+
+
+def test_out_of_memory_is_one_line_that_names_what_fits(train, out, monkeypatch, capsys):
+    def runs_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 394.00 MiB.")
+
+    monkeypatch.setattr(worker, "_allocator_ran_out", lambda: True)
+    monkeypatch.setattr(job.Unattended, "await_request", runs_out)
+    assert train("a", "--target", "16GiB") == 1
+    error = capsys.readouterr().err
+    (line,) = [line for line in error.splitlines() if line.startswith("lightweight: ")]
+    assert "out of memory in train, where 394 MiB more were asked for, of 15.58 GiB" in line
+    assert "--method lora is forecast to fit, with " in line
+    assert "Traceback" not in error
+    assert not list(out.iterdir())
+
+
+def test_a_loss_that_is_no_number_is_one_line(train, monkeypatch, capsys):
+    wild = replace(job.methods.BASELINE, training_arguments={"learning_rate": 1e30, "max_grad_norm": 0.0})
+    monkeypatch.setitem(job.methods.METHODS, "baseline", wild)
+    assert train("a") == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightweight: ")]
+    assert "training loss is nan at step" in line
+
+
+def test_a_disk_without_room_is_told_before_training(train, out, monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr(worker, "train", lambda *_: trained.append(1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 5 * 2**20))
+    assert train("a") == 2
+    assert "5 MiB free, and checkpoints and result need" in capsys.readouterr().err
+    assert not trained
+    assert not list(out.iterdir())
+
+
+def test_a_checkpoint_and_a_result_are_as_large_as_was_reckoned(train, base, dialogues, out, monkeypatch):
+    """What is required of the disk holds weights and moments, of both kinds of steps."""
+    reckoned, written = [], []
+    sizes, on_save = job.sizes, job.Checkpoints.on_save
+    monkeypatch.setattr(job, "sizes", lambda *a: reckoned.append(sizes(*a)) or reckoned[-1])
+
+    def weigh(self, args, state, *rest, **more):
+        files = Path(args.output_dir, f"checkpoint-{state.global_step}").iterdir()
+        written.append(sum(file.stat().st_size for file in files))
+        on_save(self, args, state, *rest, **more)
+
+    monkeypatch.setattr(job.Checkpoints, "on_save", weigh)
+    for method in ("baseline", "lora-captured"):
+        assert train(method, "--save-steps", "9", "--max-steps", "9", method=method) == 0
+        result, checkpoint = reckoned.pop()
+        assert result <= sum(file.stat().st_size for file in (out / method).glob("*.safetensors")) < result + 2**14
+        assert checkpoint <= written[0] < checkpoint + 2**17
+        written.clear()
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
+def test_a_missing_tracker_is_told_before_anything_else(train, out, capsys, tracker):
+    assert train("a", "--report-to", tracker) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"pip install {tracker}" in error
+    assert not out.exists()
+
+
+def scalars(folder: Path) -> dict[tuple[str, int], float]:
+    """What TensorBoard would show: (name, step) -> value."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = {}
+    for path in folder.glob("events.*"):
+        data = path.read_bytes()
+        while data:  # length, its checksum, an event, its checksum
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    found[value.tag, event.step] = value.simple_value
+    return found
+
+
+@pytest.mark.parametrize("method", ["baseline", "baseline-captured"])
+def test_a_tracker_is_told_the_losses_of_both_kinds_of_steps(train, out, method):
+    """The mean since the last entry, as the Trainer has it."""
+    assert train("a", "--report-to", "tensorboard", method=method) == 0
+    told = scalars(out / "a" / "runs")
+    losses = entry(out / "a")["train_loss"]
+    for step, mean in ((1, losses[0]), (10, fmean(losses[1:10])), (20, fmean(losses[10:20]))):
+        assert told["train/loss", step] == pytest.approx(mean, abs=1e-4)
+    rate = job.methods.BASELINE.training_arguments.get("learning_rate", 5e-5)
+    assert told["train/learning_rate", 20] == pytest.approx(rate / 20, abs=1e-9)
+    assert told["train/epoch", 20] == 2
+
+
+def test_another_job_is_not_resumed(train, out, signal_at, monkeypatch, capsys):
+    signal_at(4)
+    assert train("a") == 130
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert train("a") == 2
+    assert "an interrupted job has got to step 4 there: --resume goes on" in capsys.readouterr().err
+    assert train("a", "--resume", "--seed", "1") == 2
+    assert "is another one: seed was 0 and is 1" in capsys.readouterr().err
+    assert train("a", "--overwrite", "--seed", "1", "--max-steps", "1") == 0
+    assert entry(out / "a")["seed"] == 1
+    assert train("a", "--max-steps", "1") == 2
+    assert "already exists" in capsys.readouterr().err
+    assert train("b", "--resume", "--max-steps", "1") == 0
+    assert "nothing to resume" in capsys.readouterr().out
+
+
+def test_the_readmes_two_commands_work(base, dialogues, out, capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    trains, chats = re.findall(r"^    lightweight ((?:train|chat) .*)$", readme, re.MULTILINE)
+    here = {"smollm2-135m": str(base), "corpus.json": str(dialogues), "my-counsellor": str(out / "a")}
+    for line, less in ((trains, "--max-steps 1 --max-length 64 --batch-size 2"), (chats, "--max-tokens 1")):
+        assert main([here.get(word, word) for word in shlex.split(line)] + less.split()) == 0
+    assert "saved in" in capsys.readouterr().out
