@@ -883,5 +883,8 @@ def standalone(picture: Picture) -> str:
         f":root {{ {light}; font-family: system-ui, sans-serif; stroke-linejoin: round; }} "
         f"@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"
     )
-    start = picture.svg.index(">") + 1
-    return f"{picture.svg[:start]}<style>{rules}</style>{picture.svg[start:]}\n"
+    high = re.search(r'viewBox="0 0 \d+ (\d+)', picture.svg)
+    size = f' width="{WIDTH}" height="{high[1]}"' if high else ""
+    start = picture.svg.index(">")
+    ground = '<rect width="100%" height="100%" style="fill: var(--paper)"/>'
+    return f"{picture.svg[:start]}{size}><style>{rules}</style>{ground}{picture.svg[start + 1 :]}\n"

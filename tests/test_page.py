@@ -162,6 +162,7 @@ def test_a_file_of_a_picture_stands_alone():
     picture = figures.pictures(everything())[0]
     alone = figures.standalone(picture)
     assert alone.startswith('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 360')
+    assert 'width="360" height="350"' in alone
     assert "prefers-color-scheme: dark" in alone
 
 
@@ -184,13 +185,13 @@ def test_the_readmes_pictures_show_what_the_committed_records_hold():
 @pytest.fixture(scope="module")
 def browser():
     """Chromium, playwright's own or the system's."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="not run: needs playwright (see CONTRIBUTING.md)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="not run: needs playwright (see README.md)")
     with playwright.sync_playwright() as engine:
         path = engine.chromium.executable_path
         names = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome")
         found = path if shutil.which(path) else next(filter(None, map(shutil.which, names)), None)
         if found is None:
-            pytest.skip("not run: needs Chromium (see CONTRIBUTING.md)")
+            pytest.skip("not run: needs Chromium (see README.md)")
         chromium = engine.chromium.launch(executable_path=found)
         yield chromium
         chromium.close()
@@ -278,7 +279,7 @@ def test_filters_leave_what_was_asked_for(opened, file):
     tab.select_option("select[name=method]", "lora")
     assert visible(tab, "#results tbody tr") == 0
     tab.click("text=Show all")
-    tab.wait_for_function("!document.querySelector('.away, .dim')")
+    tab.locator(".away, .dim").first.wait_for(state="detached")
     assert (visible(tab, "#results tbody tr"), visible(tab, "figure")) == (rows, figures_)
 
 
@@ -306,7 +307,7 @@ def test_a_link_to_what_a_filter_hides_shows_it(opened, file):
     tab = opened(file)
     tab.select_option("select[name=model]", "gpt-neo-1.3b")
     tab.evaluate("location.hash = '#row-0'")
-    tab.wait_for_function("document.getElementById('row-0').checkVisibility()")
+    tab.locator("#row-0").wait_for(state="visible")
 
 
 def test_the_keyboard_reaches_everything(opened, file):

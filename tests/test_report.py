@@ -204,9 +204,11 @@ def test_text_that_would_break_a_markdown_table_does_not():
 
 def test_the_readmes_tables_are_those_of_the_committed_records():
     text = (ROOT / "README.md").read_text("utf-8")
-    made = {table.key: table.text("markdown") for table in report.tables([record.run(path) for path in RECORDS])}
-    begin, end = report.marks("results")
-    assert text.split(begin)[1].split(end)[0].strip() == made["results"]
+    runs = [record.run(path) for path in (*RECORDS, ROOT / "experiments" / "records" / "plan.json")]
+    made = {table.key: table.text("markdown") for table in report.tables(runs)}
+    for key in ("results", "frontier"):
+        begin, end = report.marks(key)
+        assert text.split(begin)[1].split(end)[0].strip() == made[key]
 
 
 def test_the_committed_record_holds_the_answer():
