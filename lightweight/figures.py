@@ -1,62 +1,26 @@
-"""What a person looks at: each table of the report as small pictures, drawn by matplotlib as SVG.
+"""What a person looks at: each table of the report as small pictures.
 
-A picture is as wide as a phone (360 units) and a page lays several side by side. It needs no script: text stays text,
-colours are names that the page gives a value in light and dark, and whatever belongs to a cell is a link to its record.
 Only two colours carry meaning in a line or a mark, blue and vermilion, which the colour-blind tell apart, and each goes
 with a shape: a cell that did not complete is a cross in every picture.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import unicodedata
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from textwrap import wrap
 from typing import Any
-from xml.etree import ElementTree
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from lightweight import report, targets
+from lightweight import drawing, report, targets
+from lightweight.drawing import CAUSES, LIGHT, WIDTH, Canvas, Picture
 from lightweight.record import Entry, ForecastRow, Run
 from lightweight.report import Place
 from lightweight.targets import GiB, MiB
-
-WIDTH = 360
-"""Of every picture, in the units in which its text is 9 to 11 high."""
-
-COLOURS = {
-    "paper": ("#ffffff", "#16191d"),
-    "ink": ("#1c2127", "#e8eaed"),
-    "muted": ("#59636e", "#a3adb8"),
-    "rule": ("#d5dae0", "#3a424b"),
-    "blue": ("#0067a8", "#5ab4f0"),
-    "fail": ("#c23b00", "#ff8f57"),
-}
-"""By role, in light and in dark. Text and marks have a contrast of at least 4.5 to 1 with the paper of their theme."""
-
-CAUSES = {
-    "weights": ("#0072b2", "#2f8fd0"),
-    "quantization state": ("#7cc4ee", "#9ad4f7"),
-    "gradients": ("#cc79a7", "#d98fb8"),
-    "optimizer": ("#d55e00", "#ee7a1f"),
-    "activations": ("#009e73", "#1fb48a"),
-    "logits": ("#e69f00", "#f2b530"),
-    "workspace": ("#8b949e", "#7d8691"),
-}
-"""Okabe and Ito's colours, which the colour-blind tell apart; each segment also has an edge."""
-
-LIGHT = {role: light for role, (light, _) in (COLOURS | CAUSES).items()}
 
 POINTS = 400
 """Points a curve is drawn with at most; a longer one is averaged into as many."""
@@ -64,95 +28,13 @@ POINTS = 400
 SHORTEST = 5
 """Steps; fewer are no curve."""
 
-SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-
-STYLE: dict[Any, Any] = {
-    "axes.edgecolor": LIGHT["muted"],
-    "axes.facecolor": "none",
-    "axes.labelcolor": LIGHT["muted"],
-    "axes.labelsize": 9.5,
-    "axes.linewidth": 0.8,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "figure.dpi": 72,
-    "font.size": 10.5,
-    "lines.solid_capstyle": "round",
-    "path.simplify_threshold": 0.2,
-    "svg.fonttype": "none",
-    "text.color": LIGHT["ink"],
-    "text.parse_math": False,  # a model's name may have dollar signs
-    "xtick.color": LIGHT["muted"],
-    "xtick.labelsize": 9.5,
-    "xtick.major.size": 3,
-    "ytick.color": LIGHT["muted"],
-    "ytick.labelsize": 9.5,
-    "ytick.major.size": 0,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """One drawing. `key` is its id, `table` the key of the table that says the same, `model` whose it is, `title` and
-    `summary` what it shows, `svg` an `<svg>` element, `entries` the trials in it."""
-
-    key: str
-    table: str
-    model: str
-    title: str
-    summary: str
-    svg: str
-    entries: Sequence[Entry]
-
-
-class Canvas:
-    """A figure in units from the top left, and the cells that things drawn on it belong to."""
-
-    def __init__(self, key: str, height: float, entries: Sequence[Entry], all_entries: Sequence[Entry]) -> None:
-        self.key, self.height, self.entries = key, height, entries
-        self.figure = Figure(figsize=(WIDTH / 72, height / 72), facecolor="none")
-        self._number = {id(entry): number for number, entry in enumerate(all_entries)}
-
-    def axes(self, left: float, top: float, width: float, height: float, **more: Any) -> Axes:
-        """Axes whose frame is there; distances from the left and the top."""
-        bottom = self.height - top - height
-        rectangle = (left / WIDTH, bottom / self.height, width / WIDTH, height / self.height)
-        return self.figure.add_axes(rectangle, **more)
-
-    def paper(self) -> Axes:
-        """Axes over everything in the figure's own units, y downwards, without a frame."""
-        axes = self.axes(0, 0, WIDTH, self.height)
-        axes.set_xlim(0, WIDTH)
-        axes.set_ylim(self.height, 0)
-        axes.set_axis_off()
-        return axes
-
-    def of(self, entry: Entry | None, *artists: Any) -> None:
-        """Say that `artists` belong to a cell."""
-        if entry is not None:
-            for artist in artists:
-                artist.set_gid(f"cell:{self._number[id(entry)]}")
-
-    def picture(self, table: str, title: str, summary: str, model: str | None = None) -> Picture:
-        """The finished drawing; its model is that of its entries where it has any."""
-        told = {f"cell:{self._number[id(entry)]}": report.headline(entry) for entry in self.entries}
-        summary = f"{title}. {summary}"
-        return Picture(
-            key=self.key,
-            table=table,
-            model=model or self.entries[0]["model"],
-            title=title,
-            summary=summary,
-            svg=_svg(self.figure, self.key, summary, told),
-            entries=self.entries,
-        )
-
 
 def pictures(runs: Sequence[Run]) -> list[Picture]:
     """Every picture there is something to draw for: losses, memory, speedups, ladders, frontiers, history."""
     entries = report.newest(runs)
     told = report.main_cells(entries)
     found: list[Picture] = []
-    with _style():
+    with drawing.style():
         for number, group in enumerate(report.groups(told)):
             baseline = report.baseline_of(group[0], group)
             methods = [entry for entry in group if entry is not baseline] or group
@@ -162,7 +44,7 @@ def pictures(runs: Sequence[Run]) -> list[Picture]:
                 ]
             if any(entry["peak_allocated_bytes"] or entry.get("forecast_bytes_by_cause") for entry in group):
                 found.append(_memory(f"memory-{number}", group, entries))
-            if len(group) > 1:
+            if len(group) > 1 and any(e["steady_step_seconds"] or e["outcome"] != "completed" for e in group):
                 found.append(_speedups(f"speedup-{number}", group, entries))
         found += _forecast_memory(runs, told)
         for number, rungs in enumerate(report.ladders(entries)):
@@ -228,32 +110,32 @@ def _loss(key: str, entry: Entry, baseline: Entry | None, entries: Sequence[Entr
                 canvas.of(e, *dots)
             last = after if after is not None else _last(losses)
             told = f"{x[-1]:.1f} s" if in_seconds else f"{last:.2f}"
-            labels.append((last, e, f"{_short(e['method'], 17)}\n{told}", colour))
+            labels.append((last, e, f"{drawing.short(e['method'], 17)}\n{told}", colour))
         axes.set_xlim(0, max(ends) or 1)
         if heights:
             room = (max(heights) - min(heights)) * 0.06 or 0.1
             above_curves = (max(heights) - min(heights) + 2 * room) * 0.15 * len(ended)  # where crosses stand
             axes.set_ylim(min(heights) - room, max(heights) + room + above_curves)
-        _plain(axes)
-        for e, place, told, colour in _apart(axes, labels, gap=25):
-            canvas.of(e, _text(axes, 1.04, place, told, colour, 9.5, transform=axes.transAxes, va="center"))
+        drawing.plain(axes)
+        for e, place, told, colour in drawing.apart(axes, labels, gap=25):
+            canvas.of(e, drawing.text(axes, 1.04, place, told, colour, 9.5, transform=axes.transAxes, va="center"))
         for line, e in enumerate(ended):
             canvas.of(e, *_crossed(paper, 40, (27 if axes is above else 207) + 15 * line, e))
     above.set_xlabel("optimizer step", loc="left")
     below.set_xlabel("seconds of training", loc="left")
     for axes, told in ((above, "loss against step"), (below, "loss against seconds")):
-        _text(axes, 0, 1.07, told, "ink", 10, transform=axes.transAxes, weight="bold")
+        drawing.text(axes, 0, 1.07, told, "ink", 10, transform=axes.transAxes, weight="bold")
     if any(_heldout(e) for e in shown):
         paper.plot([277], [342], "o", markersize=4.5, markerfacecolor="none", markeredgecolor=LIGHT["muted"])
-        _text(paper, 284, 345.5, "held-out loss", "muted", 9.5)
+        drawing.text(paper, 284, 345.5, "held-out loss", "muted", 9.5)
     return canvas.picture("loss", title, summary)
 
 
 def _crossed(paper: Axes, x: float, y: float, entry: Entry) -> list[Any]:
     """A cross, and how the cell ended."""
     cross = paper.plot(x, y, "x", color=LIGHT["fail"], markersize=7, markeredgewidth=2)
-    told = f"{_short(entry['method'], 18)}: {report.outcome(entry)}"
-    return [*cross, _text(paper, x + 9, y + 3.5, told, "fail", 9.5)]
+    told = f"{drawing.short(entry['method'], 18)}: {report.outcome(entry)}"
+    return [*cross, drawing.text(paper, x + 9, y + 3.5, told, "fail", 9.5)]
 
 
 def _curve(entry: Entry) -> tuple[list[float], list[float], list[float]]:
@@ -376,9 +258,9 @@ def _bars(
     for number, row in enumerate(rows):
         y = of_row * number
         colour = "fail" if row.failed else "ink"
-        name = _text(paper, left, top + y + 13, _short(row.name, 24), "ink", 10.5, weight="bold")
+        name = drawing.text(paper, left, top + y + 13, drawing.short(row.name, 24), "ink", 10.5, weight="bold")
         cross = "✕ " if row.failed else ""
-        said = _text(paper, right, top + y + 13, cross + row.told, colour, 9.5, ha="right")
+        said = drawing.text(paper, right, top + y + 13, cross + row.told, colour, 9.5, ha="right")
         parts: list[Any] = []
         start = 0.0
         for cause in causes:
@@ -407,18 +289,18 @@ def _bars(
             axes.plot([limit / unit] * 2, [y + 16.5, y + 40], color=LIGHT["ink"], linewidth=1.3, solid_capstyle="butt")
         at = left + (right - left) * (limit / unit) / axes.get_xlim()[1]
         beyond = at > WIDTH * 0.6
-        _text(paper, at, top - 8, f"limit {report.size(limit)}", "ink", 9.5, ha="right" if beyond else "left")
+        drawing.text(paper, at, top - 8, f"limit {report.size(limit)}", "ink", 9.5, ha="right" if beyond else "left")
     axes.yaxis.set_major_locator(NullLocator())
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    _text(paper, right, bottom + 26, unit_name, "muted", 9.5, ha="right")
+    drawing.text(paper, right, bottom + 26, unit_name, "muted", 9.5, ha="right")
     for number, name in enumerate(keys):
         x, y = left + (number % 3) * 118, bottom + 42 + 16 * (number // 3)
         thin = name == "measured"
         colour = LIGHT["ink"] if thin else LIGHT.get(name, LIGHT["muted"])
         paper.barh(y - 3.5, 10, 4 if thin else 10, x, color=colour)
-        _text(paper, x + 15, y, _short(name, 18), "muted", 9.5)
+        drawing.text(paper, x + 15, y, drawing.short(name, 18), "muted", 9.5)
     words = "; ".join(f"{row.name} {row.told}" for row in rows)
     under = f" Limit {report.size(limit)}." if limit else ""
     return canvas.picture("memory", title, f"Peak memory by cause. {words}.{under}", model)
@@ -446,8 +328,8 @@ def _speedups(key: str, group: Sequence[Entry], entries: Sequence[Entry]) -> Pic
         elif not told[:1].isdigit():
             told = "completes" if told == "-" else f"completes; {told}"
         words.append(f"{entry['method']} {told.removeprefix('✕ ')}")
-        name = _text(paper, left, top + y + 13, _short(entry["method"], 24), "ink", 10.5, weight="bold")
-        said = _text(paper, right, top + y + 13, told, "fail" if failed else "ink", 9.5, ha="right")
+        name = drawing.text(paper, left, top + y + 13, drawing.short(entry["method"], 24), "ink", 10.5, weight="bold")
+        said = drawing.text(paper, right, top + y + 13, told, "fail" if failed else "ink", 9.5, ha="right")
         marks: list[Any] = []
         if paired.get("ratio") and paired["low"] and math.isfinite(paired["high"]) and not failed:
             marks += axes.plot(
@@ -498,7 +380,7 @@ def _speedups(key: str, group: Sequence[Entry], entries: Sequence[Entry]) -> Pic
             color=LIGHT["blue"],
             markerfacecolor=LIGHT["blue"] if filled else "none",
         )
-        _text(paper, x + 14, bottom + 39.5, told, "muted", 9.5)
+        drawing.text(paper, x + 14, bottom + 39.5, told, "muted", 9.5)
     title = f"{group[0]['model']} on {group[0]['target']}"
     return canvas.picture("speedup", title, f"Times as fast as the baseline, per token. {'; '.join(words)}.")
 
@@ -537,9 +419,9 @@ def _ladder(number: int, rungs: Sequence[Entry], entries: Sequence[Entry]) -> Pi
             told = f"✕ {report.outcome(rung)}"
         changed = report.change(below, rung) if below else "the bottom of the ladder"
         drawn = [
-            _text(paper, left, top + y + 13, _short(rung["method"], 26), "ink", 10.5, weight="bold"),
-            _text(paper, right, top + y + 13, told or "no steps", "fail" if failed else "ink", 9.5, ha="right"),
-            _text(paper, left, top + y + 25.5, _short(changed, 62), "muted", 9),
+            drawing.text(paper, left, top + y + 13, drawing.short(rung["method"], 26), "ink", 10.5, weight="bold"),
+            drawing.text(paper, right, top + y + 13, told or "no steps", "fail" if failed else "ink", 9.5, ha="right"),
+            drawing.text(paper, left, top + y + 25.5, drawing.short(changed, 62), "muted", 9),
         ]
         if index and steps[index - 1]:
             drawn += axes.barh(y + 35, steps[index - 1] or 0, 8, color=LIGHT["rule"])
@@ -559,7 +441,7 @@ def _ladder(number: int, rungs: Sequence[Entry], entries: Sequence[Entry]) -> Pi
     axes.yaxis.set_major_locator(NullLocator())
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    _text(paper, right, bottom + 25, "ms a step", "muted", 9.5, ha="right")
+    drawing.text(paper, right, bottom + 25, "ms a step", "muted", 9.5, ha="right")
     table = report.ladder(rungs, number)
     words = "; ".join(" ".join(row[:1]) + f" {row[3]}, {row[2]}" for row in table.rows)
     title = f"{rungs[0]['model']} on {rungs[0]['target']}: {rungs[0]['method']} to {rungs[-1]['method']}"
@@ -600,14 +482,16 @@ def _frontier(
             lines.append(f"{room / GiB:.0f} GiB")
         for line, told in enumerate(lines[-3:]):
             is_size = room is not None and line == len(lines[-3:]) - 1
-            _text(paper, x, 12 + 11 * line, told, "muted" if is_size else "ink", 8 if is_size else 8.5, ha="center")
+            drawing.text(
+                paper, x, 12 + 11 * line, told, "muted" if is_size else "ink", 8 if is_size else 8.5, ha="center"
+            )
     words = []
     for row, (method, of) in enumerate(found.items()):
         y = top + of_row * (row + 0.5)
         paper.plot([8, left + across * len(columns)], [y - of_row / 2] * 2, color=LIGHT["rule"], linewidth=0.8)
-        lines = wrap(_short(method, 36).replace("-", "- "), 17)[:2]
+        lines = wrap(drawing.short(method, 36).replace("-", "- "), 17)[:2]
         for line, told in enumerate(lines):
-            _text(
+            drawing.text(
                 paper, 8, y + 4 + 11 * (line - (len(lines) - 1) / 2), told.replace("- ", "-"), "ink", 10, weight="bold"
             )
         for index, card in enumerate(columns):
@@ -621,7 +505,7 @@ def _frontier(
     for index, (verdict, filled, told) in enumerate(legend):
         x, y = 16 + (index % 2) * 130, bottom + 14 + 17 * (index // 2)
         _place(paper, x, y, verdict, filled, 5)
-        _text(paper, x + 12, y + 3.5, told, "muted", 9.5)
+        drawing.text(paper, x + 12, y + 3.5, told, "muted", 9.5)
     return canvas.picture("frontier", model, f"What fits which card. {'. '.join(words)}.", model)
 
 
@@ -641,7 +525,7 @@ def _place(axes: Axes, x: float, y: float, verdict: str, is_measured: bool, size
             )
         )
     if verdict == "too_close_to_call":
-        return [_text(axes, x, y + size * 0.6, "?", "muted", size * 1.8, ha="center", weight="bold")]
+        return [drawing.text(axes, x, y + size * 0.6, "?", "muted", size * 1.8, ha="center", weight="bold")]
     square = axes.plot(
         x,
         y,
@@ -708,10 +592,14 @@ def _history(key: str, entry: Entry, runs: Sequence[Run], entries: Sequence[Entr
             axes.set_ylim(min(heights) - room, max(heights) + room)
             last = known[-1][1]
             y = (last - axes.get_ylim()[0]) / (axes.get_ylim()[1] - axes.get_ylim()[0])
-            _text(axes, 1.05, y, form.format(last), "blue", 9.5, transform=axes.transAxes, va="center", weight="bold")
+            drawing.text(
+                axes, 1.05, y, form.format(last), "blue", 9.5, transform=axes.transAxes, va="center", weight="bold"
+            )
             first = known[0][1]
             if len(known) > 1 and first:
-                _text(axes, -0.04, 0.1, f"{last / first - 1:+.1%}", "muted", 9.5, transform=axes.transAxes, ha="right")
+                drawing.text(
+                    axes, -0.04, 0.1, f"{last / first - 1:+.1%}", "muted", 9.5, transform=axes.transAxes, ha="right"
+                )
         for index in failed:
             cross = axes.plot(
                 index,
@@ -729,16 +617,16 @@ def _history(key: str, entry: Entry, runs: Sequence[Run], entries: Sequence[Entr
         axes.set_xticklabels([])
         axes.yaxis.set_major_locator(NullLocator())
         axes.spines["left"].set_visible(False)
-        _text(axes, -0.04, 0.55, name, "ink", 9.5, transform=axes.transAxes, ha="right")
+        drawing.text(axes, -0.04, 0.55, name, "ink", 9.5, transform=axes.transAxes, ha="right")
     paper = canvas.paper()
     for index, align in ((0, "left"), (-1, "right")):
         x = 86 if index == 0 else 300
         run = found[index][0]
-        _text(
+        drawing.text(
             paper,
             x,
             canvas.height - 8,
-            _short(run.ended[:16].replace("T", " ") or run.path.stem, 18),
+            drawing.short(run.ended[:16].replace("T", " ") or run.path.stem, 18),
             "muted",
             9,
             ha=align,
@@ -751,140 +639,3 @@ def _history(key: str, entry: Entry, runs: Sequence[Run], entries: Sequence[Entr
 def _speedup_of(run: Run, then: Entry) -> float | None:
     told = report.speedup(then, report.baseline_of(then, run.entries))
     return float(told.partition("x")[0]) if told[:1].isdigit() and then["method"] != report.BASELINE else None
-
-
-# Drawing
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        # the browser has the glyphs that matplotlib's own font, with which it only measures, lacks
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        warnings.filterwarnings("ignore", message="Matplotlib currently does not support", category=UserWarning)
-        yield
-
-
-def clean(told: str) -> str:
-    """`told` on one line, without characters that no document may hold or that turn the text after them around."""
-    return readable(" ".join(told.split()))
-
-
-def readable(told: str) -> str:
-    """`told` with those characters replaced, its lines kept."""
-    return "".join(
-        c if c in "\n\t" or not _UNREADABLE & {unicodedata.category(c), unicodedata.bidirectional(c)} else "�"
-        for c in told
-    )
-
-
-_UNREADABLE = {"Cc", "Cs", "Cn", "LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
-
-
-def _short(told: str, length: int) -> str:
-    """`told`, its end cut where it is longer than there is room for."""
-    told = clean(told)
-    return told if len(told) <= length else told[: length - 1] + "…"
-
-
-def _text(axes: Axes, x: float, y: float, told: str, colour: str, size: float, **more: Any) -> Any:
-    cleaned = "\n".join(clean(line) for line in told.split("\n"))
-    return axes.text(x, y, cleaned, color=LIGHT[colour], fontsize=size, linespacing=1.15, **more)
-
-
-def _plain(axes: Axes) -> None:
-    """Few ticks, and lines across at them."""
-    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    if len(axes.get_yticks()):
-        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    axes.grid(axis="y", color=LIGHT["rule"], linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines["left"].set_visible(False)
-
-
-def _apart(
-    axes: Axes, labels: Iterable[tuple[float, Entry, str, str]], gap: float
-) -> Iterator[tuple[Entry, float, str, str]]:
-    """Labels at the heights of what they name, in shares of the axes, and at least `gap` units from each other."""
-    low, high = axes.get_ylim()
-    tall = axes.bbox.height
-    wanted = sorted(labels, key=lambda label: label[0])
-    places = [(height - low) / (high - low) * tall for height, *_ in wanted]
-    for index in range(1, len(places)):
-        places[index] = max(places[index], places[index - 1] + gap)
-    over = max(0.0, places[-1] - tall) if places else 0.0
-    for place, (_, entry, told, colour) in zip(places, wanted, strict=True):
-        yield entry, (place - over) / tall, told, colour
-
-
-def _svg(figure: Figure, key: str, summary: str, told: Mapping[str, str]) -> str:
-    """The figure as an `<svg>` element that can stand in a page beside others. `told` has what to say of every cell."""
-    written = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": key}):
-        FigureCanvasSVG(figure).print_svg(written, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    ElementTree.register_namespace("", SVG)
-    root = ElementTree.fromstring(written.getvalue())
-    linked = {value for node in root.iter() for name, value in node.attrib.items() if name == f"{{{XLINK}}}href"}
-    linked |= {f"#{name}" for node in root.iter() for name in re.findall(r"url\(#(.+?)\)", node.get("clip-path", ""))}
-    for parent in root.iter():
-        for node in [node for node in parent if node.tag.rpartition("}")[2] in ("metadata", "title", "style")]:
-            parent.remove(node)
-    for node in root.iter():
-        name = node.attrib.pop("id", None)
-        if name is not None and name in told:
-            node.tag = f"{{{SVG}}}a"
-            number = name.partition(":")[2]
-            node.attrib |= {"class": "mark", "data-cell": number, "href": f"#record-{number}", "tabindex": "-1"}
-            title = ElementTree.Element(f"{{{SVG}}}title")
-            title.text = clean(told[name])
-            node.insert(0, title)
-        elif f"#{name}" in linked:
-            node.set("id", f"{key}-{name}")
-        for attribute in (f"{{{XLINK}}}href", "clip-path"):
-            if attribute in node.attrib and "#" in node.attrib[attribute] and "data-cell" not in node.attrib:
-                node.set(attribute.rpartition("}")[2], node.attrib.pop(attribute).replace("#", f"#{key}-"))
-        if style := node.get("style"):
-            node.set("style", _themed(style))
-    for node in root.iter():  # smaller by a third without line breaks and digits that nobody sees
-        node.text, node.tail = (None if text is None or not text.strip() else text for text in (node.text, node.tail))
-        node.attrib |= {k: _rounded(v) for k, v in node.attrib.items() if k in ("d", "x", "y", "transform")}
-        if node.get("transform", "").startswith("rotate(-0"):
-            del node.attrib["transform"]
-    for name in ("width", "height", "version"):
-        root.attrib.pop(name, None)
-    root.attrib |= {"role": "img", "aria-label": clean(summary)}
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-ROLES = {light: role.replace(" ", "-") for role, light in LIGHT.items()}
-
-
-def _rounded(numbers: str) -> str:
-    short = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.1f}".removesuffix(".0"), numbers)
-    return re.sub(r"\s+", " ", short).strip()
-
-
-def _themed(style: str) -> str:
-    """`style` with the colours of the light theme as the names that stand for them in either, and the page's font."""
-    style = re.sub(r"#[0-9a-f]{6}", lambda found: f"var(--{ROLES[found[0]]})" if found[0] in ROLES else found[0], style)
-    style = re.sub(
-        r"font: (?:(\w+) )?([\d.]+px) [^;]+", lambda f: f"font-size: {f[2]}; font-weight: {f[1] or 400}", style
-    )
-    return re.sub(r"font-family: [^;]+;?", "", style)
-
-
-def standalone(picture: Picture) -> str:
-    """The picture as a file of its own, in the viewer's theme."""
-    light, dark = (
-        "; ".join(f"--{role.replace(' ', '-')}: {pair[theme]}" for role, pair in (COLOURS | CAUSES).items())
-        for theme in (0, 1)
-    )
-    rules = (
-        f":root {{ {light}; font-family: system-ui, sans-serif; stroke-linejoin: round; }} "
-        f"@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"
-    )
-    high = re.search(r'viewBox="0 0 \d+ (\d+)', picture.svg)
-    size = f' width="{WIDTH}" height="{high[1]}"' if high else ""
-    start = picture.svg.index(">")
-    ground = '<rect width="100%" height="100%" style="fill: var(--paper)"/>'
-    return f"{picture.svg[:start]}{size}><style>{rules}</style>{ground}{picture.svg[start + 1 :]}\n"

@@ -18,8 +18,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from lightweight import __version__, figures, report
-from lightweight.figures import Picture
+from lightweight import __version__, drawing, figures, report
+from lightweight.drawing import Picture
 from lightweight.record import Entry, Run
 from lightweight.report import Table
 
@@ -48,7 +48,7 @@ def html(runs: Sequence[Run]) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: figures.readable(value) if type(value) is str else value,
+        finalize=lambda value: drawing.readable(value) if type(value) is str else value,
     )
     return environment.from_string(_own("page.html")).render(
         answer=report.findings(runs),
@@ -58,7 +58,7 @@ def html(runs: Sequence[Run]) -> str:
         sections=[_section(table, pictures, number) for table in report.tables(runs)],
         records=[_record(index, entry, pictures) for index, entry in enumerate(entries)],
         choices={key: list(dict.fromkeys(entry[key] for entry in entries)) for key in ("model", "method", "outcome")},
-        colours={role.replace(" ", "-"): pair for role, pair in (figures.COLOURS | figures.CAUSES).items()},
+        colours={role.replace(" ", "-"): pair for role, pair in (drawing.COLOURS | drawing.CAUSES).items()},
         style=Markup(style),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

@@ -293,7 +293,7 @@ def _fate(entry: Entry, baseline: Entry | None = None) -> str:
         held = f" with {ratio} of the memory" if ratio[:1].isdigit() and entry["peak_allocated_bytes"] else ""
         told.append(f"is {fast.partition(' ')[0]} as fast{held}")
     else:
-        total = "" if entry["cold_seconds"] is None else f" in {_duration(entry['cold_seconds'])}"
+        total = "" if not entry["cold_seconds"] else f" in {_duration(entry['cold_seconds'])}"
         peak = f" within {size(entry['peak_allocated_bytes'])}" if entry["peak_allocated_bytes"] else ""
         told.append(f"completes{total}{peak}")
     before, after = entry["heldout_loss_before"], entry["heldout_loss_after"]
@@ -704,14 +704,14 @@ def rendered(runs: Sequence[Run], form: Format) -> str:
 
 def draw(folder: Path, runs: Sequence[Run]) -> None:
     """Write every picture of `runs` into `folder` as an SVG file, called by its key. Raises ReportError."""
-    from lightweight import figures
+    from lightweight import drawing, figures
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ReportError(f"report {folder}: is no folder to write to ({error.strerror})") from error
     for picture in figures.pictures(runs):
-        write(folder / f"{picture.key}.svg", figures.standalone(picture))
+        write(folder / f"{picture.key}.svg", drawing.standalone(picture))
 
 
 def write(path: Path, content: str) -> None:

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from test_report import LADDER, entry, forecast, paired, run, stopped
 
-from lightweight import figures, page, record, report
+from lightweight import drawing, figures, page, record, report
 
 HOSTILE = [
     "<script>document.title='owned'</script>",
@@ -63,7 +63,7 @@ def test_the_page_needs_no_network_and_forbids_it(document):
         tag for tag, a in found.tags if (a.get("src") or a.get("href", "data:"))[:5] != "data:" and tag != "script"
     }
     assert not [a["src"] for _, a in found.tags if "src" in a]
-    assert set(re.findall(r"https?://[^\"' <]+", document)) <= {figures.SVG}
+    assert set(re.findall(r"https?://[^\"' <]+", document)) <= {drawing.SVG}
     assert len(document.encode()) < 500_000
 
 
@@ -92,6 +92,15 @@ def test_a_cell_that_ran_out_of_memory_is_in_every_kind_of_picture():
             assert "var(--fail)" in picture.svg, picture.key
     kinds = {p.table.partition("-")[0] for p in figures.pictures(runs) if "lora" in p.summary}
     assert kinds == {"loss", "memory", "speedup", "ladder", "frontier", "history"}
+
+
+def test_where_no_cell_has_a_curve_each_still_has_its_cross():
+    group = [stopped(), stopped(method="lora"), entry(method="qlora")]
+    crossed = {
+        p.title: len(re.findall(r"out of memory in forward</text>", p.svg)) for p in figures.pictures([run(*group)])
+    }
+    assert crossed["opt-350m on t4: lora over baseline"] == 2
+    assert crossed["opt-350m on t4: qlora over baseline"] == 2  # the baseline's, above and below
 
 
 def test_the_whole_record_of_every_cell_is_there(document):
@@ -147,7 +156,7 @@ def contrast(one, other):
 @pytest.mark.parametrize("role", ["ink", "muted", "blue", "fail"])
 @pytest.mark.parametrize("theme", [0, 1])
 def test_text_can_be_read_in_both_themes(role, theme):
-    assert contrast(figures.COLOURS[role][theme], figures.COLOURS["paper"][theme]) >= 4.5
+    assert contrast(drawing.COLOURS[role][theme], drawing.COLOURS["paper"][theme]) >= 4.5
 
 
 def test_labels_of_curves_that_end_alike_do_not_collide():
@@ -160,7 +169,7 @@ def test_labels_of_curves_that_end_alike_do_not_collide():
 
 def test_a_file_of_a_picture_stands_alone():
     picture = figures.pictures(everything())[0]
-    alone = figures.standalone(picture)
+    alone = drawing.standalone(picture)
     assert alone.startswith('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 360')
     assert 'width="360" height="350"' in alone
     assert "prefers-color-scheme: dark" in alone
