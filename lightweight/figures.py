@@ -36,12 +36,10 @@ def pictures(runs: Sequence[Run]) -> list[Picture]:
     found: list[Picture] = []
     with drawing.style():
         for number, group in enumerate(report.groups(told)):
-            baseline = report.baseline_of(group[0], group)
-            methods = [entry for entry in group if entry is not baseline] or group
+            methods = [entry for entry in group if entry["method"] != report.BASELINE] or group
+            curved = [entry for entry in methods if entry["train_loss"] or entry["outcome"] != "completed"]
             if max(len(entry["train_loss"] or ()) for entry in group) >= SHORTEST:
-                found += [
-                    _loss(f"loss-{number}-{index}", entry, baseline, entries) for index, entry in enumerate(methods)
-                ]
+                found += [_loss(f"loss-{number}-{index}", e, group, entries) for index, e in enumerate(curved)]
             if any(entry["peak_allocated_bytes"] or entry.get("forecast_bytes_by_cause") for entry in group):
                 found.append(_memory(f"memory-{number}", group, entries))
             if len(group) > 1 and any(e["steady_step_seconds"] or e["outcome"] != "completed" for e in group):
@@ -58,10 +56,12 @@ def pictures(runs: Sequence[Run]) -> list[Picture]:
 # Loss
 
 
-def _loss(key: str, entry: Entry, baseline: Entry | None, entries: Sequence[Entry]) -> Picture:
+def _loss(key: str, entry: Entry, group: Sequence[Entry], entries: Sequence[Entry]) -> Picture:
     """Training loss of a method over its baseline's: against steps above, against seconds below."""
+    baseline = report.baseline_of(entry, group)
     shown = [entry] if baseline is None or baseline is entry else [baseline, entry]
-    title = f"{entry['model']} on {entry['target']}: {entry['method']}" + " over baseline" * (len(shown) > 1)
+    name = report.name_among(entry, group)
+    title = f"{entry['model']} on {entry['target']}: {name}" + " over baseline" * (len(shown) > 1)
     summary = f"Loss against step and seconds. {'; '.join(report.headline(e) for e in shown)}"
     ended = [e for e in shown if e["outcome"] != "completed"]
     if not any(e["train_loss"] for e in shown):
@@ -177,7 +177,7 @@ def _memory(key: str, group: Sequence[Entry], entries: Sequence[Entry]) -> Pictu
     """The forecast peak by cause above the measured one, a pair a method, and the target's limit as a line."""
     rows = [
         _Bar(
-            name=entry["method"],
+            name=report.name_among(entry, group),
             by_cause=entry.get("forecast_bytes_by_cause") or {},
             measured=entry["peak_allocated_bytes"],
             told=_memory_words(entry),
@@ -327,8 +327,9 @@ def _speedups(key: str, group: Sequence[Entry], entries: Sequence[Entry]) -> Pic
             told = f"✕ {report.outcome(entry)}"
         elif not told[:1].isdigit():
             told = "completes" if told == "-" else f"completes; {told}"
-        words.append(f"{entry['method']} {told.removeprefix('✕ ')}")
-        name = drawing.text(paper, left, top + y + 13, drawing.short(entry["method"], 24), "ink", 10.5, weight="bold")
+        named = report.name_among(entry, group)
+        words.append(f"{named} {told.removeprefix('✕ ')}")
+        name = drawing.text(paper, left, top + y + 13, drawing.short(named, 24), "ink", 10.5, weight="bold")
         said = drawing.text(paper, right, top + y + 13, told, "fail" if failed else "ink", 9.5, ha="right")
         marks: list[Any] = []
         if paired.get("ratio") and paired["low"] and math.isfinite(paired["high"]) and not failed:
@@ -510,21 +511,14 @@ def _frontier(
 
 
 def _place(axes: Axes, x: float, y: float, verdict: str, is_measured: bool, size: float = 8) -> list[Any]:
-    """A circle that fits, a square with a cross that does not, a question mark between; filled where measured."""
-    face = {True: "blue", False: None}[is_measured]
+    """A circle that fits, a square with a cross that does not, else a question mark; filled where measured."""
     if verdict == "fits":
+        face = LIGHT["blue"] if is_measured else "none"
+        colour = LIGHT["blue"]
         return list(
-            axes.plot(
-                x,
-                y,
-                "o",
-                markersize=size * 1.6,
-                color=LIGHT["blue"],
-                markerfacecolor=LIGHT[face] if face else "none",
-                markeredgewidth=1.6,
-            )
+            axes.plot(x, y, "o", markersize=size * 1.6, color=colour, markerfacecolor=face, markeredgewidth=1.6)
         )
-    if verdict == "too_close_to_call":
+    if verdict != "does_not_fit":
         return [drawing.text(axes, x, y + size * 0.6, "?", "muted", size * 1.8, ha="center", weight="bold")]
     square = axes.plot(
         x,

@@ -174,6 +174,12 @@ def groups(entries: Sequence[Entry]) -> list[list[Entry]]:
     return [[entry for entry in entries if of(entry) == key] for key in dict.fromkeys(map(of, entries))]
 
 
+def name_among(entry: Entry, group: Sequence[Entry]) -> str:
+    """The method, with the seed where the group has several."""
+    seeds = {other["seed"] for other in group}
+    return f"{entry['method']}, seed {entry['seed']}" if len(seeds) > 1 else str(entry["method"])
+
+
 def is_card(target: str) -> bool:
     """Whether `target` is a card, an amount of memory or the CPU, not a budget that a test made up."""
     try:
@@ -273,10 +279,9 @@ def headline(entry: Entry) -> str:
 def _about(group: Sequence[Entry]) -> Finding:
     first = group[0]
     place = first["target"] if first["target"] != "native" else first["device"]
-    baseline = baseline_of(first, group)
     return Finding(
         about=f"{first['model']} on {place}" + (" (emulated)" if first["emulated"] else ""),
-        parts=tuple(f"{entry['method']} {_fate(entry, baseline)}" for entry in group),
+        parts=tuple(f"{name_among(entry, group)} {_fate(entry, baseline_of(entry, group))}" for entry in group),
     )
 
 
@@ -356,6 +361,9 @@ def results(entries: Sequence[Entry], key: str = "results", title: str = "Every 
             [*row, *(str(entry.get(k) or "-") for k in ("planned_steps", "max_length"))]
             for row, entry in zip(rows, entries, strict=True)
         ]
+    if len({entry.get("seed") for entry in entries}) > 1:
+        columns, aligned = [*columns, "seed"], aligned + "r"
+        rows = [[*row, str(entry.get("seed"))] for row, entry in zip(rows, entries, strict=True)]
     if any("worker" in entry for entry in entries):
         columns, aligned = [*columns, "worker"], aligned + "l"
         rows = [[*row, _worker(entry)] for row, entry in zip(rows, entries, strict=True)]

@@ -334,9 +334,10 @@ def test_comparing_with_nothing_stored_passes_and_with_a_stored_run_compares(pro
     assert len(document["outcomes"]) == 1
     document["machine_info"]["cpu"]["hz_actual_friendly"] = "as it was that day"
     stored.write_text(json.dumps(document))
-    second = project.runpytest_subprocess(*arguments)
+    second = project.runpytest_subprocess(*arguments, "--report=report.html")
     assert second.ret == 0
     second.stdout.fnmatch_lines_random(["test_cell*lora* (NOW) *", "test_cell*lora* (0001_*) *"])
+    assert ">micro x lora on cpu</figcaption>" in (project.path / "report.html").read_text("utf-8"), "its history"
 
 
 SPEEDUP = (

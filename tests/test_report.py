@@ -284,6 +284,19 @@ def test_a_wrong_forecast_is_named():
     assert line.startswith("The forecast was wrong about opt-350m x baseline on t4")
 
 
+def test_several_seeds_are_told_apart_and_each_held_against_its_own_baseline():
+    seeds = [entry(seed=seed, steady_step_seconds=0.1 * (seed + 1)) for seed in (0, 1)]
+    loras = [entry(method="lora", seed=seed, steady_step_seconds=0.05 * (seed + 1)) for seed in (0, 1)]
+    found = rows("results", run(*seeds, *loras))
+    assert [(row["method"], row["seed"], row["speedup"]) for row in found] == [
+        ("baseline", "0", "1.00x"),
+        ("baseline", "1", "1.00x"),
+        ("lora", "0", "2.00x"),
+        ("lora", "1", "2.00x"),
+    ]
+    assert "lora, seed 1 is 2.00x as fast" in report.text([run(*seeds, *loras)], "terminal")
+
+
 def test_no_cell_is_missing_from_the_tables():
     short = entry(model="opt-350m", method="fp32-check", planned_steps=1)
     capped = entry(method="lora", target="opt-350m x lora: too little")

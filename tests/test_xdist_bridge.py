@@ -60,8 +60,10 @@ def run_json(project: pytest.Pytester, *arguments: str):
 
 def test_two_workers_cells_are_all_there_once_and_a_models_together(project):
     project.makepyfile(test_cells=CELLS + SPEEDUP)
-    result, document = run_json(project, "-n", "2", "--epochs=2", "--pairs=8", "--benchmark-autosave")
+    options = ("--epochs=2", "--pairs=8", "--benchmark-autosave", "--report=report.md")
+    result, document = run_json(project, "-n", "2", *options)
     result.assert_outcomes(passed=6)
+    assert (project.path / "report.md").read_text("utf-8").startswith("- 4 cells: 4 completed.")
     entries, rows = document["outcomes"], document["benchmarks"]
     assert len(entries) == len(rows) == 4
     assert {(entry["model"], entry["method"]) for entry in entries} == ALL
