@@ -127,13 +127,12 @@ def tables(runs: Sequence[Run]) -> list[Table]:
 
 
 def newest(runs: Sequence[Run]) -> list[Entry]:
-    """The entries of all runs, less those of trials that a newer run has again."""
-    kept: list[Entry] = []
-    seen: set[tuple[Any, ...]] = set()
-    for run in sorted(runs, key=_ended, reverse=True):
-        kept = [*(entry for entry in run.entries if _trial(entry) not in seen), *kept]
-        seen |= {_trial(entry) for entry in run.entries}
-    return kept
+    """The entries of all runs, less those of trials that a newer run has again, in the order in which trials came."""
+    by_age = sorted(runs, key=_ended)
+    last = {_trial(entry): run for run in by_age for entry in run.entries}
+    order = {trial: place for place, trial in enumerate(last)}
+    kept = [entry for run in by_age for entry in run.entries if last[_trial(entry)] is run]
+    return sorted(kept, key=lambda entry: order[_trial(entry)])
 
 
 def main_cells(entries: Sequence[Entry]) -> list[Entry]:

@@ -348,6 +348,8 @@ def test_history_puts_runs_side_by_side_and_tells_the_newest():
         assert found[1]["new 2026-01-02 00:00"] == "out of memory in forward"
         assert [row["outcome"] for row in rows("results", *runs)] == ["completed", "out of memory in forward"]
     assert not [table for table in report.tables([new]) if table.key == "history"]
+    part = run(entry(), ended="2026-01-03T00:00:00", name="part.json")
+    assert [row["method"] for row in rows("results", old, part)] == ["baseline", "lora"], "in the order they came"
 
 
 def test_text_from_a_record_is_text_in_markdown():
