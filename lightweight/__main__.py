@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_plan(commands.add_parser("plan", help="forecast which methods fit which cards, without a GPU or the weights"))
     _add_train(commands.add_parser("train", help="fine-tune a model and save it, with checkpoints on the way"))
     _add_chat(commands.add_parser("chat", help="let a model that was trained answer prompts"))
-    _add_report(commands.add_parser("report", help="print saved records as one table"))
+    _add_report(commands.add_parser("report", help="what saved records say: a page, markdown, or tables"))
     _add_gate(commands.add_parser("gate", help="hold a saved record against older ones; status 1 where it got worse"))
     options = parser.parse_args(arguments)
     options.given = sys.argv[1:] if arguments is None else arguments
@@ -39,20 +39,35 @@ def _refuse(error: Exception) -> int:
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_report)
-    parser.add_argument("records", nargs="+", type=Path, metavar="RECORD.json")
-    parser.add_argument("--format", choices=("terminal", "markdown"), default="terminal")
     parser.add_argument(
-        "--into", type=Path, metavar="README.md", help="write the markdown table between the result marks of this file"
+        "records",
+        nargs="+",
+        type=Path,
+        metavar="RUN.json",
+        help="what `pytest experiments --benchmark-json` or `lightweight plan --format json` stored; several runs of "
+        "a cell are its history",
     )
+    parser.add_argument("-o", "--output", type=Path, metavar="PATH", help="write it there: a page, or markdown for .md")
+    parser.add_argument(
+        "--format", choices=("terminal", "markdown", "html"), help="(default: what PATH is called, else terminal)"
+    )
+    parser.add_argument(
+        "--into", type=Path, metavar="README.md", help="write the tables whose marks this file has between them"
+    )
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="also write every picture there, as an SVG file")
 
 
 def _report(options: argparse.Namespace) -> int:
     try:
-        entries = record.load(options.records)
+        runs = [record.run(path) for path in options.records]
+        if options.figures:
+            report.draw(options.figures, runs)
         if options.into:
-            report.into(options.into, report.table(entries, "markdown"))
-        else:
-            print(report.table(entries, options.format))
+            report.into(options.into, runs)
+        if options.output:
+            report.save(options.output, runs, options.format)
+        elif options.format or not (options.into or options.figures):
+            print(report.rendered(runs, options.format or "terminal"), end="")
     except (record.RecordError, report.ReportError) as error:
         return _refuse(error)
     return 0

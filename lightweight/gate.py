@@ -18,7 +18,7 @@ from tabulate import tabulate
 
 from lightweight import ratio, record, report
 from lightweight.ratio import Interval, Verdict
-from lightweight.record import Entry
+from lightweight.record import Entry, Run
 
 CONDITIONS = ("device", "target", "corpus_digest", "precision", "weights", "max_length", "tokens_per_step")
 """What two runs of a cell must have in common to be compared."""
@@ -30,20 +30,6 @@ COLUMNS = (
     *("model", "method", "speedup now", "stored", "now / stored"),
     *("memory now", "stored", "held-out loss now", "stored", "verdict"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A stored run: its file, when it ended (ISO 8601, UTC), and its entries."""
-
-    path: Path
-    ended: str
-    entries: Sequence[Entry]
-
-    @property
-    def name(self) -> str:
-        """The file's name."""
-        return self.path.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +85,9 @@ def load(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     runs, problems = [], []
     for path in paths:
         try:
-            document = record.document(path)
+            runs.append(record.run(path))
         except record.RecordError as error:
             problems.append(f"left out: {error}")
-        else:
-            runs.append(Run(path=path, ended=str(document.get("datetime") or ""), entries=document["outcomes"]))
     return sorted(runs, key=attrgetter("ended"), reverse=True), problems
 
 

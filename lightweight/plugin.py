@@ -21,6 +21,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
@@ -146,6 +147,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="what becomes of a speedup that noise leaves open after --pairs (default: pass)",
     )
     group.addoption(
+        "--report",
+        type=Path,
+        metavar="PATH",
+        help="write what was found as one page of pictures and tables, or as markdown where PATH ends in .md; with "
+        "--benchmark-compare beside the stored runs",
+    )
+    group.addoption(
         "--false-alarms",
         action="store_true",
         help="also count the gate's false alarms and misses, on hundreds of gates; takes an hour",
@@ -172,6 +180,8 @@ def pytest_configure(config: pytest.Config) -> None:
         value = config.getoption(option)
         if value is not None and value <= 0:
             raise pytest.UsageError(f"--{option.replace('_', '-')} {value:g}: give more than 0")
+    if (path := config.getoption("report")) and not path.absolute().parent.is_dir():
+        raise pytest.UsageError(f"--report {path}: there is no folder {path.absolute().parent}")
     seed = config.getoption("seed")
     if not 0 <= seed < 2**32:
         raise pytest.UsageError(f"--seed {seed}: give a number from 0 to {2**32 - 1}, which is what numpy takes")
@@ -185,9 +195,11 @@ class Laboratory:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.entries: list[record.Entry] = []
+        self.forecasts: list[record.ForecastRow] = []
         self.not_run: Counter[str] = Counter()
-        self.runs: list[gate.Run] = []  # what this one is compared with, newest first
+        self.runs: list[record.Run] = []  # what this one is compared with, newest first
         self.limits = _limits(config)
+        self._told_of_report = ""
         stores = ("benchmark_json", "benchmark_save", "benchmark_autosave")
         self._is_stored = any(config.getoption(option, None) for option in stores)
         self._begun: dict[str, Shipped] = {}
@@ -345,14 +357,15 @@ class Laboratory:
     def run(self, item: pytest.Item, trial: Trial, rounds: Callable[[isolation.Child], None] | None = None) -> Outcome:
         """Run `trial` in a child of its own, letting `rounds` time its rounds, and record it with `item`."""
         died = Crashed(phase="start", reason="the worker that ran it died", details="", measured=Measurements())
-        self._tell_begun(item, entries=[self._entry(trial, died)])
+        by = {"test": item.nodeid}
+        self._tell_begun(item, entries=[self._entry(trial, died) | by])
         with self._child(trial, self._show_step, self._show_round) as child:
             if rounds is not None:
                 rounds(child)
             outcome = child.finish()
         self._show(f"{trial.name}: {outcome.kind.replace('_', ' ')}", " ", " ")
         self._outcomes[repr(trial)] = outcome
-        _shipped(item)["entries"].append(self._entry(trial, outcome, self.try_to_forecast(trial)))
+        _shipped(item)["entries"].append(self._entry(trial, outcome, self.try_to_forecast(trial)) | by)
         return outcome
 
     def try_to_forecast(self, trial: Trial) -> Forecast | None:
@@ -410,8 +423,8 @@ class Laboratory:
 
     def _tell_begun(self, item: pytest.Item, **begun: Sequence[Any]) -> None:
         """What this test has found so far, and what it is about to find, as it stands if its worker dies."""
-        found = _shipped(item)
-        xdist_bridge.tell_begun(item, {key: [*found[key], *begun.get(key, ())] for key in ("entries", "speedups")})
+        found: dict[str, Any] = dict(_shipped(item))
+        xdist_bridge.tell_begun(item, {key: [*had, *begun.get(key, ())] for key, had in found.items()})
 
     @contextmanager
     def _child(self, trial: Trial, *callbacks: Callable[..., None]) -> Iterator[isolation.Child]:
@@ -497,6 +510,7 @@ class Laboratory:
 
     def _take(self, shipped: Shipped) -> None:
         self.entries += shipped["entries"]
+        self.forecasts += shipped["forecasts"]
         for of, found in shipped["speedups"]:
             record.add_speedup(self.entries, of, Speedup(**found))
 
@@ -507,6 +521,8 @@ class Laboratory:
             terminalreporter.write_line(report.table(self.entries, "terminal"))
         for line, count in self.not_run.items():
             terminalreporter.write_line(line if count == 1 else f"{line} ({count} cells)")
+        if self._told_of_report:
+            terminalreporter.write_line(self._told_of_report)
 
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
         machine_info.pop("node", None)  # records are committed and shared; whose machine it was is nobody's business
@@ -514,6 +530,22 @@ class Laboratory:
 
     def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
         output_json["outcomes"] = self.entries
+        output_json["forecasts"] = self.forecasts
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Write the report, in the process that has everybody's cells."""
+        path = self.config.getoption("report")
+        if path is None or hasattr(self.config, "workerinput") or not (self.entries or self.forecasts):
+            return
+        now = datetime.now(UTC).isoformat()
+        run = record.Run(path=Path("this run"), ended=now, entries=self.entries, forecasts=self.forecasts)
+        try:
+            report.save(path, [run, *self.runs])
+            self._told_of_report = f"report: {path}"
+        except report.ReportError as error:
+            self._told_of_report = str(error)
+            if session.exitstatus == pytest.ExitCode.OK:
+                session.exitstatus = pytest.ExitCode.USAGE_ERROR
 
     def pytest_unconfigure(self) -> None:
         if "folder" in vars(self):
@@ -529,7 +561,7 @@ class Gatekeeper:
         self.compares = bool(self.config.getoption("benchmark_compare"))
         if hasattr(self.config, "workerinput"):
             sent = json.loads(self.config.workerinput["lightweight_runs"])
-            laboratory.runs = [gate.Run(**run | {"path": Path(run["path"])}) for run in sent]
+            laboratory.runs = [record.Run(**run | {"path": Path(run["path"])}) for run in sent]
         elif self.compares:
             laboratory.runs, self.problems = gate.load(self._stored_files())
             # pytest-benchmark takes a path: times are compared with the run that ratios are compared with, or not
@@ -605,9 +637,10 @@ class Gatekeeper:
 
 
 class Shipped(TypedDict):
-    """What a test found: entries, and speedups each with the entry that it belongs to."""
+    """What a test found: entries, forecasts, and speedups each with the entry that it belongs to."""
 
     entries: list[record.Entry]
+    forecasts: list[record.ForecastRow]
     speedups: list[tuple[record.Entry, dict[str, Any]]]
 
 
@@ -615,7 +648,7 @@ _SHIPPED = pytest.StashKey[Shipped]()
 
 
 def _shipped(item: pytest.Item) -> Shipped:
-    return item.stash.setdefault(_SHIPPED, Shipped(entries=[], speedups=[]))
+    return item.stash.setdefault(_SHIPPED, Shipped(entries=[], forecasts=[], speedups=[]))
 
 
 @pytest.fixture
@@ -661,11 +694,14 @@ def outcome_of(request: pytest.FixtureRequest, laboratory: Laboratory) -> Train:
 
 
 @pytest.fixture
-def forecast_of(laboratory: Laboratory) -> ForecastOf:
+def forecast_of(request: pytest.FixtureRequest, laboratory: Laboratory) -> ForecastOf:
     """The Forecast of a cell, on the session's device or, where there is none, on the cell's target."""
 
     def find(model: str | Model, method: str | Method, **changes: Any) -> Forecast:
-        return laboratory.forecast(laboratory.trial(model, method, written=False, **changes))
+        trial = laboratory.trial(model, method, written=False, **changes)
+        found = laboratory.forecast(trial)
+        _shipped(request.node)["forecasts"].append(record.forecast_row(trial, found))
+        return found
 
     return find
 

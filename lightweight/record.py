@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,8 +27,13 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "pyte
 Entry = dict[str, Any]
 """One trial as JSON. `step_seconds`, `train_loss`: one number an optimizer step; `*_bytes`, `*_seconds` in those units;
 `None` where there is nothing to say, or no finite number, which JSON does not have. Keys that only some outcomes have:
-`reason`, `details`, `requested_bytes`, `budget_bytes`, `diverged_at_step`. Keys that only some runs have: `speedup`, a
-`Speedup` as JSON; `worker`, the pytest-xdist worker that ran the trial, with `visible_gpu`, the number of its GPU."""
+`reason`, `details`, `requested_bytes`, `budget_bytes`, `diverged_at_step`. Keys that only some runs have: `test`, the
+pytest node that ran the trial; `speedup`, a `Speedup` as JSON; `worker`, the pytest-xdist worker that ran the trial,
+with `visible_gpu`, the number of its GPU."""
+
+ForecastRow = dict[str, Any]
+"""What was forecast of one model x method x target and not trained, as JSON: the rows of `lightweight plan --format
+json`, and of a run's `forecasts`. Both have `FORECAST_KEYS`."""
 
 KEYS = (
     *("model", "method", "target", "emulated", "weights", "precision", "corpus_digest", "seed", "outcome", "phase"),
@@ -39,16 +44,40 @@ KEYS = (
 )
 """What every entry has, and what a reader of records may rely on."""
 
+FORECAST_KEYS = (
+    *("model", "method", "target", "max_length", "forecast_allocated_bytes", "forecast_reserved_bytes"),
+    *("budget_bytes", "bytes_by_cause", "phase", "verdict"),
+)
 
 TYPES: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("model", "method", "target", "corpus_digest", "outcome", "device"), str),
-    **dict.fromkeys(("peak_allocated_bytes", "host_peak_bytes"), (int, float, type(None))),
-    **dict.fromkeys(("heldout_loss_before", "heldout_loss_after"), (int, float, type(None))),
-    "steady_step_seconds": (int, float, type(None)),
-    "tokens_per_step": (int, float, type(None)),
-    "versions": (dict, type(None)),
+    **dict.fromkeys(("train_loss", "step_seconds"), (list, type(None))),
+    **dict.fromkeys(("versions", "forecast_bytes_by_cause"), (dict, type(None))),
+    **dict.fromkeys(("phase", "reason", "test"), (str, type(None))),
 }
-"""What a reader of records computes with."""
+NUMBERS = (
+    *("peak_allocated_bytes", "host_peak_bytes", "budget_bytes", "device_bytes", "requested_bytes"),
+    *("forecast_allocated_bytes", "forecast_reserved_bytes", "planned_steps", "steps_per_epoch"),
+    *("heldout_loss_before", "heldout_loss_after", "cold_seconds", "steady_step_seconds", "tokens_per_step"),
+)
+DIVISORS = ("steady_step_seconds", "tokens_per_step")
+"""What a reader of records computes with: the types of values, those that are numbers or None, and those of them that
+something is divided by. Keys that only some runs have may be missing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A stored run: its file, when it ended (ISO 8601, UTC), its entries, and what was forecast without training."""
+
+    path: Path
+    ended: str
+    entries: Sequence[Entry]
+    forecasts: Sequence[ForecastRow] = ()
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.path.name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +161,23 @@ def entry(trial: Trial, outcome: Outcome, device: Device, forecast: Forecast | N
     }
 
 
+def forecast_row(trial: Trial, forecast: Forecast) -> ForecastRow:
+    """What was forecast of a trial that need not be run."""
+    return {
+        "model": trial.model.name,
+        "method": trial.method.name,
+        "target": trial.target.name,
+        "max_length": trial.max_length,
+        "tokens_per_step": trial.tokens_per_step,
+        "forecast_allocated_bytes": forecast.allocated_bytes,
+        "forecast_reserved_bytes": forecast.reserved_bytes,
+        "budget_bytes": forecast.budget_bytes,
+        "bytes_by_cause": dict(forecast.by_cause),
+        "phase": forecast.phase,
+        "verdict": forecast.verdict,
+    }
+
+
 def steady_step_seconds(step_seconds: tuple[float, ...], steps_per_epoch: int) -> float | None:
     """The median step, in seconds, after the first epoch, in which libraries still warm up, where there is a second
     one."""
@@ -183,14 +229,36 @@ def load(paths: Iterable[Path]) -> list[Entry]:
     return entries
 
 
+def run(path: Path) -> Run:
+    """The run stored at `path`, or the forecasts that `lightweight plan --format json` stored there. Raises
+    RecordError."""
+    found = _json(path)
+    if isinstance(found, list) and found:
+        found = {"outcomes": [], "forecasts": found}
+    checked = _checked(path, found)
+    return Run(
+        path=path,
+        ended=str(checked.get("datetime") or ""),
+        entries=checked["outcomes"],
+        forecasts=checked["forecasts"],
+    )
+
+
 def document(path: Path) -> dict[str, Any]:
-    """The whole JSON of the record at `path`, its `outcomes` checked. Raises RecordError."""
+    """The whole JSON of the record at `path`, its `outcomes` and `forecasts` checked. Raises RecordError."""
+    return _checked(path, _json(path))
+
+
+def _json(path: Path) -> Any:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise RecordError(f"record {path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise RecordError(f"record {path}: is not JSON ({error}): store the run again") from error
+
+
+def _checked(path: Path, found: Any) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("outcomes"), list):
         raise RecordError(
             f"record {path}: has no 'outcomes': give a file that `pytest experiments --benchmark-json` wrote"
@@ -201,11 +269,47 @@ def document(path: Path) -> dict[str, Any]:
             raise RecordError(f"{where} is no object: store the run again")
         if missing := [key for key in KEYS if key not in entry]:
             raise RecordError(f"{where} has no {missing[0]!r}: store the run again")
-        if wrong := [key for key, types in TYPES.items() if not isinstance(entry[key], types)]:
-            raise RecordError(f"{where} has {entry[wrong[0]]!r} as {wrong[0]!r}: store the run again")
+        wrong = [key for key, types in TYPES.items() if not isinstance(entry.get(key), types)]
+        wrong += [key for key in NUMBERS if not _is_number(entry.get(key))]
+        wrong += [key for key in DIVISORS if not wrong and entry[key] is not None and entry[key] <= 0]
+        wrong += [key for key in ("train_loss", "step_seconds") if not all(map(_is_number, entry.get(key) or ()))]
+        if not all(map(_is_number, (entry.get("forecast_bytes_by_cause") or {}).values())):
+            wrong.append("forecast_bytes_by_cause")
+        if wrong:
+            raise RecordError(f"{where} has {_brief(entry[wrong[0]])} as {wrong[0]!r}: store the run again")
         if not _is_speedup(entry.get("speedup")):
             raise RecordError(f"{where} has no sound 'speedup': store the run again")
+    found["forecasts"] = found.get("forecasts") or []
+    if not isinstance(found["forecasts"], list) or not all(map(_is_forecast, found["forecasts"])):
+        raise RecordError(
+            f"record {path}: has forecasts that are none: give what `lightweight plan --format json` wrote"
+        )
     return found
+
+
+def _brief(value: Any) -> str:
+    said = repr(value)
+    return said if len(said) <= 60 else f"{said[:60]}..."
+
+
+def _is_number(found: Any) -> bool:
+    """Whether `found` is None or a number that can be computed with."""
+    try:
+        return found is None or (isinstance(found, int | float) and math.isfinite(float(found)))
+    except OverflowError:
+        return False
+
+
+def _is_forecast(found: Any) -> bool:
+    """Whether `found` is what `forecast_row` or the plan wrote."""
+    if not isinstance(found, dict) or not set(FORECAST_KEYS) <= set(found):
+        return False
+    by_cause = found["bytes_by_cause"]
+    names = all(isinstance(found[key], str) for key in ("model", "method", "target", "verdict"))
+    sizes = [found[key] for key in ("forecast_allocated_bytes", "forecast_reserved_bytes")]
+    numbers = [*sizes, *by_cause.values()] if isinstance(by_cause, dict) else ["none"]
+    optional = [found["budget_bytes"], found["max_length"]]
+    return names and None not in numbers and all(map(_is_number, [*numbers, *optional]))
 
 
 def _is_speedup(found: Any) -> bool:
@@ -215,7 +319,9 @@ def _is_speedup(found: Any) -> bool:
     if not isinstance(found, dict) or not {field.name for field in dataclasses.fields(Speedup)} <= set(found):
         return False
     numbers, cap = found["log_ratios"], found["cap"]
-    whole = isinstance(numbers, list) and all(isinstance(number, float) for number in numbers)
+    whole = isinstance(numbers, list) and all(isinstance(number, float) and _is_number(number) for number in numbers)
+    told = [found[key] for key in ("ratio", "low", "high")]
+    whole = whole and all(map(_is_number, told)) and (None not in told or found["ratio"] is None)
     return whole and isinstance(cap, int) and cap >= max(8, len(numbers)) and cap % 4 == 0
 
 

@@ -1,17 +1,25 @@
-"""What a person reads: one table from saved entries, out-of-memory cells as rows like any other."""
+"""What a person reads: sentences first, then tables, from saved runs; out-of-memory cells are rows like any other.
+
+Every table is made once, as text in rows and columns, and shown on a terminal, in markdown, or on a page (page.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from statistics import fmean
+from typing import Any, Literal
 
 from tabulate import tabulate
 
-from lightweight.record import BASELINE, Entry
+from lightweight import targets
+from lightweight.record import BASELINE, SAME_TRIAL, Entry, ForecastRow, Run
 from lightweight.targets import GiB, MiB
 
-Format = Literal["terminal", "markdown"]
+TextFormat = Literal["terminal", "markdown"]
+Format = Literal["terminal", "markdown", "html"]
 
 COLUMNS = (
     "model",
@@ -30,33 +38,609 @@ COLUMNS = (
 RANDOM, EMULATED, HOST = "[r]", "[e]", "[h]"
 """Marks in the table, each explained below it where it occurs."""
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+RUNG = "::test_a_rung_"
+"""What the tests are called whose cells are the rungs of a ladder, from its bottom to its top."""
 
 
 class ReportError(ValueError):
     """A report that cannot be written. The message names the file and the mend."""
 
 
-def table(entries: Sequence[Entry], style: Format) -> str:
-    """All entries as one table, with the notes its marks need. Speedups are per token, over that model's baseline."""
-    rows = [_row(entry, baseline_of(entry, entries)) for entry in entries]
-    headers: tuple[str, ...] = COLUMNS
-    if any("worker" in entry for entry in entries):
-        headers = (*headers, "worker")
-        rows = [[*row, _worker(entry)] for row, entry in zip(rows, entries, strict=True)]
-    if style == "markdown":
-        rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]
-    lines = [
-        tabulate(
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A sentence of the answer: what it is about, and what was found of it, in parts."""
+
+    about: str = ""
+    parts: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.about}{': ' if self.about else ''}{'; '.join(self.parts)}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One table as text. `key` names it in a file's marks and a page's links, `entries` has what each row is of, None
+    where it is of no single trial. `aligned` has one letter a column, `l` or `r`."""
+
+    key: str
+    title: str
+    columns: Sequence[str]
+    aligned: str
+    rows: Sequence[Sequence[str]]
+    entries: Sequence[Entry | None]
+    notes: Sequence[str] = ()
+
+    def text(self, style: TextFormat) -> str:
+        """The table with the notes it needs, without its title."""
+        rows = [[_one_line(cell) for cell in row] for row in self.rows]
+        columns = [_one_line(column) for column in self.columns]
+        if style == "markdown":
+            rows = [[_markdown(cell) for cell in row] for row in rows]
+            columns = [_markdown(column) for column in columns]
+        shown = tabulate(
             rows,
-            headers=headers,
+            headers=columns,
             tablefmt="github" if style == "markdown" else "simple",
             disable_numparse=True,
-            colalign=("left",) * 4 + ("right",) * 6 + ("left",) * (len(headers) - 10),
+            colalign=["right" if letter == "r" else "left" for letter in self.aligned] if rows else None,
         )
+        return ("\n\n" if style == "markdown" else "\n").join([shown, *self.notes])
+
+
+def table(entries: Sequence[Entry], style: TextFormat) -> str:
+    """All entries as one table, with the notes its marks need. Speedups are per token, over that model's baseline."""
+    return results(entries).text(style)
+
+
+def text(runs: Sequence[Run], style: TextFormat) -> str:
+    """The whole report: what was found, then every table. Runs are in any order; of a cell's trials the newest is told
+    and older ones are its history."""
+    heading = "### {}" if style == "markdown" else "{}:"
+    found = [str(finding) for finding in findings(runs)]
+    bullet = [f"- {_markdown(line) if style == 'markdown' else line}" for line in found]
+    parts = ["\n".join(bullet)]
+    parts += [f"{heading.format(table.title)}\n\n{table.text(style)}" for table in tables(runs)]
+    return "\n\n".join(parts)
+
+
+def tables(runs: Sequence[Run]) -> list[Table]:
+    """Every table that has rows, results first."""
+    entries = newest(runs)
+    told = main_cells(entries)
+    elsewhere = [*told, *(rung for ladder in ladders(entries) for rung in ladder)]
+    others = [entry for entry in entries if not any(entry is cell for cell in elsewhere)]
+    made = [
+        results(told),
+        losses(told),
+        speedups(told),
+        memory_by_cause(told, forecasts(runs)),
+        *(ladder(rungs, number) for number, rungs in enumerate(ladders(entries))),
+        frontier(runs),
+        history(runs),
+        results(others, key="others", title="Shorter trials, other shapes, and budgets made for a check"),
     ]
-    lines += notes(entries)
-    return ("\n\n" if style == "markdown" else "\n").join(lines)
+    return [table for table in made if table.rows]
+
+
+# Which trials are told
+
+
+def newest(runs: Sequence[Run]) -> list[Entry]:
+    """The entries of all runs, less those of trials that a newer run has again, in the order in which trials came."""
+    by_age = sorted(runs, key=_ended)
+    last = {_trial(entry): run for run in by_age for entry in run.entries}
+    order = {trial: place for place, trial in enumerate(last)}
+    kept = [entry for run in by_age for entry in run.entries if last[_trial(entry)] is run]
+    return sorted(kept, key=lambda entry: order[_trial(entry)])
+
+
+def main_cells(entries: Sequence[Entry]) -> list[Entry]:
+    """Those of `entries` that say how a method does on a card: of a cell's trials the longest; where its model has been
+    trained for an epoch, at least as long or the control of a cell that does not complete; no rung of a ladder, no
+    budget made for a check."""
+    whole = _on_cards(entries)
+    longest: dict[tuple[Any, ...], int] = {}
+    for entry in whole:
+        longest[_cell(entry)] = max(longest.get(_cell(entry), 0), _planned(entry))
+    ended = {(entry["model"], entry["method"]) for entry in whole if entry["outcome"] != "completed"}
+    whole_jobs = {entry["model"] for entry in whole if _is_an_epoch(entry)}
+    return [
+        entry
+        for entry in whole
+        if _planned(entry) == longest[_cell(entry)]
+        and (_is_an_epoch(entry) or entry["model"] not in whole_jobs or (entry["model"], entry["method"]) in ended)
+    ]
+
+
+def ladders(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """The rungs of every ladder, each from its bottom up: entries of one test, model, target and device, in order."""
+
+    def of(entry: Entry) -> tuple[Any, ...]:
+        return (str(entry.get("test")).partition("[")[0], *(entry[key] for key in ("model", "target", "device")))
+
+    rungs = [entry for entry in entries if RUNG in (entry.get("test") or "")]
+    found = [[entry for entry in rungs if of(entry) == key] for key in dict.fromkeys(map(of, rungs))]
+    return [ladder for ladder in found if len(ladder) > 1]
+
+
+def groups(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """The cells of each model on each target of a device, which is what is compared."""
+
+    def of(entry: Entry) -> tuple[Any, ...]:
+        return tuple(entry[key] for key in SAME_BASELINE)
+
+    return [[entry for entry in entries if of(entry) == key] for key in dict.fromkeys(map(of, entries))]
+
+
+def name_among(entry: Entry, group: Sequence[Entry]) -> str:
+    """The method, with the seed where the group has several."""
+    seeds = {other["seed"] for other in group}
+    return f"{entry['method']}, seed {entry['seed']}" if len(seeds) > 1 else str(entry["method"])
+
+
+def is_card(target: str) -> bool:
+    """Whether `target` is a card, an amount of memory or the CPU, not a budget that a test made up."""
+    try:
+        return target == targets.CPU.name or bool(targets.named(target))
+    except ValueError:
+        return False
+
+
+SAME_BASELINE = ("model", "target", "device", "weights", "corpus_digest")
+
+
+def baseline_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
+    """The baseline of `entry`'s model on the same target and device; where there are several, the one most alike."""
+    found = [e for e in entries if e["method"] == BASELINE and all(e[key] == entry[key] for key in SAME_BASELINE)]
+    alike = ("max_length", "tokens_per_step", "planned_steps", "seed")
+    return max(found, key=lambda e: [e.get(key) == entry.get(key) for key in alike], default=None)
+
+
+def _ended(run: Run) -> str:
+    return run.ended
+
+
+def _trial(entry: Entry) -> tuple[Any, ...]:
+    return tuple(entry.get(key) for key in SAME_TRIAL)
+
+
+def _cell(entry: Entry) -> tuple[Any, ...]:
+    return tuple(entry.get(key) for key in (*SAME_BASELINE, "method", "seed"))
+
+
+def _planned(entry: Entry) -> int:
+    return entry.get("planned_steps") or 0
+
+
+def _is_an_epoch(entry: Entry) -> bool:
+    return _planned(entry) >= (entry.get("steps_per_epoch") or 1)
+
+
+def _on_cards(entries: Sequence[Entry]) -> list[Entry]:
+    """Those of `entries` that are no rung and ran on a card, not under a budget that a test made up."""
+    rungs = [rung for ladder in ladders(entries) for rung in ladder]
+    return [entry for entry in entries if not any(entry is rung for rung in rungs) and is_card(entry["target"])]
+
+
+def forecasts(runs: Sequence[Run]) -> list[ForecastRow]:
+    """What was forecast and not trained, once for each model, method and target: of the newest run that has it the
+    largest rows."""
+    found: dict[tuple[Any, ...], ForecastRow] = {}
+    for run in sorted(runs, key=_ended):
+        for row in sorted(run.forecasts, key=lambda row: row["max_length"] or 0):
+            found[tuple(row[key] for key in ("model", "method", "target"))] = row
+    return list(found.values())
+
+
+# What was found, in sentences
+
+
+def findings(runs: Sequence[Run]) -> list[Finding]:
+    """The answer: what fits, what runs out of memory, how many times as fast, and what became of the loss."""
+    entries = main_cells(newest(runs))
+    found = [*_in_all(entries), *map(_about, groups(entries)), *_agreement(entries), *_forecast_only(runs)]
+    if any(entry["weights"] == "random" for entry in entries):
+        words = "Weights are random: speed and memory are as with trained ones, and the loss says nothing of quality"
+        found.append(Finding(parts=(words,)))
+    return found or [Finding(parts=("No trial and no forecast is in these records",))]
+
+
+def _in_all(entries: Sequence[Entry]) -> list[Finding]:
+    """How many cells ended how, and which gained most."""
+    if not entries:
+        return []
+    outcomes = [entry["outcome"].replace("_", " ") for entry in entries]
+    counts = ", ".join(f"{outcomes.count(name)} {name}" for name in sorted(dict.fromkeys(outcomes), key=_badness))
+    found = [Finding(about=f"{len(entries)} cell{'s' * (len(entries) > 1)}", parts=(counts,))]
+    compared = [(entry, baseline_of(entry, entries)) for entry in entries if entry["method"] != BASELINE]
+    ratios = [(float(told.partition("x")[0]), e) for e, b in compared if (told := speedup(e, b))[:1].isdigit()]
+    if ratios:
+        ratio, fastest = max(ratios, key=lambda pair: pair[0])
+        name = f"{fastest['model']} x {fastest['method']} on {fastest['target']}"
+        found.append(Finding(about="Fastest against its baseline", parts=(f"{name}, {ratio:.2f} times as fast",)))
+    return found
+
+
+def _badness(told: str) -> int:
+    return ["completed", "out of memory"].index(told) if told in ("completed", "out of memory") else 2
+
+
+def headline(entry: Entry) -> str:
+    """One cell in a few words."""
+    ended = outcome(entry)
+    if entry["outcome"] == "completed":
+        told = [_step(entry["steady_step_seconds"]), memory(entry), loss(entry)]
+        ended = ", ".join([ended, *(word for word in told if word != "-")])
+    return f"{entry['model']} x {entry['method']} on {entry['target']}: {ended}"
+
+
+def _about(group: Sequence[Entry]) -> Finding:
+    first = group[0]
+    place = first["target"] if first["target"] != "native" else first["device"]
+    return Finding(
+        about=f"{first['model']} on {place}" + (" (emulated)" if first["emulated"] else ""),
+        parts=tuple(f"{name_among(entry, group)} {_fate(entry, baseline_of(entry, group))}" for entry in group),
+    )
+
+
+def _fate(entry: Entry, baseline: Entry | None = None) -> str:
+    """How a cell ended, and how it compares."""
+    if entry["outcome"] != "completed":
+        verbs = {"out_of_memory": "runs out of memory", "timed_out": "times out"}
+        verb = verbs.get(entry["outcome"]) or str(entry["outcome"])
+        return f"{verb} in {entry['phase']}" if entry["phase"] else verb
+    told = []
+    fast = speedup(entry, baseline)
+    if baseline is not None and entry is not baseline and fast[:1].isdigit():
+        ratio = memory_ratio(entry, baseline)
+        held = f" with {ratio} of the memory" if ratio[:1].isdigit() and entry["peak_allocated_bytes"] else ""
+        told.append(f"is {fast.partition(' ')[0]} as fast{held}")
+    else:
+        total = "" if not entry["cold_seconds"] else f" in {_duration(entry['cold_seconds'])}"
+        peak = f" within {size(entry['peak_allocated_bytes'])}" if entry["peak_allocated_bytes"] else ""
+        told.append(f"completes{total}{peak}")
+    before, after = entry["heldout_loss_before"], entry["heldout_loss_after"]
+    if before is not None and after is not None:
+        told.append(f"held-out loss {before:.2f} to {after:.2f}")
+    return ", ".join(told)
+
+
+def _agreement(entries: Sequence[Entry]) -> list[Finding]:
+    """Whether the forecasts were right, where there was memory to run out of."""
+    said = {"fits": "completed", "does_not_fit": "out_of_memory"}
+    limited = [e for e in entries if e.get("budget_bytes") and e["forecast_verdict"] in said]
+    if not limited:
+        return []
+    wrong = [e for e in limited if said[e["forecast_verdict"]] != e["outcome"] and e["outcome"] in said.values()]
+    off = [abs(e["forecast_allocated_bytes"] / e["peak_allocated_bytes"] - 1) for e in entries if _has_error(e)]
+    within = f"; their peaks are within {max(off):.1%}" if off else ""
+    if wrong:
+        names = ", ".join(f"{entry['model']} x {entry['method']} on {entry['target']}" for entry in wrong)
+        return [Finding(parts=(f"The forecast was wrong about {names}{within}",))]
+    return [Finding(parts=(f"Fits or not was forecast rightly for all {len(limited)} cells under a budget{within}",))]
+
+
+def _forecast_only(runs: Sequence[Run]) -> list[Finding]:
+    """What was forecast and not trained: for each model and method, the cards it fits and those it does not."""
+    trained = {(entry["model"], entry["method"], entry["target"]) for entry in newest(runs)}
+    rows = [row for row in forecasts(runs) if is_card(row["target"])]
+    rows = [row for row in rows if (row["model"], row["method"], row["target"]) not in trained]
+    words = {"fits": "fits", "does_not_fit": "does not fit", "too_close_to_call": "is too close to call on"}
+    return [
+        Finding(
+            about=f"{model}, forecast",
+            parts=tuple(
+                f"{method} {words.get(verdict, verdict)} {', '.join(row['target'] for row in of_verdict)}"
+                for method, of_method in _by(of_model, "method").items()
+                for verdict, of_verdict in _by(of_method, "verdict").items()
+            ),
+        )
+        for model, of_model in _by(rows, "model").items()
+    ]
+
+
+def _by(rows: Iterable[ForecastRow], key: str) -> dict[str, list[ForecastRow]]:
+    found: dict[str, list[ForecastRow]] = {}
+    for row in rows:
+        found.setdefault(row[key], []).append(row)
+    return found
+
+
+# The tables
+
+
+def results(entries: Sequence[Entry], key: str = "results", title: str = "Every cell") -> Table:
+    """One row a trial: how it ended, its time, memory and loss, and how they compare with its baseline."""
+    rows = [_row(entry, baseline_of(entry, entries)) for entry in entries]
+    columns, aligned = list(COLUMNS), "llllrrrrrrl"
+    if key == "others":
+        columns, aligned = [*columns, "steps", "tokens a row"], aligned + "rr"
+        rows = [
+            [*row, *(str(entry.get(k) or "-") for k in ("planned_steps", "max_length"))]
+            for row, entry in zip(rows, entries, strict=True)
+        ]
+    if len({entry.get("seed") for entry in entries}) > 1:
+        columns, aligned = [*columns, "seed"], aligned + "r"
+        rows = [[*row, str(entry.get("seed"))] for row, entry in zip(rows, entries, strict=True)]
+    if any("worker" in entry for entry in entries):
+        columns, aligned = [*columns, "worker"], aligned + "l"
+        rows = [[*row, _worker(entry)] for row, entry in zip(rows, entries, strict=True)]
+    told = notes(entries) if key == "results" else []
+    return Table(key=key, title=title, columns=columns, aligned=aligned, rows=rows, entries=entries, notes=told)
+
+
+def losses(entries: Sequence[Entry]) -> Table:
+    """Training and held-out loss of every cell that has taken steps or was meant to."""
+    rows, of = [], []
+    for entry in entries:
+        train, seconds = entry["train_loss"] or [], entry["step_seconds"] or []
+        if not train and entry["outcome"] == "completed":
+            continue
+        epoch = entry.get("steps_per_epoch") or len(train) or 1
+        baseline = baseline_of(entry, entries)
+        after, than = entry["heldout_loss_after"], baseline and baseline["heldout_loss_after"]
+        rows.append(
+            [
+                *_name(entry),
+                outcome(entry),
+                str(len(train)),
+                f"{sum(filter(None, seconds)):.1f} s" if seconds else "-",
+                _mean(train[:epoch]),
+                _mean(train[-epoch:]),
+                _loss(entry["heldout_loss_before"]),
+                _loss(after),
+                "-" if after is None or than is None or entry is baseline else f"{after - than:+.3f}",
+            ]
+        )
+        of.append(entry)
+    columns = ["model", "method", "target", "outcome", "steps", "training", "first epoch", "last epoch"]
+    columns += ["held out before", "after", "over baseline"]
+    return Table(
+        key="loss",
+        title="Loss",
+        columns=columns,
+        aligned="llllrrrrrrr",
+        rows=rows,
+        entries=of,
+        notes=["Training loss is the mean of an epoch's steps; training is device time, without start and saving."],
+    )
+
+
+def speedups(entries: Sequence[Entry]) -> Table:
+    """How many times as fast as its baseline every cell is, and how that is known."""
+    rows, of = [], []
+    for entry in entries:
+        baseline = baseline_of(entry, entries)
+        if entry["method"] == BASELINE or (baseline is None and not entry.get("speedup")):
+            continue
+        paired = entry.get("speedup") or {}
+        told = speedup(entry, baseline)
+        known = "steady steps of both" if told[:1].isdigit() else paired.get("reason") or "no ratio"
+        if paired.get("ratio") is not None:
+            known = f"{len(paired['log_ratios'])} pairs of rounds, {paired['pairing']}"
+        low, high = ("-", "-") if paired.get("ratio") is None else (f"{paired['low']:.2f}", f"{paired['high']:.2f}")
+        rows.append([*_name(entry), outcome(entry), told.partition(" [")[0], low, high, known])
+        of.append(entry)
+    return Table(
+        key="speedup",
+        title="Speedup over the baseline, per token",
+        columns=["model", "method", "target", "outcome", "speedup", "low", "high", "from"],
+        aligned="llllrrrl",
+        rows=rows,
+        entries=of,
+        notes=["Low and high end the 95 % interval of a ratio measured in pairs of alternating rounds."]
+        if rows
+        else [],
+    )
+
+
+def memory_by_cause(entries: Sequence[Entry], untrained: Sequence[ForecastRow] = ()) -> Table:
+    """Peak memory measured beside the forecast of it, by what it is for, under the target's limit."""
+    causes = list(dict.fromkeys(cause for e in entries for cause in e.get("forecast_bytes_by_cause") or {}))
+    causes = causes or list(dict.fromkeys(cause for row in untrained for cause in row["bytes_by_cause"]))
+    rows: list[list[str]] = []
+    of: list[Entry | None] = []
+    for entry in entries:
+        by_cause = entry.get("forecast_bytes_by_cause") or {}
+        if not by_cause and not entry["peak_allocated_bytes"]:
+            continue
+        sizes = [size(by_cause[cause]) if by_cause.get(cause) else "-" for cause in causes]
+        limit = size(entry["budget_bytes"]) if entry.get("budget_bytes") else "-"
+        rows.append([*_name(entry), outcome(entry), limit, memory(entry), _forecast(entry), *sizes])
+        of.append(entry)
+    measured = {(entry["model"], entry["method"], entry["target"]) for entry in entries}
+    for row in untrained:
+        if (row["model"], row["method"], row["target"]) not in measured and is_card(row["target"]):
+            sizes = [size(row["bytes_by_cause"][c]) if row["bytes_by_cause"].get(c) else "-" for c in causes]
+            limit = size(row["budget_bytes"]) if row["budget_bytes"] else "-"
+            told = f"forecast: {row['verdict'].replace('_', ' ')}"
+            names = [row["model"], row["method"], row["target"]]
+            rows.append([*names, told, limit, "-", size(row["forecast_allocated_bytes"]), *sizes])
+            of.append(None)
+    return Table(
+        key="memory",
+        title="Peak memory by cause",
+        columns=["model", "method", "target", "outcome", "limit", "measured", "forecast", *causes],
+        aligned="llll" + "r" * (3 + len(causes)),
+        rows=rows,
+        entries=of,
+        notes=["What a cell held when memory ran out is no peak. Causes are the forecast's."] if rows else [],
+    )
+
+
+def ladder(rungs: Sequence[Entry], number: int = 0) -> Table:
+    """Where the speed came from: one change after the other, and what each bought."""
+    first = rungs[0]
+    rows = []
+    for below, rung in zip([None, *rungs], rungs, strict=False):
+        gained = step_ratio(below, rung) if below else None
+        whole = step_ratio(first, rung)
+        rows.append(
+            [
+                rung["method"],
+                change(below, rung) if below else "the bottom",
+                outcome(rung),
+                _step(rung["steady_step_seconds"]) if rung["outcome"] == "completed" else "-",
+                "-" if gained is None else f"{gained:.2f}x",
+                "-" if whole is None else f"{whole:.2f}x",
+                memory(rung),
+            ]
+        )
+    title = (
+        f"Where the speed comes from: {first['model']} on {first['target']}, {first['method']} to {rungs[-1]['method']}"
+    )
+    return Table(
+        key=f"ladder-{number}",
+        title=title,
+        columns=["rung", "what changed", "outcome", "step", "bought", "in all", "peak memory"],
+        aligned="lllrrrr",
+        rows=rows,
+        entries=rungs,
+        notes=["Steps are medians after the first epoch, compared per token."],
+    )
+
+
+def step_ratio(below: Entry, rung: Entry) -> float | None:
+    """How many times as fast a step of `rung` is per token, None where one of both has none."""
+    steps = [entry["steady_step_seconds"] for entry in (below, rung)]
+    if None in steps or not all(e["outcome"] == "completed" and e["tokens_per_step"] for e in (below, rung)):
+        return None
+    per_token = [entry["steady_step_seconds"] / entry["tokens_per_step"] for entry in (below, rung)]
+    return float(per_token[0] / per_token[1])
+
+
+def change(below: Entry, rung: Entry) -> str:
+    """What one rung does differently from the one below it, in the record's own words."""
+    told = []
+    for key in ("weights_dtype", "quantization", "adapter"):
+        was, now = below.get(key), rung.get(key)
+        if was != now:
+            told.append(f"{key.replace('_', ' ')} {_word(was)} -> {_word(now)}")
+    for key in ("training_arguments", "captured_step"):
+        was, now = below.get(key), rung.get(key)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            for name in dict.fromkeys([*was, *now]):
+                if was.get(name) != now.get(name):
+                    told.append(f"{name.replace('_', ' ')} {_word(was.get(name))} -> {_word(now.get(name))}")
+        elif was != now:
+            told.append("the Trainer's step -> a loop of its own" if was is None else f"{key} {_word(now)}")
+    return ", ".join(told) or "nothing"
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return str(value.get("peft_type") or value.get("quant_method") or "set").lower()
+    return {None: "none", True: "on", False: "off"}.get(value, str(value)) if not isinstance(value, list) else "set"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Whether one model x method fits one card: `fits`, `does_not_fit`, `too_close_to_call`, or how else it ended; from
+    a measured outcome, whose entry that is, or from a forecast."""
+
+    verdict: str
+    entry: Entry | None = None
+
+    @property
+    def text(self) -> str:
+        """As a cell of the table."""
+        words = "out of memory" if self.entry and self.verdict == "does_not_fit" else self.verdict.replace("_", " ")
+        return words if self.entry else f"{words} (forecast)"
+
+
+def places(runs: Sequence[Run]) -> dict[tuple[str, str], dict[str, Place]]:
+    """By model and method, by card: fits or not. An outcome stands before a forecast; the CPU is no card."""
+    found: dict[tuple[str, str], dict[str, Place]] = {}
+    for row in forecasts(runs):
+        if is_card(row["target"]) and row["budget_bytes"]:
+            found.setdefault((row["model"], row["method"]), {})[row["target"]] = Place(verdict=row["verdict"])
+    entries = newest(runs)
+    for entry in [*_on_cards(entries), *main_cells(entries)]:  # the longest trial says it last
+        if entry["peak_allocated_bytes"] or entry["outcome"] == "out_of_memory":
+            verdicts = {"completed": "fits", "out_of_memory": "does_not_fit"}
+            verdict = verdicts.get(entry["outcome"], entry["outcome"])
+            card = entry["target"] if entry["target"] != "native" else entry["device"]
+            found.setdefault((entry["model"], entry["method"]), {})[card] = Place(verdict=verdict, entry=entry)
+    order = {model: number for number, (model, _) in reversed(list(enumerate(found)))}
+    return dict(sorted(found.items(), key=lambda item: order[item[0][0]]))
+
+
+def cards(found: Mapping[tuple[str, str], Mapping[str, Place]]) -> list[str]:
+    """The cards of a frontier, the smallest first."""
+
+    def room(card: str) -> float:
+        try:
+            return targets.named(card).total_bytes or float("inf")
+        except ValueError:
+            return float("inf")
+
+    return sorted(dict.fromkeys(card for of in found.values() for card in of), key=room)
+
+
+def frontier(runs: Sequence[Run]) -> Table:
+    """Model x method x card: fits or not."""
+    found = places(runs)
+    columns = cards(found)
+    rows = [[*cell, *(of[card].text if card in of else "-" for card in columns)] for cell, of in found.items()]
+    entries = [next((place.entry for place in of.values() if place.entry), None) for of in found.values()]
+    return Table(
+        key="frontier",
+        title="The frontier: what fits which card",
+        columns=["model", "method", *columns],
+        aligned="ll" + "l" * len(columns),
+        rows=rows,
+        entries=entries,
+    )
+
+
+def trend(entry: Entry, runs: Sequence[Run]) -> list[tuple[Run, Entry]]:
+    """A trial in every run that has it, the oldest first."""
+    found = []
+    for run in sorted(runs, key=_ended):
+        same = [then for then in run.entries if _trial(then) == _trial(entry)]
+        found += [(run, same[-1])] if same else []
+    return found
+
+
+def history(runs: Sequence[Run]) -> Table:
+    """Every cell that more than one run has, run beside run."""
+    ordered = sorted((run for run in runs if run.entries), key=_ended)
+    rows, of = [], []
+    for entry in newest(runs):
+        found = trend(entry, runs)
+        if len(found) < 2 or not is_card(entry["target"]):
+            continue
+        by_run = {id(run): then for run, then in found}
+        cells = [summary(by_run[id(run)], run) if id(run) in by_run else "-" for run in ordered]
+        rows.append([*_name(entry), *cells])
+        of.append(entry)
+    return Table(
+        key="history",
+        title="History",
+        columns=["model", "method", "target", *(run_label(run) for run in ordered)],
+        aligned="lll" + "l" * len(ordered),
+        rows=rows,
+        entries=of,
+    )
+
+
+def run_label(run: Run) -> str:
+    """A run's name and when it ended, to the minute."""
+    return f"{run.path.stem} {run.ended[:16].replace('T', ' ')}".strip()
+
+
+def summary(entry: Entry, run: Run) -> str:
+    """A trial of one run in a few words."""
+    baseline = baseline_of(entry, run.entries)
+    if entry["outcome"] != "completed":
+        return outcome(entry)
+    told = [_step(entry["steady_step_seconds"]), speedup(entry, baseline), memory(entry)]
+    if entry["heldout_loss_after"] is not None:
+        told.append(f"loss {entry['heldout_loss_after']:.3f}")
+    return ", ".join(word for word in told if word != "-")
+
+
+# Around and inside a table
 
 
 def notes(entries: Sequence[Entry]) -> list[str]:
@@ -64,8 +648,10 @@ def notes(entries: Sequence[Entry]) -> list[str]:
     lines = []
     for device in dict.fromkeys(entry["device"] for entry in entries):
         of_device = [entry for entry in entries if entry["device"] == device]
-        installed = of_device[0]["versions"]
-        packages = ", ".join(f"{name} {installed[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
+        installed = of_device[0]["versions"] or {}
+        packages = ", ".join(
+            f"{name} {installed.get(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes")
+        )
         lines.append(f"Measured on {device}; {packages}.")
         if any(entry["emulated"] for entry in of_device):
             lines.append(f"{EMULATED} Emulated: torch's allocator is capped at the bytes the target has.")
@@ -81,31 +667,105 @@ def notes(entries: Sequence[Entry]) -> list[str]:
     return lines
 
 
-def into(readme: Path, text: str) -> None:
-    """Replace what stands between the result marks of `readme`. Raises ReportError."""
+def marks(key: str) -> tuple[str, str]:
+    """The lines in a file between which the table of that key stands."""
+    return f"<!-- {key}: begin -->", f"<!-- {key}: end -->"
+
+
+def into(readme: Path, runs: Sequence[Run]) -> None:
+    """Put every table whose marks `readme` has between them, such as `<!-- results: begin -->` and `<!-- results: end
+    -->`; the marks' names are the tables' keys. Raises ReportError."""
     try:
-        before, rest = readme.read_text("utf-8").split(BEGIN)
-        _, after = rest.split(END)
+        found = readme.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        said = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ReportError(f"report {readme}: cannot be read ({said})") from error
+    made = {table.key: table for table in tables(runs)}
+    keys = [key for key in re.findall(r"<!-- ([\w-]+): (?:begin|end) -->", found) if key == "results" or key in made]
+    for key in dict.fromkeys(keys or ["results"]):
+        begin, end = marks(key)
+        if found.count(begin) != 1 or found.count(end) != 1 or found.index(begin) > found.index(end):
+            raise ReportError(f"report {readme}: needs the lines '{begin}' and '{end}' once each")
+        if key not in made:
+            raise ReportError(f"report {readme}: the records hold nothing for '{begin}'")
+        before, rest = found.split(begin)
+        found = f"{before}{begin}\n\n{made[key].text('markdown')}\n\n{end}{rest.split(end)[1]}"
+    write(readme, found)
+
+
+def save(path: Path, runs: Sequence[Run], form: Format | None = None) -> None:
+    """Write the report of `runs` to `path`: as `form` says, else as markdown where the name ends in .md, else as a
+    page. Raises ReportError."""
+    write(path, rendered(runs, form or ("markdown" if path.suffix == ".md" else "html")))
+
+
+def rendered(runs: Sequence[Run], form: Format) -> str:
+    """The report of `runs` in one of its forms."""
+    if form == "html":
+        from lightweight import page  # matplotlib takes a second, and a table needs none
+
+        return page.html(runs)
+    return text(runs, form) + "\n"
+
+
+def draw(folder: Path, runs: Sequence[Run]) -> None:
+    """Write every picture of `runs` into `folder` as an SVG file, called by its key. Raises ReportError."""
+    from lightweight import drawing, figures
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ReportError(f"report {readme}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ReportError(f"report {readme}: needs the lines '{BEGIN}' and '{END}' once each") from error
-    readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", "utf-8")
+        raise ReportError(f"report {folder}: is no folder to write to ({error.strerror})") from error
+    for picture in figures.pictures(runs):
+        write(folder / f"{picture.key}.svg", drawing.standalone(picture))
 
 
-def baseline_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
-    """The baseline of `entry`'s model on the same target and device."""
-    same = ("model", "target", "device", "weights", "corpus_digest")
-    found = (e for e in entries if e["method"] == BASELINE and all(e[key] == entry[key] for key in same))
-    return next(found, None)
+def write(path: Path, content: str) -> None:
+    """Put `content` into the file at `path`, all of it or nothing. Raises ReportError."""
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        beside.write_text(content, "utf-8", errors="replace")
+        beside.replace(path)
+    except OSError as error:
+        raise ReportError(f"report {path}: cannot be written ({error.strerror})") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _one_line(told: str) -> str:
+    return " ".join(told.split())
+
+
+def _markdown(told: str) -> str:
+    """`told` as text, whatever stands in it: no cell's end, no tag, no link."""
+    escaped = _one_line(told).replace("\\", r"\\").replace("|", r"\|").replace("`", r"\`").replace("](", r"]\(")
+    return escaped.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _name(entry: Entry) -> list[str]:
+    """Model, method and target."""
+    return [entry["model"], entry["method"], f"{entry['target']} {EMULATED}" if entry["emulated"] else entry["target"]]
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return _loss(fmean(known)) if known else "-"
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _has_error(entry: Entry) -> bool:
+    """Whether the forecast peak can be held against a measured one: a whole training's."""
+    whole = entry["outcome"] == "completed" and entry["peak_allocated_bytes"]
+    return bool(whole and entry["forecast_allocated_bytes"] is not None)
 
 
 def _row(entry: Entry, baseline: Entry | None) -> list[str]:
     return [
-        " ".join(entry["model"].split()),
-        " ".join(entry["method"].split()),
-        f"{entry['target']} {EMULATED}" if entry["emulated"] else entry["target"],
-        _outcome(entry),
+        *_name(entry),
+        outcome(entry),
         _duration(entry["cold_seconds"]) if entry["outcome"] == "completed" else "-",
         _step(entry["steady_step_seconds"]) if entry["outcome"] == "completed" else "-",
         speedup(entry, baseline),
@@ -122,12 +782,15 @@ def _worker(entry: Entry) -> str:
     return f"{entry.get('worker', '-')}" + ("" if gpu is None else f", GPU {gpu}")
 
 
-def _outcome(entry: Entry) -> str:
-    outcome = entry["outcome"].replace("_", " ")
-    return f"{outcome} in {entry['phase']}" if entry["phase"] else outcome
+def outcome(entry: Entry) -> str:
+    """How the trial ended, in words."""
+    ended: str = entry["outcome"].replace("_", " ")
+    return f"{ended} in {entry['phase']}" if entry["phase"] else ended
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
     return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.2f} min"
 
 
@@ -144,10 +807,8 @@ def speedup(entry: Entry, baseline: Entry | None) -> str:
         return "-"
     if baseline["outcome"] != "completed":
         return f"baseline {baseline['outcome'].replace('_', ' ')}"
-    if entry["steady_step_seconds"] is None or baseline["steady_step_seconds"] is None:
-        return "-"
-    per_token = entry["steady_step_seconds"] / entry["tokens_per_step"]
-    return f"{baseline['steady_step_seconds'] / baseline['tokens_per_step'] / per_token:.2f}x"
+    ratio = step_ratio(baseline, entry)
+    return "-" if ratio is None else f"{ratio:.2f}x"
 
 
 def _peak_bytes(entry: Entry) -> int | None:
@@ -159,7 +820,7 @@ def memory(entry: Entry) -> str:
     peak = _peak_bytes(entry)
     if peak is None:
         return "-"
-    return _size(peak) if entry["peak_allocated_bytes"] else f"{_size(peak)} {HOST}"
+    return size(peak) if entry["peak_allocated_bytes"] else f"{size(peak)} {HOST}"
 
 
 def _forecast(entry: Entry) -> str:
@@ -167,12 +828,13 @@ def _forecast(entry: Entry) -> str:
     forecast, measured = entry["forecast_allocated_bytes"], entry["peak_allocated_bytes"]
     if forecast is None:
         return "-"
-    if measured is None or entry["outcome"] != "completed":
-        return _size(forecast)
-    return f"{_size(forecast)} ({forecast / measured - 1:+.1%})"
+    if not _has_error(entry):
+        return size(forecast)
+    return f"{size(forecast)} ({forecast / measured - 1:+.1%})"
 
 
-def _size(count: int) -> str:
+def size(count: float) -> str:
+    """Bytes as a person says them."""
     return f"{count / GiB:.2f} GiB" if count >= GiB else f"{count / MiB:.0f} MiB"
 
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 from test_gate import cell, speedup
-from test_report import entry
+from test_report import entry, forecast
 
 from lightweight import __version__, record, report
 from lightweight.__main__ import main
@@ -24,18 +24,77 @@ def test_report_prints_the_table(run, capsys):
     assert "opt-350m" in printed
     assert "lora" in printed
     assert main(["report", str(run), "--format", "markdown"]) == 0
-    assert capsys.readouterr().out.startswith("| model")
+    printed = capsys.readouterr().out
+    assert printed.startswith("- 2 cells: 2 completed.")
+    assert "\n| model" in printed
 
 
 def test_report_into_a_file(run, tmp_path, capsys):
     readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}{report.END}")
+    readme.write_text("".join(report.marks("results")))
     assert main(["report", str(run), "--into", str(readme)]) == 0
     assert capsys.readouterr().out == ""
     assert "| opt-350m" in readme.read_text()
 
 
-@pytest.mark.parametrize("arguments", [["report", "nowhere.json"], ["report", "{run}", "--into", "nowhere.md"]])
+@pytest.mark.parametrize(
+    ("output", "starts"), [("report.html", "<!doctype html>"), ("report.md", "- 2 cells"), ("report.txt", "- 2 cells")]
+)
+def test_report_writes_a_page_or_what_the_name_says(run, tmp_path, capsys, output, starts):
+    form = ["--format", "terminal"] if output.endswith(".txt") else []
+    assert main(["report", str(run), "-o", str(tmp_path / output), *form]) == 0
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / output).read_text("utf-8").startswith(starts)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["run.json", output])
+
+
+def test_report_reads_a_plan_beside_a_run(run, tmp_path, capsys):
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps([forecast(target="l4")]))
+    assert main(["report", str(run), str(plan)]) == 0
+    assert "fits (forecast)" in capsys.readouterr().out
+    assert main(["report", str(plan)]) == 0
+    assert "opt-350m, forecast: baseline fits l4." in capsys.readouterr().out
+
+
+def test_report_draws_every_picture_into_a_folder(run, tmp_path, capsys):
+    assert main(["report", str(run), "--figures", str(tmp_path / "figures")]) == 0
+    drawn = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert drawn == ["frontier-0.svg", "loss-0-0.svg", "memory-0.svg", "speedup-0.svg"]
+    assert main(["report", str(run), "--figures", str(run)]) == 2
+    assert capsys.readouterr().err.startswith(f"lightweight: report {run}: is no folder")
+
+
+FOREIGN = [
+    "[]x",
+    "[1]",
+    '{"outcomes": 3}',
+    '{"outcomes": [], "forecasts": [{}]}',
+    json.dumps({"outcomes": [dict.fromkeys(record.KEYS) | entry(train_loss=["<script>"])]}),
+    json.dumps({"outcomes": [dict.fromkeys(record.KEYS) | entry(steady_step_seconds=0)]}),
+    json.dumps({"outcomes": [dict.fromkeys(record.KEYS) | entry(budget_bytes="14")]}),
+    json.dumps({"outcomes": [dict.fromkeys(record.KEYS) | entry(peak_allocated_bytes=float("nan"))]}),
+    json.dumps({"outcomes": [dict.fromkeys(record.KEYS) | entry(forecast_bytes_by_cause={"weights": "much"})]}),
+]
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_a_foreign_file_is_one_line_and_status_2_and_no_report(tmp_path, content, capsys):
+    (tmp_path / "foreign.json").write_text(content)
+    assert main(["report", str(tmp_path / "foreign.json"), "-o", str(tmp_path / "report.html")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("lightweight: record") and captured.err.count("\n") == 1
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["report", "nowhere.json"],
+        ["report", "{run}", "--into", "nowhere.md"],
+        ["report", "{run}", "-o", "nowhere/report.html"],
+    ],
+)
 def test_bad_input_is_one_line_and_status_2(run, arguments, capsys):
     assert main([argument.format(run=run) for argument in arguments]) == 2
     captured = capsys.readouterr()
@@ -53,6 +112,8 @@ def test_it_runs_as_a_module():
 def test_reading_records_needs_no_gpu_library(run):
     program = (
         f"import sys; from lightweight.__main__ import main; main(['report', {str(run)!r}])\n"
+        "assert not {'torch', 'transformers', 'pytest', 'matplotlib'} & set(sys.modules)\n"
+        f"main(['report', {str(run)!r}, '-o', {str(run.with_suffix('.html'))!r}])\n"
         "assert not {'torch', 'transformers', 'pytest'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

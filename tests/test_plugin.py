@@ -5,6 +5,7 @@ import tempfile
 import tomllib
 from pathlib import Path
 
+import matplotlib.figure  # noqa: F401  pytester unloads what its runs import, and this cannot be imported twice
 import pytest
 
 from conftest import MICRO, turns
@@ -53,7 +54,7 @@ def run_json(project: pytest.Pytester, *arguments: str):
 def test_cells_are_trained_timed_shown_and_recorded(project, tmp_path, monkeypatch):
     project.makepyfile(CELLS)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    result, document = run_json(project)
+    result, document = run_json(project, "--report=report.html")
     result.assert_outcomes(passed=2)
     assert [(e["model"], e["method"], e["outcome"]) for e in document["outcomes"]] == [
         ("micro", "baseline", "completed"),
@@ -61,6 +62,7 @@ def test_cells_are_trained_timed_shown_and_recorded(project, tmp_path, monkeypat
     ]
     for entry, row in zip(document["outcomes"], document["benchmarks"], strict=True):
         assert entry["target"] == "cpu"
+        assert entry["test"].endswith(f"::test_cell[{entry['method']}]")
         assert (entry["steps"], entry["weights"], entry["precision"]) == (6, "random", "fp32")
         assert len(entry["train_loss"]) == len(entry["step_seconds"]) == 6
         assert entry["cold_seconds"] > sum(entry["step_seconds"])
@@ -79,10 +81,34 @@ def test_cells_are_trained_timed_shown_and_recorded(project, tmp_path, monkeypat
             "model * method * target * outcome *",
             "micro * baseline * cpu * completed * 1.00x *",
             "micro * lora * cpu * completed *",
+            "report: report.html",
             "*benchmark 'micro on cpu': 2 tests*",
         ]
     )
+    page = (project.path / "report.html").read_text("utf-8")
+    assert "2 cells: 2 completed." in page and page.count("<figure") >= 3
     assert not list(tmp_path.glob("lightweight-*"))
+
+
+def test_what_was_only_forecast_is_in_the_report(project):
+    project.makepyfile(
+        CELLS.partition("    @pytest")[0]
+        + """
+    def test_fits(forecast_of):
+        from lightweight.targets import T4
+        assert forecast_of(MICRO, "lora", target=T4).verdict == "fits"
+    """
+    )
+    project.runpytest("--report=report.md").assert_outcomes(passed=1)
+    assert "micro, forecast: lora fits t4." in (project.path / "report.md").read_text("utf-8")
+
+
+def test_a_report_that_cannot_be_written_is_told_and_fails_the_session(project):
+    project.makepyfile(CELLS)
+    (project.path / "report.html").mkdir()
+    result = project.runpytest("--report=report.html", "--epochs=1", "-k", "lora", "--benchmark-disable")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stdout.fnmatch_lines(["report report.html: cannot be written (*)", "*1 passed*"])
 
 
 def test_with_benchmarks_disabled_the_whole_job_is_still_trained(project):
@@ -261,6 +287,7 @@ def test_parametrising_a_test_oneself_goes_before_the_command_line(project):
         (["--epochs=0"], "--epochs 0: *"),
         (["--trial-timeout=0"], "--trial-timeout 0: *"),
         (["--seed=-1"], "--seed -1: give a number from 0 to *"),
+        (["--report=nowhere/report.html"], "--report nowhere/report.html: there is no folder *nowhere"),
         (["--pairs=7"], "--pairs: 7 pairs: give a multiple of 4 from 8 on"),
         (["--speedup-fail=10%"], "--speedup-fail and --memory-fail hold a run against a stored one: add *"),
         (["--memory-fail=ten", "--benchmark-compare"], "--memory-fail 'ten': give a percentage *"),
@@ -307,9 +334,10 @@ def test_comparing_with_nothing_stored_passes_and_with_a_stored_run_compares(pro
     assert len(document["outcomes"]) == 1
     document["machine_info"]["cpu"]["hz_actual_friendly"] = "as it was that day"
     stored.write_text(json.dumps(document))
-    second = project.runpytest(*arguments)
+    second = project.runpytest(*arguments, "--report=report.html")
     assert second.ret == 0
     second.stdout.fnmatch_lines_random(["test_cell*lora* (NOW) *", "test_cell*lora* (0001_*) *"])
+    assert ">micro x lora on cpu</figcaption>" in (project.path / "report.html").read_text("utf-8"), "its history"
 
 
 SPEEDUP = (

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from lightweight import record, report
+from lightweight.record import Run
 from lightweight.report import ReportError
 
 ROOT = Path(__file__).parent.parent
@@ -19,21 +20,112 @@ def entry(**changes):
         "target": "t4",
         "emulated": True,
         "weights": "pretrained",
+        "precision": "fp32",
         "corpus_digest": "d",
+        "seed": 0,
         "outcome": "completed",
         "phase": None,
+        "reason": None,
+        "budget_bytes": 14 * 2**30,
+        "planned_steps": 6,
+        "steps_per_epoch": 2,
+        "max_length": 256,
         "tokens_per_step": 2048,
+        "train_loss": [3.0, 2.9, 2.8, 2.7, 2.6, 2.5],
+        "step_seconds": [0.3, 0.1, 0.1, 0.1, 0.1, 0.1],
         "steady_step_seconds": 0.1,
         "cold_seconds": 90.0,
         "peak_allocated_bytes": 4 * 2**30,
         "host_peak_bytes": 2**30,
         "forecast_allocated_bytes": 4 * 2**30,
+        "forecast_reserved_bytes": 5 * 2**30,
+        "forecast_verdict": "fits",
+        "forecast_bytes_by_cause": {"weights": 3 * 2**30, "logits": 2**30},
         "heldout_loss_before": 3.0,
         "heldout_loss_after": 2.5,
         "device": "NVIDIA H200",
         "versions": {"torch": "2.11.0", "transformers": "5.17.0", "peft": "0.21.0", "bitsandbytes": "0.50.2"},
         **changes,
     }
+
+
+def stopped(**changes):
+    """One entry of a trial that ran out of memory in its first step."""
+    return entry(
+        **{
+            "outcome": "out_of_memory",
+            "phase": "forward",
+            "reason": "CUDA out of memory",
+            "train_loss": [],
+            "step_seconds": [],
+            "steady_step_seconds": None,
+            "heldout_loss_after": None,
+            "forecast_verdict": "does_not_fit",
+            "forecast_bytes_by_cause": {"weights": 20 * 2**30, "logits": 2**30},
+            **changes,
+        }
+    )
+
+
+def paired(ratio, low, high):
+    """A speedup as a run stores it."""
+    return {
+        "baseline": "baseline",
+        "log_ratios": [0.5] * 8,
+        "ratio": ratio,
+        "low": low,
+        "high": high,
+        "cap": 128,
+        "pairing": "alternating",
+        "steps_per_round": 4,
+        "floor": None,
+        "verdict": None,
+        "reason": None,
+    }
+
+
+def run(*entries, ended="2026-01-02T03:04:05", name="run.json", forecasts=()):
+    return Run(path=Path(name), ended=ended, entries=entries, forecasts=forecasts)
+
+
+def forecast(model="opt-350m", method="baseline", target="t4", verdict="fits", gib=4):
+    """What the plan says of one cell."""
+    return {
+        "model": model,
+        "method": method,
+        "target": target,
+        "max_length": 256,
+        "forecast_allocated_bytes": gib * 2**30,
+        "forecast_reserved_bytes": gib * 2**30,
+        "budget_bytes": 14 * 2**30,
+        "bytes_by_cause": {"weights": gib * 2**30},
+        "phase": "backward",
+        "verdict": verdict,
+    }
+
+
+def rows(key, *runs):
+    """A table of the report as one dict a row."""
+    table = {table.key: table for table in report.tables(runs)}[key]
+    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+
+
+LADDER = [
+    entry(
+        method=method,
+        planned_steps=4,
+        steady_step_seconds=seconds,
+        captured_step=step,
+        adapter=adapter,
+        test=f"experiments/test_speed.py::test_a_rung_from_baseline_to_top[{method}]",
+    )
+    for method, seconds, step, adapter in (
+        ("baseline", 0.1, None, None),
+        ("lora", 0.05, None, {"peft_type": "LORA"}),
+        ("lora-loop", 0.04, {"packing": False, "graph": False}, {"peft_type": "LORA"}),
+        ("lora-packing", 0.02, {"packing": True, "graph": False}, {"peft_type": "LORA"}),
+    )
+]
 
 
 def cells(entries, style="markdown"):
@@ -110,10 +202,13 @@ def test_text_that_would_break_a_markdown_table_does_not():
     assert row[0]["model"] == r"a\|b c"
 
 
-def test_the_readmes_table_is_that_of_the_committed_records():
+def test_the_readmes_tables_are_those_of_the_committed_records():
     text = (ROOT / "README.md").read_text("utf-8")
-    between = text.split(report.BEGIN)[1].split(report.END)[0].strip()
-    assert between == report.table(record.load(RECORDS), "markdown").strip()
+    runs = [record.run(path) for path in (*RECORDS, ROOT / "experiments" / "records" / "plan.json")]
+    made = {table.key: table.text("markdown") for table in report.tables(runs)}
+    for key in ("results", "frontier"):
+        begin, end = report.marks(key)
+        assert text.split(begin)[1].split(end)[0].strip() == made[key]
 
 
 def test_the_committed_record_holds_the_answer():
@@ -129,24 +224,135 @@ def test_the_committed_record_holds_the_answer():
     assert all(e["device_bytes"] and e["steps"] in (0, 130) for e in found.values())
 
 
-def test_into_replaces_what_stands_between_the_marks(tmp_path):
+def test_into_replaces_what_stands_between_the_marks_of_every_table(tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.into(readme, "new")
-    report.into(readme, "newer")
-    assert readme.read_text() == f"before\n{report.BEGIN}\n\nnewer\n\n{report.END}\nafter\n"
+    (begin, end), (memory_begin, memory_end) = report.marks("results"), report.marks("memory")
+    readme.write_text(f"before\n{begin}\nold\n{end}\nbetween\n{memory_begin}{memory_end}\nafter\n")
+    for method in ("baseline", "lora"):
+        report.into(readme, [run(entry(method=method))])
+    made = {table.key: table.text("markdown") for table in report.tables([run(entry(method="lora"))])}
+    results, memory = made["results"], made["memory"]
+    assert "lora" in results and "weights" in memory
+    assert readme.read_text() == (
+        f"before\n{begin}\n\n{results}\n\n{end}\nbetween\n{memory_begin}\n\n{memory}\n\n{memory_end}\nafter\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
-@pytest.mark.parametrize("content", [None, "", report.BEGIN, f"{report.END} {report.BEGIN}", f"{report.BEGIN} " * 2])
+BEGIN, END = report.marks("results")
+
+
+@pytest.mark.parametrize("content", [None, "", BEGIN, f"{END} {BEGIN}", f"{BEGIN} " * 2])
 def test_a_file_without_the_marks_is_told(tmp_path, content):
     readme = tmp_path / "README.md"
     if content is not None:
         readme.write_text(content)
     with pytest.raises(ReportError, match=r"README\.md") as raised:
-        report.into(readme, "new")
+        report.into(readme, [run(entry())])
     assert "\n" not in str(raised.value)
     assert content is None or readme.read_text() == content
 
 
+def test_a_file_that_cannot_be_written_is_told_and_left_alone(tmp_path):
+    with pytest.raises(ReportError, match=r"nowhere/report\.html: cannot be written"):
+        report.write(tmp_path / "nowhere" / "report.html", "new")
+
+
 def test_entries_survive_json():
     assert report.table(json.loads(json.dumps([entry()])), "markdown") == report.table([entry()], "markdown")
+
+
+def test_the_answer_comes_first_and_names_every_cell():
+    neo = [stopped(model="gpt-neo-1.3b"), entry(model="gpt-neo-1.3b", method="qlora", weights="random")]
+    lora = entry(method="lora", speedup=paired(1.7, 1.6, 1.8), peak_allocated_bytes=2 * 2**30, heldout_loss_after=2.4)
+    found = [str(finding) for finding in report.findings([run(entry(), lora, *neo)])]
+    assert found[0] == "4 cells: 3 completed, 1 out of memory."
+    assert found[1] == "Fastest against its baseline: opt-350m x lora on t4, 1.70 times as fast."
+    assert found[2] == (
+        "opt-350m on t4 (emulated): baseline completes in 1.50 min within 4.00 GiB, held-out loss 3.00 to 2.50; "
+        "lora is 1.70x as fast with 0.50 of the memory, held-out loss 3.00 to 2.40."
+    )
+    assert found[3].startswith("gpt-neo-1.3b on t4 (emulated): baseline runs out of memory in forward")
+    assert "rightly for all 4 cells" in found[5]
+    assert "says nothing of quality" in found[-1]
+    assert report.text([run(entry(), lora, *neo)], "markdown").startswith(f"- {found[0]}")
+
+
+def test_a_wrong_forecast_is_named():
+    wrong = stopped(forecast_verdict="fits")
+    (line,) = [str(finding) for finding in report.findings([run(wrong)]) if "forecast" in str(finding)]
+    assert line.startswith("The forecast was wrong about opt-350m x baseline on t4")
+
+
+def test_several_seeds_are_told_apart_and_each_held_against_its_own_baseline():
+    seeds = [entry(seed=seed, steady_step_seconds=0.1 * (seed + 1)) for seed in (0, 1)]
+    loras = [entry(method="lora", seed=seed, steady_step_seconds=0.05 * (seed + 1)) for seed in (0, 1)]
+    found = rows("results", run(*seeds, *loras))
+    assert [(row["method"], row["seed"], row["speedup"]) for row in found] == [
+        ("baseline", "0", "1.00x"),
+        ("baseline", "1", "1.00x"),
+        ("lora", "0", "2.00x"),
+        ("lora", "1", "2.00x"),
+    ]
+    assert "lora, seed 1 is 2.00x as fast" in report.text([run(*seeds, *loras)], "terminal")
+
+
+def test_no_cell_is_missing_from_the_tables():
+    short = entry(model="opt-350m", method="fp32-check", planned_steps=1)
+    capped = entry(method="lora", target="opt-350m x lora: too little")
+    made = report.tables([run(entry(), stopped(method="lora"), short, capped, *LADDER)])
+    shown = [e for table in made if table.key in ("results", "others", "ladder-0") for e in table.entries]
+    assert len(shown) == 8 == len({id(e) for e in shown})
+
+
+def test_a_short_trial_is_told_where_it_is_the_control_of_one_that_ran_out_of_memory():
+    told = report.main_cells(
+        [stopped(), entry(target="native", planned_steps=1), entry(method="lora", planned_steps=1)]
+    )
+    assert [(e["method"], e["target"]) for e in told] == [("baseline", "t4"), ("baseline", "native")]
+
+
+def test_ladder_says_what_changed_and_what_it_bought():
+    found = rows("ladder-0", run(*LADDER))
+    assert [row["what changed"] for row in found] == [
+        "the bottom",
+        "adapter none -> lora",
+        "the Trainer's step -> a loop of its own",
+        "packing off -> on",
+    ]
+    assert [row["bought"] for row in found] == ["-", "2.00x", "1.25x", "2.00x"]
+    assert found[-1]["in all"] == "5.00x"
+    broken = rows("ladder-0", run(LADDER[0], stopped(method="lora", test=LADDER[1]["test"]), *LADDER[2:]))
+    assert (broken[1]["outcome"], broken[1]["bought"], broken[2]["bought"]) == ("out of memory in forward", "-", "-")
+
+
+def test_frontier_puts_what_was_measured_before_what_was_forecast():
+    plan = run(ended="", forecasts=[forecast(verdict="does_not_fit"), forecast(target="l4"), forecast(method="lora")])
+    found = rows("frontier", run(entry(), stopped(method="qlora")), plan)
+    by_method = {row["method"]: row for row in found}
+    assert (by_method["baseline"]["t4"], by_method["baseline"]["l4"]) == ("fits", "fits (forecast)")
+    assert by_method["lora"]["t4"] == "fits (forecast)"
+    assert (by_method["qlora"]["t4"], by_method["qlora"]["l4"]) == ("out of memory", "-")
+    assert list(found[0])[2:] == ["t4", "l4"], "the smallest card first"
+
+
+def test_history_puts_runs_side_by_side_and_tells_the_newest():
+    old = run(entry(steady_step_seconds=0.2), entry(method="lora"), ended="2026-01-01T00:00:00", name="old.json")
+    new = run(entry(), stopped(method="lora"), ended="2026-01-02T00:00:00", name="new.json")
+    for runs in ([old, new], [new, old]):
+        found = rows("history", *runs)
+        assert list(found[0])[3:] == ["old 2026-01-01 00:00", "new 2026-01-02 00:00"]
+        assert (
+            found[0]["old 2026-01-01 00:00"].startswith("200.0 ms") and "100.0 ms" in found[0]["new 2026-01-02 00:00"]
+        )
+        assert found[1]["new 2026-01-02 00:00"] == "out of memory in forward"
+        assert [row["outcome"] for row in rows("results", *runs)] == ["completed", "out of memory in forward"]
+    assert not [table for table in report.tables([new]) if table.key == "history"]
+    part = run(entry(), ended="2026-01-03T00:00:00", name="part.json")
+    assert [row["method"] for row in rows("results", old, part)] == ["baseline", "lora"], "in the order they came"
+
+
+def test_text_from_a_record_is_text_in_markdown():
+    hostile = "<img src=x> ](http://evil) `code` \\| a\u202eb"
+    line = next(line for line in report.text([run(entry(method=hostile))], "markdown").splitlines() if "evil" in line)
+    assert "<img" not in line and "](http" not in line
