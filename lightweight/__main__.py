@@ -18,6 +18,14 @@ from lightweight import __version__, gate, record, report
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 1 for a gate that fails or a training that did not complete, 2 for
     input that cannot be used, 130 for an interruption."""
+    options = parser().parse_args(arguments)
+    options.given = sys.argv[1:] if arguments is None else arguments
+    run: Callable[[argparse.Namespace], int] = options.run
+    return run(options)
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command line is read with."""
     parser = argparse.ArgumentParser(prog="lightweight", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -26,10 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_chat(commands.add_parser("chat", help="let a model that was trained answer prompts"))
     _add_report(commands.add_parser("report", help="what saved records say: a page, markdown, or tables"))
     _add_gate(commands.add_parser("gate", help="hold a saved record against older ones; status 1 where it got worse"))
-    options = parser.parse_args(arguments)
-    options.given = sys.argv[1:] if arguments is None else arguments
-    run: Callable[[argparse.Namespace], int] = options.run
-    return run(options)
+    return parser
 
 
 def _refuse(error: Exception) -> int:
