@@ -44,7 +44,8 @@ def _report(options: argparse.Namespace) -> int:
         if options.into:
             report.into(options.into, report.table(entries, "markdown"))
         else:
-            print(report.table(entries, options.format))
+            tables = (report.table(entries, options.format), report.no_worse_table(entries, options.format))
+            print("\n\n".join(filter(None, tables)))
     except (record.RecordError, report.ReportError) as error:
         return _refuse(error)
     return 0

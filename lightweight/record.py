@@ -44,11 +44,12 @@ TYPES: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("model", "method", "target", "corpus_digest", "outcome", "device"), str),
     **dict.fromkeys(("peak_allocated_bytes", "host_peak_bytes"), (int, float, type(None))),
     **dict.fromkeys(("heldout_loss_before", "heldout_loss_after"), (int, float, type(None))),
+    **dict.fromkeys(("elsewhere_loss_before", "elsewhere_loss_after"), (int, float, type(None))),
     "steady_step_seconds": (int, float, type(None)),
     "tokens_per_step": (int, float, type(None)),
     "versions": (dict, type(None)),
 }
-"""What a reader of records computes with."""
+"""What a reader of records computes with; a key that only newer records have is None in older ones."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,7 @@ def entry(trial: Trial, outcome: Outcome, device: Device, forecast: Forecast | N
         "training_arguments": _plain(method.training_arguments),
         "captured_step": None if method.captured_step is None else _plain(dataclasses.asdict(method.captured_step)),
         "corpus_digest": trial.corpus.digest,
+        "elsewhere_digest": trial.corpus.elsewhere_digest,
         "seed": trial.seed,
         "outcome": outcome.kind,
         "phase": getattr(outcome, "phase", None),
@@ -194,7 +196,7 @@ def document(path: Path) -> dict[str, Any]:
             raise RecordError(f"{where} is no object: store the run again")
         if missing := [key for key in KEYS if key not in entry]:
             raise RecordError(f"{where} has no {missing[0]!r}: store the run again")
-        if wrong := [key for key, types in TYPES.items() if not isinstance(entry[key], types)]:
+        if wrong := [key for key, types in TYPES.items() if not isinstance(entry.get(key), types)]:
             raise RecordError(f"{where} has {entry[wrong[0]]!r} as {wrong[0]!r}: store the run again")
         if not _is_speedup(entry.get("speedup")):
             raise RecordError(f"{where} has no sound 'speedup': store the run again")

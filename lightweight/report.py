@@ -8,6 +8,7 @@ from typing import Literal
 
 from tabulate import tabulate
 
+from lightweight import no_worse
 from lightweight.record import BASELINE, Entry
 from lightweight.targets import GiB, MiB
 
@@ -27,8 +28,25 @@ COLUMNS = (
     "held-out loss",
 )
 
+NO_WORSE_COLUMNS = (
+    "model",
+    "method",
+    "seeds",
+    "held-out loss",
+    "over baseline",
+    "no worse?",
+    "loss elsewhere",
+    "forgotten",
+)
+
 RANDOM, EMULATED, HOST = "[r]", "[e]", "[h]"
 """Marks in the table, each explained below it where it occurs."""
+
+NO_WORSE_NOTE = (
+    "Losses in nats a token, means over seeds. In brackets the two-sided 90 % t-interval over seeds, differences taken "
+    f"from the baseline of the same seed; no worse: all of it below the margin of {no_worse.MARGIN} nats. Elsewhere: "
+    "plain English that is not from the corpus; forgotten: how much its loss rose in training."
+)
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
@@ -57,6 +75,40 @@ def table(entries: Sequence[Entry], style: Format) -> str:
     ]
     lines += notes(entries)
     return ("\n\n" if style == "markdown" else "\n").join(lines)
+
+
+def no_worse_rows(entries: Sequence[Entry]) -> list[list[str]]:
+    """One row a method that several seeds have trained, under NO_WORSE_COLUMNS; none where no method has been."""
+    return [
+        [
+            " ".join(found.model.split()),
+            " ".join(found.method.split()),
+            f"{len(found.entries)}" + (f", {found.failed} failed" if found.failed else ""),
+            _before_and_after(found.heldout),
+            "-" if found.difference is None else str(found.difference),
+            found.verdict or "-",
+            _before_and_after(found.elsewhere),
+            "-" if found.forgotten is None else str(found.forgotten),
+        ]
+        for found in no_worse.compare(entries)
+    ]
+
+
+def no_worse_table(entries: Sequence[Entry], style: Format) -> str:
+    """Whether any method does worse than its baseline on trained weights; empty where no method has several seeds."""
+    rows = no_worse_rows(entries)
+    if not rows:
+        return ""
+    if style == "markdown":
+        rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]
+    shown = tabulate(
+        rows,
+        headers=NO_WORSE_COLUMNS,
+        tablefmt="github" if style == "markdown" else "simple",
+        disable_numparse=True,
+        colalign=("left", "left") + ("right",) * 3 + ("left",) + ("right",) * 2,
+    )
+    return ("\n\n" if style == "markdown" else "\n").join([shown, NO_WORSE_NOTE])
 
 
 def notes(entries: Sequence[Entry]) -> list[str]:
@@ -183,6 +235,10 @@ def memory_ratio(entry: Entry, baseline: Entry | None) -> str:
         return f"baseline {baseline['outcome'].replace('_', ' ')}"
     peak, of = _peak_bytes(entry), _peak_bytes(baseline)
     return f"{peak / of:.2f}" if peak and of else "-"
+
+
+def _before_and_after(losses: tuple[float, float] | None) -> str:
+    return "-" if losses is None else f"{losses[0]:.3f} -> {losses[1]:.3f}"
 
 
 def loss(entry: Entry) -> str:

@@ -120,6 +120,7 @@ def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner
         tokenizer = models.load_tokenizer(trial.model)
         train = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.train]
         heldout = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.heldout]
+        elsewhere = corpus.encode_text(trial.corpus.elsewhere or "", tokenizer, trial.max_length)
         trainer = stock.make_trainer(trial, network, train, meter, owner, folder)
     meter.facts = {
         "parameters": models.count_parameters(network),
@@ -127,9 +128,14 @@ def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner
         "truncated_sequences": sum(row["labels"][-1] not in (corpus.IGNORED, tokenizer.eos_token_id) for row in train),
     }
 
-    owner.enter("evaluate")
-    with meter.during("evaluate"):
-        meter.heldout_losses.append(stock.heldout_loss(trainer, heldout))
+    def evaluate() -> None:
+        owner.enter("evaluate")
+        with meter.during("evaluate"):
+            meter.heldout_losses.append(stock.heldout_loss(trainer, heldout))
+            if elsewhere:
+                meter.elsewhere_losses.append(stock.heldout_loss(trainer, elsewhere))
+
+    evaluate()
     meter.begin_training()
 
     if trial.method.captured_step is None:
@@ -147,9 +153,7 @@ def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner
     meter.end_training()
     owner.await_request("finish")
 
-    owner.enter("evaluate")
-    with meter.during("evaluate"):
-        meter.heldout_losses.append(stock.heldout_loss(trainer, heldout))
+    evaluate()
     owner.enter("save")
     with meter.during("save"):
         trainer.save_model(str(folder / "saved"))

@@ -20,6 +20,7 @@ def entry(**changes):
         "emulated": True,
         "weights": "pretrained",
         "corpus_digest": "d",
+        "seed": 0,
         "outcome": "completed",
         "phase": None,
         "tokens_per_step": 2048,
@@ -146,6 +147,37 @@ def test_a_file_without_the_marks_is_told(tmp_path, content):
         report.into(readme, "new")
     assert "\n" not in str(raised.value)
     assert content is None or readme.read_text() == content
+
+
+def seeds(method, *losses, **changes):
+    """A method's entries of several seeds, held-out losses `losses` after training."""
+    return [
+        entry(method=method, seed=seed, heldout_loss_after=loss, elsewhere_loss_before=2.0, elsewhere_loss_after=2.25)
+        | changes
+        for seed, loss in enumerate(losses)
+    ]
+
+
+def test_methods_of_several_seeds_are_held_against_the_baseline():
+    entries = seeds("baseline", 2.5, 2.7) + seeds("lo|ra", 2.51, 2.70) + seeds("qlora", 3.0, 3.1, outcome="crashed")
+    text = report.no_worse_table(entries, "markdown")
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines()[2:5]]
+    assert rows == [
+        ["opt-350m", "baseline", "2", "3.000 -> 2.600", "-", "-", "2.000 -> 2.250", "+0.250 [+0.250, +0.250]"],
+        [
+            *("opt-350m", r"lo\|ra", "2", "3.000 -> 2.605", "+0.005 [-0.027, +0.037]", "no worse"),
+            *("2.000 -> 2.250", "+0.250 [+0.250, +0.250]"),
+        ],
+        ["opt-350m", "qlora", "2, 2 failed", "-", "-", "not shown", "-", "-"],
+    ]
+    assert report.NO_WORSE_NOTE in text
+    assert "no worse" in report.no_worse_table(entries, "terminal")
+
+
+def test_without_several_seeds_or_on_random_weights_nothing_is_said_of_quality():
+    assert report.no_worse_table([entry(seed=0), entry(seed=0, method="lora")], "markdown") == ""
+    assert report.no_worse_table(seeds("baseline", 2.5, 2.7, weights="random"), "markdown") == ""
+    assert report.no_worse_table(record.load(RECORDS), "terminal") == ""
 
 
 def test_entries_survive_json():
