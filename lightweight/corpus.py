@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -40,11 +42,21 @@ class Pair:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Pairs to train on and pairs held out, with the sha256 of all of them in file order."""
+    """Pairs to train on and pairs held out, with the sha256 of all of them in file order.
+
+    `elsewhere` is plain text from somewhere else, nothing of which is trained on: what a model could say of it before
+    and cannot after training is what it forgot. None leaves that unmeasured.
+    """
 
     train: tuple[Pair, ...]
     heldout: tuple[Pair, ...]
     digest: str
+    elsewhere: str | None = None
+
+    @property
+    def elsewhere_digest(self) -> str | None:
+        """The sha256 of `elsewhere`."""
+        return None if self.elsewhere is None else hashlib.sha256(self.elsewhere.encode()).hexdigest()
 
 
 def load(path: Path) -> Corpus:
@@ -54,11 +66,10 @@ def load(path: Path) -> Corpus:
         _fail(path, f"has {len(pairs)} pair(s): add turns until there are at least 2, one to train on and one held out")
     count = max(1, round(len(pairs) * HELDOUT_SHARE))
     heldout = set(random.Random(SPLIT_SEED).sample(range(len(pairs)), count))
-    canonical = json.dumps([[pair.prompt, pair.answer] for pair in pairs], ensure_ascii=False).encode()
     return Corpus(
         train=tuple(pair for index, pair in enumerate(pairs) if index not in heldout),
         heldout=tuple(pairs[index] for index in sorted(heldout)),
-        digest=hashlib.sha256(canonical).hexdigest(),
+        digest=_digest(pairs),
     )
 
 
@@ -73,6 +84,24 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [*ids] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]
 
 
+def in_latin_letters(corpus: Corpus) -> Corpus:
+    """The pairs of `corpus` without a letter of another script, on the side of the split where they were; of
+    corpus.json the English half. Where any is left out, the digest is that of the others, those to train on first.
+    Raises CorpusError."""
+    train, heldout = (
+        tuple(pair for pair in pairs if _is_latin(pair.prompt) and _is_latin(pair.answer))
+        for pairs in (corpus.train, corpus.heldout)
+    )
+    if not (train and heldout):
+        raise CorpusError(
+            f"corpus: has {len(train)} pairs in Latin letters to train on and {len(heldout)} held out: "
+            "add some until there is one of each"
+        )
+    if (train, heldout) == (corpus.train, corpus.heldout):
+        return corpus
+    return replace(corpus, train=train, heldout=heldout, digest=_digest((*train, *heldout)))
+
+
 def encode(pair: Pair, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]]:
     """One training sequence: prompt and answer in one row, the loss on the answer alone.
 
@@ -83,15 +112,15 @@ def encode(pair: Pair, tokenizer: PreTrainedTokenizerBase, max_length: int) -> d
     prompt = encode_prompt(pair.prompt, tokenizer)
     prompt = prompt[-(max_length // 2) :]
     answer = [*tokenizer.encode(pair.answer, add_special_tokens=False), tokenizer.eos_token_id]
-    answer = answer[: max_length - len(prompt)]
-    length = len(prompt) + len(answer)
-    padding = max_length - length
-    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return {
-        "input_ids": prompt + answer + [pad_token_id] * padding,
-        "attention_mask": [1] * length + [0] * padding,
-        "labels": [IGNORED] * len(prompt) + answer + [IGNORED] * padding,
-    }
+    return _row(prompt, answer[: max_length - len(prompt)], tokenizer, max_length)
+
+
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict[str, list[int]]]:
+    """Plain text as rows in the form of `encode`, each beginning where the last one ended; the loss is on every token
+    but a row's first."""
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    pieces = [tokens[start : start + max_length] for start in range(0, len(tokens), max_length)]
+    return [_row([], piece, tokenizer, max_length) for piece in pieces]
 
 
 def _turns(path: Path) -> list[Any]:
@@ -121,6 +150,28 @@ def _pairs(turns: list[Any], path: Path) -> list[Pair]:
     if len(turns) % 2:
         _fail(path, f"turn {len(turns) - 1}: the last user turn has no answer: add a 'therapist' turn or remove it")
     return [Pair(prompt, answer) for prompt, answer in zip(contents[::2], contents[1::2], strict=True)]
+
+
+def _row(
+    prompt: list[int], answer: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, list[int]]:
+    length = len(prompt) + len(answer)
+    padding = max_length - length
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return {
+        "input_ids": prompt + answer + [pad_token_id] * padding,
+        "attention_mask": [1] * length + [0] * padding,
+        "labels": [IGNORED] * len(prompt) + answer + [IGNORED] * padding,
+    }
+
+
+def _is_latin(text: str) -> bool:
+    return all(not letter.isalpha() or unicodedata.name(letter, "").startswith("LATIN") for letter in text)
+
+
+def _digest(pairs: Iterable[Pair]) -> str:
+    canonical = json.dumps([[pair.prompt, pair.answer] for pair in pairs], ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _content(turn: Any, index: int, path: Path) -> str:

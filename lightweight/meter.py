@@ -38,6 +38,7 @@ class Meter:
         self.device = device
         self.phase: Phase = "start"
         self.heldout_losses: list[float] = []
+        self.elsewhere_losses: list[float] = []
         self.facts: dict[str, Any] = {}
         self._phase_seconds: dict[str, float] = {"start": start_seconds}
         self._waited_seconds = 0.0
@@ -144,6 +145,7 @@ class Meter:
     def measurements(self) -> Measurements:
         """Everything measured so far."""
         before, after, *_ = [*self.heldout_losses, None, None]
+        elsewhere_before, elsewhere_after, *_ = [*self.elsewhere_losses, None, None]
         allocated, reserved = self._peaks or (None, None)
         averages = [round(mean(held)) for held in zip(*self._held, strict=True)] or [None, None]
         return Measurements(
@@ -151,6 +153,8 @@ class Meter:
             step_seconds=tuple(self._step_seconds),
             heldout_loss_before=before,
             heldout_loss_after=after,
+            elsewhere_loss_before=elsewhere_before,
+            elsewhere_loss_after=elsewhere_after,
             peak_allocated_bytes=allocated,
             peak_reserved_bytes=reserved,
             average_allocated_bytes=averages[0],

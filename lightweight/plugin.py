@@ -344,7 +344,7 @@ class Laboratory:
         ForecastError."""
         # Kernels are the device's own; without one they are those of the target aimed at.
         target = NATIVE if self.device.capability else trial.target
-        key = repr(dataclasses.replace(trial, target=target))
+        key = repr(dataclasses.replace(trial, target=target, seed=0))  # a peak is every seed's
         if key not in self._traces:
             self._show(f"{trial.name}: forecasting its memory")
             self._traces[key] = isolation.call(forecast.trace_on, self.folder, trial, self.device)
@@ -519,6 +519,8 @@ class Laboratory:
             terminalreporter.section("lightweight: does it fit, how fast is it, what does it do to the loss")
         if self.entries:
             terminalreporter.write_line(report.table(self.entries, "terminal"))
+            if (qualities := report.qualities(self.entries)).rows:
+                terminalreporter.write_line("\n" + qualities.text("terminal"))
         for line, count in self.not_run.items():
             terminalreporter.write_line(line if count == 1 else f"{line} ({count} cells)")
         if self._told_of_report:

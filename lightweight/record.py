@@ -58,7 +58,15 @@ TYPES: Mapping[str, type | tuple[type, ...]] = {
 NUMBERS = (
     *("peak_allocated_bytes", "host_peak_bytes", "budget_bytes", "device_bytes", "requested_bytes"),
     *("forecast_allocated_bytes", "forecast_reserved_bytes", "planned_steps", "steps_per_epoch"),
-    *("heldout_loss_before", "heldout_loss_after", "cold_seconds", "steady_step_seconds", "tokens_per_step"),
+    *(
+        "heldout_loss_before",
+        "heldout_loss_after",
+        "elsewhere_loss_before",
+        "elsewhere_loss_after",
+        "cold_seconds",
+        "steady_step_seconds",
+        "tokens_per_step",
+    ),
 )
 DIVISORS = ("steady_step_seconds", "tokens_per_step")
 """What a reader of records computes with: the types of values, those that are numbers or None, and those of them that
@@ -123,6 +131,7 @@ def settings(trial: Trial) -> Entry:
         "training_arguments": _plain(method.training_arguments),
         "captured_step": None if method.captured_step is None else _plain(dataclasses.asdict(method.captured_step)),
         "corpus_digest": trial.corpus.digest,
+        "elsewhere_digest": trial.corpus.elsewhere_digest,
         "seed": trial.seed,
         "planned_steps": trial.steps,
         "steps_per_epoch": trial.steps_per_epoch,

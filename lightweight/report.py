@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from tabulate import tabulate
 
-from lightweight import targets
+from lightweight import no_worse, targets
 from lightweight.record import BASELINE, SAME_TRIAL, Entry, ForecastRow, Run
 from lightweight.targets import GiB, MiB
 
@@ -40,6 +40,12 @@ RANDOM, EMULATED, HOST = "[r]", "[e]", "[h]"
 
 RUNG = "::test_a_rung_"
 """What the tests are called whose cells are the rungs of a ladder, from its bottom to its top."""
+
+NO_WORSE_NOTE = (
+    "Losses in nats a token, means over seeds. In brackets the two-sided 90 % t-interval over seeds, differences taken "
+    f"from the baseline of the same seed; no worse: all of it below the margin of {no_worse.MARGIN} nats. Elsewhere: "
+    "plain English that is not from the corpus; forgotten: how much its loss rose in training."
+)
 
 
 class ReportError(ValueError):
@@ -112,6 +118,7 @@ def tables(runs: Sequence[Run]) -> list[Table]:
     made = [
         results(told),
         losses(told),
+        qualities(entries),
         speedups(told),
         memory_by_cause(told, forecasts(runs)),
         *(ladder(rungs, number) for number, rungs in enumerate(ladders(entries))),
@@ -403,6 +410,33 @@ def losses(entries: Sequence[Entry]) -> Table:
         rows=rows,
         entries=of,
         notes=["Training loss is the mean of an epoch's steps; training is device time, without start and saving."],
+    )
+
+
+def qualities(entries: Sequence[Entry]) -> Table:
+    """Whether a method that several seeds have trained on real weights does worse than its baseline, and what it
+    forgot."""
+    compared = no_worse.compare(entries)
+    return Table(
+        key="no-worse",
+        title="No worse?",
+        columns=["model", "method", "seeds", "held-out loss", "over baseline", "no worse?", "elsewhere", "forgotten"],
+        aligned="llrrrlrr",
+        rows=[
+            [
+                found.model,
+                found.method,
+                f"{len(found.entries)}" + (f", {found.failed} failed" if found.failed else ""),
+                _before_and_after(found.heldout),
+                "-" if found.difference is None else str(found.difference),
+                found.verdict or "-",
+                _before_and_after(found.elsewhere),
+                "-" if found.forgotten is None else str(found.forgotten),
+            ]
+            for found in compared
+        ],
+        entries=[None] * len(compared),
+        notes=[NO_WORSE_NOTE],
     )
 
 
@@ -845,6 +879,10 @@ def memory_ratio(entry: Entry, baseline: Entry | None) -> str:
         return f"baseline {baseline['outcome'].replace('_', ' ')}"
     peak, of = _peak_bytes(entry), _peak_bytes(baseline)
     return f"{peak / of:.2f}" if peak and of else "-"
+
+
+def _before_and_after(losses: tuple[float, float] | None) -> str:
+    return "-" if losses is None else f"{losses[0]:.3f} -> {losses[1]:.3f}"
 
 
 def loss(entry: Entry) -> str:

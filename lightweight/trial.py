@@ -89,7 +89,8 @@ class Measurements:
     """What a trial has measured so far. Bytes and seconds; `None` where there is nothing to measure.
 
     `train_loss` and `step_seconds` have one entry an optimizer step; `step_seconds` are device time from the end of one
-    step to the end of the next, so that nothing between steps is lost. `peak_*` are the training's own, without
+    step to the end of the next, so that nothing between steps is lost. `heldout_*` are in nats a token over the answers
+    held out, `elsewhere_*` over the corpus's text from elsewhere. `peak_*` are the training's own, without
     building and evaluating; `average_*` are the mean over the ends of steps. `process_bytes` is what NVML
     says the whole process holds on the GPU at most. `phase_seconds` leaves out waiting for the next request.
     `captured` and `compiled` say how a captured step really ran, and `capture_note` why not otherwise; None for the
@@ -100,6 +101,8 @@ class Measurements:
     step_seconds: tuple[float, ...] = ()
     heldout_loss_before: float | None = None
     heldout_loss_after: float | None = None
+    elsewhere_loss_before: float | None = None
+    elsewhere_loss_after: float | None = None
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     average_allocated_bytes: int | None = None

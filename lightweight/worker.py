@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, which imports peft
 
@@ -129,10 +129,17 @@ def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner
     return Completed(measured=meter.measurements())
 
 
+class Heldout(NamedTuple):
+    """Rows that nothing is trained on: the corpus's pairs, and plain text from elsewhere."""
+
+    pairs: list[Row]
+    elsewhere: list[Row]
+
+
 def set_up(
     trial: Trial, device: torch.device, meter: Meter, rounds: Rounds, folder: Path, **overrides: Any
-) -> tuple[transformers.Trainer, list[Row], list[Row]]:
-    """Everything before the first step: the Trainer over the trial's network, and its training and held-out rows.
+) -> tuple[transformers.Trainer, list[Row], Heldout]:
+    """Everything before the first step: the Trainer over the trial's network, its training rows and what is held out.
 
     `overrides` are TrainingArguments, as for `stock.make_trainer`.
     """
@@ -145,7 +152,8 @@ def set_up(
         network = build(trial, device)
         tokenizer = models.load_tokenizer(trial.model)
         train_rows = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.train]
-        heldout = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.heldout]
+        heldout_rows = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.heldout]
+        heldout = Heldout(heldout_rows, corpus.encode_text(trial.corpus.elsewhere or "", tokenizer, trial.max_length))
         trainer = stock.make_trainer(trial, network, train_rows, meter, rounds, folder, **overrides)
     ends = (corpus.IGNORED, tokenizer.eos_token_id)
     meter.facts = {
@@ -156,10 +164,12 @@ def set_up(
     return trainer, train_rows, heldout
 
 
-def evaluate(trainer: transformers.Trainer, heldout: Sequence[Row], meter: Meter) -> None:
-    """Add the held-out loss, as it is now, to the meter's."""
+def evaluate(trainer: transformers.Trainer, heldout: Heldout, meter: Meter) -> None:
+    """Add the losses on what is held out, as they are now, to the meter's."""
     with meter.during("evaluate"):
-        meter.heldout_losses.append(stock.heldout_loss(trainer, heldout))
+        meter.heldout_losses.append(stock.heldout_loss(trainer, heldout.pairs))
+        if heldout.elsewhere:
+            meter.elsewhere_losses.append(stock.heldout_loss(trainer, heldout.elsewhere))
 
 
 def train(

@@ -30,6 +30,45 @@ def test_our_corpus_is_120_pairs_half_korean_no_two_alike():
     assert all(bool(re.search("[가-힣]", p.prompt)) == bool(re.search("[가-힣]", p.answer)) for p in pairs)
 
 
+def test_the_english_half_of_our_corpus_is_what_latin_letters_leave():
+    loaded = corpus.load(OURS)
+    english = corpus.in_latin_letters(loaded)
+    assert (len(english.train), len(english.heldout)) == (51, 9)
+    assert not any(re.search("[가-힣]", pair.prompt + pair.answer) for pair in english.train + english.heldout)
+    for whole, half in ((loaded.train, english.train), (loaded.heldout, english.heldout)):
+        assert half == tuple(pair for pair in whole if pair in half)  # on its side of the split, in its order
+    # what records are compared by: a changed corpus or filter changes it
+    assert english.digest == "334f713ab50267d0a5b73fe3507fec911851a46a662f2b5282ee98493227f505"
+    assert corpus.in_latin_letters(english) == english
+
+
+def test_latin_letters_are_those_of_every_language_that_uses_them(tmp_path):
+    written = turns(40)
+    for index, turn in enumerate(written):
+        turn["content"] = f"Ça va, naïve señor №{index} – “ok” 🙂" if index % 4 < 2 else f"ok {index} 그래"
+    loaded = corpus.load(write(tmp_path, written))
+    found = corpus.in_latin_letters(loaded)
+    assert len(found.train + found.heldout) == 20
+    assert all("Ça" in text for pair in found.train + found.heldout for text in (pair.prompt, pair.answer))
+
+
+def test_a_corpus_without_a_pair_in_latin_letters_is_told(tmp_path):
+    loaded = corpus.load(write(tmp_path, turns(12)))  # users write Korean, therapists English
+    with pytest.raises(CorpusError, match="has 0 pairs in Latin letters to train on and 0 held out: add some"):
+        corpus.in_latin_letters(loaded)
+
+
+def test_plain_text_is_cut_into_rows_and_every_token_counts():
+    tokenizer = ByT5Tokenizer()
+    rows = corpus.encode_text("Tides follow the moon.", tokenizer, 10)
+    assert [sum(row["attention_mask"]) for row in rows] == [10, 10, 2]
+    assert all(len(row[name]) == 10 for row in rows for name in ("input_ids", "attention_mask", "labels"))
+    tokens = [label for row in rows for label in row["labels"] if label != IGNORED]
+    assert tokens == tokenizer.encode("Tides follow the moon.", add_special_tokens=False)
+    assert rows[2]["labels"][2:] == [IGNORED] * 8
+    assert corpus.encode_text("", tokenizer, 10) == []
+
+
 def test_a_corpus_written_elsewhere_goes_through_unchanged(tmp_path):
     written = turns(7)
     written[3]["id"] = "extra keys are nobody's business"

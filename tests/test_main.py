@@ -29,6 +29,17 @@ def test_report_prints_the_table(run, capsys):
     assert "\n| model" in printed
 
 
+def test_report_prints_whether_a_method_is_no_worse(tmp_path, capsys):
+    cells = [(method, seed) for method in ("baseline", "lora") for seed in (0, 1)]
+    outcomes = [dict.fromkeys(record.KEYS) | entry(method=method, seed=seed) for method, seed in cells]
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"outcomes": outcomes}))
+    assert main(["report", str(path), "--format", "markdown"]) == 0
+    printed = capsys.readouterr().out
+    assert "| no worse  " in printed
+    assert printed.rstrip().endswith(report.NO_WORSE_NOTE)
+
+
 def test_report_into_a_file(run, tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("".join(report.marks("results")))

@@ -258,6 +258,37 @@ def test_a_file_that_cannot_be_written_is_told_and_left_alone(tmp_path):
         report.write(tmp_path / "nowhere" / "report.html", "new")
 
 
+def seeds(method, *losses, **changes):
+    """A method's entries of several seeds, held-out losses `losses` after training."""
+    return [
+        entry(method=method, seed=seed, heldout_loss_after=loss, elsewhere_loss_before=2.0, elsewhere_loss_after=2.25)
+        | changes
+        for seed, loss in enumerate(losses)
+    ]
+
+
+def test_methods_of_several_seeds_are_held_against_the_baseline():
+    entries = seeds("baseline", 2.5, 2.7) + seeds("lo|ra", 2.51, 2.70) + seeds("qlora", 3.0, 3.1, outcome="crashed")
+    text = report.qualities(entries).text("markdown")
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines()[2:5]]
+    assert rows == [
+        ["opt-350m", "baseline", "2", "3.000 -> 2.600", "-", "-", "2.000 -> 2.250", "+0.250 [+0.250, +0.250]"],
+        [
+            *("opt-350m", r"lo\|ra", "2", "3.000 -> 2.605", "+0.005 [-0.027, +0.037]", "no worse"),
+            *("2.000 -> 2.250", "+0.250 [+0.250, +0.250]"),
+        ],
+        ["opt-350m", "qlora", "2, 2 failed", "-", "-", "not shown", "-", "-"],
+    ]
+    assert report.NO_WORSE_NOTE in text
+    assert "no worse" in report.qualities(entries).text("terminal")
+
+
+def test_without_several_seeds_or_on_random_weights_nothing_is_said_of_quality():
+    assert not report.qualities([entry(seed=0), entry(seed=0, method="lora")]).rows
+    assert not report.qualities(seeds("baseline", 2.5, 2.7, weights="random")).rows
+    assert not report.qualities(record.load(RECORDS)).rows
+
+
 def test_entries_survive_json():
     assert report.table(json.loads(json.dumps([entry()])), "markdown") == report.table([entry()], "markdown")
 

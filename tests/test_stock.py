@@ -78,6 +78,17 @@ def test_accumulated_steps_have_the_loss_of_one_large_batch(trial, folder):
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
+def test_the_order_of_pairs_is_the_seeds_whatever_the_method(trial, folder):
+    orders = {}
+    for method in (BASELINE, QLORA):
+        for seed in (0, 1):
+            trainer, *_ = prepare(replace(trial, method=method, seed=seed), folder)
+            loader = trainer.get_train_dataloader()
+            orders[method.name, seed] = [number for batch in loader.batch_sampler for number in batch]
+    assert orders["baseline", 0] == orders["qlora", 0] != orders["baseline", 1] == orders["qlora", 1]
+    assert sorted(orders["baseline", 0]) == list(range(20))
+
+
 def test_max_steps_cut_the_job_short(trial, folder):
     trainer, _, _, owner = prepare(replace(trial, max_steps=4), folder)
     trainer.train()
