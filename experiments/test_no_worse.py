@@ -25,17 +25,21 @@ ELSEWHERE = Path(__file__).parent / "elsewhere.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How much is trained: which seeds, how many sequences an optimizer step, and changes of the Trial."""
+    """How much is trained: which seeds, how many sequences an optimizer step, at which learning rate the adapters, and
+    changes of the Trial."""
 
     seeds: range
     sequences: int
+    adapter_rate: float
     changes: dict[str, Any]
 
 
-# has_cuda -> the whole original job in seconds, or as much of it as two CPU cores do in under ten minutes
+# has_cuda -> the whole original job, or as much of it as two CPU cores do in some ten minutes. The originals trained at
+# the Trainer's 5e-5, at which an adapter, which begins at nothing, hardly moves; the fewer the steps, the larger they
+# must be. The CPU's rate comes from a sweep on pairs held out of the training half (CHANGELOG.md).
 SETTINGS = {
-    True: Settings(seeds=range(8), sequences=8, changes={"epochs": 10, "max_length": 160}),  # no pair has more tokens
-    False: Settings(seeds=range(3), sequences=2, changes={"max_steps": 12, "max_length": 128}),
+    True: Settings(seeds=range(5), sequences=8, adapter_rate=1e-3, changes={"epochs": 10, "max_length": 160}),
+    False: Settings(seeds=range(3), sequences=2, adapter_rate=3e-3, changes={"max_steps": 8, "max_length": 128}),
 }
 
 
@@ -45,11 +49,12 @@ def at_rate(method: Method, learning_rate: float) -> Method:
     return replace(method, name=f"{method.name}-lr{learning_rate:g}", training_arguments=arguments)
 
 
-# All the originals trained at the Trainer's 5e-5, which suits the training of every parameter. An adapter begins at
-# nothing and needs larger steps. ADAPTER_RATE was chosen on pairs held out of the training half.
-ADAPTER_RATE = 2e-3
-AS_THE_ORIGINALS = (LORA, QLORA, LORA_CAPTURED, QLORA_CAPTURED)
-NO_WORSE = (BASELINE_CAPTURED, *(at_rate(method, ADAPTER_RATE) for method in AS_THE_ORIGINALS))
+NO_WORSE = (BASELINE_CAPTURED, LORA, QLORA, LORA_CAPTURED, QLORA_CAPTURED)
+TOLD = (
+    *(LORA, LORA_CAPTURED, QLORA_CAPTURED),  # qlora itself takes a second a step even on a fast GPU
+    *(at_rate(LORA_CAPTURED, rate) for rate in (3e-4, 3e-3)),
+    *(at_rate(BASELINE, rate) for rate in (1e-4, 2e-4)),
+)
 
 Difference = Callable[[Method], no_worse.Estimate]
 
@@ -87,18 +92,22 @@ def difference(
 
 
 @pytest.mark.parametrize("variant", NO_WORSE, ids=lambda method: method.name)
-def test_no_worse_than_the_baseline(difference: Difference, model: str, variant: Method) -> None:
+def test_no_worse_than_the_baseline(
+    difference: Difference, laboratory: Laboratory, model: str, variant: Method
+) -> None:
+    if variant.adapter is not None:
+        variant = at_rate(variant, SETTINGS[laboratory.has_cuda].adapter_rate)
     found = difference(variant)
     assert no_worse.verdict(found) == "no worse", f"{model} x {variant.name}: {found} nats over the baseline"
 
 
-@pytest.mark.needs_cuda  # in the few steps of a CPU an adapter hardly moves at that rate
-@pytest.mark.parametrize("variant", AS_THE_ORIGINALS, ids=lambda method: method.name)
-def test_as_the_originals_had_it(difference: Difference, model: str, variant: Method) -> None:
-    """Measured and told, not asserted: whether 5e-5 is enough for an adapter depends on how many steps there are."""
+@pytest.mark.needs_cuda  # for the time it takes
+@pytest.mark.parametrize("variant", TOLD, ids=lambda method: method.name)
+def test_at_other_rates(difference: Difference, model: str, variant: Method) -> None:
+    """Measured and told, not asserted: adapters at the originals' rate, and what larger steps do for the baseline."""
     found = difference(variant)
     if no_worse.verdict(found) != "no worse":
-        pytest.xfail(f"{model} x {variant.name}, learning rate 5e-5: {found} nats over the baseline")
+        pytest.xfail(f"{model} x {variant.name}: {found} nats over the baseline")
 
 
 def _in_steps_of(sequences: int, method: Method) -> Method:

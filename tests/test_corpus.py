@@ -53,9 +53,12 @@ def test_latin_letters_are_those_of_every_language_that_uses_them(tmp_path):
 
 
 def test_a_corpus_without_a_pair_in_latin_letters_is_told(tmp_path):
-    loaded = corpus.load(write(tmp_path, turns(12)))  # users write Korean, therapists English
-    with pytest.raises(CorpusError, match="has 0 pairs in Latin letters to train on and 0 held out: add some"):
-        corpus.in_latin_letters(loaded)
+    mixed = turns(12)  # users write Korean, therapists English
+    other = [turn | {"role": role} for turn, role in zip(mixed[1:-1], ["user", "therapist"] * 11, strict=True)]
+    for written in (mixed, other):
+        loaded = corpus.load(write(tmp_path, written))
+        with pytest.raises(CorpusError, match="has 0 pairs in Latin letters to train on and 0 held out: add some"):
+            corpus.in_latin_letters(loaded)
 
 
 def test_plain_text_is_cut_into_rows_and_every_token_counts():
