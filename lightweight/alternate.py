@@ -103,7 +103,7 @@ def share_cores(*children: Child) -> None:
     cores = sorted(os.sched_getaffinity(0))[: torch.get_num_threads()]
     for child in children:
         if child.trial.device_index is None and child.outcome is None:
-            for thread in Path(f"/proc/{child.pid}/task").iterdir():
+            for thread in (thread for pid in child.pids for thread in Path(f"/proc/{pid}/task").iterdir()):
                 with suppress(ProcessLookupError):  # it has ended since
                     os.sched_setaffinity(int(thread.name), cores)
 

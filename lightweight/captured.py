@@ -21,12 +21,13 @@ from lightweight.preload import peft  # isort: skip  # before Trainer, which imp
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from lightweight import attention, packing
+from lightweight import attention, packing, ranks
 from lightweight.lean import Lean
 from lightweight.loss import linear_cross_entropy
 from lightweight.meter import Meter
@@ -106,7 +107,8 @@ class Job:
         state.compute_steps(arguments, self.trial.steps)
         self._logged = state.global_step
         trainer.control = handler.on_train_begin(arguments, state, trainer.control)
-        torch.manual_seed(self.trial.seed)  # dropout's numbers start here, wherever a rehearsal has left them
+        # dropout's numbers start here, wherever a rehearsal has left them, and are other ones on every rank
+        torch.manual_seed(self.trial.seed + ranks.rank())
         if checkpoint is not None:
             self._load(checkpoint)
         for number, epoch in enumerate(self.epochs):
@@ -156,11 +158,14 @@ class Job:
         run = str(trainer.args.output_dir)
         folder = Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         folder.mkdir(exist_ok=True)
+        trainer._save_rng_state(str(folder))
+        ranks.wait_for_all()
+        if not ranks.is_first():
+            return
         if isinstance(self.network, peft.PeftModel):
             with self._optimizer.masters_in_place():
                 trainer.save_model(str(folder), _internal_call=True)
         torch.save(self._optimizer.state(), folder / STATE_NAME)
-        trainer._save_rng_state(str(folder))
         for callback in (*trainer.callback_handler.callbacks, trainer.control):
             if isinstance(callback, ExportableState):
                 kept[type(callback).__name__] = callback.state()
@@ -238,19 +243,22 @@ class Job:
             self.notes.append(f"packing {'makes' if self.packs else 'would make'} {after} rows of {before}")
             if self.packs:
                 self.epochs = packed
+        world_size = self.trial.world_size
+        if world_size > 1:
+            self.epochs = [[packing.share(layout, ranks.rank(), world_size) for layout in e] for e in self.epochs]
         layouts = [layout for epoch in self.epochs for layout in epoch]
-        rows_per_pass = self.trial.method.sequences_per_pass
+        rows_per_pass = self.trial.running_method.sequences_per_pass
         self._shapes = packing.shapes(layouts, self.rows, rows_per_pass, most=1 if self.compiled else None)
         self._buffers = {shape: Buffers(shape, self.device) for shape in self._shapes.values()}
 
     def _order(self) -> list[list[list[list[int]]]]:
-        """epoch -> optimizer step -> pass -> numbers of its rows, as the Trainer would draw them."""
-        loader: Any = self.trainer.get_train_dataloader()
-        accumulation = self.trainer.args.gradient_accumulation_steps
+        """epoch -> optimizer step -> pass -> numbers of its rows, as the Trainer would draw them on one rank."""
+        sampler, size = ranks.draws(self.trainer, self.rows), self.trial.method.sequences_per_pass
+        accumulation = self.trial.method.sequences_per_step // size
         epochs, left = [], self.trial.steps
         for epoch in range(self.trial.rounds):
-            loader.set_epoch(epoch)  # as the Trainer does: the order follows from the seed and the epoch's number
-            passes = [list(numbers) for numbers in loader.batch_sampler]
+            sampler.set_epoch(epoch)  # as the Trainer does: the order follows from the seed and the epoch's number
+            passes = [list(numbers) for numbers in BatchSampler(sampler, size, drop_last=False)]
             steps = [passes[start : start + accumulation] for start in range(0, len(passes), accumulation)]
             epochs.append(steps[:left])
             left -= len(epochs[-1])
@@ -276,7 +284,9 @@ class Job:
             self._optimizer.clear_gradients()
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, pool=pool):
+                # The thread that watches over messages to other ranks asks CUDA for their state meanwhile.
+                errors = "thread_local" if self.trial.world_size > 1 else "global"
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode=errors):
                     self._step(buffers)
             except RuntimeError as error:
                 ran_out = next((e for e in (error, error.__context__) if isinstance(e, torch.OutOfMemoryError)), None)
@@ -320,6 +330,8 @@ class Job:
                 loss = self._loss(buffers, index)
             self._optimizer.backward(loss)
             self.loss += loss.detach()
+        if self.trial.world_size > 1:
+            ranks.add_up([self.loss, *self._optimizer.gradients()])
         self._optimizer.step()
 
     def _loss(self, buffers: Buffers, index: int) -> torch.Tensor:
@@ -423,6 +435,14 @@ class _Optimizer:
             torch._foreach_add_(sums, [gradient.float() for gradient in gradients])
         for weight in self._masters:
             weight.grad = None
+
+    def gradients(self) -> list[torch.Tensor]:
+        """The gradients of what AdamW steps, where there are any; all passes must have added theirs. A rank whose rows
+        did not reach a weight has zeros for it, since another one's may have."""
+        for weight in self._trained():
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        return [weight.grad for weight in self._trained() if weight.grad is not None]
 
     @torch.no_grad()
     def step(self) -> None:

@@ -20,7 +20,9 @@ from lightweight import ratio, record, report
 from lightweight.ratio import Interval, Verdict
 from lightweight.record import Entry, Run
 
-CONDITIONS = ("device", "target", "corpus_digest", "precision", "weights", "max_length", "tokens_per_step")
+CONDITIONS = (
+    *("device", "target", "world_size", "corpus_digest", "precision", "weights", "max_length", "tokens_per_step"),
+)
 """What two runs of a cell must have in common to be compared."""
 
 FAIL = 0.05

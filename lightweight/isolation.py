@@ -7,19 +7,33 @@ milliseconds, peaks are a trial's own, and an out-of-memory or a broken CUDA con
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import ParamSpec, Self, TypeVar
 
-from lightweight import worker
+from lightweight import ranks, worker
 from lightweight.stock import Request
-from lightweight.trial import Crashed, Measurements, Outcome, Phase, TimedOut, Trial
+from lightweight.trial import (
+    Completed,
+    Crashed,
+    Diverged,
+    Measurements,
+    Outcome,
+    OutOfMemory,
+    Phase,
+    TimedOut,
+    Trial,
+    of_all_ranks,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,6 +53,12 @@ PRELOAD = [
 LAST_WORDS = 2_000
 """Characters of a dead child's log that go into its outcome."""
 
+PEER_SECONDS = 3.0
+"""How long a rank that failed with an exception is given the benefit of the doubt: another may have died before."""
+
+ANSWER_SECONDS = 1.0
+"""How long a silent rank may take to say where it is."""
+
 _forkserver = multiprocessing.get_context("forkserver")
 _forkserver.set_forkserver_preload(PRELOAD)
 
@@ -54,12 +74,13 @@ def call(function: Callable[P, T], folder: Path, *args: P.args, **kwargs: P.kwar
 
 
 class Child:
-    """A trial in its child process, as a context: entering builds it, leaving leaves no process behind.
+    """A trial in its child process, one for each rank, as a context: entering builds it, leaving leaves no process
+    behind.
 
     Ask for rounds, then `finish`. `outcome` is set as soon as the trial has ended, however it did; `rounds_done` counts
     rounds that were trained whole. `on_step(trial, step, loss)` is told of every optimizer step, `loss` being the
     newest known, and `on_round(trial, measured)` of every round's end. A child that reports nothing for
-    `silence_seconds` has timed out and is killed.
+    `silence_seconds` has timed out and is killed. What ends one rank ends the trial, and all of its ranks.
     """
 
     def __init__(
@@ -73,22 +94,20 @@ class Child:
         self.trial = trial
         self.outcome: Outcome | None = None
         self.rounds_done = 0
-        self._measured = Measurements()
-        self._phase: Phase = "start"
+        self._ranks = [_Rank(number, folder) for number in range(trial.world_size)]
         self._folder = folder
         self._silence_seconds = silence_seconds
         self._on_step = on_step
         self._on_round = on_round
 
     def __enter__(self) -> Self:
-        self._connection, childs_end = _forkserver.Pipe()
-        self._process = _forkserver.Process(
-            target=worker.run, args=(childs_end, self.trial, self._folder, time.monotonic()), daemon=True
-        )
-        with _without_main():
-            self._process.start()
-        childs_end.close()
+        self._store = ranks.store() if len(self._ranks) > 1 else None
         try:
+            for rank in self._ranks:
+                where = (
+                    {} if self._store is None else ranks.environment(rank.number, len(self._ranks), self._store.port)
+                )
+                rank.start(self.trial, self._folder, where)
             self._await(worker.Ready)
         except BaseException:
             self._stop()
@@ -99,9 +118,9 @@ class Child:
         self._stop()
 
     @property
-    def pid(self) -> int | None:
-        """The child's process id."""
-        return self._process.pid
+    def pids(self) -> list[int]:
+        """The process ids of the child's ranks, in their order."""
+        return [rank.process.pid for rank in self._ranks if rank.process.pid is not None]
 
     @property
     def measured(self) -> Measurements:
@@ -111,77 +130,190 @@ class Child:
     def round(self) -> None:
         """Train one round; returns at once where the trial has already ended."""
         self._request("round", worker.RoundEnded)
+        if self.outcome is None:
+            self.rounds_done += 1
+            self._on_round(self.trial, self._measured)
 
     def finish(self) -> Outcome:
         """Train what is left of the job, evaluate, save, and end the trial."""
         while self.outcome is None and self.rounds_done < self.trial.rounds:
             self.round()
-        self._request("finish", None)
-        assert self.outcome is not None
+        self._request("finish", Completed)
+        if self.outcome is None:
+            self.outcome = Completed(measured=self._measured)
         return self.outcome
 
+    @property
+    def _measured(self) -> Measurements:
+        return of_all_ranks([rank.measured for rank in self._ranks])
+
     def _stop(self) -> None:
-        self._connection.close()  # a child that waits for a request ends by itself
-        self._process.join(timeout=5 if self.outcome is not None else 0)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        for rank in self._ranks:
+            rank.connection.close()  # a child that waits for a request ends by itself
+        for rank in self._ranks:
+            rank.process.join(timeout=5 if isinstance(self.outcome, Completed) else 0)
+            rank.kill()
 
-    def _request(self, request: Request, answer: type | None) -> None:
-        if self.outcome is None:
-            try:
-                self._connection.send(request)
-            except OSError:
-                self.outcome = self._death()
-            else:
-                self._await(answer)
+    def _request(self, request: Request, answer: type) -> None:
+        if self.outcome is not None:
+            return
+        for rank in self._ranks:
+            with suppress(OSError):  # it has died, which is what is read from it next
+                rank.connection.send(request)
+        self._await(answer)
 
-    def _await(self, answer: type | None) -> None:
-        """Read reports until one of type `answer`, or the outcome."""
-        while self.outcome is None:
-            if not self._connection.poll(self._silence_seconds):
-                self._process.kill()
-                self.outcome = TimedOut(
-                    phase=self._phase,
-                    silent_seconds=self._silence_seconds,
-                    reason=f"reported nothing for {self._silence_seconds:g} s and was killed",
-                    measured=self._measured,
-                )
+    def _await(self, answer: type) -> None:
+        """Read every rank's reports until one of type `answer`, or until the first that ends the trial."""
+        asked = list(self._ranks)
+        while asked:
+            ready = wait([rank.connection for rank in asked], self._silence_seconds)
+            if not ready:
+                self.outcome = self._timed_out(asked)
                 return
-            try:
-                report: worker.Report = self._connection.recv()
-            except (EOFError, OSError):
-                self.outcome = self._death()
-                return
-            match report:
-                case worker.Step(step, loss):
-                    self._on_step(self.trial, step, loss)
-                case worker.Entered(phase):
-                    self._phase = phase
-                case worker.Ready(measured) | worker.RoundEnded(measured):
-                    self._measured = measured
-                    assert answer is not None and isinstance(report, answer)
-                    if isinstance(report, worker.RoundEnded):
-                        self.rounds_done += 1
-                        self._on_round(self.trial, measured)
-                    return
-                case _:
-                    self.outcome = report
+            for rank in [rank for rank in asked if rank.connection in ready]:
+                match report := rank.receive():
+                    case worker.Step(step, loss):
+                        if rank.number == 0:
+                            self._on_step(self.trial, step, loss)
+                    case worker.Entered():
+                        pass
+                    case worker.Ready() | worker.RoundEnded() | Completed():
+                        assert isinstance(report, answer)
+                        asked.remove(rank)
+                    case _:
+                        self.outcome = self._ended(rank, report)
+                        return
+
+    def _ended(self, rank: _Rank, outcome: Ended) -> Outcome:
+        """How the trial ended in which `rank` ended so. A rank whose peer is gone fails in talking to it, and may be
+        heard first: an exception yields to whatever else another rank ends by."""
+        others = [other for other in self._ranks if other is not rank]
+        deadline = time.monotonic() + PEER_SECONDS
+        while isinstance(outcome, Crashed) and not rank.is_dead and others:
+            ready = wait([other.connection for other in others], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for other in [other for other in others if other.connection in ready]:
+                report = other.receive()
+                if isinstance(report, Ended):
+                    others.remove(other)
+                    if other.is_dead or not isinstance(report, Crashed):
+                        rank, outcome = other, report
+                        break
+        return self._of_the_trial(rank, outcome)
+
+    def _of_the_trial(self, rank: _Rank, outcome: Ended) -> Outcome:
+        """`outcome` of one rank as that of all."""
+        if len(self._ranks) == 1:
+            return outcome
+        rank.measured = outcome.measured
+        outcome = replace(outcome, measured=self._measured)
+        if isinstance(outcome, Diverged):  # all of them saw the same loss
+            return outcome
+        return replace(outcome, rank=rank.number, reason=f"rank {rank.number}: {outcome.reason}")
+
+    def _timed_out(self, silent: Sequence[_Rank]) -> Outcome:
+        """Kill all ranks, having asked each where it is: the one that others wait for does not wait itself."""
+        said = {rank: rank.whereabouts() for rank in self._ranks}
+        culprit = next((rank for rank in silent if not _waits_for_others(said[rank])), silent[0])
+        details = culprit.last_words()
+        if len(self._ranks) > 1:
+            places = (f"rank {rank.number}: {said[rank].strip() or 'does not answer'}" for rank in self._ranks)
+            details = "\n".join([details, *places])
+        for rank in self._ranks:
+            rank.kill()
+        outcome = TimedOut(
+            phase=culprit.phase,
+            silent_seconds=self._silence_seconds,
+            reason=f"reported nothing for {self._silence_seconds:g} s and was killed",
+            details=details,
+            measured=self._measured,
+        )
+        return self._of_the_trial(culprit, outcome)
+
+
+Ended = OutOfMemory | Diverged | Crashed | TimedOut
+"""What ends a trial before its time."""
+
+
+class _Rank:
+    """One process of a trial, its end of the pipe, and what it has told."""
+
+    def __init__(self, number: int, folder: Path) -> None:
+        self.number = number
+        self.measured = Measurements()
+        self.phase: Phase = "start"
+        self.is_dead = False
+        self._log = worker.log_of(number, folder)
+
+    def start(self, trial: Trial, folder: Path, environment: Mapping[str, str]) -> None:
+        self.connection, childs_end = _forkserver.Pipe()
+        self.process = _forkserver.Process(
+            target=worker.run,
+            args=(childs_end, trial, folder, time.monotonic(), environment),
+            daemon=True,
+        )
+        with _without_main():
+            self.process.start()
+        childs_end.close()
+
+    def receive(self) -> worker.Report:
+        """The next report; of a rank that has died, how."""
+        try:
+            report: worker.Report = self.connection.recv()
+        except (EOFError, OSError):
+            self.is_dead = True
+            return self._death()
+        match report:
+            case worker.Entered(phase):
+                self.phase = phase
+            case worker.Ready(measured) | worker.RoundEnded(measured):
+                self.measured = measured
+            case Completed():
+                self.measured = report.measured
+        return report
+
+    def kill(self) -> None:
+        """Leave no process behind."""
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+    def last_words(self) -> str:
+        """The end of what its libraries have written."""
+        return self._log.read_text(errors="replace")[-LAST_WORDS:] if self._log.exists() else ""
+
+    def whereabouts(self) -> str:
+        """The Python calls it is in, the innermost first; empty where it does not answer."""
+        if not self.process.is_alive() or self.process.pid is None or not self._log.exists():
+            return ""
+        before = self._log.stat().st_size
+        os.kill(self.process.pid, signal.SIGUSR1)
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while time.monotonic() < deadline:
+            said = self._log.read_bytes()[before:].decode(errors="replace")
+            if said.endswith("\n") and said.count("\n") > 1:
+                return said
+            time.sleep(ANSWER_SECONDS / 20)
+        return ""
 
     def _death(self) -> Crashed:
-        self._process.join()
-        code = self._process.exitcode
+        self.process.join()
+        code = self.process.exitcode
         if code is not None and code < 0:
             reason = f"killed by {signal.Signals(-code).name}"
             if code == -signal.SIGKILL:
                 reason += " (what the kernel's out-of-memory killer sends, too)"
         else:
             reason = f"the child exited with status {code} before its trial had ended"
-        return Crashed(phase=self._phase, reason=reason, details=self._last_words(), measured=self._measured)
+        return Crashed(phase=self.phase, reason=reason, details=self.last_words(), measured=self.measured)
 
-    def _last_words(self) -> str:
-        log = self._folder / "log"
-        return log.read_text(errors="replace")[-LAST_WORDS:] if log.exists() else ""
+
+def _waits_for_others(whereabouts: str) -> bool:
+    """Whether a rank that is there is in torch's hands: in a message to another rank, in a backward pass whose hooks
+    send some, or waiting for a device that does."""
+    innermost = next((line for line in whereabouts.splitlines() if line.lstrip().startswith("File ")), "")
+    return any(part in innermost for part in ("torch/distributed/", "torch/autograd/", "torch/cuda/"))
 
 
 @contextmanager

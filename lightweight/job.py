@@ -25,11 +25,12 @@ from typing import Any, Self
 from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, which imports peft
 
 import torch
+from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lightweight import corpus, forecast, methods, models, plan, record, stock, targets, worker
+from lightweight import corpus, forecast, methods, models, plan, ranks, record, stock, targets, worker
 from lightweight.captured import MethodError
 from lightweight.card import model_card
 from lightweight.meter import Meter
@@ -38,7 +39,17 @@ from lightweight.models import Model
 from lightweight.output import RECORD_NAME, Output, OutputError, step_of
 from lightweight.stock import Request
 from lightweight.targets import CPU, NATIVE, Device, GiB, MiB, Target
-from lightweight.trial import MAX_LENGTH, Completed, Crashed, Diverged, Outcome, OutOfMemory, Phase, Trial
+from lightweight.trial import (
+    MAX_LENGTH,
+    Completed,
+    Crashed,
+    Diverged,
+    Outcome,
+    OutOfMemory,
+    Phase,
+    Trial,
+    of_all_ranks,
+)
 
 CHECKPOINT_SECONDS = 300.0
 """Between two checkpoints where none is asked for by steps: what a killed job loses at most."""
@@ -58,7 +69,10 @@ class NothingFitsError(JobError):
     """No method is forecast to fit."""
 
 
-REFUSALS = (JobError, OutputError, corpus.CorpusError, models.ModelError, forecast.ForecastError, MethodError)
+REFUSALS = (
+    *(JobError, OutputError, corpus.CorpusError, models.ModelError, forecast.ForecastError, MethodError),
+    ranks.RanksError,
+)
 """What a job raises that cannot start, each with one clear line."""
 
 
@@ -96,15 +110,20 @@ def run(job: Job, progress: Callable[[str], None] = lambda text: None) -> Outcom
     dialogues = corpus.load(job.corpus)
     _check_tracker(job.report_to)
     on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        worker.see_one_gpu(0)
-    device = worker.describe_device(0) if on_gpu else Device(name=f"{platform.machine()} CPU")
+    if on_gpu and ranks.world_size() == 1:
+        worker.see_gpus(0, 1)
+    device = worker.describe_device(ranks.local_rank()) if on_gpu else Device(name=f"{platform.machine()} CPU")
     try:
         target = _target(job.target, device, on_gpu)
         method = methods.named(job.method) if job.method else None
     except ValueError as error:
         raise JobError(str(error)) from error
-    output.claim(resume=job.resume, overwrite=job.overwrite)
+    if on_gpu and ranks.world_size() > 1:
+        torch.cuda.set_device(ranks.local_rank())
+    ranks.meet(cpu=not on_gpu)
+    if ranks.is_first():
+        output.claim(resume=job.resume, overwrite=job.overwrite)
+    ranks.wait_for_all()
     try:
         found, note = models.find(models.named(job.model), job.weights)
         if note:
@@ -117,8 +136,11 @@ def run(job: Job, progress: Callable[[str], None] = lambda text: None) -> Outcom
         trial = _trial(job, found, method, target, dialogues, on_gpu)
         if job.resume:
             _check_same(trial, before, output)
-        output.remember(record.settings(trial))
         progress(f"{trial.name}: loading")
+        if ranks.is_first():
+            output.remember(record.settings(trial))
+            _written(found, output, job.seed)
+        ranks.wait_for_all()
         trial = replace(trial, model=_written(found, output, job.seed))
         return _train(trial, job, output, device, progress)
     except REFUSALS:
@@ -129,11 +151,12 @@ def run(job: Job, progress: Callable[[str], None] = lambda text: None) -> Outcom
         raise
     finally:
         progress("")
-        output.tidy()
+        if ranks.is_first():
+            output.tidy()
 
 
 def _train(trial: Trial, job: Job, output: Output, device: Device, progress: Callable[[str], None]) -> Outcome:
-    torch_device = torch.device("cpu" if trial.device_index is None else "cuda:0")
+    torch_device = worker.take_device(trial)
     meter = Meter(torch_device, start_seconds=0.0)
     checkpoint = output.checkpoint
     try:
@@ -154,24 +177,27 @@ def _train(trial: Trial, job: Job, output: Output, device: Device, progress: Cal
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(checkpoints)
             trainer.add_callback(bar)
-            if checkpoint is None:
-                progress(f"{trial.name}: held-out loss")
-                worker.evaluate(trainer, heldout, meter)
-            else:
+            if checkpoint is not None:
                 stock.resume_meter(meter, checkpoint)
                 _say(f"going on after step {step_of(checkpoint)} of {trial.steps}")
-            progress("")
-            worker.train(trial, trainer, rows, meter, _entered, checkpoint)
+
+            def enter(phase: Phase) -> None:
+                progress(f"{trial.name}: held-out loss" if phase == "evaluate" else "")
+
+            worker.train(trial, trainer, rows, heldout, meter, enter, checkpoint)
             if checkpoints.stopped:
                 raise KeyboardInterrupt
             worker.evaluate(trainer, heldout, meter)
             # Every rank takes part in gathering what is saved; the first one alone writes, and finishes.
             result = output.partial / "result"
-            shutil.rmtree(result, ignore_errors=True)
+            if ranks.is_first():
+                shutil.rmtree(result, ignore_errors=True)
+            ranks.wait_for_all()
             trainer.save_model(str(result))
-            outcome = Completed(measured=meter.measurements())
-            if trainer.is_world_process_zero():
+            outcome = Completed(measured=of_all_ranks(gather_object([meter.measurements()])))
+            if ranks.is_first():
                 _finish(trial, outcome, device, output, result)
+            ranks.wait_for_all()  # torchrun ends them all as soon as one has failed
             return outcome
     except Exception as error:
         failed = worker.failure(error, trial, meter)
@@ -316,6 +342,7 @@ def _trial(job: Job, model: Model, method: Method, target: Target, dialogues: co
             max_steps=job.max_steps,
             max_length=job.max_length,
             device_index=0 if on_gpu else None,
+            world_size=ranks.world_size(),
         )
     except ValueError as error:
         raise JobError(str(error)) from error
@@ -406,7 +433,7 @@ class Checkpoints(TrainerCallback):
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._signalled or not self._training:
+        if not self._training or (self._signalled and ranks.world_size() == 1):  # torchrun sends each signal again
             raise KeyboardInterrupt
         self._signalled = True
         text = f"\n{signal.Signals(number).name}: the step at hand, then a checkpoint; once more stops at once\n"
@@ -416,9 +443,11 @@ class Checkpoints(TrainerCallback):
         self._training, self._saved_at = True, time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._signalled:
+        is_due = self._seconds is not None and time.monotonic() - self._saved_at >= self._seconds
+        signalled, is_due = ranks.any_says(self._signalled, is_due, device=args.device)
+        if signalled:
             self.stopped = control.should_save = control.should_training_stop = True
-        elif self._seconds is not None and time.monotonic() - self._saved_at >= self._seconds:
+        elif is_due:
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -451,9 +480,6 @@ class Progress(ProgressCallback):
         """End the line of a training that did not get to its end."""
         if self.training_bar is not None:
             self.training_bar.close()
-
-
-def _entered(phase: Phase) -> None: ...
 
 
 # How it ended
@@ -502,17 +528,13 @@ def _disk_full(output: Output) -> OutputError:
     )
 
 
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _say(text: str) -> None:
-    if _is_first_rank():
+    if ranks.is_first():
         print(text, flush=True)
 
 
 def _fail(text: str) -> None:
-    if _is_first_rank():
+    if ranks.is_first():
         print(f"lightweight: {text}", file=sys.stderr, flush=True)
 
 

@@ -82,6 +82,13 @@ def packed(layout: Layout, rows: Sequence[Row]) -> Layout:
     return Layout(filled, layout.weights, layout.answers)
 
 
+def share(layout: Layout, rank: int, world_size: int) -> Layout:
+    """The rows of `layout` that `rank` computes, or one that holds nothing where there are none for it; what a token
+    weighs in the step's loss stays as it is."""
+    rows = layout.rows[rank::world_size] or [[]]
+    return Layout(rows, {number: layout.weights[number] for row in rows for number in row}, layout.answers)
+
+
 def shapes(layouts: Sequence[Layout], rows: Sequence[Row], rows_per_pass: int, most: int | None) -> dict[int, Shape]:
     """The static shapes for a job's `layouts`: number of rows in a step -> the shape it runs in.
 

@@ -71,7 +71,7 @@ NOT_RUN = "not run: "
 
 class Train(Protocol):
     """Train one cell and return how it ended. `changes` replace fields of its Trial: target, epochs, max_steps,
-    max_length, seed."""
+    max_length, seed, world_size."""
 
     def __call__(self, model: str | Model, method: str | Method, **changes: Any) -> Outcome: ...
 
@@ -109,6 +109,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         help=f"the card whose memory trials get: {', '.join(targets.TARGETS)} or an amount such as 16GiB "
         "(default: t4 where the GPU has at least as much, else native)",
+    )
+    group.addoption(
+        "--gpus-per-trial",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train every trial on N ranks, one on each of N GPUs, or N processes on a CPU (default: 1)",
     )
     group.addoption("--corpus", type=Path, metavar="PATH", help="the dialogues to train on (default: corpus.json)")
     group.addoption(
@@ -169,6 +176,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_cuda: skipped, as not run, on a machine without CUDA")
+    config.addinivalue_line("markers", "needs_gpus(n): skipped, as not run, where fewer than n GPUs are seen")
     laboratory = Laboratory(config)
     config.pluginmanager.register(laboratory, "lightweight-laboratory")
     _ = laboratory.methods  # a name that does not exist is told now
@@ -176,7 +184,7 @@ def pytest_configure(config: pytest.Config) -> None:
         ratio.looks(config.getoption("pairs"))
     except ValueError as error:
         raise pytest.UsageError(f"--pairs: {error}") from None
-    for option in ("epochs", "trial_timeout"):
+    for option in ("epochs", "trial_timeout", "gpus_per_trial"):
         value = config.getoption(option)
         if value is not None and value <= 0:
             raise pytest.UsageError(f"--{option.replace('_', '-')} {value:g}: give more than 0")
@@ -248,6 +256,19 @@ class Laboratory:
         return target
 
     @cached_property
+    def gpus(self) -> int:
+        import torch
+
+        return torch.cuda.device_count()
+
+    @cached_property
+    def world_size(self) -> int:
+        wanted: int = self.config.getoption("gpus_per_trial")
+        if self.has_cuda and wanted > self.gpus:
+            raise pytest.UsageError(f"--gpus-per-trial {wanted}: CUDA finds {self.gpus} here; give no more than that")
+        return wanted
+
+    @cached_property
     def corpus(self) -> corpus.Corpus:
         path = self.config.getoption("corpus") or self.config.rootpath / "corpus.json"
         try:
@@ -309,7 +330,11 @@ class Laboratory:
             return
         for item in session.items:
             if any(name in getattr(item, "fixturenames", ()) for name in TRAINING_FIXTURES):
-                settings: dict[str, Any] = {"target": self.target, "corpus": self.corpus}
+                settings: dict[str, Any] = {
+                    "target": self.target,
+                    "corpus": self.corpus,
+                    "world_size": self.world_size,
+                }
                 # Only cells that are going to run: looking for a model may download it.
                 cell = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
                 model, method = cell.get("model"), cell.get("method")
@@ -323,6 +348,9 @@ class Laboratory:
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         if item.get_closest_marker("needs_cuda") and not self.has_cuda:
             pytest.skip(f"{NOT_RUN}needs CUDA")
+        for mark in item.iter_markers("needs_gpus"):
+            if self.gpus < mark.args[0]:
+                pytest.skip(f"{NOT_RUN}needs {mark.args[0]} GPUs")
 
     # Training
 
@@ -334,6 +362,7 @@ class Laboratory:
             "seed": self.config.getoption("seed"),
             "epochs": self.config.getoption("epochs") or (CUDA_EPOCHS if self.has_cuda else CPU_EPOCHS),
             "device_index": 0 if self.has_cuda else None,
+            "world_size": self.world_size,
         }
         model = _model(model)
         found = self._locate(model) if written else self._models.get(model.name, model)

@@ -26,10 +26,12 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "pyte
 
 Entry = dict[str, Any]
 """One trial as JSON. `step_seconds`, `train_loss`: one number an optimizer step; `*_bytes`, `*_seconds` in those units;
-`None` where there is nothing to say, or no finite number, which JSON does not have. Keys that only some outcomes have:
-`reason`, `details`, `requested_bytes`, `budget_bytes`, `diverged_at_step`. Keys that only some runs have: `test`, the
-pytest node that ran the trial; `speedup`, a `Speedup` as JSON; `worker`, the pytest-xdist worker that ran the trial,
-with `visible_gpu`, the number of its GPU."""
+`None` where there is nothing to say, or no finite number, which JSON does not have. `world_size` ranks trained it:
+`tokens_per_second` is what they did together and `rank_tokens_per_second` what each did; `rank_peak_*` have an element
+a rank where there are several, and other peaks are the largest. Keys that only some outcomes have: `reason`, `details`,
+`requested_bytes`, `budget_bytes`, `diverged_at_step`, `failed_rank`. Keys that only some runs have: `test`, the pytest
+node that ran the trial; `speedup`, a `Speedup` as JSON; `worker`, the pytest-xdist worker that ran the trial, with
+`visible_gpu`, the number of its GPU."""
 
 ForecastRow = dict[str, Any]
 """What was forecast of one model x method x target and not trained, as JSON: the rows of `lightweight plan --format
@@ -40,7 +42,7 @@ KEYS = (
     *("steps", "tokens_per_step", "train_loss", "step_seconds", "steady_step_seconds", "cold_seconds"),
     *("heldout_loss_before", "heldout_loss_after", "peak_allocated_bytes", "peak_reserved_bytes"),
     *("average_allocated_bytes", "host_peak_bytes", "forecast_allocated_bytes", "forecast_reserved_bytes"),
-    *("forecast_verdict", "device", "device_bytes", "versions"),
+    *("forecast_verdict", "device", "device_bytes", "versions", "world_size"),
 )
 """What every entry has, and what a reader of records may rely on."""
 
@@ -66,6 +68,9 @@ NUMBERS = (
         "cold_seconds",
         "steady_step_seconds",
         "tokens_per_step",
+        "world_size",
+        "tokens_per_second",
+        "rank_tokens_per_second",
     ),
 )
 DIVISORS = ("steady_step_seconds", "tokens_per_step")
@@ -137,6 +142,7 @@ def settings(trial: Trial) -> Entry:
         "steps_per_epoch": trial.steps_per_epoch,
         "max_length": trial.max_length,
         "tokens_per_step": trial.tokens_per_step,
+        "world_size": trial.world_size,
     }
 
 
@@ -144,6 +150,8 @@ def entry(trial: Trial, outcome: Outcome, device: Device, forecast: Forecast | N
     """The record of one trial, how it ended on `device`, and what was forecast of it, `None` where nothing could be."""
     measured = _plain(dataclasses.asdict(outcome.measured))
     on_gpu = trial.device_index is not None
+    steady = steady_step_seconds(outcome.measured.step_seconds, trial.steps_per_epoch)
+    tokens_per_second = trial.tokens_per_step / steady if steady else None
     return {
         **settings(trial),
         "emulated": on_gpu and trial.target.emulated_on(device.name),
@@ -156,7 +164,10 @@ def entry(trial: Trial, outcome: Outcome, device: Device, forecast: Forecast | N
         "diverged_at_step": getattr(outcome, "step", None),
         "steps": len(measured["step_seconds"]),
         **measured,
-        "steady_step_seconds": steady_step_seconds(outcome.measured.step_seconds, trial.steps_per_epoch),
+        "steady_step_seconds": steady,
+        "tokens_per_second": tokens_per_second,
+        "rank_tokens_per_second": tokens_per_second and tokens_per_second / trial.world_size,
+        "failed_rank": getattr(outcome, "rank", None),
         "cold_seconds": outcome.measured.cold_seconds,
         "forecast_allocated_bytes": forecast and forecast.allocated_bytes,
         "forecast_reserved_bytes": forecast and forecast.reserved_bytes,
@@ -216,6 +227,7 @@ SAME_TRIAL = (
         "planned_steps",
         "max_length",
         "tokens_per_step",
+        "world_size",
     ),
     "device",
 )
@@ -276,6 +288,7 @@ def _checked(path: Path, found: Any) -> dict[str, Any]:
         where = f"record {path}: outcome {index}"
         if not isinstance(entry, dict):
             raise RecordError(f"{where} is no object: store the run again")
+        entry.setdefault("world_size", 1)  # of a run before there were others
         if missing := [key for key in KEYS if key not in entry]:
             raise RecordError(f"{where} has no {missing[0]!r}: store the run again")
         wrong = [key for key, types in TYPES.items() if not isinstance(entry.get(key), types)]

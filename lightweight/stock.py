@@ -6,9 +6,12 @@ that an epoch is a round and training goes on from round to round.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+from lightweight.preload import peft  # isort: skip  # before Trainer, which imports peft
 
 import torch
 from transformers import (
@@ -21,6 +24,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
+from lightweight import ranks
 from lightweight.corpus import IGNORED
 from lightweight.meter import Meter
 from lightweight.trial import Trial
@@ -50,8 +54,9 @@ def make_trainer(
     folder: Path,
     **overrides: Any,
 ) -> Trainer:
-    """The Trainer of a stock method over the training rows. `overrides` are TrainingArguments that go before the
-    method's: what is logged and saved on the way, nothing of what is trained."""
+    """The Trainer of a trial over the training rows, on this process's rank of it. `overrides` are TrainingArguments
+    that go before the method's: what is logged and saved on the way, nothing of what is trained. Raises RanksError for
+    a model whose loss several ranks would weigh otherwise than one."""
     arguments: dict[str, Any] = {
         "output_dir": str(folder),
         "num_train_epochs": trial.epochs,
@@ -63,13 +68,25 @@ def make_trainer(
         "report_to": "none",
         "disable_tqdm": True,
     }
-    return _MeasuredTrainer(
+    if trial.is_sharded:
+        arguments |= ranks.SHARDED
+    # As the method has them: what its device cannot do, accelerate leaves out, and a forecast is of another device.
+    own = trial.method.on_rank(trial.world_size).training_arguments
+    kind = _MeasuredTrainer if trial.world_size == 1 else _RankTrainer
+    trainer = kind(
         model=model,
-        args=TrainingArguments(**arguments | dict(trial.method.training_arguments) | overrides),
+        args=TrainingArguments(**arguments | dict(own) | overrides),
         train_dataset=list(rows),
         callbacks=[_RoundBoundary(meter, rounds)],
         meter=meter,
+        step=trial.method.sequences_per_step,
     )
+    if trial.world_size > 1 and not trainer.model_accepts_loss_kwargs:
+        raise ranks.RanksError(
+            f"model {trial.model.name}: its loss is the mean over a rank's own tokens, not over a step's, so that of "
+            "several ranks would be another one: train it on one"
+        )
+    return trainer
 
 
 def heldout_loss(trainer: Trainer, rows: Sequence[Row]) -> float:
@@ -95,11 +112,11 @@ def heldout_loss(trainer: Trainer, rows: Sequence[Row]) -> float:
 
 
 class _MeasuredTrainer(Trainer):
-    """The Trainer, telling the meter where it is and which losses it saw."""
+    """The Trainer, telling the meter where it is and which losses it saw. `step`: sequences of an optimizer step."""
 
-    def __init__(self, *, meter: Meter, **arguments: Any) -> None:
+    def __init__(self, *, meter: Meter, step: int, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._meter = meter
+        self._meter, self.sequences_per_step = meter, step
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
         self._meter.phase = "forward"
@@ -109,8 +126,51 @@ class _MeasuredTrainer(Trainer):
 
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
         loss = super().training_step(*arguments, **options)
-        self._meter.add_loss(loss)
+        self._meter.add_loss(self._over_ranks(loss))
         return loss
+
+    def _over_ranks(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss
+
+
+class _RankTrainer(_MeasuredTrainer):
+    """The Trainer on one of several ranks, whose batches and losses are together those of one."""
+
+    def __init__(self, *, train_dataset: list[Row], **arguments: Any) -> None:
+        nothing = train_dataset[0] | {"labels": [IGNORED] * len(train_dataset[0]["labels"])}
+        super().__init__(train_dataset=[*train_dataset, nothing], **arguments)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            ranks.gather_as_stored(self)
+
+    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
+        stack = contextlib.ExitStack()
+        stack.enter_context(super().compute_loss_context_manager())
+        if self.args.fsdp:  # which else leaves casting to FSDP2; see `gather_as_stored`
+            stack.enter_context(self.accelerator.autocast())
+        return stack
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> ranks.Deal:
+        rows: Any = self.train_dataset
+        return ranks.Deal(
+            ranks.draws(self, rows[:-1]),
+            step=self.sequences_per_step,
+            batch=self.args.per_device_train_batch_size,
+            world_size=self.args.world_size,
+            nothing=len(rows) - 1,
+        )
+
+    def _over_ranks(self, loss: torch.Tensor) -> torch.Tensor:
+        """The pass's loss; each rank's is its own share, as many times as there are ranks."""
+        mean: torch.Tensor = self.accelerator.reduce(loss, "mean")
+        return mean
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if state_dict is not None and not isinstance(self.model, peft.PeftModel):
+            state_dict = ranks.without_ties(self.model, state_dict)
+        super()._save(output_dir, state_dict)
 
 
 def resume_meter(meter: Meter, checkpoint: Path) -> None:

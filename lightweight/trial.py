@@ -5,7 +5,8 @@ Both are plain frozen data that cross the process boundary whole.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from lightweight.corpus import Corpus
@@ -28,7 +29,9 @@ class Trial:
 
     `epochs` passes over the training pairs, or `max_steps` optimizer steps if that is given. `max_length` is the
     tokens of a row, padding included. `device_index` is the GPU's number among those this session sees; `None` trains
-    on the CPU. Raises ValueError for bf16 on a target without it.
+    on the CPU. `world_size` ranks train it together, each a process with a GPU of its own from `device_index` on, and
+    see the batches of one. Raises ValueError for bf16 on a target without it, and for more ranks than a step has
+    sequences.
     """
 
     model: Model
@@ -40,8 +43,14 @@ class Trial:
     max_steps: int | None = None
     max_length: int = MAX_LENGTH
     device_index: int | None = None
+    world_size: int = 1
 
     def __post_init__(self) -> None:
+        if not 1 <= self.world_size <= self.method.sequences_per_step:
+            raise ValueError(
+                f"method {self.method.name} trains {self.method.sequences_per_step} sequences a step, which "
+                f"{self.world_size} ranks cannot share: take 1 to {self.method.sequences_per_step}, or larger batches"
+            )
         if self.method.uses_bf16 and not self.target.bf16:
             raise ValueError(
                 f"method {self.method.name} computes in bf16, which target {self.target.name} does not have: "
@@ -50,8 +59,14 @@ class Trial:
 
     @property
     def running_method(self) -> Method:
-        """The method as this trial's device and target run it."""
-        return self.method.on_cpu() if self.device_index is None else self.method.on_gpu(bf16=self.target.bf16)
+        """The method as each of this trial's ranks, its device and its target run it."""
+        method = self.method.on_cpu() if self.device_index is None else self.method.on_gpu(bf16=self.target.bf16)
+        return method.on_rank(self.world_size)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a part of the network, by FSDP2; the ranks of a captured step hold all of it."""
+        return self.world_size > 1 and self.method.captured_step is None
 
     @property
     def name(self) -> str:
@@ -92,7 +107,8 @@ class Measurements:
     step to the end of the next, so that nothing between steps is lost. `heldout_*` are in nats a token over the answers
     held out, `elsewhere_*` over the corpus's text from elsewhere. `peak_*` are the training's own, without
     building and evaluating; `average_*` are the mean over the ends of steps. `process_bytes` is what NVML
-    says the whole process holds on the GPU at most. `phase_seconds` leaves out waiting for the next request.
+    says the whole process holds on the GPU at most. Of several ranks these are the largest, and `rank_*` has each
+    one's; seconds are those of rank 0. `phase_seconds` leaves out waiting for the next request.
     `captured` and `compiled` say how a captured step really ran, and `capture_note` why not otherwise; None for the
     Trainer's.
     """
@@ -107,6 +123,8 @@ class Measurements:
     peak_reserved_bytes: int | None = None
     average_allocated_bytes: int | None = None
     average_reserved_bytes: int | None = None
+    rank_peak_allocated_bytes: tuple[int | None, ...] = ()
+    rank_peak_reserved_bytes: tuple[int | None, ...] = ()
     process_bytes: int | None = None
     host_peak_bytes: int | None = None
     saved_bytes: int | None = None
@@ -124,6 +142,13 @@ class Measurements:
         return sum(seconds for phase, seconds in self.phase_seconds.items() if phase != "evaluate")
 
 
+LARGEST = (
+    *("peak_allocated_bytes", "peak_reserved_bytes", "average_allocated_bytes", "average_reserved_bytes"),
+    *("process_bytes", "host_peak_bytes"),
+)
+"""What is told of that rank which has most of it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Completed:
     """The whole job was done and its result saved."""
@@ -136,7 +161,8 @@ class Completed:
 class OutOfMemory:
     """torch's own OutOfMemoryError on the trial's device, with the allocator's `num_ooms` at 1 or more.
 
-    `requested_bytes` is what the failed allocation asked for, to the rounding of torch's message.
+    `requested_bytes` is what the failed allocation asked for, to the rounding of torch's message. `rank` is the one it
+    happened on, of several.
     """
 
     kind: ClassVar[str] = "out_of_memory"
@@ -145,6 +171,7 @@ class OutOfMemory:
     budget_bytes: int
     reason: str
     measured: Measurements
+    rank: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,24 +186,45 @@ class Diverged:
 
 @dataclass(frozen=True, kw_only=True)
 class Crashed:
-    """Any other end: an exception, a CUDA error, a signal. `details` holds the traceback or the child's last words."""
+    """Any other end: an exception, a CUDA error, a signal. `details` holds the traceback or the child's last words.
+    `rank` is the one that began it, of several."""
 
     kind: ClassVar[str] = "crashed"
     phase: Phase
     reason: str
     details: str
     measured: Measurements
+    rank: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimedOut:
-    """The child reported nothing for `silent_seconds` and was killed."""
+    """The child reported nothing for `silent_seconds` and was killed. `details` holds its last words, and where each
+    rank then was; `rank` is the one that the others waited for, of several."""
 
     kind: ClassVar[str] = "timed_out"
     phase: Phase
     silent_seconds: float
     reason: str
+    details: str
     measured: Measurements
+    rank: int | None = None
 
 
 Outcome = Completed | OutOfMemory | Diverged | Crashed | TimedOut
+
+
+def of_all_ranks(measured: Sequence[Measurements]) -> Measurements:
+    """One trial's measurements from those of its ranks, in their order."""
+    first, *others = measured
+    if not others:
+        return first
+    largest = {
+        name: max(values) for name in LARGEST if None not in (values := [getattr(one, name) for one in measured])
+    }
+    return replace(
+        first,
+        **largest,
+        rank_peak_allocated_bytes=tuple(one.peak_allocated_bytes for one in measured),
+        rank_peak_reserved_bytes=tuple(one.peak_reserved_bytes for one in measured),
+    )

@@ -6,11 +6,13 @@ becomes a crash's last words. Imports no pytest, no plugin and no report.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import re
+import signal
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,7 +23,7 @@ from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, 
 import torch
 import transformers
 
-from lightweight import attention, captured, corpus, models, stock
+from lightweight import attention, captured, corpus, models, ranks, stock
 from lightweight.meter import DivergedError, Meter
 from lightweight.stock import Request, Rounds, Row
 from lightweight.targets import Device, GiB, MiB
@@ -76,11 +78,22 @@ def describe_device(index: int) -> Device:
     )
 
 
-def see_one_gpu(index: int) -> None:
-    """Leave this process only the GPU at `index` among the visible ones, before CUDA is initialised: one trial, one
-    GPU, where the Trainer would spread over every GPU it sees."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
+def see_gpus(first: int, count: int) -> None:
+    """Leave this process only the `count` GPUs from number `first` on among the visible ones, before CUDA is
+    initialised: one rank, one GPU, where the Trainer would spread over every GPU it sees."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    chosen = [visible[index] if visible else str(index) for index in range(first, first + count)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
+
+
+def take_device(trial: Trial) -> torch.device:
+    """The device of this process's rank of `trial`, from now on CUDA's current one."""
+    if trial.device_index is None:
+        return torch.device("cpu")
+    device = torch.device("cuda", ranks.local_rank())
+    if trial.world_size > 1:
+        torch.cuda.set_device(device)
+    return device
 
 
 def redirect_output(path: Path) -> None:
@@ -91,15 +104,25 @@ def redirect_output(path: Path) -> None:
     os.close(descriptor)
 
 
-def run(connection: Connection, trial: Trial, folder: Path, started: float) -> None:
-    """Run `trial`, answering requests on `connection`; the last report is the Outcome.
+def log_of(rank: int, folder: Path) -> Path:
+    """Where what the libraries of `rank` write goes."""
+    return folder / (f"log-{rank}" if rank else "log")
+
+
+def run(
+    connection: Connection, trial: Trial, folder: Path, started: float, environment: Mapping[str, str] | None = None
+) -> None:
+    """Run `trial`, or one rank of it, answering requests on `connection`; the last report is the Outcome.
 
     `folder` exists and is the trial's own; `started` is the owner's `time.monotonic()` when it started this process.
+    `environment` says which rank this is, where there are several. SIGUSR1 has it write where it is into its log.
     """
-    redirect_output(folder / "log")
+    os.environ.update(environment or {})
+    redirect_output(log_of(ranks.rank(), folder))
+    faulthandler.register(signal.SIGUSR1, all_threads=False)
     if trial.device_index is not None:
-        see_one_gpu(trial.device_index)
-    device = torch.device("cpu" if trial.device_index is None else "cuda:0")
+        see_gpus(trial.device_index, trial.world_size)
+    device = take_device(trial)
     meter = Meter(device, start_seconds=time.monotonic() - started)
     owner = _Owner(connection, meter)
     try:
@@ -116,16 +139,16 @@ def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner
     transformers.utils.logging.disable_progress_bar()
     owner.enter("build")
     trainer, train_rows, heldout = set_up(trial, device, meter, owner, folder)
-    owner.enter("evaluate")
-    evaluate(trainer, heldout, meter)
-    train(trial, trainer, train_rows, meter, owner.enter)
+    train(trial, trainer, train_rows, heldout, meter, owner.enter)
     owner.await_request("finish")
     owner.enter("evaluate")
     evaluate(trainer, heldout, meter)
     owner.enter("save")
     with meter.during("save"):
         trainer.save_model(str(folder / "saved"))
-    meter.facts["saved_bytes"] = sum(file.stat().st_size for file in (folder / "saved").iterdir())
+        ranks.wait_for_all()  # a rank that ends takes along what the first one is still gathering from it
+    if ranks.is_first():
+        meter.facts["saved_bytes"] = sum(file.stat().st_size for file in (folder / "saved").iterdir())
     return Completed(measured=meter.measurements())
 
 
@@ -176,19 +199,30 @@ def train(
     trial: Trial,
     trainer: transformers.Trainer,
     rows: Sequence[Row],
+    heldout: Heldout,
     meter: Meter,
     enter: Callable[[Phase], None],
     checkpoint: Path | None = None,
 ) -> None:
-    """Train the whole job, by the Trainer or by the captured step as the method says; from `checkpoint` on, where there
-    is one. `enter` is told of every phase."""
-    meter.begin_training()
+    """Evaluate, and train the whole job, by the Trainer or by the captured step as the method says; from `checkpoint`
+    on, where there is one, which has been evaluated. `enter` is told of every phase."""
+
+    def begin() -> None:
+        if checkpoint is None:
+            enter("evaluate")
+            evaluate(trainer, heldout, meter)
+        meter.begin_training()
+        enter("train" if trial.method.captured_step is None else "capture")
+
     if trial.method.captured_step is None:
-        enter("train")
+        if trial.is_sharded:  # no rank has the network until the Trainer has dealt it out
+            trainer.callback_handler.callbacks.insert(0, _Begin(begin, meter))
+        else:
+            begin()
         with meter.during("train"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     else:
-        enter("capture")
+        begin()
         with meter.during("capture"):
             job = captured.Job(trial, trainer, rows, meter)
             job.prepare()
@@ -198,10 +232,24 @@ def train(
     meter.end_training()
 
 
+class _Begin(transformers.TrainerCallback):
+    """Calls `begin` when the Trainer has everything in its place, before the first step."""
+
+    def __init__(self, begin: Callable[[], None], meter: Meter) -> None:
+        self._begin, self._meter = begin, meter
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        with self._meter.waiting():  # it has phases of its own
+            self._begin()
+
+
 def build(trial: Trial, device: torch.device) -> torch.nn.Module:
     """The network of a trial on `device`, quantized and with its adapter on; for a captured step without peft's upcasts
-    to fp32, unless it asks for them."""
+    to fp32, unless it asks for them. One that is going to be sharded stays in the host's memory until then, but for
+    4-bit weights, which are made on the device."""
     method, step = trial.running_method, trial.method.captured_step
+    if trial.is_sharded and method.quantization is None:
+        device = torch.device("cpu")
     network = models.load(trial.model, getattr(torch, method.weights_dtype), device, method.quantization)
     network = method.adapt(network, upcast=step is None or step.upcast)
     if device.type == "cpu":
@@ -219,7 +267,7 @@ def build(trial: Trial, device: torch.device) -> torch.nn.Module:
 
 def _cap_memory(trial: Trial) -> None:
     """Let the allocator reserve no more than the target has; before the first allocation."""
-    properties = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties()
     if trial.target.emulated_on(properties.name):
         assert trial.target.budget_bytes is not None
         total_bytes = torch.cuda.mem_get_info()[1]  # what the allocator multiplies the fraction with
@@ -238,7 +286,7 @@ def failure(error: Exception, trial: Trial, meter: Meter) -> OutOfMemory | Diver
             return OutOfMemory(
                 phase=meter.phase,
                 requested_bytes=_requested_bytes(str(error)),
-                budget_bytes=trial.target.budget_bytes or torch.cuda.get_device_properties(0).total_memory,
+                budget_bytes=trial.target.budget_bytes or torch.cuda.get_device_properties().total_memory,
                 reason=reason,
                 measured=meter.measurements(),
             )

@@ -28,11 +28,12 @@ BENCHMARK_SESSION = ("benchmarks", "disabled", "only")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """`-n auto` is one worker a GPU. Workers on a CPU would share its cores and time each other, so there it is one,
-    unless asked in the ways pytest-xdist has."""
+    """`-n auto` is one worker a GPU, or for each of a trial's GPUs together. Workers on a CPU would share its cores and
+    time each other, so there it is one, unless asked in the ways pytest-xdist has."""
     if config.getoption("numprocesses") == "logical" or os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
         return None
-    return max(1, torch.cuda.device_count())
+    each: int = config.getoption("gpus_per_trial")
+    return max(1, torch.cuda.device_count() // max(1, each))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -49,14 +50,15 @@ def connect(config: pytest.Config) -> None:
     """In `pytest_configure`, before pytest-benchmark's own: keep it on in this worker, or gather rows here."""
     if hasattr(config, "workerinput"):
         config.option.loadgroup = config.workerinput["lightweight_loadgroup"]
-        _take_gpu(config.workerinput["lightweight_slot"])
+        _take_gpus(config.workerinput["lightweight_slot"], config.getoption("gpus_per_trial"))
         config.pluginmanager.register(_Worker(config), "lightweight-xdist-worker")
     elif config.getoption("dist", "no") != "no" and config.getoption("tx"):
         config.pluginmanager.register(_Controller(config), "lightweight-xdist-controller")
 
 
 def where(config: pytest.Config) -> dict[str, str | None]:
-    """Which worker this is, and the number of the GPU it sees, `None` on a CPU; empty where there are no workers."""
+    """Which worker this is, and the number of the GPU it sees, or several with commas, `None` on a CPU; empty where
+    there are no workers."""
     if not hasattr(config, "workerinput"):
         return {}
     gpu = os.environ["CUDA_VISIBLE_DEVICES"] if torch.cuda.device_count() else None
@@ -199,12 +201,13 @@ class _Controller(_Side):
         return groups
 
 
-def _take_gpu(slot: int) -> None:
-    """Let this worker see one GPU alone; before anything in it has touched CUDA."""
+def _take_gpus(slot: int, count: int) -> None:
+    """Let this worker see the `count` GPUs of its trials alone; before anything in it has touched CUDA."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
     if torch.cuda.device_count():
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[slot % len(visible)]
+        first = slot % max(1, len(visible) // count) * count
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[first : first + count])
 
 
 def _machine(node: Any) -> str:

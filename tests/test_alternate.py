@@ -22,7 +22,7 @@ class FakeChild:
     def __init__(self, trial, seconds, ends, log):
         self.trial, self.seconds, self.ends, self.log = trial, iter(seconds), ends, log
         self.measured, self.outcome = Measurements(), None
-        self.pid = os.getpid()
+        self.pids = [os.getpid()]
 
     def round(self):
         self.log.append(self.trial.method.name)
@@ -156,9 +156,9 @@ def test_two_live_children_alternate(trial, tmp_path):
         folder = tmp_path / str(len(pids))
         folder.mkdir()
         with isolation.Child(trial, folder) as child:
-            pids.append(child.pid)
+            pids.extend(child.pids)
             yield child
-            affinities.append(os.sched_getaffinity(child.pid))
+            affinities.append(os.sched_getaffinity(child.pids[0]))
             assert not isinstance(child.outcome, Completed)  # it was closed before its time
 
     short = trial_of_rounds(trial, rounds=8, steps=2)

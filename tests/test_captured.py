@@ -374,7 +374,7 @@ class StandInGraph:
 
 
 @contextlib.contextmanager
-def recording(graph, pool=None):
+def recording(graph, pool=None, capture_error_mode="global"):
     StandInGraph.recording = graph
     graph.in_pool = pool
     yield
@@ -419,7 +419,7 @@ def test_out_of_memory_in_a_capture_is_that_and_any_other_failure_a_note(trial, 
     job = job_of(trial, tmp_path)
 
     @contextlib.contextmanager
-    def failing(graph, pool=None):
+    def failing(graph, pool=None, capture_error_mode="global"):
         yield
         raise error from None
 

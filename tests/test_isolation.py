@@ -117,7 +117,7 @@ def test_two_live_children_take_turns(trial, tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
     with Child(trial, tmp_path / "a") as a, Child(trial, tmp_path / "b") as b:
-        assert a.pid != b.pid
+        assert a.pids != b.pids
         for child in (a, b, b, a):
             child.round()
         assert isinstance(a.finish(), Completed)
@@ -130,7 +130,7 @@ def test_a_child_killed_in_the_middle_of_a_round_costs_its_own_trial(trial, tmp_
 
     def kill(_: Trial, step: int, __: float | None) -> None:
         if step == 5:
-            os.kill(child.pid, signal.SIGKILL)
+            os.kill(child.pids[0], signal.SIGKILL)
 
     with Child(trial, tmp_path / "killed", on_step=kill) as child:
         child.round()
@@ -151,7 +151,7 @@ def test_a_child_killed_in_the_middle_of_a_round_costs_its_own_trial(trial, tmp_
 def test_a_child_killed_between_two_rounds_is_noticed(trial, folder):
     with Child(trial, folder) as child:
         child.round()
-        os.kill(child.pid, signal.SIGTERM)
+        os.kill(child.pids[0], signal.SIGTERM)
         outcome = child.finish()
     assert isinstance(outcome, Crashed)
     assert outcome.reason == "killed by SIGTERM"
@@ -169,7 +169,7 @@ def test_a_loss_that_is_no_number_has_diverged(trial, folder):
 def test_a_silent_child_times_out_and_is_killed(trial, folder):
     with Child(trial, folder, silence_seconds=30) as child:
         child._silence_seconds = 1.0
-        os.kill(child.pid, signal.SIGSTOP)
+        os.kill(child.pids[0], signal.SIGSTOP)
         started = time.perf_counter()
         child.round()
         assert time.perf_counter() - started < 3
@@ -177,7 +177,7 @@ def test_a_silent_child_times_out_and_is_killed(trial, folder):
     assert child.outcome.reason == "reported nothing for 1 s and was killed"
     assert child.outcome.phase == "train"
     with pytest.raises(ProcessLookupError):
-        os.kill(child.pid, 0)
+        os.kill(child.pids[0], 0)
 
 
 def test_an_exception_in_the_child_is_a_crash_with_its_traceback_and_the_next_trial_is_untouched(trial, tmp_path):
@@ -235,7 +235,7 @@ def test_leaving_early_leaves_no_process_behind(trial, folder):
     with pytest.raises(KeyboardInterrupt), Child(trial, folder, on_step=interrupt) as child:
         child.round()
     with pytest.raises(ProcessLookupError):
-        os.kill(child.pid, 0)
+        os.kill(child.pids[0], 0)
 
 
 def test_an_interruption_while_building_leaves_no_process_behind(trial, folder, monkeypatch):
@@ -247,14 +247,15 @@ def test_an_interruption_while_building_leaves_no_process_behind(trial, folder, 
     with pytest.raises(KeyboardInterrupt):
         child.__enter__()
     with pytest.raises(ProcessLookupError):
-        os.kill(child.pid, 0)
+        os.kill(child.pids[0], 0)
 
 
 def test_a_trial_whose_owner_is_gone_ends_by_itself(trial, folder):
     with Child(trial, folder) as child:
-        child._connection.close()
-        child._process.join(timeout=20)
-        assert child._process.exitcode == 0
+        (rank,) = child._ranks
+        rank.connection.close()
+        rank.process.join(timeout=20)
+        assert rank.process.exitcode == 0
 
 
 def test_peaks_on_the_host_are_the_trials_own(trial, tmp_path):

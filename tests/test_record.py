@@ -32,7 +32,7 @@ OUTCOMES = [
     OutOfMemory(phase="backward", requested_bytes=64, budget_bytes=100, reason="r", measured=MEASURED),
     Diverged(step=2, reason="training loss is nan at step 2", measured=MEASURED),
     Crashed(phase="build", reason="killed by SIGKILL", details="last words", measured=Measurements()),
-    TimedOut(phase="train", silent_seconds=5.0, reason="reported nothing", measured=MEASURED),
+    TimedOut(phase="train", silent_seconds=5.0, reason="reported nothing", details="", measured=MEASURED),
 ]
 
 

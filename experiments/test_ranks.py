@@ -1,0 +1,42 @@
+"""What do several GPUs buy? A model that one card cannot hold, and tokens a second.
+
+One trial over several ranks: FSDP2 where the Trainer runs the steps, data parallelism where they are captured. Batches
+and losses are those of one rank.
+"""
+
+import pytest
+
+from lightweight.plugin import Train
+from lightweight.targets import T4
+from lightweight.trial import Completed, OutOfMemory
+
+needs_two_gpus = pytest.mark.needs_gpus(2)
+
+
+@needs_two_gpus
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_one_t4_cannot_hold_is_shared_by_two(train: Train, world_size: int) -> None:
+    outcome = train("gpt-neo-1.3b", "baseline", target=T4, epochs=1, world_size=world_size)
+    if world_size == 1:
+        assert isinstance(outcome, OutOfMemory), outcome
+        return
+    assert isinstance(outcome, Completed | OutOfMemory), outcome
+
+
+@needs_two_gpus
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("model", "method"), [("gpt-neo-1.3b", "qlora"), ("opt-350m", "lora-captured")])
+def test_a_cell_on_one_rank_and_on_two(train: Train, model: str, method: str, world_size: int) -> None:
+    outcome = train(model, method, epochs=2, world_size=world_size)
+    assert isinstance(outcome, Completed), outcome.reason
+    assert len(outcome.measured.rank_peak_allocated_bytes) == (world_size if world_size > 1 else 0)
+
+
+@needs_two_gpus
+@pytest.mark.parametrize(("model", "method"), [("gpt-neo-1.3b", "qlora"), ("opt-350m", "lora-captured")])
+def test_two_ranks_learn_what_one_does(outcome_of: Train, model: str, method: str) -> None:
+    """Dropout's numbers are other ones on every rank."""
+    one, two = (outcome_of(model, method, epochs=2, world_size=size) for size in (1, 2))
+    assert isinstance(one, Completed), one.reason
+    assert isinstance(two, Completed), two.reason
+    assert two.measured.heldout_loss_after == pytest.approx(one.measured.heldout_loss_after, rel=0.01)

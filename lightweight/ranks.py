@@ -1,0 +1,181 @@
+"""How do several processes train what one would? Each rank has a part of every batch, and with FSDP2 of the network.
+
+Processes find each other as torchrun has them do, through its environment variables, and talk through torch.distributed
+as transformers and accelerate set it up. What is ours is which row goes to whom: the rows of every optimizer step are
+those of one rank, in its order, whatever the number of ranks, and so are the losses.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, which imports peft
+
+import torch
+from accelerate import DistributedType, PartialState
+from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import distributed
+from torch.utils.data import Sampler
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables by which transformers and accelerate tell that they were launched."""
+
+
+class RanksError(ValueError):
+    """A trial that several ranks cannot share. The message names what prevents it and the mend."""
+
+
+SHARDED: Mapping[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "reshard_after_forward": True, "state_dict_type": "FULL_STATE_DICT"},
+}
+"""TrainingArguments of a sharded trial: every layer's weights are gathered for its forward and its backward pass, and
+what is saved is whole."""
+
+
+def rank() -> int:
+    """This process's number among the ranks; 0 where there is one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_first() -> bool:
+    """Whether this is the rank that speaks and writes for all."""
+    return rank() == 0
+
+
+def world_size() -> int:
+    """How many ranks there are, by the environment: as torchrun or accelerate launched them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number among the ranks of its host, and so that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def environment(rank: int, world_size: int, store_port: int | None) -> dict[str, str]:
+    """What torchrun would put into the environment of `rank` on one host, whose store listens at `store_port`; nothing
+    for one rank without a store.
+
+    https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables
+    """
+    if store_port is None:
+        return {}
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store_port),
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+def store() -> Any:
+    """Where ranks find each other: torch's TCPStore on a `port` of this host that was free. Listens while it lives."""
+    return distributed.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )
+
+
+def meet(*, cpu: bool) -> None:
+    """Have all ranks that torchrun or accelerate launched able to talk, and wait for them. One by itself has nobody to
+    talk to: it forgets its launcher, and so trains as a process that had none."""
+    if world_size() > 1:
+        PartialState(cpu=cpu)
+    else:
+        for name in LAUNCHED:
+            os.environ.pop(name, None)
+
+
+def wait_for_all() -> None:
+    """Return when every rank has got here."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def any_says(*said: bool, device: torch.device) -> list[bool]:
+    """For each of `said` whether any rank says so; all ranks must ask. Waits for the device where there are several."""
+    if world_size() == 1:
+        return list(said)
+    flags = torch.tensor(said, dtype=torch.int32, device=device)
+    distributed.all_reduce(flags, distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
+
+
+def draws(trainer: Trainer, rows: Sequence[Any]) -> SeedableRandomSampler:
+    """The order in which the Trainer draws `rows` on one rank, epoch by epoch."""
+    return SeedableRandomSampler(rows, data_seed=trainer.args.data_seed)
+
+
+class Deal(Sampler[int]):
+    """Numbers of rows in the order in which accelerate deals batches of `batch` to ranks in turn, so that the ranks'
+    passes together are the optimizer steps of one rank: `step` rows each, drawn by `sampler`.
+
+    Where rows do not go round, a rank gets `nothing`, the number of a row that has no answer, for one.
+    """
+
+    def __init__(self, sampler: SeedableRandomSampler, *, step: int, batch: int, world_size: int, nothing: int) -> None:
+        self._sampler, self._step, self._batch = sampler, step, batch
+        self._world_size, self._nothing = world_size, nothing
+
+    def __iter__(self) -> Iterator[int]:
+        numbers = list(self._sampler)
+        for start in range(0, len(numbers), self._step):
+            yield from self._dealt(numbers[start : start + self._step])
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self._sampler), self._step)
+        return whole * self._slots(self._step) + self._slots(rest)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The order of an epoch follows from the seed and its number."""
+        self._sampler.set_epoch(epoch)
+
+    def _slots(self, rows: int) -> int:
+        a_pass = self._batch * self._world_size
+        return -(-rows // a_pass) * a_pass
+
+    def _dealt(self, numbers: list[int]) -> Iterator[int]:
+        """One optimizer step: pass by pass, rank by rank."""
+        a_pass = self._batch * self._world_size
+        for start in range(0, len(numbers), a_pass):
+            of_pass = numbers[start : start + a_pass]
+            for rank in range(self._world_size):
+                own = of_pass[rank :: self._world_size]
+                yield from own + [self._nothing] * (self._batch - len(own))
+
+
+def gather_as_stored(trainer: Trainer) -> None:
+    """Let FSDP2 gather weights in the format they are stored in, and autocast cast them, as on one rank. accelerate
+    would have it gather them in half precision, which takes 4-bit weights that are stored as fp32 for numbers."""
+    state = trainer.accelerator.state
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate shards on GPUs only; its code runs on CPUs as well, and there stands in for them where there is
+        # none. Both states are said so, since each copies the other.
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        trainer.is_fsdp_enabled = True
+    state.fsdp_plugin.mixed_precision_policy = None
+
+
+def without_ties(network: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`weights`, gathered, without those that are others by another name, which FSDP2 gathers twice."""
+    tied = getattr(network, "all_tied_weights_keys", None) or {}
+    return {name: tensor for name, tensor in weights.items() if name not in tied}
+
+
+def add_up(tensors: Sequence[torch.Tensor]) -> None:
+    """Replace each of `tensors` by its sum over the ranks, in one message. Can be recorded in a CUDA graph."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    distributed.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
