@@ -115,6 +115,24 @@ class Method:
         """The method with `sequences` in a forward pass."""
         return replace(self, training_arguments={**self.training_arguments, "per_device_train_batch_size": sequences})
 
+    def on_rank(self, world_size: int) -> Method:
+        """The method as each of `world_size` processes runs it, so that together they see the sequences of a step: no
+        more in a pass than the method says, in as few passes as that takes."""
+        if world_size == 1:
+            return self
+        sequences = -(-self.sequences_per_step // world_size)
+        passes = -(-sequences // self.sequences_per_pass)
+        arguments = {
+            **self.training_arguments,
+            "per_device_train_batch_size": -(-sequences // passes),
+            "gradient_accumulation_steps": passes,
+        }
+        quantization = self.quantization
+        if self.captured_step is None:  # FSDP shards floating-point tensors: packed weights are stored as if they were
+            storage = "float16" if self.weights_dtype == "half" else self.weights_dtype
+            quantization = _with_4bit(quantization, bnb_4bit_quant_storage=storage)
+        return replace(self, training_arguments=arguments, quantization=quantization)
+
     def adapt(self, network: Any, upcast: bool = True) -> Any:
         """`network`, loaded or on the meta device, with its adapter on, as peft's own documentation does it. `upcast`
         holds what a 4-bit model leaves unquantized in fp32."""
@@ -133,7 +151,7 @@ class Method:
         arguments = {name: value for name, value in self.training_arguments.items() if name != "fp16"}
         return replace(
             self,
-            quantization=_computing_in("float32", self.quantization),
+            quantization=_with_4bit(self.quantization, bnb_4bit_compute_dtype="float32"),
             weights_dtype="float32" if self.weights_dtype == "half" else self.weights_dtype,
             training_arguments=arguments,
         )
@@ -143,12 +161,14 @@ class Method:
         if self.weights_dtype != "half":
             return self
         dtype: Literal["bfloat16", "float16"] = "bfloat16" if bf16 else "float16"
-        return replace(self, quantization=_computing_in(dtype, self.quantization), weights_dtype=dtype)
+        quantization = _with_4bit(self.quantization, bnb_4bit_compute_dtype=dtype)
+        return replace(self, quantization=quantization, weights_dtype=dtype)
 
 
-def _computing_in(dtype: str, quantization: QuantizationConfigMixin | None) -> QuantizationConfigMixin | None:
+def _with_4bit(quantization: QuantizationConfigMixin | None, **settings: str) -> QuantizationConfigMixin | None:
+    """`quantization` with other `settings` where it is to 4 bits."""
     if isinstance(quantization, BitsAndBytesConfig) and quantization.load_in_4bit:
-        return BitsAndBytesConfig(**{**quantization.to_dict(), "bnb_4bit_compute_dtype": dtype})
+        return BitsAndBytesConfig(**{**quantization.to_dict(), **settings})
     return quantization
 
 

@@ -63,9 +63,12 @@ def make_trainer(
         "report_to": "none",
         "disable_tqdm": True,
     }
+    if trial.world_size > 1:
+        arguments |= {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+    method = trial.method.on_rank(trial.world_size)
     return _MeasuredTrainer(
         model=model,
-        args=TrainingArguments(**arguments | dict(trial.method.training_arguments) | overrides),
+        args=TrainingArguments(**arguments | dict(method.training_arguments) | overrides),
         train_dataset=list(rows),
         callbacks=[_RoundBoundary(meter, rounds)],
         meter=meter,

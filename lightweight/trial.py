@@ -28,7 +28,9 @@ class Trial:
 
     `epochs` passes over the training pairs, or `max_steps` optimizer steps if that is given. `max_length` is the
     tokens of a row, padding included. `device_index` is the GPU's number among those this session sees; `None` trains
-    on the CPU. Raises ValueError for bf16 on a target without it.
+    on the CPU. `world_size` ranks train it together, each a process with a GPU of its own from `device_index` on, and
+    see the batches of one. Raises ValueError for bf16 on a target without it, and for more ranks than a step has
+    sequences.
     """
 
     model: Model
@@ -40,8 +42,14 @@ class Trial:
     max_steps: int | None = None
     max_length: int = MAX_LENGTH
     device_index: int | None = None
+    world_size: int = 1
 
     def __post_init__(self) -> None:
+        if not 1 <= self.world_size <= self.method.sequences_per_step:
+            raise ValueError(
+                f"method {self.method.name} trains {self.method.sequences_per_step} sequences a step, which "
+                f"{self.world_size} ranks cannot share: take 1 to {self.method.sequences_per_step}, or larger batches"
+            )
         if self.method.uses_bf16 and not self.target.bf16:
             raise ValueError(
                 f"method {self.method.name} computes in bf16, which target {self.target.name} does not have: "
