@@ -13,7 +13,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -525,14 +525,14 @@ def _train(network: Any, trial: Trial, paddings: tuple[Padding, ...], tracer: _T
     shape = (method.sequences_per_pass, trial.max_length)
     batch = {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
     trainer.get_train_dataloader = lambda: [dict(batch) for step in steps for _ in step]
-    with _gradients_marked_by(tracer):
+    with _whole_gradients_marked_by(tracer) if trial.world_size > 1 else nullcontext():
         trainer.train()
 
 
 @contextmanager
-def _gradients_marked_by(tracer: _Tracer) -> Iterator[None]:
-    """Have the gradients of every parameter marked that a module computes with: under FSDP2 these are whole ones, which
-    come and go with the forward pass."""
+def _whole_gradients_marked_by(tracer: _Tracer) -> Iterator[None]:
+    """Have the gradients of every parameter marked that a module computes with: under FSDP2 the network's own are
+    shards, and the whole ones are made in the first forward pass."""
     known: set[int] = set()
 
     def see(module: nn.Module, *_: Any) -> None:
@@ -561,7 +561,7 @@ class _Owner:
 
     def training_began(self) -> None:
         for parameter in self.trainer.model.parameters():
-            if isinstance(parameter, DTensor) and parameter.requires_grad:
+            if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda grown: self._tracer.mark(grown.grad, "gradients"))
         if self._begin_in_the_middle:
             optimizer = self.trainer.optimizer.optimizer
