@@ -91,6 +91,12 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens a row (default: 256)")
     parser.add_argument("--max-batch", action="store_true", help="also find the largest batch that fits")
     parser.add_argument(
+        "--gpus",
+        metavar="N",
+        help="GPUs that share a trial by FSDP2, at most one for each sequence of a step: forecast one of them, and "
+        "find the fewest that suffice (default: one GPU, not sharded)",
+    )
+    parser.add_argument(
         "--record",
         action="append",
         default=[],
@@ -106,7 +112,9 @@ def _plan(options: argparse.Namespace) -> int:
     from lightweight.trial import MAX_LENGTH
 
     try:
-        for option in ("batch_size", "max_length"):
+        if options.gpus is not None:
+            options.gpus = _whole_number("--gpus", options.gpus)
+        for option in ("batch_size", "max_length", "gpus"):
             _at_least(options, option, 1)
         stock = [method.name for method in methods.METHODS.values() if method.captured_step is None]
         wanted_methods = [methods.named(name) for name in dict.fromkeys(options.method or stock)]
@@ -126,6 +134,7 @@ def _plan(options: argparse.Namespace) -> int:
             batch_size=options.batch_size,
             max_length=options.max_length or MAX_LENGTH,
             max_batch=options.max_batch,
+            gpus=options.gpus,
             measured=measured,
             progress=_show,
         )
@@ -220,6 +229,13 @@ def _quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     # transformers and peft call activation checkpointing by its older name
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
+
+
+def _whole_number(option: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{option} {text}: give a whole number") from None
 
 
 def _at_least(options: argparse.Namespace, option: str, least: int) -> None:

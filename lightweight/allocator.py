@@ -2,12 +2,13 @@
 
 What a program allocates is not what the card must have: the allocator takes segments from the driver, hands out blocks
 of them and keeps both for later. The rules are those of torch's c10/cuda/CUDACachingAllocator.cpp with its default
-settings and one stream; the numbers are its constants.
+settings; the numbers are its constants.
 """
 
 from __future__ import annotations
 
 import bisect
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from lightweight.targets import MiB
@@ -28,11 +29,15 @@ class OutOfBudgetError(Exception):
         self.requested_bytes = requested_bytes
 
 
+Pool = tuple[int, bool]
+"""Blocks that can stand for each other: those of one stream, and small or large."""
+
+
 @dataclass(slots=True, eq=False)
 class _Segment:
     number: int
     total_bytes: int
-    small: bool
+    pool: Pool
 
 
 @dataclass(slots=True, eq=False)
@@ -64,13 +69,16 @@ class CachingAllocator:
     peak_reserved_bytes: int = 0
     _segments: int = 0
     _blocks: dict[int, _Block] = field(default_factory=dict)
-    _free: dict[bool, list[tuple[tuple[int, int, int], _Block]]] = field(default_factory=lambda: {True: [], False: []})
+    _free: defaultdict[Pool, list[tuple[tuple[int, int, int], _Block]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
 
-    def allocate(self, name: int, requested_bytes: int) -> None:
-        """Allocate a block called `name`. Raises OutOfBudgetError."""
+    def allocate(self, name: int, requested_bytes: int, stream: int = 0) -> None:
+        """Allocate a block called `name` in `stream`; no other stream gets it later. Raises OutOfBudgetError."""
         size = max(1, -(-requested_bytes // MIN_BLOCK_BYTES)) * MIN_BLOCK_BYTES
         small = size <= SMALL_BYTES
-        block = self._best_fit(size, small) or self._new_segment(size, small)
+        pool = stream, small
+        block = self._best_fit(size, pool) or self._new_segment(size, pool)
         rest = block.size - size
         if rest >= MIN_BLOCK_BYTES if small else rest > SMALL_BYTES:
             remainder = _Block(block.segment, block.offset + size, rest, before=block, after=block.after)
@@ -100,17 +108,17 @@ class CachingAllocator:
 
     def empty_cache(self) -> None:
         """Give every segment back of which no block is in use, as `torch.cuda.empty_cache` does."""
-        for small, free in self._free.items():
+        for pool, free in self._free.items():
             kept = [(order, block) for order, block in free if block.size < block.segment.total_bytes]
             self.reserved_bytes -= sum(order[0] for order, _ in free) - sum(order[0] for order, _ in kept)
-            self._free[small] = kept
+            self._free[pool] = kept
 
     def reset_peaks(self) -> None:
         """Begin to look for peaks anew, as `torch.cuda.reset_peak_memory_stats` does."""
         self.peak_allocated_bytes, self.peak_reserved_bytes = self.allocated_bytes, self.reserved_bytes
 
-    def _best_fit(self, size: int, small: bool) -> _Block | None:
-        free = self._free[small]
+    def _best_fit(self, size: int, pool: Pool) -> _Block | None:
+        free = self._free[pool]
         index = bisect.bisect_left(free, (size, -1, -1), key=lambda item: item[0])
         if index == len(free):
             return None
@@ -118,8 +126,8 @@ class CachingAllocator:
         block.is_free = False
         return block
 
-    def _new_segment(self, size: int, small: bool) -> _Block:
-        if small:
+    def _new_segment(self, size: int, pool: Pool) -> _Block:
+        if pool[1]:
             total_bytes = SMALL_SEGMENT_BYTES
         elif size < MIN_LARGE_BYTES:
             total_bytes = LARGE_SEGMENT_BYTES
@@ -132,12 +140,12 @@ class CachingAllocator:
         self._segments += 1
         self.reserved_bytes += total_bytes
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
-        return _Block(_Segment(self._segments, total_bytes, small), 0, total_bytes)
+        return _Block(_Segment(self._segments, total_bytes, pool), 0, total_bytes)
 
     def _insert(self, block: _Block) -> None:
         block.is_free = True
-        bisect.insort(self._free[block.segment.small], (block.order, block), key=lambda item: item[0])
+        bisect.insort(self._free[block.segment.pool], (block.order, block), key=lambda item: item[0])
 
     def _remove(self, block: _Block) -> None:
-        free = self._free[block.segment.small]
+        free = self._free[block.segment.pool]
         del free[bisect.bisect_left(free, block.order, key=lambda item: item[0])]

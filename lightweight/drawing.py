@@ -45,6 +45,7 @@ CAUSES = {
     "optimizer": ("#d55e00", "#ee7a1f"),
     "activations": ("#009e73", "#1fb48a"),
     "logits": ("#e69f00", "#f2b530"),
+    "gathered": ("#f0e442", "#f5ec6e"),
     "workspace": ("#8b949e", "#7d8691"),
 }
 """Okabe and Ito's colours, which the colour-blind tell apart; each segment also has an edge."""

@@ -13,10 +13,11 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+from unittest import mock
 
 from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, which imports peft
 
@@ -25,6 +26,8 @@ from bitsandbytes import functional as bitsandbytes_functional
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,15 +36,19 @@ from torch.utils._pytree import tree_iter
 from lightweight import corpus, models, stock
 from lightweight.allocator import CachingAllocator, OutOfBudgetError
 from lightweight.cuda_rules import CudaRules, Padding
+from lightweight.fake_ranks import rank_zero_of
 from lightweight.meter import Meter
 from lightweight.stock import Request
 from lightweight.targets import CONTEXT_BYTES, HOPPER, Capability, Device
 from lightweight.trial import Phase, Trial
 
-Cause = Literal["weights", "quantization state", "gradients", "optimizer", "activations", "logits", "workspace"]
-CAUSES: tuple[Cause, ...] = (
-    *("weights", "quantization state", "gradients", "optimizer", "activations", "logits", "workspace"),
-)
+Cause = Literal[
+    "weights", "quantization state", "gradients", "optimizer", "activations", "logits", "gathered", "workspace"
+]
+"""What memory is held for. `gathered` is what ranks gather from each other and reduce among them, a layer at a time:
+its whole weights, and the buffers of both ways."""
+
+CAUSES: tuple[Cause, ...] = get_args(Cause)
 
 
 class ForecastError(ValueError):
@@ -76,7 +83,8 @@ class Trace:
     """Every allocation and release of building a network and training it for a few optimizer steps.
 
     `events` are (name, bytes) in order: a name allocated with its bytes, or released with 0. `causes` says by name what
-    each was for, `phases` where in `events` each phase began.
+    each was for, `phases` where in `events` each phase began, `streams` in which stream it was allocated, where that is
+    another than the first, 0.
     """
 
     parameters: int
@@ -84,6 +92,7 @@ class Trace:
     events: list[tuple[int, int]] = field(default_factory=list)
     causes: dict[int, Cause] = field(default_factory=dict)
     phases: list[tuple[int, Phase]] = field(default_factory=list)
+    streams: dict[int, int] = field(default_factory=dict)
 
     def replay(self, budget_bytes: float | None = None) -> Peak:
         """The peak of training, on a card whose allocator may reserve `budget_bytes`."""
@@ -106,7 +115,7 @@ class Trace:
                 continue
             before = allocator.allocated_bytes
             try:
-                allocator.allocate(name, size)
+                allocator.allocate(name, size, self.streams.get(name, 0))
             except OutOfBudgetError:
                 stopped_in = phase
                 break
@@ -195,7 +204,8 @@ def trace(trial: Trial, capability: Capability = HOPPER, paddings: tuple[Padding
 
     The peak comes once the optimizer has its state and, where a step has several forward passes, once there are
     gradients to add to. So each kind of batch is traced after a first optimizer step; or, where passes accumulate, in
-    one step that begins with state and gradients, which is quicker.
+    one step that begins with state and gradients, which is quicker. Of several ranks this is the trace of the first,
+    whose shards are the largest.
 
     Needs the model's configuration, and no weights. Raises ForecastError, and ModelError where there is no
     configuration.
@@ -206,37 +216,47 @@ def trace(trial: Trial, capability: Capability = HOPPER, paddings: tuple[Padding
     longest = getattr(config, "max_position_embeddings", None)
     if longest and 0 < longest < trial.max_length:
         raise ForecastError(f"{trial.name}: rows of {trial.max_length} tokens, where the model takes {longest}")
-    dtype = getattr(torch, trial.method.weights_dtype)
+    method = trial.method.on_rank(trial.world_size)
+    dtype = getattr(torch, method.weights_dtype)
     try:
         with _quiet():
-            network = trial.method.adapt(models.skeleton(config, dtype, trial.method.quantization))
+            network = method.adapt(models.skeleton(config, dtype, method.quantization))
     except (NotImplementedError, ValueError) as error:
         raise ForecastError(f"{trial.name}: cannot be built: {_reason(error)}") from error
+    with rank_zero_of(trial.world_size):
+        return _trace(trial, capability, paddings, network, config.get_text_config().vocab_size)
+
+
+def _trace(trial: Trial, capability: Capability, paddings: tuple[Padding, ...], network: Any, vocabulary: int) -> Trace:
+    dtype = getattr(torch, trial.method.weights_dtype)
     rules = CudaRules(capability)
     mode: Any = FakeTensorMode(allow_non_fake_inputs=True)
-    tracer = _Tracer(mode, Meter(torch.device("cpu"), start_seconds=0.0), rules, config.get_text_config().vocab_size)
-    with _quiet(), mode, rules, tracer:
+    tracer = _Tracer(mode, Meter(torch.device("cpu"), start_seconds=0.0), rules, vocabulary)
+    with _quiet(), mode, rules, tracer, _sharding_seen_by(tracer):
         tracer.meter.phase = "build"
         _materialise(network, dtype, tracer, trial)
+        parameters, trainable = (models.count_parameters(network, trainable=only) for only in (False, True))
         with _module_names(network) as entered:
             try:
                 _train(network, trial, paddings, tracer)
             except _TracedError:
                 pass
-            except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            except (AssertionError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
                 where = f"{entered[-1]} " if entered else ""
                 raise ForecastError(f"{trial.name}: {where}cannot be traced: {_reason(error)}") from error
     return Trace(
-        parameters=models.count_parameters(network),
-        trainable_parameters=models.count_parameters(network, trainable=True),
+        parameters=parameters,
+        trainable_parameters=trainable,
         events=tracer.events,
         causes=tracer.causes,
         phases=tracer.phases,
+        streams=tracer.streams,
     )
 
 
 class _Tracer(TorchDispatchMode):
-    """Writes down what operators allocate, and when it is released: when the last tensor of a storage goes."""
+    """Writes down what operators allocate, and when it is released: when the last tensor of a storage goes, or the
+    storage is resized to nothing."""
 
     def __init__(self, mode: Any, meter: Meter, rules: CudaRules, vocabulary: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -244,11 +264,14 @@ class _Tracer(TorchDispatchMode):
         self._results: dict[Any, tuple[Any, Any, torch.dtype]] = {}
         self.meter = meter
         self.rules = rules
+        self.paused = False
         self.events: list[tuple[int, int]] = []
         self.causes: dict[int, Cause] = {}
         self.phases: list[tuple[int, Phase]] = []
+        self.streams: dict[int, int] = {}
         self._vocabulary = vocabulary
-        self._names: dict[int, int] = {}
+        self._stream_numbers = {torch.cpu.current_stream(): 0}
+        self._names: dict[int, int | None] = {}
         self._workspaces: set[tuple[str, bool]] = set()
 
     @classmethod
@@ -266,7 +289,15 @@ class _Tracer(TorchDispatchMode):
             with no_dispatch():
                 one = torch.ones(())
             return self._mode.fake_tensor_converter.from_real_tensor(self._mode, one, make_constant=True)
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # and see what it does with the rank's own part
+        if self.paused:
+            return operator(*arguments, **options or {})
         self._enter_phase()
+        if operator.namespace == "fsdp":  # what its operators write to is what is sent and received
+            for written in tree_iter(arguments[1] if operator.name() == "fsdp::all_gather_copy_in" else options):
+                if isinstance(written, Tensor):
+                    self.mark(written, "gathered")
         # Each thread that multiplies matrices has workspaces of its own, and backward runs in another thread.
         for kind, size in self.rules.workspace_bytes(operator).items():
             if (workspace := (kind, self.meter.phase == "backward")) not in self._workspaces:
@@ -304,37 +335,86 @@ class _Tracer(TorchDispatchMode):
             return FakeTensor(self._mode, torch.empty_strided(size, stride, dtype=dtype, device="meta"), _CPU)
 
     def mark(self, tensor: Tensor, cause: Cause) -> None:
-        """Say what a tensor is for."""
+        """Say what a tensor is for; of a sharded one, the rank's own part."""
+        tensor = getattr(tensor, "_local_tensor", tensor)
         if (name := self._names.get(tensor.untyped_storage()._cdata)) is not None:
             self.causes[name] = cause
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Note that a storage has changed its size. FSDP2 so frees the whole weights of a layer, and gets them back."""
+        self._enter_phase()
+        key = storage._cdata
+        if key in self._names:
+            self._release(key)
+        else:
+            weakref.finalize(storage, self._forget, key)
+        self._names[key] = self._allocate(storage.nbytes(), "gathered") if storage.nbytes() else None
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._names or size == 0:
             return
-        if self.meter.phase == "build":
-            cause: Cause = "weights"
+        if self._stream():
+            cause: Cause = "gathered"
+        elif self.meter.phase == "build":
+            cause = "weights"
         elif tensor.dim() > 1 and tensor.size(-1) == self._vocabulary:
             cause = "logits"
         else:
             cause = "activations"
-        name = self._names[key] = self._allocate(size, cause)
-        weakref.finalize(storage, self._release, key, name)
+        self._names[key] = self._allocate(size, cause)
+        weakref.finalize(storage, self._forget, key)
 
     def _allocate(self, size: int, cause: Cause) -> int:
         name = len(self.causes)
         self.causes[name] = cause
         self.events.append((name, size))
+        if stream := self._stream():
+            self.streams[name] = stream
         return name
 
-    def _release(self, key: int, name: int) -> None:
+    def _stream(self) -> int:
+        """Where memory is allocated now. FSDP2 gathers and reduces in streams of its own, each with a pool of the
+        caching allocator's; torch gives the CPU such streams in name."""
+        return self._stream_numbers.setdefault(torch.cpu.current_stream(), len(self._stream_numbers))
+
+    def _release(self, key: int) -> None:
+        if (name := self._names[key]) is not None:
+            self.events.append((name, 0))
+
+    def _forget(self, key: int) -> None:
+        self._release(key)
         del self._names[key]
-        self.events.append((name, 0))
 
     def _enter_phase(self) -> None:
         if not self.phases or self.phases[-1][1] != self.meter.phase:
             self.phases.append((len(self.events), self.meter.phase))
+
+
+@contextmanager
+def _sharding_seen_by(tracer: _Tracer) -> Iterator[None]:
+    """Show the tracer what no operator does, the resizing of storages, and nothing of the whole tensors on which
+    DTensor tries every operator for the shape of its result."""
+    resize: Any = torch.UntypedStorage.resize_
+    propagate: Any = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def resize_and_tell(storage: torch.UntypedStorage, size: int) -> None:
+        resize(storage, size)
+        tracer.resized(storage)
+
+    def propagate_unseen(*arguments: Any) -> Any:
+        tracer.paused = True
+        try:
+            return propagate(*arguments)
+        finally:
+            tracer.paused = False
+
+    with (
+        mock.patch.object(torch.UntypedStorage, "resize_", resize_and_tell),
+        mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate_unseen),
+    ):
+        yield
 
 
 @functools.cache
@@ -382,6 +462,11 @@ def _materialise(network: Any, dtype: torch.dtype, tracer: _Tracer, trial: Trial
                     continue
                 if isinstance(module, Linear4bit) and key == "weight":
                     tensors[key] = _quantize(tensor, dtype, tracer)
+                    module.quant_state = tensors[key].quant_state
+                    # sharding loses it, and the layer would make a Params4bit of its weight to say it again
+                    module.register_forward_pre_hook(
+                        lambda layer, _: setattr(layer.weight, "quant_state", layer.quant_state)
+                    )
                     module.support_avx512bf16_for_cpu = False  # a CPU would repack them, a GPU does not
                 else:
                     tensors[key] = fake(tensor)
@@ -411,32 +496,56 @@ def _quantize(weight: Any, dtype: torch.dtype, tracer: _Tracer) -> nn.Parameter:
 
 def _train(network: Any, trial: Trial, paddings: tuple[Padding, ...], tracer: _Tracer) -> None:
     """Let the Trainer train `network` on batches of the kinds in `paddings`. Raises _TracedError when done."""
-    arguments = dict(trial.method.training_arguments)
+    method = trial.method.on_rank(trial.world_size)
+    arguments = method.training_arguments
     accumulates = arguments.get("gradient_accumulation_steps", 1) > 1
     # The kinds of batches that the forward passes of each step see.
-    steps = [list(paddings)] if accumulates else [[kind] for kind in (paddings[0], *paddings)]
-    arguments |= {
+    if accumulates and trial.world_size == 1:
+        steps = [list(paddings)]
+    elif accumulates:  # a step begins without gradients; the first pass makes them, the last one reduces them
+        steps = [[paddings[-1], *paddings]]
+    else:
+        steps = [[kind] for kind in (paddings[0], *paddings)]
+    trial = replace(trial, max_steps=len(steps), device_index=None)
+    owner = _Owner(len(steps), tracer, begin_in_the_middle=accumulates)
+    overrides = {
         "gradient_accumulation_steps": len(steps[0]),
         "logging_nan_inf_filter": False,  # it reads the loss, and a fake one has no value
     }
-    method = replace(trial.method, training_arguments=arguments)
-    trial = replace(trial, method=method, max_steps=len(steps), device_index=None)
-    owner = _Owner(len(steps), tracer, begin_in_the_middle=accumulates)
     with tempfile.TemporaryDirectory() as folder:
-        trainer: Any = stock.make_trainer(trial, network, [{}], tracer.meter, owner, Path(folder))
+        trainer: Any = stock.make_trainer(
+            trial, network, [{"labels": []}], tracer.meter, owner, Path(folder), **overrides
+        )
     owner.trainer = trainer
     if arguments.get("fp16"):
         # accelerate takes fp16 autocast and its scaler on a GPU only; Accelerator.__init__
         trainer.accelerator.native_amp, trainer.accelerator.scaler = True, torch.amp.GradScaler("cpu")
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda grown: tracer.mark(grown.grad, "gradients"))
     kinds = iter([kind for step in steps for kind in step])
     network.register_forward_pre_hook(lambda *_: setattr(tracer.rules, "padding", next(kinds)))
     shape = (method.sequences_per_pass, trial.max_length)
     batch = {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
     trainer.get_train_dataloader = lambda: [dict(batch) for step in steps for _ in step]
-    trainer.train()
+    with _whole_gradients_marked_by(tracer) if trial.world_size > 1 else nullcontext():
+        trainer.train()
+
+
+@contextmanager
+def _whole_gradients_marked_by(tracer: _Tracer) -> Iterator[None]:
+    """Have the gradients of every parameter marked that a module computes with: under FSDP2 the network's own are
+    shards, and the whole ones are made in the first forward pass."""
+    known: set[int] = set()
+
+    def see(module: nn.Module, *_: Any) -> None:
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad and id(parameter) not in known:
+                known.add(id(parameter))
+                parameter.register_post_accumulate_grad_hook(lambda grown: tracer.mark(grown.grad, "gradients"))
+
+    hook = register_module_forward_hook(see)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class _TracedError(Exception):
@@ -451,6 +560,9 @@ class _Owner:
         self.trainer: Any = None
 
     def training_began(self) -> None:
+        for parameter in self.trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda grown: self._tracer.mark(grown.grad, "gradients"))
         if self._begin_in_the_middle:
             optimizer = self.trainer.optimizer.optimizer
             self._tracer.meter.phase = "optimizer"
@@ -460,6 +572,8 @@ class _Owner:
                     self._tracer.mark(parameter.grad, "gradients")
             optimizer.step()
             self._mark_state()
+            if self.trainer.is_fsdp_enabled:  # what passes add to are whole gradients, which no step begins with
+                optimizer.zero_grad()
 
     def await_request(self, request: Request) -> None: ...
 
@@ -480,17 +594,19 @@ class _Owner:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what libraries say meanwhile: torch logs a traceback for what becomes one line here, and transformers
-    warns of its own names."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """Without what libraries say meanwhile: torch logs a traceback for what becomes one line here, transformers warns
+    of its own names and has advice on checkpointing where FSDP shards."""
+    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "transformers.training_args")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
+from itertools import product
 from typing import Any
 
 from tabulate import tabulate
 
 from lightweight import forecast
 from lightweight.corpus import Corpus
-from lightweight.forecast import Forecast
+from lightweight.forecast import Forecast, ForecastError
 from lightweight.methods import Method
 from lightweight.models import Model
 from lightweight.record import Entry
@@ -19,9 +21,14 @@ from lightweight.trial import MAX_LENGTH, Trial
 
 Row = dict[str, Any]
 """One model x method x target as JSON: `model`, `method`, `target`, `forecast_allocated_bytes`,
-`forecast_reserved_bytes`, `budget_bytes`, `phase` and `verdict` as in Forecast; `batch_size` in sequences a forward
-pass, `max_length` in tokens a row; `bytes_by_cause`; `chosen`, whether this is the method to take on this target;
-`reason` where something else than memory decides; `max_batch`, where it was asked for, the largest batch that fits."""
+`forecast_reserved_bytes`, `budget_bytes`, `phase` and `verdict` as in Forecast, each of one GPU; `gpus`, how many share
+the trial; `batch_size` in sequences a forward pass of one GPU, `max_length` in tokens a row; `bytes_by_cause`;
+`chosen`, whether this is the method to take on this target; `reason` where something else than memory decides. Where
+it was asked for: `max_batch`, the largest batch that fits, and `fewest_gpus`, the least number of GPUs on which this
+one does, None where it does not even with one for every sequence of a step."""
+
+EXTRAS = {"max_batch": "largest batch", "fewest_gpus": "fewest GPUs"}
+"""What a row has only where it was asked for, and what its column is called."""
 
 LARGEST_BATCH = 2**14
 """Where the search for the largest batch ends."""
@@ -35,26 +42,39 @@ def plan(
     batch_size: int | None = None,
     max_length: int = MAX_LENGTH,
     max_batch: bool = False,
+    gpus: int | None = None,
     measured: Sequence[Entry] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
     """A row for every model x method x target. Raises ForecastError and ModelError.
 
-    `batch_size` is in sequences a forward pass, a method's own where it is None. `measured` are entries of records,
-    whose step times order the methods where they have all of them.
+    `batch_size` is in sequences a forward pass on one GPU, a method's own where it is None. `gpus` share a trial, and
+    where they are given the fewest that suffice are looked for as well. `measured` are entries of records, whose step
+    times order the methods where they have all of them.
     """
 
-    @cache
-    def traced(model: int, method: int, sequences: int, capability: Capability) -> forecast.Trace:
-        trial = Trial(
-            model=models[model],
-            method=methods[method].with_batch(sequences),
+    def trial_of(model: Model, method: Method, sequences: int, count: int) -> Trial:
+        return Trial(
+            model=model,
+            method=method.with_batch(sequences),
             target=NATIVE,
             corpus=Corpus(train=(), heldout=(), digest=""),
             max_length=max_length,
+            world_size=count,
         )
-        progress(f"{trial.name}: tracing a batch of {sequences} x {max_length}")
+
+    @cache
+    def traced(model: int, method: int, sequences: int, count: int, capability: Capability) -> forecast.Trace:
+        trial = trial_of(models[model], methods[method], sequences, count)
+        shared = f" on {count} GPUs" if count > 1 else ""
+        progress(f"{trial.name}: tracing a batch of {sequences} x {max_length}{shared}")
         return forecast.trace(trial, capability)
+
+    for model, method in product(models, methods):  # at once, and not after minutes of tracing others
+        try:
+            trial_of(model, method, batch_size or method.sequences_per_pass, gpus or 1)
+        except ValueError as error:
+            raise ForecastError(str(error)) from error
 
     rows = []
     for i, model in enumerate(models):
@@ -62,14 +82,20 @@ def plan(
             of_target = []
             for j, method in enumerate(methods):
 
-                def fits(sequences: int, i: int = i, j: int = j, target: Target = target) -> Forecast:
-                    return forecast.within(traced(i, j, sequences, target.capability), target.budget_bytes)
+                def found(sequences: int, count: int, i: int = i, j: int = j, target: Target = target) -> Forecast:
+                    return forecast.within(traced(i, j, sequences, count, target.capability), target.budget_bytes)
 
                 sequences = batch_size or method.sequences_per_pass
-                of_target.append(_row(model, method, target, sequences, max_length, fits(sequences)))
+                trial = trial_of(model, method, sequences, gpus or 1)
+                row = _row(trial, target, found(sequences, trial.world_size))
+                of_target.append(row)
                 if max_batch:
-                    refused = of_target[-1]["reason"] is not None
-                    of_target[-1]["max_batch"] = 0 if refused else largest_batch(fits, sequences)
+                    least = -(-trial.world_size * sequences // trial.method.sequences_per_step)  # a sequence for each
+                    fits = partial(_at_least, found, least, trial.world_size)
+                    row["max_batch"] = 0 if row["reason"] else largest_batch(fits, sequences)
+                if gpus is not None:
+                    fits = partial(found, sequences)
+                    row["fewest_gpus"] = None if row["reason"] else fewest_gpus(fits, trial.method.sequences_per_step)
             _choose(of_target, dict(zip((m.name for m in methods), methods, strict=True)), measured)
             rows += of_target
     return rows
@@ -101,16 +127,30 @@ def largest_batch(fits: Callable[[int], Forecast], first: int) -> int:
     return low
 
 
-def _row(model: Model, method: Method, target: Target, batch_size: int, max_length: int, found: Forecast) -> Row:
+def fewest_gpus(fits: Callable[[int], Forecast], sequences: int) -> int | None:
+    """The least number of GPUs whose verdict is `fits`, up to one for each of the `sequences` of a step; None if none
+    is. More GPUs hold no more each, so that every other forecast halves what is left."""
+    counts = range(1, sequences + 1)
+    index = bisect.bisect_left(counts, True, key=lambda count: fits(count).verdict == "fits")
+    return counts[index] if index < len(counts) else None
+
+
+def _at_least(found: Callable[[int, int], Forecast], least: int, count: int, sequences: int) -> Forecast:
+    """What is found for `sequences`, or for the `least` that there can be."""
+    return found(max(least, sequences), count)
+
+
+def _row(trial: Trial, target: Target, found: Forecast) -> Row:
     reason = None
-    if method.uses_bf16 and not target.bf16:
+    if trial.method.uses_bf16 and not target.bf16:
         reason = f"computes in bf16, which {target.name} does not have"
     return {
-        "model": model.name,
-        "method": method.name,
+        "model": trial.model.name,
+        "method": trial.method.name,
         "target": target.name,
-        "batch_size": batch_size,
-        "max_length": max_length,
+        "gpus": trial.world_size,
+        "batch_size": trial.method.on_rank(trial.world_size).sequences_per_pass,
+        "max_length": trial.max_length,
         "forecast_allocated_bytes": found.allocated_bytes,
         "forecast_reserved_bytes": found.reserved_bytes,
         "budget_bytes": found.budget_bytes,
@@ -159,27 +199,25 @@ def table(rows: Sequence[Row]) -> str:
 
 def _causes(rows: Sequence[Row]) -> str:
     """The bytes of every method, once for all targets with the same kernels."""
+    causes = [cause for cause in forecast.CAUSES if cause != "gathered" or rows[0]["gpus"] > 1]
     peaks: dict[tuple[Any, ...], list[str]] = {}
     for row in rows:
-        sizes = [row["forecast_allocated_bytes"], *row["bytes_by_cause"].values()]
+        sizes = [row["forecast_allocated_bytes"], *(row["bytes_by_cause"][cause] for cause in causes)]
         peaks.setdefault((row["method"], *sizes), []).append(row["target"])
-    lines = [
-        [method, _size(allocated), *map(_size, causes), ", ".join(targets)]
-        for (method, allocated, *causes), targets in peaks.items()
-    ]
+    lines = [[method, *map(_size, sizes), ", ".join(targets)] for (method, *sizes), targets in peaks.items()]
     first = rows[0]
     title = (
         f"{first['model']}, {first['parameters'] / 1e6:,.0f} M parameters, rows of {first['max_length']} tokens: "
-        "allocated at the peak"
+        f"allocated at the peak{' on each of ' + str(first['gpus']) + ' GPUs' if first['gpus'] > 1 else ''}"
     )
-    headers = ["method", "peak", *forecast.CAUSES, "with the kernels of"]
+    headers = ["method", "peak", *causes, "with the kernels of"]
     aligned = ("left", *["right"] * (len(headers) - 2), "left")
     return f"{title}\n\n{tabulate(lines, headers, tablefmt='simple', disable_numparse=True, colalign=aligned)}"
 
 
 def _verdicts(rows: Sequence[Row]) -> str:
-    with_max_batch = "max_batch" in rows[0]
     headers = ["target", "method", "batch", "verdict", "reserved", "budget", "margin", "peak in"]
+    asked = {key: title for key, title in EXTRAS.items() if key in rows[0]}
     lines = []
     for row in rows:
         margin = 1 - row["forecast_reserved_bytes"] / row["budget_bytes"]
@@ -194,15 +232,20 @@ def _verdicts(rows: Sequence[Row]) -> str:
             f"{margin:+.1%}",
             row["reason"] or where,
         ]
-        lines.append([*line, str(row["max_batch"])] if with_max_batch else line)
-    if with_max_batch:
-        headers.append("largest batch")
-    aligned = ["left", "left", "right", "left", "right", "right", "right", "left"] + ["right"] * with_max_batch
-    note = (
+        lines.append([*line, *("none" if row[key] is None else str(row[key]) for key in asked)])
+    aligned = ["left", "left", "right", "left", "right", "right", "right", "left", *["right"] * len(asked)]
+    table = tabulate(lines, [*headers, *asked.values()], tablefmt="simple", disable_numparse=True, colalign=aligned)
+    notes = [
         f"The budget is the card's memory less {CONTEXT_BYTES // MiB} MiB for a CUDA context; the margin is what of it "
         "the allocator would not reserve."
-    )
-    return f"{tabulate(lines, headers, tablefmt='simple', disable_numparse=True, colalign=aligned)}\n\n{note}"
+    ]
+    if "fewest_gpus" in asked:
+        notes.append(
+            "Batch and bytes are those of one GPU; several share the sequences of a step and, by FSDP2, the network. "
+            "What NCCL takes for itself is not counted. The fewest GPUs are sought up to one for every sequence of a "
+            "step."
+        )
+    return "\n\n".join([table, *notes])
 
 
 def _size(count: int) -> str:

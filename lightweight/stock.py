@@ -145,7 +145,7 @@ class _RankTrainer(_MeasuredTrainer):
         if self.args.fsdp:
             ranks.gather_as_stored(self)
 
-    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
         stack = contextlib.ExitStack()
         stack.enter_context(super().compute_loss_context_manager())
         if self.args.fsdp:  # which else leaves casting to FSDP2; see `gather_as_stored`

@@ -105,6 +105,19 @@ def test_over_budget_the_cache_is_emptied_before_giving_up():
     assert allocator.allocated_bytes == 40 * MiB
 
 
+def test_a_stream_gets_no_memory_of_another_stream():
+    allocator = CachingAllocator(budget_bytes=60 * MiB)
+    allocator.allocate(0, 30 * MiB)
+    allocator.release(0)
+    allocator.allocate(1, 30 * MiB, stream=1)
+    assert allocator.reserved_bytes == 60 * MiB
+    allocator.release(1)
+    allocator.allocate(2, 30 * MiB, stream=1)
+    assert allocator.reserved_bytes == 60 * MiB
+    allocator.allocate(3, 20 * MiB, stream=2)  # over budget, what any stream has idle is given back
+    assert allocator.reserved_bytes == 50 * MiB
+
+
 def test_peaks_can_be_counted_anew():
     allocator = CachingAllocator()
     allocator.allocate(0, 30 * MiB)

@@ -91,6 +91,11 @@ REMOTE = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoM
         (["opt-tiny", "--batch-size", "0"], "--batch-size 0"),
         (["opt-tiny", "--max-length", "-3"], "--max-length -3"),
         (["opt-tiny", "--max-length", "4096"], "rows of 4096 tokens"),
+        (["opt-tiny", "--gpus", "0"], "--gpus 0: give at least 1"),
+        (["opt-tiny", "--gpus", "-2"], "--gpus -2: give at least 1"),
+        (["opt-tiny", "--gpus", "two"], "--gpus two: give a whole number"),
+        (["opt-tiny", "--gpus", "9"], "8 sequences a step, which 9 ranks cannot share"),
+        (["opt-tiny", "--gpus", "3", "--batch-size", "2"], "2 sequences a step, which 3 ranks cannot share"),
         (["./nowhere"], "./nowhere"),
         (["{empty}"], "has no config.json"),
         (["{remote}"], "cannot be used"),
@@ -181,6 +186,40 @@ def test_max_batch_fits_and_one_more_does_not(capsys):
     _, (above,) = rows(capsys, *arguments, "--batch-size", str(batch + 1))
     assert at["verdict"] == "fits"
     assert above["verdict"] != "fits"
+
+
+@pytest.mark.parametrize("fewest", [1, 2, 3, 7, 8, None])
+def test_the_fewest_gpus_are_found_in_few_forecasts(fewest):
+    asked = []
+
+    def fits(count):
+        asked.append(count)
+        return SimpleNamespace(verdict="fits" if fewest is not None and count >= fewest else "too_close_to_call")
+
+    assert plan.fewest_gpus(fits, 8) == fewest
+    assert len(asked) <= 4
+
+
+def test_more_gpus_hold_less_each_and_the_fewest_that_suffice_are_told(capsys):
+    arguments = ["opt-tiny", "--method", "baseline", "--target", "0.53GiB", "--batch-size", "4"]
+    status, (one,) = rows(capsys, *arguments)
+    assert (status, one["gpus"], one["batch_size"], one["verdict"]) == (1, 1, 4, "does_not_fit")
+    assert "fewest_gpus" not in one
+    status, (two,) = rows(capsys, *arguments, "--gpus", "2")
+    assert (status, two["gpus"], two["batch_size"], two["verdict"]) == (0, 2, 2, "fits")
+    assert two["fewest_gpus"] == 2
+    assert two["forecast_allocated_bytes"] < one["forecast_allocated_bytes"]
+    assert one["bytes_by_cause"]["gathered"] == 0 < two["bytes_by_cause"]["gathered"]
+
+
+def test_the_table_says_what_one_of_several_gpus_holds(capsys):
+    assert main(["plan", "opt-tiny", "--method", "lora", "--target", "t4", "--gpus", "2", "--max-length", "32"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("at the peak on each of 2 GPUs", "gathered", "fewest GPUs", "NCCL"):
+        assert words in printed
+    (chosen,) = [line for line in printed.splitlines() if "take this" in line]
+    assert chosen.split()[2] == "4", "sequences a pass, of 8"
+    assert chosen.split()[-1] == "1", "one would do"
 
 
 def test_expected_cost_orders_methods_as_they_were_measured():
