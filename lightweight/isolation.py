@@ -7,6 +7,7 @@ milliseconds, peaks are a trial's own, and an out-of-memory or a broken CUDA con
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import signal
 import sys
 import time
@@ -14,10 +15,13 @@ import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import ParamSpec, Self, TypeVar
 
-from lightweight import worker
+from lightweight import peer, worker
+from lightweight.process import redirect_output
 from lightweight.stock import Request
 from lightweight.trial import Crashed, Measurements, Outcome, Phase, TimedOut, Trial
 
@@ -46,7 +50,7 @@ _forkserver.set_forkserver_preload(PRELOAD)
 def call(function: Callable[P, T], folder: Path, *args: P.args, **kwargs: P.kwargs) -> T:
     """`function(*args)` in a child of its own, its output going to a log in `folder`. Exceptions come through."""
     with ProcessPoolExecutor(
-        1, mp_context=_forkserver, initializer=worker.redirect_output, initargs=(folder / "log",)
+        1, mp_context=_forkserver, initializer=redirect_output, initargs=(folder / "log",)
     ) as executor:
         with _without_main():
             future = executor.submit(function, *args, **kwargs)
@@ -82,9 +86,7 @@ class Child:
 
     def __enter__(self) -> Self:
         self._connection, childs_end = _forkserver.Pipe()
-        self._process = _forkserver.Process(
-            target=worker.run, args=(childs_end, self.trial, self._folder, time.monotonic()), daemon=True
-        )
+        self._process = _process_for(self.trial, childs_end, self._folder)
         with _without_main():
             self._process.start()
         childs_end.close()
@@ -182,6 +184,18 @@ class Child:
     def _last_words(self) -> str:
         log = self._folder / "log"
         return log.read_text(errors="replace")[-LAST_WORDS:] if log.exists() else ""
+
+
+def _process_for(trial: Trial, connection: Connection, folder: Path) -> BaseProcess:
+    """The process that runs `trial`, not started yet: a fork of the forkserver, or a fresh one for a library that must
+    come before what the forkserver has imported."""
+    if trial.method.library == "peft":
+        arguments = connection, trial, folder, time.monotonic()
+        return _forkserver.Process(target=worker.run, args=arguments, daemon=True)
+    pickled = pickle.dumps(trial)
+    return multiprocessing.get_context("spawn").Process(
+        target=peer.run, args=(connection, pickled, folder, time.monotonic(), trial.device_index), daemon=True
+    )
 
 
 @contextmanager

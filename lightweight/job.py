@@ -36,6 +36,7 @@ from lightweight.meter import Meter
 from lightweight.methods import Method
 from lightweight.models import Model
 from lightweight.output import RECORD_NAME, Output, OutputError, step_of
+from lightweight.process import see_one_gpu
 from lightweight.stock import Request
 from lightweight.targets import CPU, NATIVE, Device, GiB, MiB, Target
 from lightweight.trial import MAX_LENGTH, Completed, Crashed, Diverged, Outcome, OutOfMemory, Phase, Trial
@@ -97,7 +98,7 @@ def run(job: Job, progress: Callable[[str], None] = lambda text: None) -> Outcom
     _check_tracker(job.report_to)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        worker.see_one_gpu(0)
+        see_one_gpu(0)
     device = worker.describe_device(0) if on_gpu else Device(name=f"{platform.machine()} CPU")
     try:
         target = _target(job.target, device, on_gpu)

@@ -6,7 +6,6 @@ becomes a crash's last words. Imports no pytest, no plugin and no report.
 
 from __future__ import annotations
 
-import os
 import re
 import time
 import traceback
@@ -21,8 +20,9 @@ from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, 
 import torch
 import transformers
 
-from lightweight import attention, captured, corpus, models, stock
+from lightweight import attention, captured, corpus, models, peer, stock
 from lightweight.meter import DivergedError, Meter
+from lightweight.process import redirect_output, see_one_gpu
 from lightweight.stock import Request, Rounds, Row
 from lightweight.targets import Device, GiB, MiB
 from lightweight.trial import Completed, Crashed, Diverged, Measurements, Outcome, OutOfMemory, Phase, Trial
@@ -74,21 +74,6 @@ def describe_device(index: int) -> Device:
         capability=(properties.major, properties.minor),
         driver=driver,
     )
-
-
-def see_one_gpu(index: int) -> None:
-    """Leave this process only the GPU at `index` among the visible ones, before CUDA is initialised: one trial, one
-    GPU, where the Trainer would spread over every GPU it sees."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
-
-
-def redirect_output(path: Path) -> None:
-    """Send this process's stdout and stderr, file descriptors included, to `path`."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
 
 
 def run(connection: Connection, trial: Trial, folder: Path, started: float) -> None:
@@ -202,6 +187,8 @@ def build(trial: Trial, device: torch.device) -> torch.nn.Module:
     """The network of a trial on `device`, quantized and with its adapter on; for a captured step without peft's upcasts
     to fp32, unless it asks for them."""
     method, step = trial.running_method, trial.method.captured_step
+    if method.library == "unsloth":
+        return peer.build(trial, device)
     network = models.load(trial.model, getattr(torch, method.weights_dtype), device, method.quantization)
     network = method.adapt(network, upcast=step is None or step.upcast)
     if device.type == "cpu":
