@@ -46,6 +46,8 @@ def build(trial: Trial, device: torch.device) -> torch.nn.Module:
     method = trial.running_method
     adapter: Any = method.adapter
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    # its own kind of checkpointing, which moves what it keeps to the host, or none
+    checkpointing = "unsloth" if method.training_arguments.get("gradient_checkpointing") else False
     network, _tokenizer = FastLanguageModel.from_pretrained(
         trial.model.location,
         max_seq_length=trial.max_length,
@@ -53,6 +55,7 @@ def build(trial: Trial, device: torch.device) -> torch.nn.Module:
         load_in_4bit=method.quantization is not None,
         load_in_16bit=method.quantization is None,
         device_map={"": device},
+        use_gradient_checkpointing=checkpointing,
     )
     network = FastLanguageModel.get_peft_model(
         network,
@@ -61,10 +64,8 @@ def build(trial: Trial, device: torch.device) -> torch.nn.Module:
         lora_dropout=adapter.lora_dropout,
         target_modules=sorted(adapter.target_modules),
         bias="none",
-        use_gradient_checkpointing="unsloth" if method.training_arguments.get("gradient_checkpointing") else False,
+        use_gradient_checkpointing=checkpointing,
         random_state=trial.seed,
     )
-    FastLanguageModel.for_training(
-        network, use_gradient_checkpointing=bool(method.training_arguments.get("gradient_checkpointing"))
-    )
+    FastLanguageModel.for_training(network, use_gradient_checkpointing=checkpointing)
     return network  # type: ignore[no-any-return]

@@ -290,7 +290,7 @@ import sys
 assert "transformers" not in sys.modules and "torch" not in sys.modules, "unsloth comes first"
 
 class FastLanguageModel:
-    def from_pretrained(location, *, dtype, device_map, **_):
+    def from_pretrained(location, *, dtype, device_map, use_gradient_checkpointing, **_):
         from transformers import AutoModelForCausalLM
         return AutoModelForCausalLM.from_pretrained(location, dtype=dtype, device_map=device_map), None
 
