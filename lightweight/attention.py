@@ -6,7 +6,7 @@ window shorter than the row.
 
 transformers' own registries do it for the models that ask them. GPT-Neo's attention asks nobody: it uploads a constant
 in every forward, which waits for the host and cannot be captured, and holds the scores of all pairs in fp32. It is
-replaced here, exactly.
+replaced here, exactly, and so is OPT's, which scales its queries in two passes of their own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function, sdpa_mask
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
+from transformers.models.opt.modeling_opt import OPTAttention
 
 NAME = "lightweight"
 """What transformers' registries know this attention by."""
@@ -55,12 +56,11 @@ def install(model: PreTrainedModel) -> str | None:
     `model` is the bare transformers model, on its device. The check compares the logits of one short row.
     """
     row = torch.arange(1, 9, device=model.device).remainder(model.config.get_text_config().vocab_size).unsqueeze(0)
-    own, classes = model.config._attn_implementation, []
+    own = model.config._attn_implementation
+    classes = {module: type(module) for module in model.modules() if type(module) in REPLACED}
     expected = _logits(model, row)
-    for module in model.modules():
-        if type(module) is GPTNeoSelfAttention:
-            classes.append(module)
-            module.__class__ = _GPTNeoAttention
+    for module, theirs in classes.items():
+        module.__class__ = REPLACED[theirs]
     try:
         if classes:
             model.config._attn_implementation = NAME  # read where the mask is made
@@ -75,8 +75,8 @@ def install(model: PreTrainedModel) -> str | None:
             problem = "it does not ask transformers' AttentionInterface"
     if problem is None:
         return None
-    for module in classes:
-        module.__class__ = GPTNeoSelfAttention
+    for module, theirs in classes.items():
+        module.__class__ = theirs
     if not classes and model.config._attn_implementation != own:
         model.set_attn_implementation(own)
     model.config._attn_implementation = own
@@ -118,6 +118,38 @@ def _mask(*arguments: Any, **options: Any) -> torch.Tensor | None:
     return sdpa_mask(*arguments, **options)
 
 
+class _OPTAttention(OPTAttention):
+    """OPT's attention: queries are scaled by the kernel that reads them, not in a pass of their own. A power of two, as
+    for heads of 64, changes no digit of them."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        **_: Any,
+    ) -> Any:  # as it is there, which says three and returns two
+        """`hidden_states`: [rows, time, hidden]; `attention_mask`: [rows or 1, 1, time, time], True where seen."""
+        if past_key_values is not None:
+            raise NotImplementedError("the captured attention trains and keeps no cache: pass use_cache=False")
+        rows, time, _hidden = hidden_states.shape
+        query, key, value = (
+            projection(hidden_states).view(rows, time, self.num_heads, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        output = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=attention_mask is None,
+            scale=self.scaling,
+        )
+        return self.out_proj(output.transpose(1, 2).reshape(rows, time, self.embed_dim)), None
+
+
 AttentionInterface.register(NAME, sdpa_attention_forward)
 AttentionMaskInterface.register(NAME, _mask)
 
@@ -156,3 +188,7 @@ class _GPTNeoAttention(GPTNeoSelfAttention):
         )
         output = self.out_proj(output.transpose(1, 2).reshape(rows, time, self.embed_dim))
         return self.resid_dropout(output), None
+
+
+REPLACED: dict[type, type] = {GPTNeoSelfAttention: _GPTNeoAttention, OPTAttention: _OPTAttention}
+"""Attentions that are replaced, and by what."""

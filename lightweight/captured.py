@@ -192,9 +192,7 @@ class Job:
                 f"{type(self.network).__name__} keeps its own loss: its head is not the last thing it does"
             )
             self.chunks = False
-        self.compiled = self.device.type == "cuda" and (
-            self.trial.steps >= COMPILE_STEPS if self.step.compile is None else self.step.compile
-        )
+        self.compiled = self.device.type == "cuda" and compiles(self.step, self.trial.steps)
         # A compiler decides by itself what to keep, and autocast casts in the middle of what is one function here.
         if self.step.lean and not self.compiled and isinstance(self._autocast(), contextlib.nullcontext):
             self._lean = Lean(self.model)
@@ -540,6 +538,11 @@ def _learning_rates(trial: Trial, trainer: Trainer) -> list[float]:
         stand_in.step()
         scheduler.step()
     return rates
+
+
+def compiles(step: CapturedStep, steps: int) -> bool:
+    """Whether a job of that many optimizer steps is compiled: as `step` says, else where it earns its time back."""
+    return steps >= COMPILE_STEPS if step.compile is None else step.compile
 
 
 def what_cannot_be_captured(network: torch.nn.Module, step: Callable[[], None]) -> str | None:

@@ -212,6 +212,8 @@ def trace(trial: Trial, capability: Capability = HOPPER, paddings: tuple[Padding
     """
     if trial.method.captured_step is not None:
         raise ForecastError(f"{trial.name}: the captured step is not forecast, only steps that the Trainer runs")
+    if trial.method.library != "peft":
+        raise ForecastError(f"{trial.name}: {trial.method.library} is not forecast, only transformers and peft")
     config = models.configuration(trial.model)
     longest = getattr(config, "max_position_embeddings", None)
     if longest and 0 < longest < trial.max_length:

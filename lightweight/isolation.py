@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import time
@@ -16,11 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import ParamSpec, Self, TypeVar
 
-from lightweight import ranks, worker
+from lightweight import peer, ranks, worker
+from lightweight.process import log_of, redirect_output
 from lightweight.stock import Request
 from lightweight.trial import (
     Completed,
@@ -66,7 +69,7 @@ _forkserver.set_forkserver_preload(PRELOAD)
 def call(function: Callable[P, T], folder: Path, *args: P.args, **kwargs: P.kwargs) -> T:
     """`function(*args)` in a child of its own, its output going to a log in `folder`. Exceptions come through."""
     with ProcessPoolExecutor(
-        1, mp_context=_forkserver, initializer=worker.redirect_output, initargs=(folder / "log",)
+        1, mp_context=_forkserver, initializer=redirect_output, initargs=(folder / "log",)
     ) as executor:
         with _without_main():
             future = executor.submit(function, *args, **kwargs)
@@ -104,10 +107,8 @@ class Child:
         self._store = ranks.store() if len(self._ranks) > 1 else None
         try:
             for rank in self._ranks:
-                where = (
-                    {} if self._store is None else ranks.environment(rank.number, len(self._ranks), self._store.port)
-                )
-                rank.start(self.trial, self._folder, where)
+                port = None if self._store is None else self._store.port
+                rank.start(self.trial, self._folder, ranks.environment(rank.number, len(self._ranks), port))
             self._await(worker.Ready)
         except BaseException:
             self._stop()
@@ -244,15 +245,11 @@ class _Rank:
         self.measured = Measurements()
         self.phase: Phase = "start"
         self.is_dead = False
-        self._log = worker.log_of(number, folder)
+        self._log = log_of(number, folder)
 
     def start(self, trial: Trial, folder: Path, environment: Mapping[str, str]) -> None:
         self.connection, childs_end = _forkserver.Pipe()
-        self.process = _forkserver.Process(
-            target=worker.run,
-            args=(childs_end, trial, folder, time.monotonic(), environment),
-            daemon=True,
-        )
+        self.process = _process_for(trial, childs_end, folder, environment)
         with _without_main():
             self.process.start()
         childs_end.close()
@@ -314,6 +311,18 @@ def _waits_for_others(whereabouts: str) -> bool:
     send some, or waiting for a device that does."""
     innermost = next((line for line in whereabouts.splitlines() if line.lstrip().startswith("File ")), "")
     return any(part in innermost for part in ("torch/distributed/", "torch/autograd/", "torch/cuda/"))
+
+
+def _process_for(trial: Trial, connection: Connection, folder: Path, environment: Mapping[str, str]) -> BaseProcess:
+    """The process that runs `trial`, not started yet: a fork of the forkserver, or a fresh one for a library that must
+    come before what the forkserver has imported."""
+    if trial.method.library == "peft":
+        arguments = connection, trial, folder, time.monotonic(), environment
+        return _forkserver.Process(target=worker.run, args=arguments, daemon=True)
+    pickled = pickle.dumps(trial)
+    return multiprocessing.get_context("spawn").Process(
+        target=peer.run, args=(connection, pickled, folder, time.monotonic(), trial.device_index), daemon=True
+    )
 
 
 @contextmanager

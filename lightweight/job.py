@@ -37,6 +37,7 @@ from lightweight.meter import Meter
 from lightweight.methods import Method
 from lightweight.models import Model
 from lightweight.output import RECORD_NAME, Output, OutputError, step_of
+from lightweight.process import see_gpus
 from lightweight.stock import Request
 from lightweight.targets import CPU, NATIVE, Device, GiB, MiB, Target
 from lightweight.trial import (
@@ -111,7 +112,7 @@ def run(job: Job, progress: Callable[[str], None] = lambda text: None) -> Outcom
     _check_tracker(job.report_to)
     on_gpu = torch.cuda.is_available()
     if on_gpu and ranks.world_size() == 1:
-        worker.see_gpus(0, 1)
+        see_gpus(0, 1)
     device = worker.describe_device(ranks.local_rank()) if on_gpu else Device(name=f"{platform.machine()} CPU")
     try:
         target = _target(job.target, device, on_gpu)

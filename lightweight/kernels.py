@@ -1,5 +1,8 @@
-"""The captured step's own GPU kernels: a LoRA adapter in two passes over memory instead of nine, a softmax that becomes
-its own gradient, and norms and activations in one pass each.
+"""The captured step's own GPU kernels: a LoRA adapter in a few passes over memory instead of nine, a softmax
+that becomes its own gradient, a norm together with the sum it is taken of, and activations in one pass each.
+
+A small step is many small kernels: each takes some 2 us to begin and to end whatever it does, so that what can be one
+kernel is one.
 
 Dropout keeps no mask. Which elements fall follows from a seed on the device, so the backward pass draws the same
 numbers again while it has the elements in hand: a mask would cost a byte an element for as long as the forward pass
@@ -14,55 +17,96 @@ import triton
 import triton.language as tl
 
 COLUMNS = 128
-"""Columns of a tile. Every kernel walks over an input in tiles of this width: an element's random number follows from
+"""Columns of a tile. Every kernel walks over an input in tiles of one width: an element's random number follows from
 its row and its place among the tiles."""
 
 ROWS_OF_A_SHARE = 64
 """Rows that one program sums an adapter's gradient over; the shares are added in a fixed order, for a run to repeat."""
 
+NARROW = 1024
+"""Layers at most this wide have each pass of their adapter in one kernel, whose programs take whole rows: that spares
+launches. Over wider rows such a program waits for memory too long (H100: 35.6 against 33.9 ms a step of gpt-neo-1.3b),
+and products, which cuBLAS does best, and passes over memory are kernels of their own."""
+
+NARROW_TILE = {"rows": 16, "num_warps": 8}
+"""With tiles of 512 bytes a row, the fastest that were tried for opt-350m (H100); 16 rows are the fewest that a matrix
+unit takes."""
 
 ELEMENTS = 2048
 """Elements of one program of an activation."""
 
 
-def project(x: torch.Tensor, a: torch.Tensor, scaling: float, p: float, seed: torch.Tensor, site: int) -> torch.Tensor:
-    """`scaling * dropout(x) @ a.T`: [tokens, r] from `x` [tokens, in] and `a` [r, in], in one pass over `x`.
-
-    Which elements fall depends on `seed` (one int64 on the device, read when the kernel runs), on `site` and on their
-    place in `x` alone. 0 <= p < 1.
-    """
-    x, a = x.contiguous(), a.contiguous()
-    tokens, width = x.shape
-    projected = torch.empty(tokens, a.shape[0], dtype=x.dtype, device=x.device)
-    _project[(triton.cdiv(tokens, 16),)](
-        x, a, projected, seed, site, _threshold(p), scaling / (1 - p), tokens, width, a.shape[0],
-        drops=p > 0, rank=_padded(a.shape[0]), rows=16, columns=COLUMNS, num_stages=4,
-    )  # fmt: skip
-    return projected
-
-
-def project_backward(
-    grad: torch.Tensor,
+def add_adapter_(
+    y: torch.Tensor,
     x: torch.Tensor,
     a: torch.Tensor,
-    grad_x: torch.Tensor | None,
+    b: torch.Tensor,
     scaling: float,
     p: float,
     seed: torch.Tensor,
     site: int,
 ) -> torch.Tensor:
-    """The gradient of `a`, [r, in], given `grad` [tokens, r] of what `project` returned; adds that of `x` to `grad_x`
-    [tokens, in], contiguous, where there is one. `p`, `seed` and `site` as in the forward pass."""
-    grad, x, a = grad.contiguous(), x.contiguous(), a.contiguous()
+    """Add `scaling * dropout(x) @ a.T @ b.T` to `y` [tokens, out], whose rows may lie apart, given `x` [tokens, in],
+    `a` [r, in] and `b` [out, r]. Returns what `b` was multiplied with, [tokens, r].
+
+    Which elements fall depends on `seed` (one int64 on the device, read when the kernel runs), on `site` and on their
+    place in `x` alone. 0 <= p < 1.
+    """
+    x, a, b = x.contiguous(), a.contiguous(), b.contiguous()
     tokens, width = x.shape
-    shares = triton.cdiv(tokens, ROWS_OF_A_SHARE)
-    grad_a = torch.empty(shares, *a.shape, dtype=a.dtype, device=a.device)
-    _project_backward[(shares, triton.cdiv(width, COLUMNS))](
-        grad, x, a, x if grad_x is None else grad_x, grad_a, seed, site, _threshold(p), scaling / (1 - p), tokens,
-        width, a.shape[0], drops=p > 0, reaches_x=grad_x is not None, rank=_padded(a.shape[0]), share=ROWS_OF_A_SHARE,
-        rows=32, columns=COLUMNS,
+    inner = torch.empty(tokens, a.shape[0], dtype=x.dtype, device=x.device)
+    dropout = seed, site, _threshold(p), scaling / (1 - p)
+    if max(width, b.shape[0]) > NARROW:
+        _project[(triton.cdiv(tokens, 16),)](
+            x, a, inner, *dropout, tokens, width, a.shape[0],
+            drops=p > 0, rank=_padded(a.shape[0]), rows=16, columns=COLUMNS, num_stages=4,
+        )  # fmt: skip
+        y.addmm_(inner, b.t())
+    else:
+        _add_adapter[(triton.cdiv(tokens, NARROW_TILE["rows"]),)](
+            y, x, a, b, inner, *dropout, tokens, width, b.shape[0], y.stride(0), a.shape[0],
+            drops=p > 0, rank=_padded(a.shape[0]), columns=512 // x.element_size(), num_stages=4, **NARROW_TILE,
+        )  # fmt: skip
+    return inner
+
+
+def adapter_backward(
+    grad: torch.Tensor,
+    inner: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    grad_x: torch.Tensor | None,
+    scaling: float,
+    p: float,
+    seed: torch.Tensor,
+    site: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of `a` [r, in] and `b` [out, r], given `grad` [tokens, out] of the `y` that `add_adapter_` added to
+    and the `inner` that it returned; adds that of `x` to `grad_x` [tokens, in], contiguous, where there is one. `p`,
+    `seed` and `site` as in the forward pass."""
+    grad, x, a, b = grad.contiguous(), x.contiguous(), a.contiguous(), b.contiguous()
+    tokens, width = x.shape
+    dropout = seed, site, _threshold(p), scaling / (1 - p)
+    settings = {"drops": p > 0, "reaches_x": grad_x is not None, "rank": _padded(a.shape[0])}
+    if grad_x is None:
+        grad_x = x  # not written to
+    if max(width, b.shape[0]) > NARROW:
+        programs = triton.cdiv(tokens, ROWS_OF_A_SHARE), triton.cdiv(width, COLUMNS)
+        shares = torch.empty(programs[0], *a.shape, dtype=a.dtype, device=a.device)
+        _project_backward[programs](
+            grad @ b, x, a, grad_x, shares, *dropout, tokens, width, a.shape[0],
+            share=ROWS_OF_A_SHARE, rows=32, columns=COLUMNS, **settings,
+        )  # fmt: skip
+        return shares.sum(0), grad.t() @ inner
+    programs = triton.cdiv(tokens, NARROW_TILE["rows"])
+    shares = torch.empty(programs, a.numel() + b.numel(), dtype=a.dtype, device=a.device)
+    _adapter_backward[(programs,)](
+        grad, inner, x, a, b, grad_x, shares, *dropout, tokens, width, b.shape[0], a.shape[0],
+        columns=512 // x.element_size(), num_stages=3, **settings, **NARROW_TILE,
     )  # fmt: skip
-    return grad_a.sum(0)
+    grad_a, grad_b = shares.sum(0).split([a.numel(), b.numel()])
+    return grad_a.view_as(a), grad_b.view_as(b)
 
 
 def cross_entropy_(logits: torch.Tensor, vocabulary: int, targets: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -105,12 +149,67 @@ def norm_backward(
     return grad_x
 
 
+def add_norm(
+    branch: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    p: float,
+    seed: torch.Tensor,
+    site: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Layer norm over the last axis of `residual + dropout(branch)`; that sum; and its statistics as `norm` has them.
+    Dropout as in `add_adapter_`."""
+    branch, residual = branch.contiguous(), residual.contiguous()
+    width = branch.shape[-1]
+    rows = branch.numel() // width
+    result, total = torch.empty_like(branch), torch.empty_like(branch)
+    statistics = torch.empty(rows, 2, device=branch.device)
+    _add_norm[(rows,)](
+        branch, residual, weight, weight if bias is None else bias, result, total, statistics, eps, seed, site,
+        _threshold(p), 1 / (1 - p), width, drops=p > 0, biased=bias is not None, columns=_whole(width),
+    )  # fmt: skip
+    return result, total, statistics
+
+
+def add_norm_backward(
+    grads: list[torch.Tensor],
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    statistics: torch.Tensor,
+    p: float,
+    seed: torch.Tensor,
+    site: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of `add_norm`'s `branch` and `residual`, given those of its result, one or two to be added."""
+    first, second = grads[0].contiguous(), grads[-1].contiguous()
+    total = total.contiguous()
+    width = total.shape[-1]
+    grad_residual = torch.empty_like(total)
+    grad_branch = torch.empty_like(total) if p else grad_residual
+    _add_norm_backward[(total.numel() // width,)](
+        first, second, total, weight, statistics, grad_branch, grad_residual, seed, site, _threshold(p), 1 / (1 - p),
+        width, drops=p > 0, two=len(grads) == 2, columns=_whole(width),
+    )  # fmt: skip
+    return grad_branch, grad_residual
+
+
 def relu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """ReLU of `x` and where `x` is positive, a bool an element."""
+    """ReLU of `x` and where `x` is positive, for `relu_backward`: a bit an element."""
     x = x.contiguous()
-    result, positive = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
-    _relu[(triton.cdiv(x.numel(), ELEMENTS),)](x, result, positive.view(torch.int8), x.numel(), elements=ELEMENTS)
+    result = torch.empty_like(x)
+    positive = torch.empty(triton.cdiv(x.numel(), 8), dtype=torch.uint8, device=x.device)
+    _relu[(triton.cdiv(x.numel(), ELEMENTS),)](x, result, positive, x.numel(), elements=ELEMENTS)
     return result, positive
+
+
+def relu_backward(grad: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
+    """The gradient of `relu`'s `x`, given that of its result and the bits it returned beside it."""
+    grad = grad.contiguous()
+    result = torch.empty_like(grad)
+    _relu_backward[(triton.cdiv(grad.numel(), ELEMENTS),)](grad, positive, result, grad.numel(), elements=ELEMENTS)
+    return result
 
 
 def gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -133,6 +232,11 @@ def gate_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> t
 def _threshold(p: float) -> int:
     """A 16-bit random number below this lets its element fall."""
     return round(p * 2**16)
+
+
+def _whole(width: int) -> int:
+    """Columns of a tile that holds a whole row, with room for one draw of random numbers."""
+    return max(8, int(triton.next_power_of_2(width)))
 
 
 def _padded(rank: int) -> int:
@@ -215,6 +319,81 @@ def _project_backward(  # type: ignore[no-untyped-def]
     tl.store(grad_a + first + unit[:, None] * width + column[None, :], total * scale, mask=there)
 
 
+@triton.jit(do_not_specialize=["site", "threshold", "tokens", "rank_"])  # type: ignore[untyped-decorator]
+def _add_adapter(  # type: ignore[no-untyped-def]
+    y, x, a, b, inner, seed, site, threshold, scale, tokens, width, out, stride, rank_,
+    drops: tl.constexpr, rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    unit = tl.arange(0, rank)
+    start = row[:, None].to(tl.int64) * width
+    total = tl.zeros((rows, rank), dtype=tl.float32)
+    key = tl.load(seed) + site
+    for tile in range(0, tl.cdiv(width, columns)):
+        column = tile * columns + tl.arange(0, columns)
+        inside = (row[:, None] < tokens) & (column[None, :] < width)
+        value = tl.load(x + start + column[None, :], mask=inside, other=0.0)
+        if drops:
+            value = tl.where(_kept(key, row, tile, width, threshold, columns), value, 0.0).to(x.dtype.element_ty)
+        there = (unit[None, :] < rank_) & (column[:, None] < width)
+        weight = tl.load(a + unit[None, :] * width + column[:, None], mask=there, other=0.0)
+        total = tl.dot(value, weight, total, input_precision="ieee")
+    projected = (total * scale).to(x.dtype.element_ty)
+    here = (row[:, None] < tokens) & (unit[None, :] < rank_)
+    tl.store(inner + row[:, None] * rank_ + unit[None, :], projected, mask=here)
+    begin = row[:, None].to(tl.int64) * stride
+    for tile in range(0, tl.cdiv(out, columns)):
+        reached = tile * columns + tl.arange(0, columns)
+        known = (unit[:, None] < rank_) & (reached[None, :] < out)
+        spread = tl.load(b + reached[None, :] * rank_ + unit[:, None], mask=known, other=0.0)
+        within = (row[:, None] < tokens) & (reached[None, :] < out)
+        before = tl.load(y + begin + reached[None, :], mask=within, other=0.0).to(tl.float32)
+        tl.store(y + begin + reached[None, :], tl.dot(projected, spread, before, input_precision="ieee"), mask=within)
+
+
+@triton.jit(do_not_specialize=["site", "threshold", "tokens", "rank_"])  # type: ignore[untyped-decorator]
+def _adapter_backward(  # type: ignore[no-untyped-def]
+    grad, inner, x, a, b, grad_x, shares, seed, site, threshold, scale, tokens, width, out, rank_,
+    drops: tl.constexpr, reaches_x: tl.constexpr, rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    unit = tl.arange(0, rank)
+    here = (row[:, None] < tokens) & (unit[None, :] < rank_)
+    projected = tl.load(inner + row[:, None] * rank_ + unit[None, :], mask=here, other=0.0)
+    share_a = shares + tl.program_id(0).to(tl.int64) * (rank_ * (width + out))
+    share_b = share_a + rank_ * width
+    total = tl.zeros((rows, rank), dtype=tl.float32)
+    begin = row[:, None].to(tl.int64) * out
+    for tile in range(0, tl.cdiv(out, columns)):
+        reached = tile * columns + tl.arange(0, columns)
+        within = (row[:, None] < tokens) & (reached[None, :] < out)
+        change = tl.load(grad + begin + reached[None, :], mask=within, other=0.0)
+        known = (reached[:, None] < out) & (unit[None, :] < rank_)
+        at = reached[:, None] * rank_ + unit[None, :]
+        total = tl.dot(change, tl.load(b + at, mask=known, other=0.0), total, input_precision="ieee")
+        tl.store(share_b + at, tl.dot(tl.trans(change), projected, input_precision="ieee"), mask=known)
+    inner_grad = total.to(x.dtype.element_ty)
+    key = tl.load(seed) + site
+    start = row[:, None].to(tl.int64) * width
+    for tile in range(0, tl.cdiv(width, columns)):
+        column = tile * columns + tl.arange(0, columns)
+        inside = (row[:, None] < tokens) & (column[None, :] < width)
+        value = tl.load(x + start + column[None, :], mask=inside, other=0.0)
+        if drops:
+            kept = _kept(key, row, tile, width, threshold, columns)
+            value = tl.where(kept, value, 0.0).to(x.dtype.element_ty)
+        there = (unit[:, None] < rank_) & (column[None, :] < width)
+        place = unit[:, None] * width + column[None, :]
+        tl.store(share_a + place, tl.dot(tl.trans(inner_grad), value, input_precision="ieee") * scale, mask=there)
+        if reaches_x:
+            weight = tl.load(a + place, mask=there, other=0.0)
+            change_x = tl.dot(inner_grad, weight, input_precision="ieee") * scale
+            if drops:
+                change_x = tl.where(kept, change_x, 0.0)
+            before = tl.load(grad_x + start + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            tl.store(grad_x + start + column[None, :], before + change_x, mask=inside)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _cross_entropy(  # type: ignore[no-untyped-def]
     logits, targets, scales, losses, vocabulary, stride, columns: tl.constexpr
@@ -281,12 +460,76 @@ def _norm_backward(  # type: ignore[no-untyped-def]
     tl.store(grad_x + place, result * factor, mask=inside)
 
 
+@triton.jit(do_not_specialize=["site", "threshold"])  # type: ignore[untyped-decorator]
+def _add_norm(  # type: ignore[no-untyped-def]
+    branch, residual, weight, bias, result, sums, statistics, eps, seed, site, threshold, factor_kept, width,
+    drops: tl.constexpr, biased: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) + tl.arange(0, 1)
+    column = tl.arange(0, columns)[None, :]
+    inside = column < width
+    place = row[:, None].to(tl.int64) * width + column
+    added = tl.load(branch + place, mask=inside, other=0.0).to(tl.float32)
+    if drops:
+        added = tl.where(_kept(tl.load(seed) + site, row, 0, width, threshold, columns), added * factor_kept, 0.0)
+    value = tl.load(residual + place, mask=inside, other=0.0).to(tl.float32) + added
+    value = value.to(sums.dtype.element_ty)  # as it is kept: the norm is computed again from that
+    tl.store(sums + place, value, mask=inside)
+    value = value.to(tl.float32)
+    mean = tl.sum(value, 1) / width
+    centre = tl.where(inside, value - mean[:, None], 0.0)
+    factor = 1 / tl.sqrt(tl.sum(centre * centre, 1) / width + eps)
+    scaled = centre * factor[:, None] * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if biased:
+        scaled += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(result + place, scaled, mask=inside)
+    tl.store(statistics + 2 * row, mean)
+    tl.store(statistics + 2 * row + 1, factor)
+
+
+@triton.jit(do_not_specialize=["site", "threshold"])  # type: ignore[untyped-decorator]
+def _add_norm_backward(  # type: ignore[no-untyped-def]
+    first, second, sums, weight, statistics, grad_branch, grad_residual, seed, site, threshold, factor_kept, width,
+    drops: tl.constexpr, two: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) + tl.arange(0, 1)
+    column = tl.arange(0, columns)[None, :]
+    inside = column < width
+    place = row[:, None].to(tl.int64) * width + column
+    mean, factor = tl.load(statistics + 2 * row)[:, None], tl.load(statistics + 2 * row + 1)[:, None]
+    normal = tl.where(inside, (tl.load(sums + place, mask=inside, other=0.0).to(tl.float32) - mean) * factor, 0.0)
+    change = tl.load(first + place, mask=inside, other=0.0).to(tl.float32)
+    if two:
+        change += tl.load(second + place, mask=inside, other=0.0).to(tl.float32)
+    change *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    grad = change - normal * (tl.sum(change * normal, 1)[:, None] / width) - tl.sum(change, 1)[:, None] / width
+    grad *= factor
+    tl.store(grad_residual + place, grad, mask=inside)
+    if drops:
+        kept = _kept(tl.load(seed) + site, row, 0, width, threshold, columns)
+        tl.store(grad_branch + place, tl.where(kept, grad * factor_kept, 0.0), mask=inside)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _relu(x, result, positive, count, elements: tl.constexpr):  # type: ignore[no-untyped-def]
-    place = tl.program_id(0).to(tl.int64) * elements + tl.arange(0, elements)
+    first = tl.program_id(0).to(tl.int64) * elements
+    place = first + tl.arange(0, elements)
     value = tl.load(x + place, mask=place < count, other=0.0)
     tl.store(result + place, tl.where(value < 0, 0.0, value), mask=place < count)  # as torch does, NaN stays NaN
-    tl.store(positive + place, (value > 0).to(tl.int8), mask=place < count)
+    bits = tl.reshape((value > 0).to(tl.int32), (elements // 8, 8)) << tl.arange(0, 8)[None, :]
+    byte = first // 8 + tl.arange(0, elements // 8)
+    tl.store(positive + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte < tl.cdiv(count, 8))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _relu_backward(grad, positive, result, count, elements: tl.constexpr):  # type: ignore[no-untyped-def]
+    first = tl.program_id(0).to(tl.int64) * elements
+    place = first + tl.arange(0, elements)
+    value = tl.load(grad + place, mask=place < count, other=0.0)
+    byte = first // 8 + tl.arange(0, elements // 8)
+    bits = tl.load(positive + byte, mask=byte < tl.cdiv(count, 8), other=0).to(tl.int32)
+    kept = tl.reshape((bits[:, None] >> tl.arange(0, 8)[None, :]) & 1, (elements,))
+    tl.store(result + place, tl.where(kept != 0, value, 0.0), mask=place < count)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -22,6 +22,7 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from torch.nn.functional import gelu, layer_norm, linear, rms_norm, silu
 from transformers.activations import NewGELUActivation, SiLUActivation
+from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 try:
     from lightweight import kernels
@@ -59,6 +60,9 @@ class Lean:
         for module in model.modules() if adapted else ():
             if _is_gated(module):
                 self._change(module, functools.partial(_gated, module))
+            elif _is_post_norm_opt(module):
+                self._change(module, functools.partial(_post_norm_opt, module, self._seed, site))
+                site += 2
             elif not any(parameter.requires_grad for parameter in module.parameters()) and (
                 forward := _forward_of(module, widths)
             ):
@@ -244,8 +248,9 @@ class _Projections(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         """x: [..., in]; seed: one number; `tensors`: a [r, in] and b [out, r] of each adapter, then the sources. x is
         `function(*sources)` where there is one."""
-        flat, kept = x.reshape(-1, x.shape[-1]), []
+        flat = x.reshape(-1, x.shape[-1])
         outputs: list[torch.Tensor]
+        kept: list[torch.Tensor | None] = []
         if joint is not None:
             outputs = list(linear(x, joint.weight, joint.bias).split(joint.widths, -1))
         else:  # each by its own forward pass, whatever stands in for it
@@ -254,9 +259,7 @@ class _Projections(torch.autograd.Function):
         for projection, y in zip(projections, outputs, strict=True):
             if projection.adapter:
                 a, b = next(weights), next(weights)
-                inner, mask = _project(flat, a, projection, seed)
-                y.view(-1, y.shape[-1]).addmm_(inner, b.t())
-                kept += [inner, mask]
+                kept += _add_adapter_(y.view(-1, y.shape[-1]), flat, a, b, projection, seed)
         ctx.save_for_backward(seed, *tensors, *kept)
         ctx.settings = projections, function, len(tensors), x.shape
         ctx.set_materialize_grads(False)
@@ -286,46 +289,56 @@ class _Projections(torch.autograd.Function):
             if grad is None:
                 adapter_grads += [None, None]
                 continue
-            adapter_grads += [_project_backward(grad @ b, x, a, grad_x, projection, seed, mask), grad.t() @ inner]
+            adapter_grads += _adapter_backward(grad, inner, x, a, b, grad_x, projection, seed, mask)
         grad_x = None if grad_x is None else grad_x.view(shape)
         return grad_x, None, None, None, None, *adapter_grads, *(None,) * len(sources)
 
 
-def _project(
-    x: torch.Tensor, a: torch.Tensor, projection: _Projection, seed: torch.Tensor
+def _add_adapter_(
+    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, projection: _Projection, seed: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """scaling * dropout(x) @ a.T, [tokens, r], and dropout's mask where it must be kept."""
+    """Add scaling * dropout(x) @ a.T @ b.T to y, [tokens, out]; return what b was multiplied with, [tokens, r], and
+    dropout's mask where it must be kept."""
     if kernels is not None and x.is_cuda:
-        return kernels.project(x, a, projection.scaling, projection.p, seed, projection.site), None
-    mask = None
-    if projection.p:
-        x, mask = torch.native_dropout(x, projection.p, True)
-    return (x @ a.t()).mul_(projection.scaling), mask
+        site, p = projection.site, projection.p
+        return kernels.add_adapter_(y, x, a, b, projection.scaling, p, seed, site), None
+    x, mask = _dropout(x, projection.p)
+    inner = (x @ a.t()).mul_(projection.scaling)
+    y.addmm_(inner, b.t())
+    return inner, mask
 
 
-def _project_backward(
+def _adapter_backward(
     grad: torch.Tensor,
+    inner: torch.Tensor,
     x: torch.Tensor,
     a: torch.Tensor,
+    b: torch.Tensor,
     grad_x: torch.Tensor | None,
     projection: _Projection,
     seed: torch.Tensor,
     mask: torch.Tensor | None,
-) -> torch.Tensor:
-    """The gradient of `a`, given that of `_project`'s result, [tokens, r]; adds that of `x` to `grad_x`."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of `a` and `b`, given that of `_add_adapter_`'s y and what it returned; adds that of x to
+    `grad_x`."""
     if kernels is not None and x.is_cuda:
-        return kernels.project_backward(grad, x, a, grad_x, projection.scaling, projection.p, seed, projection.site)
-
-    def dropout(tensor: torch.Tensor) -> torch.Tensor:
-        if mask is None:
-            return tensor
-        kept: torch.Tensor = torch.ops.aten.native_dropout_backward(tensor, mask, 1 / (1 - projection.p))
-        return kept
-
-    grad = grad * projection.scaling
+        site, p = projection.site, projection.p
+        return kernels.adapter_backward(grad, inner, x, a, b, grad_x, projection.scaling, p, seed, site)
+    reached = (grad @ b) * projection.scaling
     if grad_x is not None:
-        grad_x += dropout(grad @ a)
-    return grad.t() @ dropout(x)
+        grad_x += _dropout_backward(reached @ a, mask, projection.p)
+    return reached.t() @ _dropout_backward(x, mask, projection.p), grad.t() @ inner
+
+
+def _dropout(x: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return torch.native_dropout(x, p, True) if p else (x, None)
+
+
+def _dropout_backward(x: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
+    if mask is None:
+        return x
+    kept: torch.Tensor = torch.ops.aten.native_dropout_backward(x, mask, 1 / (1 - p))
+    return kept
 
 
 def _weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -379,9 +392,86 @@ class _Relu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:
         (positive,) = ctx.saved_tensors
-        # their product, by the kernel that reads a mask of bytes eight at a time
-        grad: torch.Tensor = torch.ops.aten.native_dropout_backward(grad_output, positive, 1.0)
+        if kernels is not None and grad_output.is_cuda:
+            return kernels.relu_backward(grad_output, positive)
+        grad: torch.Tensor = grad_output * positive
         return grad
+
+
+def _is_post_norm_opt(module: Any) -> bool:
+    """An OPT layer that norms the sum of a branch and what goes past it, as opt-350m alone does."""
+    if type(module) is not OPTDecoderLayer or module.do_layer_norm_before:
+        return False
+    return bool(module.self_attn_layer_norm.elementwise_affine and module.final_layer_norm.elementwise_affine)
+
+
+def _post_norm_opt(
+    module: Any, seed: torch.Tensor, site: int, hidden_states: torch.Tensor, attention_mask: Any = None, **options: Any
+) -> torch.Tensor:
+    """The layer's forward pass, [rows, time, hidden], with dropout, sum and norm as one; dropout's numbers are drawn
+    with `site` and the one after it."""
+    p = module.dropout if module.training else 0.0
+    past = getattr(hidden_states, "past", hidden_states)
+    branch, _ = module.self_attn(hidden_states=hidden_states, attention_mask=attention_mask, **options)
+    hidden_states, past = _add_norm(branch, past, module.self_attn_layer_norm, p, seed, site)
+    branch = module.fc2(module.activation_fn(module.fc1(hidden_states)))
+    hidden_states, past = _add_norm(branch, past, module.final_layer_norm, p, seed, site + 1)
+    hidden_states.past = past  # type: ignore[attr-defined]
+    return hidden_states
+
+
+def _add_norm(
+    branch: torch.Tensor, past: torch.Tensor, norm: torch.nn.LayerNorm, p: float, seed: torch.Tensor, site: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`norm` of past + dropout(branch), twice: for the next branch and for what goes past it, so that the gradients of
+    both are added where they are used."""
+    result, past, total = _AddNorm.apply(branch, past, norm.weight, norm.bias, norm.eps, p, seed, site)  # type: ignore[no-untyped-call]
+    result.recipe = (functools.partial(_norm, norm.weight, norm.bias, norm.eps, True), (total,))
+    return result, past
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        branch: torch.Tensor,
+        past: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        eps: float,
+        p: float,
+        seed: torch.Tensor,
+        site: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if kernels is not None and branch.is_cuda:
+            mask = None
+            result, total, statistics = kernels.add_norm(branch, past, weight, bias, eps, p, seed, site)
+        else:
+            kept, mask = _dropout(branch, p)
+            total = past + kept
+            result, mean, factor = torch.native_layer_norm(total, weight.shape, weight, bias, eps)
+            statistics = torch.cat([mean, factor], -1)
+        ctx.save_for_backward(total, weight, statistics, seed, mask)
+        ctx.settings = p, site
+        ctx.mark_non_differentiable(total)
+        ctx.set_materialize_grads(False)
+        return result, result.detach(), total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        total, weight, statistics, seed, mask = ctx.saved_tensors
+        p, site = ctx.settings
+        grads = [grad for grad in grad_outputs[:2] if grad is not None]
+        if kernels is not None and total.is_cuda:
+            grad_branch, grad_past = kernels.add_norm_backward(grads, total, weight, statistics, p, seed, site)
+        else:
+            mean, factor = (part.contiguous() for part in statistics.split(1, -1))
+            ends = [True, False, False]
+            grad_past, *_ = torch.ops.aten.native_layer_norm_backward(
+                sum(grads), total, weight.shape, mean, factor, weight, None, ends
+            )
+            grad_branch = _dropout_backward(grad_past, mask, p)
+        return grad_branch, grad_past, *(None,) * 6
 
 
 def _is_gated(module: Any) -> bool:

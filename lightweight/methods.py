@@ -57,7 +57,9 @@ class Method:
     `training_arguments` override transformers' `TrainingArguments`; mixed precision (`fp16`, `bf16`), batch size,
     accumulation and gradient checkpointing are said there. Everything not said is the Trainer's default: AdamW,
     learning rate 5e-5, linear decay. `step` is what runs an optimizer step: HF `Trainer`, or the captured step, whose
-    parts a `CapturedStep` switches.
+    parts a `CapturedStep` switches. `library` is what loads the network and puts its adapter on: transformers with
+    peft, or a peer of theirs, which then trains by the Trainer's steps. Raises ValueError for a peer that the method's
+    other parts leave nothing to do.
     """
 
     name: str
@@ -66,6 +68,11 @@ class Method:
     weights_dtype: Literal["float32", "float16", "bfloat16", "half"] = "float32"
     training_arguments: Mapping[str, Any] = field(default_factory=dict)
     step: Literal["trainer", "captured"] | CapturedStep = "trainer"
+    library: Literal["peft", "unsloth"] = "peft"
+
+    def __post_init__(self) -> None:
+        if self.library == "unsloth" and not (self.step == "trainer" and isinstance(self.adapter, peft.LoraConfig)):
+            raise ValueError(f"method {self.name}: unsloth trains LoRA by the Trainer's steps: give it both, or peft")
 
     @property
     def precision(self) -> Precision:

@@ -98,6 +98,20 @@ SMOLLM2_135M = Model(
         "max_position_embeddings": 8192,
     },
 )
+TINYLLAMA_1_1B = Model(
+    name="tinyllama-1.1b",
+    source="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    architecture={
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+        "max_position_embeddings": 2048,
+    },
+)
 # Small twins: the same classes and the same quirks, small enough to train on two CPU cores in seconds.
 OPT_TINY = Model(
     name="opt-tiny",
@@ -127,7 +141,7 @@ GPT_NEO_TINY = Model(
     },
 )
 
-MODELS = {model.name: model for model in (OPT_350M, GPT_NEO_1_3B, SMOLLM2_135M, OPT_TINY, GPT_NEO_TINY)}
+MODELS = {model.name: model for model in (OPT_350M, GPT_NEO_1_3B, SMOLLM2_135M, TINYLLAMA_1_1B, OPT_TINY, GPT_NEO_TINY)}
 
 
 def named(text: str) -> Model:

@@ -134,6 +134,7 @@ def settings(trial: Trial) -> Entry:
         "adapter": None if method.adapter is None else _plain(method.adapter.to_dict()),
         "quantization": None if method.quantization is None else _plain(method.quantization.to_dict()),
         "training_arguments": _plain(method.training_arguments),
+        "library": method.library,
         "captured_step": None if method.captured_step is None else _plain(dataclasses.asdict(method.captured_step)),
         "corpus_digest": trial.corpus.digest,
         "elsewhere_digest": trial.corpus.elsewhere_digest,
@@ -177,7 +178,7 @@ def entry(trial: Trial, outcome: Outcome, device: Device, forecast: Forecast | N
         "device": device.name,
         "device_bytes": device.total_bytes,
         "device_driver": device.driver,
-        "versions": versions(),
+        "versions": versions() if trial.method.library == "peft" else versions(trial.method.library),
     }
 
 
@@ -205,10 +206,10 @@ def steady_step_seconds(step_seconds: tuple[float, ...], steps_per_epoch: int) -
     return statistics.median(steady) if steady else None
 
 
-def versions() -> dict[str, str | None]:
-    """Installed versions of what a result depends on."""
+def versions(*others: str) -> dict[str, str | None]:
+    """Installed versions of what a result depends on, and of `others`."""
     found: dict[str, str | None] = {"lightweight": __version__}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *others):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -41,6 +41,12 @@ RANDOM, EMULATED, HOST = "[r]", "[e]", "[h]"
 RUNG = "::test_a_rung_"
 """What the tests are called whose cells are the rungs of a ladder, from its bottom to its top."""
 
+PEER = "::test_a_peer_"
+"""What the test is called whose cells are told beside each other as what a user could pick."""
+
+PRODUCTS_A_SECOND = {"H100": 735e12, "H200": 788e12}
+"""FLOP/s of an 8192 x 8192 x 8192 bf16 product on random data, measured; by a word of the device's name."""
+
 NO_WORSE_NOTE = (
     "Losses in nats a token, means over seeds. In brackets the two-sided 90 % t-interval over seeds, differences taken "
     f"from the baseline of the same seed; no worse: all of it below the margin of {no_worse.MARGIN} nats. Elsewhere: "
@@ -113,7 +119,7 @@ def tables(runs: Sequence[Run]) -> list[Table]:
     """Every table that has rows, results first."""
     entries = newest(runs)
     told = main_cells(entries)
-    elsewhere = [*told, *(rung for ladder in ladders(entries) for rung in ladder)]
+    elsewhere = [*told, *(rung for ladder in ladders(entries) for rung in ladder), *_peers(entries)]
     others = [entry for entry in entries if not any(entry is cell for cell in elsewhere)]
     made = [
         results(told),
@@ -122,6 +128,7 @@ def tables(runs: Sequence[Run]) -> list[Table]:
         speedups(told),
         memory_by_cause(told, forecasts(runs)),
         *(ladder(rungs, number) for number, rungs in enumerate(ladders(entries))),
+        peers(entries),
         frontier(runs),
         history(runs),
         results(others, key="others", title="Shorter trials, other shapes, and budgets made for a check"),
@@ -157,6 +164,10 @@ def main_cells(entries: Sequence[Entry]) -> list[Entry]:
         if _planned(entry) == longest[_cell(entry)]
         and (_is_an_epoch(entry) or entry["model"] not in whole_jobs or (entry["model"], entry["method"]) in ended)
     ]
+
+
+def _peers(entries: Sequence[Entry]) -> list[Entry]:
+    return [entry for entry in entries if PEER in (entry.get("test") or "")]
 
 
 def ladders(entries: Sequence[Entry]) -> list[list[Entry]]:
@@ -224,8 +235,8 @@ def _is_an_epoch(entry: Entry) -> bool:
 
 
 def _on_cards(entries: Sequence[Entry]) -> list[Entry]:
-    """Those of `entries` that are no rung and ran on a card, not under a budget that a test made up."""
-    rungs = [rung for ladder in ladders(entries) for rung in ladder]
+    """Those of `entries` that are no rung and no peer and ran on a card, not under a budget that a test made up."""
+    rungs = [*(rung for ladder in ladders(entries) for rung in ladder), *_peers(entries)]
     return [entry for entry in entries if not any(entry is rung for rung in rungs) and is_card(entry["target"])]
 
 
@@ -532,6 +543,55 @@ def ladder(rungs: Sequence[Entry], number: int = 0) -> Table:
         entries=rungs,
         notes=["Steps are medians after the first epoch, compared per token."],
     )
+
+
+def peers(entries: Sequence[Entry]) -> Table:
+    """What a user could pick: the same rows, weights and adapter through each library and the captured step."""
+    of = _peers(entries)
+    rows = []
+    for entry in of:
+        alike = [other for other in of if all(other[key] == entry[key] for key in SAME_BASELINE)]
+        slowest = max(alike, key=lambda other: other["steady_step_seconds"] or 0.0)
+        ratio = step_ratio(slowest, entry)
+        library = (
+            f"{entry.get('library') or 'peft'} {(entry['versions'] or {}).get(entry.get('library') or 'peft') or ''}"
+        )
+        bound = _products_seconds(entry)
+        rows.append(
+            [
+                entry["model"],
+                entry["method"],
+                "the captured step" if entry.get("captured_step") else library.strip(),
+                outcome(entry),
+                _step(entry["steady_step_seconds"]) if entry["outcome"] == "completed" else "-",
+                "-" if ratio is None else f"{ratio:.2f}x",
+                "-" if bound is None else _step(bound),
+                memory(entry),
+                _duration(entry["cold_seconds"]) if entry["cold_seconds"] else "-",
+            ]
+        )
+    columns = ["model", "method", "by", "outcome", "step", "as fast", "products alone", "peak memory", "total"]
+    return Table(
+        key="peers",
+        title="What a user could pick instead",
+        columns=columns,
+        aligned="llllrrrrr",
+        rows=rows,
+        entries=of,
+        notes=[
+            "As fast: against the slowest of a model. Products alone: 4 x parameters x tokens FLOP at the rate of a "
+            "large product on the same kind of card. Total: from the child's start to the saved adapter, with its "
+            "imports where a library needs a fresh interpreter."
+        ],
+    )
+
+
+def _products_seconds(entry: Entry) -> float | None:
+    """What the products of a LoRA step would take alone: forward, and backward to the inputs."""
+    rate = next((rate for word, rate in PRODUCTS_A_SECOND.items() if word in entry["device"]), None)
+    if rate is None or not entry.get("parameters") or not entry["tokens_per_step"]:
+        return None
+    return float(4 * entry["parameters"] * entry["tokens_per_step"] / rate)
 
 
 def step_ratio(below: Entry, rung: Entry) -> float | None:

@@ -51,6 +51,8 @@ class Trial:
                 f"method {self.method.name} trains {self.method.sequences_per_step} sequences a step, which "
                 f"{self.world_size} ranks cannot share: take 1 to {self.method.sequences_per_step}, or larger batches"
             )
+        if self.world_size > 1 and self.method.library != "peft":
+            raise ValueError(f"method {self.method.name}: {self.method.library} trains on one GPU: leave it out")
         if self.method.uses_bf16 and not self.target.bf16:
             raise ValueError(
                 f"method {self.method.name} computes in bf16, which target {self.target.name} does not have: "

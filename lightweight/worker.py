@@ -23,8 +23,9 @@ from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, 
 import torch
 import transformers
 
-from lightweight import attention, captured, corpus, models, ranks, stock
+from lightweight import attention, captured, corpus, models, peer, ranks, stock
 from lightweight.meter import DivergedError, Meter
+from lightweight.process import log_of, redirect_output, see_gpus
 from lightweight.stock import Request, Rounds, Row
 from lightweight.targets import Device, GiB, MiB
 from lightweight.trial import Completed, Crashed, Diverged, Measurements, Outcome, OutOfMemory, Phase, Trial
@@ -78,14 +79,6 @@ def describe_device(index: int) -> Device:
     )
 
 
-def see_gpus(first: int, count: int) -> None:
-    """Leave this process only the `count` GPUs from number `first` on among the visible ones, before CUDA is
-    initialised: one rank, one GPU, where the Trainer would spread over every GPU it sees."""
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    chosen = [visible[index] if visible else str(index) for index in range(first, first + count)]
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
-
-
 def take_device(trial: Trial) -> torch.device:
     """The device of this process's rank of `trial`, from now on CUDA's current one."""
     if trial.device_index is None:
@@ -94,19 +87,6 @@ def take_device(trial: Trial) -> torch.device:
     if trial.world_size > 1:
         torch.cuda.set_device(device)
     return device
-
-
-def redirect_output(path: Path) -> None:
-    """Send this process's stdout and stderr, file descriptors included, to `path`."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
-
-
-def log_of(rank: int, folder: Path) -> Path:
-    """Where what the libraries of `rank` write goes."""
-    return folder / (f"log-{rank}" if rank else "log")
 
 
 def run(
@@ -248,6 +228,8 @@ def build(trial: Trial, device: torch.device) -> torch.nn.Module:
     to fp32, unless it asks for them. One that is going to be sharded stays in the host's memory until then, but for
     4-bit weights, which are made on the device."""
     method, step = trial.running_method, trial.method.captured_step
+    if method.library == "unsloth":
+        return peer.build(trial, device)
     if trial.is_sharded and method.quantization is None:
         device = torch.device("cpu")
     network = models.load(trial.model, getattr(torch, method.weights_dtype), device, method.quantization)

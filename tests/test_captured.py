@@ -361,6 +361,31 @@ def test_the_schedule_does_not_move_on_a_skipped_step(trial, tmp_path):
         assert optimizer._taken.item() == taken
 
 
+@pytest.mark.parametrize(
+    ("asked", "steps", "compiled"),
+    [(None, 5_999, False), (None, 6_000, True), (True, 1, True), (False, 1_000_000, False)],
+)
+def test_a_job_is_compiled_where_it_is_long_enough_or_asked_for(asked, steps, compiled):
+    assert captured.compiles(CapturedStep(compile=asked), steps) == compiled
+
+
+def test_a_loss_scale_changes_no_step_and_skips_one_that_overflows(trial, tmp_path):
+    """As fp16 has it on a GPU: fused AdamW takes the scale and whether something overflowed, all on the device."""
+    trial = replace(trial, method=without_dropout(trial.method))
+    plain, scaled = (job_of(trial, tmp_path / name) for name in ("plain", "scaled"))
+    scaled._optimizer._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for layout in plain.epochs[0][:3]:
+        plain._run(layout)
+        scaled._run(layout)
+    before = [weight.detach().clone() for weight in scaled._optimizer.weights]
+    for found, expected in zip(before, plain._optimizer.weights, strict=True):
+        assert torch.allclose(found, expected, atol=1e-6)
+    scaled._optimizer._scaler.update(float("inf"))
+    scaled._run(plain.epochs[0][3])
+    assert all(torch.equal(*pair) for pair in zip(before, scaled._optimizer.weights, strict=True))
+    assert scaled._optimizer._taken.item() == 3
+
+
 class StandInGraph:
     """A CUDA graph as the job sees it: what ran while it was recorded runs again over the same buffers."""
 

@@ -1,5 +1,6 @@
 """Real children, on the GPU where there is one."""
 
+import importlib.util
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ import torch
 from lightweight import isolation, models, targets
 from lightweight.isolation import Child
 from lightweight.methods import BASELINE, LORA, QLORA, Method
+from lightweight.preload import peft
 from lightweight.targets import MiB, Target
 from lightweight.trial import Completed, Crashed, Diverged, OutOfMemory, TimedOut, Trial
 
@@ -282,3 +284,41 @@ def test_the_saved_adapter_loads_with_peft(trial, folder):
     base = models.load(trial.model, torch.float32, torch.device("cpu"), None)
     loaded = peft.PeftModel.from_pretrained(base, str(Path(folder) / "saved"))
     assert any("lora_" in name for name, _ in loaded.named_parameters())
+
+
+STAND_IN = """
+import sys
+assert "transformers" not in sys.modules and "torch" not in sys.modules, "unsloth comes first"
+
+class FastLanguageModel:
+    def from_pretrained(location, *, dtype, device_map, use_gradient_checkpointing, **_):
+        from transformers import AutoModelForCausalLM
+        return AutoModelForCausalLM.from_pretrained(location, dtype=dtype, device_map=device_map), None
+
+    def get_peft_model(network, *, use_gradient_checkpointing, random_state, **settings):
+        from lightweight.preload import peft
+        return peft.get_peft_model(network, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+
+    def for_training(network, **_):
+        network.train()
+"""
+
+
+def test_a_peers_trial_runs_in_a_fresh_interpreter_that_imports_it_first(trial, folder, tmp_path, monkeypatch):
+    """With a stand-in of its interface that is peft underneath: the suite's losses through either are the same."""
+    if importlib.util.find_spec("unsloth") is None:
+        (tmp_path / "packages").mkdir()
+        (tmp_path / "packages" / "unsloth.py").write_text(STAND_IN)
+        monkeypatch.syspath_prepend(tmp_path / "packages")
+    adapter = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
+    method = replace(LORA, adapter=adapter, training_arguments={"per_device_train_batch_size": 8})
+    losses = []
+    for library in ("peft", "unsloth"):
+        place = folder / library
+        place.mkdir()
+        with Child(replace(trial, method=replace(method, library=library)), place) as child:
+            outcome = child.finish()
+        assert isinstance(outcome, Completed), (place / "log").read_text()
+        losses.append(outcome.measured.train_loss)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert len(losses[1]) == trial.steps

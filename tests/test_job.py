@@ -117,7 +117,7 @@ def test_an_interrupted_job_resumes_to_the_same_bits(train, out, signal_at, monk
 
 def command(given: list[str], log: Path) -> None:
     """The command in a process of its own."""
-    worker.redirect_output(log)
+    redirect_output(log)
     sys.exit(main(given))
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTNeoConfig, LlamaConfig, OPTConfig
+from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from lightweight.lean import Lean
 from lightweight.preload import peft
@@ -10,6 +11,15 @@ CONFIGS = {
     "gpt-neo": GPTNeoConfig(num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], **SMALL),
     "opt": OPTConfig(
         num_hidden_layers=2, num_attention_heads=2, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0, **SMALL
+    ),
+    "opt-post-norm": OPTConfig(
+        **SMALL,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=64,
+        word_embed_proj_dim=16,
+        dropout=0.0,
+        do_layer_norm_before=False,
     ),
     "llama": LlamaConfig(num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, **SMALL),
 }
@@ -58,6 +68,9 @@ def test_lean_layers_have_pefts_loss_and_gradients(name, targets, four_bit, tmp_
 def test_dropouts_gradient_is_that_of_the_elements_it_kept(name, tmp_path):
     """Along a direction in the weights, the loss must change as the gradient says, under the same masks."""
     network = build(name, tmp_path, dropout=0.5).double()
+    for module in network.modules():
+        if isinstance(module, OPTDecoderLayer):
+            module.dropout = 0.3  # of the model's own
     Lean(network)
     ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(3))
     weights = [p for p in network.parameters() if p.requires_grad]
@@ -81,7 +94,7 @@ def test_dropouts_gradient_is_that_of_the_elements_it_kept(name, tmp_path):
     move(-2e-6)
     behind = loss().item()
     assert slope == pytest.approx((ahead - behind) / 2e-6, rel=2e-3)  # GPT-Neo's eager scores are fp32
-    assert loss(seed=8).item() != pytest.approx(here.item(), rel=1e-3)
+    assert loss(seed=8).item() != pytest.approx(here.item(), rel=1e-5)
 
 
 def kept_bytes(network):

@@ -101,3 +101,11 @@ def test_packing_on_the_models_own_attention_is_refused():
     with pytest.raises(ValueError, match="packing needs attention='sdpa'"):
         CapturedStep(attention="model")
     assert Method(name="m", step=CapturedStep(packing=False)).captured_step == CapturedStep(packing=False)
+
+
+def test_a_peer_needs_a_lora_adapter_and_the_trainers_steps():
+    with pytest.raises(ValueError, match="unsloth trains LoRA by the Trainer's steps"):
+        replace(BASELINE, library="unsloth")
+    with pytest.raises(ValueError, match="unsloth trains LoRA by the Trainer's steps"):
+        replace(LORA, step="captured", library="unsloth")
+    assert replace(LORA, library="unsloth").library == "unsloth"

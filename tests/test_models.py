@@ -26,7 +26,12 @@ def weights_folder(micro, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("name", "parameters"),
     # what the hub's own model pages and the papers' code count; tied embeddings once
-    [("opt-350m", 331_196_416), ("gpt-neo-1.3b", 1_315_575_808), ("smollm2-135m", 134_515_008)],
+    [
+        ("opt-350m", 331_196_416),
+        ("gpt-neo-1.3b", 1_315_575_808),
+        ("smollm2-135m", 134_515_008),
+        ("tinyllama-1.1b", 1_100_048_384),
+    ],
 )
 def test_true_sizes_have_the_true_number_of_parameters(name, parameters):
     config = AutoConfig.for_model(**models.MODELS[name].architecture)

@@ -357,6 +357,23 @@ def test_ladder_says_what_changed_and_what_it_bought():
     assert (broken[1]["outcome"], broken[1]["bought"], broken[2]["bought"]) == ("out of memory in forward", "-", "-")
 
 
+def test_peers_stand_beside_each_other_and_are_no_cells_of_the_suites_own():
+    node = "experiments/test_peers.py::test_a_peer_trains_the_same_rows[x]"
+    same = {"test": node, "device": "NVIDIA H100 80GB HBM3", "parameters": 1_100_048_384, "tokens_per_step": 2048}
+    of = [
+        entry(method="stock", library="peft", versions={"peft": "1.0"}, steady_step_seconds=0.2, **same),
+        entry(method="theirs", library="unsloth", versions={"unsloth": "2.0"}, steady_step_seconds=0.1, **same),
+        entry(method="ours", library="peft", captured_step={"lean": True}, steady_step_seconds=0.04, **same),
+        stopped(method="large", library="peft", versions=None, **same),
+    ]
+    found = rows("peers", run(*of))
+    assert [row["by"] for row in found] == ["peft 1.0", "unsloth 2.0", "the captured step", "peft"]
+    assert [row["as fast"] for row in found] == ["1.00x", "2.00x", "5.00x", "-"]
+    assert {row["products alone"] for row in found} == {"12.3 ms"}
+    assert found[-1]["outcome"].startswith("out of memory")
+    assert not report.main_cells(of)
+
+
 def test_frontier_puts_what_was_measured_before_what_was_forecast():
     plan = run(ended="", forecasts=[forecast(verdict="does_not_fit"), forecast(target="l4"), forecast(method="lora")])
     found = rows("frontier", run(entry(), stopped(method="qlora")), plan)
