@@ -42,12 +42,13 @@ CAUSES = {
     "weights": ("#0072b2", "#2f8fd0"),
     "quantization state": ("#7cc4ee", "#9ad4f7"),
     "gradients": ("#cc79a7", "#d98fb8"),
-    "optimizer": ("#d55e00", "#ee7a1f"),
+    "optimizer": ("#882255", "#a98be0"),
     "activations": ("#009e73", "#1fb48a"),
     "logits": ("#e69f00", "#f2b530"),
     "workspace": ("#8b949e", "#7d8691"),
 }
-"""Okabe and Ito's colours, which the colour-blind tell apart; each segment also has an edge."""
+"""Okabe and Ito's colours, which the colour-blind tell apart, but for their vermilion, which is what failed: a wine of
+Paul Tol's instead, and in dark a violet. Each segment also has an edge."""
 
 LIGHT = {role: light for role, (light, _) in (COLOURS | CAUSES).items()}
 
@@ -89,6 +90,16 @@ class Picture:
     summary: str
     svg: str
     entries: Sequence[Entry]
+
+    @property
+    def kind(self) -> str:
+        """What it is one of several of: the table's key without the number that a ladder has."""
+        return kind(self.table)
+
+
+def kind(table: str) -> str:
+    """The key of a table without its number."""
+    return re.sub(r"-\d+$", "", table)
 
 
 class Canvas:
