@@ -147,6 +147,7 @@ class Canvas:
 
 @contextmanager
 def style() -> Iterator[None]:
+    """matplotlib as every picture is drawn with it, while this lasts."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # the browser has the glyphs that matplotlib's own font, with which it only measures, lacks
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
@@ -177,6 +178,7 @@ def short(told: str, length: int) -> str:
 
 
 def text(axes: Axes, x: float, y: float, told: str, colour: str, size: float, **more: Any) -> Any:
+    """`told` at a point of `axes`, in a role's colour, `size` of the picture's units high; the artist."""
     cleaned = "\n".join(clean(line) for line in told.split("\n"))
     return axes.text(x, y, cleaned, color=LIGHT[colour], fontsize=size, linespacing=1.15, **more)
 

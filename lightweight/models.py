@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
 Weights = Literal["pretrained", "random"]
+"""Where weights come from. Random ones have the model's true size; their loss says nothing of quality."""
 
 SNAPSHOT_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
 """What is fetched of a hub repository: no pickled weights and no code."""
@@ -128,6 +129,7 @@ GPT_NEO_TINY = Model(
 )
 
 MODELS = {model.name: model for model in (OPT_350M, GPT_NEO_1_3B, SMOLLM2_135M, OPT_TINY, GPT_NEO_TINY)}
+"""What `--model` knows by name: the originals' two, one with real weights without a hub, and small twins for a CPU."""
 
 
 def named(text: str) -> Model:

@@ -211,12 +211,14 @@ class Laboratory:
 
     @cached_property
     def has_cuda(self) -> bool:
+        """Whether trials run on a GPU."""
         import torch
 
         return torch.cuda.is_available()
 
     @cached_property
     def device(self) -> Device:
+        """What trials run on, described by a child of its own."""
         if not self.has_cuda:
             machine = self.config.hook.pytest_benchmark_generate_machine_info(config=self.config)
             return Device(name=machine["cpu"].get("brand_raw") or machine["machine"])
@@ -224,6 +226,7 @@ class Laboratory:
 
     @cached_property
     def target(self) -> Target:
+        """Whose memory trials get: `--target`'s, else a T4's where the GPU has as much."""
         name = self.config.getoption("target")
         if not self.has_cuda:
             if name is not None:
@@ -249,6 +252,7 @@ class Laboratory:
 
     @cached_property
     def corpus(self) -> corpus.Corpus:
+        """The dialogues of `--corpus`, else of `corpus.json` in pytest's root."""
         path = self.config.getoption("corpus") or self.config.rootpath / "corpus.json"
         try:
             return corpus.load(path)
@@ -257,11 +261,13 @@ class Laboratory:
 
     @cached_property
     def models(self) -> list[str]:
+        """The names of `--model`, else the original's two, or their twins without CUDA."""
         names = self.config.getoption("model") or (TRUE_SIZES if self.has_cuda else TWINS)
         return list(dict.fromkeys(names))
 
     @cached_property
     def methods(self) -> list[str]:
+        """The names of `--method`, else all."""
         names = list(dict.fromkeys(self.config.getoption("method") or methods.METHODS))
         for name in names:
             _method(name)
@@ -605,6 +611,7 @@ class Gatekeeper:
 
     @cached_property
     def comparison(self) -> gate.Comparison:
+        """This session's cells beside the stored ones, made once it has ended."""
         return gate.compare(self.laboratory.entries, self.laboratory.runs, self.laboratory.limits)
 
     @pytest.hookimpl(wrapper=True)

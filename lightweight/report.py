@@ -918,6 +918,7 @@ def _peak_bytes(entry: Entry) -> int | None:
 
 
 def memory(entry: Entry) -> str:
+    """The peak allocated on the GPU, else the host's, which is marked."""
     peak = _peak_bytes(entry)
     if peak is None:
         return "-"
@@ -940,6 +941,7 @@ def size(count: float) -> str:
 
 
 def memory_ratio(entry: Entry, baseline: Entry | None) -> str:
+    """The peak as a share of the baseline's, or why there is none."""
     if entry["outcome"] != "completed" or baseline is None:
         return "-"
     if baseline["outcome"] != "completed":
@@ -953,6 +955,7 @@ def _before_and_after(losses: tuple[float, float] | None) -> str:
 
 
 def loss(entry: Entry) -> str:
+    """Held-out loss before and after training in nats a token, marked where weights are random."""
     before, after = entry["heldout_loss_before"], entry["heldout_loss_after"]
     if before is None or after is None:
         return "-"

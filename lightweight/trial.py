@@ -180,3 +180,4 @@ class TimedOut:
 
 
 Outcome = Completed | OutOfMemory | Diverged | Crashed | TimedOut
+"""How a trial ended; `kind` is its name in a record."""

@@ -200,7 +200,7 @@ def train(
 
 def build(trial: Trial, device: torch.device) -> torch.nn.Module:
     """The network of a trial on `device`, quantized and with its adapter on; for a captured step without peft's upcasts
-    to fp32, unless it asks for them."""
+    to fp32, unless it asks for them. Raises TypeError for bf16 on a target without it."""
     method, step = trial.running_method, trial.method.captured_step
     network = models.load(trial.model, getattr(torch, method.weights_dtype), device, method.quantization)
     network = method.adapt(network, upcast=step is None or step.upcast)
