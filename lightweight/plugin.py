@@ -66,6 +66,8 @@ CUDA_STEPS = 4  # of a round that is paired: some 100 ms and more on a fast GPU
 CPU_STEPS = 1
 PRECISION = 0.01
 """Half the width, as a share, of the interval that is wanted of a speedup which later runs are held against."""
+CPU_PARAMETERS = 20_000_000
+"""Of the largest model whose cells a CPU trains unless told how long: two epochs of it take a minute or two."""
 NOT_RUN = "not run: "
 
 
@@ -277,6 +279,20 @@ class Laboratory:
     def folder(self) -> Path:
         """The session's scratch folder; removed when it ends."""
         return Path(tempfile.mkdtemp(prefix="lightweight-"))
+
+    def takes_long(self, model: str) -> bool:
+        """Whether a model's cells take many minutes each here: a CPU and a model of true size, and nobody has said by
+        `--epochs` how long to train."""
+        if self.has_cuda or self.config.getoption("epochs"):
+            return False
+        import torch
+
+        found = self._find(_model(model))
+        try:
+            config = models.configuration(found)
+        except models.ModelError as error:
+            raise pytest.UsageError(str(error)) from None
+        return models.count_parameters(models.skeleton(config, torch.float32, None)) > CPU_PARAMETERS
 
     # Collecting
 
