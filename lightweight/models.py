@@ -226,6 +226,7 @@ def write(model: Model, folder: Path, seed: int) -> Model:
         assert model.location is not None
         network = _unpacked(model.location, model.gguf_file)
         tokenizer = AutoTokenizer.from_pretrained(model.location, gguf_file=model.gguf_file)
+        _end_as_the_network_does(tokenizer, network.config)
     else:
         config, tokenizer = _architecture(model)
         set_seed(seed)
@@ -233,6 +234,14 @@ def write(model: Model, folder: Path, seed: int) -> Model:
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return replace(model, location=str(folder), gguf_file=None)
+
+
+def _end_as_the_network_does(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Give a tokenizer read from GGUF the ends that its network has: transformers 5.17 takes the first token of a
+    turn for the last one, and none to pad with."""
+    for name in ("eos_token", "pad_token"):
+        if (number := getattr(config, f"{name}_id", None)) is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
 
 
 def _unpacked(location: str, gguf_file: str) -> PreTrainedModel:
