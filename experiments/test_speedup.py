@@ -4,10 +4,15 @@ What `--benchmark-compare --speedup-fail` holds against a stored run; on its own
 to have an interval.
 """
 
-from lightweight.plugin import MeasureSpeedup
+import pytest
+
+from lightweight.plugin import NOT_RUN, Laboratory, MeasureSpeedup
 
 
-def test_speedup(speedup: MeasureSpeedup, model: str, method: str) -> None:
+def test_speedup(speedup: MeasureSpeedup, laboratory: Laboratory, model: str, method: str) -> None:
+    if laboratory.takes_long(model):
+        pytest.skip(f"{NOT_RUN}many minutes a cell on a CPU; --epochs 2 trains them")
+
     found = speedup(model, method)
 
     if found.reason and found.reason.endswith("out of memory"):

@@ -6,11 +6,16 @@ lora), before_big (gpt-neo-1.3b x baseline) and lightweight_big (gpt-neo-1.3b x 
 
 from statistics import mean
 
-from lightweight.plugin import Laboratory, Train
+import pytest
+
+from lightweight.plugin import NOT_RUN, Laboratory, Train
 from lightweight.trial import Completed, OutOfMemory
 
 
 def test_training(train: Train, laboratory: Laboratory, model: str, method: str) -> None:
+    if laboratory.takes_long(model):
+        pytest.skip(f"{NOT_RUN}many minutes a cell on a CPU; --epochs 2 trains them")
+
     outcome = train(model, method)
     trial = laboratory.trial(model, method)
 

@@ -42,13 +42,14 @@ CAUSES = {
     "weights": ("#0072b2", "#2f8fd0"),
     "quantization state": ("#7cc4ee", "#9ad4f7"),
     "gradients": ("#cc79a7", "#d98fb8"),
-    "optimizer": ("#d55e00", "#ee7a1f"),
+    "optimizer": ("#882255", "#a98be0"),
     "activations": ("#009e73", "#1fb48a"),
     "logits": ("#e69f00", "#f2b530"),
     "gathered": ("#f0e442", "#f5ec6e"),
     "workspace": ("#8b949e", "#7d8691"),
 }
-"""Okabe and Ito's colours, which the colour-blind tell apart; each segment also has an edge."""
+"""Okabe and Ito's colours, which the colour-blind tell apart, but for their vermilion, which is what failed: a wine of
+Paul Tol's instead, and in dark a violet. Each segment also has an edge."""
 
 LIGHT = {role: light for role, (light, _) in (COLOURS | CAUSES).items()}
 
@@ -90,6 +91,16 @@ class Picture:
     summary: str
     svg: str
     entries: Sequence[Entry]
+
+    @property
+    def kind(self) -> str:
+        """What it is one of several of: the table's key without the number that a ladder has."""
+        return kind(self.table)
+
+
+def kind(table: str) -> str:
+    """The key of a table without its number."""
+    return re.sub(r"-\d+$", "", table)
 
 
 class Canvas:
@@ -137,6 +148,7 @@ class Canvas:
 
 @contextmanager
 def style() -> Iterator[None]:
+    """matplotlib as every picture is drawn with it, while this lasts."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # the browser has the glyphs that matplotlib's own font, with which it only measures, lacks
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
@@ -167,6 +179,7 @@ def short(told: str, length: int) -> str:
 
 
 def text(axes: Axes, x: float, y: float, told: str, colour: str, size: float, **more: Any) -> Any:
+    """`told` at a point of `axes`, in a role's colour, `size` of the picture's units high; the artist."""
     cleaned = "\n".join(clean(line) for line in told.split("\n"))
     return axes.text(x, y, cleaned, color=LIGHT[colour], fontsize=size, linespacing=1.15, **more)
 

@@ -16,8 +16,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from lightweight import drawing, report, targets
+from lightweight import drawing, no_worse, report, targets
 from lightweight.drawing import CAUSES, LIGHT, WIDTH, Canvas, Picture
+from lightweight.no_worse import Comparison, Estimate
 from lightweight.record import BASELINE, Entry, ForecastRow, Run
 from lightweight.report import Place
 from lightweight.targets import GiB, MiB
@@ -30,27 +31,35 @@ SHORTEST = 5
 
 
 def pictures(runs: Sequence[Run]) -> list[Picture]:
-    """Every picture there is something to draw for: losses, memory, speedups, ladders, frontiers, history."""
+    """Every picture there is something to draw for: loss, quality, memory, speedup, ladder, frontier, history."""
     entries = report.newest(runs)
     told = report.main_cells(entries)
     found: list[Picture] = []
     with drawing.style():
         for number, group in enumerate(report.groups(told)):
-            methods = [entry for entry in group if entry["method"] != BASELINE] or group
+            shown = report.one_seed(group)
+            methods = [entry for entry in shown if entry["method"] != BASELINE] or shown
             curved = [entry for entry in methods if entry["train_loss"] or entry["outcome"] != "completed"]
             if max(len(entry["train_loss"] or ()) for entry in group) >= SHORTEST:
                 found += [_loss(f"loss-{number}-{index}", e, group, entries) for index, e in enumerate(curved)]
             if any(entry["peak_allocated_bytes"] or entry.get("forecast_bytes_by_cause") for entry in group):
-                found.append(_memory(f"memory-{number}", group, entries))
-            if len(group) > 1 and any(e["steady_step_seconds"] or e["outcome"] != "completed" for e in group):
-                found.append(_speedups(f"speedup-{number}", group, entries))
+                found.append(_memory(f"memory-{number}", shown, entries))
+            if len(shown) > 1 and any(_is_compared(entry, entries) for entry in shown):
+                found.append(_speedups(f"speedup-{number}", shown, entries))
         found += _forecast_memory(runs, told)
+        found += _qualities(entries)
         for number, rungs in enumerate(report.ladders(entries)):
             found.append(_ladder(number, rungs, entries))
         found += _frontiers(runs, entries)
         found += _histories(runs, entries)
-    order = ("loss", "memory", "speedup", "ladder", "frontier", "history")
-    return sorted(found, key=lambda picture: order.index(picture.table.partition("-")[0]))
+    order = ("loss", "no-worse", "speedup", "memory", "ladder", "frontier", "history")
+    return sorted(found, key=lambda picture: order.index(picture.kind))
+
+
+def _is_compared(entry: Entry, entries: Sequence[Entry]) -> bool:
+    """Whether a picture of speedups has something to show of a cell: a ratio, or that it failed."""
+    ratio = entry["method"] != BASELINE and report.speedup(entry, report.pace_of(entry, entries))[:1].isdigit()
+    return ratio or entry["outcome"] != "completed"
 
 
 # Loss
@@ -170,6 +179,111 @@ def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[
     return x_mean, y_mean
 
 
+# No worse?
+
+
+def _qualities(entries: Sequence[Entry]) -> list[Picture]:
+    """Two pictures of what several seeds gave: held-out loss over the baseline's with the margin, and what was
+    forgotten."""
+
+    def job(found: Comparison) -> tuple[Any, ...]:
+        return tuple(str(found.entries[0].get(key)) for key in no_worse.SAME_JOB)
+
+    compared = no_worse.compare(entries)
+    pictures = []
+    for number, of in enumerate(dict.fromkeys(map(job, compared))):
+        alike = [found for found in compared if job(found) == of]
+        place = f"{alike[0].model} on {alike[0].entries[0]['target']}"
+        against = [found for found in alike if found.verdict is not None]
+        if against:
+            rows = [_Estimated(f, f.difference, f.verdict or "") for f in against]
+            title = f"{place}: held-out loss over baseline"
+            pictures.append(_estimates(f"no-worse-{number}", title, rows, no_worse.MARGIN, entries))
+        if any(found.forgotten for found in alike):
+            rows = [_Estimated(found, found.forgotten, "") for found in alike]
+            pictures.append(_estimates(f"forgotten-{number}", f"{place}: forgotten elsewhere", rows, None, entries))
+    return pictures
+
+
+@dataclass(frozen=True)
+class _Estimated:
+    """A method, what is shown of it in nats a token, and the verdict on it, empty where there is none to give."""
+
+    of: Comparison
+    estimate: Estimate | None
+    verdict: str
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.of.failed) or self.verdict == "worse"
+
+    @property
+    def words(self) -> str:
+        ended = [entry["outcome"].replace("_", " ") for entry in self.of.entries if entry["outcome"] != "completed"]
+        if ended:
+            return f"{len(ended)} of {len(self.of.entries)} {ended[0]}"
+        told = [*([str(self.estimate)] if self.estimate else []), *([self.verdict] if self.verdict else [])]
+        return ", ".join(told) or "no losses"
+
+
+def _estimates(
+    key: str, title: str, rows: Sequence[_Estimated], margin: float | None, entries: Sequence[Entry]
+) -> Picture:
+    """Means with their intervals under each other, zero as a line, and the margin as another."""
+    top, of_row, left, right = 22, 38, 8, WIDTH - 8
+    bottom = top + of_row * len(rows)
+    canvas = Canvas(key, bottom + 32, [entry for row in rows for entry in row.of.entries], entries)
+    axes = canvas.axes(left + 6, top, right - left - 12, bottom - top)
+    paper = canvas.paper()
+    ends = [0.0, *([] if margin is None else [margin])]
+    ends += [end for row in rows if (e := row.estimate) for end in (e.low, e.mean, e.high) if math.isfinite(end)]
+    room = (max(ends) - min(ends)) * 0.06 or 0.01
+    axes.set_xlim(min(ends) - room, max(ends) + room)
+    axes.set_ylim(bottom - top, 0)
+    for number, row in enumerate(rows):
+        y = of_row * number
+        colour = "fail" if row.failed else "ink"
+        cross = "✕ " if row.failed else ""
+        name = drawing.text(paper, left, top + y + 13, drawing.short(row.of.method, 22), "ink", 10.5, weight="bold")
+        said = drawing.text(paper, right, top + y + 13, cross + row.words, colour, 9.5, ha="right")
+        marks: list[Any] = []
+        if row.estimate:
+            of = LIGHT["fail" if row.failed else "blue"]
+            shown = [min(max(end, min(ends) - room), max(ends) + room) for end in (row.estimate.low, row.estimate.high)]
+            face = "none" if row.verdict == "not shown" else of
+            marks += axes.plot(shown, [y + 26] * 2, color=of, linewidth=4, alpha=0.45, solid_capstyle="butt")
+            marks += axes.plot(
+                *(row.estimate.mean, y + 26, "X" if row.failed else "o"),
+                markersize=7,
+                color=of,
+                markerfacecolor=face,
+                markeredgewidth=1.6,
+            )
+        else:
+            inside = axes.get_yaxis_transform()
+            marks += axes.plot(
+                0.01, y + 26, "x", color=LIGHT["fail"], markersize=8, markeredgewidth=2.2, transform=inside
+            )
+        canvas.of(row.of.entries[0], name, said, *marks)
+        for x, of_line in ((0.0, "muted"), (margin, "ink")):
+            if x is not None:  # not through the words between the rows
+                axes.plot(
+                    [x, x], [y + 18, y + 34], color=LIGHT[of_line], linewidth=1.2, solid_capstyle="butt", zorder=0
+                )
+    if margin is not None:
+        at = left + 6 + (right - left - 12) * (margin - axes.get_xlim()[0]) / (axes.get_xlim()[1] - axes.get_xlim()[0])
+        beyond = at > WIDTH * 0.5
+        drawing.text(paper, at, top - 8, f"margin {margin:+g}", "ink", 9.5, ha="right" if beyond else "left")
+    axes.yaxis.set_major_locator(NullLocator())
+    axes.spines["left"].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.3g}" if value else "0"))
+    drawing.text(paper, right, bottom + 28, "nats a token", "muted", 9.5, ha="right")
+    words = "; ".join(f"{row.of.method} {row.words}" for row in rows)
+    limit = "" if margin is None else f" No worse where the whole interval is below {margin:+g}."
+    return canvas.picture("no-worse", title, f"In nats a token, with 90 % intervals over seeds. {words}.{limit}")
+
+
 # Memory
 
 
@@ -277,10 +391,11 @@ def _bars(
                 )
             start += width
         if row.measured:
-            parts += axes.barh(y + 34, row.measured / unit, 4, color=LIGHT[colour])
+            below = y + (34 if row.by_cause else 27)
+            parts += axes.barh(below, row.measured / unit, 4, color=LIGHT[colour])
             if row.failed:
                 parts += axes.plot(
-                    row.measured / unit, y + 34, "x", color=LIGHT["fail"], markersize=8, markeredgewidth=2.2
+                    row.measured / unit, below, "x", color=LIGHT["fail"], markersize=8, markeredgewidth=2.2
                 )
         canvas.of(row.entry, name, said, *parts)
     if limit:
@@ -319,9 +434,8 @@ def _speedups(key: str, group: Sequence[Entry], entries: Sequence[Entry]) -> Pic
     reach, words = [1.0], []
     for number, entry in enumerate(group):
         y = of_row * number
-        baseline = report.baseline_of(entry, group)
         paired = entry.get("speedup") or {}
-        told = report.speedup(entry, baseline)
+        told = report.speedup(entry, report.pace_of(entry, entries))
         failed = entry["outcome"] != "completed"
         if failed:
             told = f"✕ {report.outcome(entry)}"

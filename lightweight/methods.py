@@ -180,6 +180,7 @@ def _with_4bit(quantization: QuantizationConfigMixin | None, **settings: str) ->
 
 
 BASELINE = Method(name="baseline", training_arguments={"per_device_train_batch_size": 8})
+"""`before_small` and `before_big` of the original scripts: every parameter in fp32, 8 sequences a step."""
 
 LORA = Method(
     name="lora",
@@ -188,6 +189,7 @@ LORA = Method(
     ),
     training_arguments={"per_device_train_batch_size": 8, "fp16": True},
 )
+"""`lightweight_small`: LoRA (https://arxiv.org/abs/2106.09685) of rank 8 on frozen fp32 weights, fp16 autocast."""
 
 QLORA = Method(
     name="qlora",
@@ -204,11 +206,14 @@ QLORA = Method(
         "fp16": True,
     },
 )
+"""`lightweight_big`: LoRA on weights in NF4 (QLoRA, https://arxiv.org/abs/2305.14314), 4 passes of 2 sequences a step,
+each forward computed twice."""
 
 # All parameters are trained, so none is frozen to be held in half precision, and fp32 is what the optimizer adds its
 # small updates to: pure fp32 keeps the baseline's arithmetic and its 16 bytes a parameter. Half-precision products with
 # fp32 masters beside them are `replace(BASELINE_CAPTURED, weights_dtype="half")`, at 20 bytes a parameter.
 BASELINE_CAPTURED = replace(BASELINE, name="baseline-captured", step="captured")
+"""`baseline` with the captured step."""
 
 LORA_CAPTURED = replace(
     LORA,
@@ -217,6 +222,7 @@ LORA_CAPTURED = replace(
     weights_dtype="half",
     training_arguments={"per_device_train_batch_size": 8},
 )
+"""`lora` with the captured step, its frozen weights held in half precision; what is trained stays fp32."""
 
 QLORA_CAPTURED = replace(
     QLORA,
@@ -225,8 +231,10 @@ QLORA_CAPTURED = replace(
     weights_dtype="half",
     training_arguments={"per_device_train_batch_size": 8},  # one pass, nothing recomputed
 )
+"""`qlora` with the captured step: the same 8 sequences a step in one pass."""
 
 METHODS = {method.name: method for method in (BASELINE, LORA, QLORA, BASELINE_CAPTURED, LORA_CAPTURED, QLORA_CAPTURED)}
+"""What `--method` knows by name."""
 
 
 def named(text: str) -> Method:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
 Weights = Literal["pretrained", "random"]
+"""Where weights come from. Random ones have the model's true size; their loss says nothing of quality."""
 
 SNAPSHOT_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
 """What is fetched of a hub repository: no pickled weights and no code."""
@@ -142,6 +143,7 @@ GPT_NEO_TINY = Model(
 )
 
 MODELS = {model.name: model for model in (OPT_350M, GPT_NEO_1_3B, SMOLLM2_135M, TINYLLAMA_1_1B, OPT_TINY, GPT_NEO_TINY)}
+"""What `--model` knows by name: the originals' two, one with real weights without a hub, and small twins for a CPU."""
 
 
 def named(text: str) -> Model:
@@ -238,6 +240,7 @@ def write(model: Model, folder: Path, seed: int) -> Model:
         assert model.location is not None
         network = _unpacked(model.location, model.gguf_file)
         tokenizer = AutoTokenizer.from_pretrained(model.location, gguf_file=model.gguf_file)
+        _end_as_the_network_does(tokenizer, network.config)
     else:
         config, tokenizer = _architecture(model)
         set_seed(seed)
@@ -245,6 +248,14 @@ def write(model: Model, folder: Path, seed: int) -> Model:
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return replace(model, location=str(folder), gguf_file=None)
+
+
+def _end_as_the_network_does(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Give a tokenizer read from GGUF the ends that its network has: transformers 5.17 takes the first token of a
+    turn for the last one, and none to pad with."""
+    for name in ("eos_token", "pad_token"):
+        if (number := getattr(config, f"{name}_id", None)) is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
 
 
 def _unpacked(location: str, gguf_file: str) -> PreTrainedModel:

@@ -20,6 +20,7 @@ from typing import Literal
 from lightweight.record import BASELINE, Entry
 
 Verdict = Literal["no worse", "worse", "not shown"]
+"""Which side of the margin the whole interval is on; not shown where it is on both."""
 
 MARGIN = 0.05
 """Nats a token that a method may lose on its baseline: 5 % more perplexity. A person does not tell two models of one

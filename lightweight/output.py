@@ -78,7 +78,8 @@ class Output:
         (self.partial / "job.json").write_text(json.dumps(settings, indent=1), "utf-8")
 
     def recall(self) -> dict[str, Any]:
-        """What `remember` kept of the interrupted job; empty where there is no job to go on with."""
+        """What `remember` kept of the interrupted job; empty where there is no job to go on with. Raises
+        OutputError."""
         if self.checkpoint is None:
             return {}
         try:

@@ -25,6 +25,8 @@ from lightweight.report import Table
 
 SECTIONS = {
     "loss": "Each method over its baseline. Thin: every step; thick: the mean of an epoch around it.",
+    "no-worse": "Means over seeds and their 90 % intervals: held-out loss over the baseline's of the same seed, and "
+    "how much the loss on plain English from elsewhere rose in training.",
     "memory": "Upper bar: the forecast, by cause. Lower bar: what was measured. Upright line: what the target has.",
     "speedup": "Per token, against the same model's baseline on the same device.",
     "ladder": "One change after the other. Grey is the rung before.",
@@ -33,7 +35,7 @@ SECTIONS = {
 }
 """What to know before looking at the pictures of a table."""
 
-NAMES = {"results": "Cells", "others": "Other trials"}
+NAMES = {"results": "Cells", "no-worse": "No worse?", "others": "Other trials"}
 """What a table is called in the page's list of parts, where not as its key."""
 
 
@@ -48,7 +50,7 @@ def html(runs: Sequence[Run]) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: drawing.readable(value) if type(value) is str else value,
+        finalize=lambda value: value if isinstance(value, Markup) else drawing.readable(str(value)),
     )
     return environment.from_string(_own("page.html")).render(
         answer=report.findings(runs),
@@ -85,7 +87,7 @@ def _section(table: Table, pictures: Sequence[Picture], number: dict[int, int]) 
         "title": table.title,
         "name": NAMES.get(table.key)
         or re.sub(r"-(\d+)", lambda found: f" {int(found[1]) + 1}", table.key).capitalize(),
-        "about": SECTIONS.get(table.key.partition("-")[0]),
+        "about": SECTIONS.get(drawing.kind(table.key)),
         "columns": table.columns,
         "aligned": table.aligned,
         "rows": rows,

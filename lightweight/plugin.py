@@ -66,6 +66,8 @@ CUDA_STEPS = 4  # of a round that is paired: some 100 ms and more on a fast GPU
 CPU_STEPS = 1
 PRECISION = 0.01
 """Half the width, as a share, of the interval that is wanted of a speedup which later runs are held against."""
+CPU_PARAMETERS = 20_000_000
+"""Of the largest model whose cells a CPU trains unless told how long: two epochs of it take a minute or two."""
 NOT_RUN = "not run: "
 
 
@@ -219,12 +221,14 @@ class Laboratory:
 
     @cached_property
     def has_cuda(self) -> bool:
+        """Whether trials run on a GPU."""
         import torch
 
         return torch.cuda.is_available()
 
     @cached_property
     def device(self) -> Device:
+        """What trials run on, described by a child of its own."""
         if not self.has_cuda:
             machine = self.config.hook.pytest_benchmark_generate_machine_info(config=self.config)
             return Device(name=machine["cpu"].get("brand_raw") or machine["machine"])
@@ -232,6 +236,7 @@ class Laboratory:
 
     @cached_property
     def target(self) -> Target:
+        """Whose memory trials get: `--target`'s, else a T4's where the GPU has as much."""
         name = self.config.getoption("target")
         if not self.has_cuda:
             if name is not None:
@@ -270,6 +275,7 @@ class Laboratory:
 
     @cached_property
     def corpus(self) -> corpus.Corpus:
+        """The dialogues of `--corpus`, else of `corpus.json` in pytest's root."""
         path = self.config.getoption("corpus") or self.config.rootpath / "corpus.json"
         try:
             return corpus.load(path)
@@ -278,11 +284,13 @@ class Laboratory:
 
     @cached_property
     def models(self) -> list[str]:
+        """The names of `--model`, else the original's two, or their twins without CUDA."""
         names = self.config.getoption("model") or (TRUE_SIZES if self.has_cuda else TWINS)
         return list(dict.fromkeys(names))
 
     @cached_property
     def methods(self) -> list[str]:
+        """The names of `--method`, else all."""
         names = list(dict.fromkeys(self.config.getoption("method") or methods.METHODS))
         for name in names:
             _method(name)
@@ -292,6 +300,20 @@ class Laboratory:
     def folder(self) -> Path:
         """The session's scratch folder; removed when it ends."""
         return Path(tempfile.mkdtemp(prefix="lightweight-"))
+
+    def takes_long(self, model: str) -> bool:
+        """Whether a model's cells take many minutes each here: a CPU and a model of true size, and nobody has said by
+        `--epochs` how long to train."""
+        if self.has_cuda or self.config.getoption("epochs"):
+            return False
+        import torch
+
+        found = self._find(_model(model))
+        try:
+            config = models.configuration(found)
+        except models.ModelError as error:
+            raise pytest.UsageError(str(error)) from None
+        return models.count_parameters(models.skeleton(config, torch.float32, None)) > CPU_PARAMETERS
 
     # Collecting
 
@@ -634,6 +656,7 @@ class Gatekeeper:
 
     @cached_property
     def comparison(self) -> gate.Comparison:
+        """This session's cells beside the stored ones, made once it has ended."""
         return gate.compare(self.laboratory.entries, self.laboratory.runs, self.laboratory.limits)
 
     @pytest.hookimpl(wrapper=True)

@@ -260,8 +260,8 @@ def run(path: Path) -> Run:
     checked = _checked(path, found)
     return Run(
         path=path,
-        ended=str(checked.get("datetime") or ""),
-        entries=checked["outcomes"],
+        ended=(ended := str(checked.get("datetime") or "")),
+        entries=[entry | {"run": ended} for entry in checked["outcomes"]],
         forecasts=checked["forecasts"],
     )
 

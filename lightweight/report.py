@@ -122,10 +122,10 @@ def tables(runs: Sequence[Run]) -> list[Table]:
     elsewhere = [*told, *(rung for ladder in ladders(entries) for rung in ladder), *_peers(entries)]
     others = [entry for entry in entries if not any(entry is cell for cell in elsewhere)]
     made = [
-        results(told),
+        results(told, among=entries),
         losses(told),
         qualities(entries),
-        speedups(told),
+        speedups(told, entries),
         memory_by_cause(told, forecasts(runs)),
         *(ladder(rungs, number) for number, rungs in enumerate(ladders(entries))),
         peers(entries),
@@ -191,8 +191,8 @@ def groups(entries: Sequence[Entry]) -> list[list[Entry]]:
 
 
 def name_among(entry: Entry, group: Sequence[Entry]) -> str:
-    """The method, with the seed where the group has several."""
-    seeds = {other["seed"] for other in group}
+    """The method, with the seed where the group has several of it."""
+    seeds = {other["seed"] for other in group if other["method"] == entry["method"]}
     return f"{entry['method']}, seed {entry['seed']}" if len(seeds) > 1 else str(entry["method"])
 
 
@@ -212,6 +212,21 @@ def baseline_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
     found = [e for e in entries if e["method"] == BASELINE and all(e[key] == entry[key] for key in SAME_BASELINE)]
     alike = ("max_length", "tokens_per_step", "planned_steps", "seed")
     return max(found, key=lambda e: [e.get(key) == entry.get(key) for key in alike], default=None)
+
+
+def pace_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
+    """The baseline whose step `entry`'s is held against: the one of its own run where that has one, however short,
+    since the same card steps at another pace on another host."""
+    own = baseline_of(entry, [other for other in entries if other.get("run") == entry.get("run")])
+    return own or baseline_of(entry, entries)
+
+
+def one_seed(group: Sequence[Entry]) -> list[Entry]:
+    """Those of a model's cells on a target that stand for all: a method's first seed, and every cell that failed."""
+    first: dict[str, Entry] = {}
+    for entry in group:
+        first.setdefault(entry["method"], entry)
+    return [entry for entry in group if entry is first[entry["method"]] or entry["outcome"] != "completed"]
 
 
 def _ended(run: Run) -> str:
@@ -255,28 +270,72 @@ def forecasts(runs: Sequence[Run]) -> list[ForecastRow]:
 
 def findings(runs: Sequence[Run]) -> list[Finding]:
     """The answer: what fits, what runs out of memory, how many times as fast, and what became of the loss."""
-    entries = main_cells(newest(runs))
-    found = [*_in_all(entries), *map(_about, groups(entries)), *_agreement(entries), *_forecast_only(runs)]
+    everything = newest(runs)
+    entries = main_cells(everything)
+    found = [*_in_all(entries, everything), *_no_worse(everything)]
+    found += [_about(group, everything) for group in groups(entries)]
+    found += [*_agreement(entries), *_forecast_only(runs)]
     if any(entry["weights"] == "random" for entry in entries):
         words = "Weights are random: speed and memory are as with trained ones, and the loss says nothing of quality"
         found.append(Finding(parts=(words,)))
     return found or [Finding(parts=("No trial and no forecast is in these records",))]
 
 
-def _in_all(entries: Sequence[Entry]) -> list[Finding]:
-    """How many cells ended how, and which gained most."""
+def _in_all(entries: Sequence[Entry], everything: Sequence[Entry]) -> list[Finding]:
+    """The answer in a sentence, and how many cells ended how."""
     if not entries:
         return []
     outcomes = [entry["outcome"].replace("_", " ") for entry in entries]
     counts = ", ".join(f"{outcomes.count(name)} {name}" for name in sorted(dict.fromkeys(outcomes), key=_badness))
     found = [Finding(about=f"{len(entries)} cell{'s' * (len(entries) > 1)}", parts=(counts,))]
-    compared = [(entry, baseline_of(entry, entries)) for entry in entries if entry["method"] != BASELINE]
-    ratios = [(float(told.partition("x")[0]), e) for e, b in compared if (told := speedup(e, b))[:1].isdigit()]
-    if ratios:
-        ratio, fastest = max(ratios, key=lambda pair: pair[0])
-        name = f"{fastest['model']} x {fastest['method']} on {fastest['target']}"
-        found.append(Finding(about="Fastest against its baseline", parts=(f"{name}, {ratio:.2f} times as fast",)))
-    return found
+    answer = [*_fastest(entries, everything), *_rescued(entries)]
+    return [Finding(parts=tuple(answer)), *found] if answer else found
+
+
+def _fastest(entries: Sequence[Entry], everything: Sequence[Entry]) -> list[str]:
+    """The cell that gained most on its baseline, if any did."""
+    told = [(speedup(entry, pace_of(entry, everything)), entry) for entry in entries if entry["method"] != BASELINE]
+    ratios = [(float(words.partition("x")[0]), entry) for words, entry in told if words[:1].isdigit()]
+    ratio, fastest = max(ratios, key=lambda pair: pair[0], default=(0.0, None))
+    if fastest is None or ratio <= 1:
+        return []
+    return [f"{fastest['method']} trains {fastest['model']} {ratio:.1f} times as fast as baseline on {_place(fastest)}"]
+
+
+def _rescued(entries: Sequence[Entry]) -> list[str]:
+    """Where baseline runs out of memory, and what trains instead."""
+    told = []
+    for group in groups(entries):
+        ended = {entry["method"]: entry["outcome"] for entry in group}
+        instead = [method for method, outcome in ended.items() if outcome == "completed"]
+        if ended.get(BASELINE) == "out_of_memory" and instead:
+            first = group[0]
+            told.append(
+                f"{' and '.join(instead)} train{'s' * (len(instead) == 1)} {first['model']} on {_place(first)}, "
+                "where baseline runs out of memory"
+            )
+    return told
+
+
+def _no_worse(entries: Sequence[Entry]) -> list[Finding]:
+    """Which methods were shown to be no worse than baseline on real weights, which worse, and which neither."""
+    compared = [found for found in no_worse.compare(entries) if found.verdict]
+    return [
+        Finding(
+            about=f"Over baseline's held-out loss on {model}, means of seeds",
+            parts=tuple(
+                f"{found.method} {found.verdict}" + (f", {found.difference} nats" if found.difference else "")
+                for found in compared
+                if found.model == model
+            ),
+        )
+        for model in dict.fromkeys(found.model for found in compared)
+    ]
+
+
+def _place(entry: Entry) -> str:
+    """The target, or the card itself."""
+    return str(entry["target"] if entry["target"] != "native" else entry["device"])
 
 
 def _badness(told: str) -> int:
@@ -292,23 +351,25 @@ def headline(entry: Entry) -> str:
     return f"{entry['model']} x {entry['method']} on {entry['target']}: {ended}"
 
 
-def _about(group: Sequence[Entry]) -> Finding:
+def _about(group: Sequence[Entry], everything: Sequence[Entry]) -> Finding:
     first = group[0]
-    place = first["target"] if first["target"] != "native" else first["device"]
     return Finding(
-        about=f"{first['model']} on {place}" + (" (emulated)" if first["emulated"] else ""),
-        parts=tuple(f"{name_among(entry, group)} {_fate(entry, baseline_of(entry, group))}" for entry in group),
+        about=f"{first['model']} on {_place(first)}" + (" (emulated)" if first["emulated"] else ""),
+        parts=tuple(
+            f"{name_among(entry, group)} {_fate(entry, baseline_of(entry, group), pace_of(entry, everything))}"
+            for entry in one_seed(group)
+        ),
     )
 
 
-def _fate(entry: Entry, baseline: Entry | None = None) -> str:
+def _fate(entry: Entry, baseline: Entry | None, pace: Entry | None) -> str:
     """How a cell ended, and how it compares."""
     if entry["outcome"] != "completed":
         verbs = {"out_of_memory": "runs out of memory", "timed_out": "times out"}
         verb = verbs.get(entry["outcome"]) or str(entry["outcome"])
         return f"{verb} in {entry['phase']}" if entry["phase"] else verb
     told = []
-    fast = speedup(entry, baseline)
+    fast = speedup(entry, pace)
     if baseline is not None and entry is not baseline and fast[:1].isdigit():
         ratio = memory_ratio(entry, baseline)
         held = f" with {ratio} of the memory" if ratio[:1].isdigit() and entry["peak_allocated_bytes"] else ""
@@ -319,7 +380,8 @@ def _fate(entry: Entry, baseline: Entry | None = None) -> str:
         told.append(f"completes{total}{peak}")
     before, after = entry["heldout_loss_before"], entry["heldout_loss_after"]
     if before is not None and after is not None:
-        told.append(f"held-out loss {before:.2f} to {after:.2f}")
+        shorter = baseline is not None and _planned(entry) != _planned(baseline)
+        told.append(f"held-out loss {before:.2f} to {after:.2f}" + f" after {_planned(entry)} steps" * shorter)
     return ", ".join(told)
 
 
@@ -367,9 +429,12 @@ def _by(rows: Iterable[ForecastRow], key: str) -> dict[str, list[ForecastRow]]:
 # The tables
 
 
-def results(entries: Sequence[Entry], key: str = "results", title: str = "Every cell") -> Table:
-    """One row a trial: how it ended, its time, memory and loss, and how they compare with its baseline."""
-    rows = [_row(entry, baseline_of(entry, entries)) for entry in entries]
+def results(
+    entries: Sequence[Entry], key: str = "results", title: str = "Every cell", among: Sequence[Entry] | None = None
+) -> Table:
+    """One row a trial: how it ended, its time, memory and loss, and how they compare with its baseline; steps with the
+    baseline's of its own run where one is `among` those."""
+    rows = [_row(entry, baseline_of(entry, entries), pace_of(entry, among or entries)) for entry in entries]
     columns, aligned = list(COLUMNS), "llllrrrrrrl"
     if key == "others":
         columns, aligned = [*columns, "steps", "tokens a row"], aligned + "rr"
@@ -397,6 +462,8 @@ def losses(entries: Sequence[Entry]) -> Table:
         epoch = entry.get("steps_per_epoch") or len(train) or 1
         baseline = baseline_of(entry, entries)
         after, than = entry["heldout_loss_after"], baseline and baseline["heldout_loss_after"]
+        if baseline is not None and _planned(baseline) != _planned(entry):
+            than = None  # after another number of steps
         rows.append(
             [
                 *_name(entry),
@@ -451,11 +518,11 @@ def qualities(entries: Sequence[Entry]) -> Table:
     )
 
 
-def speedups(entries: Sequence[Entry]) -> Table:
+def speedups(entries: Sequence[Entry], among: Sequence[Entry] = ()) -> Table:
     """How many times as fast as its baseline every cell is, and how that is known."""
     rows, of = [], []
     for entry in entries:
-        baseline = baseline_of(entry, entries)
+        baseline = pace_of(entry, among or entries)
         if entry["method"] == BASELINE or (baseline is None and not entry.get("speedup")):
             continue
         paired = entry.get("speedup") or {}
@@ -856,13 +923,13 @@ def _has_error(entry: Entry) -> bool:
     return bool(whole and entry["forecast_allocated_bytes"] is not None)
 
 
-def _row(entry: Entry, baseline: Entry | None) -> list[str]:
+def _row(entry: Entry, baseline: Entry | None, pace: Entry | None) -> list[str]:
     return [
         *_name(entry),
         outcome(entry),
         _duration(entry["cold_seconds"]) if entry["outcome"] == "completed" else "-",
         _step(entry["steady_step_seconds"]) if entry["outcome"] == "completed" else "-",
-        speedup(entry, baseline),
+        speedup(entry, pace),
         memory(entry),
         _forecast(entry),
         memory_ratio(entry, baseline),
@@ -911,6 +978,7 @@ def _peak_bytes(entry: Entry) -> int | None:
 
 
 def memory(entry: Entry) -> str:
+    """The peak allocated on the GPU, else the host's, which is marked."""
     peak = _peak_bytes(entry)
     if peak is None:
         return "-"
@@ -933,6 +1001,7 @@ def size(count: float) -> str:
 
 
 def memory_ratio(entry: Entry, baseline: Entry | None) -> str:
+    """The peak as a share of the baseline's, or why there is none."""
     if entry["outcome"] != "completed" or baseline is None:
         return "-"
     if baseline["outcome"] != "completed":
@@ -946,6 +1015,7 @@ def _before_and_after(losses: tuple[float, float] | None) -> str:
 
 
 def loss(entry: Entry) -> str:
+    """Held-out loss before and after training in nats a token, marked where weights are random."""
     before, after = entry["heldout_loss_before"], entry["heldout_loss_after"]
     if before is None or after is None:
         return "-"

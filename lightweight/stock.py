@@ -39,10 +39,17 @@ Request = Literal["round", "finish"]
 class Rounds(Protocol):
     """The owner of the trial, as seen from inside: it asks, one request after the other, and is told."""
 
-    def training_began(self) -> None: ...
-    def await_request(self, request: Request) -> None: ...
-    def step_ended(self) -> None: ...
-    def round_ended(self) -> None: ...
+    def training_began(self) -> None:
+        """Everything before the first step is done."""
+
+    def await_request(self, request: Request) -> None:
+        """Return when `request` has been asked for."""
+
+    def step_ended(self) -> None:
+        """An optimizer step has ended; the device may still be at it."""
+
+    def round_ended(self) -> None:
+        """A round has ended and the device is idle."""
 
 
 def make_trainer(

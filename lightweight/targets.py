@@ -60,7 +60,9 @@ class Device:
 
 
 NATIVE = Target(name="native")
+"""The card as it is, uncapped."""
 CPU = Target(name="cpu")
+"""No card: host memory, uncapped."""
 
 # Total memory as torch reported it on real cards: `total_memory`, or 'a total capacity of' in its OutOfMemoryError.
 # Driver and ECC settings move it by about one per cent; where reports differ this is one of the lower ones.
@@ -74,6 +76,7 @@ A100_40 = Target(name="a100-40", card="A100-SXM4-40GB", capability=(8, 0), total
 H100 = Target(name="h100", card="H100 80GB HBM3", total_bytes=81_082 * MiB)
 
 TARGETS = {target.name: target for target in (T4, L4, A10, RTX_4090, A100_40, H100, NATIVE)}
+"""What `--target` knows by name, beside amounts such as `16GiB`."""
 
 
 def named(text: str) -> Target:

@@ -214,6 +214,7 @@ class TimedOut:
 
 
 Outcome = Completed | OutOfMemory | Diverged | Crashed | TimedOut
+"""How a trial ended; `kind` is its name in a record."""
 
 
 def of_all_ranks(measured: Sequence[Measurements]) -> Measurements:

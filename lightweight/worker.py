@@ -226,7 +226,7 @@ class _Begin(transformers.TrainerCallback):
 def build(trial: Trial, device: torch.device) -> torch.nn.Module:
     """The network of a trial on `device`, quantized and with its adapter on; for a captured step without peft's upcasts
     to fp32, unless it asks for them. One that is going to be sharded stays in the host's memory until then, but for
-    4-bit weights, which are made on the device."""
+    4-bit weights, which are made on the device. Raises TypeError for bf16 on a target without it."""
     method, step = trial.running_method, trial.method.captured_step
     if method.library == "unsloth":
         return peer.build(trial, device)

@@ -19,10 +19,11 @@ import torch
 from huggingface_hub import ModelCard
 
 from conftest import MICRO, turns
-from lightweight import chat, isolation, job, models, record, worker
+from lightweight import chat, isolation, job, models, record
 from lightweight.__main__ import main
 from lightweight.output import Output
 from lightweight.preload import peft
+from lightweight.process import redirect_output
 
 
 @pytest.fixture(scope="session")

@@ -188,3 +188,13 @@ def test_code_that_comes_with_a_model_is_not_run(weights_folder):
     (weights_folder / "code.py").write_text("raise SystemExit('ran their code')")
     with pytest.raises(ValueError, match=r"trust_remote_code|custom code"):
         models.load(Model(name="x", location=str(weights_folder)), torch.float32, CPU, None)
+
+
+def test_a_tokenizer_from_gguf_ends_where_its_network_does(micro):
+    """What transformers 5.17 makes of a GGUF file: another end, and nothing to pad with."""
+    tokenizer, config = models.load_tokenizer(micro), models.configuration(micro)
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    tokenizer.eos_token, tokenizer.pad_token = tokenizer.convert_ids_to_tokens(42), None
+    config.eos_token_id, config.pad_token_id = end, pad
+    models._end_as_the_network_does(tokenizer, config)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (end, pad)

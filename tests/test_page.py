@@ -1,5 +1,6 @@
 """The page as a reader meets it: what it holds, and in a real browser that its pictures, filters and links work."""
 
+import colorsys
 import html
 import json
 import re
@@ -7,7 +8,7 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
-from test_report import LADDER, entry, forecast, paired, run, stopped
+from test_report import LADDER, entry, forecast, paired, run, seeds, stopped
 
 from lightweight import drawing, figures, page, record, report
 
@@ -31,6 +32,10 @@ def everything():
         entry(model=neo, method="lora", outcome="diverged", steady_step_seconds=None, train_loss=[3.0, None]),
         entry(model=neo, target="native", planned_steps=1, train_loss=[3.0], step_seconds=[0.1]),
     ]
+    others += seeds("baseline", 2.5, 2.7, model="smollm2-135m")
+    others += seeds("qlora-captured-lr0.0002", 2.6, 2.7, model="smollm2-135m")
+    others += seeds("lora", 2.9, 3.1, model="smollm2-135m")
+    others += [stopped(model="smollm2-135m", method="qlora", seed=seed) for seed in range(2)]
     plan = [forecast(target="l4"), forecast(neo, target="l4", verdict="does_not_fit", gib=20)]
     old = run(entry(), stopped(method="lora"), *others, ended="2026-01-01T00:00:00", name="old.json")
     new = run(entry(), lora, *others, *LADDER, ended="2026-01-02T00:00:00", name="new.json", forecasts=plan)
@@ -75,8 +80,8 @@ def test_every_id_is_there_once_and_every_link_leads_to_one(document):
 
 
 def test_every_kind_of_picture_is_drawn_and_has_its_table(document):
-    kinds = {picture.table.partition("-")[0] for picture in figures.pictures(everything())}
-    assert kinds == {"loss", "memory", "speedup", "ladder", "frontier", "history"}
+    kinds = {picture.kind for picture in figures.pictures(everything())}
+    assert kinds == {"loss", "no-worse", "memory", "speedup", "ladder", "frontier", "history"}
     assert document.count("<figure") == len(figures.pictures(everything()))
     assert document.count("The same as a table") == len({picture.table for picture in figures.pictures(everything())})
 
@@ -86,12 +91,46 @@ def test_a_cell_that_ran_out_of_memory_is_in_every_kind_of_picture():
         run(entry(), stopped(method="lora"), LADDER[0], stopped(method="lora", test=LADDER[1]["test"], planned_steps=4))
     ]
     runs += [run(stopped(method="lora"), ended="2026-01-03")]
+    real = [stopped(method="lora", model="m", seed=seed) for seed in range(2)]
+    runs += [run(*seeds("baseline", 2.5, 2.6, model="m"), *real, ended="2026-01-04")]
     for picture in figures.pictures(runs):
         if "lora" in picture.summary:
             assert "out of memory" in picture.summary
             assert "var(--fail)" in picture.svg, picture.key
-    kinds = {p.table.partition("-")[0] for p in figures.pictures(runs) if "lora" in p.summary}
-    assert kinds == {"loss", "memory", "speedup", "ladder", "frontier", "history"}
+    kinds = {p.kind for p in figures.pictures(runs) if "lora" in p.summary}
+    assert kinds == {"loss", "no-worse", "memory", "speedup", "ladder", "frontier", "history"}
+
+
+def test_intervals_are_drawn_with_the_margin_and_a_worse_method_is_a_cross():
+    real = seeds("baseline", 2.5, 2.7) + seeds("lora", 2.51, 2.70) + seeds("qlora", 2.9, 3.1)
+    over, forgotten = (p for p in figures.pictures([run(*real)]) if p.kind == "no-worse")
+    assert "lora +0.005 [-0.027, +0.037], no worse; qlora +0.400 [+0.400, +0.400], worse" in over.summary
+    assert "margin +0.05" in over.svg and "margin" not in forgotten.svg
+    assert over.svg.count("✕") == 1 and "✕" not in forgotten.svg
+    assert "baseline +0.250" in forgotten.summary and "baseline +" not in over.summary
+
+
+def test_of_several_seeds_one_is_drawn_and_whatever_failed():
+    real = seeds("baseline", 2.5, 2.7) + seeds("lora", 2.51, 2.70) + [stopped(method="lora", seed=2)]
+    drawn = [p for p in figures.pictures([run(*real)]) if p.kind == "loss"]
+    assert [p.title.partition(": ")[2] for p in drawn] == ["lora, seed 0 over baseline", "lora, seed 2 over baseline"]
+
+
+def test_where_nothing_has_a_speedup_no_picture_says_so():
+    alone = [entry(method="fp32"), entry(method="fp32-captured")]
+    assert "speedup" not in {p.kind for p in figures.pictures([run(*alone)])}
+    assert "speedup" in {p.kind for p in figures.pictures([run(*alone, stopped(method="lora"))])}
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+def test_no_cause_of_memory_looks_like_a_failure(theme):
+    def hue(colour):
+        """In turns."""
+        return colorsys.rgb_to_hsv(*(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)))[0]
+
+    fail = hue(drawing.COLOURS["fail"][theme])
+    apart = [abs((hue(pair[theme]) - fail + 0.5) % 1 - 0.5) for pair in drawing.CAUSES.values()]
+    assert min(apart) > 0.04
 
 
 def test_where_no_cell_has_a_curve_each_still_has_its_cross():
@@ -324,7 +363,7 @@ def test_the_keyboard_reaches_everything(opened, file):
     tab.keyboard.press("Tab")
     assert tab.evaluate("document.activeElement.textContent") == "To the results"
     focused = set()
-    for _ in range(60):
+    for _ in range(120):
         tab.keyboard.press("Tab")
         focused.add(tab.evaluate("document.activeElement.tagName"))
     assert focused >= {"A", "SELECT", "BUTTON", "DIV", "SUMMARY"}

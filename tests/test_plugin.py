@@ -1,6 +1,7 @@
 """End to end: pytest runs pytest, children train. One file of cells, on a model that trains in a second."""
 
 import json
+import shutil
 import tempfile
 import tomllib
 from pathlib import Path
@@ -9,6 +10,8 @@ import matplotlib.figure  # noqa: F401  pytester unloads what its runs import, a
 import pytest
 
 from conftest import MICRO, turns
+
+ROOT = Path(__file__).parent.parent
 
 CELLS = f"""
     import pytest
@@ -301,6 +304,23 @@ def test_bad_input_is_one_line_before_any_model_is_built(project, arguments, exp
     assert len(lines) == 1
     result.stderr.fnmatch_lines([f"ERROR: {expected}"])
     assert "writing" not in result.stdout.str()
+
+
+def test_a_model_of_true_size_is_not_trained_on_a_cpu_unless_told_how_long(project, micro):
+    project.makepyfile(
+        test_long=f"""
+        def test_long(laboratory):
+            assert laboratory.takes_long("opt-350m") and not laboratory.takes_long({micro.location!r})
+        """,
+        test_told="def test_told(laboratory):\n    assert not laboratory.takes_long('opt-350m')\n",
+    )
+    project.runpytest("--weights=random", "test_long.py").assert_outcomes(passed=1)
+    project.runpytest("--epochs=1", "test_told.py").assert_outcomes(passed=1)
+    for name in ("test_training", "test_speedup"):
+        shutil.copy(ROOT / "experiments" / f"{name}.py", project.path)
+        result = project.runpytest("--model=opt-350m", "--weights=random", "--method=lora", f"{name}.py")
+        result.assert_outcomes(skipped=1)
+        result.stdout.fnmatch_lines("not run: many minutes a cell on a CPU; --epochs 2 trains them: *")
 
 
 def test_what_needs_cuda_is_not_run_and_not_passed(project):

@@ -297,8 +297,8 @@ def test_the_answer_comes_first_and_names_every_cell():
     neo = [stopped(model="gpt-neo-1.3b"), entry(model="gpt-neo-1.3b", method="qlora", weights="random")]
     lora = entry(method="lora", speedup=paired(1.7, 1.6, 1.8), peak_allocated_bytes=2 * 2**30, heldout_loss_after=2.4)
     found = [str(finding) for finding in report.findings([run(entry(), lora, *neo)])]
-    assert found[0] == "4 cells: 3 completed, 1 out of memory."
-    assert found[1] == "Fastest against its baseline: opt-350m x lora on t4, 1.70 times as fast."
+    assert found[0] == "lora trains opt-350m 1.7 times as fast as baseline on t4."
+    assert found[1] == "4 cells: 3 completed, 1 out of memory."
     assert found[2] == (
         "opt-350m on t4 (emulated): baseline completes in 1.50 min within 4.00 GiB, held-out loss 3.00 to 2.50; "
         "lora is 1.70x as fast with 0.50 of the memory, held-out loss 3.00 to 2.40."
@@ -307,6 +307,51 @@ def test_the_answer_comes_first_and_names_every_cell():
     assert "rightly for all 4 cells" in found[5]
     assert "says nothing of quality" in found[-1]
     assert report.text([run(entry(), lora, *neo)], "markdown").startswith(f"- {found[0]}")
+
+
+def test_the_answer_names_what_trains_where_the_baseline_cannot():
+    neo = [stopped(), entry(method="qlora"), entry(method="qlora-captured"), stopped(method="lora")]
+    assert str(report.findings([run(*neo)])[0]) == (
+        "qlora and qlora-captured train opt-350m on t4, where baseline runs out of memory."
+    )
+    assert str(report.findings([run(stopped(), stopped(method="lora"))])[0]) == "2 cells: 2 out of memory."
+    slower = entry(method="qlora", steady_step_seconds=0.2)
+    assert str(report.findings([run(entry(), slower)])[0]) == "2 cells: 2 completed.", "slower is not fast"
+
+
+def test_a_step_is_held_against_the_baseline_of_its_own_run(tmp_path):
+    """The same card steps at another pace on another host, and a run may have only a short baseline."""
+    for name, day, entries in (
+        ("old", 1, [entry(steady_step_seconds=0.3)]),
+        ("new", 2, [entry(steady_step_seconds=0.2, planned_steps=3), entry(method="lora")]),
+    ):
+        stored = {"datetime": f"2026-01-0{day}", "outcomes": [record_entry(e) for e in entries]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(stored))
+    runs = [record.run(tmp_path / f"{name}.json") for name in ("new", "old")]
+    found = {row["method"]: row["speedup"] for row in rows("results", *runs)}
+    assert found == {"baseline": "1.00x", "lora": "2.00x"}
+    assert [row["speedup"] for row in rows("speedup", *runs)] == ["2.00x"]
+    assert str(report.findings(runs)[0]) == "lora trains opt-350m 2.0 times as fast as baseline on t4."
+
+
+def record_entry(e):
+    """An entry with every key that a stored record must have."""
+    return dict.fromkeys(record.KEYS) | {"steps": 6} | e
+
+
+def test_losses_after_unlike_numbers_of_steps_are_not_compared():
+    short = entry(method="lora", planned_steps=3, heldout_loss_after=2.9)
+    assert [row["over baseline"] for row in rows("loss", run(entry(), short))] == ["-", "-"]
+    assert [row["over baseline"] for row in rows("loss", run(entry(), short | {"planned_steps": 6}))] == ["-", "+0.400"]
+    assert "3.00 to 2.90 after 3 steps" in report.text([run(entry(), short)], "terminal")
+
+
+def test_whether_a_method_is_no_worse_is_among_the_findings():
+    found = [str(line) for line in report.findings([run(*seeds("baseline", 2.5, 2.7), *seeds("lora", 2.51, 2.70))])]
+    assert (
+        "Over baseline's held-out loss on opt-350m, means of seeds: lora no worse, +0.005 [-0.027, +0.037] nats."
+        in found
+    )
 
 
 def test_a_wrong_forecast_is_named():
@@ -325,7 +370,10 @@ def test_several_seeds_are_told_apart_and_each_held_against_its_own_baseline():
         ("lora", "0", "2.00x"),
         ("lora", "1", "2.00x"),
     ]
-    assert "lora, seed 1 is 2.00x as fast" in report.text([run(*seeds, *loras)], "terminal")
+    text = report.text([run(*seeds, *loras)], "terminal")
+    assert "lora, seed 0 is 2.00x as fast" in text and "seed 1" not in text, "one seed stands for all in sentences"
+    failed = report.text([run(*seeds, loras[0], stopped(method="lora", seed=1))], "terminal")
+    assert "lora, seed 1 runs out of memory" in failed
 
 
 def test_no_cell_is_missing_from_the_tables():
