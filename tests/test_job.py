@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from conftest import MICRO, turns
-from lightweight import chat, isolation, job, models, record
+from lightweight import chat, isolation, job, models, record, worker
 from lightweight.__main__ import main
 from lightweight.output import Output
 from lightweight.preload import peft
