@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from lightweight import drawing, no_worse, report, targets
+from lightweight import drawing, no_worse, report
 from lightweight.drawing import CAUSES, LIGHT, WIDTH, Canvas, Picture
 from lightweight.no_worse import Comparison, Estimate
 from lightweight.record import BASELINE, Entry, ForecastRow, Run
@@ -70,7 +70,7 @@ def _loss(key: str, entry: Entry, group: Sequence[Entry], entries: Sequence[Entr
     baseline = report.baseline_of(entry, group)
     shown = [entry] if baseline is None or baseline is entry else [baseline, entry]
     name = report.name_among(entry, group)
-    title = f"{entry['model']} on {entry['target']}: {name}" + " over baseline" * (len(shown) > 1)
+    title = f"{entry['model']} on {report.card(entry)}: {name}" + " over baseline" * (len(shown) > 1)
     summary = f"Loss against step and seconds. {'; '.join(report.headline(e) for e in shown)}"
     ended = [e for e in shown if e["outcome"] != "completed"]
     if not any(e["train_loss"] for e in shown):
@@ -301,7 +301,7 @@ def _memory(key: str, group: Sequence[Entry], entries: Sequence[Entry]) -> Pictu
         for entry in group
     ]
     first = group[0]
-    title = f"{first['model']} on {first['target']}"
+    title = f"{first['model']} on {report.card(first)}"
     return _bars(key, title, rows, first.get("budget_bytes"), entries)
 
 
@@ -323,7 +323,7 @@ def _forecast_memory(runs: Sequence[Run], told: Sequence[Entry]) -> list[Picture
         limit = min((row["budget_bytes"] for row in rows if row["model"] == model), key=lambda room: room or math.inf)
         of = [row for row in rows if (row["model"], row["budget_bytes"]) == (model, limit)]
         bars = [_forecast_bar(row) for row in of]
-        title = f"{model} on {of[0]['target']}, forecast"
+        title = f"{model} on {report.card(of[0])}, forecast"
         found.append(_bars(f"memory-forecast-{number}", title, bars, limit, [], model))
     return found
 
@@ -496,7 +496,7 @@ def _speedups(key: str, group: Sequence[Entry], entries: Sequence[Entry]) -> Pic
             markerfacecolor=LIGHT["blue"] if filled else "none",
         )
         drawing.text(paper, x + 14, bottom + 39.5, told, "muted", 9.5)
-    title = f"{group[0]['model']} on {group[0]['target']}"
+    title = f"{group[0]['model']} on {report.card(group[0])}"
     return canvas.picture("speedup", title, f"Times as fast as the baseline, per token. {'; '.join(words)}.")
 
 
@@ -559,7 +559,7 @@ def _ladder(number: int, rungs: Sequence[Entry], entries: Sequence[Entry]) -> Pi
     drawing.text(paper, right, bottom + 25, "ms a step", "muted", 9.5, ha="right")
     table = report.ladder(rungs, number)
     words = "; ".join(" ".join(row[:1]) + f" {row[3]}, {row[2]}" for row in table.rows)
-    title = f"{rungs[0]['model']} on {rungs[0]['target']}: {rungs[0]['method']} to {rungs[-1]['method']}"
+    title = f"{rungs[0]['model']} on {report.card(rungs[0])}: {rungs[0]['method']} to {rungs[-1]['method']}"
     return canvas.picture(table.key, title, f"Milliseconds a step, one change after the other. {words}.")
 
 
@@ -593,7 +593,7 @@ def _frontier(
     for index, card in enumerate(columns):
         x = left + across * (index + 0.5)
         lines = [*wrap(card, max(5, int(across / 4.6)))[:2]]
-        if room := _room(card):
+        if room := report.room(card):
             lines.append(f"{room / GiB:.0f} GiB")
         for line, told in enumerate(lines[-3:]):
             is_size = room is not None and line == len(lines[-3:]) - 1
@@ -645,13 +645,6 @@ def _place(axes: Axes, x: float, y: float, verdict: str, is_measured: bool, size
     )
     colour = LIGHT["paper"] if is_measured else LIGHT["fail"]
     return [*square, *axes.plot(x, y, "x", markersize=size * 0.85, color=colour, markeredgewidth=1.8)]
-
-
-def _room(card: str) -> int | None:
-    try:
-        return targets.named(card).total_bytes
-    except ValueError:
-        return None
 
 
 # History
@@ -739,7 +732,7 @@ def _history(key: str, entry: Entry, runs: Sequence[Run], entries: Sequence[Entr
             9,
             ha=align,
         )
-    title = f"{entry['model']} x {entry['method']} on {entry['target']}"
+    title = f"{entry['model']} x {entry['method']} on {report.card(entry)}"
     words = "; ".join(f"{report.run_label(run)}: {report.summary(then, run)}" for run, then in found)
     return canvas.picture("history", title, f"From run to run. {words}.")
 

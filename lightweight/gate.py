@@ -222,7 +222,7 @@ def _row(cell: Cell, entries: Sequence[Entry]) -> list[str]:
     now, then = cell.now, cell.then
     return [
         now["model"],
-        now["method"],
+        now["method"] if now["world_size"] == 1 else f"{now['method']}, {now['world_size']} GPUs",
         report.speedup(now, report.baseline_of(now, entries)),
         report.speedup(then, report.baseline_of(then, cell.run.entries)) if then and cell.run else "-",
         str(cell.against_stored or "-"),
@@ -260,8 +260,8 @@ def _not_compared(cells: Sequence[Cell], runs: Sequence[Run]) -> list[str]:
 def _disappeared(cells: Sequence[Cell], entries: Sequence[Entry]) -> list[str]:
     """Cells of the newest run that was compared with which this run does not have."""
     newest = max((cell.run for cell in cells if cell.run), key=attrgetter("ended"))
-    here = {(entry["model"], entry["method"], entry["target"]) for entry in entries}
-    gone = [then for then in newest.entries if (then["model"], then["method"], then["target"]) not in here]
+    here = {(entry["model"], entry["method"], report.card(entry)) for entry in entries}
+    gone = [then for then in newest.entries if (then["model"], then["method"], report.card(then)) not in here]
     return [f"disappeared: {_name(then)}, {_words(then['outcome'])} in {newest.name}" for then in gone]
 
 
@@ -278,7 +278,8 @@ def _changed(now: Entry, then: Entry) -> str:
 
 
 def _name(entry: Entry) -> str:
-    return f"{entry['model']} x {entry['method']}"
+    on = f" on {entry['world_size']} GPUs" if entry["world_size"] > 1 else ""
+    return f"{entry['model']} x {entry['method']}{on}"
 
 
 def _words(outcome: str) -> str:

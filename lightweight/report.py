@@ -129,6 +129,7 @@ def tables(runs: Sequence[Run]) -> list[Table]:
         memory_by_cause(told, forecasts(runs)),
         *(ladder(rungs, number) for number, rungs in enumerate(ladders(entries))),
         peers(entries),
+        ranks(entries),
         frontier(runs),
         history(runs),
         results(others, key="others", title="Shorter trials, other shapes, and budgets made for a check"),
@@ -174,7 +175,10 @@ def ladders(entries: Sequence[Entry]) -> list[list[Entry]]:
     """The rungs of every ladder, each from its bottom up: entries of one test, model, target and device, in order."""
 
     def of(entry: Entry) -> tuple[Any, ...]:
-        return (str(entry.get("test")).partition("[")[0], *(entry[key] for key in ("model", "target", "device")))
+        return (
+            str(entry.get("test")).partition("[")[0],
+            *(entry[key] for key in ("model", "target", "world_size", "device")),
+        )
 
     rungs = [entry for entry in entries if RUNG in (entry.get("test") or "")]
     found = [[entry for entry in rungs if of(entry) == key] for key in dict.fromkeys(map(of, rungs))]
@@ -204,7 +208,13 @@ def is_card(target: str) -> bool:
         return False
 
 
-SAME_BASELINE = ("model", "target", "device", "weights", "corpus_digest")
+SAME_BASELINE = ("model", "target", "world_size", "device", "weights", "corpus_digest")
+
+
+def card(cell: Entry | ForecastRow) -> str:
+    """The target of a trial or of a forecast, and how many of it, where that is more than one: `2 x t4`."""
+    count = cell.get("world_size") or cell.get("gpus") or 1
+    return str(cell["target"]) if count == 1 else f"{count} x {cell['target']}"
 
 
 def baseline_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
@@ -261,7 +271,7 @@ def forecasts(runs: Sequence[Run]) -> list[ForecastRow]:
     found: dict[tuple[Any, ...], ForecastRow] = {}
     for run in sorted(runs, key=_ended):
         for row in sorted(run.forecasts, key=lambda row: row["max_length"] or 0):
-            found[tuple(row[key] for key in ("model", "method", "target"))] = row
+            found[(row["model"], row["method"], card(row))] = row
     return list(found.values())
 
 
@@ -335,7 +345,7 @@ def _no_worse(entries: Sequence[Entry]) -> list[Finding]:
 
 def _place(entry: Entry) -> str:
     """The target, or the card itself."""
-    return str(entry["target"] if entry["target"] != "native" else entry["device"])
+    return card(entry) if entry["target"] != "native" else card(entry | {"target": entry["device"]})
 
 
 def _badness(told: str) -> int:
@@ -348,7 +358,7 @@ def headline(entry: Entry) -> str:
     if entry["outcome"] == "completed":
         told = [_step(entry["steady_step_seconds"]), memory(entry), loss(entry)]
         ended = ", ".join([ended, *(word for word in told if word != "-")])
-    return f"{entry['model']} x {entry['method']} on {entry['target']}: {ended}"
+    return f"{entry['model']} x {entry['method']} on {card(entry)}: {ended}"
 
 
 def _about(group: Sequence[Entry], everything: Sequence[Entry]) -> Finding:
@@ -395,22 +405,22 @@ def _agreement(entries: Sequence[Entry]) -> list[Finding]:
     off = [abs(e["forecast_allocated_bytes"] / e["peak_allocated_bytes"] - 1) for e in entries if _has_error(e)]
     within = f"; their peaks are within {max(off):.1%}" if off else ""
     if wrong:
-        names = ", ".join(f"{entry['model']} x {entry['method']} on {entry['target']}" for entry in wrong)
+        names = ", ".join(f"{entry['model']} x {entry['method']} on {card(entry)}" for entry in wrong)
         return [Finding(parts=(f"The forecast was wrong about {names}{within}",))]
     return [Finding(parts=(f"Fits or not was forecast rightly for all {len(limited)} cells under a budget{within}",))]
 
 
 def _forecast_only(runs: Sequence[Run]) -> list[Finding]:
     """What was forecast and not trained: for each model and method, the cards it fits and those it does not."""
-    trained = {(entry["model"], entry["method"], entry["target"]) for entry in newest(runs)}
+    trained = {(entry["model"], entry["method"], card(entry)) for entry in newest(runs)}
     rows = [row for row in forecasts(runs) if is_card(row["target"])]
-    rows = [row for row in rows if (row["model"], row["method"], row["target"]) not in trained]
+    rows = [row for row in rows if (row["model"], row["method"], card(row)) not in trained]
     words = {"fits": "fits", "does_not_fit": "does not fit", "too_close_to_call": "is too close to call on"}
     return [
         Finding(
             about=f"{model}, forecast",
             parts=tuple(
-                f"{method} {words.get(verdict, verdict)} {', '.join(row['target'] for row in of_verdict)}"
+                f"{method} {words.get(verdict, verdict)} {', '.join(card(row) for row in of_verdict)}"
                 for method, of_method in _by(of_model, "method").items()
                 for verdict, of_verdict in _by(of_method, "verdict").items()
             ),
@@ -560,13 +570,13 @@ def memory_by_cause(entries: Sequence[Entry], untrained: Sequence[ForecastRow] =
         limit = size(entry["budget_bytes"]) if entry.get("budget_bytes") else "-"
         rows.append([*_name(entry), outcome(entry), limit, memory(entry), _forecast(entry), *sizes])
         of.append(entry)
-    measured = {(entry["model"], entry["method"], entry["target"]) for entry in entries}
+    measured = {(entry["model"], entry["method"], card(entry)) for entry in entries}
     for row in untrained:
-        if (row["model"], row["method"], row["target"]) not in measured and is_card(row["target"]):
+        if (row["model"], row["method"], card(row)) not in measured and is_card(row["target"]):
             sizes = [size(row["bytes_by_cause"][c]) if row["bytes_by_cause"].get(c) else "-" for c in causes]
             limit = size(row["budget_bytes"]) if row["budget_bytes"] else "-"
             told = f"forecast: {row['verdict'].replace('_', ' ')}"
-            names = [row["model"], row["method"], row["target"]]
+            names = [row["model"], row["method"], card(row)]
             rows.append([*names, told, limit, "-", size(row["forecast_allocated_bytes"]), *sizes])
             of.append(None)
     return Table(
@@ -598,9 +608,7 @@ def ladder(rungs: Sequence[Entry], number: int = 0) -> Table:
                 memory(rung),
             ]
         )
-    title = (
-        f"Where the speed comes from: {first['model']} on {first['target']}, {first['method']} to {rungs[-1]['method']}"
-    )
+    title = f"Where the speed comes from: {first['model']} on {card(first)}, {first['method']} to {rungs[-1]['method']}"
     return Table(
         key=f"ladder-{number}",
         title=title,
@@ -651,6 +659,50 @@ def peers(entries: Sequence[Entry]) -> Table:
             "imports where a library needs a fresh interpreter."
         ],
     )
+
+
+def ranks(entries: Sequence[Entry]) -> Table:
+    """Trials over several GPUs beside the same ones on one: tokens a second, and what each GPU held."""
+    rows: list[list[str]] = []
+    of: list[Entry] = []
+    for entry in [entry for entry in entries if entry["world_size"] > 1]:
+        alike = [other for other in entries if all(other.get(key) == entry.get(key) for key in ALIKE_BUT_RANKS)]
+        for told in (*(other for other in alike if other["world_size"] == 1), entry):
+            if any(told is other for other in of):
+                continue
+            rate = told.get("tokens_per_second")
+            one = next((other.get("tokens_per_second") for other in alike if other["world_size"] == 1), None)
+            peaks = told.get("rank_peak_allocated_bytes") or [told["peak_allocated_bytes"]]
+            rows.append(
+                [
+                    *_name(told),
+                    outcome(told) + ("" if told.get("failed_rank") is None else f", rank {told['failed_rank']}"),
+                    f"{rate:,.0f}" if rate else "-",
+                    f"{told['rank_tokens_per_second']:,.0f}" if rate else "-",
+                    f"{rate / one:.2f}x" if rate and one else "-",
+                    ", ".join("-" if peak is None else size(peak) for peak in peaks),
+                    _forecast(told),
+                    loss(told),
+                ]
+            )
+            of.append(told)
+    return Table(
+        key="ranks",
+        title="Several GPUs for one trial",
+        columns=[
+            *("model", "method", "target", "outcome", "tokens/s", "a GPU", "of one GPU"),
+            *("peak of each", "forecast", "held-out loss"),
+        ],
+        aligned="llllrrrrrl",
+        rows=rows,
+        entries=of,
+        notes=[
+            "Batches are those of one GPU; the Trainer's methods are sharded by FSDP2, captured steps share batches."
+        ],
+    )
+
+
+ALIKE_BUT_RANKS = ("model", "method", "target", "device", "weights", "corpus_digest", "seed", "planned_steps")
 
 
 def _products_seconds(entry: Entry) -> float | None:
@@ -714,14 +766,14 @@ def places(runs: Sequence[Run]) -> dict[tuple[str, str], dict[str, Place]]:
     found: dict[tuple[str, str], dict[str, Place]] = {}
     for row in forecasts(runs):
         if is_card(row["target"]) and row["budget_bytes"]:
-            found.setdefault((row["model"], row["method"]), {})[row["target"]] = Place(verdict=row["verdict"])
+            found.setdefault((row["model"], row["method"]), {})[card(row)] = Place(verdict=row["verdict"])
     entries = newest(runs)
     for entry in [*_on_cards(entries), *main_cells(entries)]:  # the longest trial says it last
         if entry["peak_allocated_bytes"] or entry["outcome"] == "out_of_memory":
             verdicts = {"completed": "fits", "out_of_memory": "does_not_fit"}
             verdict = verdicts.get(entry["outcome"], entry["outcome"])
-            card = entry["target"] if entry["target"] != "native" else entry["device"]
-            found.setdefault((entry["model"], entry["method"]), {})[card] = Place(verdict=verdict, entry=entry)
+            where = _place(entry)
+            found.setdefault((entry["model"], entry["method"]), {})[where] = Place(verdict=verdict, entry=entry)
     order = {model: number for number, (model, _) in reversed(list(enumerate(found)))}
     return dict(sorted(found.items(), key=lambda item: order[item[0][0]]))
 
@@ -729,13 +781,20 @@ def places(runs: Sequence[Run]) -> dict[tuple[str, str], dict[str, Place]]:
 def cards(found: Mapping[tuple[str, str], Mapping[str, Place]]) -> list[str]:
     """The cards of a frontier, the smallest first."""
 
-    def room(card: str) -> float:
-        try:
-            return targets.named(card).total_bytes or float("inf")
-        except ValueError:
-            return float("inf")
+    def order(card: str) -> float:
+        return room(card) or float("inf")
 
-    return sorted(dict.fromkeys(card for of in found.values() for card in of), key=room)
+    return sorted(dict.fromkeys(card for of in found.values() for card in of), key=order)
+
+
+def room(card: str) -> int | None:
+    """The bytes that a card of this name, or several, have; None for one that no target is called by."""
+    count, _, name = card.rpartition(" x ")
+    try:
+        total_bytes = targets.named(name).total_bytes
+    except ValueError:
+        return None
+    return total_bytes and total_bytes * int(count or 1)
 
 
 def frontier(runs: Sequence[Run]) -> Table:
@@ -905,7 +964,7 @@ def _markdown(told: str) -> str:
 
 def _name(entry: Entry) -> list[str]:
     """Model, method and target."""
-    return [entry["model"], entry["method"], f"{entry['target']} {EMULATED}" if entry["emulated"] else entry["target"]]
+    return [entry["model"], entry["method"], f"{card(entry)} {EMULATED}" if entry["emulated"] else card(entry)]
 
 
 def _mean(values: Sequence[float | None]) -> str:

@@ -31,6 +31,7 @@ def entry(**changes):
         "steps_per_epoch": 2,
         "max_length": 256,
         "tokens_per_step": 2048,
+        "world_size": 1,
         "train_loss": [3.0, 2.9, 2.8, 2.7, 2.6, 2.5],
         "step_seconds": [0.3, 0.1, 0.1, 0.1, 0.1, 0.1],
         "steady_step_seconds": 0.1,
@@ -452,3 +453,25 @@ def test_text_from_a_record_is_text_in_markdown():
     hostile = "<img src=x> ](http://evil) `code` \\| a\u202eb"
     line = next(line for line in report.text([run(entry(method=hostile))], "markdown").splitlines() if "evil" in line)
     assert "<img" not in line and "](http" not in line
+
+
+def test_trials_over_several_gpus_stand_beside_the_one_on_one():
+    """And are held against the baseline of as many GPUs, not of one."""
+    rates = {"tokens_per_second": 20_480.0, "rank_tokens_per_second": 20_480.0}
+    two = {
+        "world_size": 2,
+        "tokens_per_second": 30_720.0,
+        "rank_tokens_per_second": 15_360.0,
+        "rank_peak_allocated_bytes": [3 * 2**30, 2 * 2**30],
+    }
+    failed = {"method": "qlora", "failed_rank": 1, "rank_peak_allocated_bytes": [None, 2**30]}
+    entries = [entry(**rates), entry(**two), stopped(**two | failed)]
+    one, shared, stopped_on_one_rank = report.ranks(entries).rows
+    assert one[2] == "t4 [e]" and shared[2] == "2 x t4 [e]"
+    assert shared[4:8] == ["30,720", "15,360", "1.50x", "3.00 GiB, 2.00 GiB"]
+    assert stopped_on_one_rank[3] == "out of memory in forward, rank 1"
+    assert stopped_on_one_rank[7] == "-, 1.00 GiB"
+    assert report.baseline_of(entries[2], entries) is entries[1]
+    assert report.ranks(entries[:1]).rows == []
+    assert list(report.places([run(*entries)])[("opt-350m", "baseline")]) == ["t4", "2 x t4"]
+    assert report.room("2 x t4") == 2 * report.room("t4")
