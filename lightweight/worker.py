@@ -99,6 +99,8 @@ def run(connection: Connection, trial: Trial, folder: Path, started: float) -> N
     redirect_output(folder / "log")
     if trial.device_index is not None:
         see_one_gpu(trial.device_index)
+    if trial.threads is not None:
+        torch.set_num_threads(trial.threads)
     device = torch.device("cpu" if trial.device_index is None else "cuda:0")
     meter = Meter(device, start_seconds=time.monotonic() - started)
     owner = _Owner(connection, meter)
