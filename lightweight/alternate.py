@@ -1,9 +1,16 @@
-"""How much faster is one trial than another? Rounds of two live children in alternation, A B B A, on one device.
+"""How much faster is one trial than another? Rounds of two live children in alternation on one device.
 
 Whatever the machine does to one round it does to its neighbour, and a drift favours neither, since each side goes first
-as often. A round that follows one of its own child is faster, its caches being warm (by 2 to 4 % on a busy CPU with
-rounds of 100 ms), and one that follows a pause is not: hence A B B A and its mirror image in turn, in which each side
-stands in each place as often. What is compared is the rounds' device time per token.
+as often: A B B A and its mirror image in turn, in which each side stands in each place as often. What is compared is
+the rounds' device time per token.
+
+On a GPU that is the time between two of its events. On a CPU it is the time the processor worked for the child
+(CLOCK_PROCESS_CPUTIME_ID), since the clock on the wall also counts what other jobs had of the core. Work added to a
+step shows in it; sleeping, waiting for a disk and processes that the child started do not. How fast a core works
+changes all the same, for tenths of a second, with what its neighbours do to caches and clock rate. So both children of
+a CPU are asked for their round at once, one thread each, on one core: the kernel alternates them every few
+milliseconds, and they meet the same core (CHANGELOG.md has the figures). Where a process cannot be kept on a core, as
+on macOS, they take turns like those of a GPU.
 """
 
 from __future__ import annotations
@@ -17,13 +24,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from lightweight import ratio
 from lightweight.isolation import Child
 from lightweight.trial import Outcome, OutOfMemory, Trial
 
-Pairing = Literal["alternating", "one after the other"]
+Pairing = Literal["alternating", "sharing a core", "one after the other"]
+
+CAN_PIN = hasattr(os, "sched_setaffinity")
+"""Whether this system keeps a process on a core when asked; macOS does not."""
+
+METHOD_FIRST = (False, True, True, False)
+"""Who goes first in the pairs of a turn: A B, B A, B A, A B."""
 
 IN_TURN_PAIRS = 32
 """Rounds of either trial where they cannot be alive at once; nothing can be added to them later."""
@@ -33,9 +44,9 @@ IN_TURN_PAIRS = 32
 class Alternation:
     """What came of it: the logarithm of baseline seconds over method seconds, per token, of each pair of rounds.
 
-    'One after the other' says that both did not fit on the device at once: pairs then share nothing of the machine's
-    drift, so their interval promises more than it can keep. `ended` is how one of the trials ended before all rounds
-    that were wanted had been trained, if it did.
+    'Sharing a core' is how a CPU alternates. 'One after the other' says that both did not fit on the device at once:
+    pairs then share nothing of the machine's drift, so their interval promises more than it can keep. `ended` is how
+    one of the trials ended before all rounds that were wanted had been trained, if it did.
     """
 
     log_ratios: tuple[float, ...]
@@ -45,9 +56,10 @@ class Alternation:
 
 def trial_of_rounds(trial: Trial, rounds: int, steps: int) -> Trial:
     """`trial` with rounds of `steps` full optimizer steps each, on its first training pairs, for as many as `rounds`
-    rounds and one to warm up."""
+    rounds and one to warm up; on a CPU with one thread, since threads that wait for each other are not idle."""
     rows = itertools.islice(itertools.cycle(trial.corpus.train), steps * trial.method.sequences_per_step)
-    return replace(trial, corpus=replace(trial.corpus, train=tuple(rows)), epochs=rounds + 1, max_steps=None)
+    rounded = replace(trial, corpus=replace(trial.corpus, train=tuple(rows)), epochs=rounds + 1, max_steps=None)
+    return replace(rounded, threads=1) if trial.device_index is None else rounded
 
 
 def alternate(
@@ -69,62 +81,77 @@ def alternate(
     return found
 
 
-def seconds_per_token(child: Child) -> float:
-    """Train one round; its device time per token, NaN where the trial has ended."""
-    before = len(child.measured.step_seconds)
-    child.round()
-    if child.outcome is not None:
-        return math.nan
-    steps = child.measured.step_seconds[before:]
-    return sum(steps) / (len(steps) * child.trial.tokens_per_step)
-
-
-def log_ratio(baseline: Child, method: Child, *, method_first: bool) -> float:
-    """Train one pair of rounds; the logarithm of how many times as long `baseline` took, NaN where one has ended."""
-    if method_first:
-        of_method = seconds_per_token(method)
-        of_baseline = seconds_per_token(baseline)
+def seconds_per_token(*children: Child) -> tuple[float, ...]:
+    """Train one round of each, those of a CPU at once; their device time per token, NaN where a trial has ended."""
+    began = [(_device_seconds(child), len(child.measured.step_seconds)) for child in children]
+    if all(map(_shares_a_core, children)):
+        for child in children:
+            child.ask_for_round()
+        for child in children:
+            child.await_round()
     else:
-        of_baseline = seconds_per_token(baseline)
-        of_method = seconds_per_token(method)
+        for child in children:
+            child.round()
+    return tuple(
+        math.nan
+        if child.outcome is not None
+        else (_device_seconds(child) - seconds)
+        / ((len(child.measured.step_seconds) - steps) * child.trial.tokens_per_step)
+        for child, (seconds, steps) in zip(children, began, strict=True)
+    )
+
+
+def log_ratio(baseline: Child, method: Child, pair: int) -> float:
+    """Train one pair of rounds, `pair` being its number from 0; the logarithm of how many times as long `baseline`
+    took, NaN where one has ended."""
+    if pair % len(METHOD_FIRST) == 0:
+        share_core(baseline, method, turn=pair // len(METHOD_FIRST))
+    if METHOD_FIRST[pair % len(METHOD_FIRST)]:
+        of_method, of_baseline = seconds_per_token(method, baseline)
+    else:
+        of_baseline, of_method = seconds_per_token(baseline, method)
     return math.log(of_baseline / of_method)
 
 
-def method_goes_first(pair: int) -> bool:
-    """Who goes first in a pair, counted from 0: A B, B A, B A, A B."""
-    return pair % 4 in (1, 2)
-
-
-def share_cores(*children: Child) -> None:
-    """Keep the children of a CPU on the same cores. Else each stays on the one it happened to get, for seconds, while
-    something else may be busy on one of the two; on the same ones both meet it."""
-    if not hasattr(os, "sched_setaffinity"):  # macOS does not have it
-        return
-    cores = sorted(os.sched_getaffinity(0))[: torch.get_num_threads()]
+def share_core(*children: Child, turn: int) -> None:
+    """Keep those children that run on the CPU on one core, in the next turn on the next one: so they meet the same
+    things, and not all the time the same ones."""
+    cores = sorted(os.sched_getaffinity(0)) if CAN_PIN else []
     for child in children:
-        if child.trial.device_index is None and child.outcome is None:
+        if _shares_a_core(child) and child.outcome is None:
             for thread in (thread for pid in child.pids for thread in Path(f"/proc/{pid}/task").iterdir()):
                 with suppress(ProcessLookupError):  # it has ended since
-                    os.sched_setaffinity(int(thread.name), cores)
+                    os.sched_setaffinity(int(thread.name), {cores[turn % len(cores)]})
+
+
+def _shares_a_core(child: Child) -> bool:
+    return CAN_PIN and child.trial.device_index is None
+
+
+def _device_seconds(child: Child) -> float:
+    """What the device has worked in all of the child's rounds so far."""
+    return child.measured.cpu_seconds if child.trial.device_index is None else sum(child.measured.step_seconds)
 
 
 def _pairs(
     baseline: Child, method: Child, is_enough: Callable[[Sequence[float]], bool], schedule: Sequence[int]
 ) -> Alternation:
     log_ratios: list[float] = []
-    share_cores(baseline, method)
+    pairing: Pairing = "sharing a core" if _shares_a_core(baseline) else "alternating"
     for child in (baseline, method):
         child.round()  # to warm up
     for look in schedule:
         while len(log_ratios) < look:
-            found = log_ratio(baseline, method, method_first=method_goes_first(len(log_ratios)))
+            found = log_ratio(baseline, method, len(log_ratios))
             for child in (baseline, method):
                 if child.outcome is not None:
-                    return Alternation(log_ratios=tuple(log_ratios), ended=(child.trial, child.outcome))
+                    return Alternation(
+                        log_ratios=tuple(log_ratios), pairing=pairing, ended=(child.trial, child.outcome)
+                    )
             log_ratios.append(found)
         if is_enough(log_ratios):
             break
-    return Alternation(log_ratios=tuple(log_ratios))
+    return Alternation(log_ratios=tuple(log_ratios), pairing=pairing)
 
 
 def _in_turn(
@@ -134,7 +161,7 @@ def _in_turn(
     for trial in (baseline, method):
         with start(trial) as child:
             child.round()  # to warm up
-            seconds.append([seconds_per_token(child) for _ in range(rounds)])
+            seconds.append([seconds_per_token(child)[0] for _ in range(rounds)])
             if child.outcome is not None:
                 return Alternation(log_ratios=(), pairing="one after the other", ended=(trial, child.outcome))
     return Alternation(

@@ -62,6 +62,11 @@ PEER_SECONDS = 3.0
 ANSWER_SECONDS = 1.0
 """How long a silent rank may take to say where it is."""
 
+# Which physical pages a process gets decides what collides in its caches for as long as it lives; of like children some
+# were 2 and 3 % slower than others. A huge page is laid out alike in all of them. glibc reads this when the forkserver
+# starts (GNU C Library manual, Memory Allocation Tunables), and asks the kernel for them.
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+
 _forkserver = multiprocessing.get_context("forkserver")
 _forkserver.set_forkserver_preload(PRELOAD)
 
@@ -130,7 +135,16 @@ class Child:
 
     def round(self) -> None:
         """Train one round; returns at once where the trial has already ended."""
-        self._request("round", worker.RoundEnded)
+        self.ask_for_round()
+        self.await_round()
+
+    def ask_for_round(self) -> None:
+        """Have the child begin a round, and do not wait for it."""
+        self._ask("round")
+
+    def await_round(self) -> None:
+        """Wait until the round that was asked for, or the trial, has ended."""
+        self._await(worker.RoundEnded)
         if self.outcome is None:
             self.rounds_done += 1
             self._on_round(self.trial, self._measured)
@@ -139,7 +153,8 @@ class Child:
         """Train what is left of the job, evaluate, save, and end the trial."""
         while self.outcome is None and self.rounds_done < self.trial.rounds:
             self.round()
-        self._request("finish", Completed)
+        self._ask("finish")
+        self._await(Completed)
         if self.outcome is None:
             self.outcome = Completed(measured=self._measured)
         return self.outcome
@@ -155,13 +170,11 @@ class Child:
             rank.process.join(timeout=5 if isinstance(self.outcome, Completed) else 0)
             rank.kill()
 
-    def _request(self, request: Request, answer: type) -> None:
-        if self.outcome is not None:
-            return
-        for rank in self._ranks:
-            with suppress(OSError):  # it has died, which is what is read from it next
-                rank.connection.send(request)
-        self._await(answer)
+    def _ask(self, request: Request) -> None:
+        if self.outcome is None:
+            for rank in self._ranks:
+                with suppress(OSError):  # it has died, which is what is read from it next
+                    rank.connection.send(request)
 
     def _await(self, answer: type) -> None:
         """Read every rank's reports until one of type `answer`, or until the first that ends the trial."""

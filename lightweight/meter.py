@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from statistics import mean
+from statistics import fmean
 from typing import Any
 
 import pynvml
@@ -44,6 +44,7 @@ class Meter:
         self._waited_seconds = 0.0
         self._losses: list[float] = []
         self._step_seconds: list[float] = []
+        self._cpu_seconds = self._cpu_began = 0.0
         self._step_loss: torch.Tensor | None = None
         self._pending_losses: list[torch.Tensor] = []
         self._marks: list[torch.cuda.Event | float] = []
@@ -105,6 +106,7 @@ class Meter:
 
     def begin_round(self) -> None:
         """Mark where the first step of a round begins."""
+        self._cpu_began = time.process_time()
         self._marks = [self._mark()]
 
     def add_loss(self, loss: torch.Tensor) -> None:
@@ -124,6 +126,7 @@ class Meter:
         """Read what the round left on the device. Raises DivergedError."""
         first = len(self._losses) + 1
         self.read_device()
+        self._cpu_seconds += time.process_time() - self._cpu_began
         for step, loss in enumerate(self._losses[first - 1 :], first):
             if not math.isfinite(loss):
                 raise DivergedError(step, loss)
@@ -147,10 +150,11 @@ class Meter:
         before, after, *_ = [*self.heldout_losses, None, None]
         elsewhere_before, elsewhere_after, *_ = [*self.elsewhere_losses, None, None]
         allocated, reserved = self._peaks or (None, None)
-        averages = [round(mean(held)) for held in zip(*self._held, strict=True)] or [None, None]
+        averages: list[int | None] = [round(fmean(held)) for held in zip(*self._held, strict=True)] or [None, None]
         return Measurements(
             train_loss=tuple(self._losses),
             step_seconds=tuple(self._step_seconds),
+            cpu_seconds=self._cpu_seconds,
             heldout_loss_before=before,
             heldout_loss_after=after,
             elsewhere_loss_before=elsewhere_before,

@@ -98,10 +98,10 @@ class Speedup:
     """How many times as fast as `baseline` a cell is per token, measured in pairs of alternating rounds.
 
     `log_ratios` has the natural logarithm of each pair's ratio; `ratio`, `low` and `high` are their geometric mean and
-    its 95 % t-interval; `cap` is how many pairs there could have been at most. `pairing` is 'alternating', or 'one
-    after the other' where both did not fit on the device at once, which is weaker. `floor` is the share of the stored
-    speedup that the gate asked for, if it did, and `verdict` what came of it. Without pairs `reason` says why there
-    is no number.
+    its 95 % t-interval; `cap` is how many pairs there could have been at most. `pairing` is 'alternating', on a CPU
+    'sharing a core', or 'one after the other' where both did not fit on the device at once, which is weaker. `floor` is
+    the share of the stored speedup that the gate asked for, if it did, and `verdict` what came of it. Without pairs
+    `reason` says why there is no number.
     """
 
     baseline: str

@@ -30,8 +30,8 @@ class Trial:
     `epochs` passes over the training pairs, or `max_steps` optimizer steps if that is given. `max_length` is the
     tokens of a row, padding included. `device_index` is the GPU's number among those this session sees; `None` trains
     on the CPU. `world_size` ranks train it together, each a process with a GPU of its own from `device_index` on, and
-    see the batches of one. Raises ValueError for bf16 on a target without it, and for more ranks than a step has
-    sequences.
+    see the batches of one. `threads` is how many of them compute on a CPU, `None` torch's own number. Raises ValueError
+    for bf16 on a target without it, and for more ranks than a step has sequences.
     """
 
     model: Model
@@ -44,6 +44,7 @@ class Trial:
     max_length: int = MAX_LENGTH
     device_index: int | None = None
     world_size: int = 1
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.world_size <= self.method.sequences_per_step:
@@ -106,17 +107,19 @@ class Measurements:
     """What a trial has measured so far. Bytes and seconds; `None` where there is nothing to measure.
 
     `train_loss` and `step_seconds` have one entry an optimizer step; `step_seconds` are device time from the end of one
-    step to the end of the next, so that nothing between steps is lost. `heldout_*` are in nats a token over the answers
-    held out, `elsewhere_*` over the corpus's text from elsewhere. `peak_*` are the training's own, without
-    building and evaluating; `average_*` are the mean over the ends of steps. `process_bytes` is what NVML
-    says the whole process holds on the GPU at most. Of several ranks these are the largest, and `rank_*` has each
-    one's; seconds are those of rank 0. `phase_seconds` leaves out waiting for the next request.
-    `captured` and `compiled` say how a captured step really ran, and `capture_note` why not otherwise; None for the
-    Trainer's.
+    step to the end of the next, so that nothing between steps is lost. On a CPU they are the clock's, whoever had the
+    core; `cpu_seconds` is what the processor worked for this process in all its rounds together. `heldout_*` are in
+    nats a token over the answers held out, `elsewhere_*` over the corpus's text from elsewhere. `peak_*` are the
+    training's own, without building and evaluating; `average_*` are the mean over the ends of steps. `process_bytes`
+    is what NVML says the whole process holds on the GPU at most. Of several ranks these are the largest, and `rank_*`
+    has each one's; seconds are those of rank 0, but for `cpu_seconds`, which add up. `phase_seconds` leaves out waiting
+    for the next request. `captured` and `compiled` say how a captured step really ran, and `capture_note` why not
+    otherwise; None for the Trainer's.
     """
 
     train_loss: tuple[float, ...] = ()
     step_seconds: tuple[float, ...] = ()
+    cpu_seconds: float = 0.0
     heldout_loss_before: float | None = None
     heldout_loss_after: float | None = None
     elsewhere_loss_before: float | None = None
@@ -228,6 +231,7 @@ def of_all_ranks(measured: Sequence[Measurements]) -> Measurements:
     return replace(
         first,
         **largest,
+        cpu_seconds=sum(one.cpu_seconds for one in measured),
         rank_peak_allocated_bytes=tuple(one.peak_allocated_bytes for one in measured),
         rank_peak_reserved_bytes=tuple(one.peak_reserved_bytes for one in measured),
     )

@@ -102,6 +102,8 @@ def run(
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     if trial.device_index is not None:
         see_gpus(trial.device_index, trial.world_size)
+    if trial.threads is not None:
+        torch.set_num_threads(trial.threads)
     device = take_device(trial)
     meter = Meter(device, start_seconds=time.monotonic() - started)
     owner = _Owner(connection, meter)

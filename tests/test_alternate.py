@@ -4,7 +4,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-import torch
 
 from lightweight import alternate, isolation, methods, ratio, targets
 from lightweight.alternate import trial_of_rounds
@@ -17,7 +16,8 @@ def trial(micro, small_corpus):
 
 
 class FakeChild:
-    """A child whose rounds take the seconds it is given, one step each; then it ends as it is told."""
+    """A child whose rounds take the processor the seconds it is given, and the clock twice as long, one step each; then
+    it ends as it is told."""
 
     def __init__(self, trial, seconds, ends, log):
         self.trial, self.seconds, self.ends, self.log = trial, iter(seconds), ends, log
@@ -30,7 +30,17 @@ class FakeChild:
         if step is None:
             self.outcome = self.ends
         else:
-            self.measured = Measurements(step_seconds=(*self.measured.step_seconds, step))
+            had = self.measured
+            clock = 2 * step if self.trial.device_index is None else step
+            self.measured = Measurements(
+                step_seconds=(*had.step_seconds, clock), cpu_seconds=had.cpu_seconds + (step if clock > step else 7.0)
+            )
+
+    def ask_for_round(self):
+        self.log.append(f"ask {self.trial.method.name}")
+
+    def await_round(self):
+        self.round()
 
 
 @pytest.fixture(autouse=True)
@@ -73,8 +83,9 @@ def other(trial):
     return replace(trial, method=replace(methods.LORA, name="lora"))
 
 
-def test_rounds_go_a_b_b_a_and_b_a_a_b_after_one_to_warm_up_each(trial, start):
+def test_on_a_gpu_rounds_go_a_b_b_a_and_b_a_a_b_after_one_to_warm_up_each(trial, start):
     children, log = start({"baseline": [9.0] + [2.0] * 8, "lora": [9.0] + [1.0] * 8})
+    trial = replace(trial, device_index=0)
     found = alternate.alternate(trial, other(trial), children, lambda pairs: True, cap=8)
     assert found.log_ratios == pytest.approx([math.log(2)] * 8)
     assert found.pairing == "alternating"
@@ -84,6 +95,36 @@ def test_rounds_go_a_b_b_a_and_b_a_a_b_after_one_to_warm_up_each(trial, start):
     there, back = ["baseline", "lora", "lora", "baseline"], ["lora", "baseline", "baseline", "lora"]
     assert rounds[2:] == (there + back) * 2
     assert log[:2] == ["start baseline", "start lora"]
+
+
+def test_on_a_cpu_both_are_asked_at_once_and_what_the_processor_worked_is_compared(trial, start):
+    children, log = start({"baseline": [9.0] + [1.5, 3.0] * 4, "lora": [9.0] + [1.0] * 8})
+    found = alternate.alternate(trial, other(trial), children, lambda pairs: True, cap=8)
+    assert found.log_ratios == pytest.approx([math.log(1.5), math.log(3)] * 4)
+    assert found.pairing == "sharing a core"
+    first, second = ["baseline", "lora"], ["lora", "baseline"]
+    rounds = [entry for entry in log if not entry.startswith(("start", "end"))][2:]
+    asked = [[f"ask {name}" for name in order] + order for order in (first, second, second, first) * 2]
+    assert rounds == [entry for pair in asked for entry in pair]
+
+
+def test_where_a_process_cannot_be_kept_on_a_core_they_take_turns(trial, start, monkeypatch):
+    monkeypatch.setattr(alternate, "CAN_PIN", False)
+    children, log = start({"baseline": [2.0] * 9, "lora": [1.0] * 9})
+    found = alternate.alternate(trial, other(trial), children, lambda pairs: True, cap=8)
+    assert found.pairing == "alternating"
+    assert not any(entry.startswith("ask") for entry in log)
+
+
+def test_the_core_that_is_shared_changes_every_turn(trial, start, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 5})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, cores: pinned.append((thread, *cores)))
+    children, _ = start({"baseline": [2.0] * 20, "lora": [1.0] * 20})
+    alternate.alternate(trial, other(trial), children, lambda pairs: False, cap=12)
+    monkeypatch.undo()
+    turns = [core for thread, core in pinned if thread == os.getpid()]  # both fake children are this process
+    assert turns == [2, 2, 5, 5, 2, 2]
 
 
 def test_pairs_are_added_at_the_looks_until_it_is_enough_or_the_cap(trial, start):
@@ -144,6 +185,8 @@ def test_rounds_have_full_steps_whatever_the_corpus_holds(trial):
     short = trial_of_rounds(trial, rounds=10, steps=4)
     assert (short.steps_per_epoch, short.rounds, len(short.corpus.train)) == (4, 11, 32)
     assert short.corpus.digest == trial.corpus.digest
+    assert short.threads == 1
+    assert trial_of_rounds(replace(trial, device_index=0), rounds=10, steps=4).threads is None
     assert short.corpus.train[:20] == trial.corpus.train
 
 
@@ -166,6 +209,5 @@ def test_two_live_children_alternate(trial, tmp_path):
     assert len(found.log_ratios) == 8
     assert found.ended is None
     assert len(set(pids)) == 2
-    cores = {frozenset(of) for of in affinities}
-    assert len(cores) == 1 and len(*cores) == min(torch.get_num_threads(), os.cpu_count())
+    assert affinities[0] == affinities[1] and len(affinities[0]) == 1
     assert 0.2 < ratio.interval(found.log_ratios).ratio < 5

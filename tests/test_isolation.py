@@ -69,6 +69,15 @@ def test_a_child_does_not_run_the_main_script_again(trial, tmp_path, monkeypatch
     assert not (tmp_path / "ran").exists()
 
 
+def test_children_have_huge_pages_where_the_kernel_gives_them(folder):
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[madvise]" not in setting.read_text():
+        pytest.skip("the kernel gives huge pages to nobody, or to everybody")
+    told = isolation.call(eval, folder, "(b'x' * 2**26, open('/proc/self/smaps_rollup').read())[1]")
+    huge = next(line for line in told.splitlines() if line.startswith("AnonHugePages"))
+    assert int(huge.split()[1]) * 1024 > 2**25
+
+
 @pytest.mark.parametrize("module", ["bitsandbytes", "transformers.trainer", "transformers.models.opt.modeling_opt"])
 def test_a_child_is_born_with(module, folder):
     assert isolation.call(eval, folder, f"{module!r} in __import__('sys').modules")

@@ -39,6 +39,27 @@ def test_step_seconds_lose_nothing_between_the_steps(meter):
     assert sum(seconds) == pytest.approx(elapsed, abs=0.005)
 
 
+def test_cpu_seconds_are_the_work_of_whole_rounds_and_neither_waiting_nor_what_lies_between_them(meter):
+    def work(seconds):
+        until = time.process_time() + seconds
+        while time.process_time() < until:
+            pass
+
+    for _ in range(2):
+        work(0.3)
+        meter.begin_round()
+        time.sleep(0.3)
+        work(0.1)
+        meter.add_loss(torch.tensor(1.0))
+        meter.end_step()
+        meter.end_round()
+    meter.begin_round()
+    work(0.3)  # of a round that does not end
+    measured = meter.measurements()
+    assert measured.cpu_seconds == pytest.approx(0.2, abs=0.05)
+    assert sum(measured.step_seconds) > 0.8
+
+
 def test_phases_are_counted_without_the_waiting(meter):
     with meter.during("build"):
         time.sleep(0.05)

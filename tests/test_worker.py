@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from multiprocessing import Pipe
 
 import pytest
 import torch
@@ -26,6 +27,20 @@ def test_the_worker_imports_no_pytest_no_plugin_and_no_report():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_trial_computes_with_the_threads_it_says(trial, tmp_path, monkeypatch):
+    had, found = torch.get_num_threads(), []
+    monkeypatch.setattr(worker, "redirect_output", lambda path: None)
+    monkeypatch.setattr(worker, "_train", lambda *_: found.append(torch.get_num_threads()))
+    _, end = Pipe()
+    try:
+        for threads in (had + 2, None):
+            worker.run(end, replace(trial, threads=threads), tmp_path, 0.0)
+            torch.set_num_threads(had)
+    finally:
+        torch.set_num_threads(had)
+    assert found == [had + 2, had]
 
 
 @pytest.mark.parametrize("method", [BASELINE, LORA, QLORA])
