@@ -6,6 +6,7 @@ becomes a crash's last words. Imports no pytest, no plugin and no report.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import time
@@ -99,6 +100,7 @@ def run(connection: Connection, trial: Trial, folder: Path, started: float) -> N
     redirect_output(folder / "log")
     if trial.device_index is not None:
         see_one_gpu(trial.device_index)
+    gc.freeze()  # what the forkserver has imported is never garbage, and looking through it falls into single rounds
     if trial.threads is not None:
         torch.set_num_threads(trial.threads)
     device = torch.device("cpu" if trial.device_index is None else "cuda:0")
