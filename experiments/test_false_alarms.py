@@ -69,6 +69,7 @@ def test_noise_does_not_fail_the_gate(laboratory: Laboratory, trial: Trial, coun
     series = [log for gate in gates for log in gate["log_ratios"]]
     blocks = [series[start : start + BLOCK] for start in range(0, len(series) - BLOCK + 1, BLOCK)]
     covered = sum(found.low <= 1 <= found.high for found in map(ratio.interval, blocks)) / len(blocks)
+    print(f"the interval of {BLOCK} pairs covers the truth in {covered:.1%} of {len(blocks)}")
     assert 0.93 <= covered <= 0.97, f"the interval of {BLOCK} pairs covers the truth in {covered:.1%} of {len(blocks)}"
 
 
