@@ -307,6 +307,8 @@ def _gate(options: argparse.Namespace) -> int:
         runs, problems = gate.load(options.against)
     except record.RecordError as error:
         return _refuse(error)
+    if not runs:  # a gate without anything to hold against would pass for ever
+        return _refuse(ValueError("; ".join(problems)))
     comparison = gate.compare(entries, runs, gate.Limits(**shares, undecided=options.undecided))
     print("\n".join([*problems, gate.text(comparison)]))
     return 1 if comparison.failures else 0

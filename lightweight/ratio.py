@@ -13,6 +13,10 @@ their family with exponent 1), and what decides is the repeated confidence inter
 each look's nominal level is used with Student's t (Jennison & Turnbull, Group Sequential Methods, 2000, section 4.4).
 Proportional spending was chosen by simulation over O'Brien-Fleming's, which needs twice the pairs where the answer is
 plain, and over a Student-t confidence sequence, which misses more where it is not (CHANGELOG.md has the figures).
+
+What the interval knows is how pairs of rounds scatter. What a process keeps for its whole life, such as where its
+memory lies, is the same in all of its pairs and not in it (Kalibera & Jones, Rigorous benchmarking in reasonable time,
+ISMM 2013); `isolation.py` keeps that small.
 """
 
 from __future__ import annotations

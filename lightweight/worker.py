@@ -7,6 +7,7 @@ becomes a crash's last words. Imports no pytest, no plugin and no report.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import re
 import signal
@@ -102,6 +103,7 @@ def run(
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     if trial.device_index is not None:
         see_gpus(trial.device_index, trial.world_size)
+    gc.freeze()  # what the forkserver has imported is never garbage, and looking through it falls into single rounds
     if trial.threads is not None:
         torch.set_num_threads(trial.threads)
     device = take_device(trial)

@@ -1,3 +1,4 @@
+import gc
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,10 +30,11 @@ def test_the_worker_imports_no_pytest_no_plugin_and_no_report():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_trial_computes_with_the_threads_it_says(trial, tmp_path, monkeypatch):
+def test_a_trial_computes_with_the_threads_it_says_and_never_collects_what_was_imported(trial, tmp_path, monkeypatch):
     had, found = torch.get_num_threads(), []
+    assert gc.get_freeze_count() == 0
     monkeypatch.setattr(worker, "redirect_output", lambda path: None)
-    monkeypatch.setattr(worker, "_train", lambda *_: found.append(torch.get_num_threads()))
+    monkeypatch.setattr(worker, "_train", lambda *_: found.append((torch.get_num_threads(), gc.get_freeze_count())))
     _, end = Pipe()
     try:
         for threads in (had + 2, None):
@@ -40,7 +42,9 @@ def test_a_trial_computes_with_the_threads_it_says(trial, tmp_path, monkeypatch)
             torch.set_num_threads(had)
     finally:
         torch.set_num_threads(had)
-    assert found == [had + 2, had]
+        gc.unfreeze()
+    assert [threads for threads, _ in found] == [had + 2, had]
+    assert all(frozen > 100_000 for _, frozen in found)
 
 
 @pytest.mark.parametrize("method", [BASELINE, LORA, QLORA])
