@@ -180,7 +180,7 @@ class Child:
 
     def _await(self, answer: type) -> None:
         """Read every rank's reports until one of type `answer`, or until the first that ends the trial."""
-        asked = list(self._ranks)
+        asked = list(self._ranks) if self.outcome is None else []
         while asked:
             ready = wait([rank.connection for rank in asked], self._silence_seconds)
             if not ready:

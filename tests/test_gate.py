@@ -133,6 +133,7 @@ def test_a_whole_process_on_the_host_is_not_exact_and_not_gated():
         ("corpus_digest", "e", "corpus_digest is e there and d here"),
         ("precision", "bf16", "precision is bf16 there and fp16 here"),
         ("weights", "random", "weights is random there and pretrained here"),
+        ("world_size", 2, "world_size is 2 there and 1 here"),
     ],
 )
 def test_a_run_under_other_conditions_is_passed_over_for_the_newest_that_matches(key, then, said):

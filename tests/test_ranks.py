@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 
-from lightweight import models, ranks, targets
+from lightweight import models, ranks, targets, worker
 from lightweight.isolation import Child
 from lightweight.methods import BASELINE, METHODS, QLORA, Method
-from lightweight.trial import Completed, Crashed, Measurements, TimedOut, Trial, of_all_ranks
+from lightweight.trial import Completed, Crashed, Measurements, OutOfMemory, TimedOut, Trial, of_all_ranks
 
 TINY = models.OPT_TINY.architecture | {"dropout": 0.0, "num_hidden_layers": 2, "hidden_size": 64, "ffn_dim": 128}
 
@@ -195,6 +195,28 @@ class Faulty(Trial):
         if os.environ.get("RANK") == "1":
             raise ZeroDivisionError("on rank 1 alone")
         return super().running_method
+
+
+class Full(Trial):
+    """A trial whose second rank runs out of a GPU's memory while it builds."""
+
+    @property
+    def running_method(self) -> Method:
+        if os.environ.get("RANK") == "1":
+            worker._allocator_ran_out = lambda: True  # a CPU has no allocator that could
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 394.00 MiB.")
+        return super().running_method
+
+
+def test_out_of_memory_on_one_rank_is_that_with_the_rank(trial, tmp_path):
+    job = replace(trial, world_size=2, target=targets.named("16GiB"))
+    ended = outcome(Full(**vars(job)), tmp_path / "trial")
+    assert isinstance(ended, OutOfMemory)
+    assert ended.rank == 1
+    assert ended.phase == "build"
+    assert ended.requested_bytes == 394 * 2**20
+    assert ended.reason.startswith("rank 1: OutOfMemoryError: CUDA out of memory")
+    assert len(ended.measured.rank_peak_allocated_bytes) == 2
 
 
 def test_an_exception_of_one_rank_is_told_as_its_own(trial, tmp_path):
