@@ -266,12 +266,14 @@ class Laboratory:
 
     @cached_property
     def gpus(self) -> int:
+        """How many GPUs this session sees."""
         import torch
 
         return torch.cuda.device_count()
 
     @cached_property
     def world_size(self) -> int:
+        """Ranks of a trial, one GPU each, or processes on a CPU."""
         wanted: int = self.config.getoption("gpus_per_trial")
         if self.has_cuda and wanted > self.gpus:
             raise pytest.UsageError(f"--gpus-per-trial {wanted}: CUDA finds {self.gpus} here; give no more than that")
