@@ -389,12 +389,18 @@ def _arguments(job: Job, output: Output) -> dict[str, Any]:
 
 
 def sizes(trial: Trial, network: Any) -> tuple[int, int]:
-    """Bytes of the result's weights and of a checkpoint: fp32 weights, and two moments of each that is trained."""
+    """Bytes of the result's weights and of a checkpoint: fp32 weights, and two moments of each that is trained.
+
+    A checkpoint has weights once more where what trains them keeps them in its own way: of ranks that share them,
+    FSDP2, which also gathers tied ones under each of their names; else the captured step's optimizer, of adapters.
+    """
     trained = models.count_parameters(network, trainable=True)
     adapted = trial.method.adapter is not None
     result = 4 * (trained if adapted else models.count_parameters(network))
-    twice = result if adapted and trial.method.captured_step else 0  # for peft, and as the optimizer has it
-    return result, result + twice + 8 * trained
+    own = result if adapted and (trial.is_sharded or trial.method.captured_step) else 0
+    if trial.is_sharded and not adapted:
+        own = 4 * sum(tensor.numel() for tensor in network.state_dict().values())
+    return result, result + own + 8 * trained
 
 
 # While it trains

@@ -192,15 +192,35 @@ def interrupt_at_step_7() -> None:
     job.Unattended.step_ended = step_ended
 
 
-@pytest.mark.parametrize("method", ["lora", "lora-captured"])
+def weigh_checkpoints() -> None:
+    """Say how large a checkpoint was expected to be, and how large it is."""
+    sizes, on_save = job.sizes, job.Checkpoints.on_save
+
+    def reckon(*of):
+        found = sizes(*of)
+        print("reckoned", found[1], flush=True)
+        return found
+
+    def weigh(self, args, state, *rest, **more):
+        files = Path(args.output_dir, f"checkpoint-{state.global_step}").iterdir()
+        print("written", sum(file.stat().st_size for file in files), flush=True)
+        on_save(self, args, state, *rest, **more)
+
+    job.sizes, job.Checkpoints.on_save = reckon, weigh
+
+
+@pytest.mark.parametrize("method", ["baseline", "lora-captured"])
 def test_a_job_on_two_ranks_of_which_one_is_interrupted_resumes_to_the_same_bits(
     base, dialogues, out, tmp_path, method
 ):
     """With dropout, so that every rank's random numbers go on as well."""
     whole, cut = (arguments(base, dialogues, out / name, method=method) for name in ("whole", "cut"))
     assert on_two_ranks(whole, tmp_path)[0] == [0, 0]
-    status, said = on_two_ranks(cut, tmp_path, nothing, interrupt_at_step_7)
+    status, said = on_two_ranks(cut, tmp_path, weigh_checkpoints, interrupt_at_step_7)
     assert status == [130, 130], said
+    sizes = dict(re.findall(r"(reckoned|written) (\d+)", "\n".join(said)))
+    reckoned, written = int(sizes["reckoned"]), int(sizes["written"])
+    assert reckoned <= written < reckoned + 2**17
     assert len(told(said)) == 1
     assert [path.name for path in (out / "cut.partial").glob("checkpoint-*")] == ["checkpoint-7"]
     status, said = on_two_ranks([*cut, "--resume"], tmp_path)
