@@ -101,7 +101,7 @@ def _taken(laboratory: Laboratory, trial: Trial) -> tuple[float, float]:
             if trial.device_index is not None:
                 return time.perf_counter(), sum(child.measured.step_seconds)
             ticks = (
-                Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+                Path(f"/proc/{child.pids[0]}/stat").read_text().rpartition(")")[2].split()[11:13]
             )  # proc(5): utime, stime
             of_child = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
             return time.process_time() + of_child, child.measured.cpu_seconds

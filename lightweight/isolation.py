@@ -102,18 +102,20 @@ class Child:
         self.trial = trial
         self.outcome: Outcome | None = None
         self.rounds_done = 0
-        self._ranks = [_Rank(number, folder) for number in range(trial.world_size)]
+        self._ranks: list[_Rank] = []
         self._folder = folder
         self._silence_seconds = silence_seconds
         self._on_step = on_step
         self._on_round = on_round
 
     def __enter__(self) -> Self:
-        self._store = ranks.store() if len(self._ranks) > 1 else None
+        world_size = self.trial.world_size
+        self._store = ranks.store() if world_size > 1 else None  # listens while it lives
+        port = None if self._store is None else self._store.port
         try:
-            for rank in self._ranks:
-                port = None if self._store is None else self._store.port
-                rank.start(self.trial, self._folder, ranks.environment(rank.number, len(self._ranks), port))
+            for number in range(world_size):
+                environment = ranks.environment(number, world_size, port)
+                self._ranks.append(_Rank(number, self.trial, self._folder, environment))
             self._await(worker.Ready)
         except BaseException:
             self._stop()
@@ -251,16 +253,14 @@ Ended = OutOfMemory | Diverged | Crashed | TimedOut
 
 
 class _Rank:
-    """One process of a trial, its end of the pipe, and what it has told."""
+    """One process of a trial, started, the owner's end of its pipe, and what it has told."""
 
-    def __init__(self, number: int, folder: Path) -> None:
+    def __init__(self, number: int, trial: Trial, folder: Path, environment: Mapping[str, str]) -> None:
         self.number = number
         self.measured = Measurements()
         self.phase: Phase = "start"
         self.is_dead = False
         self._log = log_of(number, folder)
-
-    def start(self, trial: Trial, folder: Path, environment: Mapping[str, str]) -> None:
         self.connection, childs_end = _forkserver.Pipe()
         self.process = _process_for(trial, childs_end, folder, environment)
         with _without_main():
