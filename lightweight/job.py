@@ -128,7 +128,7 @@ def run(job: Job, progress: Callable[[str], None] = lambda text: None) -> Outcom
         found, note = models.find(models.named(job.model), job.weights)
         if note:
             _say(note)
-        before = output.recall()
+        before = ranks.of_first(output.recall)  # which it writes anew as soon as it goes on
         if method is None:
             method = ranks.of_first(lambda: _chosen(job, found, target, device, before.get("method"), progress))
         if job.batch_size is not None:
