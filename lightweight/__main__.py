@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shlex
 import sys
 import warnings
@@ -38,8 +39,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _refuse(error: Exception) -> int:
-    print(f"lightweight: {error}", file=sys.stderr)
+    _tell(f"lightweight: {error}")
     return 2
+
+
+def _tell(text: str) -> None:
+    if _speaks():
+        print(text, file=sys.stderr, flush=True)
+
+
+def _speaks() -> bool:
+    """Whether this process tells what it has in common with all that torchrun started on this host."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +145,8 @@ def _plan(options: argparse.Namespace) -> int:
             batch_size=options.batch_size,
             max_length=options.max_length or MAX_LENGTH,
             max_batch=options.max_batch,
-            gpus=options.gpus,
+            gpus=options.gpus or 1,
+            fewest=options.gpus is not None,
             measured=measured,
             progress=_show,
         )
@@ -150,7 +162,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _show(text: str) -> None:
     """A line of progress that the next one overwrites; none where nobody watches."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and _speaks():
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
@@ -199,10 +211,12 @@ def _train(options: argparse.Namespace) -> int:
         return _train_job(options)
     except KeyboardInterrupt:
         if Output(options.output.absolute()).checkpoint is None:
-            print("lightweight: interrupted before the first checkpoint: nothing is left to resume", file=sys.stderr)
+            _tell("lightweight: interrupted before the first checkpoint: nothing is left to resume")
+        elif "TORCHELASTIC_RUN_ID" in os.environ:
+            _tell("lightweight: interrupted: go on with the same command and --resume")  # how it began is torchrun's
         else:
             again = options.given if options.resume else [*options.given, "--resume"]
-            print(f"lightweight: interrupted: go on with: lightweight {shlex.join(again)}", file=sys.stderr)
+            _tell(f"lightweight: interrupted: go on with: lightweight {shlex.join(again)}")
         return 130
 
 
@@ -227,6 +241,8 @@ def _quiet() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    # It is of models that add to what FSDP2 gave them in place, which transformers' own do not.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     # transformers and peft call activation checkpointing by its older name
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
 

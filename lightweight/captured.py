@@ -103,6 +103,7 @@ class Job:
         if checkpoint is not None:
             trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         arguments, state = trainer.args, trainer.state
+        state.is_local_process_zero, state.is_world_process_zero = trainer.is_local_process_zero(), ranks.is_first()
         state.max_steps, state.num_train_epochs = self.trial.steps, self.trial.rounds
         state.compute_steps(arguments, self.trial.steps)
         self._logged = state.global_step

@@ -15,6 +15,7 @@ import platform
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import integration_utils
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lightweight import corpus, forecast, methods, models, plan, ranks, record, stock, targets, worker
+from lightweight import corpus, forecast, isolation, methods, models, plan, ranks, record, stock, targets, worker
 from lightweight.captured import MethodError
 from lightweight.card import model_card
 from lightweight.meter import Meter
@@ -122,32 +123,27 @@ def run(job: Job, progress: Callable[[str], None] = lambda text: None) -> Outcom
     if on_gpu and ranks.world_size() > 1:
         torch.cuda.set_device(ranks.local_rank())
     ranks.meet(cpu=not on_gpu)
-    if ranks.is_first():
-        output.claim(resume=job.resume, overwrite=job.overwrite)
-    ranks.wait_for_all()
+    ranks.of_first(lambda: output.claim(resume=job.resume, overwrite=job.overwrite))
     try:
         found, note = models.find(models.named(job.model), job.weights)
         if note:
             _say(note)
-        before = output.recall()
+        before = ranks.of_first(output.recall)  # which it writes anew as soon as it goes on
         if method is None:
-            method = _chosen(job, found, target, device, before.get("method"), progress)
+            method = ranks.of_first(lambda: _chosen(job, found, target, device, before.get("method"), progress))
         if job.batch_size is not None:
             method = method.with_batch(job.batch_size)
         trial = _trial(job, found, method, target, dialogues, on_gpu)
         if job.resume:
             _check_same(trial, before, output)
         progress(f"{trial.name}: loading")
-        if ranks.is_first():
-            output.remember(record.settings(trial))
-            _written(found, output, job.seed)
-        ranks.wait_for_all()
-        trial = replace(trial, model=_written(found, output, job.seed))
+        ranks.of_first(lambda: output.remember(record.settings(trial)))
+        trial = replace(trial, model=ranks.of_first(lambda: _written(found, output, job.seed)))
         return _train(trial, job, output, device, progress)
     except REFUSALS:
         raise
     except Exception as error:  # safetensors and torch tell a full disk each in their own way
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or output.is_full:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or (ranks.is_first() and output.is_full):
             raise _disk_full(output) from error
         raise
     finally:
@@ -171,7 +167,7 @@ def _train(trial: Trial, job: Job, output: Output, device: Device, progress: Cal
             result_bytes, checkpoint_bytes = sizes(trial, trainer.model)
             # A new checkpoint is whole before the old one goes, and the result before the last one does.
             wanted = result_bytes + checkpoint_bytes if checkpoint else 2 * checkpoint_bytes
-            output.require(wanted + BESIDES_BYTES)
+            ranks.of_first(lambda: output.require(wanted + BESIDES_BYTES))
             for callback in trainer.callback_handler.callbacks:
                 if isinstance(callback, integration_utils.TensorBoardCallback) and callback.logging_dir is None:
                     callback.logging_dir = str(output.partial / "runs")  # one curve, also of a job that is resumed
@@ -191,9 +187,7 @@ def _train(trial: Trial, job: Job, output: Output, device: Device, progress: Cal
             worker.evaluate(trainer, heldout, meter)
             # Every rank takes part in gathering what is saved; the first one alone writes, and finishes.
             result = output.partial / "result"
-            if ranks.is_first():
-                shutil.rmtree(result, ignore_errors=True)
-            ranks.wait_for_all()
+            ranks.of_first(lambda: shutil.rmtree(result, ignore_errors=True))
             trainer.save_model(str(result))
             outcome = Completed(measured=of_all_ranks(gather_object([meter.measurements()])))
             if ranks.is_first():
@@ -323,10 +317,13 @@ def _forecasts(
     if target.total_bytes is None:  # the card as it is
         capability = device.capability or target.capability
         target = replace(target, total_bytes=device.total_bytes, capability=capability, bf16=capability >= (8, 0))
+    wanted: dict[str, Any] = {"batch_size": job.batch_size, "max_length": job.max_length, "gpus": ranks.world_size()}
     try:
-        return plan.plan(
-            [model], candidates, [target], batch_size=job.batch_size, max_length=job.max_length, progress=progress
-        )
+        if ranks.world_size() == 1:
+            return plan.plan([model], candidates, [target], progress=progress, **wanted)
+        # A forecast of one of several ranks plays that it is one, which a process that is one cannot.
+        with tempfile.TemporaryDirectory() as folder:
+            return isolation.call(plan.plan, Path(folder), [model], candidates, [target], **wanted)
     finally:
         progress("")
 
@@ -392,12 +389,18 @@ def _arguments(job: Job, output: Output) -> dict[str, Any]:
 
 
 def sizes(trial: Trial, network: Any) -> tuple[int, int]:
-    """Bytes of the result's weights and of a checkpoint: fp32 weights, and two moments of each that is trained."""
+    """Bytes of the result's weights and of a checkpoint: fp32 weights, and two moments of each that is trained.
+
+    A checkpoint has weights once more where what trains them keeps them in its own way: of ranks that share them,
+    FSDP2, which also gathers tied ones under each of their names; else the captured step's optimizer, of adapters.
+    """
     trained = models.count_parameters(network, trainable=True)
     adapted = trial.method.adapter is not None
     result = 4 * (trained if adapted else models.count_parameters(network))
-    twice = result if adapted and trial.method.captured_step else 0  # for peft, and as the optimizer has it
-    return result, result + twice + 8 * trained
+    own = result if adapted and (trial.is_sharded or trial.method.captured_step) else 0
+    if trial.is_sharded and not adapted:
+        own = 4 * sum(tensor.numel() for tensor in network.state_dict().values())
+    return result, result + own + 8 * trained
 
 
 # While it trains
@@ -489,12 +492,15 @@ class Progress(ProgressCallback):
 def _tell(
     failed: OutOfMemory | Diverged, trial: Trial, job: Job, device: Device, progress: Callable[[str], None]
 ) -> None:
-    """Say in one line how the job failed, and what would not."""
+    """Say in one line how the job failed, and what would not: on the first rank of all that do."""
+    if not ranks.is_first_to_say():
+        return
     if isinstance(failed, Diverged):
         _fail(f"{trial.name}: {failed.reason}: take a smaller learning rate, by a method of your own")
         return
     asked = "" if failed.requested_bytes is None else f", where {_size(failed.requested_bytes)} more were asked for"
-    what = f"{trial.name}: out of memory in {failed.phase}{asked}, of {_size(failed.budget_bytes)}"
+    where = f" on rank {ranks.rank()}" if ranks.world_size() > 1 else ""
+    what = f"{trial.name}: out of memory{where} in {failed.phase}{asked}, of {_size(failed.budget_bytes)}"
     _fail(f"{what}: {_instead(trial, job, device, progress)}")
 
 
@@ -535,8 +541,7 @@ def _say(text: str) -> None:
 
 
 def _fail(text: str) -> None:
-    if ranks.is_first():
-        print(f"lightweight: {text}", file=sys.stderr, flush=True)
+    print(f"lightweight: {text}", file=sys.stderr, flush=True)
 
 
 def _size(count: int) -> str:

@@ -42,14 +42,15 @@ def plan(
     batch_size: int | None = None,
     max_length: int = MAX_LENGTH,
     max_batch: bool = False,
-    gpus: int | None = None,
+    gpus: int = 1,
+    fewest: bool = False,
     measured: Sequence[Entry] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
     """A row for every model x method x target. Raises ForecastError and ModelError.
 
-    `batch_size` is in sequences a forward pass on one GPU, a method's own where it is None. `gpus` share a trial, and
-    where they are given the fewest that suffice are looked for as well. `measured` are entries of records, whose step
+    `batch_size` is in sequences a forward pass on one GPU, a method's own where it is None. `gpus` share a trial; with
+    `fewest` the least number of them that suffices is looked for as well. `measured` are entries of records, whose step
     times order the methods where they have all of them.
     """
 
@@ -72,7 +73,7 @@ def plan(
 
     for model, method in product(models, methods):  # at once, and not after minutes of tracing others
         try:
-            trial_of(model, method, batch_size or method.sequences_per_pass, gpus or 1)
+            trial_of(model, method, batch_size or method.sequences_per_pass, gpus)
         except ValueError as error:
             raise ForecastError(str(error)) from error
 
@@ -86,14 +87,14 @@ def plan(
                     return forecast.within(traced(i, j, sequences, count, target.capability), target.budget_bytes)
 
                 sequences = batch_size or method.sequences_per_pass
-                trial = trial_of(model, method, sequences, gpus or 1)
+                trial = trial_of(model, method, sequences, gpus)
                 row = _row(trial, target, found(sequences, trial.world_size))
                 of_target.append(row)
                 if max_batch:
                     least = -(-trial.world_size * sequences // trial.method.sequences_per_step)  # a sequence for each
                     fits = partial(_at_least, found, least, trial.world_size)
                     row["max_batch"] = 0 if row["reason"] else largest_batch(fits, sequences)
-                if gpus is not None:
+                if fewest:
                     fits = partial(found, sequences)
                     row["fewest_gpus"] = None if row["reason"] else fewest_gpus(fits, trial.method.sequences_per_step)
             _choose(of_target, dict(zip((m.name for m in methods), methods, strict=True)), measured)

@@ -791,7 +791,12 @@ def _limits(config: pytest.Config) -> gate.Limits:
 def _time_rounds(benchmark: BenchmarkFixture, child: isolation.Child) -> None:
     """Let pytest-benchmark time the rounds. Those after an early end take no time and are no rounds: they are dropped;
     the one in which the trial ended stays, so that the row is there."""
-    benchmark.pedantic(child.round, rounds=child.trial.rounds, iterations=1)
+    try:
+        benchmark.pedantic(child.round, rounds=child.trial.rounds, iterations=1)
+    except BaseException:
+        # It leaves out rows of what failed, but does not count an interruption, and cannot save a row without data.
+        benchmark.has_error = True
+        raise
     if benchmark.stats is not None:
         del benchmark.stats.stats.data[max(1, child.rounds_done) :]
 

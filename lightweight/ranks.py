@@ -8,8 +8,8 @@ those of one rank, in its order, whatever the number of ranks, and so are the lo
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, which imports peft
 
@@ -22,6 +22,8 @@ from torch.utils.data import Sampler
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+T = TypeVar("T")
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables by which transformers and accelerate tell that they were launched."""
@@ -102,6 +104,23 @@ def wait_for_all() -> None:
         distributed.barrier()
 
 
+def of_first(act: Callable[[], T]) -> T:
+    """What `act` returns, or raises, on the first rank, on every rank; the others do not call it."""
+    if not distributed.is_initialized():
+        return act()
+    told: list[Any] = [None, None]
+    if is_first():
+        try:
+            told[0] = act()
+        except Exception as error:
+            told[1] = error
+    distributed.broadcast_object_list(told)
+    found, raised = told
+    if raised is not None:
+        raise raised
+    return found  # type: ignore[no-any-return]
+
+
 def any_says(*said: bool, device: torch.device) -> list[bool]:
     """For each of `said` whether any rank says so; all ranks must ask. Waits for the device where there are several."""
     if world_size() == 1:
@@ -109,6 +128,17 @@ def any_says(*said: bool, device: torch.device) -> list[bool]:
     flags = torch.tensor(said, dtype=torch.int32, device=device)
     distributed.all_reduce(flags, distributed.ReduceOp.MAX)
     return [bool(flag) for flag in flags.tolist()]
+
+
+def is_first_to_say() -> bool:
+    """Whether no other rank has asked this before: of several that fail in one way, one tells."""
+    if world_size() == 1:
+        return True
+    # What the launcher's environment names is there for as long as the launcher is, and kept where that starts anew.
+    store = distributed.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+    )
+    return bool(store.add(f"lightweight/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1)
 
 
 def draws(trainer: Trainer, rows: Sequence[Any]) -> SeedableRandomSampler:

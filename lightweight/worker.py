@@ -225,6 +225,7 @@ class _Begin(transformers.TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         with self._meter.waiting():  # it has phases of its own
             self._begin()
+        self._meter.phase = "train"
 
 
 def build(trial: Trial, device: torch.device) -> torch.nn.Module:

@@ -8,8 +8,10 @@ import shlex
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -17,9 +19,10 @@ from statistics import fmean
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 from conftest import MICRO, turns
-from lightweight import chat, isolation, job, models, record, worker
+from lightweight import chat, isolation, job, models, plan, ranks, record, targets, worker
 from lightweight.__main__ import main
 from lightweight.output import Output
 from lightweight.preload import peft
@@ -139,6 +142,199 @@ def test_sigterm_ends_a_process_with_a_checkpoint_and_status_130(base, dialogues
     checkpoint = Output(out / "a").checkpoint
     assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] > 3
     assert (checkpoint / "optimizer.pt").exists() and (checkpoint / "model.safetensors").exists()
+
+
+def command_on_rank(given: list[str], log: Path, environment: dict[str, str], prepare: Callable[[], None]) -> None:
+    """The command as one of the ranks that torchrun starts."""
+    os.environ.update(environment)
+    prepare()
+    command(given, log)
+
+
+def nothing() -> None:
+    pass
+
+
+def on_two_ranks(given: list[str], folder: Path, *prepare: Callable[[], None]) -> tuple[list[int | None], list[str]]:
+    """The command on two ranks, having called each one's own of `prepare` there; their exit statuses, and what they
+    said together."""
+    store, logs = ranks.store(), [folder / f"log-{rank}" for rank in range(2)]
+    processes = [
+        isolation._forkserver.Process(
+            target=command_on_rank, args=(given, log, ranks.environment(rank, 2, store.port), prepared)
+        )
+        for rank, (log, prepared) in enumerate(zip(logs, prepare or (nothing, nothing), strict=True))
+    ]
+    with isolation._without_main():
+        for process in processes:
+            process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    said = [line for log in logs for line in log.read_text().splitlines()]
+    for log in logs:
+        log.unlink()
+    return [process.exitcode for process in processes], said
+
+
+def told(said: list[str]) -> list[str]:
+    return [line for line in said if line.startswith("lightweight: ")]
+
+
+def interrupt_at_step_7() -> None:
+    done = []
+
+    def step_ended(self: job.Unattended) -> None:
+        done.append(1)
+        if len(done) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    job.Unattended.step_ended = step_ended
+
+
+def weigh_checkpoints() -> None:
+    """Say how large a checkpoint was expected to be, and how large it is."""
+    sizes, on_save = job.sizes, job.Checkpoints.on_save
+
+    def reckon(*of):
+        found = sizes(*of)
+        print("reckoned", found[1], flush=True)
+        return found
+
+    def weigh(self, args, state, *rest, **more):
+        files = Path(args.output_dir, f"checkpoint-{state.global_step}").iterdir()
+        print("written", sum(file.stat().st_size for file in files), flush=True)
+        on_save(self, args, state, *rest, **more)
+
+    job.sizes, job.Checkpoints.on_save = reckon, weigh
+
+
+@pytest.mark.parametrize("method", ["baseline", "lora-captured"])
+def test_a_job_on_two_ranks_of_which_one_is_interrupted_resumes_to_the_same_bits(
+    base, dialogues, out, tmp_path, method
+):
+    """With dropout, so that every rank's random numbers go on as well."""
+    whole, cut = (arguments(base, dialogues, out / name, method=method) for name in ("whole", "cut"))
+    assert on_two_ranks(whole, tmp_path)[0] == [0, 0]
+    status, said = on_two_ranks(cut, tmp_path, weigh_checkpoints, interrupt_at_step_7)
+    assert status == [130, 130], said
+    sizes = dict(re.findall(r"(reckoned|written) (\d+)", "\n".join(said)))
+    reckoned, written = int(sizes["reckoned"]), int(sizes["written"])
+    assert reckoned <= written < reckoned + 2**17
+    assert len(told(said)) == 1
+    assert [path.name for path in (out / "cut.partial").glob("checkpoint-*")] == ["checkpoint-7"]
+    status, said = on_two_ranks([*cut, "--resume"], tmp_path)
+    assert status == [0, 0], said
+    assert sum("going on after step 7 of 20" in line for line in said) == 1
+    assert sum("20/20" in line for line in said) == 1, "one bar"
+    assert weights(out / "cut") == weights(out / "whole")
+    resumed, whole = entry(out / "cut"), entry(out / "whole")
+    assert resumed["world_size"] == 2
+    for key in ("train_loss", "heldout_loss_before", "heldout_loss_after"):
+        assert resumed[key] == whole[key], key
+
+
+CALM = """
+import copy
+from dataclasses import replace
+from lightweight import methods
+
+def calm(method):
+    adapter = copy.deepcopy(method.adapter)
+    adapter.lora_dropout = 0.0
+    return replace(method, adapter=adapter, training_arguments={**method.training_arguments, "learning_rate": 2e-3})
+
+LORA, CAPTURED = (calm(methods.METHODS[name]) for name in ("lora", "lora-captured"))
+"""
+
+
+@pytest.fixture
+def calm(tmp_path, monkeypatch):
+    """`calm:LORA` and `calm:CAPTURED`: without dropout, at a rate at which a few steps make a difference."""
+    (tmp_path / "calm.py").write_text(CALM)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(job.__file__).parents[1]}")
+
+
+def test_torchrun_trains_what_one_rank_does_also_where_sigterm_came_between(micro, calm, dialogues, out, tmp_path):
+    def given(name: str, method: str) -> list[str]:
+        return arguments(
+            Path(micro.location), dialogues, out / name, "--epochs", "3", "--save-steps", "2", method=method
+        )
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lightweight"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*torchrun, *given("two", "calm:LORA")], stdout=log, stderr=log)
+    try:
+        assert main(given("one", "calm:LORA")) == 0
+        deadline = time.monotonic() + 90
+        while Output(out / "two").checkpoint is None:
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    finally:
+        process.kill()
+    said = (tmp_path / "log").read_text().splitlines()
+    assert told(said) == ["lightweight: interrupted: go on with the same command and --resume"], said
+    assert Output(out / "two").checkpoint is not None
+    assert on_two_ranks([*given("two", "calm:LORA"), "--resume"], tmp_path)[0] == [0, 0]
+    assert main(given("captured-one", "calm:CAPTURED")) == 0
+    assert on_two_ranks(given("captured-two", "calm:CAPTURED"), tmp_path)[0] == [0, 0]
+    for kind in ("", "captured-"):
+        one, two = out / f"{kind}one", out / f"{kind}two"
+        assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+        assert (entry(one)["world_size"], entry(two)["world_size"]) == (1, 2)
+        assert len(entry(two)["train_loss"]) == 30
+        assert entry(two)["train_loss"] == pytest.approx(entry(one)["train_loss"], abs=1e-4)
+        assert entry(two)["heldout_loss_after"] == pytest.approx(entry(one)["heldout_loss_after"], abs=1e-4)
+        ones, twos = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
+        torch.testing.assert_close(twos, ones, atol=1e-3, rtol=1e-2)
+
+
+def test_what_cannot_start_on_two_ranks_is_one_line_of_one_of_them(base, dialogues, out, tmp_path):
+    (out / "taken").mkdir(parents=True)
+    (out / "taken" / "something").touch()
+    for name, more, line in (
+        ("a", ("--batch-size", "1"), "method baseline trains 1 sequences a step, which 2 ranks cannot share"),
+        ("taken", (), f"--output {out / 'taken'}: already exists"),
+        ("b", ("--epochs", "0"), "--epochs 0: give at least 1"),
+    ):
+        status, said = on_two_ranks(arguments(base, dialogues, out / name, *more), tmp_path)
+        assert status == [2, 2], said
+        assert len(said) == 1 and said[0].startswith(f"lightweight: {line}"), said
+    assert [path.name for path in out.iterdir()] == ["taken"]
+
+
+def run_out_of_memory() -> None:
+    def runs_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 394.00 MiB.")
+
+    def planned(function, folder, models, methods, targets, *, gpus, **_):
+        assert function is plan.plan and gpus == 2
+        return [{"chosen": True, "method": "lora", "forecast_reserved_bytes": 2**30}]
+
+    worker._allocator_ran_out = lambda: True
+    isolation.call = planned
+    job.Unattended.await_request = runs_out
+
+
+def test_out_of_memory_on_two_ranks_is_one_line_that_names_what_fits_on_two(base, dialogues, out, tmp_path):
+    given = arguments(base, dialogues, out / "a", "--target", "16GiB")
+    status, said = on_two_ranks(given, tmp_path, run_out_of_memory, run_out_of_memory)
+    assert status == [1, 1], said
+    (line,) = told(said)
+    assert re.search(r"out of memory on rank [01] in train, where 394 MiB more were asked for, of 15.58 GiB", line)
+    assert "--method lora is forecast to fit, with 1.00 GiB" in line
+
+
+def test_on_several_ranks_methods_are_forecast_for_as_many(base, monkeypatch):
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    wanted = job.Job(model=str(base), corpus=Path("any"), output=Path("any"), batch_size=2, max_length=64)
+    model, _ = models.find(models.named(str(base)), None)
+    target, device = targets.named("16GiB"), targets.Device(name="cpu")
+    (row,) = job._forecasts(wanted, model, target, device, ("lora", "qlora"), lambda text: None)
+    assert (row["method"], row["gpus"], row["batch_size"], row["verdict"]) == ("baseline", 2, 1, "fits")
 
 
 def test_a_second_signal_and_one_before_training_stop_at_once(train, out, monkeypatch, capsys):

@@ -10,7 +10,9 @@ import matplotlib.figure  # noqa: F401  pytester unloads what its runs import, a
 import pytest
 
 from conftest import MICRO, turns
+from lightweight import isolation
 from lightweight.alternate import CAN_PIN
+from lightweight.targets import Device
 
 ROOT = Path(__file__).parent.parent
 
@@ -290,6 +292,8 @@ def test_parametrising_a_test_oneself_goes_before_the_command_line(project):
         (["--weights=pretrained"], "model opt-tiny: exists with random weights only*"),
         (["--epochs=0"], "--epochs 0: *"),
         (["--trial-timeout=0"], "--trial-timeout 0: *"),
+        (["--gpus-per-trial=0"], "--gpus-per-trial 0: give more than 0"),
+        (["--gpus-per-trial=9"], "method baseline trains 8 sequences a step, which 9 ranks cannot share*"),
         (["--seed=-1"], "--seed -1: give a number from 0 to *"),
         (["--report=nowhere/report.html"], "--report nowhere/report.html: there is no folder *nowhere"),
         (["--pairs=7"], "--pairs: 7 pairs: give a multiple of 4 from 8 on"),
@@ -305,6 +309,53 @@ def test_bad_input_is_one_line_before_any_model_is_built(project, arguments, exp
     assert len(lines) == 1
     result.stderr.fnmatch_lines([f"ERROR: {expected}"])
     assert "writing" not in result.stdout.str()
+
+
+def test_more_ranks_than_gpus_are_refused_before_any_model_is_built(project, monkeypatch):
+    project.makepyfile(CELLS)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(isolation, "call", lambda *_: Device(name="H100", total_bytes=2**36, capability=(9, 0)))
+    result = project.runpytest("--gpus-per-trial=3")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    (line,) = [line for line in result.stderr.lines if line.strip()]
+    assert line == "ERROR: --gpus-per-trial 3: CUDA finds 2 here; give no more than that"
+
+
+def test_trials_on_two_ranks_are_recorded_as_such(project):
+    project.makepyfile(CELLS)
+    result, document = run_json(project, "--gpus-per-trial=2", "-k", "lora")
+    result.assert_outcomes(passed=1, deselected=1)
+    (entry,), (row,) = document["outcomes"], document["benchmarks"]
+    assert (entry["world_size"], entry["outcome"], entry["steps"]) == (2, "completed", 6)
+    assert len(entry["rank_peak_allocated_bytes"]) == 2
+    assert row["stats"]["rounds"] == 3
+    result.stdout.fnmatch_lines(["micro * lora * 2 x cpu * completed *"])
+
+
+def test_an_interrupted_run_keeps_the_record_of_what_has_finished(project):
+    """In the first round of the second cell, whose row has no data yet."""
+    project.makepyfile(
+        CELLS
+        + """
+    @pytest.fixture(autouse=True)
+    def impatient(monkeypatch):
+        import signal
+        from lightweight.plugin import Laboratory
+
+        def interrupt(laboratory, trial, step, loss):
+            if trial.method.name == "lora" and step == 1:
+                signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(Laboratory, "_show_step", interrupt)
+    """
+    )
+    result = project.runpytest("--benchmark-json=out.json", "--epochs=2", no_reraise_ctrlc=True)
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    document = json.loads((project.path / "out.json").read_text())
+    assert [(e["method"], e["outcome"]) for e in document["outcomes"]] == [("baseline", "completed")]
+    assert [row["params"]["method"] for row in document["benchmarks"]] == ["baseline"]
+    result.stdout.fnmatch_lines(["micro * baseline * completed *"])
 
 
 def test_a_model_of_true_size_is_not_trained_on_a_cpu_unless_told_how_long(project, micro):

@@ -148,11 +148,12 @@ def test_a_wrong_command_line_is_one_line_from_the_workers_too(project):
     assert "INTERNALERROR" not in result.stdout.str()
 
 
-def test_auto_is_one_worker_a_gpu_and_one_on_a_cpu(project, monkeypatch):
+def test_auto_is_one_worker_for_the_gpus_of_a_trial_and_one_on_a_cpu(project, monkeypatch):
     config = project.parseconfig("-n", "auto")
     monkeypatch.delenv("PYTEST_XDIST_AUTO_NUM_WORKERS", raising=False)
-    for gpus, workers in ((0, 1), (1, 1), (4, 4)):
+    for gpus, each, workers in ((0, 1, 1), (1, 1, 1), (4, 1, 4), (4, 2, 2), (5, 2, 2), (1, 2, 1)):
         monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        config.option.gpus_per_trial = each
         assert config.hook.pytest_xdist_auto_num_workers(config=config) == workers
     monkeypatch.setenv("PYTEST_XDIST_AUTO_NUM_WORKERS", "3")  # asked for
     assert config.hook.pytest_xdist_auto_num_workers(config=config) == 3
@@ -175,14 +176,23 @@ def test_a_models_cells_stay_together_unless_another_way_was_named(project, argu
 
 
 @pytest.mark.parametrize(
-    ("visible", "slot", "expected"), [(None, 1, "1"), ("2,5", 1, "5"), ("2,5", 2, "2"), ("GPU-a,GPU-b", 0, "GPU-a")]
+    ("visible", "slot", "each", "expected"),
+    [
+        (None, 1, 1, "1"),
+        ("2,5", 1, 1, "5"),
+        ("2,5", 2, 1, "2"),
+        ("GPU-a,GPU-b", 0, 1, "GPU-a"),
+        (None, 1, 2, "2,3"),
+        ("7,1,4,2,0", 1, 2, "4,2"),
+        ("7,1,4,2,0", 2, 2, "7,1"),
+    ],
 )
-def test_a_worker_sees_one_gpu_alone(monkeypatch, visible, slot, expected):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+def test_a_worker_sees_the_gpus_of_its_trials_alone(monkeypatch, visible, slot, each, expected):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(visible.split(",")) if visible else 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    xdist_bridge._take_gpu(slot)
+    xdist_bridge._take_gpus(slot, each)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
