@@ -576,8 +576,9 @@ class Laboratory:
             terminalreporter.section("lightweight: does it fit, how fast is it, what does it do to the loss")
         if self.entries:
             terminalreporter.write_line(report.table(self.entries, "terminal"))
-            if (qualities := report.qualities(self.entries)).rows:
-                terminalreporter.write_line("\n" + qualities.text("terminal"))
+            for further in (report.ranks(self.entries), report.qualities(self.entries)):
+                if further.rows:
+                    terminalreporter.write_line("\n" + further.text("terminal"))
         for line, count in self.not_run.items():
             terminalreporter.write_line(line if count == 1 else f"{line} ({count} cells)")
         if self._told_of_report:
@@ -725,7 +726,7 @@ def train(request: pytest.FixtureRequest, laboratory: Laboratory, benchmark: Ben
 
     def run(model: str | Model, method: str | Method, **changes: Any) -> Outcome:
         trial = laboratory.trial(model, method, **changes)
-        benchmark.group = f"{trial.model.name} on {trial.target.name}"
+        benchmark.group = f"{trial.model.name} on {report.card(record.settings(trial))}"
         outcome = laboratory.run(request.node, trial, lambda child: _time_rounds(benchmark, child))
         benchmark.extra_info |= {
             "model": trial.model.name,
