@@ -28,7 +28,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from lightweight import attention, packing, ranks
-from lightweight.lean import Lean
+from lightweight.lean import Lean, compiling
 from lightweight.loss import linear_cross_entropy
 from lightweight.meter import Meter
 from lightweight.methods import CapturedStep
@@ -271,6 +271,8 @@ class Job:
             buffers = self._buffers[shape]
             buffers.fill(layout, self.rows)
             with _on_a_side_stream():
+                if pool is None:
+                    self._compile_kernels(buffers)
                 self._step(buffers)  # libraries initialise themselves, and the optimizer its state
                 if pool is None:
                     if problem := what_cannot_be_captured(self.network, functools.partial(self._step, buffers)):
@@ -296,6 +298,12 @@ class Job:
             pool = graph.pool()
             self._graphs[shape] = graph
         return True
+
+    def _compile_kernels(self, buffers: Buffers) -> None:
+        """A pass that computes nothing of use: Triton then compiles at once what it would else meet one by one."""
+        self._optimizer.clear_gradients()
+        with compiling():
+            self._pass(buffers, 0)
 
     def _compile(self) -> None:
         """Compile the layers one by one: they are alike, so that what one of them costs serves all."""
@@ -323,15 +331,19 @@ class Job:
         self._optimizer.clear_gradients()
         self.loss.zero_()
         for index in range(buffers.shape.passes):
-            if self._lean is not None:
-                self._lean.roll()
-            with self._autocast():
-                loss = self._loss(buffers, index)
-            self._optimizer.backward(loss)
-            self.loss += loss.detach()
+            self._pass(buffers, index)
         if self.trial.world_size > 1:
             ranks.add_up([self.loss, *self._optimizer.gradients()])
         self._optimizer.step()
+
+    def _pass(self, buffers: Buffers, index: int) -> None:
+        """Forward and backward pass `index` of a step."""
+        if self._lean is not None:
+            self._lean.roll()
+        with self._autocast():
+            loss = self._loss(buffers, index)
+        self._optimizer.backward(loss)
+        self.loss += loss.detach()
 
     def _loss(self, buffers: Buffers, index: int) -> torch.Tensor:
         """The share of pass `index` in the step's loss: a scalar."""

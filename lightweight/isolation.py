@@ -51,6 +51,7 @@ PRELOAD = [
     "transformers.models.gpt_neo.modeling_gpt_neo",
     "transformers.models.llama.modeling_llama",
     "transformers.models.opt.modeling_opt",
+    "triton.experimental.gluon",  # Triton's own lazy import, where there is Triton
 ]
 
 LAST_WORDS = 2_000

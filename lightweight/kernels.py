@@ -12,6 +12,11 @@ Importing this needs Triton, which torch brings along on CUDA.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -35,6 +40,66 @@ unit takes."""
 ELEMENTS = 2048
 """Elements of one program of an activation."""
 
+VARYING = ["site", "threshold", "tokens", "rank_"]
+"""What a kernel is not compiled anew for."""
+
+_asked_for: dict[object, tuple[Any, tuple[object, ...], dict[str, Any]]] | None = None
+_started: Future[None] | None = None
+
+
+def start_quickly() -> None:
+    """Start Triton in a thread, beside whatever else there is to be done: what it reads, hashes and builds for itself
+    takes a second of a process's first kernel."""
+    global _started
+    thread = _threads(1)
+    _started = thread.submit(_compile, _relu_backward, (torch.float16, torch.uint8, torch.float16, 16), {"elements": 8})
+    thread.shutdown(wait=False)
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Inside, no kernel is launched, and what was to be written is left as it was; leaving compiles all that would have
+    been launched, at once, in threads: Triton compiles what it first meets one after the other."""
+    global _asked_for
+    _asked_for = {}
+    try:
+        yield
+        jobs = [*_asked_for.values()]
+    finally:
+        _asked_for = None
+    if _started is not None:
+        _started.result()
+    with _threads(len(jobs)) as threads:
+        for job in [threads.submit(_compile, *job) for job in jobs]:
+            job.result()
+
+
+def _threads(count: int) -> ThreadPoolExecutor:
+    """Each with this thread's current device as its own."""
+    if not torch.cuda.is_available():
+        return ThreadPoolExecutor(max(1, count))
+    device = torch.cuda.current_device()
+    return ThreadPoolExecutor(max(1, count), initializer=torch.cuda.set_device, initargs=(device,))
+
+
+def _compile(kernel: Any, types: tuple[object, ...], settings: dict[str, Any]) -> None:
+    compiled = kernel.warmup(*types, grid=(1,), **settings)
+    if compiled is not None:  # as it is where kernels are interpreted
+        compiled._init_handles()  # builds what launches it, with the C compiler, which else waits for the first launch
+
+
+def _launch(kernel: Any, programs: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
+    if _asked_for is None:
+        kernel[programs](*arguments, **settings)
+        return
+    types = tuple(argument.dtype if isinstance(argument, torch.Tensor) else argument for argument in arguments)
+    key = (
+        kernel,
+        *(value for name, value in zip(kernel.arg_names, types, strict=False) if name not in VARYING),
+        *sorted(settings.items()),
+    )
+    _asked_for[key] = kernel, types, settings
+
 
 def add_adapter_(
     y: torch.Tensor,
@@ -57,13 +122,15 @@ def add_adapter_(
     inner = torch.empty(tokens, a.shape[0], dtype=x.dtype, device=x.device)
     dropout = seed, site, _threshold(p), scaling / (1 - p)
     if max(width, b.shape[0]) > NARROW:
-        _project[(triton.cdiv(tokens, 16),)](
+        _launch(
+            _project, (triton.cdiv(tokens, 16),),
             x, a, inner, *dropout, tokens, width, a.shape[0],
             drops=p > 0, rank=_padded(a.shape[0]), rows=16, columns=COLUMNS, num_stages=4,
         )  # fmt: skip
         y.addmm_(inner, b.t())
     else:
-        _add_adapter[(triton.cdiv(tokens, NARROW_TILE["rows"]),)](
+        _launch(
+            _add_adapter, (triton.cdiv(tokens, NARROW_TILE["rows"]),),
             y, x, a, b, inner, *dropout, tokens, width, b.shape[0], y.stride(0), a.shape[0],
             drops=p > 0, rank=_padded(a.shape[0]), columns=512 // x.element_size(), num_stages=4, **NARROW_TILE,
         )  # fmt: skip
@@ -94,14 +161,16 @@ def adapter_backward(
     if max(width, b.shape[0]) > NARROW:
         programs = triton.cdiv(tokens, ROWS_OF_A_SHARE), triton.cdiv(width, COLUMNS)
         shares = torch.empty(programs[0], *a.shape, dtype=a.dtype, device=a.device)
-        _project_backward[programs](
+        _launch(
+            _project_backward, programs,
             grad @ b, x, a, grad_x, shares, *dropout, tokens, width, a.shape[0],
             share=ROWS_OF_A_SHARE, rows=32, columns=COLUMNS, **settings,
         )  # fmt: skip
         return shares.sum(0), grad.t() @ inner
     programs = triton.cdiv(tokens, NARROW_TILE["rows"])
     shares = torch.empty(programs, a.numel() + b.numel(), dtype=a.dtype, device=a.device)
-    _adapter_backward[(programs,)](
+    _launch(
+        _adapter_backward, (programs,),
         grad, inner, x, a, b, grad_x, shares, *dropout, tokens, width, b.shape[0], a.shape[0],
         columns=512 // x.element_size(), num_stages=3, **settings, **NARROW_TILE,
     )  # fmt: skip
@@ -114,9 +183,10 @@ def cross_entropy_(logits: torch.Tensor, vocabulary: int, targets: torch.Tensor,
     [tokens]: [tokens], fp32. Afterwards these columns hold `scales` [tokens] times its gradient, and those behind them,
     there to make rows begin where a wide load can, hold zeros."""
     losses = torch.empty(logits.shape[0], device=logits.device)
-    _cross_entropy[(logits.shape[0],)](
-        logits, targets, scales, losses, vocabulary, logits.shape[1], columns=4096, num_warps=8
-    )
+    _launch(
+        _cross_entropy, (logits.shape[0],),
+        logits, targets, scales, losses, vocabulary, logits.shape[1], columns=4096, num_warps=8,
+    )  # fmt: skip
     return losses
 
 
@@ -129,7 +199,8 @@ def norm(
     width = x.shape[-1]
     rows = x.numel() // width
     result, statistics = torch.empty_like(x), torch.empty(rows, 2, device=x.device)
-    _norm[(rows,)](
+    _launch(
+        _norm, (rows,),
         x, weight, weight if bias is None else bias, result, statistics, eps, width, centred=centred,
         biased=bias is not None, columns=triton.next_power_of_2(width),
     )  # fmt: skip
@@ -143,9 +214,10 @@ def norm_backward(
     grad, x = grad.contiguous(), x.contiguous()
     width = x.shape[-1]
     grad_x = torch.empty_like(x)
-    _norm_backward[(x.numel() // width,)](
-        grad, x, weight, statistics, grad_x, width, centred=centred, columns=triton.next_power_of_2(width)
-    )
+    _launch(
+        _norm_backward, (x.numel() // width,),
+        grad, x, weight, statistics, grad_x, width, centred=centred, columns=triton.next_power_of_2(width),
+    )  # fmt: skip
     return grad_x
 
 
@@ -166,7 +238,8 @@ def add_norm(
     rows = branch.numel() // width
     result, total = torch.empty_like(branch), torch.empty_like(branch)
     statistics = torch.empty(rows, 2, device=branch.device)
-    _add_norm[(rows,)](
+    _launch(
+        _add_norm, (rows,),
         branch, residual, weight, weight if bias is None else bias, result, total, statistics, eps, seed, site,
         _threshold(p), 1 / (1 - p), width, drops=p > 0, biased=bias is not None, columns=_whole(width),
     )  # fmt: skip
@@ -188,7 +261,8 @@ def add_norm_backward(
     width = total.shape[-1]
     grad_residual = torch.empty_like(total)
     grad_branch = torch.empty_like(total) if p else grad_residual
-    _add_norm_backward[(total.numel() // width,)](
+    _launch(
+        _add_norm_backward, (total.numel() // width,),
         first, second, total, weight, statistics, grad_branch, grad_residual, seed, site, _threshold(p), 1 / (1 - p),
         width, drops=p > 0, two=len(grads) == 2, columns=_whole(width),
     )  # fmt: skip
@@ -200,7 +274,7 @@ def relu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.contiguous()
     result = torch.empty_like(x)
     positive = torch.empty(triton.cdiv(x.numel(), 8), dtype=torch.uint8, device=x.device)
-    _relu[(triton.cdiv(x.numel(), ELEMENTS),)](x, result, positive, x.numel(), elements=ELEMENTS)
+    _launch(_relu, (triton.cdiv(x.numel(), ELEMENTS),), x, result, positive, x.numel(), elements=ELEMENTS)
     return result, positive
 
 
@@ -208,7 +282,9 @@ def relu_backward(grad: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
     """The gradient of `relu`'s `x`, given that of its result and the bits it returned beside it."""
     grad = grad.contiguous()
     result = torch.empty_like(grad)
-    _relu_backward[(triton.cdiv(grad.numel(), ELEMENTS),)](grad, positive, result, grad.numel(), elements=ELEMENTS)
+    _launch(
+        _relu_backward, (triton.cdiv(grad.numel(), ELEMENTS),), grad, positive, result, grad.numel(), elements=ELEMENTS
+    )
     return result
 
 
@@ -216,7 +292,7 @@ def gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, of one shape."""
     gate, up = gate.contiguous(), up.contiguous()
     result = torch.empty_like(gate)
-    _gate[(triton.cdiv(gate.numel(), ELEMENTS),)](gate, up, result, gate.numel(), elements=ELEMENTS)
+    _launch(_gate, (triton.cdiv(gate.numel(), ELEMENTS),), gate, up, result, gate.numel(), elements=ELEMENTS)
     return result
 
 
@@ -225,7 +301,7 @@ def gate_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> t
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     programs = triton.cdiv(gate.numel(), ELEMENTS)
-    _gate_backward[(programs,)](grad, gate, up, grad_gate, grad_up, gate.numel(), elements=ELEMENTS)
+    _launch(_gate_backward, (programs,), grad, gate, up, grad_gate, grad_up, gate.numel(), elements=ELEMENTS)
     return grad_gate, grad_up
 
 
@@ -263,7 +339,7 @@ def _pair(number, threshold):  # type: ignore[no-untyped-def]
     return tl.join(low, high)
 
 
-@triton.jit(do_not_specialize=["site", "threshold", "tokens", "rank_"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
 def _project(  # type: ignore[no-untyped-def]
     x, a, projected, seed, site, threshold, scale, tokens, width, rank_,
     drops: tl.constexpr, rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
@@ -286,7 +362,7 @@ def _project(  # type: ignore[no-untyped-def]
     tl.store(projected + row[:, None] * rank_ + unit[None, :], total * scale, mask=there)
 
 
-@triton.jit(do_not_specialize=["site", "threshold", "tokens", "rank_"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
 def _project_backward(  # type: ignore[no-untyped-def]
     grad, x, a, grad_x, grad_a, seed, site, threshold, scale, tokens, width, rank_,
     drops: tl.constexpr, reaches_x: tl.constexpr, rank: tl.constexpr, share: tl.constexpr, rows: tl.constexpr,
@@ -319,7 +395,7 @@ def _project_backward(  # type: ignore[no-untyped-def]
     tl.store(grad_a + first + unit[:, None] * width + column[None, :], total * scale, mask=there)
 
 
-@triton.jit(do_not_specialize=["site", "threshold", "tokens", "rank_"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
 def _add_adapter(  # type: ignore[no-untyped-def]
     y, x, a, b, inner, seed, site, threshold, scale, tokens, width, out, stride, rank_,
     drops: tl.constexpr, rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
@@ -351,7 +427,7 @@ def _add_adapter(  # type: ignore[no-untyped-def]
         tl.store(y + begin + reached[None, :], tl.dot(projected, spread, before, input_precision="ieee"), mask=within)
 
 
-@triton.jit(do_not_specialize=["site", "threshold", "tokens", "rank_"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
 def _adapter_backward(  # type: ignore[no-untyped-def]
     grad, inner, x, a, b, grad_x, shares, seed, site, threshold, scale, tokens, width, out, rank_,
     drops: tl.constexpr, reaches_x: tl.constexpr, rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
@@ -460,7 +536,7 @@ def _norm_backward(  # type: ignore[no-untyped-def]
     tl.store(grad_x + place, result * factor, mask=inside)
 
 
-@triton.jit(do_not_specialize=["site", "threshold"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
 def _add_norm(  # type: ignore[no-untyped-def]
     branch, residual, weight, bias, result, sums, statistics, eps, seed, site, threshold, factor_kept, width,
     drops: tl.constexpr, biased: tl.constexpr, columns: tl.constexpr,
@@ -487,7 +563,7 @@ def _add_norm(  # type: ignore[no-untyped-def]
     tl.store(statistics + 2 * row + 1, factor)
 
 
-@triton.jit(do_not_specialize=["site", "threshold"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
 def _add_norm_backward(  # type: ignore[no-untyped-def]
     first, second, sums, weight, statistics, grad_branch, grad_residual, seed, site, threshold, factor_kept, width,
     drops: tl.constexpr, two: tl.constexpr, columns: tl.constexpr,

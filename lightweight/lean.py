@@ -10,6 +10,7 @@ rounding.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -81,6 +82,17 @@ class Lean:
     def _change(self, module: Any, forward: Callable[..., torch.Tensor]) -> None:
         module.forward = forward
         self.changed.append(module)
+
+
+def start_quickly() -> None:
+    """`kernels.start_quickly`, where there are kernels."""
+    if kernels is not None:
+        kernels.start_quickly()
+
+
+def compiling() -> contextlib.AbstractContextManager[None]:
+    """`kernels.compiling` where there are kernels; else what is inside is run like anything."""
+    return contextlib.nullcontext() if kernels is None else kernels.compiling()
 
 
 def _recomputable(function: Callable[..., torch.Tensor], *sources: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, 
 import torch
 import transformers
 
-from lightweight import attention, captured, corpus, models, peer, ranks, stock
+from lightweight import attention, captured, corpus, lean, models, peer, ranks, stock
 from lightweight.meter import DivergedError, Meter
 from lightweight.process import log_of, redirect_output, see_gpus
 from lightweight.stock import Request, Rounds, Row
@@ -153,8 +153,11 @@ def set_up(
     with meter.during("build"):
         if device.type == "cuda":
             _cap_memory(trial)
-        if trial.method.captured_step is not None and trial.method.captured_step.attention == "sdpa":
+        step = trial.method.captured_step
+        if step is not None and step.attention == "sdpa":
             attention.start_quickly()
+        if step is not None and step.graph and device.type == "cuda":
+            lean.start_quickly()
         transformers.set_seed(trial.seed)
         network = build(trial, device)
         tokenizer = models.load_tokenizer(trial.model)

@@ -12,6 +12,7 @@ import torch
 
 PROGRAM = """
 import torch
+import triton
 from lightweight import kernels
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -127,6 +128,28 @@ for dtype in (torch.float32, torch.float16) + ((torch.bfloat16,) if device == "c
     near(kernels.gate(x, up), expected, dtype)
     for found, reference in zip(kernels.gate_backward(grad, x, up), references, strict=True):
         near(found, reference.grad, dtype)
+
+
+def adapt(width):
+    x, a, b, grad, y = (
+        random(*shape).half() for shape in ((48, width), (40, width), (width, 40), (48, width), (48, width))
+    )  # a rank that nothing above has
+    before = y.clone()
+    inner = kernels.add_adapter_(y, x, a, b, 2.0, 0.1, seed, 4)
+    kernels.adapter_backward(grad, inner, x, a, b, torch.zeros_like(x), 2.0, 0.1, seed, 4)
+    return not torch.equal(y, before)
+
+
+compiled = []
+if device == "cuda":
+    triton.knobs.runtime.jit_post_compile_hook = lambda *, fn, **_: compiled.append(fn.name)
+with kernels.compiling():
+    assert not adapt(256), "a kernel was launched"
+    adapt(1280)
+assert len(compiled) == (4 if device == "cuda" else 0), compiled
+assert adapt(256), "no kernel was launched"
+adapt(1280)
+assert len(compiled) == (4 if device == "cuda" else 0), f"compiled anew: {compiled[4:]}"
 """
 
 
