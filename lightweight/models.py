@@ -133,9 +133,9 @@ GPT_NEO_TINY = Model(
     architecture={
         "model_type": "gpt_neo",
         "hidden_size": 128,
-        "num_layers": 4,
+        "num_layers": 2,
         "num_heads": 4,
-        "attention_types": [[["global", "local"], 2]],
+        "attention_types": [[["global", "local"], 1]],
         "window_size": 64,  # shorter than a row, so that the local layers differ from the global ones
         "vocab_size": 384,
         "max_position_embeddings": 512,

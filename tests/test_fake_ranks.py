@@ -23,10 +23,6 @@ from lightweight.trial import Trial
 
 pytestmark = pytest.mark.xdist_group("traces")
 
-SMALL = replace(
-    GPT_NEO_TINY,
-    architecture={**GPT_NEO_TINY.architecture, "num_layers": 2, "attention_types": [[["global", "local"], 1]]},
-)
 UNEVEN = replace(OPT_TINY, architecture={**OPT_TINY.architecture, "vocab_size": 385, "num_hidden_layers": 2})
 
 
@@ -95,7 +91,7 @@ def test_the_first_rank_holds_what_it_holds_among_others(tmp_path):
 def peaks():
     """Of a twin by each method, the trace's peak by the number of ranks."""
     return {
-        (method.name, world_size): forecast.trace(trial(SMALL, method, world_size)).replay()
+        (method.name, world_size): forecast.trace(trial(GPT_NEO_TINY, method, world_size)).replay()
         for method in (BASELINE, LORA, QLORA)
         for world_size in (1, 2)
     }
@@ -117,18 +113,22 @@ def test_what_belongs_to_packed_weights_is_whole_on_every_rank(peaks):
     assert peaks["qlora", 1].by_cause["quantization state"] == peaks["qlora", 2].by_cause["quantization state"] > 0
 
 
-def test_ranks_gather_and_reduce_in_streams_of_their_own_and_parameters_are_counted_whole():
-    traced = forecast.trace(trial(OPT_TINY, BASELINE, 2))
-    assert traced.parameters == traced.trainable_parameters == 899_840
-    causes = {(stream, traced.causes[name]) for name, stream in traced.streams.items()}
+@pytest.fixture(scope="module")
+def sharded():
+    """The trace of the first of two ranks."""
+    return forecast.trace(trial(OPT_TINY, BASELINE, 2))
+
+
+def test_ranks_gather_and_reduce_in_streams_of_their_own_and_parameters_are_counted_whole(sharded):
+    assert sharded.parameters == sharded.trainable_parameters == 899_840
+    causes = {(stream, sharded.causes[name]) for name, stream in sharded.streams.items()}
     assert causes == {(1, "gathered"), (2, "gradients")}
 
 
-def test_every_layer_is_gathered_anew_and_given_back():
-    traced = forecast.trace(trial(OPT_TINY, BASELINE, 2))
-    ended = {name for name, size in traced.events if size == 0}
+def test_every_layer_is_gathered_anew_and_given_back(sharded):
+    ended = {name for name, size in sharded.events if size == 0}
     layer = 4 * 128 * 512  # fc1's whole weight, fp32
-    gathered = [n for n, size in traced.events if size == layer and traced.causes[n] == "gathered"]
+    gathered = [n for n, size in sharded.events if size == layer and sharded.causes[n] == "gathered"]
     passes = 3 * 2  # steps, each forward and backward
     assert len(gathered) == 4 * 2 * passes, "fc1 and fc2 of four layers"
     assert set(gathered) <= ended
@@ -138,7 +138,7 @@ def test_nothing_of_it_is_left_behind():
     before = dict(os.environ)
     with rank_zero_of(2):
         assert (distributed.get_rank(), distributed.get_world_size()) == (0, 2)
-    forecast.trace(trial(OPT_TINY, BASELINE, 2))
+    forecast.trace(trial(GPT_NEO_TINY, BASELINE, 2))
     assert dict(os.environ) == before
     assert not distributed.is_initialized()
     assert PartialState().num_processes == 1
