@@ -4,13 +4,17 @@ Whatever the machine does to one round it does to its neighbour, and a drift fav
 as often: A B B A and its mirror image in turn, in which each side stands in each place as often. What is compared is
 the rounds' device time per token.
 
-On a GPU that is the time between two of its events. On a CPU it is the time the processor worked for the child
-(CLOCK_PROCESS_CPUTIME_ID), since the clock on the wall also counts what other jobs had of the core. Work added to a
-step shows in it; sleeping, waiting for a disk and processes that the child started do not. How fast a core works
-changes all the same, for tenths of a second, with what its neighbours do to caches and clock rate. So both children of
-a CPU are asked for their round at once, one thread each, on one core: the kernel alternates them every few
-milliseconds, and they meet the same core (CHANGELOG.md has the figures). Where a process cannot be kept on a core, as
-on macOS, they take turns like those of a GPU.
+On a GPU that is the time between two of its events. A stock step waits for Python to launch its kernels, so that this
+is a matter of cores as well: processes stay where they are for long, and a core that something else uses, or that has
+slept, launches more slowly. So both children take their turns on the same two, one for the forward pass's thread and
+one for the backward pass's, and on others after each turn.
+
+On a CPU it is the time the processor worked for the child (CLOCK_PROCESS_CPUTIME_ID), since the clock on the wall also
+counts what other jobs had of the core. Work added to a step shows in it; sleeping, waiting for a disk and processes
+that the child started do not. How fast a core works changes all the same, for tenths of a second, with what its
+neighbours do to caches and clock rate. So both children of a CPU are asked for their round at once, one thread each, on
+one core: the kernel alternates them every few milliseconds, and they meet the same core (CHANGELOG.md has the figures
+of both). Where a process cannot be kept on a core, as on macOS, they take turns wherever they are.
 """
 
 from __future__ import annotations
@@ -105,7 +109,7 @@ def log_ratio(baseline: Child, method: Child, pair: int) -> float:
     """Train one pair of rounds, `pair` being its number from 0; the logarithm of how many times as long `baseline`
     took, NaN where one has ended."""
     if pair % len(METHOD_FIRST) == 0:
-        share_core(baseline, method, turn=pair // len(METHOD_FIRST))
+        share_cores(baseline, method, turn=pair // len(METHOD_FIRST))
     if METHOD_FIRST[pair % len(METHOD_FIRST)]:
         of_method, of_baseline = seconds_per_token(method, baseline)
     else:
@@ -113,15 +117,22 @@ def log_ratio(baseline: Child, method: Child, pair: int) -> float:
     return math.log(of_baseline / of_method)
 
 
-def share_core(*children: Child, turn: int) -> None:
-    """Keep those children that run on the CPU on one core, in the next turn on the next one: so they meet the same
-    things, and not all the time the same ones."""
-    cores = sorted(os.sched_getaffinity(0)) if CAN_PIN else []
+def share_cores(*children: Child, turn: int) -> None:
+    """Keep like ranks of the children on the same cores, one on a CPU and two beside a GPU, in the next turn on the
+    next ones: so they meet the same things, and not all the time the same ones."""
+    if not CAN_PIN:
+        return
+    cores = sorted(os.sched_getaffinity(0))
     for child in children:
-        if _shares_a_core(child) and child.outcome is None:
-            for thread in (thread for pid in child.pids for thread in Path(f"/proc/{pid}/task").iterdir()):
+        if child.outcome is not None:
+            continue
+        width = 1 if _shares_a_core(child) else 2
+        for rank, pid in enumerate(child.pids):
+            first = (turn * len(child.pids) + rank) * width
+            shared = {cores[(first + number) % len(cores)] for number in range(width)}
+            for thread in Path(f"/proc/{pid}/task").iterdir():
                 with suppress(ProcessLookupError):  # it has ended since
-                    os.sched_setaffinity(int(thread.name), {cores[turn % len(cores)]})
+                    os.sched_setaffinity(int(thread.name), shared)
 
 
 def _shares_a_core(child: Child) -> bool:

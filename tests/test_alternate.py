@@ -97,6 +97,23 @@ def test_on_a_gpu_rounds_go_a_b_b_a_and_b_a_a_b_after_one_to_warm_up_each(trial,
     assert log[:2] == ["start baseline", "start lora"]
 
 
+@pytest.mark.parametrize(
+    ("device_index", "turns"),
+    [(None, [[{0}, {1}], [{2}, {3}], [{4}, {5}], [{0}, {1}]]), (0, [[{0, 1}, {2, 3}], [{4, 5}, {0, 1}]])],
+    ids=["cpu", "gpu"],
+)
+def test_like_ranks_share_cores_and_move_on_with_every_turn(trial, monkeypatch, device_index, turns):
+    pinned = {}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.setattr(os, "sched_setaffinity", pinned.__setitem__)
+    children = [FakeChild(replace(trial, device_index=device_index), [], None, []) for _ in range(2)]
+    children[0].pids, children[1].pids = [11, 12], [21, 22]
+    monkeypatch.setattr(alternate.Path, "iterdir", lambda folder: iter([folder / folder.parent.name]))
+    for turn, (first, second) in enumerate(turns):
+        alternate.share_cores(*children, turn=turn)
+        assert pinned == {11: first, 21: first, 12: second, 22: second}
+
+
 def test_on_a_cpu_both_are_asked_at_once_and_what_the_processor_worked_is_compared(trial, start):
     children, log = start({"baseline": [9.0] + [1.5, 3.0] * 4, "lora": [9.0] + [1.0] * 8})
     found = alternate.alternate(trial, other(trial), children, lambda pairs: True, cap=8)
