@@ -18,6 +18,7 @@ from accelerate import DistributedType, PartialState
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import distributed
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler
 
 if TYPE_CHECKING:
@@ -195,6 +196,14 @@ def gather_as_stored(trainer: Trainer) -> None:
         state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         trainer.is_fsdp_enabled = True
     state.fsdp_plugin.mixed_precision_policy = None
+
+
+def add_up_gradients(network: torch.nn.Module) -> None:
+    """Let FSDP2 add up the ranks' gradients in `network`, where it would average them."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # else NCCL divides by that one
 
 
 def without_ties(network: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

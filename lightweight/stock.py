@@ -146,11 +146,23 @@ class _RankTrainer(_MeasuredTrainer):
     def __init__(self, *, train_dataset: list[Row], **arguments: Any) -> None:
         nothing = train_dataset[0] | {"labels": [IGNORED] * len(train_dataset[0]["labels"])}
         super().__init__(train_dataset=[*train_dataset, nothing], **arguments)
+        self._adds_up = False
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         if self.args.fsdp:
             ranks.gather_as_stored(self)
+
+    def training_step(self, model: torch.nn.Module, *arguments: Any, **options: Any) -> torch.Tensor:
+        if not self._adds_up:
+            ranks.add_up_gradients(model)
+            self._adds_up = True
+        return super().training_step(model, *arguments, **options)
+
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        """This rank's share of the loss. The Trainer's is as many times that as there are ranks, for an average of
+        gradients; fp16 would overflow under a smaller loss scale then, and a step be skipped that one rank takes."""
+        return super().compute_loss(*arguments, **options) / self.args.world_size
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         stack = contextlib.ExitStack()
@@ -170,9 +182,8 @@ class _RankTrainer(_MeasuredTrainer):
         )
 
     def _over_ranks(self, loss: torch.Tensor) -> torch.Tensor:
-        """The pass's loss; each rank's is its own share, as many times as there are ranks."""
-        mean: torch.Tensor = self.accelerator.reduce(loss, "mean")
-        return mean
+        total: torch.Tensor = self.accelerator.reduce(loss, "sum")
+        return total
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if state_dict is not None and not isinstance(self.model, peft.PeftModel):

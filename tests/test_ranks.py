@@ -42,12 +42,13 @@ def trial(tiny, small_corpus):
     return Trial(model=tiny, method=BASELINE, target=target, device_index=index, **job)
 
 
-def quick(method: Method) -> Method:
+def quick(method: Method, **arguments) -> Method:
     """`method` without dropout, at a rate at which twenty steps make a difference."""
     adapter = copy.deepcopy(method.adapter)
     if adapter is not None:
         vars(adapter)["lora_dropout"] = 0.0
-    return replace(method, adapter=adapter, training_arguments={**method.training_arguments, "learning_rate": 2e-3})
+    arguments = {**method.training_arguments, "learning_rate": 2e-3, **arguments}
+    return replace(method, adapter=adapter, training_arguments=arguments)
 
 
 def outcome(trial: Trial, folder: Path, **options):
@@ -85,6 +86,15 @@ def test_several_ranks_have_the_losses_of_one_and_save_the_same_file(trial, tmp_
     losses = found[1].measured.train_loss
     assert len(losses) == 20 and max(losses) - min(losses) > 0.01  # it learned something that could have differed
     assert [len(found[size].measured.rank_peak_allocated_bytes) for size in WORLDS] == WORLDS
+
+
+def test_gradients_of_several_ranks_are_as_large_as_those_of_one(trial, tmp_path):
+    """AdamW and clipping would take any multiple of them for the same."""
+    method = quick(BASELINE, optim="sgd", max_grad_norm=0.0, learning_rate=0.5)
+    trial = replace(trial, method=method, max_steps=6)
+    one, two = (outcome(replace(trial, world_size=size), tmp_path / str(size)) for size in (1, 2))
+    assert two.measured.train_loss == pytest.approx(one.measured.train_loss, abs=EQUAL)
+    assert max(one.measured.train_loss) - min(one.measured.train_loss) > 0.01
 
 
 @pytest.mark.parametrize("method", [BASELINE, METHODS["lora-captured"]], ids=["baseline", "lora-captured"])
