@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -192,7 +192,7 @@ def run_slower(
     trial: Trial,
     folder: Path,
     started: float,
-    environment: Mapping[str, str],
+    *others: Any,
 ) -> None:
     """In the child: `worker.run`, with matrix products added to every step for `share` of the step's own time."""
     end_step = Meter.end_step
@@ -221,7 +221,7 @@ def run_slower(
     clock = time.process_time if trial.device_index is None else time.perf_counter
     Meter.begin_round = begin_round_and_time_it  # type: ignore[assignment,method-assign]
     Meter.end_step = end_step_later  # type: ignore[assignment,method-assign]
-    worker.run(connection, trial, folder, started, environment)
+    worker.run(connection, trial, folder, started, *others)
 
 
 def _write(name: str, laboratory: Laboratory, stored: list[list[float]], gates: list[dict[str, Any]]) -> None:

@@ -89,7 +89,8 @@ class Child:
     Ask for rounds, then `finish`. `outcome` is set as soon as the trial has ended, however it did; `rounds_done` counts
     rounds that were trained whole. `on_step(trial, step, loss)` is told of every optimizer step, `loss` being the
     newest known, and `on_round(trial, measured)` of every round's end. A child that reports nothing for
-    `silence_seconds` has timed out and is killed. What ends one rank ends the trial, and all of its ranks.
+    `silence_seconds` has timed out and is killed; one without `on_step` reports no steps, which beside short rounds
+    would take their time. What ends one rank ends the trial, and all of its ranks.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Child:
         trial: Trial,
         folder: Path,
         silence_seconds: float = 600.0,
-        on_step: Callable[[Trial, int, float | None], None] = lambda trial, step, loss: None,
+        on_step: Callable[[Trial, int, float | None], None] | None = None,
         on_round: Callable[[Trial, Measurements], None] = lambda trial, measured: None,
     ) -> None:
         self.trial = trial
@@ -116,7 +117,8 @@ class Child:
         try:
             for number in range(world_size):
                 environment = ranks.environment(number, world_size, port)
-                self._ranks.append(_Rank(number, self.trial, self._folder, environment))
+                tells_steps = number == 0 and self._on_step is not None
+                self._ranks.append(_Rank(number, self.trial, self._folder, environment, tells_steps))
             self._await(worker.Ready)
         except BaseException:
             self._stop()
@@ -190,7 +192,7 @@ class Child:
             for rank in [rank for rank in asked if rank.connection in ready]:
                 match report := rank.receive():
                     case worker.Step(step, loss):
-                        if rank.number == 0:
+                        if self._on_step is not None:
                             self._on_step(self.trial, step, loss)
                     case worker.Entered():
                         pass
@@ -256,14 +258,16 @@ Ended = OutOfMemory | Diverged | Crashed | TimedOut
 class _Rank:
     """One process of a trial, started, the owner's end of its pipe, and what it has told."""
 
-    def __init__(self, number: int, trial: Trial, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, number: int, trial: Trial, folder: Path, environment: Mapping[str, str], tells_steps: bool
+    ) -> None:
         self.number = number
         self.measured = Measurements()
         self.phase: Phase = "start"
         self.is_dead = False
         self._log = log_of(number, folder)
         self.connection, childs_end = _forkserver.Pipe()
-        self.process = _process_for(trial, childs_end, folder, environment)
+        self.process = _process_for(trial, childs_end, folder, environment, tells_steps)
         with _without_main():
             self.process.start()
         childs_end.close()
@@ -327,11 +331,13 @@ def _waits_for_others(whereabouts: str) -> bool:
     return any(part in innermost for part in ("torch/distributed/", "torch/autograd/", "torch/cuda/"))
 
 
-def _process_for(trial: Trial, connection: Connection, folder: Path, environment: Mapping[str, str]) -> BaseProcess:
+def _process_for(
+    trial: Trial, connection: Connection, folder: Path, environment: Mapping[str, str], tells_steps: bool
+) -> BaseProcess:
     """The process that runs `trial`, not started yet: a fork of the forkserver, or a fresh one for a library that must
     come before what the forkserver has imported."""
     if trial.method.library == "peft":
-        arguments = connection, trial, folder, time.monotonic(), environment
+        arguments = connection, trial, folder, time.monotonic(), environment, tells_steps
         return _forkserver.Process(target=worker.run, args=arguments, daemon=True)
     pickled = pickle.dumps(trial)
     return multiprocessing.get_context("spawn").Process(

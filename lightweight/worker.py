@@ -91,12 +91,18 @@ def take_device(trial: Trial) -> torch.device:
 
 
 def run(
-    connection: Connection, trial: Trial, folder: Path, started: float, environment: Mapping[str, str] | None = None
+    connection: Connection,
+    trial: Trial,
+    folder: Path,
+    started: float,
+    environment: Mapping[str, str] | None = None,
+    tells_steps: bool = True,
 ) -> None:
     """Run `trial`, or one rank of it, answering requests on `connection`; the last report is the Outcome.
 
     `folder` exists and is the trial's own; `started` is the owner's `time.monotonic()` when it started this process.
-    `environment` says which rank this is, where there are several. SIGUSR1 has it write where it is into its log.
+    `environment` says which rank this is, where there are several. Steps are reported where it `tells_steps`. SIGUSR1
+    has it write where it is into its log.
     """
     os.environ.update(environment or {})
     redirect_output(log_of(ranks.rank(), folder))
@@ -108,7 +114,7 @@ def run(
         torch.set_num_threads(trial.threads)
     device = take_device(trial)
     meter = Meter(device, start_seconds=time.monotonic() - started)
-    owner = _Owner(connection, meter)
+    owner = _Owner(connection, meter, tells_steps)
     try:
         outcome: Outcome = _train(trial, device, folder, meter, owner)
     except _OwnerGoneError:
@@ -302,8 +308,8 @@ class _OwnerGoneError(Exception):
 class _Owner:
     """The trial's owner at the other end of the pipe."""
 
-    def __init__(self, connection: Connection, meter: Meter) -> None:
-        self.connection, self.meter = connection, meter
+    def __init__(self, connection: Connection, meter: Meter, tells_steps: bool) -> None:
+        self.connection, self.meter, self.tells_steps = connection, meter, tells_steps
 
     def report(self, report: Report) -> None:
         try:
@@ -326,7 +332,8 @@ class _Owner:
         self.report(Ready(self.meter.measurements()))
 
     def step_ended(self) -> None:
-        self.report(Step(self.meter.steps, self.meter.latest_loss))
+        if self.tells_steps:
+            self.report(Step(self.meter.steps, self.meter.latest_loss))
 
     def round_ended(self) -> None:
         self.report(RoundEnded(self.meter.measurements()))

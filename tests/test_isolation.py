@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightweight import isolation, models, targets
+from lightweight import isolation, models, targets, worker
 from lightweight.isolation import Child
 from lightweight.methods import BASELINE, LORA, QLORA, Method
 from lightweight.preload import peft
@@ -81,6 +81,20 @@ def test_children_have_huge_pages_where_the_kernel_gives_them(folder):
 @pytest.mark.parametrize("module", ["bitsandbytes", "transformers.trainer", "transformers.models.opt.modeling_opt"])
 def test_a_child_is_born_with(module, folder):
     assert isolation.call(eval, folder, f"{module!r} in __import__('sys').modules")
+
+
+def test_steps_that_nobody_asks_for_are_not_reported(trial, folder, monkeypatch):
+    reports = []
+    monkeypatch.setattr(
+        isolation._Rank,
+        "receive",
+        lambda rank, receive=isolation._Rank.receive: reports.append(receive(rank)) or reports[-1],
+    )
+    with Child(trial, folder) as child:
+        reports.clear()
+        child.round()
+        assert child.rounds_done == 1
+    assert [type(report) for report in reports] == [worker.RoundEnded]
 
 
 @pytest.mark.parametrize("method", [BASELINE, LORA, QLORA])

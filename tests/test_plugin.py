@@ -34,7 +34,7 @@ OUT_OF_MEMORY = """
     from lightweight import worker
     from lightweight.trial import Measurements, OutOfMemory
 
-    def run(connection, trial, folder, started, environment):
+    def run(connection, trial, folder, started, *_):
         connection.send(worker.Ready(Measurements()))
         assert connection.recv() == "round"
         measured = Measurements(peak_allocated_bytes=90, peak_reserved_bytes=99, phase_seconds={"train": 0.1})
