@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from lightweight.alternate import log_ratio, trial_of_rounds
 from lightweight.isolation import Child
 from lightweight.meter import Meter
 from lightweight.methods import BASELINE
+from lightweight.models import OPT_TINY
 from lightweight.plugin import PRECISION, Laboratory
 from lightweight.trial import Trial
 
@@ -35,11 +37,17 @@ SERIES = Path(__file__).parent / "series"
 
 CPU_GATES_A_CHILD, CUDA_GATES_A_CHILD = 5, 100
 """What one process has of its own, such as where its memory lies, differs on a CPU; a GPU's context takes long."""
-MODEL = "opt-tiny"
-METHOD = replace(BASELINE, training_arguments={"per_device_train_batch_size": 1})
-MAX_LENGTH = 64
-CPU_STEPS, CUDA_STEPS = 4, 2
-"""Of a round: some 100 ms of a CPU's time, and some 15 ms of launching a GPU's kernels."""
+CPU_MODEL = OPT_TINY
+WIDE = {"hidden_size": 2048, "ffn_dim": 8192, "num_attention_heads": 16, "num_hidden_layers": 2}
+CUDA_MODEL = replace(OPT_TINY, name="opt-wide", architecture={**(OPT_TINY.architecture or {}), **WIDE})
+"""Wide enough for a stock step to wait for the GPU: one of the twin itself waits for Python alone."""
+CPU_METHOD = replace(BASELINE, training_arguments={"per_device_train_batch_size": 1})
+CUDA_METHOD = BASELINE
+CPU_LENGTH, CUDA_LENGTH = 64, 256
+CPU_STEPS, CUDA_STEPS = 4, 1
+"""Of a round: some 100 ms of a CPU's time, and some 20 ms of a GPU's."""
+CPU_SIZE, GPU_SIZE = (64, 64), (512, 512)
+"""Of the matrices of a planted product: a hundredth of a step at most, and on a GPU longer than its launch."""
 BLOCK = 8
 """Pairs of one interval, where its coverage is counted."""
 
@@ -58,8 +66,11 @@ def count(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def trial(laboratory: Laboratory) -> Trial:
-    steps, gates = (CUDA_STEPS, CUDA_GATES_A_CHILD) if laboratory.has_cuda else (CPU_STEPS, CPU_GATES_A_CHILD)
-    return trial_of_rounds(laboratory.trial(MODEL, METHOD, max_length=MAX_LENGTH), gates * ratio.CAP + 1, steps)
+    if laboratory.has_cuda:
+        model, method, length, steps, gates = CUDA_MODEL, CUDA_METHOD, CUDA_LENGTH, CUDA_STEPS, CUDA_GATES_A_CHILD
+    else:
+        model, method, length, steps, gates = CPU_MODEL, CPU_METHOD, CPU_LENGTH, CPU_STEPS, CPU_GATES_A_CHILD
+    return trial_of_rounds(laboratory.trial(model, method, max_length=length), gates * ratio.CAP + 1, steps)
 
 
 def test_noise_does_not_fail_the_gate(laboratory: Laboratory, trial: Trial, count: int) -> None:
@@ -194,34 +205,45 @@ def run_slower(
     started: float,
     *others: Any,
 ) -> None:
-    """In the child: `worker.run`, with matrix products added to every step for `share` of the step's own time."""
-    end_step = Meter.end_step
-    begin_round = Meter.begin_round
-    began = 0.0
+    """In the child: `worker.run`, with matrix products added to every step for `share` of the step's own time: on a CPU
+    until that is over, on a GPU as many as fit into it, by the steps of the first round."""
+    end_step, begin_round = Meter.end_step, Meter.begin_round
+    began, products = 0.0, None
+    on_gpu = trial.device_index is not None
 
     def begin_round_and_time_it(meter: Meter) -> None:
-        nonlocal began
+        nonlocal began, products
         begin_round(meter)
-        began = clock()
+        if on_gpu and products is None and (steps := meter.measurements().step_seconds):
+            products = round(share * median(steps) / _seconds_of_a_product())
+        began = time.process_time()
 
     def end_step_later(meter: Meter) -> None:
         nonlocal began
-        on_gpu = meter.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.synchronize()
-        until = clock() + share * (clock() - began)
-        factor = torch.ones(64, 64, device=meter.device)
-        while clock() < until:
+        until = time.process_time() + share * (time.process_time() - began)
+        factor = torch.ones(GPU_SIZE if on_gpu else CPU_SIZE, device=meter.device)
+        for _ in range(products or 0):
             factor @ factor
-            if on_gpu:
-                torch.cuda.synchronize()
+        while not on_gpu and time.process_time() < until:
+            factor @ factor
         end_step(meter)
-        began = clock()
+        began = time.process_time()
 
-    clock = time.process_time if trial.device_index is None else time.perf_counter
     Meter.begin_round = begin_round_and_time_it  # type: ignore[assignment,method-assign]
     Meter.end_step = end_step_later  # type: ignore[assignment,method-assign]
     worker.run(connection, trial, folder, started, *others)
+
+
+def _seconds_of_a_product() -> float:
+    """Of the GPU, when it has enough of them waiting."""
+    factor, count = torch.ones(GPU_SIZE, device="cuda"), 200
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(count):
+        factor @ factor
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1000 / count
 
 
 def _write(name: str, laboratory: Laboratory, stored: list[list[float]], gates: list[dict[str, Any]]) -> None:
