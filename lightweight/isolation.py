@@ -134,6 +134,16 @@ class Child:
         return [rank.process.pid for rank in self._ranks if rank.process.pid is not None]
 
     @property
+    def connections(self) -> list[Connection]:
+        """The owner's ends of its ranks' pipes, to wait for."""
+        return [rank.connection for rank in self._ranks]
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether every rank has said something that has not been read, or the trial has ended."""
+        return self.outcome is not None or all(rank.connection.poll() for rank in self._ranks)
+
+    @property
     def measured(self) -> Measurements:
         """The newest of what the trial has measured: as of its start, of its last whole round, or of its end."""
         return self._measured if self.outcome is None else self.outcome.measured

@@ -2,6 +2,7 @@ import math
 import os
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import Pipe
 
 import pytest
 
@@ -22,7 +23,14 @@ class FakeChild:
     def __init__(self, trial, seconds, ends, log):
         self.trial, self.seconds, self.ends, self.log = trial, iter(seconds), ends, log
         self.measured, self.outcome = Measurements(), None
-        self.pids = [os.getpid()]
+        self.pids, self.is_slow_for = [os.getpid()], 0
+        *self.connections, self._end = Pipe()
+        self._end.send("a round has ended")
+
+    @property
+    def has_answered(self):
+        self.is_slow_for -= 1
+        return self.is_slow_for < 0
 
     def round(self):
         self.log.append(self.trial.method.name)
@@ -97,6 +105,18 @@ def test_on_a_gpu_rounds_go_a_b_b_a_and_b_a_a_b_after_one_to_warm_up_each(trial,
     assert log[:2] == ["start baseline", "start lora"]
 
 
+def test_when_one_is_done_something_else_takes_its_place_on_the_core(trial, monkeypatch):
+    fast, slow = FakeChild(trial, [1.0], None, []), FakeChild(trial, [2.0], None, [])
+    slow.is_slow_for, had = 5, os.sched_getaffinity(0)
+    where, pinned = {os.getpid(): {1}, 0: had}, []
+    monkeypatch.setattr(os, "sched_getaffinity", where.__getitem__)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: pinned.append((cores, alternate.NEIGHBOUR[0])))
+    started = alternate.NEIGHBOUR[0]
+    of_fast, of_slow = alternate.seconds_per_token(fast, slow)
+    assert of_slow == 2 * of_fast
+    assert pinned == [({1}, started), (had, started + 5)]
+
+
 @pytest.mark.parametrize(
     ("device_index", "turns"),
     [(None, [[{0}, {1}], [{2}, {3}], [{4}, {5}], [{0}, {1}]]), (0, [[{0, 1}, {2, 3}], [{4, 5}, {0, 1}]])],
@@ -136,12 +156,12 @@ def test_where_a_process_cannot_be_kept_on_a_core_they_take_turns(trial, start, 
 def test_the_core_that_is_shared_changes_every_turn(trial, start, monkeypatch):
     pinned = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 5})
-    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, cores: pinned.append((thread, *cores)))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, cores: pinned.append((thread, cores)))
     children, _ = start({"baseline": [2.0] * 20, "lora": [1.0] * 20})
     alternate.alternate(trial, other(trial), children, lambda pairs: False, cap=12)
     monkeypatch.undo()
-    turns = [core for thread, core in pinned if thread == os.getpid()]  # both fake children are this process
-    assert turns == [2, 2, 5, 5, 2, 2]
+    turns = [cores for thread, cores in pinned if thread == os.getpid()]  # both fake children are this process
+    assert turns == [{2}, {2}, {5}, {5}, {2}, {2}]
 
 
 def test_pairs_are_added_at_the_looks_until_it_is_enough_or_the_cap(trial, start):
