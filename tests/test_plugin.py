@@ -198,7 +198,7 @@ def test_an_outcome_is_looked_up_not_trained_twice(project):
 
 def test_models_and_methods_come_from_the_command_line(project, micro):
     project.makepyfile(
-        mine="""
+        own_methods="""
         from dataclasses import replace
         from lightweight.methods import LORA
         MINE = replace(LORA, name="mine", training_arguments={"per_device_train_batch_size": 4})
@@ -224,7 +224,7 @@ def test_models_and_methods_come_from_the_command_line(project, micro):
         """
     )
     project.syspathinsert()
-    arguments = (f"--model={micro.location}", "--method=baseline", "--method=mine:MINE")
+    arguments = (f"--model={micro.location}", "--method=baseline", "--method=own_methods:MINE")
     result, document = run_json(project, *arguments)
     result.assert_outcomes(passed=3)
     assert [(e["method"], e["weights"]) for e in document["outcomes"]] == [
