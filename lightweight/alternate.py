@@ -23,6 +23,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
@@ -144,11 +145,13 @@ def _train_at_once(children: Sequence[Child]) -> None:
     works a tenth to a fifth faster and so hides as much of how much slower it is: something else takes its place."""
     for child in children:
         child.ask_for_round()
-    wait([connection for child in children for connection in child.connections])
+    silence = max(child.silence_seconds for child in children)  # `await_round` then finds who has timed out
+    deadline = time.monotonic() + silence
+    wait([connection for child in children for connection in child.connections], silence)
     had = os.sched_getaffinity(0)
     os.sched_setaffinity(0, os.sched_getaffinity(children[0].pids[0]))
     try:
-        while not all(child.has_answered for child in children):
+        while not all(child.has_answered for child in children) and time.monotonic() < deadline:
             np.add(NEIGHBOUR, 1.0, out=NEIGHBOUR)
     finally:
         os.sched_setaffinity(0, had)

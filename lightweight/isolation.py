@@ -106,7 +106,7 @@ class Child:
         self.rounds_done = 0
         self._ranks: list[_Rank] = []
         self._folder = folder
-        self._silence_seconds = silence_seconds
+        self.silence_seconds = silence_seconds
         self._on_step = on_step
         self._on_round = on_round
 
@@ -195,7 +195,7 @@ class Child:
         """Read every rank's reports until one of type `answer`, or until the first that ends the trial."""
         asked = list(self._ranks) if self.outcome is None else []
         while asked:
-            ready = wait([rank.connection for rank in asked], self._silence_seconds)
+            ready = wait([rank.connection for rank in asked], self.silence_seconds)
             if not ready:
                 self.outcome = self._timed_out(asked)
                 return
@@ -253,8 +253,8 @@ class Child:
             rank.kill()
         outcome = TimedOut(
             phase=culprit.phase,
-            silent_seconds=self._silence_seconds,
-            reason=f"reported nothing for {self._silence_seconds:g} s and was killed",
+            silent_seconds=self.silence_seconds,
+            reason=f"reported nothing for {self.silence_seconds:g} s and was killed",
             details=details,
             measured=self._measured,
         )

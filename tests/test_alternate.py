@@ -23,7 +23,7 @@ class FakeChild:
     def __init__(self, trial, seconds, ends, log):
         self.trial, self.seconds, self.ends, self.log = trial, iter(seconds), ends, log
         self.measured, self.outcome = Measurements(), None
-        self.pids, self.is_slow_for = [os.getpid()], 0
+        self.pids, self.is_slow_for, self.silence_seconds = [os.getpid()], 0, 60.0
         *self.connections, self._end = Pipe()
         self._end.send("a round has ended")
 
@@ -115,6 +115,13 @@ def test_when_one_is_done_something_else_takes_its_place_on_the_core(trial, monk
     of_fast, of_slow = alternate.seconds_per_token(fast, slow)
     assert of_slow == 2 * of_fast
     assert pinned == [({1}, started), (had, started + 5)]
+
+
+def test_nothing_takes_its_place_for_longer_than_a_child_may_be_silent(trial):
+    fast, silent = FakeChild(trial, [1.0], None, []), FakeChild(trial, [], "timed out", [])
+    silent.is_slow_for, fast.silence_seconds, silent.silence_seconds = math.inf, 0.1, 0.1
+    assert math.isnan(alternate.seconds_per_token(fast, silent)[1])
+    assert silent.outcome == "timed out"
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def test_a_loss_that_is_no_number_has_diverged(trial, folder):
 
 def test_a_silent_child_times_out_and_is_killed(trial, folder):
     with Child(trial, folder, silence_seconds=30) as child:
-        child._silence_seconds = 1.0
+        child.silence_seconds = 1.0
         os.kill(child.pids[0], signal.SIGSTOP)
         started = time.perf_counter()
         child.round()

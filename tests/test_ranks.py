@@ -164,7 +164,7 @@ def test_a_rank_that_does_not_answer_is_the_one_that_timed_out(trial, tmp_path, 
     (tmp_path / "trial").mkdir()
     with Child(replace(trial, world_size=2), tmp_path / "trial") as child:
         child.round()
-        child._silence_seconds = 2.0
+        child.silence_seconds = 2.0
         os.kill(child.pids[stopped], signal.SIGSTOP)
         began = time.monotonic()
         child.round()
