@@ -8,9 +8,10 @@ question without one. `from lightweight.preload import peft` is therefore how ev
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,10 +54,34 @@ def _capability_from_nvml() -> Iterator[None]:
         torch.cuda.get_device_capability = original
 
 
+@contextmanager
+def _compiling_when_called() -> Iterator[None]:
+    """Inside, `torch.compile` of a function waits for its first call. bitsandbytes compiles two that no GPU and no CPU
+    runs, and torch loads its whole compiler for them, a fifth of what a process takes to start."""
+    original = torch.compile
+
+    def later(function: Any = None, **options: Any) -> Any:
+        if function is None or isinstance(function, torch.nn.Module):
+            return original(function, **options)
+        compiled: Callable[[], Any] = functools.cache(lambda: original(function, **options))
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            return compiled()(*arguments, **keywords)
+
+        return call
+
+    torch.compile = later  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = original
+
+
 # Its import tells that an optional package of CPU kernels is missing; every child would say it again.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-with _capability_from_nvml():
+with _capability_from_nvml(), _compiling_when_called():
     import peft
 
 __all__ = ["compute_capabilities", "peft"]

@@ -4,11 +4,12 @@ import sys
 
 def test_importing_it_leaves_torchs_own_answers_in_place():
     program = (
-        "import torch; original = torch.cuda.get_device_capability\n"
+        "import torch; original, compile = torch.cuda.get_device_capability, torch.compile\n"
         "from lightweight import preload\n"
-        "assert torch.cuda.get_device_capability is original\n"
+        "assert torch.cuda.get_device_capability is original and torch.compile is compile\n"
         "assert not torch.cuda.is_initialized()\n"
         "import sys; assert 'bitsandbytes' in sys.modules and 'pytest' not in sys.modules\n"
+        "assert 'torch._inductor.lowering' not in sys.modules, 'the compiler was loaded for nothing'\n"
         "print(preload.compute_capabilities())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -24,3 +25,17 @@ def test_bitsandbytes_is_answered_from_nvml(monkeypatch):
     with preload._capability_from_nvml():
         assert preload.torch.cuda.get_device_capability(0) == (9, 0)
     assert preload.torch.cuda.get_device_capability is original
+
+
+def test_a_function_is_compiled_once_and_when_it_is_called(monkeypatch):
+    from lightweight import preload
+
+    compiled = []
+    monkeypatch.setattr(
+        preload.torch, "compile", lambda function, **options: compiled.append(options) or (lambda x: -function(x))
+    )
+    with preload._compiling_when_called():
+        negated = preload.torch.compile(lambda x: x + 1, dynamic=False)
+    assert not compiled
+    assert [negated(1), negated(2)] == [-2, -3]
+    assert compiled == [{"dynamic": False}]
