@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import pynvml
 import torch
@@ -120,7 +120,7 @@ class Meter:
         self._step_loss = None
         self._marks.append(self._mark())
         if self.device.type == "cuda":
-            self._held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+            self._held.append(_memory("current"))
 
     def end_round(self) -> None:
         """Read what the round left on the device. Raises DivergedError."""
@@ -135,7 +135,7 @@ class Meter:
         """Wait for the device, and take its peaks and what it holds of losses and step boundaries."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-            self._peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            self._peaks = _memory("peak")
         self._step_seconds += [_seconds(start, end) for start, end in pairwise(self._marks)]
         self._losses = self.train_loss
         self._marks, self._pending_losses = [], []
@@ -182,6 +182,13 @@ def _seconds(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> 
         return end - start
     assert isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event)
     return float(start.elapsed_time(end)) / 1000
+
+
+def _memory(when: Literal["current", "peak"]) -> tuple[int, int]:
+    """Bytes that torch's allocator has handed out, and reserved. What `torch.cuda.memory_allocated` asks too, which
+    sorts all there is to know into a list first, in every step."""
+    told = torch.cuda.memory_stats_as_nested_dict()
+    return told["allocated_bytes"]["all"][when], told["reserved_bytes"]["all"][when]
 
 
 def _host_peak_bytes() -> int:
