@@ -22,6 +22,8 @@ from typing import Any
 import pytest
 import torch
 
+from lightweight.alternate import CAN_PIN
+
 BENCHMARK_SESSION = ("benchmarks", "disabled", "only")
 """Attributes of pytest-benchmark's session that are read and set."""
 
@@ -50,7 +52,7 @@ def connect(config: pytest.Config) -> None:
     """In `pytest_configure`, before pytest-benchmark's own: keep it on in this worker, or gather rows here."""
     if hasattr(config, "workerinput"):
         config.option.loadgroup = config.workerinput["lightweight_loadgroup"]
-        _take_gpus(config.workerinput["lightweight_slot"], config.getoption("gpus_per_trial"))
+        _take_place(config.workerinput["lightweight_slot"], config.getoption("gpus_per_trial"))
         config.pluginmanager.register(_Worker(config), "lightweight-xdist-worker")
     elif config.getoption("dist", "no") != "no" and config.getoption("tx"):
         config.pluginmanager.register(_Controller(config), "lightweight-xdist-controller")
@@ -201,13 +203,20 @@ class _Controller(_Side):
         return groups
 
 
-def _take_gpus(slot: int, count: int) -> None:
-    """Let this worker see the `count` GPUs of its trials alone; before anything in it has touched CUDA."""
+def _take_place(slot: int, count: int) -> None:
+    """Let this worker see the `count` GPUs of its trials alone, before anything in it has touched CUDA, and keep it on
+    as large a share of the cores: a step that waits for Python waits for whatever else is on its core."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
-    if torch.cuda.device_count():
-        first = slot % max(1, len(visible) // count) * count
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[first : first + count])
+    if not torch.cuda.device_count():
+        return
+    places = max(1, len(visible) // count)
+    place = slot % places
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[place * count : (place + 1) * count])
+    if CAN_PIN:
+        cores = sorted(os.sched_getaffinity(0))
+        share = cores[place * len(cores) // places : (place + 1) * len(cores) // places]
+        os.sched_setaffinity(0, share or cores)
 
 
 def _machine(node: Any) -> str:

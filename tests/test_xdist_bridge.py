@@ -164,24 +164,32 @@ def test_a_models_cells_stay_together_unless_another_way_was_named(project, argu
 
 
 @pytest.mark.parametrize(
-    ("visible", "slot", "each", "expected"),
+    ("visible", "slot", "each", "gpus", "cores"),
     [
-        (None, 1, 1, "1"),
-        ("2,5", 1, 1, "5"),
-        ("2,5", 2, 1, "2"),
-        ("GPU-a,GPU-b", 0, 1, "GPU-a"),
-        (None, 1, 2, "2,3"),
-        ("7,1,4,2,0", 1, 2, "4,2"),
-        ("7,1,4,2,0", 2, 2, "7,1"),
+        (None, 1, 1, "1", {2, 3}),
+        ("2,5", 1, 1, "5", {4, 5, 6, 7}),
+        ("2,5", 2, 1, "2", {0, 1, 2, 3}),
+        ("GPU-a,GPU-b", 0, 1, "GPU-a", {0, 1, 2, 3}),
+        (None, 1, 2, "2,3", {4, 5, 6, 7}),
+        ("7,1,4,2,0", 1, 2, "4,2", {4, 5, 6, 7}),
+        ("7,1,4,2,0", 2, 2, "7,1", {0, 1, 2, 3}),
+        ("0,1,2,3,4,5,6,7,8", 0, 1, "0", set(range(8))),
     ],
 )
-def test_a_worker_sees_the_gpus_of_its_trials_alone(monkeypatch, visible, slot, each, expected):
+def test_a_worker_has_the_gpus_of_its_trials_and_a_share_of_the_cores_alone(
+    monkeypatch, visible, slot, each, gpus, cores
+):
+    had = set(range(8))
+    monkeypatch.setattr(xdist_bridge, "CAN_PIN", True)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(had), raising=False)
+    monkeypatch.setattr("os.sched_setaffinity", lambda pid, given: had.intersection_update(given), raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: len(visible.split(",")) if visible else 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    xdist_bridge._take_gpus(slot, each)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+    xdist_bridge._take_place(slot, each)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == gpus
+    assert had == cores
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
