@@ -7,7 +7,7 @@ and losses are those of one rank.
 import pytest
 
 from lightweight.plugin import ForecastOf, Train
-from lightweight.targets import T4, MiB
+from lightweight.targets import NATIVE, T4, MiB
 from lightweight.trial import Completed, OutOfMemory
 
 needs_two_gpus = pytest.mark.needs_gpus(2)
@@ -35,6 +35,16 @@ def test_a_model_runs_out_of_memory_on_one_t4_and_on_two_as_forecast(
     assert forecast.verdict == ("fits" if isinstance(outcome, Completed) else "does_not_fit")
     assert isinstance(outcome, OutOfMemory), outcome
     assert outcome.rank in ((None,) if world_size == 1 else (0, 1))
+
+
+@needs_two_gpus
+def test_a_rank_holds_what_was_forecast(train: Train, forecast_of: ForecastOf) -> None:
+    outcome = train("gpt-neo-1.3b", "baseline", target=NATIVE, epochs=1, world_size=2)
+    forecast = forecast_of("gpt-neo-1.3b", "baseline", target=NATIVE, world_size=2)
+    assert isinstance(outcome, Completed), outcome.reason
+    held = outcome.measured
+    assert held.rank_peak_allocated_bytes == pytest.approx([forecast.allocated_bytes] * 2, rel=0.03)
+    assert held.rank_peak_reserved_bytes == pytest.approx([forecast.reserved_bytes] * 2, rel=0.03)
 
 
 @needs_two_gpus

@@ -670,7 +670,7 @@ def ranks(entries: Sequence[Entry]) -> Table:
         for told in (*(other for other in alike if other["world_size"] == 1), entry):
             if any(told is other for other in of):
                 continue
-            rate = told.get("tokens_per_second")
+            rate = told.get("tokens_per_second") if told["outcome"] == "completed" else None
             one = next((other.get("tokens_per_second") for other in alike if other["world_size"] == 1), None)
             peaks = told.get("rank_peak_allocated_bytes") or [told["peak_allocated_bytes"]]
             rows.append(
