@@ -127,17 +127,23 @@ def still(model: Model, **no_dropout: float) -> Model:
 
 
 @needs_cuda
-@pytest.mark.parametrize("model", [still(OPT_350M, dropout=0.0), still(GPT_NEO_1_3B)], ids=["opt-350m", "gpt-neo-1.3b"])
+@pytest.mark.parametrize(
+    ("model", "learning_rate"),
+    [(still(OPT_350M, dropout=0.0), 1e-3), (still(GPT_NEO_1_3B), 1e-4)],
+    ids=["opt-350m", "gpt-neo-1.3b"],
+)
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_twenty_captured_steps_have_the_trainers_losses_in_fp32(
-    outcome_of: Train, model: Model, accumulation: int
+    outcome_of: Train, model: Model, learning_rate: float, accumulation: int
 ) -> None:
+    """GPT-Neo does not scale its attention scores, and random weights make them large: at 1e-3 its loss halves in
+    twenty steps and rounding errors grow five hundred times as large as at 1e-4."""
     adapter = copy.deepcopy(LORA.adapter)
     vars(adapter)["lora_dropout"] = 0.0
     arguments = {
         "per_device_train_batch_size": 8 // accumulation,
         "gradient_accumulation_steps": accumulation,
-        "learning_rate": 1e-3,
+        "learning_rate": learning_rate,
     }
     stock = Method(name="lora-fp32", adapter=adapter, training_arguments=arguments)
     losses = []
@@ -146,7 +152,9 @@ def test_twenty_captured_steps_have_the_trainers_losses_in_fp32(
         assert isinstance(outcome, Completed), outcome.reason
         losses.append(outcome.measured.train_loss)
     assert len(losses[0]) == 20
-    assert losses[1] == pytest.approx(losses[0], abs=2e-3)
+    apart = max(abs(ours - theirs) for ours, theirs in zip(*losses, strict=True))
+    print(f"{model.name}: {losses[0][0]:.3f} -> {losses[0][-1]:.3f}, at most {apart:.1e} apart")
+    assert apart < 1e-3
 
 
 def test_the_ladders_end_in_the_captured_methods() -> None:
