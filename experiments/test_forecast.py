@@ -4,6 +4,7 @@ The frontier of a T4 is asserted by forecast on every machine, for the true size
 CUDA; `experiments/records/h200-forecast.json` is such a run, and tests/test_forecast.py compares with it anywhere.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +51,10 @@ CAPPED = ("opt-350m x baseline", "opt-350m x lora", "smollm2-135m x lora", "gpt-
 """Cells that are also measured under budgets around their peak."""
 
 
+def of_their_models(cells: Iterable[str]) -> list[Any]:
+    return [pytest.param(cell, marks=pytest.mark.model(CELLS[cell][0])) for cell in cells]
+
+
 @pytest.mark.parametrize(
     ("model", "method", "verdict"),
     [
@@ -64,6 +69,7 @@ def test_frontier_of_a_t4(forecast_of: ForecastOf, model: str, method: str, verd
     assert forecast_of(model, method, target=T4).verdict == verdict
 
 
+@pytest.mark.model("gpt-neo-1.3b")
 def test_large_baseline_fits_a_t4_at_no_batch_size(forecast_of: ForecastOf) -> None:
     smallest = forecast_of("gpt-neo-1.3b", BASELINE.with_batch(1), target=T4, max_length=8)
     assert smallest.verdict == "does_not_fit"
@@ -72,7 +78,7 @@ def test_large_baseline_fits_a_t4_at_no_batch_size(forecast_of: ForecastOf) -> N
 
 
 @pytest.mark.needs_cuda
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", of_their_models(CELLS))
 def test_forecast_agrees_with_measurement(train: Train, forecast_of: ForecastOf, cell: str) -> None:
     outcome, forecast = run(train, forecast_of, cell, NATIVE)
     assert isinstance(outcome, Completed), outcome.reason
@@ -81,7 +87,7 @@ def test_forecast_agrees_with_measurement(train: Train, forecast_of: ForecastOf,
 
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("share", ["too little", "in between", "enough"])
-@pytest.mark.parametrize("cell", CAPPED)
+@pytest.mark.parametrize("cell", of_their_models(CAPPED))
 def test_verdict_is_right_near_the_budget(train: Train, forecast_of: ForecastOf, cell: str, share: str) -> None:
     _, forecast = run(None, forecast_of, cell, NATIVE)
     budget = {

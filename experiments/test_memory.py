@@ -10,17 +10,14 @@ from lightweight.plugin import NOT_RUN, Laboratory, Train
 from lightweight.targets import NATIVE
 from lightweight.trial import Completed, OutOfMemory
 
-pytestmark = [pytest.mark.needs_cuda, pytest.mark.xdist_group("gpt-neo-1.3b")]
-
 LARGE = "gpt-neo-1.3b"
+pytestmark = [pytest.mark.needs_cuda, pytest.mark.model(LARGE)]
 FULL_TRAINING_BYTES = 16 * 1_315_575_808  # fp32 weight, gradient and two Adam moments of each of its parameters
 
 
 @pytest.fixture(autouse=True)
 def target_too_small(laboratory: Laboratory) -> None:
     budget = laboratory.target.budget_bytes
-    if LARGE not in laboratory.models:
-        pytest.skip(f"{NOT_RUN}{LARGE} is not among the models of this run")
     if budget is None or budget >= FULL_TRAINING_BYTES:
         pytest.skip(f"{NOT_RUN}target {laboratory.target.name} is not smaller than what {LARGE} x baseline must hold")
 

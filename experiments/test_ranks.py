@@ -11,13 +11,16 @@ from lightweight.targets import NATIVE, T4, MiB
 from lightweight.trial import Completed, OutOfMemory
 
 needs_two_gpus = pytest.mark.needs_gpus(2)
+of_gpt_neo = pytest.mark.model("gpt-neo-1.3b")
 
 
+@of_gpt_neo
 @pytest.mark.parametrize(("world_size", "verdict"), [(2, "does_not_fit"), (3, "fits")])
 def test_what_two_t4s_cannot_hold_three_can(forecast_of: ForecastOf, world_size: int, verdict: str) -> None:
     assert forecast_of("gpt-neo-1.3b", "baseline", target=T4, world_size=world_size).verdict == verdict
 
 
+@of_gpt_neo
 def test_a_ranks_forecast_is_what_two_h100s_held(forecast_of: ForecastOf) -> None:
     """Measured on 2026-11-25, torch 2.11: both ranks held as much."""
     found = forecast_of("gpt-neo-1.3b", "baseline", target=T4, world_size=2)
@@ -26,6 +29,7 @@ def test_a_ranks_forecast_is_what_two_h100s_held(forecast_of: ForecastOf) -> Non
 
 
 @needs_two_gpus
+@of_gpt_neo
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_model_runs_out_of_memory_on_one_t4_and_on_two_as_forecast(
     train: Train, forecast_of: ForecastOf, world_size: int
@@ -38,6 +42,7 @@ def test_a_model_runs_out_of_memory_on_one_t4_and_on_two_as_forecast(
 
 
 @needs_two_gpus
+@of_gpt_neo
 def test_a_rank_holds_what_was_forecast(train: Train, forecast_of: ForecastOf) -> None:
     outcome = train("gpt-neo-1.3b", "baseline", target=NATIVE, epochs=1, world_size=2)
     forecast = forecast_of("gpt-neo-1.3b", "baseline", target=NATIVE, world_size=2)

@@ -79,12 +79,14 @@ def rungs(ladder: list[Method]) -> list[Any]:
 
 
 @needs_cuda
+@pytest.mark.model("opt-350m")
 @pytest.mark.parametrize("method", rungs(LORA_LADDER))
 def test_a_rung_from_baseline_to_lora_captured(train: Train, method: Method) -> None:
     assert isinstance(train("opt-350m", method, epochs=2), Completed | OutOfMemory)
 
 
 @needs_cuda
+@pytest.mark.model("gpt-neo-1.3b")
 @pytest.mark.parametrize("method", rungs(QLORA_LADDER))
 def test_a_rung_from_qlora_to_qlora_captured(train: Train, method: Method) -> None:
     assert isinstance(train("gpt-neo-1.3b", method, epochs=2), Completed | OutOfMemory)
@@ -111,6 +113,7 @@ def test_a_captured_method_is_captured_faster_and_as_good(
 
 
 @needs_cuda
+@pytest.mark.model("gpt-neo-1.3b")
 def test_a_model_that_cannot_be_captured_trains_uncaptured_and_says_what_prevented_it(outcome_of: Train) -> None:
     step = CapturedStep(attention="model", packing=False)  # GPT-Neo's own attention uploads a constant in every forward
     outcome = outcome_of("gpt-neo-1.3b", replace(QLORA_CAPTURED, name="qlora-own-attention", step=step), max_steps=2)
@@ -129,8 +132,10 @@ def still(model: Model, **no_dropout: float) -> Model:
 @needs_cuda
 @pytest.mark.parametrize(
     ("model", "learning_rate"),
-    [(still(OPT_350M, dropout=0.0), 1e-3), (still(GPT_NEO_1_3B), 1e-4)],
-    ids=["opt-350m", "gpt-neo-1.3b"],
+    [
+        pytest.param(still(OPT_350M, dropout=0.0), 1e-3, id="opt-350m", marks=pytest.mark.model("opt-350m")),
+        pytest.param(still(GPT_NEO_1_3B), 1e-4, id="gpt-neo-1.3b", marks=pytest.mark.model("gpt-neo-1.3b")),
+    ],
 )
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_twenty_captured_steps_have_the_trainers_losses_in_fp32(

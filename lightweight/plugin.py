@@ -19,7 +19,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
@@ -97,7 +97,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--model",
         action="append",
         metavar="NAME",
-        help="a model to train, repeatable: a known name, a hub id or a local folder "
+        help="a model to train, repeatable: a known name, a hub id or a local folder; what is of others is left out "
         f"(default: {', '.join(TRUE_SIZES)}; without CUDA: {', '.join(TWINS)})",
     )
     group.addoption(
@@ -183,6 +183,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_cuda: skipped, as not run, on a machine without CUDA")
     config.addinivalue_line("markers", "needs_gpus(n): skipped, as not run, where fewer than n GPUs are seen")
+    config.addinivalue_line("markers", "model(name): of which model a test is that takes none: see --model")
     laboratory = Laboratory(config)
     config.pluginmanager.register(laboratory, "lightweight-laboratory")
     _ = laboratory.methods  # a name that does not exist is told now
@@ -344,13 +345,19 @@ class Laboratory:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Cells are trained, and timed, before the tests that only look at how they ended, and a model's are kept
-        together where workers share the tests."""
+        together where workers share the tests. What is of another model than those named is left out."""
         items.sort(key=lambda item: not {"outcome_of", "speedup"}.isdisjoint(getattr(item, "fixturenames", ())))
+        named = {_model(name).name for name in self.models} if self.config.getoption("model") else None
+        others = []
         for item in items:
             if any(name in getattr(item, "fixturenames", ()) for name in FIXTURES):
-                cell = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-                model = cell.get("model")
-                xdist_bridge.group_by_model(item, _model(model).name if isinstance(model, str | Model) else None)
+                model = _model_of(item)
+                xdist_bridge.group_by_model(item, model)
+                if named is not None and model is not None and model not in named:
+                    others.append(item)
+        if others:
+            items[:] = [item for item in items if item not in others]
+            self.config.hook.pytest_deselected(items=others)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Check everything a trial needs, before any model is built."""
@@ -364,7 +371,7 @@ class Laboratory:
                     "world_size": self.world_size,
                 }
                 # Only cells that are going to run: looking for a model may download it.
-                cell = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+                cell = _arguments(item)
                 model, method = cell.get("model"), cell.get("method")
                 found = self._find(_model(model)) if isinstance(model, str | Model) else Model(name="any")
                 if isinstance(method, str | Method):
@@ -776,6 +783,19 @@ def speedup(request: pytest.FixtureRequest, laboratory: Laboratory) -> MeasureSp
         return laboratory.speedup(request.node, *trials)
 
     return measure
+
+
+def _model_of(item: pytest.Item) -> str | None:
+    """The name of the model that a test is of: its mark's, else its argument's."""
+    if (mark := item.get_closest_marker("model")) is not None:
+        return str(mark.args[0])
+    model = _arguments(item).get("model")
+    return _model(model).name if isinstance(model, str | Model) else None
+
+
+def _arguments(item: pytest.Item) -> Mapping[str, object]:
+    """What a test is parametrized with."""
+    return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
 
 
 def _limits(config: pytest.Config) -> gate.Limits:

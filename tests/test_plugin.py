@@ -256,6 +256,37 @@ def test_only_models_that_are_going_to_be_trained_are_looked_for(project):
     result.stderr.fnmatch_lines(["ERROR: model far: no such folder; *"])
 
 
+def test_what_is_of_another_model_than_those_named_is_left_out(project):
+    project.makepyfile(
+        test_cells="""
+        import pytest
+
+        @pytest.mark.parametrize("model", ["opt-350m", "gpt-neo-1.3b"])
+        def test_its_argument_says(train, model): ...
+
+        @pytest.mark.model("gpt-neo-1.3b")
+        def test_its_mark_says(forecast_of): ...
+
+        @pytest.mark.model("opt-350m")
+        @pytest.mark.parametrize("model", ["gpt-neo-1.3b"])
+        def test_its_mark_goes_before(train, model): ...
+
+        def test_nothing_says(train): ...
+
+        @pytest.mark.parametrize("model", ["gpt-neo-1.3b"])
+        def test_of_somebody_else(model): ...
+        """
+    )
+
+    def collected(*arguments):
+        lines = project.runpytest("--collect-only", "-q", *arguments).outlines
+        return {line.partition("::")[2] for line in lines if "::" in line}
+
+    everything = collected()
+    assert len(everything) == 6
+    assert collected("--model=opt-350m") == everything - {"test_its_argument_says[gpt-neo-1.3b]", "test_its_mark_says"}
+
+
 def test_parametrising_a_test_oneself_goes_before_the_command_line(project):
     project.makepyfile(
         """
