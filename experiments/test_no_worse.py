@@ -60,8 +60,7 @@ SETTINGS = {
 
 def at_rate(method: Method, learning_rate: float) -> Method:
     """`method` with another learning rate than the Trainer's, which its name says."""
-    arguments = {**method.training_arguments, "learning_rate": learning_rate}
-    return replace(method, name=f"{method.name}-lr{learning_rate:g}", training_arguments=arguments)
+    return replace(method.with_learning_rate(learning_rate), name=f"{method.name}-lr{learning_rate:g}")
 
 
 NO_WORSE = (BASELINE_CAPTURED, LORA, QLORA, LORA_CAPTURED, QLORA_CAPTURED)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import shlex
 import sys
@@ -188,6 +189,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps, instead of epochs")
     parser.add_argument("--batch-size", type=int, metavar="N", help="sequences a forward pass (default: the method's)")
     parser.add_argument("--max-length", type=int, default=256, metavar="N", help="tokens a row (default: 256)")
+    parser.add_argument(
+        "--learning-rate", type=float, metavar="RATE", help="at the beginning (default: the method's, else 5e-5)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument(
         "--report-to", choices=("tensorboard", "wandb", "trackio", "mlflow", "none"), default="none", help="a tracker"
@@ -203,6 +207,8 @@ def _train(options: argparse.Namespace) -> int:
     try:
         for option in ("epochs", "max_steps", "batch_size", "max_length", "save_steps"):
             _at_least(options, option, 1)
+        if options.learning_rate is not None and not 0 < options.learning_rate < math.inf:
+            raise ValueError(f"--learning-rate {options.learning_rate}: give a number above 0, such as 1e-3")
         if not 0 <= options.seed < 2**32:
             raise ValueError(f"--seed {options.seed}: give a number from 0 to {2**32 - 1}, which is what numpy takes")
     except ValueError as error:

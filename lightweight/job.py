@@ -95,6 +95,7 @@ class Job:
     max_steps: int | None = None
     max_length: int = MAX_LENGTH
     batch_size: int | None = None
+    learning_rate: float | None = None
     seed: int = 0
     report_to: str = "none"
     save_steps: int | None = None
@@ -133,6 +134,8 @@ def run(job: Job, progress: Callable[[str], None] = lambda text: None) -> Outcom
             method = ranks.of_first(lambda: _chosen(job, found, target, device, before.get("method"), progress))
         if job.batch_size is not None:
             method = method.with_batch(job.batch_size)
+        if job.learning_rate is not None:
+            method = method.with_learning_rate(job.learning_rate)
         trial = _trial(job, found, method, target, dialogues, on_gpu)
         if job.resume:
             _check_same(trial, before, output)
@@ -496,7 +499,7 @@ def _tell(
     if not ranks.is_first_to_say():
         return
     if isinstance(failed, Diverged):
-        _fail(f"{trial.name}: {failed.reason}: take a smaller learning rate, by a method of your own")
+        _fail(f"{trial.name}: {failed.reason}: take a smaller --learning-rate")
         return
     asked = "" if failed.requested_bytes is None else f", where {_size(failed.requested_bytes)} more were asked for"
     where = f" on rank {ranks.rank()}" if ranks.world_size() > 1 else ""

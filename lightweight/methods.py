@@ -122,6 +122,10 @@ class Method:
         """The method with `sequences` in a forward pass."""
         return replace(self, training_arguments={**self.training_arguments, "per_device_train_batch_size": sequences})
 
+    def with_learning_rate(self, rate: float) -> Method:
+        """The method with `rate` as what its schedule begins at."""
+        return replace(self, training_arguments={**self.training_arguments, "learning_rate": rate})
+
     def on_rank(self, world_size: int) -> Method:
         """The method as each of `world_size` processes runs it, so that together they see the sequences of a step: no
         more in a pass than the method says, in as few passes as that takes."""

@@ -382,12 +382,13 @@ def test_the_trained_model_answers_as_it_was_taught(train, out, capsys, monkeypa
     """Every answer of the corpus is nearly the same, and a model that has learned them by heart says it and stops."""
     sure = replace(
         job.methods.METHODS[method],
-        training_arguments={"learning_rate": 1e-2, "lr_scheduler_type": "constant"},
+        training_arguments={"lr_scheduler_type": "constant"},
     )
     if sure.adapter is not None:
         sure = replace(sure, adapter=peft.LoraConfig(r=32, lora_alpha=64, target_modules=["fc1", "fc2"]))
     monkeypatch.setitem(job.methods.METHODS, method, sure)
-    assert train("a", "--epochs", "25", "--max-length", "128", method=method) == 0
+    assert train("a", "--epochs", "25", "--max-length", "128", "--learning-rate", "1e-2", method=method) == 0
+    assert entry(out / "a")["training_arguments"]["learning_rate"] == 1e-2
     capsys.readouterr()
     assert main(["chat", str(out / "a"), "--prompt", "오늘은 힘들었어요 3", "--max-tokens", "40"]) == 0
     assert " me more about it" in capsys.readouterr().out
@@ -396,6 +397,14 @@ def test_the_trained_model_answers_as_it_was_taught(train, out, capsys, monkeypa
     monkeypatch.setattr("sys.stdin", io.StringIO("오늘은 힘들었어요 1\n\n오늘은 힘들었어요 2\n"))
     assert main(["chat", str(out / "a"), "--max-tokens", "40"]) == 0
     assert capsys.readouterr().out.count(" me more about it") == 2
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan", "inf"])
+def test_a_learning_rate_that_is_none_is_one_line(train, out, capsys, rate):
+    assert train("a", "--learning-rate", rate) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"lightweight: --learning-rate \S+: give a number above 0, such as 1e-3", line)
+    assert not out.exists()
 
 
 def test_an_adapter_on_random_weights_finds_them_again(dialogues, out, capsys):
