@@ -37,8 +37,9 @@ SERIES = Path(__file__).parent / "series"
 
 CPU_GATES_A_CHILD, CUDA_GATES_A_CHILD = 5, 100
 """What one process has of its own, such as where its memory lies, differs on a CPU; a GPU's context takes long."""
-CPU_MODEL = OPT_TINY
+DEEP = {"num_hidden_layers": 4}
 WIDE = {"hidden_size": 2048, "ffn_dim": 8192, "num_attention_heads": 16, "num_hidden_layers": 2}
+CPU_MODEL = replace(OPT_TINY, name="opt-deep", architecture={**(OPT_TINY.architecture or {}), **DEEP})
 CUDA_MODEL = replace(OPT_TINY, name="opt-wide", architecture={**(OPT_TINY.architecture or {}), **WIDE})
 """Wide enough for a stock step to wait for the GPU: one of the twin itself waits for Python alone."""
 CPU_METHOD = replace(BASELINE, training_arguments={"per_device_train_batch_size": 1})

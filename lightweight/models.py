@@ -119,7 +119,7 @@ OPT_TINY = Model(
     architecture={
         "model_type": "opt",
         "hidden_size": 128,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "ffn_dim": 512,
         "word_embed_proj_dim": 64,

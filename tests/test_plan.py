@@ -45,7 +45,7 @@ def test_json_has_a_row_for_every_model_method_and_target(capsys):
         assert row["verdict"] == "fits"
         assert row["budget_bytes"] == targets.named(row["target"]).budget_bytes
         assert sum(row["bytes_by_cause"].values()) == row["forecast_allocated_bytes"] <= row["forecast_reserved_bytes"]
-    assert found[0]["parameters"] == 899_840
+    assert found[0]["parameters"] == 503_296
     assert found[0]["max_length"] == 64
 
 
@@ -210,7 +210,7 @@ def test_the_fewest_gpus_are_found_in_few_forecasts(fewest):
 
 
 def test_more_gpus_hold_less_each_and_the_fewest_that_suffice_are_told(capsys):
-    arguments = ["opt-tiny", "--method", "baseline", "--target", "0.53GiB", "--batch-size", "4"]
+    arguments = ["opt-tiny", "--method", "baseline", "--target", "0.47GiB", "--batch-size", "4"]
     status, (one,) = rows(capsys, *arguments)
     assert (status, one["gpus"], one["batch_size"], one["verdict"]) == (1, 1, 4, "does_not_fit")
     assert "fewest_gpus" not in one
