@@ -210,7 +210,7 @@ def test_the_fewest_gpus_are_found_in_few_forecasts(fewest):
 
 
 def test_more_gpus_hold_less_each_and_the_fewest_that_suffice_are_told(capsys):
-    arguments = ["opt-tiny", "--method", "baseline", "--target", "0.47GiB", "--batch-size", "4"]
+    arguments = ["opt-tiny", "--method", "baseline", "--target", "0.513GiB", "--batch-size", "4"]
     status, (one,) = rows(capsys, *arguments)
     assert (status, one["gpus"], one["batch_size"], one["verdict"]) == (1, 1, 4, "does_not_fit")
     assert "fewest_gpus" not in one
