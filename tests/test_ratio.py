@@ -60,22 +60,22 @@ def test_looking_after_every_few_pairs_fails_no_more_than_one_look_would():
     """At the floor itself, where a fixed-size interval that is looked at again and again is wrong three times as
     often."""
     rng = np.random.default_rng(1)
-    fails = share("fail", lambda count: rng.normal(0, 0.05, count), floor=1.0, gates=2000)
-    assert fails <= 0.025 + 3 * math.sqrt(0.025 * 0.975 / 2000)
+    fails = share("fail", lambda count: rng.normal(0, 0.05, count), floor=1.0, gates=800)
+    assert fails <= 0.025 + 3 * math.sqrt(0.025 * 0.975 / 800)
 
     def naive(pairs):
         return any(ratio.interval(pairs[:look]).high < 1 for look in ratio.looks(ratio.CAP))
 
-    assert sum(naive(list(rng.normal(0, 0.05, ratio.CAP))) for _ in range(2000)) / 2000 > 0.06
+    assert sum(naive(list(rng.normal(0, 0.05, ratio.CAP))) for _ in range(400)) / 400 > 0.06
 
 
 def test_a_stored_run_with_errors_of_its_own_does_not_make_it_fail_more_often():
     rng = np.random.default_rng(2)
     fails = 0
-    for _ in range(1500):
+    for _ in range(700):
         stored = list(rng.normal(0.2, 0.05, 12))
         fails += gate(lambda count: rng.normal(0.2, 0.05, count), 1.0, stored=stored)[0] == "fail"
-    assert fails / 1500 <= 0.025 + 3 * math.sqrt(0.025 * 0.975 / 1500)
+    assert fails / 700 <= 0.025 + 3 * math.sqrt(0.025 * 0.975 / 700)
 
 
 @pytest.mark.parametrize("noise", ["normal", "heavy"])

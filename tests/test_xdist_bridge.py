@@ -111,7 +111,7 @@ def test_workers_die_and_lose_the_cells_they_ran_and_nothing_else(project):
     refuses under pytest-xdist."""
     project.makepyfile(test_cells=CELLS + NO_BENCHMARK + TWO_IN_ONE + KILLER)
     arguments = ("-n", "2", "--benchmark-only")
-    result, document = run_json(project.runpytest_subprocess, project, *arguments, timeout=300)
+    result, document = run_json(project.runpytest, project, *arguments)
     result.assert_outcomes(passed=3, failed=2, skipped=1)
     assert found_in(document) == [
         ("micro", "baseline", "crashed"),
