@@ -99,7 +99,7 @@ def test_twenty_captured_steps_have_the_trainers_losses(
         "learning_rate": 1e-3,  # so that a wrong step shows in the next loss
     }
     method = replace(without_dropout(method), training_arguments=arguments)
-    trial = Trial(model=written[model], method=method, target=targets.CPU, corpus=dialogues, epochs=4)
+    trial = Trial(model=written[model], method=method, target=targets.CPU, corpus=dialogues, epochs=4, max_length=128)
     assert trial.steps == 20
     folders = [tmp_path / name for name in ("stock", "captured")]
     theirs, their_meter, _ = trained(trial, folders[0])
