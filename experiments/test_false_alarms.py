@@ -46,7 +46,7 @@ CPU_METHOD = replace(BASELINE, training_arguments={"per_device_train_batch_size"
 CUDA_METHOD = BASELINE
 CPU_LENGTH, CUDA_LENGTH = 64, 256
 CPU_STEPS, CUDA_STEPS = 4, 1
-"""Of a round: some 100 ms of a CPU's time, and some 20 ms of a GPU's."""
+"""Of a round: some 100 ms of a CPU's time, and some 35 ms of a GPU's."""
 CPU_SIZE, GPU_SIZE = (64, 64), (1024, 1024)
 """Of the matrices of a planted product: a hundredth of a step at most, and on a GPU longer than its launch."""
 WARM_UP = 6
