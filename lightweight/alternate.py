@@ -6,8 +6,9 @@ the rounds' device time per token.
 
 On a GPU that is the time between two of its events. A stock step waits for Python to launch its kernels, so that this
 is a matter of cores as well: processes stay where they are for long, and a core that something else uses, or that has
-slept, launches more slowly. So both children take their turns on the same two, one for the forward pass's thread and
-one for the backward pass's, and on others after each turn.
+slept, launches more slowly. So both children take a pair's rounds on the same two, one for the forward pass's thread
+and one for the backward pass's, and those of the next pair on the next two. A method that waits for the GPU alone meets
+a slow core without being slowed: pairs that shared their cores would be alike, and tell less than as many others.
 
 On a CPU it is the time the processor worked for the child (CLOCK_PROCESS_CPUTIME_ID), since the clock on the wall also
 counts what other jobs had of the core. Work added to a step shows in it; sleeping, waiting for a disk and processes
@@ -113,8 +114,7 @@ def seconds_per_token(*children: Child) -> tuple[float, ...]:
 def log_ratio(baseline: Child, method: Child, pair: int) -> float:
     """Train one pair of rounds, `pair` being its number from 0; the logarithm of how many times as long `baseline`
     took, NaN where one has ended."""
-    if pair % len(METHOD_FIRST) == 0:
-        share_cores(baseline, method, turn=pair // len(METHOD_FIRST))
+    share_cores(baseline, method, pair=pair)
     if METHOD_FIRST[pair % len(METHOD_FIRST)]:
         of_method, of_baseline = seconds_per_token(method, baseline)
     else:
@@ -122,8 +122,8 @@ def log_ratio(baseline: Child, method: Child, pair: int) -> float:
     return math.log(of_baseline / of_method)
 
 
-def share_cores(*children: Child, turn: int) -> None:
-    """Keep like ranks of the children on the same cores, one on a CPU and two beside a GPU, in the next turn on the
+def share_cores(*children: Child, pair: int) -> None:
+    """Keep like ranks of the children on the same cores, one on a CPU and two beside a GPU, in the next pair on the
     next ones: so they meet the same things, and not all the time the same ones."""
     if not CAN_PIN:
         return
@@ -133,7 +133,7 @@ def share_cores(*children: Child, turn: int) -> None:
             continue
         width = 1 if _shares_a_core(child) else 2
         for rank, pid in enumerate(child.pids):
-            first = (turn * len(child.pids) + rank) * width
+            first = (pair * len(child.pids) + rank) * width
             shared = {cores[(first + number) % len(cores)] for number in range(width)}
             for thread in Path(f"/proc/{pid}/task").iterdir():
                 with suppress(ProcessLookupError):  # it has ended since

@@ -14,6 +14,11 @@ each look's nominal level is used with Student's t (Jennison & Turnbull, Group S
 Proportional spending was chosen by simulation over O'Brien-Fleming's, which needs twice the pairs where the answer is
 plain, and over a Student-t confidence sequence, which misses more where it is not (CHANGELOG.md has the figures).
 
+Where a step waits for Python and the other for the GPU, what else a host does slows one of them for seconds on end, and
+pairs that follow each other are alike. So the mean is taken for that of fewer pairs, which are independent: their
+number divided by their autocorrelation time, the autocorrelations summed up to the first that is not positive (Geyer,
+Practical Markov chain Monte Carlo, Statistical Science 7, 1992, has the initial positive sequence).
+
 What the interval knows is how pairs of rounds scatter. What a process keeps for its whole life, such as where its
 memory lies, is the same in all of its pairs and not in it (Kalibera & Jones, Rigorous benchmarking in reasonable time,
 ISMM 2013); `isolation.py` keeps that small.
@@ -93,6 +98,20 @@ def repeated_interval(log_ratios: Sequence[float], cap: int = CAP, stored: Seque
     return _interval(center, error, level, freedom)
 
 
+def independent(log_ratios: Sequence[float]) -> float:
+    """How many independent pairs these tell as much as, from 2 to their number."""
+    count = len(log_ratios)
+    apart = np.asarray(log_ratios) - fmean(log_ratios)
+    scatter = float(apart @ apart)
+    time = 1.0
+    for lag in range(1, count // 2 + 1 if scatter else 1):
+        alike = float(apart[lag:] @ apart[:-lag]) / scatter
+        if alike <= 0:
+            break
+        time += 2 * alike
+    return max(count / time, 2.0)
+
+
 def verdict(interval: Interval, floor: float) -> Verdict:
     """Pass when the whole interval is above `floor`, fail when it is below, else undecided."""
     if interval.low > floor:
@@ -129,10 +148,11 @@ def nominal_levels(schedule: tuple[int, ...], error: float) -> tuple[float, ...]
 
 def _difference(now: Sequence[float], stored: Sequence[float]) -> tuple[float, float, float]:
     """The difference of two means of logarithms, its standard error, and Welch's degrees of freedom."""
-    shares = [(variance(side) / len(side), len(side) - 1) for side in (now, stored) if len(side) > 1]
-    total = sum(share for share, _ in shares)
     if len(now) < 2 or len(stored) == 1:
         return _mean(now) - _mean(stored), math.inf, 1
+    counted = [(variance(side), independent(side)) for side in (now, stored) if side]
+    shares = [(scatter / count, count - 1) for scatter, count in counted]
+    total = sum(share for share, _ in shares)
     freedom = total**2 / sum(share**2 / of for share, of in shares) if total else len(now) - 1
     return _mean(now) - _mean(stored), math.sqrt(total), freedom
 

@@ -125,19 +125,19 @@ def test_nothing_takes_its_place_for_longer_than_a_child_may_be_silent(trial):
 
 
 @pytest.mark.parametrize(
-    ("device_index", "turns"),
+    ("device_index", "pairs"),
     [(None, [[{0}, {1}], [{2}, {3}], [{4}, {5}], [{0}, {1}]]), (0, [[{0, 1}, {2, 3}], [{4, 5}, {0, 1}]])],
     ids=["cpu", "gpu"],
 )
-def test_like_ranks_share_cores_and_move_on_with_every_turn(trial, monkeypatch, device_index, turns):
+def test_like_ranks_share_cores_and_move_on_with_every_pair(trial, monkeypatch, device_index, pairs):
     pinned = {}
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
     monkeypatch.setattr(os, "sched_setaffinity", pinned.__setitem__)
     children = [FakeChild(replace(trial, device_index=device_index), [], None, []) for _ in range(2)]
     children[0].pids, children[1].pids = [11, 12], [21, 22]
     monkeypatch.setattr(alternate.Path, "iterdir", lambda folder: iter([folder / folder.parent.name]))
-    for turn, (first, second) in enumerate(turns):
-        alternate.share_cores(*children, turn=turn)
+    for pair, (first, second) in enumerate(pairs):
+        alternate.share_cores(*children, pair=pair)
         assert pinned == {11: first, 21: first, 12: second, 22: second}
 
 
@@ -160,15 +160,15 @@ def test_where_a_process_cannot_be_kept_on_a_core_they_take_turns(trial, start, 
     assert not any(entry.startswith("ask") for entry in log)
 
 
-def test_the_core_that_is_shared_changes_every_turn(trial, start, monkeypatch):
+def test_the_core_that_is_shared_changes_every_pair(trial, start, monkeypatch):
     pinned = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 5})
     monkeypatch.setattr(os, "sched_setaffinity", lambda thread, cores: pinned.append((thread, cores)))
     children, _ = start({"baseline": [2.0] * 20, "lora": [1.0] * 20})
     alternate.alternate(trial, other(trial), children, lambda pairs: False, cap=12)
     monkeypatch.undo()
-    turns = [cores for thread, cores in pinned if thread == os.getpid()]  # both fake children are this process
-    assert turns == [{2}, {2}, {5}, {5}, {2}, {2}]
+    shared = [cores for thread, cores in pinned if thread == os.getpid()]  # both fake children are this process
+    assert shared == [{2}, {2}, {5}, {5}] * 6
 
 
 def test_pairs_are_added_at_the_looks_until_it_is_enough_or_the_cap(trial, start):

@@ -42,11 +42,40 @@ def test_pairs_that_agree_leave_no_doubt_and_one_pair_leaves_all():
         ratio.interval([])
 
 
-@pytest.mark.parametrize("pairs", [6, 10, 30])
+def covered(draw, gates=4000):
+    """How often the interval of what `draw` gives, around 0.3, holds 0.3."""
+    found = [ratio.interval(list(draw())) for _ in range(gates)]
+    return sum(i.low <= math.exp(0.3) <= i.high for i in found) / gates
+
+
+@pytest.mark.parametrize("pairs", [8, 16, 32])
 def test_the_interval_covers_the_truth_in_95_of_100(pairs):
+    """Pairs that are alike by chance widen it a little."""
     rng = np.random.default_rng(pairs)
-    found = [ratio.interval(list(rng.normal(0.3, 0.05, pairs))) for _ in range(4000)]
-    assert sum(i.low <= math.exp(0.3) <= i.high for i in found) / 4000 == pytest.approx(0.95, abs=0.012)
+    assert 0.943 <= covered(lambda: rng.normal(0.3, 0.05, pairs)) <= 0.972
+
+
+def alike(rng, pairs, autocorrelation):
+    """Pairs each of which remembers the one before."""
+    steps = rng.normal(0, 0.05, pairs + 50)
+    for now in range(1, len(steps)):
+        steps[now] += autocorrelation * steps[now - 1]
+    return 0.3 + steps[50:]
+
+
+@pytest.mark.parametrize(("autocorrelation", "pairs", "least"), [(0.2, 16, 0.92), (0.4, 32, 0.9), (0.6, 128, 0.91)])
+def test_pairs_that_are_like_those_before_them_count_less(autocorrelation, pairs, least):
+    """Taken for independent they would be covered in 90, 80 and 67 of 100."""
+    rng = np.random.default_rng(pairs)
+    assert covered(lambda: alike(rng, pairs, autocorrelation), gates=2000) >= least
+    counts = [ratio.independent(alike(rng, 400, autocorrelation)) for _ in range(50)]
+    assert np.mean(counts) / 400 == pytest.approx((1 - autocorrelation) / (1 + autocorrelation), rel=0.15)
+
+
+def test_pairs_that_take_turns_count_no_more_than_they_are():
+    assert ratio.independent([0.1, -0.1] * 8) == 16
+    assert ratio.independent([0.1, 0.2]) == 2
+    assert ratio.independent([0.0] * 8) == 8
 
 
 def test_a_drift_that_both_rounds_share_cancels():
