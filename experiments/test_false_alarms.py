@@ -25,7 +25,7 @@ import pytest
 import torch
 
 from lightweight import isolation, ratio, record, worker
-from lightweight.alternate import log_ratio, trial_of_rounds
+from lightweight.alternate import log_ratio, share_cores, trial_of_rounds
 from lightweight.isolation import Child
 from lightweight.meter import Meter
 from lightweight.methods import BASELINE
@@ -124,7 +124,8 @@ def _taken(laboratory: Laboratory, trial: Trial) -> tuple[float, float]:
 
         child.round()
         began = now()
-        for _ in range(50):
+        for number in range(50):
+            share_cores(child, pair=number)
             child.round()
         ended = now()
     return ended[0] - began[0], ended[1] - began[1]
