@@ -86,9 +86,15 @@ def without_dropout(method: Method) -> Method:
     return replace(method, adapter=adapter)
 
 
-@pytest.mark.parametrize("model", ["opt-tiny", "gpt-neo-tiny", "llama-tiny"])
-@pytest.mark.parametrize("method", [BASELINE, LORA], ids=["baseline", "lora"])
-@pytest.mark.parametrize(("size", "accumulation"), [(8, 1), (2, 4)])
+@pytest.mark.parametrize(
+    ("model", "method", "size", "accumulation"),
+    [
+        pytest.param(model, method, size, 8 // size, id=f"{model}-{method.name}-{size}")
+        for model in ("opt-tiny", "gpt-neo-tiny", "llama-tiny")
+        for method, size in ((BASELINE, 8), (BASELINE, 2), (LORA, 8), (LORA, 2))
+        if model == "opt-tiny" or (method is LORA) == (size == 2)
+    ],
+)
 def test_twenty_captured_steps_have_the_trainers_losses(
     written, dialogues, tmp_path, model, method, size, accumulation
 ):

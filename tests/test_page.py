@@ -274,8 +274,7 @@ def opened(browser, request):
     assert said == []
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (390, "dark")])
 def test_every_picture_is_drawn_and_nothing_is_wider_than_the_screen(opened, file, width, theme):
     tab = opened(file, viewport={"width": width, "height": 844}, color_scheme=theme)
     drawn = tab.evaluate(
