@@ -1032,8 +1032,14 @@ def speedup(entry: Entry, baseline: Entry | None) -> str:
 
 
 def _peak_bytes(entry: Entry) -> int | None:
-    peak: int | None = entry["peak_allocated_bytes"] or entry["host_peak_bytes"]
+    peak: int | None = _peak_of_gpus(entry) or entry["host_peak_bytes"]
     return peak
+
+
+def _peak_of_gpus(entry: Entry) -> int | None:
+    """That of the fullest rank; what ended before it could tell has none."""
+    peaks = [entry["peak_allocated_bytes"], *(entry.get("rank_peak_allocated_bytes") or ())]
+    return max((peak for peak in peaks if peak), default=None)
 
 
 def memory(entry: Entry) -> str:
@@ -1041,7 +1047,7 @@ def memory(entry: Entry) -> str:
     peak = _peak_bytes(entry)
     if peak is None:
         return "-"
-    return size(peak) if entry["peak_allocated_bytes"] else f"{size(peak)} {HOST}"
+    return size(peak) if _peak_of_gpus(entry) else f"{size(peak)} {HOST}"
 
 
 def _forecast(entry: Entry) -> str:

@@ -246,6 +246,8 @@ def test_a_trials_peaks_are_those_of_its_fullest_rank():
     assert found.peak_reserved_bytes == 10
     assert found.rank_peak_allocated_bytes == (3, 5)
     assert found.step_seconds == (3.0,)
+    untold = of_all_ranks([Measurements(), parts[1]])
+    assert (untold.peak_allocated_bytes, untold.rank_peak_allocated_bytes) == (5, (None, 5))
     assert of_all_ranks(parts[:1]) is parts[0]
 
 

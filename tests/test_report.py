@@ -471,6 +471,8 @@ def test_trials_over_several_gpus_stand_beside_the_one_on_one():
     assert shared[4:8] == ["30,720", "15,360", "1.50x", "3.00 GiB, 2.00 GiB"]
     assert stopped_on_one_rank[3] == "out of memory in forward, rank 1"
     assert stopped_on_one_rank[4:8] == ["-", "-", "-", "-, 1.00 GiB"], "one step is no rate"
+    untold = entries[2] | {"peak_allocated_bytes": None, "host_peak_bytes": 2**33}
+    assert report.memory(untold) == "1.00 GiB", "of the rank that could tell, not of the host"
     assert report.baseline_of(entries[2], entries) is entries[1]
     assert report.ranks(entries[:1]).rows == []
     assert list(report.places([run(*entries)])[("opt-350m", "baseline")]) == ["t4", "2 x t4"]
