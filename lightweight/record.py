@@ -51,9 +51,10 @@ FORECAST_KEYS = (
     *("budget_bytes", "bytes_by_cause", "phase", "verdict"),
 )
 
+SERIES = ("train_loss", "step_seconds", "rank_peak_allocated_bytes")
 TYPES: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("model", "method", "target", "corpus_digest", "outcome", "device"), str),
-    **dict.fromkeys(("train_loss", "step_seconds"), (list, type(None))),
+    **dict.fromkeys(SERIES, (list, type(None))),
     **dict.fromkeys(("versions", "forecast_bytes_by_cause"), (dict, type(None))),
     **dict.fromkeys(("phase", "reason", "test"), (str, type(None))),
 }
@@ -74,8 +75,8 @@ NUMBERS = (
     ),
 )
 DIVISORS = ("steady_step_seconds", "tokens_per_step")
-"""What a reader of records computes with: the types of values, those that are numbers or None, and those of them that
-something is divided by. Keys that only some runs have may be missing."""
+"""What a reader of records computes with: lists of numbers, the types of values, those that are numbers or None, and
+those of them that something is divided by. Keys that only some runs have may be missing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -295,8 +296,8 @@ def _checked(path: Path, found: Any) -> dict[str, Any]:
         wrong = [key for key, types in TYPES.items() if not isinstance(entry.get(key), types)]
         wrong += [key for key in NUMBERS if not _is_number(entry.get(key))]
         wrong += [key for key in DIVISORS if not wrong and entry[key] is not None and entry[key] <= 0]
-        wrong += [key for key in ("train_loss", "step_seconds") if not all(map(_is_number, entry.get(key) or ()))]
-        if not all(map(_is_number, (entry.get("forecast_bytes_by_cause") or {}).values())):
+        wrong += [key for key in SERIES if not wrong and not all(map(_is_number, entry.get(key) or ()))]
+        if not wrong and not all(map(_is_number, (entry.get("forecast_bytes_by_cause") or {}).values())):
             wrong.append("forecast_bytes_by_cause")
         if wrong:
             raise RecordError(f"{where} has {_brief(entry[wrong[0]])} as {wrong[0]!r}: store the run again")

@@ -103,6 +103,24 @@ def test_records_are_read_in_order(trial, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train_loss", 5),
+        ("rank_peak_allocated_bytes", 5),
+        ("rank_peak_allocated_bytes", ["x", 3]),
+        ("forecast_bytes_by_cause", [3]),
+        ("forecast_bytes_by_cause", {"weights": "x"}),
+    ],
+)
+def test_a_value_that_nothing_can_be_computed_with_is_one_line(trial, tmp_path, key, value):
+    path = tmp_path / "run.json"
+    entry = record.entry(trial, OUTCOMES[0], H200, None)
+    path.write_text(json.dumps({"outcomes": [entry | {key: value}]}))
+    with pytest.raises(RecordError, match=f"outcome 0 has .* as {key!r}: store the run again"):
+        record.load([path])
+
+
+@pytest.mark.parametrize(
     ("content", "expected"),
     [
         (None, "cannot be read"),
