@@ -31,7 +31,7 @@ from lightweight import attention, packing, ranks
 from lightweight.lean import Lean, compiling
 from lightweight.loss import linear_cross_entropy
 from lightweight.meter import Meter
-from lightweight.methods import CapturedStep
+from lightweight.methods import CapturedStep, MethodError
 from lightweight.packing import Buffers, Layout, Shape
 from lightweight.stock import Row
 from lightweight.trial import Trial
@@ -42,10 +42,6 @@ PACKING_SHARE = 1 / 8
 COMPILE_STEPS = 6_000
 """Steps from which torch.compile earns its time back: for opt-350m it took 10 to 16 s and brought a captured step from
 12.8 to 10.5 ms (H100, torch 2.11)."""
-
-
-class MethodError(ValueError):
-    """A method that asks for something that the captured step does not do. The message names it and the mend."""
 
 
 STATE_NAME = "captured_step.pt"

@@ -32,10 +32,9 @@ from transformers.integrations import integration_utils
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lightweight import corpus, forecast, isolation, methods, models, plan, ranks, record, stock, targets, worker
-from lightweight.captured import MethodError
 from lightweight.card import model_card
 from lightweight.meter import Meter
-from lightweight.methods import Method
+from lightweight.methods import Method, MethodError
 from lightweight.models import Model
 from lightweight.output import RECORD_NAME, Output, OutputError, step_of
 from lightweight.process import see_gpus

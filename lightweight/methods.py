@@ -22,6 +22,10 @@ Precision = Literal["fp32", "fp16", "bf16", "half"]
 """`half` is bf16 on a target that has it and fp16 elsewhere; a `Trial` knows which."""
 
 
+class MethodError(ValueError):
+    """A method that asks for something that what runs it does not do. The message names it and the mend."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CapturedStep:
     """One optimizer step as one CUDA graph, and what is changed in it beside that; each part has a switch, so that what
