@@ -69,9 +69,15 @@ class Alternation:
 
 def trial_of_rounds(trial: Trial, rounds: int, steps: int) -> Trial:
     """`trial` with rounds of `steps` full optimizer steps each, on its first training pairs, for as many as `rounds`
-    rounds and one to warm up; on a CPU with one thread, since threads that wait for each other are not idle."""
-    rows = itertools.islice(itertools.cycle(trial.corpus.train), steps * trial.method.sequences_per_step)
-    rounded = replace(trial, corpus=replace(trial.corpus, train=tuple(rows)), epochs=rounds + 1, max_steps=None)
+    rounds and one to warm up; on a CPU with one thread, since threads that wait for each other are not idle.
+
+    A step that is larger than the corpus sees all of it in the trial and no more, so that a larger batch changes
+    nothing: it is cut to the full passes that there are pairs for.
+    """
+    method = trial.method.with_at_most(len(trial.corpus.train))
+    rows = itertools.islice(itertools.cycle(trial.corpus.train), steps * method.sequences_per_step)
+    corpus = replace(trial.corpus, train=tuple(rows))
+    rounded = replace(trial, method=method, corpus=corpus, epochs=rounds + 1, max_steps=None)
     return replace(rounded, threads=1) if trial.device_index is None else rounded
 
 
@@ -95,7 +101,11 @@ def alternate(
 
 
 def seconds_per_token(*children: Child) -> tuple[float, ...]:
-    """Train one round of each, those of a CPU at once; their device time per token, NaN where a trial has ended."""
+    """Train one round of each, those of a CPU at once; their device time per token, NaN where a trial has ended.
+
+    Steps of a round are full, so that a token here is one of a row as the tokenizer padded it, for packed rows too: the
+    first pairs of a corpus are longer or shorter than others, and the padded row is what each pair has alike.
+    """
     began = [(_device_seconds(child), len(child.measured.step_seconds)) for child in children]
     if all(_shares_a_core(child) and child.outcome is None for child in children):
         _train_at_once(children)

@@ -117,6 +117,9 @@ class Job:
                 trainer.control = handler.on_step_begin(arguments, state, trainer.control)
                 self._run(layout)
                 self.meter.add_loss(self.loss.clone())
+                # every rank has a shape of its own, and the first one's is the largest
+                padded = self._shapes[len(layout.rows)].tokens * self.trial.world_size
+                self.meter.add_tokens(layout.tokens, padded)
                 state.global_step += 1
                 state.epoch = state.global_step / self.trial.steps_per_epoch
                 trainer.control = handler.on_step_end(arguments, state, trainer.control)

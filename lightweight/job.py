@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import platform
 import shutil
@@ -229,10 +230,10 @@ def _finish(trial: Trial, outcome: Completed, device: Device, output: Output, re
         (output.partial / "runs").rename(result / "runs")
     output.publish(result)
     measured = outcome.measured
+    first, last = record.training_loss(measured.train_loss, trial.steps_per_epoch) or (math.nan, math.nan)
     _say(
-        f"{trial.name}: {len(measured.train_loss)} steps, training loss {measured.train_loss[0]:.4f} -> "
-        f"{measured.train_loss[-1]:.4f}, held out {measured.heldout_loss_before:.4f} -> "
-        f"{measured.heldout_loss_after:.4f}; saved in {output.folder}"
+        f"{trial.name}: {len(measured.train_loss)} steps, training loss {first:.4f} -> {last:.4f}, "
+        f"held out {measured.heldout_loss_before:.4f} -> {measured.heldout_loss_after:.4f}; saved in {output.folder}"
     )
 
 

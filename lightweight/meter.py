@@ -31,6 +31,10 @@ class DivergedError(Exception):
         self.step = step
 
 
+Tokens = tuple[int | torch.Tensor, int | torch.Tensor]
+"""Real tokens, and all with padding; on the device where ranks have added theirs up there."""
+
+
 class Meter:
     """The running measurements of one trial on one device. `phase` says where the trial is, also when it fails."""
 
@@ -46,6 +50,8 @@ class Meter:
         self._step_seconds: list[float] = []
         self._cpu_seconds = self._cpu_began = 0.0
         self._step_loss: torch.Tensor | None = None
+        self._tokens: list[Tokens] = []
+        self._step_tokens: list[Tokens] = []
         self._pending_losses: list[torch.Tensor] = []
         self._marks: list[torch.cuda.Event | float] = []
         self._held: list[tuple[int, int]] = []
@@ -81,15 +87,29 @@ class Meter:
         pending = torch.stack(self._pending_losses).tolist() if self._pending_losses else []
         return self._losses + pending
 
-    def state(self) -> dict[str, list[float]]:
+    def state(self) -> dict[str, list[Any]]:
         """What a checkpoint keeps for `resume`; waits for the device."""
         losses = self.train_loss
         seconds = self._step_seconds + [_seconds(start, end) for start, end in pairwise(self._marks)]
-        return {"train_loss": losses, "step_seconds": seconds, "heldout_losses": self.heldout_losses}
+        return {
+            "train_loss": losses,
+            "step_seconds": seconds,
+            "step_tokens": [[int(real), int(padded)] for real, padded in self._tokens],
+            "heldout_losses": self.heldout_losses,
+        }
 
-    def resume(self, *, train_loss: list[float], step_seconds: list[float], heldout_losses: list[float]) -> None:
-        """Go on from what another process had measured when it saved a checkpoint."""
+    def resume(
+        self,
+        *,
+        train_loss: list[float],
+        step_seconds: list[float],
+        heldout_losses: list[float],
+        step_tokens: list[list[int]] | None = None,
+    ) -> None:
+        """Go on from what another process had measured when it saved a checkpoint; tokens are 0 where it is of a
+        version that did not count them."""
         self._losses, self._step_seconds, self.heldout_losses = train_loss, step_seconds, heldout_losses
+        self._tokens = [(real, padded) for real, padded in step_tokens or [[0, 0]] * len(train_loss)]
 
     @property
     def latest_loss(self) -> float | None:
@@ -113,11 +133,19 @@ class Meter:
         """Add one forward pass's share of the step's loss, a scalar on the device."""
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
 
+    def add_tokens(self, real: int | torch.Tensor, padded: int | torch.Tensor) -> None:
+        """Add what one forward pass, or a whole step, trains on: `real` tokens of dialogues, and `padded` tokens that
+        the device computes for them, on all ranks."""
+        self._step_tokens.append((real, padded))
+
     def end_step(self) -> None:
         """Note that an optimizer step ended."""
         assert self._step_loss is not None
         self._pending_losses.append(self._step_loss)
         self._step_loss = None
+        real, padded = (sum(counts) for counts in zip((0, 0), *self._step_tokens, strict=True))
+        self._tokens.append((real, padded))
+        self._step_tokens = []
         self._marks.append(self._mark())
         if self.device.type == "cuda":
             self._held.append(_memory("current"))
@@ -138,6 +166,7 @@ class Meter:
             self._peaks = _memory("peak")
         self._step_seconds += [_seconds(start, end) for start, end in pairwise(self._marks)]
         self._losses = self.train_loss
+        self._tokens = [(int(real), int(padded)) for real, padded in self._tokens]
         self._marks, self._pending_losses = [], []
 
     def end_training(self) -> None:
@@ -154,6 +183,8 @@ class Meter:
         return Measurements(
             train_loss=tuple(self._losses),
             step_seconds=tuple(self._step_seconds),
+            step_tokens=tuple(int(real) for real, _ in self._tokens[: len(self._losses)]),
+            step_padded_tokens=tuple(int(padded) for _, padded in self._tokens[: len(self._losses)]),
             cpu_seconds=self._cpu_seconds,
             heldout_loss_before=before,
             heldout_loss_after=after,

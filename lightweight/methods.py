@@ -126,6 +126,14 @@ class Method:
         """The method with `sequences` in a forward pass."""
         return replace(self, training_arguments={**self.training_arguments, "per_device_train_batch_size": sequences})
 
+    def with_at_most(self, sequences: int) -> Method:
+        """The method with no more than `sequences` in a step, in as many full passes as these make."""
+        if self.sequences_per_step <= sequences:
+            return self
+        method = self.with_batch(min(self.sequences_per_pass, sequences))
+        passes = sequences // method.sequences_per_pass
+        return replace(method, training_arguments={**method.training_arguments, "gradient_accumulation_steps": passes})
+
     def with_learning_rate(self, rate: float) -> Method:
         """The method with `rate` as what its schedule begins at."""
         return replace(self, training_arguments={**self.training_arguments, "learning_rate": rate})
@@ -162,8 +170,9 @@ class Method:
         return network
 
     def on_cpu(self) -> Method:
-        """The method as a CPU can run it: fp16 mixed precision needs a GPU (accelerate refuses it), so fp32 there."""
-        arguments = {name: value for name, value in self.training_arguments.items() if name != "fp16"}
+        """The method as a CPU can run it: fp16 mixed precision needs a GPU (accelerate refuses it), and so does tf32:
+        fp32 there."""
+        arguments = {name: value for name, value in self.training_arguments.items() if name not in ("fp16", "tf32")}
         return replace(
             self,
             quantization=_with_4bit(self.quantization, bnb_4bit_compute_dtype="float32"),

@@ -7,7 +7,7 @@ Exact: a dialogue's tokens keep their order and their positions from 0, attentio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,12 +28,13 @@ PADDING = -1
 @dataclass(frozen=True)
 class Layout:
     """One optimizer step: `rows[i]` are the numbers of the dialogues in row i, one behind the other. `weights` has for
-    each dialogue what one of its answer tokens weighs in the step's loss, and `answers` how many tokens that are in the
-    whole step."""
+    each dialogue what one of its answer tokens weighs in the step's loss. Of the whole step, `answers` counts the
+    tokens that are predicted, and `tokens` all of its dialogues'."""
 
     rows: list[list[int]]
     weights: dict[int, float]
     answers: int
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Shape:
     rows: int
     time: int
     answers: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a step of this shape computes, padding included."""
+        return self.passes * self.rows * self.time
 
 
 def answer_tokens(row: Row) -> int:
@@ -62,7 +68,8 @@ def one_a_row(passes: list[list[int]], rows: Sequence[Row], *, over_step: bool) 
     for numbers, tokens in zip(passes, in_pass, strict=True):
         share = 1 / max(1, sum(in_pass)) if over_step else 1 / max(1, tokens) / len(passes)
         weights |= dict.fromkeys(numbers, share)
-    return Layout([[number] for numbers in passes for number in numbers], weights, sum(in_pass))
+    tokens = sum(sum(rows[number]["attention_mask"]) for numbers in passes for number in numbers)
+    return Layout([[number] for numbers in passes for number in numbers], weights, sum(in_pass), tokens)
 
 
 def packed(layout: Layout, rows: Sequence[Row]) -> Layout:
@@ -79,14 +86,14 @@ def packed(layout: Layout, rows: Sequence[Row]) -> Layout:
             index = -1
         filled[index].append(number)
         left[index] -= lengths[number]
-    return Layout(filled, layout.weights, layout.answers)
+    return replace(layout, rows=filled)
 
 
 def share(layout: Layout, rank: int, world_size: int) -> Layout:
     """The rows of `layout` that `rank` computes, or one that holds nothing where there are none for it; what a token
     weighs in the step's loss stays as it is."""
     rows = layout.rows[rank::world_size] or [[]]
-    return Layout(rows, {number: layout.weights[number] for row in rows for number in row}, layout.answers)
+    return replace(layout, rows=rows, weights={number: layout.weights[number] for row in rows for number in row})
 
 
 def shapes(layouts: Sequence[Layout], rows: Sequence[Row], rows_per_pass: int, most: int | None) -> dict[int, Shape]:

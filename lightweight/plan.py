@@ -15,7 +15,7 @@ from lightweight.corpus import Corpus
 from lightweight.forecast import Forecast, ForecastError
 from lightweight.methods import Method
 from lightweight.models import Model
-from lightweight.record import Entry
+from lightweight.record import Entry, seconds_per_token
 from lightweight.targets import CONTEXT_BYTES, NATIVE, Capability, GiB, MiB, Target
 from lightweight.trial import MAX_LENGTH, Trial
 
@@ -170,11 +170,13 @@ def _choose(rows: list[Row], methods: dict[str, Method], measured: Sequence[Entr
     """Mark the fastest of the methods that fit: by measured step times where every one of them has one, else by what
     is expected."""
     fitting = [row for row in rows if row["verdict"] == "fits"]
-    seconds = {
-        entry["method"]: entry["steady_step_seconds"] / entry["tokens_per_step"]
+    completed = [
+        entry
         for entry in measured
         if fitting and entry["model"] == fitting[0]["model"] and entry["outcome"] == "completed"
-    }
+    ]
+    found = zip(completed, seconds_per_token(*completed), strict=True)
+    seconds = {entry["method"]: per_token for entry, per_token in found if per_token is not None}
     if all(row["method"] in seconds for row in fitting):
         fitting.sort(key=lambda row: seconds[row["method"]])
     else:

@@ -25,8 +25,11 @@ BASELINE = "baseline"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "pytest", "pytest-benchmark")
 
 Entry = dict[str, Any]
-"""One trial as JSON. `step_seconds`, `train_loss`: one number an optimizer step; `*_bytes`, `*_seconds` in those units;
-`None` where there is nothing to say, or no finite number, which JSON does not have. `world_size` ranks trained it:
+"""One trial as JSON. `step_seconds`, `train_loss`, `step_tokens`, `step_padded_tokens`: one number an optimizer step;
+`*_bytes`, `*_seconds` in those units; `None` where there is nothing to say, or no finite number, which JSON does not
+have. `tokens_per_step` are those of a full step, padding included. `tokens_per_second` counts the tokens of dialogues
+(`steady_seconds_per_token`), `padded_tokens_per_second` all that were computed; in older records, which have no
+`step_tokens`, `tokens_per_second` is `tokens_per_step` over the median step. `world_size` ranks trained the trial:
 `tokens_per_second` is what they did together and `rank_tokens_per_second` what each did; `rank_peak_*` have an element
 a rank where there are several, and other peaks are the largest. Keys that only some outcomes have: `reason`, `details`,
 `requested_bytes`, `budget_bytes`, `diverged_at_step`, `failed_rank`. Keys that only some runs have: `test`, the pytest
@@ -51,7 +54,7 @@ FORECAST_KEYS = (
     *("budget_bytes", "bytes_by_cause", "phase", "verdict"),
 )
 
-SERIES = ("train_loss", "step_seconds", "rank_peak_allocated_bytes")
+SERIES = ("train_loss", "step_seconds", "step_tokens", "step_padded_tokens", "rank_peak_allocated_bytes")
 TYPES: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("model", "method", "target", "corpus_digest", "outcome", "device"), str),
     **dict.fromkeys(SERIES, (list, type(None))),
@@ -71,10 +74,11 @@ NUMBERS = (
         "tokens_per_step",
         "world_size",
         "tokens_per_second",
+        "padded_tokens_per_second",
         "rank_tokens_per_second",
     ),
 )
-DIVISORS = ("steady_step_seconds", "tokens_per_step")
+DIVISORS = ("steady_step_seconds", "tokens_per_step", "tokens_per_second")
 """What a reader of records computes with: lists of numbers, the types of values, those that are numbers or None, and
 those of them that something is divided by. Keys that only some runs have may be missing."""
 
@@ -152,8 +156,12 @@ def entry(trial: Trial, outcome: Outcome, device: Device, forecast: Forecast | N
     """The record of one trial, how it ended on `device`, and what was forecast of it, `None` where nothing could be."""
     measured = _plain(dataclasses.asdict(outcome.measured))
     on_gpu = trial.device_index is not None
-    steady = steady_step_seconds(outcome.measured.step_seconds, trial.steps_per_epoch)
-    tokens_per_second = trial.tokens_per_step / steady if steady else None
+    seconds = outcome.measured.step_seconds
+    steady = steady_step_seconds(seconds, trial.steps_per_epoch)
+    tokens_per_second, padded_tokens_per_second = (
+        1 / per_token if (per_token := steady_seconds_per_token(seconds, tokens, trial.steps_per_epoch)) else None
+        for tokens in (outcome.measured.step_tokens, outcome.measured.step_padded_tokens)
+    )
     return {
         **settings(trial),
         "emulated": on_gpu and trial.target.emulated_on(device.name),
@@ -168,6 +176,7 @@ def entry(trial: Trial, outcome: Outcome, device: Device, forecast: Forecast | N
         **measured,
         "steady_step_seconds": steady,
         "tokens_per_second": tokens_per_second,
+        "padded_tokens_per_second": padded_tokens_per_second,
         "rank_tokens_per_second": tokens_per_second and tokens_per_second / trial.world_size,
         "failed_rank": getattr(outcome, "rank", None),
         "cold_seconds": outcome.measured.cold_seconds,
@@ -205,6 +214,58 @@ def steady_step_seconds(step_seconds: tuple[float, ...], steps_per_epoch: int) -
     one."""
     steady = step_seconds[steps_per_epoch:] or step_seconds
     return statistics.median(steady) if steady else None
+
+
+def steady_seconds_per_token(
+    step_seconds: Sequence[float], step_tokens: Sequence[int], steps_per_epoch: int
+) -> float | None:
+    """Seconds of a token: the median over whole epochs after the first one, in which libraries still warm up, of an
+    epoch's seconds over its tokens. So every trial of a corpus is measured on the same tokens, however they are dealt
+    to steps, and a short last step counts as what it is.
+
+    Where no whole epoch comes after the first, it is over all that does, and within the first over all but its first
+    step. None where the tokens of a step are not known.
+    """
+    if len(step_tokens) != len(step_seconds) or not all(step_tokens):
+        return None
+    steps = list(zip(step_seconds, step_tokens, strict=True))
+    steady = steps[steps_per_epoch:] or steps[1:] or steps
+    whole = [steady[start : start + steps_per_epoch] for start in range(0, len(steady), steps_per_epoch)]
+    epochs = [epoch for epoch in whole if len(epoch) == steps_per_epoch and len(steps) > steps_per_epoch] or [steady]
+    rates = [sum(seconds for seconds, _ in epoch) / sum(tokens for _, tokens in epoch) for epoch in epochs if epoch]
+    return statistics.median(rates) if rates else None
+
+
+def seconds_per_token(*entries: Entry) -> tuple[float | None, ...]:
+    """What a token takes in each of `entries`, in seconds, so that they compare: of the tokens really seen where all of
+    them know these, else, as in older records, the median step over a full step's tokens, padding included. None for
+    one that has no steps."""
+    timed = [entry for entry in entries if entry["steady_step_seconds"] is not None]
+    if all(entry.get("step_tokens") and entry.get("tokens_per_second") for entry in timed):
+        return tuple(1 / entry["tokens_per_second"] if entry in timed else None for entry in entries)
+    return tuple(
+        steady / tokens
+        if (steady := entry["steady_step_seconds"]) is not None and (tokens := entry["tokens_per_step"])
+        else None
+        for entry in entries
+    )
+
+
+def times_as_fast(entry: Entry, baseline: Entry) -> float | None:
+    """How many times as fast as `baseline` a token is in `entry`, None where one of both has no steps."""
+    of_entry, of_baseline = seconds_per_token(entry, baseline)
+    return of_baseline / of_entry if of_entry and of_baseline else None
+
+
+def training_loss(losses: Sequence[float | None], steps_per_epoch: int) -> tuple[float, float] | None:
+    """The mean training loss over the first and over the last epoch, in nats a token; over the first and the last tenth
+    of the steps where there are not two epochs. One step's loss is that of its few pairs. None where a loss is no
+    number, or there is none."""
+    known = [loss for loss in losses if loss is not None and math.isfinite(loss)]
+    if not known or len(known) < len(losses):
+        return None
+    count = steps_per_epoch if len(known) >= 2 * steps_per_epoch else max(1, len(known) // 10)
+    return statistics.fmean(known[:count]), statistics.fmean(known[-count:])
 
 
 def versions(*others: str) -> dict[str, str | None]:
@@ -295,7 +356,7 @@ def _checked(path: Path, found: Any) -> dict[str, Any]:
             raise RecordError(f"{where} has no {missing[0]!r}: store the run again")
         wrong = [key for key, types in TYPES.items() if not isinstance(entry.get(key), types)]
         wrong += [key for key in NUMBERS if not _is_number(entry.get(key))]
-        wrong += [key for key in DIVISORS if not wrong and entry[key] is not None and entry[key] <= 0]
+        wrong += [key for key in DIVISORS if not wrong and entry.get(key) is not None and entry[key] <= 0]
         wrong += [key for key in SERIES if not wrong and not all(map(_is_number, entry.get(key) or ()))]
         if not wrong and not all(map(_is_number, (entry.get("forecast_bytes_by_cause") or {}).values())):
             wrong.append("forecast_bytes_by_cause")

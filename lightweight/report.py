@@ -15,7 +15,7 @@ from typing import Any, Literal
 from tabulate import tabulate
 
 from lightweight import no_worse, targets
-from lightweight.record import BASELINE, SAME_TRIAL, Entry, ForecastRow, Run
+from lightweight.record import BASELINE, SAME_TRIAL, Entry, ForecastRow, Run, times_as_fast
 from lightweight.targets import GiB, MiB
 
 TextFormat = Literal["terminal", "markdown"]
@@ -671,7 +671,8 @@ def ranks(entries: Sequence[Entry]) -> Table:
             if any(told is other for other in of):
                 continue
             rate = told.get("tokens_per_second") if told["outcome"] == "completed" else None
-            one = next((other.get("tokens_per_second") for other in alike if other["world_size"] == 1), None)
+            one = next((other for other in alike if other["world_size"] == 1), None)
+            gained = times_as_fast(told, one) if rate and one else None
             peaks = told.get("rank_peak_allocated_bytes") or [told["peak_allocated_bytes"]]
             rows.append(
                 [
@@ -679,7 +680,7 @@ def ranks(entries: Sequence[Entry]) -> Table:
                     outcome(told) + ("" if told.get("failed_rank") is None else f", rank {told['failed_rank']}"),
                     f"{rate:,.0f}" if rate else "-",
                     f"{told['rank_tokens_per_second']:,.0f}" if rate else "-",
-                    f"{rate / one:.2f}x" if rate and one else "-",
+                    f"{gained:.2f}x" if gained else "-",
                     ", ".join("-" if peak is None else size(peak) for peak in peaks),
                     _forecast(told),
                     loss(told),
@@ -715,11 +716,8 @@ def _products_seconds(entry: Entry) -> float | None:
 
 def step_ratio(below: Entry, rung: Entry) -> float | None:
     """How many times as fast a step of `rung` is per token, None where one of both has none."""
-    steps = [entry["steady_step_seconds"] for entry in (below, rung)]
-    if None in steps or not all(e["outcome"] == "completed" and e["tokens_per_step"] for e in (below, rung)):
-        return None
-    per_token = [entry["steady_step_seconds"] / entry["tokens_per_step"] for entry in (below, rung)]
-    return float(per_token[0] / per_token[1])
+    completed = all(entry["outcome"] == "completed" for entry in (below, rung))
+    return times_as_fast(rung, below) if completed else None
 
 
 def change(below: Entry, rung: Entry) -> str:

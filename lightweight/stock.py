@@ -14,24 +14,31 @@ from typing import Any, Literal, Protocol
 from lightweight.preload import peft  # isort: skip  # before Trainer, which imports peft
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import (
     Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    default_data_collator,
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import LabelSmoother
 
 from lightweight import ranks
 from lightweight.corpus import IGNORED
 from lightweight.meter import Meter
+from lightweight.methods import MethodError
 from lightweight.trial import Trial
 
 Row = dict[str, list[int]]
 """`input_ids`, `attention_mask` and `labels`, each [time]."""
 
+TOKENS = "tokens"
+"""The key of a batch under which it carries how many tokens it has, real ones and all of them, as two integers: asking
+a tensor would wait for the device."""
 
 Request = Literal["round", "finish"]
 
@@ -62,8 +69,9 @@ def make_trainer(
     **overrides: Any,
 ) -> Trainer:
     """The Trainer of a trial over the training rows, on this process's rank of it. `overrides` are TrainingArguments
-    that go before the method's: what is logged and saved on the way, nothing of what is trained. Raises RanksError for
-    a model whose loss several ranks would weigh otherwise than one."""
+    that go before the suite's own: what is logged and saved on the way, nothing of what is trained. Raises RanksError
+    for a model whose loss several ranks would weigh otherwise than one, and MethodError for what TrainingArguments
+    refuse."""
     arguments: dict[str, Any] = {
         "output_dir": str(folder),
         "num_train_epochs": trial.epochs,
@@ -78,11 +86,18 @@ def make_trainer(
     if trial.is_sharded:
         arguments |= ranks.SHARDED
     # As the method has them: what its device cannot do, accelerate leaves out, and a forecast is of another device.
-    own = trial.method.on_rank(trial.world_size).training_arguments
+    own = dict(trial.method.on_rank(trial.world_size).training_arguments)
+    if trial.device_index is None:
+        own.pop("tf32", None)  # which TrainingArguments refuse on a CPU, also for a forecast
+    try:
+        training_arguments = TrainingArguments(**own | arguments | overrides)
+    except (ImportError, TypeError, ValueError) as error:
+        raise MethodError(f"method {trial.method.name}: TrainingArguments refuse it: {error}") from error
     kind = _MeasuredTrainer if trial.world_size == 1 else _RankTrainer
     trainer = kind(
         model=model,
-        args=TrainingArguments(**arguments | dict(own) | overrides),
+        args=training_arguments,
+        data_collator=_collate,
         train_dataset=list(rows),
         callbacks=[_RoundBoundary(meter, rounds)],
         meter=meter,
@@ -97,9 +112,13 @@ def make_trainer(
 
 
 def heldout_loss(trainer: Trainer, rows: Sequence[Row]) -> float:
-    """Mean cross-entropy (nats a token) over the answers of `rows`, under the trainer's own autocast.
+    """Mean cross-entropy (nats a token) of each next token over the answers of `rows`, under the trainer's own
+    autocast.
 
-    Weighted by tokens, unlike `Trainer.evaluate`, which averages batches and so depends on the batch size.
+    From the logits alone, in fp32: the network's own loss may hold more (a router's balance, an adapter's penalty), and
+    is of the same token instead of the next one where the architecture shifts no labels (BART as a decoder). Weighted
+    by tokens, unlike `Trainer.evaluate`, which averages batches and so depends on the batch size. Raises TypeError for
+    a network that gives no logits.
     """
     model = trainer.model
     assert model is not None
@@ -108,14 +127,50 @@ def heldout_loss(trainer: Trainer, rows: Sequence[Row]) -> float:
     total, tokens = 0.0, 0
     with torch.no_grad(), trainer.compute_loss_context_manager():
         for start in range(0, len(rows), batch_size):
-            batch = {
-                name: torch.tensor([row[name] for row in rows[start : start + batch_size]], device=trainer.args.device)
-                for name in rows[0]
-            }
-            targets = int((batch["labels"][:, 1:] != IGNORED).sum())
-            total += float(model(**batch, use_cache=False).loss) * targets
-            tokens += targets
+            ids, mask, labels = (
+                torch.tensor([row[name] for row in rows[start : start + batch_size]], device=trainer.args.device)
+                for name in ("input_ids", "attention_mask", "labels")
+            )
+            # Without labels, where a peer would give a loss in the place of logits.
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            if not isinstance(logits, torch.Tensor):
+                raise TypeError(f"{type(model).__name__} gives no logits, which a held-out loss is computed from")
+            summed, predicted = _next_token_losses(logits, labels)
+            total += summed
+            tokens += predicted
     return total / tokens
+
+
+def _next_token_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
+    """The sum of the cross-entropies of what `labels`, [rows, time], predict, and of how many tokens that is. `logits`,
+    [rows, at least time, vocabulary], begin earlier where an adapter puts virtual tokens before the row."""
+    logits, targets = logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for row, targets_of_row in zip(logits, targets, strict=True):  # one by one: fp32 copies are large
+        answered = targets_of_row != IGNORED
+        total += cross_entropy(row[answered].float(), targets_of_row[answered], reduction="sum")
+    return float(total), int((targets != IGNORED).sum())
+
+
+def _collate(rows: list[Row]) -> dict[str, Any]:
+    """The batch of `rows`, which knows its tokens. A row without an answer, which only fills a rank's pass, has no real
+    ones; a network that takes no mask has no padding."""
+    batch: dict[str, Any] = default_data_collator(rows)  # type: ignore[arg-type]
+    padded = batch["input_ids"].numel()
+    real = padded
+    if "attention_mask" in batch:
+        has_answer = (batch["labels"] != IGNORED).any(1, keepdim=True)
+        real = int((batch["attention_mask"] * has_answer).sum())
+    return batch | {TOKENS: (real, padded)}
+
+
+class _NextTokenSmoother(LabelSmoother):
+    """Label smoothing of the next token, as every network here predicts it. The Trainer tells by the network's class
+    whether labels are to be shifted, and takes FSDP2's class, or a prompt's, for a network whose are not."""
+
+    def __call__(self, model_output: Any, labels: torch.Tensor, shift_labels: bool = True, **options: Any) -> Any:
+        logits = model_output["logits"][:, -labels.shape[1] :]  # without virtual tokens before the row
+        return super().__call__({"logits": logits}, labels, shift_labels=True, **options)
 
 
 class _MeasuredTrainer(Trainer):
@@ -124,6 +179,8 @@ class _MeasuredTrainer(Trainer):
     def __init__(self, *, meter: Meter, step: int, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._meter, self.sequences_per_step = meter, step
+        if self.label_smoother is not None:
+            self.label_smoother = _NextTokenSmoother(epsilon=self.args.label_smoothing_factor)
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
         self._meter.phase = "forward"
@@ -131,13 +188,19 @@ class _MeasuredTrainer(Trainer):
         self._meter.phase = "backward"
         return loss
 
-    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
-        loss = super().training_step(*arguments, **options)
-        self._meter.add_loss(self._over_ranks(loss))
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
+    ) -> torch.Tensor:
+        real, padded = inputs.pop(TOKENS, (0, 0))  # a forecast's batches have none
+        loss = super().training_step(model, inputs, *arguments, **options)
+        of_all, *tokens = self._over_ranks(loss, real, padded)
+        self._meter.add_loss(of_all)
+        self._meter.add_tokens(*tokens)
         return loss
 
-    def _over_ranks(self, loss: torch.Tensor) -> torch.Tensor:
-        return loss
+    def _over_ranks(self, loss: torch.Tensor, real: int, padded: int) -> Any:
+        """Loss, real tokens and all tokens of a pass."""
+        return loss, real, padded
 
 
 class _RankTrainer(_MeasuredTrainer):
@@ -153,11 +216,13 @@ class _RankTrainer(_MeasuredTrainer):
         if self.args.fsdp:
             ranks.gather_as_stored(self)
 
-    def training_step(self, model: torch.nn.Module, *arguments: Any, **options: Any) -> torch.Tensor:
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
+    ) -> torch.Tensor:
         if not self._adds_up:
             ranks.add_up_gradients(model)
             self._adds_up = True
-        return super().training_step(model, *arguments, **options)
+        return super().training_step(model, inputs, *arguments, **options)
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
         """This rank's share of the loss. The Trainer's is as many times that as there are ranks, for an average of
@@ -181,9 +246,10 @@ class _RankTrainer(_MeasuredTrainer):
             nothing=len(rows) - 1,
         )
 
-    def _over_ranks(self, loss: torch.Tensor) -> torch.Tensor:
-        total: torch.Tensor = self.accelerator.reduce(loss, "sum")
-        return total
+    def _over_ranks(self, loss: torch.Tensor, real: int, padded: int) -> Any:
+        """Their sums over all ranks, in one message and without waiting for the device."""
+        counts = [torch.full_like(loss, count, dtype=torch.float64) for count in (real, padded)]
+        return self.accelerator.reduce(torch.stack([loss.double(), *counts]), "sum")
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if state_dict is not None and not isinstance(self.model, peft.PeftModel):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+from lightweight import arguments
 from lightweight.corpus import Corpus
 from lightweight.methods import Method
 from lightweight.models import Model
@@ -31,7 +32,8 @@ class Trial:
     tokens of a row, padding included. `device_index` is the GPU's number among those this session sees; `None` trains
     on the CPU. `world_size` ranks train it together, each a process with a GPU of its own from `device_index` on, and
     see the batches of one. `threads` is how many of them compute on a CPU, `None` torch's own number. Raises ValueError
-    for bf16 on a target without it, and for more ranks than a step has sequences.
+    for bf16 on a target without it, and for more ranks than a step has sequences, and MethodError, which is one, for
+    TrainingArguments that what runs the method's steps does not honour.
     """
 
     model: Model
@@ -59,6 +61,7 @@ class Trial:
                 f"method {self.method.name} computes in bf16, which target {self.target.name} does not have: "
                 "use fp16 there, or another target"
             )
+        arguments.check(self.method, self.target, self.world_size)
 
     @property
     def running_method(self) -> Method:
@@ -106,19 +109,23 @@ class Trial:
 class Measurements:
     """What a trial has measured so far. Bytes and seconds; `None` where there is nothing to measure.
 
-    `train_loss` and `step_seconds` have one entry an optimizer step; `step_seconds` are device time from the end of one
-    step to the end of the next, so that nothing between steps is lost. On a CPU they are the clock's, whoever had the
-    core; `cpu_seconds` is what the processor worked for this process in all its rounds together. `heldout_*` are in
-    nats a token over the answers held out, `elsewhere_*` over the corpus's text from elsewhere. `peak_*` are the
-    training's own, without building and evaluating; `average_*` are the mean over the ends of steps. `process_bytes`
-    is what NVML says the whole process holds on the GPU at most. Of several ranks these are the largest, and `rank_*`
-    has each one's; seconds are those of rank 0, but for `cpu_seconds`, which add up. `phase_seconds` leaves out waiting
-    for the next request. `captured` and `compiled` say how a captured step really ran, and `capture_note` why not
-    otherwise; None for the Trainer's.
+    `train_loss`, `step_seconds`, `step_tokens` and `step_padded_tokens` have one entry an optimizer step, of all its
+    ranks together. `step_seconds` are device time from the end of one step to the end of the next, so that nothing
+    between steps is lost. On a CPU they are the clock's, whoever had the core; `cpu_seconds` is what the processor
+    worked for this process in all its rounds together. `step_tokens` are the tokens of the step's dialogues, and
+    `step_padded_tokens` all that the device computed: with padding, in the rows that were really run. `heldout_*` are
+    cross-entropy in nats a token over the answers held out, `elsewhere_*` over the corpus's text from elsewhere.
+    `peak_*` are the training's own, without building and evaluating; `average_*` are the mean over the ends of steps.
+    `process_bytes` is what NVML says the whole process holds on the GPU at most. Of several ranks these are the
+    largest, and `rank_*` has each one's; seconds are those of rank 0, but for `cpu_seconds`, which add up.
+    `phase_seconds` leaves out waiting for the next request. `captured` and `compiled` say how a captured step really
+    ran, and `capture_note` why not otherwise; None for the Trainer's.
     """
 
     train_loss: tuple[float, ...] = ()
     step_seconds: tuple[float, ...] = ()
+    step_tokens: tuple[int, ...] = ()
+    step_padded_tokens: tuple[int, ...] = ()
     cpu_seconds: float = 0.0
     heldout_loss_before: float | None = None
     heldout_loss_after: float | None = None

@@ -326,7 +326,11 @@ class _Owner:
                 received = self.connection.recv()
             except (EOFError, OSError) as error:
                 raise _OwnerGoneError from error
-        assert received == request, f"asked for {received!r} where only {request!r} can come"
+        if received != request:
+            raise RuntimeError(
+                f"training waits for the request to {request!r} and was asked to {received!r}: "
+                "it has other rounds than its trial"
+            )
 
     def training_began(self) -> None:
         self.report(Ready(self.meter.measurements()))
