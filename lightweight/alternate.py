@@ -74,7 +74,7 @@ def trial_of_rounds(trial: Trial, rounds: int, steps: int) -> Trial:
     A step that is larger than the corpus sees all of it in the trial and no more, so that a larger batch changes
     nothing: it is cut to the full passes that there are pairs for.
     """
-    method = trial.method.with_at_most(len(trial.corpus.train))
+    method = trial.method.with_at_most(max(len(trial.corpus.train), trial.world_size))
     rows = itertools.islice(itertools.cycle(trial.corpus.train), steps * method.sequences_per_step)
     corpus = replace(trial.corpus, train=tuple(rows))
     rounded = replace(trial, method=method, corpus=corpus, epochs=rounds + 1, max_steps=None)

@@ -246,11 +246,11 @@ def test_out_of_memory_is_an_outcome_with_its_phase_and_the_next_trial_is_untouc
 
 
 def test_a_method_that_cannot_be_built_is_a_crash_in_build(trial, folder):
-    method = Method(name="typo", training_arguments={"learning_rat": 1.0})
+    method = Method(name="typo", training_arguments={"torch_empty_cache_steps": -1})
     with Child(replace(trial, method=method), folder) as child:
         assert isinstance(child.outcome, Crashed)
         assert child.outcome.phase == "build"
-        assert "learning_rat" in child.outcome.reason
+        assert "torch_empty_cache_steps" in child.outcome.reason
 
 
 def test_leaving_early_leaves_no_process_behind(trial, folder):
