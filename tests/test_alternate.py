@@ -234,6 +234,19 @@ def test_rounds_have_full_steps_whatever_the_corpus_holds(trial):
     assert short.corpus.train[:20] == trial.corpus.train
 
 
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "step"), [(8, 1, 8), (64, 1, 20), (128, 2, 20), (8, 8, 16), (2, 4, 8), (20, 1, 20)]
+)
+def test_a_round_has_no_more_in_a_step_than_the_trial_has_pairs(trial, batch, accumulation, step):
+    """20 pairs: a batch of 64 is one of 20 in the trial, and so it is in its rounds."""
+    arguments = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    method = replace(trial.method, training_arguments=arguments)
+    short = trial_of_rounds(replace(trial, method=method), rounds=3, steps=2)
+    assert short.method.sequences_per_step == step
+    assert (short.steps_per_epoch, len(short.corpus.train)) == (2, 2 * step)
+    assert short.tokens_per_step == step * short.max_length
+
+
 def test_two_live_children_alternate(trial, tmp_path):
     """For real: the same method against itself, in two processes at once."""
     pids, affinities = [], []

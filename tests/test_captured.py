@@ -349,11 +349,36 @@ def test_on_a_cpu_the_record_says_that_nothing_was_captured(trial, tmp_path):
 
 
 def test_an_optimizer_that_only_the_trainer_runs_is_refused_in_one_line(trial, tmp_path):
-    trial = replace(trial, method=replace(trial.method, training_arguments={"optim": "sgd"}))
     trainer, rows, meter, _ = prepared(trial, tmp_path)
+    trainer.args.optim = "sgd"  # past the check of the trial's own arguments
     with pytest.raises(ValueError, match="runs torch's AdamW, and `optim` asks for SGD: leave it out") as raised:
         captured.Job(trial, trainer, rows, meter)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_tokens_of_a_captured_step_are_its_dialogues_and_the_rows_that_it_runs(trial, tmp_path, packing):
+    trial = replace(trial, method=replace(trial.method, step=CapturedStep(packing=packing)))
+    theirs = replace(trial, method=replace(trial.method, step="trainer"))
+    _, expected, _ = trained(theirs, tmp_path / "stock")
+    _, meter, _ = trained(trial, tmp_path / "captured")
+    ours, stocks = meter.measurements(), expected.measurements()
+    assert ours.step_tokens == stocks.step_tokens
+    assert len(ours.step_tokens) == trial.steps
+    assert min(ours.step_tokens) > 0
+    if packing:
+        assert sum(ours.step_padded_tokens) < sum(stocks.step_padded_tokens)
+    assert all(real <= padded for real, padded in zip(ours.step_tokens, ours.step_padded_tokens, strict=True))
+
+
+def test_a_data_seed_orders_captured_steps_as_the_trainers(trial, tmp_path):
+    arguments = {"per_device_train_batch_size": 8, "data_seed": 5, "learning_rate": 1e-3}
+    method = replace(without_dropout(trial.method), training_arguments=arguments)
+    losses = []
+    for step in ("trainer", "captured"):
+        _, meter, _ = trained(replace(trial, method=replace(method, step=step)), tmp_path / step)
+        losses.append(meter.measurements().train_loss)
+    assert losses[1] == pytest.approx(losses[0], abs=2e-4)
 
 
 def test_the_schedule_does_not_move_on_a_skipped_step(trial, tmp_path):

@@ -1,3 +1,4 @@
+import json
 import math
 import time
 
@@ -106,3 +107,24 @@ def test_a_cpu_has_no_device_memory_but_a_host(meter):
     measured = meter.measurements()
     assert measured.peak_allocated_bytes is None
     assert measured.host_peak_bytes > 50 * 2**20  # torch alone is more
+
+
+def test_a_steps_tokens_are_the_sum_over_its_forward_passes_and_go_on_after_a_checkpoint(meter):
+    meter.begin_round()
+    for passes in ([(3, 8), (2, 8)], [(4, 8)]):
+        for real, padded in passes:
+            meter.add_loss(torch.tensor(1.0))
+            meter.add_tokens(torch.tensor(real), padded)  # ranks add theirs up on the device
+        meter.end_step()
+    resumed = Meter(torch.device("cpu"), 0.0)
+    resumed.resume(**json.loads(json.dumps(meter.state())))
+    for one in (meter, resumed):
+        one.end_round()
+        measured = one.measurements()
+        assert (measured.step_tokens, measured.step_padded_tokens) == ((5, 4), (16, 8))
+        assert all(type(count) is int for count in measured.step_tokens)
+
+
+def test_a_checkpoint_that_counted_no_tokens_goes_on_without(meter):
+    meter.resume(train_loss=[1.0, 2.0], step_seconds=[0.1, 0.1], heldout_losses=[3.0])
+    assert meter.measurements().step_tokens == (0, 0)

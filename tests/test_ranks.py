@@ -97,6 +97,27 @@ def test_gradients_of_several_ranks_are_as_large_as_those_of_one(trial, tmp_path
     assert max(one.measured.train_loss) - min(one.measured.train_loss) > 0.01
 
 
+@pytest.mark.parametrize("adapter", [None, METHODS["lora"].adapter], ids=["whole", "lora"])
+def test_labels_smoothed_on_several_ranks_are_those_of_one(trial, tmp_path, adapter):
+    """The Trainer does not know the network's class behind FSDP2's, and would not shift the labels."""
+    method = quick(replace(BASELINE, adapter=adapter), label_smoothing_factor=0.3)
+    trial = replace(trial, method=method, max_steps=6)
+    one, two = (outcome(replace(trial, world_size=size), tmp_path / str(size)) for size in (1, 2))
+    assert two.measured.train_loss == pytest.approx(one.measured.train_loss, abs=EQUAL)
+    assert two.measured.heldout_loss_after == pytest.approx(one.measured.heldout_loss_after, abs=EQUAL)
+
+
+@pytest.mark.parametrize("name", ["baseline", "lora-captured"])
+def test_tokens_of_several_ranks_are_those_of_one(trial, tmp_path, name):
+    """7 pairs do not go round: a row that only fills a pass has no real tokens."""
+    small = replace(trial.corpus, train=trial.corpus.train[:7])
+    trial = replace(trial, method=quick(METHODS[name]), corpus=small, max_steps=4)
+    one, two = (outcome(replace(trial, world_size=size), tmp_path / str(size)).measured for size in (1, 2))
+    assert two.step_tokens == one.step_tokens
+    assert len(one.step_tokens) == 4
+    assert all(real <= padded for real, padded in zip(two.step_tokens, two.step_padded_tokens, strict=True))
+
+
 @pytest.mark.parametrize("method", [BASELINE, METHODS["lora-captured"]], ids=["baseline", "lora-captured"])
 def test_a_corpus_smaller_than_the_world_trains(trial, tmp_path, method):
     small = replace(trial.corpus, train=trial.corpus.train[: WORLDS[-1] - 1])

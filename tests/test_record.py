@@ -93,6 +93,67 @@ def test_the_steady_step_is_the_median_after_the_first_epoch():
     assert record.steady_step_seconds((), steps_per_epoch=3) is None
 
 
+def test_a_tokens_seconds_are_those_of_whole_epochs_after_the_first():
+    """Two epochs of three steps after one to warm up: however they were dealt, 30 tokens each."""
+    seconds = (9.0, 9.0, 9.0, 1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 7.0)
+    tokens = (12, 12, 6, 10, 14, 6, 12, 12, 6, 12)
+    assert record.steady_seconds_per_token(seconds, tokens, 3) == pytest.approx(3.5 / 30)
+    assert record.steady_seconds_per_token(seconds[:5], tokens[:5], 3) == pytest.approx(2 / 24)  # no whole epoch
+    assert record.steady_seconds_per_token(seconds[:3], tokens[:3], 3) == pytest.approx(18 / 18)  # the first step warms
+    assert record.steady_seconds_per_token((2.0,), (8,), 1) == 0.25
+    assert record.steady_seconds_per_token((), (), 1) is None
+    assert record.steady_seconds_per_token((1.0, 1.0), (0, 5), 1) is None  # of a checkpoint that counted none
+    assert record.steady_seconds_per_token((1.0, 1.0), (), 1) is None
+
+
+@pytest.mark.parametrize(("pairs", "size"), [(7, 64), (100, 128), (20, 20)])
+def test_a_batch_larger_than_the_corpus_is_no_faster_for_it(trial, pairs, size):
+    """A row takes 1 ms and has 10 tokens, 256 with padding."""
+
+    def of(batch):
+        method = replace(LORA, training_arguments={"per_device_train_batch_size": batch})
+        corpus = replace(trial.corpus, train=(trial.corpus.train * 5)[:pairs])
+        job = replace(trial, method=method, corpus=corpus, epochs=3)
+        rows = [min(batch, pairs - start) for start in range(0, pairs, batch)] * 3
+        measured = Measurements(
+            train_loss=(1.0,) * len(rows),
+            step_seconds=tuple(count / 1000 for count in rows),
+            step_tokens=tuple(10 * count for count in rows),
+            step_padded_tokens=tuple(256 * count for count in rows),
+        )
+        return record.entry(job, Completed(measured=measured), H200, None)
+
+    small, large = of(8), of(size)
+    assert small["tokens_per_second"] == pytest.approx(10_000)
+    assert small["padded_tokens_per_second"] == pytest.approx(256_000)
+    assert record.times_as_fast(large, small) == pytest.approx(1.0)
+    restored = [json.loads(json.dumps(entry)) for entry in (large, small)]
+    assert record.times_as_fast(*restored) == pytest.approx(1.0)
+
+
+def test_records_that_counted_padding_compare_by_it(trial):
+    new = record.entry(trial, Completed(measured=replace(MEASURED, step_tokens=(10, 10))), H200, None)
+    old = {key: value for key, value in new.items() if key != "step_tokens"} | {"steady_step_seconds": 0.3}
+    by_tokens = record.seconds_per_token(new)[0]
+    assert by_tokens == pytest.approx(0.1 / 10)
+    assert record.seconds_per_token(old)[0] == pytest.approx(0.3 / trial.tokens_per_step)
+    assert record.times_as_fast(new, old) == pytest.approx(0.3 / new["steady_step_seconds"])
+    nothing = record.entry(trial, OUTCOMES[3], H200, None)
+    assert record.seconds_per_token(new, nothing) == (by_tokens, None)
+    assert record.times_as_fast(nothing, new) is None
+
+
+def test_training_loss_is_the_mean_over_first_and_last_epoch_or_tenth():
+    """A single batch of few pairs says little: 2.3 -> 3.3 while the whole fell."""
+    losses = (4.0, 2.0, 3.0, 3.0, 1.0, 2.9)
+    assert record.training_loss(losses, 2) == (3.0, pytest.approx(1.95))
+    assert record.training_loss(tuple(map(float, range(40))), 30) == (1.5, 37.5)
+    assert record.training_loss((3.0, 2.0), 30) == (3.0, 2.0)
+    assert record.training_loss((3.0, None), 1) is None
+    assert record.training_loss((3.0, math.inf), 1) is None
+    assert record.training_loss((), 1) is None
+
+
 def test_records_are_read_in_order(trial, tmp_path):
     for name, seeds in (("a", [1, 2]), ("b", [3])):
         entries = [record.entry(replace(trial, seed=seed), OUTCOMES[0], H200, None) for seed in seeds]

@@ -164,7 +164,7 @@ ADAPTERS = {
         tinit=1,
         tfinal=1,
         total_step=10,
-        target_modules=["q_proj", "v_proj"],
+        target_modules=["q_proj"],
     ),
     "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8),
     "p-tuning": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=8, encoder_hidden_size=16),
@@ -220,7 +220,7 @@ def test_a_methods_data_seed_orders_the_pairs(trial, folder):
 
 def test_what_training_arguments_refuse_is_one_of_the_methods_errors(trial, folder):
     method = replace(BASELINE, training_arguments={"torch_empty_cache_steps": -1})
-    with pytest.raises(MethodError, match="method baseline: TrainingArguments refuse it: .*bigger than 0"):
+    with pytest.raises(MethodError, match=r"method baseline: TrainingArguments refuse it: .*bigger than 0"):
         prepare(replace(trial, method=method), folder)
 
 

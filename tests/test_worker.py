@@ -104,6 +104,15 @@ def test_an_out_of_memory_that_the_allocator_did_not_count_is_a_crash(trial):
         assert outcome.reason.startswith(type(error).__name__)
 
 
+def test_a_training_with_other_rounds_than_its_trial_is_one_clear_line():
+    here, there = Pipe()
+    owner = worker._Owner(here, Meter(CPU, 0.0), tells_steps=False)
+    there.send("round")
+    with pytest.raises(RuntimeError, match="it has other rounds than its trial") as raised:
+        owner.await_request("finish")
+    assert "\n" not in str(raised.value)
+
+
 def test_failures_keep_their_place_and_reason(trial):
     meter = Meter(CPU, 0.0)
     meter.phase = "backward"
