@@ -125,9 +125,9 @@ def run(job: Job, progress: Callable[[str], None] = lambda text: None) -> Outcom
     ranks.meet(cpu=not on_gpu)
     ranks.of_first(lambda: output.claim(resume=job.resume, overwrite=job.overwrite))
     try:
-        found, note = models.find(models.named(job.model), job.weights)
-        if note:
-            _say(note)
+        model = models.named(job.model)
+        # Nobody wants a trained random network by surprise; a twin has no other weights.
+        found, _ = models.find(model, job.weights or ("random" if model.source is None else "pretrained"))
         before = ranks.of_first(output.recall)  # which it writes anew as soon as it goes on
         if method is None:
             method = ranks.of_first(lambda: _chosen(job, found, target, device, before.get("method"), progress))

@@ -26,7 +26,6 @@ def test_the_three_methods_are_the_originals():
         assert isinstance(method.adapter, peft.LoraConfig)
         assert (method.adapter.r, method.adapter.lora_alpha, method.adapter.lora_dropout) == (8, 32, 0.1)
         assert method.precision == "fp16"
-    assert LORA.adapter.target_modules == {"q_proj", "v_proj"}
     assert QLORA.quantization.load_in_4bit
     assert QLORA.training_arguments["gradient_checkpointing"]
     assert (QLORA.sequences_per_pass, QLORA.sequences_per_step) == (2, 8)
