@@ -40,7 +40,7 @@ CAUSAL = "give a causal language model that transformers has, whose code does no
 LAYERS = 10_000
 """More layers than any network has: a damaged number must not fill the memory."""
 
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "tekken.json")
 """One of these is in a folder that has a tokenizer."""
 
 PROBE = "The sea was calm, and so were we."
@@ -84,8 +84,7 @@ def ran_out(error: BaseException) -> bool:
 
 def reason(error: BaseException) -> str:
     """What an error says, in one line of no more than 200 characters; its type where it says nothing."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0].rstrip(".:") if lines else type(error).__name__
+    text = " ".join(str(error).split()).rstrip(".:") or type(error).__name__
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
@@ -361,7 +360,7 @@ def _architecture(model: Model) -> tuple[PretrainedConfig, PreTrainedTokenizerBa
 
     config = configuration(model)
     tokenizer: PreTrainedTokenizerBase = ByT5Tokenizer()
-    if model.architecture is None and any((Path(model.source or "") / name).is_file() for name in TOKENIZER_FILES):
+    if model.architecture is None and _has_tokenizer(Path(model.source or "")):
         tokenizer = load_tokenizer(replace(model, location=model.source))
     config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     config.bos_token_id = tokenizer.bos_token_id
@@ -567,6 +566,13 @@ def load(
             **asked,
         )
     _check_whole(model, network, tensors)
+    for name, module in network.named_modules():
+        packed = type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+        if packed and all(getattr(module.weight, state, None) is None for state in ("quant_state", "SCB")):
+            raise ModelError(
+                f"model {model.name}: config.json says that {name} is quantized, and its tensor is not: "
+                "give weights and config.json of one model"
+            )
     return network  # type: ignore[no-any-return]
 
 
@@ -618,7 +624,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
     assert model.location is not None
     folder = Path(model.location)
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if folder.is_dir() and not _has_tokenizer(folder):
         raise ModelError(
             f"model {model.name}: {folder} has no tokenizer: add its tokenizer.json and tokenizer_config.json"
         )
@@ -634,6 +640,10 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
         if tokenizer.eos_token_id is None:
             raise ValueError("it has no end: name an eos_token in tokenizer_config.json")
     return tokenizer
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES)
 
 
 def _is_byte_level(folder: Path) -> bool:
