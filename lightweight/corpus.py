@@ -230,7 +230,7 @@ def _content(turn: Any, index: int, path: Path) -> str:
     role, content = turn.get("role"), turn.get("content")
     expected = ("user", "therapist")[index % 2]
     if role not in ("user", "therapist"):
-        problem = "has no 'role'" if "role" not in turn else f"unknown role {role!r:.60}"
+        problem = "has no 'role'" if "role" not in turn else f"unknown role {_short(role)}"
         _fail(path, f"{where}: {problem}: use 'user' or 'therapist'")
     if role != expected:
         problem = f"two {role!r} turns in a row" if index else "the first turn is the therapist's"
@@ -248,6 +248,11 @@ def _content(turn: Any, index: int, path: Path) -> str:
             f"{where}: 'content' holds half of a surrogate pair, which is no character: write the character itself",
         )
     return content
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _kind(value: Any) -> str:

@@ -549,7 +549,8 @@ def load(
     assert model.location is not None
     config = configuration_beside_weights(model)
     asked = {} if quantization is None else {"quantization_config": quantization}
-    if stored_quantization(model, config) is None:
+    stored = stored_quantization(model, config)
+    if stored is None:
         _check_size(model, config)
     elif isinstance(quantization, BitsAndBytesConfig):
         config.quantization_config, asked = quantization.to_dict(), {}
@@ -566,6 +567,8 @@ def load(
             **asked,
         )
     _check_whole(model, network, tensors)
+    if stored is not None and quantization_of(network) is None:  # dequantized, by which tensors keep their files' dtype
+        network.to(dtype)
     for name, module in network.named_modules():
         packed = type(module).__name__ in ("Linear4bit", "Linear8bitLt")
         if packed and all(getattr(module.weight, state, None) is None for state in ("quant_state", "SCB")):
