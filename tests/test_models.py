@@ -122,8 +122,10 @@ def test_a_gguf_file_is_turned_into_safetensors(tmp_path):
 
     found, _ = models.find(models.named(str(folder)))
     assert (found.weights, found.gguf_file, found.is_written) == ("pretrained", "tiny.gguf", False)
+    assert found.weights_file == "tiny.gguf"
     written = models.write(found, tmp_path / "written", seed=0)
     assert written.is_written
+    assert written.weights_file == "tiny.gguf"  # these are still the weights of that file
     loaded = models.load(written, torch.float32, CPU, None)
     assert torch.equal(loaded.lm_head.weight, network.lm_head.weight)
 
