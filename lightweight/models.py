@@ -227,12 +227,13 @@ def find(model: Model, weights: Weights | None = None) -> tuple[Model, str | Non
         return _pretrained(model), None
     except ModelError as error:
         if weights == "pretrained" or (model.architecture is None and not _has_config(model)):
-            raise ModelError(f"{error}, or take --weights random" if _can_be_random(model) else str(error)) from error
+            raise
         problem = str(error).split("; ")[0]
         return _random(model), f"{problem}; building random weights at its true size"
 
 
-def _can_be_random(model: Model) -> bool:
+def can_be_random(model: Model) -> bool:
+    """Whether a model that has weights somewhere can be built without them."""
     return model.source is not None and (model.architecture is not None or _has_config(model))
 
 
