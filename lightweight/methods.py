@@ -180,11 +180,11 @@ class Method:
                 f"({reason(error)}): {mend}"
             ) from error
 
-    def adapter_for(self, network: Any) -> peft.PeftConfig:
+    def adapter_for(self, network: Any) -> Any:
         """A copy of the adapter for peft to write into. Where it leaves its layers to the architecture
         (`target_modules` None), they are those of peft's own mapping; where that knows none, the projections of queries
         and values, which most of the mapping names; where the network has none of that name, all linear layers."""
-        adapter = copy.deepcopy(self.adapter)
+        adapter: Any = copy.deepcopy(self.adapter)
         mapping = _target_mapping(adapter)
         if mapping is None or adapter.target_modules is not None or getattr(adapter, "target_parameters", None):
             return adapter
@@ -200,8 +200,7 @@ class Method:
         """The layers of `network` that the adapter is put on, by their names without their places, for a library that
         takes nothing else. Raises MethodError where that is none, or says more layers than the adapter does."""
         places = [name for name, _ in network.named_modules()]
-        adapter = self.adapter_for(network)
-        adapter = _maybe_include_all_linear_layers(adapter, network)
+        adapter: Any = _maybe_include_all_linear_layers(self.adapter_for(network), network)
         chosen = {place for place in places if check_target_module_exists(adapter, place)}
         names = sorted({place.rpartition(".")[2] for place in chosen})
         also = sorted(place for place in places if place.rpartition(".")[2] in names and place not in chosen)

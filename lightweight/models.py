@@ -341,7 +341,10 @@ def _unpacked(model: Model) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    loaded, tensors = AutoModelForCausalLM.from_pretrained(
+    assert model.location is not None
+    loaded: Any
+    tensors: dict[str, Any]
+    loaded, tensors = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with the loading info
         model.location,
         gguf_file=model.gguf_file,
         dtype=torch.float32,
@@ -481,7 +484,7 @@ def _is_same_quantization(stored: QuantizationConfigMixin, asked: QuantizationCo
 def _check_trainable(model: Model, quantization: QuantizationConfigMixin) -> None:
     """Raise ModelError where transformers cannot train an adapter on weights quantized like this, or not here."""
     from transformers.quantizers.auto import AutoHfQuantizer
-    from transformers.utils import is_kernels_available
+    from transformers.utils.import_utils import is_kernels_available
 
     what = f"its checkpoint is quantized by {_title(quantization)}"
     with _refused(model, f"{what}, which cannot be loaded here", UNQUANTIZED):
@@ -556,7 +559,9 @@ def load(
     elif isinstance(quantization, BitsAndBytesConfig):
         config.quantization_config, asked = quantization.to_dict(), {}
     with _refused(model, f"the weights in {model.location} cannot be loaded", "give a whole folder of safetensors"):
-        network, tensors = AutoModelForCausalLM.from_pretrained(
+        network: Any
+        tensors: dict[str, Any]
+        network, tensors = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with the loading info
             model.location,
             config=config,
             dtype=dtype,
@@ -656,9 +661,9 @@ def _is_byte_level(folder: Path) -> bool:
     return isinstance(settings, dict) and settings.get("tokenizer_class") == "ByT5Tokenizer"
 
 
-def check_rows(model: Model, config: PretrainedConfig, rows: Sequence[Mapping[str, Sequence[int]]]) -> None:
+def check_rows(model: Model, config: Any, rows: Sequence[Mapping[str, Sequence[int]]]) -> None:
     """Raise ModelError where the network has no embedding for an id of `rows`, or none for a position: in a kernel that
-    is an index out of bounds, or no error at all."""
+    is an index out of bounds, or no error at all. `config` is the network's."""
     text = config.get_text_config(decoder=True)
     longest = max((len(row["input_ids"]) for row in rows), default=0)
     largest = max((max(row["input_ids"], default=0) for row in rows), default=0)
