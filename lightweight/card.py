@@ -17,6 +17,8 @@ def model_card(entry: Entry, base_model: str | None) -> ModelCard:
         tags=["lightweight", entry["method"]],
     )
     weights = "random weights, so that losses say nothing of quality" if entry["weights"] == "random" else "pretrained"
+    if file := entry.get("weights_file"):
+        weights += f", from {file}: stored in fewer bits and dequantized, so not quite the original's"
     losses = entry["train_loss"]
     rows = f"{entry['steps_per_epoch']} an epoch, rows of {entry['max_length']} tokens, seed {entry['seed']}"
     facts = {
@@ -54,11 +56,13 @@ def _method(entry: Entry) -> str:
     said = [f"{entry['method']}: {entry['precision']}"]
     if adapter := entry["adapter"]:
         rank = f" r={adapter['r']}" if "r" in adapter else ""
-        said.append(f"{adapter['peft_type']}{rank} on {_names(adapter.get('target_modules'))}")
+        layers = entry.get("adapted_layers") or adapter.get("target_modules")
+        said.append(f"{adapter['peft_type']}{rank} on {_names(layers)}")
     else:
         said.append("all parameters")
-    if entry["quantization"]:
-        said.append(f"base quantized by {entry['quantization']['quant_method']}")
+    quantization = entry["quantization"] or {"quant_method": entry.get("base_quantization")}
+    if quantization["quant_method"]:
+        said.append(f"base quantized by {quantization['quant_method']}")
     said += [f"{name}={value}" for name, value in entry["training_arguments"].items()]
     if entry["captured_step"]:
         said.append("captured step")
@@ -66,7 +70,7 @@ def _method(entry: Entry) -> str:
 
 
 def _names(modules: object) -> str:
-    return " ".join(map(str, modules)) if isinstance(modules, list) else str(modules)
+    return " ".join(map(str, modules)) if isinstance(modules, (list, tuple)) else str(modules)
 
 
 def _table(left: str, right: str, rows: dict[str, str]) -> str:

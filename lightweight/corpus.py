@@ -6,14 +6,20 @@ the therapist's answer to it are one pair; a pair is one training sequence.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
+import signal
+import threading
+import time
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from lightweight.models import ModelError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,6 +29,12 @@ SPLIT_SEED = 350
 
 HELDOUT_SHARE = 1 / 6
 """20 of the 120 pairs of corpus.json."""
+
+MIN_LENGTH = 2
+"""Tokens of a row: one of the prompt and one of the answer."""
+
+RENDER_SECONDS = 10.0
+"""What a chat template may take for one turn; those that end take a thousandth."""
 
 IGNORED = -100
 """The label that transformers' losses leave out: prompt and padding."""
@@ -78,10 +90,43 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     roles where it has none. The answer after it ends with `eos_token_id`."""
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": text}]
-        marked = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        marked = _rendered(turn, tokenizer)
         return list(tokenizer.encode(marked, add_special_tokens=False))
     ids = tokenizer.encode(f"User: {text}\nTherapist: ", add_special_tokens=False)
     return [*ids] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]
+
+
+def _rendered(turn: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """One turn in the tokenizer's chat template. Raises ModelError for a template that raises or does not end."""
+    try:
+        with _time_limit(RENDER_SECONDS):
+            marked = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program, and may raise what it likes
+        raise ModelError(
+            f"model {tokenizer.name_or_path}: its chat template cannot be used ({reason(error)}): mend chat_template"
+        ) from error
+    return str(marked)
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError after `seconds`, which only a process's main thread can; in another there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> NoReturn:
+        raise TimeoutError(f"not done after {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    began, (left, interval) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if left:  # somebody else's alarm, pytest-timeout's say
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - began), 1e-3), interval)
 
 
 def in_latin_letters(corpus: Corpus) -> Corpus:
@@ -107,8 +152,10 @@ def encode(pair: Pair, tokenizer: PreTrainedTokenizerBase, max_length: int) -> d
 
     Returns `input_ids`, `attention_mask` and `labels`, each [max_length], padded on the right. A prompt longer than
     half the row keeps its end, so that there is always an answer to learn; an answer too long for the rest loses its
-    end.
+    end. Raises ValueError for a `max_length` under MIN_LENGTH, and ModelError for a chat template that cannot be used.
     """
+    if max_length < MIN_LENGTH:
+        raise ValueError(f"rows of {max_length} tokens: take at least {MIN_LENGTH}")
     prompt = encode_prompt(pair.prompt, tokenizer)
     prompt = prompt[-(max_length // 2) :]
     answer = [*tokenizer.encode(pair.answer, add_special_tokens=False), tokenizer.eos_token_id]
@@ -140,6 +187,8 @@ def _turns(path: Path) -> list[Any]:
         _fail(path, f"is not JSON at line {error.lineno}, column {error.colno} ({error.msg}): mend it there")
     except RecursionError:
         _fail(path, "is nested too deeply: write a flat list of turns")
+    except ValueError:  # Python reads no number of over 4300 digits
+        _fail(path, "holds a number of thousands of digits, which JSON readers refuse: write it as text")
     if not isinstance(turns, list):
         _fail(path, f"holds a JSON {_kind(turns)}: write a list of turns")
     return turns
@@ -181,7 +230,7 @@ def _content(turn: Any, index: int, path: Path) -> str:
     role, content = turn.get("role"), turn.get("content")
     expected = ("user", "therapist")[index % 2]
     if role not in ("user", "therapist"):
-        problem = "has no 'role'" if "role" not in turn else f"unknown role {role!r}"
+        problem = "has no 'role'" if "role" not in turn else f"unknown role {_short(role)}"
         _fail(path, f"{where}: {problem}: use 'user' or 'therapist'")
     if role != expected:
         problem = f"two {role!r} turns in a row" if index else "the first turn is the therapist's"
@@ -199,6 +248,11 @@ def _content(turn: Any, index: int, path: Path) -> str:
             f"{where}: 'content' holds half of a surrogate pair, which is no character: write the character itself",
         )
     return content
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _kind(value: Any) -> str:

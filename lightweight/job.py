@@ -126,9 +126,7 @@ def run(job: Job, progress: Callable[[str], None] = lambda text: None) -> Outcom
     ranks.meet(cpu=not on_gpu)
     ranks.of_first(lambda: output.claim(resume=job.resume, overwrite=job.overwrite))
     try:
-        found, note = models.find(models.named(job.model), job.weights)
-        if note:
-            _say(note)
+        found = _found(models.named(job.model), job.weights)
         before = ranks.of_first(output.recall)  # which it writes anew as soon as it goes on
         if method is None:
             method = ranks.of_first(lambda: _chosen(job, found, target, device, before.get("method"), progress))
@@ -246,6 +244,17 @@ def base_name(model: Model) -> str:
 
 
 # Before the first step
+
+
+def _found(model: Model, weights: models.Weights | None) -> Model:
+    """The model with where its weights come from. Nobody wants a trained random network by surprise: one that has
+    weights somewhere gets random ones only where they are asked for. Raises ModelError."""
+    try:
+        return models.find(model, weights or ("random" if model.source is None else "pretrained"))[0]
+    except models.ModelError as error:
+        if weights is None and models.can_be_random(model):
+            raise models.ModelError(f"{error}, or take --weights random") from error
+        raise
 
 
 def _check_tracker(name: str) -> None:

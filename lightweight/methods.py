@@ -16,10 +16,17 @@ from typing import Any, Literal
 from transformers import BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lightweight.models import ran_out, reason
 from lightweight.preload import peft
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists  # isort: skip  # after preload, which decides how peft is imported
 
 Precision = Literal["fp32", "fp16", "bf16", "half"]
 """`half` is bf16 on a target that has it and fp16 elsewhere; a `Trial` knows which."""
+
+
+QUERIES_AND_VALUES = {"q_proj", "v_proj"}
+"""What LoRA was first put on (https://arxiv.org/abs/2106.09685, section 4.2), as most architectures call it."""
 
 
 class MethodError(ValueError):
@@ -158,16 +165,60 @@ class Method:
 
     def adapt(self, network: Any, upcast: bool = True) -> Any:
         """`network`, loaded or on the meta device, with its adapter on, as peft's own documentation does it. `upcast`
-        holds what a 4-bit model leaves unquantized in fp32."""
-        if self.quantization is not None and upcast:
+        holds what a quantized model leaves unquantized in fp32. Raises MethodError where the adapter cannot be put on
+        this architecture."""
+        if getattr(network, "is_quantized", False) and upcast:
             network = peft.prepare_model_for_kbit_training(
                 network,
                 use_gradient_checkpointing=self.training_arguments.get("gradient_checkpointing", False),
                 gradient_checkpointing_kwargs=self.training_arguments.get("gradient_checkpointing_kwargs"),
             )
-        if self.adapter is not None:
-            network = peft.get_peft_model(network, copy.deepcopy(self.adapter))  # peft writes what it finds into it
-        return network
+        if self.adapter is None:
+            return network
+        adapter = self.adapter_for(network)
+        try:
+            return peft.get_peft_model(network, adapter)
+        except Exception as error:
+            if ran_out(error):
+                raise
+            named = getattr(adapter, "target_modules", None)
+            mend = "name layers that it has in target_modules" if named else "take another adapter"
+            raise MethodError(
+                f"method {self.name}: its {adapter.peft_type.value} cannot be put on {network.config.model_type} "
+                f"({reason(error)}): {mend}"
+            ) from error
+
+    def adapter_for(self, network: Any) -> Any:
+        """A copy of the adapter for peft to write into. Where it leaves its layers to the architecture
+        (`target_modules` None), they are those of peft's own mapping; where that knows none, the projections of queries
+        and values, which most of the mapping names; where the network has none of that name, all linear layers."""
+        adapter: Any = copy.deepcopy(self.adapter)
+        mapping = _target_mapping(adapter)
+        if mapping is None or adapter.target_modules is not None or getattr(adapter, "target_parameters", None):
+            return adapter
+        architecture = network.config.model_type
+        names = {name.rpartition(".")[2] for name, _ in network.named_modules()}
+        layers = mapping.get(architecture, QUERIES_AND_VALUES if names >= QUERIES_AND_VALUES else "all-linear")
+        adapter.target_modules = layers if isinstance(layers, str) else set(layers)
+        if layers == "all-linear" and "mamba" in architecture:
+            adapter.exclude_modules = {"conv1d", "out_proj"}  # which peft refuses there
+        return adapter
+
+    def named_layers(self, network: Any) -> list[str]:
+        """The layers of `network` that the adapter is put on, by their names without their places, for a library that
+        takes nothing else. Raises MethodError where that is none, or says more layers than the adapter does."""
+        places = [name for name, _ in network.named_modules()]
+        adapter: Any = _maybe_include_all_linear_layers(self.adapter_for(network), network)
+        chosen = {place for place in places if check_target_module_exists(adapter, place)}
+        names = sorted({place.rpartition(".")[2] for place in chosen})
+        also = sorted(place for place in places if place.rpartition(".")[2] in names and place not in chosen)
+        if also or not names:
+            problem = f"{also[0]} has the name of one that it is put on" if also else "there is none of them"
+            raise MethodError(
+                f"method {self.name}: {self.library} takes layers by name alone, and of target_modules "
+                f"{adapter.target_modules!r} {problem}: name layers of which all are meant"
+            )
+        return names
 
     def on_cpu(self) -> Method:
         """The method as a CPU can run it: fp16 mixed precision needs a GPU (accelerate refuses it), and so does tf32:
@@ -189,6 +240,18 @@ class Method:
         return replace(self, quantization=quantization, weights_dtype=dtype)
 
 
+def _target_mapping(adapter: Any) -> Mapping[str, Any] | None:
+    """peft's layers by architecture for an adapter of this kind, None for a kind that is put on no layers."""
+    tuner = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(adapter.peft_type)
+    return getattr(tuner, "target_module_mapping", None) if hasattr(adapter, "target_modules") else None
+
+
+def adapted_layers(network: Any) -> tuple[str, ...]:
+    """The names, without their places, of the layers that an adapter has been put on, sorted."""
+    layers = (name for name, module in network.named_modules() if isinstance(module, BaseTunerLayer))
+    return tuple(sorted({name.rpartition(".")[2] for name in layers}))
+
+
 def _with_4bit(quantization: QuantizationConfigMixin | None, **settings: str) -> QuantizationConfigMixin | None:
     """`quantization` with other `settings` where it is to 4 bits."""
     if isinstance(quantization, BitsAndBytesConfig) and quantization.load_in_4bit:
@@ -202,11 +265,12 @@ BASELINE = Method(name="baseline", training_arguments={"per_device_train_batch_s
 LORA = Method(
     name="lora",
     adapter=peft.LoraConfig(
-        task_type=peft.TaskType.CAUSAL_LM, r=8, lora_alpha=32, lora_dropout=0.1, target_modules=["q_proj", "v_proj"]
+        task_type=peft.TaskType.CAUSAL_LM, r=8, lora_alpha=32, lora_dropout=0.1, target_modules=None
     ),
     training_arguments={"per_device_train_batch_size": 8, "fp16": True},
 )
-"""`lightweight_small`: LoRA (https://arxiv.org/abs/2106.09685) of rank 8 on frozen fp32 weights, fp16 autocast."""
+"""`lightweight_small`: LoRA (https://arxiv.org/abs/2106.09685) of rank 8 on frozen fp32 weights, fp16 autocast. Its
+layers are those that peft names for the architecture: of OPT, GPT-Neo and Llama the original's q_proj and v_proj."""
 
 QLORA = Method(
     name="qlora",

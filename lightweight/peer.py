@@ -18,6 +18,7 @@ from lightweight.process import log_of, redirect_output, see_gpus
 
 if TYPE_CHECKING:  # transformers must not come before unsloth
     import torch
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
     from lightweight.trial import Trial
 
@@ -38,8 +39,9 @@ def run(connection: Connection, pickled: bytes, folder: Path, started: float, de
     worker.run(connection, replace(trial, device_index=None if device_index is None else 0), folder, started)
 
 
-def build(trial: Trial, device: torch.device) -> torch.nn.Module:
-    """The network of a trial as Unsloth loads it and puts its adapter on, ready to train."""
+def build(trial: Trial, device: torch.device, quantization: QuantizationConfigMixin | None) -> torch.nn.Module:
+    """The network of a trial as Unsloth loads it and puts its adapter on, ready to train. `quantization` is what
+    `models.settle_quantization` gave. Raises MethodError."""
     import torch
     from unsloth import FastLanguageModel  # for architectures it has no layers for, its FastModel by itself
 
@@ -52,8 +54,8 @@ def build(trial: Trial, device: torch.device) -> torch.nn.Module:
         trial.model.location,
         max_seq_length=trial.max_length,
         dtype=dtypes[method.precision],
-        load_in_4bit=method.quantization is not None,
-        load_in_16bit=method.quantization is None,
+        load_in_4bit=quantization is not None,
+        load_in_16bit=quantization is None,
         device_map={"": device},
         use_gradient_checkpointing=checkpointing,
     )
@@ -62,7 +64,7 @@ def build(trial: Trial, device: torch.device) -> torch.nn.Module:
         r=adapter.r,
         lora_alpha=adapter.lora_alpha,
         lora_dropout=adapter.lora_dropout,
-        target_modules=sorted(adapter.target_modules),
+        target_modules=method.named_layers(network),
         bias="none",
         use_gradient_checkpointing=checkpointing,
         random_state=trial.seed,

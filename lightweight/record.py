@@ -134,6 +134,7 @@ def settings(trial: Trial) -> Entry:
         "method": method.name,
         "target": trial.target.name,
         "weights": trial.model.weights,
+        "weights_file": trial.model.weights_file,
         "precision": method.precision,
         "weights_dtype": method.weights_dtype,
         "adapter": None if method.adapter is None else _plain(method.adapter.to_dict()),

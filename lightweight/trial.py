@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from lightweight import arguments
-from lightweight.corpus import Corpus
+from lightweight.corpus import MIN_LENGTH, Corpus
 from lightweight.methods import Method
 from lightweight.models import Model
 from lightweight.targets import Target
@@ -32,8 +32,8 @@ class Trial:
     tokens of a row, padding included. `device_index` is the GPU's number among those this session sees; `None` trains
     on the CPU. `world_size` ranks train it together, each a process with a GPU of its own from `device_index` on, and
     see the batches of one. `threads` is how many of them compute on a CPU, `None` torch's own number. Raises ValueError
-    for bf16 on a target without it, and for more ranks than a step has sequences, and MethodError, which is one, for
-    TrainingArguments that what runs the method's steps does not honour.
+    for bf16 on a target without it, for more ranks than a step has sequences, and for rows too short for a prompt and
+    an answer; and MethodError, which is one, for TrainingArguments that what runs the method's steps does not honour.
     """
 
     model: Model
@@ -49,6 +49,8 @@ class Trial:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        if self.max_length < MIN_LENGTH:
+            raise ValueError(f"rows of {self.max_length} tokens: take a max_length of at least {MIN_LENGTH}")
         if not 1 <= self.world_size <= self.method.sequences_per_step:
             raise ValueError(
                 f"method {self.method.name} trains {self.method.sequences_per_step} sequences a step, which "
@@ -118,8 +120,10 @@ class Measurements:
     `peak_*` are the training's own, without building and evaluating; `average_*` are the mean over the ends of steps.
     `process_bytes` is what NVML says the whole process holds on the GPU at most. Of several ranks these are the
     largest, and `rank_*` has each one's; seconds are those of rank 0, but for `cpu_seconds`, which add up.
-    `phase_seconds` leaves out waiting for the next request. `captured` and `compiled` say how a captured step really
-    ran, and `capture_note` why not otherwise; None for the Trainer's.
+    `phase_seconds` leaves out waiting for the next request. `adapted_layers` are the names of the layers that the
+    adapter was put on, `base_quantization` how the weights are really quantized, by the method or as they came.
+    `captured` and `compiled` say how a captured step really ran, and `capture_note` why not otherwise; None for the
+    Trainer's.
     """
 
     train_loss: tuple[float, ...] = ()
@@ -143,6 +147,8 @@ class Measurements:
     trainable_parameters: int | None = None
     parameters: int | None = None
     truncated_sequences: int | None = None
+    adapted_layers: tuple[str, ...] = ()
+    base_quantization: str | None = None
     captured: bool | None = None
     compiled: bool | None = None
     capture_note: str | None = None

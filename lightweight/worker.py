@@ -24,7 +24,7 @@ from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, 
 import torch
 import transformers
 
-from lightweight import attention, captured, corpus, lean, models, peer, ranks, stock
+from lightweight import attention, captured, corpus, lean, methods, models, peer, ranks, stock
 from lightweight.meter import DivergedError, Meter
 from lightweight.process import log_of, redirect_output, see_gpus
 from lightweight.stock import Request, Rounds, Row
@@ -170,11 +170,14 @@ def set_up(
         train_rows = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.train]
         heldout_rows = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.heldout]
         heldout = Heldout(heldout_rows, corpus.encode_text(trial.corpus.elsewhere or "", tokenizer, trial.max_length))
+        models.check_rows(trial.model, network.config, [*train_rows, *heldout_rows, *heldout.elsewhere])
         trainer = stock.make_trainer(trial, network, train_rows, meter, rounds, folder, **overrides)
     ends = (corpus.IGNORED, tokenizer.eos_token_id)
     meter.facts = {
         "parameters": models.count_parameters(network),
         "trainable_parameters": models.count_parameters(network, trainable=True),
+        "adapted_layers": methods.adapted_layers(network),
+        "base_quantization": models.quantization_of(network),
         "truncated_sequences": sum(row["labels"][-1] not in ends for row in train_rows),
     }
     return trainer, train_rows, heldout
@@ -240,13 +243,17 @@ class _Begin(transformers.TrainerCallback):
 def build(trial: Trial, device: torch.device) -> torch.nn.Module:
     """The network of a trial on `device`, quantized and with its adapter on; for a captured step without peft's upcasts
     to fp32, unless it asks for them. One that is going to be sharded stays in the host's memory until then, but for
-    4-bit weights, which are made on the device. Raises TypeError for bf16 on a target without it."""
+    4-bit weights, which are made on the device. Raises ModelError and MethodError, and TypeError for bf16 on a target
+    without it."""
     method, step = trial.running_method, trial.method.captured_step
+    quantization = models.settle_quantization(
+        trial.model, models.configuration_beside_weights(trial.model), method, sharded=trial.is_sharded
+    )
     if method.library == "unsloth":
-        return peer.build(trial, device)
-    if trial.is_sharded and method.quantization is None:
+        return peer.build(trial, device, quantization)
+    if trial.is_sharded and quantization is None:
         device = torch.device("cpu")
-    network = models.load(trial.model, getattr(torch, method.weights_dtype), device, method.quantization)
+    network = models.load(trial.model, getattr(torch, method.weights_dtype), device, quantization)
     network = method.adapt(network, upcast=step is None or step.upcast)
     if device.type == "cpu":
         for module in network.modules():

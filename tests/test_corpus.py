@@ -1,5 +1,7 @@
 import json
 import re
+import signal
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from transformers import ByT5Tokenizer
 from conftest import turns
 from lightweight import corpus
 from lightweight.corpus import IGNORED, CorpusError, Pair
+from lightweight.models import ModelError
 
 OURS = Path(__file__).parent.parent / "corpus.json"
 USER = {"role": "user", "content": "a"}
@@ -119,6 +122,9 @@ MALFORMED = {
     "therapist first": ([THERAPIST, USER], "turn 0: the first turn is the therapist's"),
     "no last answer": ([USER, THERAPIST, USER], "turn 2: the last user turn has no answer"),
     "wrong encoding": (json.dumps(turns(2), ensure_ascii=False).encode("euc-kr"), "is not UTF-8 at byte"),
+    "a number of thousands of digits": (b"[" + b"9" * 5000 + b"]", "holds a number of thousands of digits"),
+    "a role of a million characters": ([{"role": "u" * 10**6, "content": "a"}], "turn 0: unknown role 'uuu"),
+    "a role that is a list": ([{"role": ["user"] * 10**5, "content": "a"}], "turn 0: unknown role ['user'"),
     "half a surrogate": (b'[{"role": "user", "content": "\\ud83d"}]', "turn 0: 'content' holds half of a surrogate"),
 }
 
@@ -130,6 +136,7 @@ def test_malformed_corpus_is_one_line_with_file_place_and_mend(tmp_path, content
         corpus.load(path)
     message = str(raised.value)
     assert "\n" not in message
+    assert len(message) < len(str(path)) + 200
     assert str(path) in message
     assert expected in message
 
@@ -168,3 +175,56 @@ def test_a_chat_template_is_used_where_the_tokenizer_has_one():
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     row = corpus.encode(Pair("Hi", "Hello"), tokenizer, max_length=64)
     assert tokenizer.decode([i for i in row["input_ids"] if i > 2]) == "<user>Hi<assistant>Hello"
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 5, 64])
+def test_rows_are_never_ragged_and_hold_a_prompt_and_an_answer(max_length):
+    row = corpus.encode(Pair("A long enough question", "An answer"), ByT5Tokenizer(), max_length)
+    assert {len(values) for values in row.values()} == {max_length}
+    assert row["labels"][0] == IGNORED
+    assert any(label != IGNORED for label in row["labels"])
+
+
+@pytest.mark.parametrize("max_length", [1, 0, -3])
+def test_rows_too_short_for_an_answer_are_refused(max_length):
+    with pytest.raises(ValueError, match=f"rows of {max_length} tokens: take at least 2"):
+        corpus.encode(Pair("Hi", "Hello"), ByT5Tokenizer(), max_length)
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (ENDLESS, "not done after 0.2 seconds"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ nobody.name.first }}", "is undefined"),
+        ("{% for %}", "Expected an expression"),
+        ([{"name": "tools", "template": "x"}], "no default"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_is_one_line(monkeypatch, template, expected):
+    monkeypatch.setattr(corpus, "RENDER_SECONDS", 0.2)
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = template if isinstance(template, str) else {"tools": "x"}
+    with pytest.raises(ModelError, match=expected) as raised:
+        corpus.encode_prompt("Hi", tokenizer)
+    assert "its chat template cannot be used" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_time_limit_leaves_anothers_alarm_running():
+    """pytest-timeout's, say, which must still come."""
+    rang = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rang.append(True))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with corpus._time_limit(5):
+            pass
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 0.3
+        time.sleep(0.4)
+        assert rang
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

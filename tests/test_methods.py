@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from lightweight import methods
 from lightweight.methods import (
@@ -14,6 +14,8 @@ from lightweight.methods import (
     QLORA_CAPTURED,
     CapturedStep,
     Method,
+    MethodError,
+    adapted_layers,
 )
 from lightweight.preload import peft
 
@@ -26,7 +28,6 @@ def test_the_three_methods_are_the_originals():
         assert isinstance(method.adapter, peft.LoraConfig)
         assert (method.adapter.r, method.adapter.lora_alpha, method.adapter.lora_dropout) == (8, 32, 0.1)
         assert method.precision == "fp16"
-    assert LORA.adapter.target_modules == {"q_proj", "v_proj"}
     assert QLORA.quantization.load_in_4bit
     assert QLORA.training_arguments["gradient_checkpointing"]
     assert (QLORA.sequences_per_pass, QLORA.sequences_per_step) == (2, 8)
@@ -109,3 +110,111 @@ def test_a_peer_needs_a_lora_adapter_and_the_trainers_steps():
     with pytest.raises(ValueError, match="unsloth trains LoRA by the Trainer's steps"):
         replace(LORA, step="captured", library="unsloth")
     assert replace(LORA, library="unsloth").library == "unsloth"
+
+
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+LAYERS = {
+    # what the original names, which peft's mapping says as well
+    "opt": {"q_proj", "v_proj"},
+    "gpt_neo": {"q_proj", "v_proj"},
+    "llama": {"q_proj", "v_proj"},
+    # peft's mapping for names of their own
+    "gpt_neox": {"query_key_value"},
+    "gpt2": {"c_attn"},
+    "bloom": {"query_key_value"},
+    "falcon": {"query_key_value"},
+    "mpt": {"Wqkv"},
+    "phi": {"q_proj", "v_proj", "fc1", "fc2"},
+    # none there, though they have layers of these names
+    "olmo": {"q_proj", "v_proj"},
+    "starcoder2": {"q_proj", "v_proj"},
+    # none there and none of these names: all linear layers
+    "phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
+    "mamba": {"in_proj", "x_proj", "dt_proj"},
+}
+
+
+def network_of(model_type: str):
+    sizes = {
+        "gpt_neo": {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
+        "mpt": {"d_model": 32, "n_heads": 2, "n_layers": 2},
+        "opt": {"ffn_dim": 32, "word_embed_proj_dim": 32},
+    }
+    config = AutoConfig.for_model(model_type, **SHAPE | sizes.get(model_type, {}) | {"pad_token_id": 0})
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # peft says that it knows GPT-2's layers from others
+@pytest.mark.parametrize("model_type", LAYERS)
+def test_lora_is_put_on_the_layers_that_peft_names_for_the_architecture(model_type):
+    network = LORA.adapt(network_of(model_type))
+    assert set(adapted_layers(network)) == LAYERS[model_type]
+    assert LORA.adapter.target_modules is None  # the method itself is as it was written
+    assert {name for name, parameter in network.named_parameters() if parameter.requires_grad} == {
+        name for name, _ in network.named_parameters() if "lora_" in name
+    }
+
+
+@pytest.mark.parametrize(
+    ("adapter", "model_type", "expected"),
+    [
+        (replace(LORA.adapter, target_modules=["nothing"]), "llama", r"LORA cannot be put on llama \(Target modules"),
+        (QLORA.adapter, "mamba", "'out_proj' is incompatible with Mamba-based models"),
+        (peft.IA3Config(task_type="CAUSAL_LM"), "phi3", "IA3 cannot be put on phi3 .*: take another adapter"),
+        (
+            peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=1),
+            "gpt_neox",
+            "ADAPTION_PROMPT cannot be put on gpt_neox",
+        ),
+    ],
+)
+def test_an_adapter_that_an_architecture_has_no_place_for_is_one_line(adapter, model_type, expected):
+    with pytest.raises(MethodError, match=expected) as raised:
+        Method(name="mine", adapter=adapter).adapt(network_of(model_type))
+    assert str(raised.value).startswith("method mine: its ")
+    assert "\n" not in str(raised.value)
+
+
+def test_memory_that_runs_out_is_no_fault_of_a_method(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(peft, "get_peft_model", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        LORA.adapt(network_of("llama"))
+
+
+ALL = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("all-linear", ALL),
+        (["v_proj", "q_proj"], ["q_proj", "v_proj"]),
+        ({"v_proj", "q_proj"}, ["q_proj", "v_proj"]),
+        (r".*\.(q|k)_proj", ["k_proj", "q_proj"]),
+        (["mlp.up_proj"], ["up_proj"]),
+        (None, ["q_proj", "v_proj"]),
+    ],
+)
+def test_a_library_that_takes_names_alone_gets_those_of_the_same_layers(targets, expected):
+    method = replace(LORA, adapter=replace(LORA.adapter, target_modules=targets), library="unsloth")
+    network = network_of("llama")
+    assert method.named_layers(network) == expected
+    assert list(adapted_layers(method.adapt(network))) == expected
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (r".*layers\.0\..*q_proj", "model.layers.1.self_attn.q_proj has the name of one that it is put on"),
+        (["layers.1.mlp.up_proj"], "model.layers.0.mlp.up_proj has the name"),
+        (["nothing"], "there is none of them"),
+    ],
+)
+def test_layers_that_names_alone_cannot_say_are_refused(targets, expected):
+    method = replace(LORA, adapter=replace(LORA.adapter, target_modules=targets), library="unsloth")
+    with pytest.raises(MethodError, match=f"method lora: unsloth takes layers by name alone, .*{expected}"):
+        method.named_layers(network_of("llama"))

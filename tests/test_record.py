@@ -83,7 +83,8 @@ def test_a_method_may_say_things_in_objects(trial):
 
 
 def test_a_set_in_a_peft_config_is_written_in_order(trial):
-    entry = record.entry(replace(trial, method=LORA), OUTCOMES[0], H200, None)
+    method = replace(LORA, adapter=replace(LORA.adapter, target_modules={"v_proj", "q_proj"}))
+    entry = record.entry(replace(trial, method=method), OUTCOMES[0], H200, None)
     assert entry["adapter"]["target_modules"] == ["q_proj", "v_proj"]
 
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from lightweight import models, targets, worker
+from lightweight.job import Unattended
 from lightweight.meter import DivergedError, Meter
 from lightweight.methods import BASELINE, LORA, QLORA
+from lightweight.models import ModelError
 from lightweight.trial import Crashed, Diverged, Trial
 
 CPU = torch.device("cpu")
@@ -122,3 +124,20 @@ def test_failures_keep_their_place_and_reason(trial):
     diverged = worker.failure(DivergedError(7, float("nan")), trial, meter)
     assert isinstance(diverged, Diverged)
     assert (diverged.step, diverged.reason) == (7, "training loss is nan at step 7")
+
+
+def test_what_was_adapted_and_how_weights_are_held_is_in_the_measurements(trial, folder):
+    found = {}
+    for method in (BASELINE, LORA, QLORA):
+        meter = Meter(CPU, 0.0)
+        worker.set_up(replace(trial, method=method), CPU, meter, Unattended(), folder)
+        measured = meter.measurements()
+        found[method.name] = (measured.adapted_layers, measured.base_quantization)
+    assert found["baseline"] == ((), None)
+    assert found["lora"] == (("q_proj", "v_proj"), None)
+    assert found["qlora"] == (("fc1", "fc2", "k_proj", "out_proj", "q_proj", "v_proj"), "bitsandbytes 4-bit")
+
+
+def test_rows_that_the_network_has_no_place_for_stop_a_trial_before_its_first_step(trial, folder):
+    with pytest.raises(ModelError, match="rows of 300 tokens, where it has 256 positions: take a smaller max_length"):
+        worker.set_up(replace(trial, max_length=300), CPU, Meter(CPU, 0.0), Unattended(), folder)
