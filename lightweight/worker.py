@@ -218,10 +218,13 @@ def train(
         begin()
         with meter.during("capture"):
             job = captured.Job(trial, trainer, rows, meter)
-            job.prepare()
+            agrees = job.prepare()
         enter("train")
         with meter.during("train"):
-            job.train(checkpoint)
+            if agrees:
+                job.train(checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     meter.end_training()
 
 
