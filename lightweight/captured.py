@@ -260,9 +260,7 @@ class Job:
 
     def _samples(self) -> list[Sample]:
         layouts = [layout for epoch in self._packed for layout in epoch]
-        return agreement.samples(
-            layouts, self._order[0][0], self.rows, self.trial.method.sequences_per_pass
-        )
+        return agreement.samples(layouts, self._order[0][0], self.rows, self.trial.method.sequences_per_pass)
 
     def _use(self, parts: Parts) -> None:
         """Run steps with `parts` from now on. Raises what a part raises that cannot be had."""
@@ -285,7 +283,7 @@ class Job:
         small logits nearly as they are, so that loss and gradients do not show it before training has enlarged them."""
         head = self.model.get_output_embeddings()
         if type(head) is not torch.nn.Linear:
-            raise ValueError(f"its head is a {type(head).__name__}")
+            raise ValueError(f"its head is a {type(head).__module__.split('.')[0]}.{type(head).__name__}")
         ids = torch.arange(1, 9, device=self.device).unsqueeze(0)
         logits: list[torch.Tensor] = []
 
