@@ -106,12 +106,20 @@ def samples(layouts: Sequence[Layout], first: list[list[int]], rows: Sequence[Ro
 
 @dataclass(frozen=True)
 class Gradients:
-    """What forward and backward pass over a sample gave, all ranks' together: `loss`, a scalar, and `of` each trained
-    weight, times `scale`."""
+    """What forward and backward passes over a sample gave: `loss`, a scalar, and `of` each trained weight that they
+    reached, times `scale`."""
 
     loss: torch.Tensor
     of: Mapping[torch.nn.Parameter, torch.Tensor]
     scale: float
+
+    def over_ranks(self, weights: Iterable[torch.nn.Parameter]) -> Gradients:
+        """All ranks' together, where these are one's share."""
+        if ranks.world_size() == 1:
+            return self
+        of = {weight: self.of.get(weight, torch.zeros_like(weight)) for weight in weights}
+        ranks.add_up([self.loss, *of.values()])
+        return replace(self, of=of)
 
 
 @dataclass(frozen=True)
@@ -132,10 +140,13 @@ TOLERANCES: dict[str, Tolerance] = {
     "fp16": Tolerance(loss=3e-3, gradient=5e-2, tensor=3e-1, floor=3e-2),
     "bf16": Tolerance(loss=1e-2, gradient=2e-1, tensor=8e-1, floor=3e-2),
 }
-"""By the coarsest number format that a step computes in. Of some fifty architectures with two layers, on a CPU, what
-agrees was off by at most 5e-6 of the gradient in fp32, 1e-2 in fp16, 3e-2 in bf16, and 2e-4 of the loss in both halves;
-deeper networks round more often. A forgotten mask or a loss that is not the model's is off by 3e-1 and more. A state that
-runs from one dialogue into the next may be off by 1e-3, which halves hide: `Job._check_dialogues_are_apart`."""
+"""By the coarsest number format that a step computes in.
+
+Of some fifty architectures with two layers each, on a CPU, what agrees was off by at most 5e-6 of the gradient in fp32,
+1e-2 in fp16 and 3e-2 in bf16, and by 3e-4 of the loss in either half; deeper networks round more often. A forgotten
+mask, or a loss that is not the model's, is off by 2e-1 and more. A state that runs from one dialogue into the next may
+be off by 1e-3 alone, which a half hides; it is looked for in another way, whatever the format.
+"""
 
 
 @dataclass(frozen=True)
@@ -196,6 +207,7 @@ class Reference:
     def __init__(self, trainer: Trainer, passes: list[list[int]], *, halves: bool) -> None:
         """`passes` are the rows of the first step; `halves`: whether gradients may be fp16, and need a scale."""
         self._trainer, self._first = trainer, passes[0]
+        self._model: Any = trainer.model
         self._scales = SCALES if halves else (1.0,)
         self._loader = trainer.get_train_dataloader()
 
@@ -211,31 +223,30 @@ class Reference:
     def gradients(self, sample: Sample) -> tuple[Sample, Gradients]:
         """The Trainer's loss and gradients of as many of the sample's dialogues as there is memory for, and those.
         Raises torch.OutOfMemoryError where it is not enough for one."""
-        while True:
-            found = None
-            with contextlib.suppress(torch.OutOfMemoryError):
-                found = self._finite_gradients(sample)
-            (ran_out,) = ranks.any_says(found is None, device=self._trainer.args.device)
-            if not ran_out and found is not None:
-                return sample, found
-            if sample.size == 1:
-                raise torch.OutOfMemoryError("CUDA out of memory: the Trainer's step does not fit with one dialogue")
-            del found
-            forget(self._trainer.model)
+        while (found := self._where_it_fits(sample)) is None:
             sample = sample.first(sample.size // 2)
+        return sample, found
 
-    def _finite_gradients(self, sample: Sample) -> Gradients:
-        """Under the first scale that leaves them finite, or the last."""
+    def _where_it_fits(self, sample: Sample) -> Gradients | None:
+        """Under the first scale that leaves them finite, or the last; None where a rank has not enough memory."""
         for scale in self._scales:
-            found = self._gradients(sample, scale)
+            own = None
+            try:
+                own = self._gradients(sample, scale)
+            except torch.OutOfMemoryError:
+                if sample.size == 1:
+                    raise
+            (ran_out,) = ranks.any_says(own is None, device=self._trainer.args.device)
+            forget(self._model)
+            if own is None or ran_out:
+                return None
+            found = own.over_ranks(trained(self._model))
             if bool(torch.stack([gradient.float().norm() for gradient in found.of.values()]).isfinite().all()):
                 break
         return found
 
     def _gradients(self, sample: Sample, scale: float) -> Gradients:
         trainer = self._trainer
-        model: Any = trainer.model
-        forget(model)
         shares = [numbers[ranks.rank() :: ranks.world_size()] for numbers in sample.passes]
         batches, items = trainer.get_batch_samples(
             iter([self._batch(share) for share in shares]), len(shares), trainer.args.device
@@ -250,12 +261,8 @@ class Reference:
         ):
             for batch in batches:
                 # of the Trainer itself: what the suite adds to it counts the loss as one of the job's
-                loss += Trainer.training_step(trainer, model, batch, items).float()
-        of = {weight: weight.grad for weight in trained(model).keys() if weight.grad is not None}
-        if ranks.world_size() > 1:
-            of = {weight: of.get(weight, torch.zeros_like(weight)) for weight in trained(model)}
-            ranks.add_up([loss, *of.values()])
-        forget(model)
+                loss += Trainer.training_step(trainer, self._model, batch, items).float()
+        of = {weight: weight.grad for weight in trained(self._model) if weight.grad is not None}
         return Gradients(loss, of, scale)
 
     def _batch(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -320,9 +327,9 @@ def without_trace(network: torch.nn.Module) -> Iterator[None]:
                 if buffer.shape == before.shape:
                     buffer.copy_(before)
         forget(network)
-        if devices:
-            torch.cuda.reset_peak_memory_stats()
-            torch.cuda.reset_accumulated_memory_stats()  # a step of the Trainer's that did not fit is no outcome
+    if devices:
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_accumulated_memory_stats()  # a step of the Trainer's that did not fit is no outcome
 
 
 def search(
@@ -337,8 +344,7 @@ def search(
         return None, [f"the Trainer runs the steps, since no captured one is its: {measure(candidates[-1])}"]
     notes = []
     for name in parts.given_up(found):
-        back = {"attention": {"attention": True}, "packing": {"packing": True}, "lean": {"lean": True}}.get(name)
-        with_it = replace(found, **back) if back else replace(found, loss=parts.loss)
-        lost = " and with it packing" if name == "attention" and parts.packing else ""
-        notes.append(f"{name}{lost} given up: {measure(with_it)}")
+        restored: dict[str, Any] = {name: getattr(parts, name)}
+        also = " and with it packing" if name == "attention" and parts.packing else ""
+        notes.append(f"{name}{also} given up: {measure(replace(found, **restored))}")
     return found, notes

@@ -53,6 +53,12 @@ STATE_NAME = "captured_step.pt"
 """The file of a checkpoint that holds what `_Optimizer.state` gives."""
 
 
+def prepare(trial: Trial, trainer: Trainer, rows: Sequence[Row], meter: Meter) -> Job | None:
+    """A trial's job, ready to be trained; None, and nothing changed, where the Trainer must run the steps."""
+    job = Job(trial, trainer, rows, meter)
+    return job if job.prepare() else None
+
+
 class Job:
     """A trial's training by the captured step: `prepare` once, then `train`.
 
@@ -90,7 +96,6 @@ class Job:
         with agreement.without_trace(self.network):
             agrees = self._agree()
         self.meter.begin_training()
-        self.meter.phase = "capture"
         if agrees:
             self._capture_or_compile()
         self.meter.facts |= {
@@ -218,6 +223,7 @@ class Job:
         self._names = agreement.trained(self.network)
         with agreement.nudged(self._names):
             self._expected = [reference.gradients(sample) for sample in self._samples()]
+        self.meter.phase = "capture"  # which the Trainer's own steps have left
         self._optimizer = _Optimizer(self.trial, self.trainer, self._adamw, self.device)
         self._full = Parts(
             packing=self._packs,
@@ -256,7 +262,8 @@ class Job:
             return "bf16"
         if method.precision == "fp16" or torch.float16 in dtypes:
             return "fp16"
-        return "tf32" if self.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest" else "fp32"
+        in_tf32 = self.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return "tf32" if in_tf32 else "fp32"
 
     def _samples(self) -> list[Sample]:
         layouts = [layout for epoch in self._packed for layout in epoch]
@@ -317,9 +324,7 @@ class Job:
             if problem := self._problem_of(compute, parts):
                 return Deviation(error=problem)
             (ours,) = found
-            if self.trial.world_size > 1:
-                ranks.add_up([ours.loss, *ours.of.values()])
-            off = agreement.deviation(ours, expected, self._names, self._allowed)
+            off = agreement.deviation(ours.over_ranks(self._names), expected, self._names, self._allowed)
             del ours, found
             agreement.forget(self.network)
         return off
@@ -384,7 +389,8 @@ class Job:
         buffers = Buffers(shape, self.device)
         buffers.fill(layout, self.rows)
         with self._optimizer.scaling_by(scale):
-            self._compile_kernels(buffers)
+            if self.device.type == "cuda":
+                self._compile_kernels(buffers)
             self._backward(buffers)
         found.append(Gradients(self.loss.clone(), self._optimizer.gradients_of_weights(), scale))
 
