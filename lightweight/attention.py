@@ -11,7 +11,7 @@ replaced here, exactly, and so is OPT's, which scales its queries in two passes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,54 +50,35 @@ def start_quickly() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def install(model: PreTrainedModel) -> str | None:
-    """Give `model` this attention where its logits stay what they are; else say in one line why it keeps its own.
+def install(model: PreTrainedModel) -> Callable[[], None]:
+    """Give `model`, a bare transformers model, this attention; what is returned gives it its own back.
 
-    `model` is the bare transformers model, on its device. The check compares the logits of one short row.
+    Whether that changes what it computes is for `agreement` to say. Raises what transformers raises for a model that
+    cannot take it, and NotImplementedError for one that did not.
     """
-    row = torch.arange(1, 9, device=model.device).remainder(model.config.get_text_config().vocab_size).unsqueeze(0)
     own = model.config._attn_implementation
-    classes = {module: type(module) for module in model.modules() if type(module) in REPLACED}
-    expected = _logits(model, row)
-    for module, theirs in classes.items():
-        module.__class__ = REPLACED[theirs]
+    replaced = {module: type(module) for module in model.modules() if type(module) in REPLACED}
+
+    def undo() -> None:
+        for module, theirs in replaced.items():
+            module.__class__ = theirs
+        if not replaced and model.config._attn_implementation != own:
+            model.set_attn_implementation(own)
+        model.config._attn_implementation = own
+
     try:
-        if classes:
+        if replaced:
+            for module, theirs in replaced.items():
+                module.__class__ = REPLACED[theirs]
             model.config._attn_implementation = NAME  # read where the mask is made
         else:
             model.set_attn_implementation(NAME)
-        found = _logits(model, row)
-    except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        problem: str | None = str(error).splitlines()[0] if str(error) else type(error).__name__
-    else:
-        problem = None if _alike(found, expected) else "its logits would change"
-        if problem is None and model.config._attn_implementation != NAME:
-            problem = "it does not ask transformers' AttentionInterface"
-    if problem is None:
-        return None
-    for module, theirs in classes.items():
-        module.__class__ = theirs
-    if not classes and model.config._attn_implementation != own:
-        model.set_attn_implementation(own)
-    model.config._attn_implementation = own
-    return f"{type(model).__name__} keeps its own attention: {problem}"
-
-
-def _logits(model: PreTrainedModel, row: torch.Tensor) -> torch.Tensor:
-    """Logits of one row of ids: [1, time, vocab], without dropout."""
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits
-    model.train(was_training)
-    return logits
-
-
-def _alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two logits differ by rounding alone: a wrong mask or scale moves them by far more."""
-    largest = expected.float().abs().max()
-    tolerance = {torch.float32: 1e-4, torch.float16: 1e-2}.get(expected.dtype, 5e-2)
-    return bool((found.float() - expected.float()).abs().max() <= tolerance * largest)
+        if model.config._attn_implementation != NAME:
+            raise NotImplementedError(f"{type(model).__name__} does not ask transformers' AttentionInterface")
+    except Exception:
+        undo()
+        raise
+    return undo
 
 
 def _mask(*arguments: Any, **options: Any) -> torch.Tensor | None:
@@ -108,6 +89,8 @@ def _mask(*arguments: Any, **options: Any) -> torch.Tensor | None:
     """
     options["attention_mask"] = None
     if _packed is not None:
+        if options["kv_length"] != _packed.shape[1]:  # on a GPU, what reads beyond it ends the process
+            raise ValueError(f"rows of {_packed.shape[1]} tokens are {options['kv_length']} long in its attention")
         inside = packed_sequence_mask_function(_packed)
         options["mask_function"] = and_masks(options.get("mask_function", causal_mask_function), inside)
         options["allow_is_causal_skip"] = False

@@ -6,7 +6,8 @@ learning-rate schedule - is recorded once as a CUDA graph over static buffers an
 model that cannot be recorded, the same step runs without the graph.
 
 What is trained is what the Trainer would train: batches in its order, its loss, parameter groups and schedule are all
-taken from the `Trainer` object.
+taken from the `Trainer` object. Before the first step both compute loss and gradients of the job's own first batches;
+what of the captured step keeps it from agreeing is given up, and where nothing agrees the Trainer runs the steps.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from lightweight import attention, packing, ranks
+from lightweight import agreement, attention, packing, ranks
+from lightweight.agreement import Deviation, Gradients, Parts, Reference, Sample, Tolerance
 from lightweight.lean import Lean, compiling
 from lightweight.loss import linear_cross_entropy
 from lightweight.meter import Meter
@@ -44,8 +46,17 @@ COMPILE_STEPS = 6_000
 12.8 to 10.5 ms (H100, torch 2.11)."""
 
 
+NOTHING = Parts(packing=False, attention=False, loss="model", lean=False)
+"""A step of the model's own."""
+
 STATE_NAME = "captured_step.pt"
 """The file of a checkpoint that holds what `_Optimizer.state` gives."""
+
+
+def prepare(trial: Trial, trainer: Trainer, rows: Sequence[Row], meter: Meter) -> Job | None:
+    """A trial's job, ready to be trained; None, and nothing changed, where the Trainer must run the steps."""
+    job = Job(trial, trainer, rows, meter)
+    return job if job.prepare() else None
 
 
 class Job:
@@ -64,33 +75,37 @@ class Job:
         self.model: Any = trainer.model.get_base_model() if isinstance(trainer.model, peft.PeftModel) else trainer.model
         self.loss = torch.zeros((), device=self.device)
         self.notes: list[str] = []
-        self.packs, self.chunks = step.packing, step.loss == "chunked"
-        self.captured = self.compiled = False
+        self.captured = False
+        self.compiled = self.device.type == "cuda" and compiles(step, trial.steps)
+        self.parts = NOTHING
         self._compiled_layers: list[Any] = []
         self._lean: Lean | None = None
+        self._undo_attention: Callable[[], None] | None = None
         self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
-        self._optimizer = _Optimizer(trial, trainer, self.device)
+        self._adamw = _adamw(trial, trainer)
 
-    def prepare(self) -> None:
-        """Lay the job out in static shapes, warm its step up and capture it, leaving no trace in what is trained.
+    def prepare(self) -> bool:
+        """Lay the job out in static shapes, see that its step is the Trainer's, warm it up and capture it, leaving no
+        trace in what is trained. Whether `train` can follow; where not, the Trainer is to train, from where it was.
 
-        The meter's facts say how the step will really run.
+        The meter's facts say how the steps will really run. Raises RanksError where they would be the Trainer's and
+        there are several ranks, which share what the captured step trains in another way.
         """
         self._prepare_network()
-        self._prepare_batches()
-        if self.device.type != "cuda":
-            self.notes.append("no GPU: the same step without a graph")
-        elif self.step.graph:
-            with self._optimizer.rehearsing():
-                self.captured = self._capture()
-        if not self.captured:
-            self._graphs.clear()
-            self._compile()
+        self._order_rows()
+        with agreement.without_trace(self.network):
+            agrees = self._agree()
+        self.meter.begin_training()
+        if agrees:
+            self._capture_or_compile()
         self.meter.facts |= {
             "captured": self.captured,
-            "compiled": self.compiled,
+            "compiled": agrees and self.compiled,
             "capture_note": "; ".join(self.notes) or None,
         }
+        if not agrees and self.trial.world_size > 1:
+            raise ranks.RanksError(f"{self.trial.name}: {self.notes[-1]}: train it on one rank")
+        return agrees
 
     def train(self, checkpoint: Path | None = None) -> None:
         """Train the whole job, from `checkpoint` on where there is one, telling the Trainer's callbacks what the
@@ -184,72 +199,225 @@ class Job:
         if arguments.gradient_checkpointing:
             self.network.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
             self.network.enable_input_require_grads()
-        if self.step.attention == "sdpa" and (problem := attention.install(self.model)):
-            self.notes.append(problem)
-            self.packs = False
-        if self.chunks and not self._ends_with_its_head():
-            self.notes.append(
-                f"{type(self.network).__name__} keeps its own loss: its head is not the last thing it does"
-            )
-            self.chunks = False
-        self.compiled = self.device.type == "cuda" and compiles(self.step, self.trial.steps)
-        # A compiler decides by itself what to keep, and autocast casts in the middle of what is one function here.
-        if self.step.lean and not self.compiled and isinstance(self._autocast(), contextlib.nullcontext):
-            self._lean = Lean(self.model)
 
-    def _ends_with_its_head(self) -> bool:
-        """Whether the network's logits are its body's output times its head: no soft cap or scale after it, no virtual
-        tokens before the row."""
+    def _order_rows(self) -> None:
+        """The layouts of every epoch, with one dialogue a row and packed, and whether packing is worth its mask."""
+        over_step = self.trainer.model_accepts_loss_kwargs
+        self._order = self._draw()
+        self._alone = [
+            [packing.one_a_row(passes, self.rows, over_step=over_step) for passes in epoch] for epoch in self._order
+        ]
+        self._packed = [[packing.packed(layout, self.rows) for layout in epoch] for epoch in self._alone]
+        if self.step.packing:
+            before, after = (
+                sum(len(layout.rows) for epoch in epochs for layout in epoch) for epochs in (self._alone, self._packed)
+            )
+            self._packs = after <= before * (1 - PACKING_SHARE)
+            self.notes.append(f"packing {'makes' if self._packs else 'would make'} {after} rows of {before}")
+        else:
+            self._packs = False
+
+    def _agree(self) -> bool:
+        """Take on as many parts as leave the step the Trainer's, and note what others were off. Whether any do."""
+        reference = Reference(self.trainer, self._order[0][0], halves=self._precision == "fp16")
+        if not reference.draws_the_same():
+            self.notes.append("the Trainer runs the steps, since it draws other rows than the captured step")
+            return False
+        self._names = agreement.trained(self.network)
+        with agreement.nudged(self._names):
+            self._expected = [reference.gradients(sample) for sample in self._samples()]
+        self.meter.phase = "capture"  # which the Trainer's own steps have left
+        self._optimizer = _Optimizer(self.trial, self.trainer, self._adamw, self.device)
+        self._full = Parts(
+            packing=self._packs,
+            attention=self.step.attention == "sdpa",
+            loss=self._losses[0],
+            # A compiler decides by itself what to keep, and autocast casts in the middle of what is one function here.
+            lean=self.step.lean and not self.compiled and isinstance(self._autocast(), contextlib.nullcontext),
+        )
+        with agreement.nudged(self._names):
+            parts, notes = agreement.search(self._full, self._losses, self._deviation, self._allowed)
+        self.notes += notes
+        self._use(parts or NOTHING)
+        self._expected.clear()
+        if parts is None:
+            self._optimizer.withdraw()
+        return parts is not None
+
+    @property
+    def _losses(self) -> list[agreement.Loss]:
+        """The losses to try, in order."""
+        own: list[agreement.Loss] = ["model"] if self.trainer.model_accepts_loss_kwargs else ["logits", "model"]
+        return ["chunked", "logits", "model"] if self.step.loss == "chunked" else own
+
+    @property
+    def _allowed(self) -> Tolerance:
+        """What rounding may amount to."""
+        return agreement.TOLERANCES[self._precision]
+
+    @property
+    def _precision(self) -> str:
+        """The coarsest arithmetic of the step, a key of agreement.TOLERANCES."""
+        method = self.trial.running_method
+        dtypes = {parameter.dtype for parameter in self.model.parameters()}
+        dtypes.add(getattr(method.quantization, "bnb_4bit_compute_dtype", None))
+        if method.precision == "bf16" or torch.bfloat16 in dtypes:
+            return "bf16"
+        if method.precision == "fp16" or torch.float16 in dtypes:
+            return "fp16"
+        in_tf32 = self.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return "tf32" if in_tf32 else "fp32"
+
+    def _samples(self) -> list[Sample]:
+        layouts = [layout for epoch in self._packed for layout in epoch]
+        return agreement.samples(layouts, self._order[0][0], self.rows, self.trial.method.sequences_per_pass)
+
+    def _use(self, parts: Parts) -> None:
+        """Run steps with `parts` from now on. Raises what a part raises that cannot be had."""
+        if self._lean is not None:
+            self._lean.undo()
+        if self._undo_attention is not None:
+            self._undo_attention()
+        self._lean = self._undo_attention = None
+        self.parts = parts
+        if parts.attention:
+            self._undo_attention = attention.install(self.model)
+        if parts.loss == "chunked":
+            self._check_head()
+        if parts.lean:
+            self._lean = Lean(self.model)
+        self._lay_out()
+
+    def _check_head(self) -> None:
+        """Raise ValueError unless the network's logits are its body's output times its head: a soft cap after it leaves
+        small logits nearly as they are, so that loss and gradients do not show it before training has enlarged them."""
         head = self.model.get_output_embeddings()
         if type(head) is not torch.nn.Linear:
-            return False
+            raise ValueError(f"its head is a {type(head).__module__.split('.')[0]}.{type(head).__name__}")
         ids = torch.arange(1, 9, device=self.device).unsqueeze(0)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        seen: list[torch.Tensor] = []
+        logits: list[torch.Tensor] = []
 
         def enlarge(module: torch.nn.Module, arguments: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-            seen.append(arguments[0])
-            seen.append(output * (100 / output.abs().max()))  # a soft cap leaves small logits nearly as they are
-            return seen[1]
+            logits.append(output * (100 / output.abs().max()))
+            return logits[0]
 
-        self.network.eval()
         hook = head.register_forward_hook(enlarge)
         try:
             with torch.no_grad(), self._autocast():
-                logits = self.network(**inputs).logits
-                hidden = self.model.base_model(**inputs).last_hidden_state
+                found = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         finally:
             hook.remove()
-            self.network.train()
-        return all(
-            found.shape == expected.shape and torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-3)
-            for found, expected in ((hidden, seen[0]), (logits, seen[1]))
-        )
+        if found.shape != logits[0].shape or not torch.allclose(found.float(), logits[0].float(), rtol=1e-2, atol=1e-3):
+            raise ValueError("its head is not the last thing it does")
 
-    def _prepare_batches(self) -> None:
+    def _deviation(self, parts: Parts) -> Deviation:
+        """How far a step with `parts` is from the Trainer's, over the samples; the first that is too far."""
+
+        def take_on() -> None:
+            self._use(parts)
+            if parts.packing:
+                self._check_dialogues_are_apart()
+
+        off = Deviation(error=self._problem_of(take_on, parts))
+        for sample, expected in self._expected:
+            if not off.within(self._allowed):
+                break
+            found: list[Gradients] = []
+            compute = functools.partial(self._sampled, sample, expected.scale, found)
+            if problem := self._problem_of(compute, parts):
+                return Deviation(error=problem)
+            (ours,) = found
+            off = agreement.deviation(ours.over_ranks(self._names), expected, self._names, self._allowed)
+            del ours, found
+            agreement.forget(self.network)
+        return off
+
+    def _check_dialogues_are_apart(self) -> None:
+        """Raise ValueError where a dialogue's gradient reaches another one in its row, by whatever way: a state that is
+        carried along, a mask that is not asked for. What a mask hides has a gradient of exactly 0 in every precision,
+        where the difference that a little state makes to the step may be less than half precision's rounding."""
+        rows = (row for epoch in self._packed for layout in epoch for row in layout.rows)
+        row = max(rows, key=len)
+        layout = Layout([row], dict.fromkeys(row, 1.0), 0)
+        buffers = Buffers(packing.exact_shapes([layout], self.rows, 1)[1], self.device)
+        buffers.fill(layout, self.rows)
+        embedded: list[torch.Tensor] = []
+
+        def begin_here(module: torch.nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            embedded.append(output.detach().requires_grad_())
+            return embedded[-1].clone()  # some networks write into what they embedded
+
+        hook = self.model.get_input_embeddings().register_forward_hook(begin_here)
+        try:
+            inputs, dialogues = self._inputs(buffers, 0)
+            with attention.packed(dialogues), self._autocast():
+                logits = self.network(**inputs, use_cache=False).logits[0, -buffers.shape.time :]
+        finally:
+            hook.remove()
+        own = buffers.dialogues[0, 0] == row[1]
+        # weighed differently, or the sum of what a softmax or a norm gives might not depend on anything
+        loss = (logits[own].float() * torch.linspace(-1, 1, logits.shape[-1], device=self.device)).sum()
+        gradients = torch.autograd.grad(loss, embedded, allow_unused=True)
+        reached = sum(gradient[0].float().norm(dim=-1) for gradient in gradients if gradient is not None)
+        elsewhere = reached[~own].norm() / reached[own].norm()
+        if elsewhere.item() != 0:
+            raise ValueError(f"{elsewhere.item():.0e} of a dialogue's gradient is another's in its row")
+
+    def _problem_of(self, act: Callable[[], None], parts: Parts) -> str | None:
+        """What keeps any rank from doing `act` with `parts`, in one line. Raises torch.OutOfMemoryError for the parts
+        that were asked for: training would run out of memory as well, since it holds more."""
+        problem = None
+        try:
+            act()
+        except torch.OutOfMemoryError:
+            if parts == self._full:
+                raise
+            problem = "out of memory"
+        except Exception as error:
+            problem = _first_line(error)
+        if problem is not None:
+            agreement.forget(self.network)
+        (any_failed,) = ranks.any_says(problem is not None, device=self.device)
+        return problem or ("another rank cannot" if any_failed else None)
+
+    def _sampled(self, sample: Sample, scale: float, found: list[Gradients]) -> None:
+        """Append to `found` this rank's share of the captured step's loss and gradients of `sample`."""
+        layout = packing.one_a_row(sample.passes, self.rows, over_step=self.trainer.model_accepts_loss_kwargs)
+        if self.parts.packing:
+            layout = Layout(sample.rows, layout.weights, layout.answers)
+        layout = packing.share(layout, ranks.rank(), self.trial.world_size)
+        shape = packing.holding(layout, self.rows, () if self._exact else self._shapes.values())
+        if shape is None:
+            (shape,) = self._shaped([layout]).values()
+        buffers = Buffers(shape, self.device)
+        buffers.fill(layout, self.rows)
+        with self._optimizer.scaling_by(scale):
+            if self.device.type == "cuda":
+                self._compile_kernels(buffers)
+            self._backward(buffers)
+        found.append(Gradients(self.loss.clone(), self._optimizer.gradients_of_weights(), scale))
+
+    @property
+    def _exact(self) -> bool:
+        """Whether a step must have the Trainer's own passes, since the model computes its loss over one of them."""
+        return self.parts.loss == "model" and not self.parts.packing
+
+    def _lay_out(self) -> None:
         """The layouts of every epoch, and the static shape that each of them runs in."""
-        over_step = self.trainer.model_accepts_loss_kwargs
-        self.epochs = [
-            [packing.one_a_row(passes, self.rows, over_step=over_step) for passes in epoch] for epoch in self._order()
-        ]
-        if self.packs:
-            packed = [[packing.packed(layout, self.rows) for layout in epoch] for epoch in self.epochs]
-            before, after = (
-                sum(len(layout.rows) for epoch in epochs for layout in epoch) for epochs in (self.epochs, packed)
-            )
-            self.packs = after <= before * (1 - PACKING_SHARE)
-            self.notes.append(f"packing {'makes' if self.packs else 'would make'} {after} rows of {before}")
-            if self.packs:
-                self.epochs = packed
+        self.epochs = self._packed if self.parts.packing else self._alone
         world_size = self.trial.world_size
         if world_size > 1:
             self.epochs = [[packing.share(layout, ranks.rank(), world_size) for layout in e] for e in self.epochs]
-        layouts = [layout for epoch in self.epochs for layout in epoch]
-        rows_per_pass = self.trial.running_method.sequences_per_pass
-        self._shapes = packing.shapes(layouts, self.rows, rows_per_pass, most=1 if self.compiled else None)
+        self._shapes = self._shaped([layout for epoch in self.epochs for layout in epoch])
         self._buffers = {shape: Buffers(shape, self.device) for shape in self._shapes.values()}
 
-    def _order(self) -> list[list[list[list[int]]]]:
+    def _shaped(self, layouts: list[Layout]) -> dict[int, Shape]:
+        rows_per_pass = self.trial.running_method.sequences_per_pass
+        if self._exact:
+            return packing.exact_shapes(layouts, self.rows, rows_per_pass)
+        return packing.shapes(layouts, self.rows, rows_per_pass, most=1 if self.compiled else None)
+
+    def _draw(self) -> list[list[list[list[int]]]]:
         """epoch -> optimizer step -> pass -> numbers of its rows, as the Trainer would draw them on one rank."""
         sampler, size = ranks.draws(self.trainer, self.rows), self.trial.method.sequences_per_pass
         accumulation = self.trial.method.sequences_per_step // size
@@ -261,6 +429,16 @@ class Job:
             epochs.append(steps[:left])
             left -= len(epochs[-1])
         return epochs
+
+    def _capture_or_compile(self) -> None:
+        if self.device.type != "cuda":
+            self.notes.append("no GPU: the same step without a graph")
+        elif self.step.graph:
+            with self._optimizer.rehearsing():
+                self.captured = self._capture()
+        if not self.captured:
+            self._graphs.clear()
+            self._compile()
 
     def _capture(self) -> bool:
         """Record a graph for each shape, all in one memory pool, the largest first. Whether it could be done."""
@@ -327,13 +505,17 @@ class Job:
     def _step(self, buffers: Buffers) -> None:
         """One optimizer step over what `buffers` hold; `self.loss` is then its loss. Nothing in it may wait for the
         device."""
+        self._backward(buffers)
+        if self.trial.world_size > 1:
+            ranks.add_up([self.loss, *self._optimizer.gradients()])
+        self._optimizer.step()
+
+    def _backward(self, buffers: Buffers) -> None:
+        """Forward and backward passes of a step on this rank."""
         self._optimizer.clear_gradients()
         self.loss.zero_()
         for index in range(buffers.shape.passes):
             self._pass(buffers, index)
-        if self.trial.world_size > 1:
-            ranks.add_up([self.loss, *self._optimizer.gradients()])
-        self._optimizer.step()
 
     def _pass(self, buffers: Buffers, index: int) -> None:
         """Forward and backward pass `index` of a step."""
@@ -346,25 +528,35 @@ class Job:
 
     def _loss(self, buffers: Buffers, index: int) -> torch.Tensor:
         """The share of pass `index` in the step's loss: a scalar."""
-        inputs = {"input_ids": buffers.input_ids[index], "attention_mask": buffers.attention_mask[index]}
-        dialogues = None
-        if self.packs:
-            inputs["position_ids"], dialogues = buffers.position_ids[index], buffers.dialogues[index]
+        inputs, dialogues = self._inputs(buffers, index)
         answers, targets, weights = buffers.answers[index], buffers.targets[index], buffers.weights[index]
         with attention.packed(dialogues):
-            if self.chunks:
+            if self.parts.loss == "chunked":
                 hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
                 head = self.model.get_output_embeddings()
                 chosen = hidden.flatten(0, 1).index_select(0, answers)
                 return linear_cross_entropy(chosen, head.weight, head.bias, targets, weights)
-            if self.trainer.model_accepts_loss_kwargs:
-                loss: torch.Tensor = self.network(
-                    **inputs, labels=buffers.labels[index], num_items_in_batch=buffers.count, use_cache=False
-                ).loss
-                return loss
+            if self.parts.loss == "model":
+                return self._models_own_loss(inputs, buffers, index)
             logits = self.network(**inputs, use_cache=False).logits[:, -buffers.shape.time :]
         chosen = logits.flatten(0, 1).index_select(0, answers).float()
         return (cross_entropy(chosen, targets, reduction="none") * weights).sum()
+
+    def _inputs(self, buffers: Buffers, index: int) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """What the network is given for pass `index`, and which dialogue each token is of, where that says more."""
+        inputs = {"input_ids": buffers.input_ids[index], "attention_mask": buffers.attention_mask[index]}
+        if not self.parts.packing:
+            return inputs, None
+        return inputs | {"position_ids": buffers.position_ids[index]}, buffers.dialogues[index]
+
+    def _models_own_loss(self, inputs: dict[str, torch.Tensor], buffers: Buffers, index: int) -> torch.Tensor:
+        labels = buffers.labels[index]
+        loss: torch.Tensor
+        if self.trainer.model_accepts_loss_kwargs:
+            loss = self.network(**inputs, labels=labels, num_items_in_batch=buffers.count, use_cache=False).loss
+            return loss
+        loss = self.network(**inputs, labels=labels, use_cache=False).loss
+        return loss / buffers.shape.passes
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         arguments = self.trial.running_method.training_arguments
@@ -382,13 +574,7 @@ class _Optimizer:
     A bf16 weight keeps three digits, and a step of Adam is smaller than the last of them: such weights would not move.
     """
 
-    def __init__(self, trial: Trial, trainer: Trainer, device: torch.device) -> None:
-        created = trainer.create_optimizer()
-        if type(created) is not torch.optim.AdamW:
-            raise MethodError(
-                f"method {trial.method.name}: the captured step runs torch's AdamW, and `optim` asks for "
-                f"{type(created).__name__}: leave it out, or let the Trainer run the steps"
-            )
+    def __init__(self, trial: Trial, trainer: Trainer, created: torch.optim.AdamW, device: torch.device) -> None:
         self._max_norm = trainer.args.max_grad_norm
         self._rates = torch.tensor(_learning_rates(trial, trainer), device=device)  # [steps]
         self._taken = torch.zeros(1, dtype=torch.int64, device=device)  # steps that were not skipped
@@ -397,9 +583,11 @@ class _Optimizer:
         dtype = getattr(torch, trial.running_method.weights_dtype)
         self._masters: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._sums: dict[torch.nn.Parameter, torch.Tensor] = {}  # the masters' gradients
+        self._dtypes: dict[torch.nn.Parameter, torch.dtype] = {}  # that the weights came in
         upcast = (trial.method.captured_step or CapturedStep()).upcast
         for weight in self.weights:
             computed_in = weight.dtype if upcast else dtype
+            self._dtypes[weight] = weight.dtype
             if computed_in != torch.float32:
                 self._masters[weight] = master = weight.detach().clone().float().requires_grad_()
                 self._sums[weight] = master.grad = torch.zeros_like(master)
@@ -423,7 +611,6 @@ class _Optimizer:
         )
         self._adamw.register_step_pre_hook(self._count_step)
         self._scaler = torch.amp.GradScaler(device.type, enabled=trial.running_method.precision == "fp16")
-        trainer.optimizer = None
 
     def clear_gradients(self) -> None:
         """Forget the last step's gradients, so that the next backward pass writes instead of adding."""
@@ -453,6 +640,20 @@ class _Optimizer:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
         return [weight.grad for weight in self._trained() if weight.grad is not None]
+
+    def gradients_of_weights(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """As `gradients`, by the weight of the network that each is of."""
+        return dict(zip(self.weights, self.gradients(), strict=True))
+
+    @contextlib.contextmanager
+    def scaling_by(self, scale: float) -> Iterator[None]:
+        """Inside, `backward` multiplies losses with `scale`; afterwards with what it did before."""
+        before, device = self._scaler, self._rate.device.type
+        self._scaler = torch.amp.GradScaler(device, init_scale=scale, enabled=scale != 1)
+        try:
+            yield
+        finally:
+            self._scaler = before
 
     @torch.no_grad()
     def step(self) -> None:
@@ -523,6 +724,12 @@ class _Optimizer:
             for weight, tensor in computed_with.items():
                 weight.data = tensor
 
+    def withdraw(self) -> None:
+        """Leave every weight as it was before there was this optimizer, of its number format too."""
+        self.clear_gradients()
+        for weight, master in self._masters.items():
+            weight.data = master.detach().to(self._dtypes[weight])
+
     def finish(self) -> None:
         """Put the masters in the place of the half-precision weights, so that what was learned is saved in fp32."""
         self.clear_gradients()
@@ -537,6 +744,18 @@ class _Optimizer:
         """A skipped step does not move the schedule on, as with the Trainer."""
         skipped = getattr(optimizer, "found_inf", None)  # the loss scaler's, while it runs the step
         self._taken += 1 if skipped is None else (1 - skipped).long()
+
+
+def _adamw(trial: Trial, trainer: Trainer) -> torch.optim.AdamW:
+    """The Trainer's optimizer, with its parameter groups and settings. Raises MethodError for any but torch's AdamW."""
+    created = trainer.create_optimizer()
+    trainer.optimizer = None
+    if type(created) is not torch.optim.AdamW:
+        raise MethodError(
+            f"method {trial.method.name}: the captured step runs torch's AdamW, and `optim` asks for "
+            f"{type(created).__name__}: leave it out, or let the Trainer run the steps"
+        )
+    return created
 
 
 def _learning_rates(trial: Trial, trainer: Trainer) -> list[float]:

@@ -25,6 +25,8 @@ from torch.nn.functional import gelu, layer_norm, linear, rms_norm, silu
 from transformers.activations import NewGELUActivation, SiLUActivation
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
+from lightweight.dropout import probability
+
 try:
     from lightweight import kernels
 except ImportError:  # no Triton: masks are kept
@@ -145,6 +147,7 @@ def _is_plain_lora(module: Any) -> bool:
     computed_in = base.weight.dtype if type(base) is torch.nn.Linear else base.compute_dtype
     return (
         not module.lora_variant
+        and type(module.lora_B[name]) is torch.nn.Linear  # AdaLoRA's and others' are weights by themselves
         and module.lora_B[name].bias is None
         and not any(parameter.requires_grad for parameter in base.parameters())
         and module.lora_A[name].weight.dtype == computed_in
@@ -189,7 +192,7 @@ class _Projection:
             return cls(module, site)
         (name,) = module.lora_A.keys()
         dropout = module.lora_dropout[name]
-        p = dropout.p if module.training and isinstance(dropout, torch.nn.Dropout) else 0.0
+        p = probability(module, dropout.p) if isinstance(dropout, torch.nn.Dropout) else 0.0
         adapter = module.lora_A[name].weight, module.lora_B[name].weight
         return cls(module.get_base_layer(), site, module.scaling[name], p, adapter)
 
@@ -422,7 +425,7 @@ def _post_norm_opt(
 ) -> torch.Tensor:
     """The layer's forward pass, [rows, time, hidden], with dropout, sum and norm as one; dropout's numbers are drawn
     with `site` and the one after it."""
-    p = module.dropout if module.training else 0.0
+    p = probability(module, module.dropout)
     past = getattr(hidden_states, "past", hidden_states)
     branch, _ = module.self_attn(hidden_states=hidden_states, attention_mask=attention_mask, **options)
     hidden_states, past = _add_norm(branch, past, module.self_attn_layer_norm, p, seed, site)

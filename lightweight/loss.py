@@ -38,11 +38,15 @@ def linear_cross_entropy(
 
     `hidden`: [tokens, hidden]; `head`: [vocab, hidden]; `bias`: [vocab]; `targets`: [tokens], class indices;
     `weights`: [tokens], fp32, not negative; a token of weight 0 costs time and changes nothing. Softmax and loss
-    are computed in fp32 whatever the dtype of `hidden` and `head`. Not differentiable twice.
+    are computed in fp32 whatever the dtype of `hidden` and `head`. Under autocast the logits are products in its dtype,
+    as a head's are, and everything else is as outside of it. Not differentiable twice.
     """
-    loss: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden.to(head.dtype), head, bias, targets, weights
-    )
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
+    with torch.autocast(device, enabled=False):  # it would round the sum over tokens, which is a product too
+        loss: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden.to(dtype), head.to(dtype), None if bias is None else bias.to(dtype), targets, weights
+        )
     return loss
 
 

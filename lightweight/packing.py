@@ -6,7 +6,7 @@ Exact: a dialogue's tokens keep their order and their positions from 0, attentio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -112,22 +112,52 @@ def shapes(layouts: Sequence[Layout], rows: Sequence[Row], rows_per_pass: int, m
             served = 0
     if most is not None:
         largest = largest[-most:]
-    found = {}
+    passes: dict[int, tuple[int, int]] = {}
     for size in set(sizes):
         bucket = next(bound for bound in largest if bound >= size)
-        passes = -(-bucket // rows_per_pass)
-        found[size] = passes, -(-bucket // passes)
-    answers: dict[tuple[int, int], int] = {}
+        count = -(-bucket // rows_per_pass)
+        passes[size] = count, -(-bucket // count)
+    return _with_answers(layouts, rows, passes)
+
+
+def exact_shapes(layouts: Sequence[Layout], rows: Sequence[Row], rows_per_pass: int) -> dict[int, Shape]:
+    """As `shapes`, but each step in passes of its own: the Trainer's, where `layouts` have one dialogue a row."""
+    sizes = {len(layout.rows) for layout in layouts}
+    return _with_answers(layouts, rows, {size: (-(-size // rows_per_pass), min(size, rows_per_pass)) for size in sizes})
+
+
+def holding(layout: Layout, rows: Sequence[Row], shapes: Iterable[Shape]) -> Shape | None:
+    """The smallest of `shapes` with room for the rows of `layout`, and with room for its answers; None where its rows
+    are too many."""
+    large_enough = [shape for shape in shapes if shape.passes * shape.rows >= len(layout.rows)]
+    if not large_enough:
+        return None
+    shape = min(large_enough, key=lambda shape: shape.passes * shape.rows)
+    return replace(shape, answers=max(shape.answers, _room(_most_answers(layout, rows, shape.rows))))
+
+
+def _with_answers(
+    layouts: Sequence[Layout], rows: Sequence[Row], passes: dict[int, tuple[int, int]]
+) -> dict[int, Shape]:
+    """`passes` and the rows in each, by number of rows in a step, as shapes with room for every layout's answers."""
+    answers = dict.fromkeys(passes.values(), 1)
     for layout in layouts:
-        shape = found[len(layout.rows)]
-        for row_numbers in _split(layout.rows, shape[1]):
-            tokens = sum(answer_tokens(rows[number]) for numbers in row_numbers for number in numbers)
-            answers[shape] = max(answers.get(shape, 1), tokens)
+        shape = passes[len(layout.rows)]
+        answers[shape] = max(answers[shape], _most_answers(layout, rows, shape[1]))
     time = len(rows[0]["input_ids"])
-    return {
-        size: Shape(*shape, time=time, answers=-(-answers[shape] // ANSWER_BLOCK) * ANSWER_BLOCK)
-        for size, shape in found.items()
-    }
+    return {size: Shape(*shape, time=time, answers=_room(answers[shape])) for size, shape in passes.items()}
+
+
+def _most_answers(layout: Layout, rows: Sequence[Row], size: int) -> int:
+    """Answer tokens of that pass of `size` rows that has most of them."""
+    return max(
+        sum(answer_tokens(rows[number]) for numbers in of_pass for number in numbers)
+        for of_pass in _split(layout.rows, size)
+    )
+
+
+def _room(answers: int) -> int:
+    return -(-answers // ANSWER_BLOCK) * ANSWER_BLOCK
 
 
 def _split(rows: list[list[int]], size: int) -> list[list[list[int]]]:
@@ -158,7 +188,6 @@ class Buffers:
         ids, mask, positions, dialogues, labels = tokens.unbind(0)
         places, targets = answers.unbind(0)
         weights = fractions[:-1].view(shape.passes, shape.answers)
-        mask.fill_(1)  # also rows without a dialogue: a row that sees nothing would be NaN
         dialogues.fill_(PADDING)
         labels.fill_(IGNORED)
         positions[:] = torch.arange(shape.time)
@@ -173,6 +202,7 @@ class Buffers:
                     ids[index, line, span] = torch.tensor(row["input_ids"][:length])
                     positions[index, line, span] = torch.arange(length)
                     dialogues[index, line, span] = number
+                    mask[index, line, span] = 1
                     own = torch.tensor(row["labels"][:length])
                     own[0] = IGNORED  # nothing before it, and certainly not the dialogue before it
                     labels[index, line, span] = own
@@ -185,7 +215,6 @@ class Buffers:
                     start += length
                 if len(numbers) == 1:  # a row as the tokenizer padded it
                     ids[index, line] = torch.tensor(row["input_ids"])
-                    mask[index, line] = torch.tensor(row["attention_mask"])
                 positions[index, line, start:] = torch.arange(shape.time - start)
         fractions[-1] = layout.answers
         if self.device.type == "cuda":  # torch keeps pinned memory until the copy out of it has run

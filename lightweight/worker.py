@@ -200,8 +200,9 @@ def train(
     enter: Callable[[Phase], None],
     checkpoint: Path | None = None,
 ) -> None:
-    """Evaluate, and train the whole job, by the Trainer or by the captured step as the method says; from `checkpoint`
-    on, where there is one, which has been evaluated. `enter` is told of every phase."""
+    """Evaluate, and train the whole job, by the Trainer or by the captured step as the method says, where that is the
+    Trainer's step; from `checkpoint` on, where there is one, which has been evaluated. `enter` is told of every phase.
+    """
 
     def begin() -> None:
         if checkpoint is None:
@@ -220,11 +221,13 @@ def train(
     else:
         begin()
         with meter.during("capture"):
-            job = captured.Job(trial, trainer, rows, meter)
-            job.prepare()
+            job = captured.prepare(trial, trainer, rows, meter)
         enter("train")
         with meter.during("train"):
-            job.train(checkpoint)
+            if job is not None:
+                job.train(checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     meter.end_training()
 
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, MistralConfig, OPTConfig
+from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoConfig, LlamaConfig, MistralConfig, OPTConfig
 
 from lightweight import attention
 
@@ -40,7 +40,8 @@ def build(name):
 @pytest.mark.parametrize("time", [6, 8, 40], ids=["within the window", "the window", "beyond the window"])
 def test_logits_and_gradients_are_those_of_eager_attention(name, time):
     model, reference = build(name), build(name)
-    assert attention.install(model) is None
+    attention.install(model)
+    assert model.config._attn_implementation == attention.NAME
     ids = torch.randint(64, (3, time), generator=torch.Generator().manual_seed(time))
     mask = torch.ones_like(ids)
     for each in (model, reference):
@@ -107,12 +108,30 @@ def test_no_mask_is_made_where_causality_says_it_all(monkeypatch):
         assert seen == expected, name
 
 
-def test_a_model_that_would_change_keeps_its_own_attention(monkeypatch):
-    model, expected = build("opt"), build("opt")
-    monkeypatch.setattr(attention, "_alike", lambda found, expected: False)
-    assert attention.install(model) == "OPTForCausalLM keeps its own attention: its logits would change"
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_gets_its_own_attention_back(name):
+    model, expected = build(name), build(name)
+    undo = attention.install(model)
+    undo()
     assert model.config._attn_implementation == expected.config._attn_implementation
-    neo = build("gpt-neo")
-    layers = [type(module) for module in neo.modules()]
-    assert attention.install(neo) is not None
-    assert [type(module) for module in neo.modules()] == layers
+    assert [type(module) for module in model.modules()] == [type(module) for module in expected.modules()]
+    ids = torch.randint(64, (2, 20))
+    ours, theirs = (m(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for m in (model, expected))
+    assert torch.equal(ours, theirs)
+
+
+def test_a_model_that_asks_no_registry_keeps_its_own_attention():
+    config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2)
+    model = AutoModelForCausalLM.from_config(config)
+    own = model.config._attn_implementation
+    with pytest.raises((NotImplementedError, ValueError)):
+        attention.install(model)
+    assert model.config._attn_implementation == own
+
+
+def test_packed_rows_that_something_has_lengthened_are_refused_before_they_are_read():
+    """Prompt tuning puts tokens of its own before a row. On a GPU, reading beyond it would end the process."""
+    model = build("llama")
+    attention.install(model)
+    with attention.packed(torch.zeros(1, 10, dtype=torch.int64)), pytest.raises(ValueError, match="10 tokens are 14"):
+        model(inputs_embeds=torch.zeros(1, 14, 32), use_cache=False)

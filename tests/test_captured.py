@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import functools
 import json
 from dataclasses import replace
 
@@ -156,7 +157,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_of_one_dialogue(trial, 
     trial = replace(trial, model=written[model], method=method)
     packs = job_of(trial, tmp_path / "packs")
     alone = job_of(replace(trial, method=replace(method, step=CapturedStep(packing=False))), tmp_path / "alone")
-    assert packs.packs and not alone.packs
+    assert packs.parts.packing and not alone.parts.packing
     packed, unpacked = packs.epochs[0][0], alone.epochs[0][0]
     assert len(packed.rows) < len(unpacked.rows) == 8
     assert max(len(row) for row in packed.rows) > 1
@@ -170,7 +171,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_of_one_dialogue(trial, 
 def test_packing_is_left_out_where_it_saves_no_rows(trial, tmp_path):
     long = tuple(replace(pair, answer=pair.answer * 20) for pair in trial.corpus.train)
     job = job_of(replace(trial, corpus=replace(trial.corpus, train=long)), tmp_path)
-    assert not job.packs
+    assert not job.parts.packing
     assert job.meter.facts["capture_note"].startswith("packing would make 36 rows of 36")
 
 
@@ -330,6 +331,7 @@ def test_a_model_whose_logits_are_more_than_its_heads_keeps_its_own_loss(trial, 
     trainer, rows, meter, _ = prepared(trial, tmp_path)
     forward = trainer.model.get_base_model().forward
 
+    @functools.wraps(forward)  # the Trainer looks at its arguments' names
     def capped(*arguments, **options):
         output = forward(*arguments, **options)
         output.logits = 2.0 * torch.tanh(output.logits / 2.0)
@@ -338,8 +340,8 @@ def test_a_model_whose_logits_are_more_than_its_heads_keeps_its_own_loss(trial, 
     trainer.model.get_base_model().forward = capped
     job = captured.Job(trial, trainer, rows, meter)
     job.prepare()
-    assert not job.chunks
-    assert "keeps its own loss" in meter.facts["capture_note"]
+    assert job.parts.loss != "chunked"
+    assert "loss given up: its head is not the last thing it does" in meter.facts["capture_note"]
 
 
 def test_on_a_cpu_the_record_says_that_nothing_was_captured(trial, tmp_path):
