@@ -167,11 +167,11 @@ def named(text: str) -> Model:
         return Model(name=text, source=text)
     if not HUB_ID.fullmatch(text) or text.startswith("."):
         what = "is a file" if os.path.isfile(text) else "no such folder"
-        raise ModelError(f"model {names.one_line(text)}: {what}; give a folder with config.json and *.safetensors")
-    if meant := names.nearest(text, MODELS):
+        raise ModelError(f"model {names.one_line(text)[:100]}: {what}; give a folder with config.json and *.safetensors")
+    if question := names.question(text, MODELS):
         raise ModelError(
-            f"model {text}: did you mean {' or '.join(meant)}? "
-            f"give a local folder or a known name: {', '.join(MODELS)}, or a hub id with its owner"
+            f"model {text}: no such folder; give a local folder or a known name: {', '.join(MODELS)}, "
+            f"or a hub id with its owner{question}"
         )
     return Model(name=text, source=text)
 

@@ -16,11 +16,15 @@ def check_method(text: str) -> None:
 
 
 def unknown(kind: str, text: str, known: Iterable[str], otherwise: str) -> str:
-    """The line that refuses `text` as the name of a `kind`: what is near it, what exists, what else can be given."""
+    """The line that refuses `text` as the name of a `kind`: what exists, what else can be given, and what is near."""
     known = tuple(known)
+    return f"unknown {kind} {text[:100]!r}: choose one of {', '.join(known)}, or {otherwise}{question(text, known)}"
+
+
+def question(text: str, known: Iterable[str]) -> str:
+    """The end of a line that refuses `text`, which asks whether one of `known` was meant; nothing where none is near."""
     meant = nearest(text, known)
-    question = f"did you mean {' or '.join(meant)}? " if meant else ""
-    return f"unknown {kind} {text!r}: {question}choose one of {', '.join(known)}, or {otherwise}"
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
 
 def nearest(text: str, known: Iterable[str]) -> list[str]:
