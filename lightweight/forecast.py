@@ -394,16 +394,23 @@ class _Tracer(TorchDispatchMode):
     def mark(self, tensor: Tensor, cause: Cause) -> None:
         """Say what a tensor is for; of a sharded one, the rank's own part."""
         tensor = getattr(tensor, "_local_tensor", tensor)
+        self._see(tensor)
         if (name := self._names.get(tensor.untyped_storage()._cdata)) is not None:
             self.causes[name] = cause
 
-    def page(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor in managed memory, which the caching allocator knows nothing of."""
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Write nothing down of what is allocated inside, until a tensor of it is marked."""
         self.paused = True
         try:
-            paged = torch.zeros(size, dtype=dtype)
+            yield
         finally:
             self.paused = False
+
+    def page(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor in managed memory, which the caching allocator knows nothing of."""
+        with self.unseen():
+            paged = torch.zeros(size, dtype=dtype)
         storage = paged.untyped_storage()
         self._names[storage._cdata] = None
         weakref.finalize(storage, self._forget, storage._cdata)
@@ -474,11 +481,8 @@ def _sharding_seen_by(tracer: _Tracer) -> Iterator[None]:
         tracer.resized(storage)
 
     def propagate_unseen(*arguments: Any) -> Any:
-        tracer.paused = True
-        try:
+        with tracer.unseen():
             return propagate(*arguments)
-        finally:
-            tracer.paused = False
 
     with (
         mock.patch.object(torch.UntypedStorage, "resize_", resize_and_tell),
@@ -497,9 +501,8 @@ def _bitsandbytes_seen_by(tracer: _Tracer) -> Iterator[None]:
         return torch.zeros_like(parameter, dtype=dtype)
 
     def numbers_of_8_bits(*_: Any, **__: Any) -> Tensor:  # which bitsandbytes computes one by one, by their values
-        numbers = torch.empty(256)
-        tracer.mark(numbers, "optimizer")
-        return numbers
+        with tracer.unseen():  # on the host, until they are in use
+            return torch.empty(256)
 
     with (
         mock.patch.object(Optimizer8bit, "get_state_buffer", paged_as_on_a_gpu),
