@@ -10,11 +10,12 @@ import math
 import os
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from lightweight import __version__, gate, record, report
+from lightweight import __version__, gate, models, names, record, report, targets
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def _refuse(error: Exception) -> int:
 
 def _tell(text: str) -> None:
     if _speaks():
-        print(text, file=sys.stderr, flush=True)
+        print(names.one_line(text), file=sys.stderr, flush=True)
 
 
 def _speaks() -> bool:
@@ -117,30 +118,37 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         help="repeatable: records whose step times say which method is the fastest",
     )
     parser.add_argument("--format", choices=("table", "json"), default="table")
+    parser.add_argument(
+        "--traceback", action="store_true", help="also show where in which library a method could not be forecast"
+    )
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from lightweight import forecast, methods, models, plan, targets  # torch takes seconds, and a report needs none
-    from lightweight.trial import MAX_LENGTH
-
     try:
         if options.gpus is not None:
             options.gpus = _whole_number("--gpus", options.gpus)
         for option in ("batch_size", "max_length", "gpus"):
             _at_least(options, option, 1)
-        stock = [method.name for method in methods.METHODS.values() if method.captured_step is None]
-        wanted_methods = [methods.named(name) for name in dict.fromkeys(options.method or stock)]
-        names = options.target or [target.name for target in targets.TARGETS.values() if target.total_bytes]
-        wanted_targets = [targets.named(name) for name in dict.fromkeys(names)]
+        wanted_models = [models.named(name) for name in dict.fromkeys(options.models)]
+        for name in options.method or ():
+            names.check_method(name)
+        cards = options.target or [target.name for target in targets.TARGETS.values() if target.total_bytes]
+        wanted_targets = [targets.named(name) for name in dict.fromkeys(cards)]
         for target in wanted_targets:
             if target.total_bytes is None:
                 raise ValueError(f"target {target.name!r} has no amount of memory to plan for: name a card, or 16GiB")
         measured = record.load(options.record)
+
+        from lightweight import forecast, methods, plan  # torch takes seconds, and names have been checked
+        from lightweight.trial import MAX_LENGTH
+
+        stock = [method.name for method in methods.METHODS.values() if method.captured_step is None]
+        wanted_methods = [methods.named(name) for name in dict.fromkeys(options.method or stock)]
     except ValueError as error:
         return _refuse(error)
     try:
         rows = plan.plan(
-            [models.named(name) for name in dict.fromkeys(options.models)],
+            wanted_models,
             wanted_methods,
             wanted_targets,
             batch_size=options.batch_size,
@@ -150,6 +158,7 @@ def _plan(options: argparse.Namespace) -> int:
             fewest=options.gpus is not None,
             measured=measured,
             progress=_show,
+            failed=_show_traceback if options.traceback else lambda error: None,
         )
     except (forecast.ForecastError, models.ModelError) as error:
         return _refuse(error)
@@ -159,6 +168,11 @@ def _plan(options: argparse.Namespace) -> int:
     if options.target:
         return 0 if plan.each_target_has_a_method(rows) else 1
     return 0 if any(row["chosen"] for row in rows) else 1
+
+
+def _show_traceback(error: Exception) -> None:
+    _show("")
+    traceback.print_exception(error)
 
 
 def _show(text: str) -> None:
@@ -211,6 +225,11 @@ def _train(options: argparse.Namespace) -> int:
             raise ValueError(f"--learning-rate {options.learning_rate}: give a number above 0, such as 1e-3")
         if not 0 <= options.seed < 2**32:
             raise ValueError(f"--seed {options.seed}: give a number from 0 to {2**32 - 1}, which is what numpy takes")
+        models.named(options.model)
+        if options.method is not None:
+            names.check_method(options.method)
+        if options.target is not None:
+            targets.named(options.target)
     except ValueError as error:
         return _refuse(error)
     try:

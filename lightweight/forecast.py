@@ -25,6 +25,7 @@ from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, 
 import torch
 from bitsandbytes import functional as bitsandbytes_functional
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from bitsandbytes.optim.optimizer import GlobalOptimManager, Optimizer8bit
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.distributed.tensor import DTensor
@@ -33,12 +34,15 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from transformers import BitsAndBytesConfig, PretrainedConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightweight import corpus, models, stock
 from lightweight.allocator import CachingAllocator, OutOfBudgetError
 from lightweight.cuda_rules import CudaRules, Padding
 from lightweight.fake_ranks import rank_zero_of
 from lightweight.meter import Meter
+from lightweight.methods import Method, MethodError
 from lightweight.stock import Request
 from lightweight.targets import CONTEXT_BYTES, HOPPER, Capability, Device
 from lightweight.trial import Phase, Trial
@@ -53,7 +57,7 @@ CAUSES: tuple[Cause, ...] = get_args(Cause)
 
 
 class ForecastError(ValueError):
-    """A model or method that cannot be traced. The message names the module and the reason."""
+    """A model or method that cannot be built or traced. The message names the module or argument, and the reason."""
 
 
 Verdict = Literal["fits", "does_not_fit", "too_close_to_call"]
@@ -61,6 +65,10 @@ Verdict = Literal["fits", "does_not_fit", "too_close_to_call"]
 MARGIN = 0.03
 """How far from a budget a forecast must be to decide: the committed matrix (experiments/records/h200-forecast.json)
 is forecast within 1.2 % allocated and 1.8 % reserved, and what decides lies between the two."""
+
+PAGED_ELEMENTS = 100_000
+"""From so many elements on, bitsandbytes' paged optimizers keep a parameter's state in managed memory:
+bitsandbytes/optim/optimizer.py, get_state_buffer (0.50)."""
 
 _CPU = torch.device("cpu")
 
@@ -85,7 +93,8 @@ class Trace:
 
     `events` are (name, bytes) in order: a name allocated with its bytes, or released with 0. `causes` says by name what
     each was for, `phases` where in `events` each phase began, `streams` in which stream it was allocated, where that is
-    another than the first, 0.
+    another than the first, 0. `paged_bytes` are of no event: optimizer state in managed memory, which the driver moves
+    between card and host.
     """
 
     parameters: int
@@ -94,6 +103,7 @@ class Trace:
     causes: dict[int, Cause] = field(default_factory=dict)
     phases: list[tuple[int, Phase]] = field(default_factory=list)
     streams: dict[int, int] = field(default_factory=dict)
+    paged_bytes: int = 0
 
     def replay(self, budget_bytes: float | None = None) -> Peak:
         """The peak of training, on a card whose allocator may reserve `budget_bytes`."""
@@ -139,7 +149,8 @@ class Forecast:
 
     `allocated_bytes` is the peak of `torch.cuda.max_memory_allocated`, and `by_cause` what it consists of.
     `reserved_bytes` is that of `max_memory_reserved`: under the budget where it fits, without one where it does not.
-    `phase` is where it runs out of memory, or else where the peak is.
+    `phase` is where it runs out of memory, or else where the peak is. `paged_bytes` is what a paged optimizer keeps
+    beside that in managed memory, on the card as far as there is room and else on the host; no verdict counts it.
     """
 
     allocated_bytes: int
@@ -150,6 +161,7 @@ class Forecast:
     budget_bytes: int | None
     parameters: int
     trainable_parameters: int
+    paged_bytes: int = 0
 
 
 def within(traced: Trace, budget_bytes: int | None) -> Forecast:
@@ -170,6 +182,7 @@ def within(traced: Trace, budget_bytes: int | None) -> Forecast:
         budget_bytes=budget_bytes,
         parameters=traced.parameters,
         trainable_parameters=traced.trainable_parameters,
+        paged_bytes=traced.paged_bytes,
     )
 
 
@@ -187,7 +200,11 @@ def trace_on(trial: Trial, device: Device) -> Trace:
     Where the model's tokenizer is at hand, only the kinds of batches that the corpus gives are traced. Raises
     ForecastError.
     """
-    return trace(trial, device.capability or trial.target.capability, _paddings(trial))
+    try:
+        paddings = _paddings(trial)
+    except Exception as error:  # a tokenizer is others' code, too
+        raise ForecastError(f"{trial.name}: its rows cannot be made: {_reason(error)}") from error
+    return trace(trial, device.capability or trial.target.capability, paddings)
 
 
 def _paddings(trial: Trial) -> tuple[Padding, ...]:
@@ -211,23 +228,49 @@ def trace(trial: Trial, capability: Capability = HOPPER, paddings: tuple[Padding
     Needs the model's configuration, and no weights. Raises ForecastError, and ModelError where there is no
     configuration.
     """
-    if trial.method.captured_step is not None:
-        raise ForecastError(f"{trial.name}: the captured step is not forecast, only steps that the Trainer runs")
-    if trial.method.library != "peft":
-        raise ForecastError(f"{trial.name}: {trial.method.library} is not forecast, only transformers and peft")
     config = models.configuration(trial.model)
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest and 0 < longest < trial.max_length:
-        raise ForecastError(f"{trial.name}: rows of {trial.max_length} tokens, where the model takes {longest}")
+    if (reason := refusal(trial, config)) is not None:
+        raise ForecastError(f"{trial.name}: {reason}")
+    trial = replace(trial, method=_on_stored_weights(trial.method, config))
     method = trial.method.on_rank(trial.world_size)
     dtype = getattr(torch, method.weights_dtype)
     try:
         with _quiet():
             network = method.adapt(models.skeleton(config, dtype, method.quantization))
-    except (NotImplementedError, ValueError) as error:
+    except Exception as error:  # of transformers, peft or the quantizer: what they say of one method is its own line
         raise ForecastError(f"{trial.name}: cannot be built: {_reason(error)}") from error
     with rank_zero_of(trial.world_size), _garbage_of_its_own():
         return _trace(trial, capability, paddings, network, config.get_text_config().vocab_size)
+
+
+def refusal(trial: Trial, config: PretrainedConfig) -> str | None:
+    """Why a trial of a model with `config` cannot be forecast, as far as that is known before it is traced."""
+    if trial.method.captured_step is not None:
+        return "the captured step is not forecast, only steps that the Trainer runs"
+    if trial.method.library != "peft":
+        return f"{trial.method.library} is not forecast, only transformers and peft"
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest and 0 < longest < trial.max_length:
+        return f"rows of {trial.max_length} tokens, where the model takes {longest}"
+    if (stored := _stored_quantization(config)) is not None:
+        if not (stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit")):
+            kind = stored.get("quant_method") or "a way that config.json does not name"
+            return f"the checkpoint's weights are quantized by {kind}, and only bitsandbytes' 4 bits are forecast"
+        if trial.method.adapter is None:
+            return "the checkpoint's weights are quantized to 4 bits, which only an adapter can be trained on"
+    return None
+
+
+def _stored_quantization(config: PretrainedConfig) -> dict[str, Any] | None:
+    """How a checkpoint's weights are quantized, None where they are not."""
+    stored = getattr(config, "quantization_config", None)
+    return stored.to_dict() if isinstance(stored, QuantizationConfigMixin) else stored
+
+
+def _on_stored_weights(method: Method, config: PretrainedConfig) -> Method:
+    """The method on weights as their checkpoint has them: what is quantized there is not quantized anew."""
+    stored = _stored_quantization(config)
+    return method if stored is None else replace(method, quantization=BitsAndBytesConfig.from_dict(stored))
 
 
 def _trace(trial: Trial, capability: Capability, paddings: tuple[Padding, ...], network: Any, vocabulary: int) -> Trace:
@@ -235,17 +278,19 @@ def _trace(trial: Trial, capability: Capability, paddings: tuple[Padding, ...], 
     rules = CudaRules(capability)
     mode: Any = FakeTensorMode(allow_non_fake_inputs=True)
     tracer = _Tracer(mode, Meter(torch.device("cpu"), start_seconds=0.0), rules, vocabulary)
-    with _quiet(), mode, rules, tracer, _sharding_seen_by(tracer):
+    with _quiet(), mode, rules, tracer, _sharding_seen_by(tracer), _bitsandbytes_seen_by(tracer):
         tracer.meter.phase = "build"
-        _materialise(network, dtype, tracer, trial)
-        parameters, trainable = (models.count_parameters(network, trainable=only) for only in (False, True))
         with _module_names(network) as entered:
             try:
+                _materialise(network, dtype, tracer, trial)
+                parameters, trainable = (models.count_parameters(network, trainable=only) for only in (False, True))
                 _train(network, trial, paddings, tracer)
             except _TracedError:
                 pass
-            except (AssertionError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-                where = f"{entered[-1]} " if entered else ""
+            except ForecastError:
+                raise
+            except Exception as error:  # of any model's code, or a library's: they are the reason that is told
+                where = f"{entered[-1]} " if entered else _optimizer_at_fault(trial, tracer)
                 raise ForecastError(f"{trial.name}: {where}cannot be traced: {_reason(error)}") from error
     return Trace(
         parameters=parameters,
@@ -254,6 +299,17 @@ def _trace(trial: Trial, capability: Capability, paddings: tuple[Padding, ...], 
         causes=tracer.causes,
         phases=tracer.phases,
         streams=tracer.streams,
+        paged_bytes=tracer.paged_bytes,
+    )
+
+
+def _optimizer_at_fault(trial: Trial, tracer: _Tracer) -> str:
+    """The optimizer by name, where it is being made or steps."""
+    name = trial.method.training_arguments.get("optim")
+    return (
+        f"optim={getattr(name, 'value', name)!r} "
+        if name is not None and tracer.meter.phase in ("build", "optimizer")
+        else ""
     )
 
 
@@ -272,6 +328,7 @@ class _Tracer(TorchDispatchMode):
         self.causes: dict[int, Cause] = {}
         self.phases: list[tuple[int, Phase]] = []
         self.streams: dict[int, int] = {}
+        self.paged_bytes = 0
         self._vocabulary = vocabulary
         self._stream_numbers = {torch.cpu.current_stream(): 0}
         self._names: dict[int, int | None] = {}
@@ -341,8 +398,28 @@ class _Tracer(TorchDispatchMode):
     def mark(self, tensor: Tensor, cause: Cause) -> None:
         """Say what a tensor is for; of a sharded one, the rank's own part."""
         tensor = getattr(tensor, "_local_tensor", tensor)
+        self._see(tensor)
         if (name := self._names.get(tensor.untyped_storage()._cdata)) is not None:
             self.causes[name] = cause
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Write nothing down of what is allocated inside, until a tensor of it is marked."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+
+    def page(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor in managed memory, which the caching allocator knows nothing of."""
+        with self.unseen():
+            paged = torch.zeros(size, dtype=dtype)
+        storage = paged.untyped_storage()
+        self._names[storage._cdata] = None
+        weakref.finalize(storage, self._forget, storage._cdata)
+        self.paged_bytes += storage.nbytes()
+        return paged
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """Note that a storage has changed its size. FSDP2 so frees the whole weights of a layer, and gets them back."""
@@ -408,15 +485,35 @@ def _sharding_seen_by(tracer: _Tracer) -> Iterator[None]:
         tracer.resized(storage)
 
     def propagate_unseen(*arguments: Any) -> Any:
-        tracer.paused = True
-        try:
+        with tracer.unseen():
             return propagate(*arguments)
-        finally:
-            tracer.paused = False
 
     with (
         mock.patch.object(torch.UntypedStorage, "resize_", resize_and_tell),
         mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate_unseen),
+    ):
+        yield
+
+
+@contextmanager
+def _bitsandbytes_seen_by(tracer: _Tracer) -> Iterator[None]:
+    """Have bitsandbytes' optimizers and quantizers do with fake tensors what they do on a GPU, and leave nothing of it
+    in what they keep for the whole process."""
+
+    def paged_as_on_a_gpu(optimizer: Any, parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        if optimizer.is_paged and parameter.numel() >= PAGED_ELEMENTS:
+            return tracer.page(tuple(parameter.shape), dtype)
+        return torch.zeros_like(parameter, dtype=dtype)
+
+    def numbers_of_8_bits(*_: Any, **__: Any) -> Tensor:  # which bitsandbytes computes one by one, by their values
+        with tracer.unseen():  # on the host, until they are in use
+            return torch.empty(256)
+
+    with (
+        mock.patch.object(Optimizer8bit, "get_state_buffer", paged_as_on_a_gpu),
+        mock.patch.object(bitsandbytes_functional, "create_dynamic_map", numbers_of_8_bits),
+        mock.patch.dict(bitsandbytes_functional.name2qmap, clear=True),
+        mock.patch.object(GlobalOptimManager, "_instance", None),
     ):
         yield
 
@@ -491,8 +588,8 @@ def _quantize(weight: Any, dtype: torch.dtype, tracer: _Tracer) -> nn.Parameter:
     for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage"):
         setattr(quantized, name, getattr(weight, name))
     quantized.bnb_quantized, quantized.quant_state = True, state
-    for part in (state, state.state2):
-        for tensor in vars(part).values() if part is not None else ():
+    for parts in (vars(state), vars(state.state2) if state.nested else {}, bitsandbytes_functional.name2qmap):
+        for tensor in parts.values():
             if isinstance(tensor, Tensor):
                 tracer.mark(tensor, "quantization state")
     return quantized  # type: ignore[no-any-return]
@@ -618,6 +715,8 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            # transformers tells tied embeddings by their addresses, to say how many elements 8-bit optimizers skip
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -647,4 +746,8 @@ def _module_names(network: nn.Module) -> Iterator[list[str]]:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    """The first line of what went wrong; an error of ours has said all of it in one."""
+    lines = str(error).strip().splitlines()
+    if isinstance(error, MethodError | models.ModelError) and lines:
+        return lines[0]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

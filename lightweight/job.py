@@ -129,7 +129,7 @@ def run(job: Job, progress: Callable[[str], None] = lambda text: None) -> Outcom
         found = _found(models.named(job.model), job.weights)
         before = ranks.of_first(output.recall)  # which it writes anew as soon as it goes on
         if method is None:
-            method = ranks.of_first(lambda: _chosen(job, found, target, device, before.get("method"), progress))
+            method = ranks.of_first(lambda: _chosen(job, found, target, device, before, progress))
         if job.batch_size is not None:
             method = method.with_batch(job.batch_size)
         if job.learning_rate is not None:
@@ -282,13 +282,14 @@ def _chosen(
     model: Model,
     target: Target,
     device: Device,
-    before: str | None,
+    before: dict[str, Any],
     progress: Callable[[str], None],
 ) -> Method:
-    """The method of a job that was given none, which is told in one line. Raises NothingFitsError."""
-    if before is not None:
-        _say(f"method {before}: what the interrupted job was trained with")
-        return methods.named(before)
+    """The method of a job that was given none, which is told in one line, with as many rows a pass as fit. Raises
+    NothingFitsError."""
+    if before.get("method") is not None:
+        _say(f"method {before['method']}: what the interrupted job was trained with")
+        return _with_stored_passes(methods.named(before["method"]), before["training_arguments"])
     if device.total_bytes is None and target.total_bytes is None:
         if model.weights == "random":
             _say("method baseline: without GPU or --target nothing is forecast; random weights give adapters no ground")
@@ -299,19 +300,35 @@ def _chosen(
     row = next((row for row in rows if row["chosen"]), None)
     budget = rows[0]["budget_bytes"]
     if row is None:
-        least = min(rows, key=lambda row: row["forecast_reserved_bytes"])
+        known = [row for row in rows if row["verdict"] != "cannot_be_forecast"]
+        if not known:
+            raise NothingFitsError(f"model {job.model}: no method can be forecast: {rows[0]['reason']}: give --method")
+        least = min(known, key=lambda row: row["forecast_reserved_bytes"])
         raise NothingFitsError(
             f"model {job.model}: no method is forecast to fit {_size(budget)}: {least['method']} takes least, "
             f"{_size(least['forecast_reserved_bytes'])}: take a smaller --batch-size or --max-length, or more memory"
         )
     fitting = [row["method"] for row in rows if row["verdict"] == "fits"]
     where = "" if device.total_bytes else ", though trained on this CPU, which has no such budget"
+    method = methods.named(row["method"])
+    chosen = method.with_passes(row["accumulation"])
+    passes = "" if chosen == method else f" in {row['passes']} passes of {row['batch_size']} rows a step"
     _say(
-        f"method {row['method']}: {_size(row['forecast_reserved_bytes'])} of {target.name}'s {_size(budget)} by "
+        f"method {row['method']}{passes}: {_size(row['forecast_reserved_bytes'])} of {target.name}'s {_size(budget)} by "
         f"forecast, expected to be the fastest of what fits ({', '.join(fitting)}; captured steps are not forecast)"
         f"{where}"
     )
-    return methods.named(row["method"])
+    return chosen
+
+
+def _with_stored_passes(method: Method, stored: dict[str, Any]) -> Method:
+    """`method` with those passes that a job of its stored arguments was planned with."""
+    wanted = stored.get("per_device_train_batch_size", 8), stored.get("gradient_accumulation_steps", 1)
+    for planned in (method, *plan.smaller_passes(method, ranks.world_size())):
+        on_rank = planned.on_rank(ranks.world_size())
+        if (on_rank.sequences_per_pass, on_rank.passes_per_step) == wanted:
+            return planned
+    return method
 
 
 def _forecasts(
@@ -327,8 +344,7 @@ def _forecasts(
         method for method in methods.METHODS.values() if method.captured_step is None and method.name not in without
     ]
     if target.total_bytes is None:  # the card as it is
-        capability = device.capability or target.capability
-        target = replace(target, total_bytes=device.total_bytes, capability=capability, bf16=capability >= (8, 0))
+        target = replace(target, total_bytes=device.total_bytes, capability=device.capability or target.capability)
     wanted: dict[str, Any] = {"batch_size": job.batch_size, "max_length": job.max_length, "gpus": ranks.world_size()}
     try:
         if ranks.world_size() == 1:
@@ -528,7 +544,12 @@ def _instead(trial: Trial, job: Job, device: Device, progress: Callable[[str], N
     row = next((row for row in rows if row["chosen"]), None)
     if row is None:
         return f"no other method is forecast to fit: {smaller}"
-    return f"--method {row['method']} is forecast to fit, with {_size(row['forecast_reserved_bytes'])}"
+    batch = ""
+    if row["accumulation"] != methods.named(row["method"]).passes_per_step:
+        if row["gpus"] > 1:
+            return smaller
+        batch = f" --batch-size {row['batch_size']}"
+    return f"--method {row['method']}{batch} is forecast to fit, with {_size(row['forecast_reserved_bytes'])}"
 
 
 def _host_ran_out(error: Exception) -> bool:

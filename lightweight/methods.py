@@ -16,6 +16,7 @@ from typing import Any, Literal
 from transformers import BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lightweight import names
 from lightweight.models import ran_out, reason
 from lightweight.preload import peft
 
@@ -114,9 +115,14 @@ class Method:
         return int(self.training_arguments.get("per_device_train_batch_size", 8))
 
     @property
+    def passes_per_step(self) -> int:
+        """Forward passes of one optimizer step, whose gradients accumulate."""
+        return int(self.training_arguments.get("gradient_accumulation_steps", 1))
+
+    @property
     def sequences_per_step(self) -> int:
         """Sequences one optimizer step sees: one forward pass times the accumulation."""
-        return self.sequences_per_pass * int(self.training_arguments.get("gradient_accumulation_steps", 1))
+        return self.sequences_per_pass * self.passes_per_step
 
     @property
     def expected_cost(self) -> tuple[bool, ...]:
@@ -140,6 +146,19 @@ class Method:
         method = self.with_batch(min(self.sequences_per_pass, sequences))
         passes = sequences // method.sequences_per_pass
         return replace(method, training_arguments={**method.training_arguments, "gradient_accumulation_steps": passes})
+
+    def with_passes(self, passes: int) -> Method:
+        """The method with the sequences of a step in `passes` forward passes. Raises MethodError where they are not
+        equal."""
+        if passes == self.passes_per_step:
+            return self
+        sequences, left = divmod(self.sequences_per_step, passes)
+        if left:
+            raise MethodError(
+                f"method {self.name}: {self.sequences_per_step} sequences a step are not {passes} equal passes"
+            )
+        arguments = {"per_device_train_batch_size": sequences, "gradient_accumulation_steps": passes}
+        return replace(self, training_arguments={**self.training_arguments, **arguments})
 
     def with_learning_rate(self, rate: float) -> Method:
         """The method with `rate` as what its schedule begins at."""
@@ -322,10 +341,7 @@ def named(text: str) -> Method:
     """The method called `text`, or the `Method` object at an import path `package.module:NAME`. Raises ValueError."""
     if text in METHODS:
         return METHODS[text]
-    if ":" not in text:
-        raise ValueError(
-            f"unknown method {text!r}: choose one of {', '.join(METHODS)}, or give your own as package.module:NAME"
-        )
+    names.check_method(text)
     try:
         method = pkgutil.resolve_name(text)
     except (ImportError, AttributeError, ValueError) as error:

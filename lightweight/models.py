@@ -14,11 +14,14 @@ import errno
 import importlib.util
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from lightweight import names
 
 if TYPE_CHECKING:
     import torch
@@ -207,11 +210,32 @@ MODELS = {model.name: model for model in (OPT_350M, GPT_NEO_1_3B, SMOLLM2_135M, 
 """What `--model` knows by name: the originals' two, one with real weights without a hub, and small twins for a CPU."""
 
 
+HUB_ID = re.compile(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
+"""What a repository of the hub can be called: huggingface_hub.utils.validate_repo_id."""
+
+
 def named(text: str) -> Model:
-    """The model called `text`, by its name here or on the hub; any other text is taken as a local folder or a hub
-    id."""
-    known = (model for model in MODELS.values() if text in (model.name, model.source))
-    return next(known, Model(name=text, source=text))
+    """The model called `text`, by its name here or on the hub, or in a local folder.
+
+    Any other text is taken as a hub id if it can be one. Without an owner it can be one, too (`gpt2`), unless it is
+    near a name that is known here. Raises ModelError.
+    """
+    for model in MODELS.values():
+        if text in (model.name, model.source):
+            return model
+    if os.path.isdir(text):
+        return Model(name=text, source=text)
+    if not HUB_ID.fullmatch(text) or text.startswith("."):
+        what = "is a file" if os.path.isfile(text) else "no such folder"
+        raise ModelError(
+            f"model {names.one_line(text)[:100]}: {what}; give a folder with config.json and *.safetensors"
+        )
+    if question := names.question(text, MODELS):
+        raise ModelError(
+            f"model {text}: no such folder; give a local folder or a known name: {', '.join(MODELS)}, "
+            f"or a hub id with its owner{question}"
+        )
+    return Model(name=text, source=text)
 
 
 def find(model: Model, weights: Weights | None = None) -> tuple[Model, str | None]:

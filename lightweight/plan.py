@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import bisect
+import statistics
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import cache, partial
-from itertools import product
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from tabulate import tabulate
 
-from lightweight import forecast
+from lightweight import forecast, models
 from lightweight.corpus import Corpus
-from lightweight.forecast import Forecast, ForecastError
+from lightweight.forecast import Cause, Forecast, ForecastError
 from lightweight.methods import Method
 from lightweight.models import Model
 from lightweight.record import Entry, seconds_per_token
@@ -22,16 +24,80 @@ from lightweight.trial import MAX_LENGTH, Trial
 Row = dict[str, Any]
 """One model x method x target as JSON: `model`, `method`, `target`, `forecast_allocated_bytes`,
 `forecast_reserved_bytes`, `budget_bytes`, `phase` and `verdict` as in Forecast, each of one GPU; `gpus`, how many share
-the trial; `batch_size` in sequences a forward pass of one GPU, `max_length` in tokens a row; `bytes_by_cause`;
-`chosen`, whether this is the method to take on this target; `reason` where something else than memory decides. Where
-it was asked for: `max_batch`, the largest batch that fits, and `fewest_gpus`, the least number of GPUs on which this
-one does, None where it does not even with one for every sequence of a step."""
+the trial; `passes` of `batch_size` sequences are an optimizer step of one GPU, and `accumulation` is the
+`gradient_accumulation_steps` that make it so; `max_length` in tokens a row; `bytes_by_cause` and `paged_bytes`;
+`chosen`, whether this is the method to take on this target, and `measured_on` the device whose step times say so, None
+where it is expected; `reason` where something else than memory decides. Where that is why nothing can be forecast, the
+verdict is `cannot_be_forecast`, and what would have been is None. Where it was asked for: `max_batch`, the largest
+batch that fits, and `fewest_gpus`, the least number of GPUs on which this one does, None where it does not even with
+one for every sequence of a step."""
 
 EXTRAS = {"max_batch": "largest batch", "fewest_gpus": "fewest GPUs"}
 """What a row has only where it was asked for, and what its column is called."""
 
 LARGEST_BATCH = 2**14
 """Where the search for the largest batch ends."""
+
+LASTING: tuple[Cause, ...] = ("weights", "quantization state", "optimizer")
+"""What every pass of a step holds, however few its sequences."""
+
+
+@dataclass(eq=False, kw_only=True)
+class _Cell:
+    """One model x method, and its traces, each of which is made once. `is_given` says that the sequences of a pass were
+    asked for, and are not to be changed."""
+
+    model: Model
+    method: Method
+    max_length: int
+    is_given: bool
+    progress: Callable[[str], None]
+    _traces: dict[tuple[int, int, int, Capability], forecast.Trace] = field(default_factory=dict)
+
+    def trial(self, method: Method, gpus: int) -> Trial:
+        """Raises ValueError where a step has fewer sequences than `gpus`."""
+        return Trial(
+            model=self.model,
+            method=method,
+            target=NATIVE,
+            corpus=Corpus(train=(), heldout=(), digest=""),
+            max_length=self.max_length,
+            world_size=gpus,
+        )
+
+    def refusal(self, gpus: int) -> str | None:
+        """Why this cannot be forecast, as far as it is known before minutes of tracing. Raises ModelError."""
+        try:
+            trial = self.trial(self.method, gpus)
+        except ValueError as error:
+            return str(error)
+        return forecast.refusal(trial, models.configuration(self.model))
+
+    def forecast(self, method: Method, gpus: int, target: Target) -> Forecast:
+        """What `method`, this one with other passes, takes of each of `gpus`. Raises ForecastError."""
+        key = method.sequences_per_pass, method.passes_per_step, gpus, target.capability
+        if key not in self._traces:
+            trial = self.trial(method, gpus)
+            rows = trial.method.on_rank(gpus).sequences_per_pass
+            shared = f" on {gpus} GPUs" if gpus > 1 else ""
+            self.progress(f"{trial.name}: tracing a batch of {rows} x {self.max_length}{shared}")
+            self._traces[key] = forecast.trace(trial, target.capability)
+        return forecast.within(self._traces[key], target.budget_bytes)
+
+    def advised(self, gpus: int, target: Target) -> tuple[Method, Forecast]:
+        """The method with the most sequences a pass that fit, of the same optimizer step, and its forecast: its own
+        where they fit, or where nothing does. Raises ForecastError."""
+        own = self.forecast(self.method, gpus, target)
+        lasting = sum(own.by_cause[cause] for cause in LASTING)
+        if own.verdict == "fits" or self.is_given or lasting > (target.budget_bytes or lasting):
+            return self.method, own
+        smaller = smaller_passes(self.method, gpus)
+        index = bisect.bisect_left(
+            smaller, True, key=lambda method: self.forecast(method, gpus, target).verdict == "fits"
+        )
+        if index == len(smaller):
+            return self.method, own
+        return smaller[index], self.forecast(smaller[index], gpus, target)
 
 
 def plan(
@@ -46,60 +112,63 @@ def plan(
     fewest: bool = False,
     measured: Sequence[Entry] = (),
     progress: Callable[[str], None] = lambda text: None,
+    failed: Callable[[ForecastError], None] = lambda error: None,
 ) -> list[Row]:
-    """A row for every model x method x target. Raises ForecastError and ModelError.
+    """A row for every model x method x target. Raises ModelError, and ForecastError where nothing can be forecast and
+    that is known before anything is traced.
 
-    `batch_size` is in sequences a forward pass on one GPU, a method's own where it is None. `gpus` share a trial; with
-    `fewest` the least number of them that suffices is looked for as well. `measured` are entries of records, whose step
-    times order the methods where they have all of them.
+    `batch_size` is in sequences a forward pass on one GPU. Where it is None, it is a method's own, or the most that fit
+    in more passes of the same optimizer step. `gpus` share a trial; with `fewest` the least number of them that
+    suffices is looked for as well. `measured` are entries of records, whose step times order the methods where they
+    have all of them. `failed` is told of what makes a method's row `cannot_be_forecast` while it is traced.
     """
-
-    def trial_of(model: Model, method: Method, sequences: int, count: int) -> Trial:
-        return Trial(
+    cells = {
+        (i, j): _Cell(
             model=model,
-            method=method.with_batch(sequences),
-            target=NATIVE,
-            corpus=Corpus(train=(), heldout=(), digest=""),
+            method=method if batch_size is None else method.with_batch(batch_size),
             max_length=max_length,
-            world_size=count,
+            is_given=batch_size is not None,
+            progress=progress,
         )
-
-    @cache
-    def traced(model: int, method: int, sequences: int, count: int, capability: Capability) -> forecast.Trace:
-        trial = trial_of(models[model], methods[method], sequences, count)
-        shared = f" on {count} GPUs" if count > 1 else ""
-        progress(f"{trial.name}: tracing a batch of {sequences} x {max_length}{shared}")
-        return forecast.trace(trial, capability)
-
-    for model, method in product(models, methods):  # at once, and not after minutes of tracing others
-        try:
-            trial_of(model, method, batch_size or method.sequences_per_pass, gpus)
-        except ValueError as error:
-            raise ForecastError(str(error)) from error
+        for i, model in enumerate(models)
+        for j, method in enumerate(methods)
+    }
+    reasons = {key: reason for key, cell in cells.items() if (reason := cell.refusal(gpus)) is not None}
+    if cells and len(reasons) == len(cells):
+        (first, reason), *_ = reasons.items()
+        raise ForecastError(f"{cells[first].model.name} x {cells[first].method.name}: {reason}")
 
     rows = []
-    for i, model in enumerate(models):
+    for i, _ in enumerate(models):
         for target in targets:
-            of_target = []
-            for j, method in enumerate(methods):
-
-                def found(sequences: int, count: int, i: int = i, j: int = j, target: Target = target) -> Forecast:
-                    return forecast.within(traced(i, j, sequences, count, target.capability), target.budget_bytes)
-
-                sequences = batch_size or method.sequences_per_pass
-                trial = trial_of(model, method, sequences, gpus)
-                row = _row(trial, target, found(sequences, trial.world_size))
-                of_target.append(row)
-                if max_batch:
-                    least = -(-trial.world_size * sequences // trial.method.sequences_per_step)  # a sequence for each
-                    fits = partial(_at_least, found, least, trial.world_size)
-                    row["max_batch"] = 0 if row["reason"] else largest_batch(fits, sequences)
-                if fewest:
-                    fits = partial(found, sequences)
-                    row["fewest_gpus"] = None if row["reason"] else fewest_gpus(fits, trial.method.sequences_per_step)
-            _choose(of_target, dict(zip((m.name for m in methods), methods, strict=True)), measured)
-            rows += of_target
+            of_target: list[tuple[Row, Method]] = []
+            for j, _ in enumerate(methods):
+                cell, row = cells[i, j], None
+                try:
+                    if (i, j) not in reasons:
+                        row, method = _row(cell, target, gpus, max_batch=max_batch, fewest=fewest)
+                except ForecastError as error:  # on one card as on any other
+                    failed(error)
+                    reasons[i, j] = str(error).removeprefix(f"{cell.model.name} x {cell.method.name}: ")
+                if row is None:
+                    row, method = _row_without(cell, target, gpus, reasons[i, j]), cell.method
+                    row |= {key: None for key, asked in zip(EXTRAS, (max_batch, fewest), strict=True) if asked}
+                of_target.append((row, method))
+            _choose(of_target, target, measured)
+            rows += [row for row, _ in of_target]
     return rows
+
+
+def smaller_passes(method: Method, gpus: int) -> list[Method]:
+    """The method with fewer and fewer sequences in a pass on each of `gpus`, and as many of them in a step as before."""
+    found, rows = [], method.on_rank(gpus).sequences_per_pass
+    for passes in range(method.passes_per_step + 1, method.sequences_per_step + 1):
+        if method.sequences_per_step % passes == 0:
+            smaller = method.with_passes(passes)
+            if (fewer := smaller.on_rank(gpus).sequences_per_pass) < rows:
+                found.append(smaller)
+                rows = fewer
+    return found
 
 
 def largest_batch(fits: Callable[[int], Forecast], first: int) -> int:
@@ -136,53 +205,127 @@ def fewest_gpus(fits: Callable[[int], Forecast], sequences: int) -> int | None:
     return counts[index] if index < len(counts) else None
 
 
-def _at_least(found: Callable[[int, int], Forecast], least: int, count: int, sequences: int) -> Forecast:
-    """What is found for `sequences`, or for the `least` that there can be."""
-    return found(max(least, sequences), count)
-
-
-def _row(trial: Trial, target: Target, found: Forecast) -> Row:
+def _row(cell: _Cell, target: Target, gpus: int, *, max_batch: bool, fewest: bool) -> tuple[Row, Method]:
+    """A row, and the method with the passes it is about. Raises ForecastError."""
     reason = None
-    if trial.method.uses_bf16 and not target.bf16:
+    if cell.method.uses_bf16 and not target.bf16:
         reason = f"computes in bf16, which {target.name} does not have"
-    return {
-        "model": trial.model.name,
-        "method": trial.method.name,
-        "target": target.name,
-        "gpus": trial.world_size,
-        "batch_size": trial.method.on_rank(trial.world_size).sequences_per_pass,
-        "max_length": trial.max_length,
+        method, found = cell.method, cell.forecast(cell.method, gpus, target)
+    else:
+        method, found = cell.advised(gpus, target)
+    row = _shape(cell, method, target, gpus) | {
         "forecast_allocated_bytes": found.allocated_bytes,
         "forecast_reserved_bytes": found.reserved_bytes,
-        "budget_bytes": found.budget_bytes,
-        "context_bytes": CONTEXT_BYTES,
         "bytes_by_cause": found.by_cause,
+        "paged_bytes": found.paged_bytes,
         "parameters": found.parameters,
         "trainable_parameters": found.trainable_parameters,
         "phase": found.phase,
         "verdict": "does_not_fit" if reason else found.verdict,
         "reason": reason,
+    }
+    if max_batch:
+        row["max_batch"] = 0 if reason else largest_batch(partial(_with_batch, cell, gpus, target), row["batch_size"])
+    if fewest:
+        row["fewest_gpus"] = None if reason else _fewest(cell, target, gpus, found)
+    return row, method
+
+
+def _row_without(cell: _Cell, target: Target, gpus: int, reason: str) -> Row:
+    """The row of what cannot be forecast."""
+    unknown = ("forecast_allocated_bytes", "forecast_reserved_bytes", "paged_bytes", "parameters")
+    return {
+        **_shape(cell, cell.method, target, gpus),
+        **dict.fromkeys((*unknown, "trainable_parameters", "phase")),
+        "bytes_by_cause": {},
+        "verdict": "cannot_be_forecast",
+        "reason": reason,
+    }
+
+
+def _shape(cell: _Cell, method: Method, target: Target, gpus: int) -> Row:
+    on_rank = method.on_rank(gpus)
+    return {
+        "model": cell.model.name,
+        "method": method.name,
+        "target": target.name,
+        "gpus": gpus,
+        "batch_size": on_rank.sequences_per_pass,
+        "passes": on_rank.passes_per_step,
+        "accumulation": method.passes_per_step,
+        "max_length": cell.max_length,
+        "budget_bytes": target.budget_bytes,
+        "context_bytes": CONTEXT_BYTES,
+        "measured_on": None,
         "chosen": False,
     }
 
 
-def _choose(rows: list[Row], methods: dict[str, Method], measured: Sequence[Entry]) -> None:
-    """Mark the fastest of the methods that fit: by measured step times where every one of them has one, else by what
-    is expected."""
-    fitting = [row for row in rows if row["verdict"] == "fits"]
-    completed = [
-        entry
-        for entry in measured
-        if fitting and entry["model"] == fitting[0]["model"] and entry["outcome"] == "completed"
-    ]
-    found = zip(completed, seconds_per_token(*completed), strict=True)
-    seconds = {entry["method"]: per_token for entry, per_token in found if per_token is not None}
-    if all(row["method"] in seconds for row in fitting):
-        fitting.sort(key=lambda row: seconds[row["method"]])
+def _with_batch(cell: _Cell, gpus: int, target: Target, sequences: int) -> Forecast:
+    """The forecast of a pass of `sequences`, or of the least that give each of `gpus` one in a step."""
+    least = -(-gpus // cell.method.passes_per_step)
+    return cell.forecast(cell.method.with_batch(max(least, sequences)), gpus, target)
+
+
+def _fewest(cell: _Cell, target: Target, gpus: int, found: Forecast) -> int | None:
+    """The fewest GPUs that suffice; as many as were asked about, where others cannot be forecast."""
+    try:
+        return fewest_gpus(lambda count: cell.advised(count, target)[1], cell.method.sequences_per_step)
+    except ForecastError:
+        return gpus if found.verdict == "fits" else None
+
+
+def _choose(rows: Sequence[tuple[Row, Method]], target: Target, measured: Sequence[Entry]) -> None:
+    """Mark the fastest of the methods that fit: by measured step times where one device has those of all of them, else
+    by what is expected."""
+    fitting = [(row, method) for row, method in rows if row["verdict"] == "fits"]
+    if not fitting:
+        return
+    device, seconds = _measured([row for row, _ in fitting], target, measured)
+    for row, _ in fitting:
+        row["measured_on"] = device
+    if device is not None:
+        fastest = min(fitting, key=lambda pair: seconds[pair[0]["method"]])
     else:
-        fitting.sort(key=lambda row: methods[row["method"]].expected_cost)
-    for row in fitting[:1]:
-        row["chosen"] = True
+        fastest = min(fitting, key=lambda pair: (*pair[1].expected_cost, pair[0]["passes"]))
+    fastest[0]["chosen"] = True
+
+
+def _measured(rows: Sequence[Row], target: Target, measured: Sequence[Entry]) -> tuple[str | None, dict[str, float]]:
+    """The device that all of `rows` were measured on, and the median seconds a token of each there, by method: the
+    target's own card before others, and of others the one measured last."""
+    of_devices: dict[str, list[Entry]] = {}
+    for entry in measured:
+        if entry["outcome"] == "completed" and any(_is_of(entry, row) for row in rows):
+            of_devices[entry["device"]] = [*of_devices.pop(entry["device"], []), entry]  # the newest comes last
+    seconds = {device: _median_seconds(entries) for device, entries in of_devices.items()}
+    whole = [device for device, of_device in seconds.items() if all(row["method"] in of_device for row in rows)]
+    if not whole:
+        return None, {}
+    device = max(whole, key=lambda name: (target.card is not None and target.card in name, whole.index(name)))
+    return device, seconds[device]
+
+
+def _median_seconds(entries: Sequence[Entry]) -> dict[str, float]:
+    """The median seconds a token of each method that was timed in `entries`."""
+    by_method: dict[str, list[float]] = defaultdict(list)
+    for entry, per_token in zip(entries, seconds_per_token(*entries), strict=True):
+        if per_token is not None:
+            by_method[entry["method"]].append(per_token)
+    return {method: statistics.median(values) for method, values in by_method.items()}
+
+
+def _is_of(entry: Entry, row: Row) -> bool:
+    """Whether a stored trial is what `row` is about, on whatever device and under whatever budget."""
+    arguments = entry.get("training_arguments") or {}
+    shape = (
+        entry["world_size"],
+        entry.get("max_length"),
+        arguments.get("per_device_train_batch_size", 8),
+        arguments.get("gradient_accumulation_steps", 1),
+    )
+    alike = shape == (row["gpus"], row["max_length"], row["batch_size"], row["passes"])
+    return alike and (entry["model"], entry["method"]) == (row["model"], row["method"])
 
 
 def each_target_has_a_method(rows: Sequence[Row]) -> bool:
@@ -202,53 +345,86 @@ def table(rows: Sequence[Row]) -> str:
 
 def _causes(rows: Sequence[Row]) -> str:
     """The bytes of every method, once for all targets with the same kernels."""
-    causes = [cause for cause in forecast.CAUSES if cause != "gathered" or rows[0]["gpus"] > 1]
-    peaks: dict[tuple[Any, ...], list[str]] = {}
-    for row in rows:
-        sizes = [row["forecast_allocated_bytes"], *(row["bytes_by_cause"][cause] for cause in causes)]
-        peaks.setdefault((row["method"], *sizes), []).append(row["target"])
-    lines = [[method, *map(_size, sizes), ", ".join(targets)] for (method, *sizes), targets in peaks.items()]
+    known = [row for row in rows if row["verdict"] != "cannot_be_forecast"]
     first = rows[0]
+    size = f", {known[0]['parameters'] / 1e6:,.0f} M parameters" if known else ""
     title = (
-        f"{first['model']}, {first['parameters'] / 1e6:,.0f} M parameters, rows of {first['max_length']} tokens: "
+        f"{first['model']}{size}, rows of {first['max_length']} tokens: "
         f"allocated at the peak{' on each of ' + str(first['gpus']) + ' GPUs' if first['gpus'] > 1 else ''}"
     )
-    headers = ["method", "peak", *causes, "with the kernels of"]
+    if not known:
+        return title
+    causes = [cause for cause in forecast.CAUSES if cause != "gathered" or first["gpus"] > 1]
+    paged = any(row["paged_bytes"] for row in known)
+    peaks: dict[tuple[Any, ...], list[str]] = {}
+    for row in known:
+        sizes = [row["forecast_allocated_bytes"], *(row["bytes_by_cause"][cause] for cause in causes)]
+        key = row["method"], _step(row), *sizes, *([row["paged_bytes"]] if paged else [])
+        peaks.setdefault(key, []).append(row["target"])
+    order = list(dict.fromkeys(row["method"] for row in known))
+    lines = [
+        [method, step, *map(_size, sizes), ", ".join(targets)]
+        for (method, step, *sizes), targets in sorted(peaks.items(), key=lambda item: order.index(item[0][0]))
+    ]
+    headers = ["method", STEP, "peak", *causes, *(["paged"] if paged else []), "with the kernels of"]
     aligned = ("left", *["right"] * (len(headers) - 2), "left")
-    return f"{title}\n\n{tabulate(lines, headers, tablefmt='simple', disable_numparse=True, colalign=aligned)}"
+    table = tabulate(lines, headers, tablefmt="simple", disable_numparse=True, colalign=aligned)
+    return f"{title}\n\n{table}"
+
+
+STEP = "passes x rows"
+"""The column of what one GPU does in an optimizer step."""
+
+
+def _step(row: Row) -> str:
+    return f"{row['passes']} x {row['batch_size']}"
 
 
 def _verdicts(rows: Sequence[Row]) -> str:
-    headers = ["target", "method", "batch", "verdict", "reserved", "budget", "margin", "peak in"]
+    headers = ["target", "method", STEP, "verdict", "reserved", "budget", "margin", "peak in"]
     asked = {key: title for key, title in EXTRAS.items() if key in rows[0]}
     lines = []
     for row in rows:
-        margin = 1 - row["forecast_reserved_bytes"] / row["budget_bytes"]
+        reserved, margin = "-", "-"
+        if row["forecast_reserved_bytes"] is not None:
+            reserved = _size(row["forecast_reserved_bytes"])
+            margin = f"{1 - row['forecast_reserved_bytes'] / row['budget_bytes']:+.1%}"
         where = f"out of memory in {row['phase']}" if row["verdict"] == "does_not_fit" else row["phase"]
         line = [
             row["target"],
             row["method"],
-            str(row["batch_size"]),
+            _step(row),
             row["verdict"].replace("_", " ") + (" <- take this" if row["chosen"] else ""),
-            _size(row["forecast_reserved_bytes"]),
+            reserved,
             _size(row["budget_bytes"]),
-            f"{margin:+.1%}",
+            margin,
             row["reason"] or where,
         ]
         lines.append([*line, *("none" if row[key] is None else str(row[key]) for key in asked)])
     aligned = ["left", "left", "right", "left", "right", "right", "right", "left", *["right"] * len(asked)]
     table = tabulate(lines, [*headers, *asked.values()], tablefmt="simple", disable_numparse=True, colalign=aligned)
+    return "\n\n".join([table, *_notes(rows)])
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
     notes = [
         f"The budget is the card's memory less {CONTEXT_BYTES // MiB} MiB for a CUDA context; the margin is what of it "
         "the allocator would not reserve."
     ]
-    if "fewest_gpus" in asked:
+    devices = {row["target"]: row["measured_on"] for row in rows if row["measured_on"]}
+    notes += [f"{target}: the fastest by step times measured on {device}." for target, device in devices.items()]
+    if any(row["paged_bytes"] for row in rows):
         notes.append(
-            "Batch and bytes are those of one GPU; several share the sequences of a step and, by FSDP2, the network. "
-            "What NCCL takes for itself is not counted. The fewest GPUs are sought up to one for every sequence of a "
-            "step."
+            "Paged optimizer state is in no peak and no verdict: it lies in managed memory, on the card as far as there "
+            "is room and else on the host."
         )
-    return "\n\n".join([table, *notes])
+    if "fewest_gpus" in rows[0]:
+        notes.append(
+            "Passes, rows and bytes are those of one GPU; several share the sequences of a step and, by FSDP2, the "
+            "network. What NCCL takes for itself is not counted. The fewest GPUs are sought up to one for every sequence "
+            "of a step."
+        )
+    return notes
 
 
 def _size(count: int) -> str:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from lightweight import names
+
 MiB = 2**20
 GiB = 2**30
 
 Capability = tuple[int, int]
 """CUDA's compute capability, major and minor: which kernels a card can run."""
 
+AMPERE: Capability = (8, 0)
 HOPPER: Capability = (9, 0)
 
 CONTEXT_BYTES = 430 * MiB
@@ -29,15 +32,19 @@ class Target:
 
     `total_bytes` is what torch reports as `total_memory`; `None` means whatever the device at hand has, uncapped.
     `card` is how CUDA's device name spells it: where that name matches, the target is native and needs no cap.
-    `capability` decides which kernels a forecast reckons with, `bf16` is False where the hardware has no bfloat16
-    arithmetic.
+    `capability` decides which kernels a forecast reckons with and whether there is bfloat16 arithmetic; an amount of
+    memory is taken for a Hopper's.
     """
 
     name: str
     total_bytes: int | None = None
     card: str | None = None
     capability: Capability = HOPPER
-    bf16: bool = True
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the hardware has bfloat16 arithmetic: from Ampere on."""
+        return self.capability >= AMPERE
 
     @property
     def budget_bytes(self) -> int | None:
@@ -66,9 +73,7 @@ CPU = Target(name="cpu")
 
 # Total memory as torch reported it on real cards: `total_memory`, or 'a total capacity of' in its OutOfMemoryError.
 # Driver and ECC settings move it by about one per cent; where reports differ this is one of the lower ones.
-T4 = Target(  # Colab; sm_75 has no bf16 arithmetic
-    name="t4", card="Tesla T4", capability=(7, 5), total_bytes=15_655_829_504, bf16=False
-)
+T4 = Target(name="t4", card="Tesla T4", capability=(7, 5), total_bytes=15_655_829_504)  # Colab
 L4 = Target(name="l4", card="NVIDIA L4", capability=(8, 9), total_bytes=int(22.03 * GiB))
 A10 = Target(name="a10", card="NVIDIA A10", capability=(8, 6), total_bytes=22_587 * MiB)  # an A10G on AWS
 RTX_4090 = Target(name="rtx4090", card="RTX 4090", capability=(8, 9), total_bytes=25_250_627_584)
@@ -86,9 +91,12 @@ def named(text: str) -> Target:
     """
     if text in TARGETS:
         return TARGETS[text]
-    if amount := re.fullmatch(r"(\d+(?:\.\d+)?)GiB", text):
+    if amount := re.fullmatch(r"(\d+(?:\.\d+)?)GiB", text, re.ASCII):
         total_bytes = int(float(amount[1]) * GiB)
         if total_bytes <= CONTEXT_BYTES:
             raise ValueError(f"target {text!r} is smaller than a CUDA context ({CONTEXT_BYTES // MiB} MiB)")
         return Target(name=text, total_bytes=total_bytes)
-    raise ValueError(f"unknown target {text!r}: choose one of {', '.join(TARGETS)}, or an amount such as 16GiB")
+    amount = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:G|GB|GiB)?", text, re.ASCII | re.IGNORECASE)
+    if amount and not names.nearest(text, TARGETS):
+        raise ValueError(f"target {text!r}: an amount of memory is written {amount[1]}GiB")
+    raise ValueError(names.unknown("target", text, TARGETS, "give an amount such as 16GiB"))

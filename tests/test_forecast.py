@@ -1,18 +1,27 @@
 """The forecast against measured peaks, against parameter counts from the papers, and against traces worked by hand."""
 
 import json
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
-from transformers import BitsAndBytesConfig
+import torch
+from bitsandbytes import functional as bitsandbytes_functional
+from bitsandbytes.nn import Linear4bit
+from bitsandbytes.optim import GlobalOptimManager
+from conftest import MICRO
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.training_args import OptimizerNames
 
 from experiments.test_forecast import ALLOCATED, CELLS, MODELS, RESERVED
-from lightweight import forecast, isolation, models, record, targets
+from lightweight import forecast, isolation, models, record, stock, targets
 from lightweight.corpus import Corpus
 from lightweight.forecast import MARGIN, ForecastError, Trace
-from lightweight.methods import BASELINE, LORA, QLORA
+from lightweight.meter import Meter
+from lightweight.methods import BASELINE, LORA, QLORA, MethodError
 from lightweight.models import GPT_NEO_TINY, OPT_TINY, Model
 from lightweight.targets import HOPPER, NATIVE, MiB
 from lightweight.trial import Trial
@@ -140,6 +149,95 @@ def test_the_optimizer_of_the_method_is_the_one_that_is_traced():
     assert state(optim="adafactor") < state() / 2
 
 
+def training(**arguments):
+    return replace(BASELINE, name="mine", training_arguments={"per_device_train_batch_size": 4, **arguments})
+
+
+@pytest.mark.parametrize("name", OptimizerNames)
+def test_every_optimizer_is_forecast_or_one_line_names_it(name):
+    try:
+        traced = forecast.trace(trial(MICRO, training(optim=name.value), max_length=16))
+    except ForecastError as error:
+        assert f"optim='{name.value}'" in str(error)
+        assert str(error).isprintable()
+    else:
+        assert (traced.replay().by_cause["optimizer"] > 0) == (name != OptimizerNames.SGD)
+
+
+def test_without_more_packages_than_these_the_optimizers_of_bitsandbytes_and_torch_are_forecast():
+    for name in ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "ademamix_8bit", "adafactor", "adamw_torch_fused"):
+        forecast.trace(trial(MICRO, training(optim=name), max_length=16))
+
+
+class Owner:
+    """Asks for nothing and is told nothing."""
+
+    def training_began(self): ...
+    def await_request(self, request): ...
+    def step_ended(self): ...
+    def round_ended(self): ...
+
+
+def blocks(tensors):
+    """What the caching allocator gives for `tensors`, each storage once: blocks of 512 bytes."""
+    storages = {s._cdata: s for tensor in tensors if (s := tensor.untyped_storage()).nbytes()}
+    return sum(-(-storage.nbytes() // 512) * 512 for storage in storages.values())
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_8bit", "lion_8bit", "ademamix_8bit", "adafactor"])
+def test_the_state_of_an_optimizer_is_what_it_holds_after_a_step_on_this_cpu(tmp_path, name):
+    of = trial(OPT_TINY, training(optim=name), max_length=16)
+    network = AutoModelForCausalLM.from_config(models.configuration(OPT_TINY), dtype=torch.float32)
+    row = {name: [1] * 16 for name in ("input_ids", "attention_mask", "labels")}
+    meter = Meter(torch.device("cpu"), start_seconds=0.0)
+    with mock.patch.object(GlobalOptimManager, "_instance", None):
+        trainer = stock.make_trainer(replace(of, max_steps=1), network, [row] * 4, meter, Owner(), tmp_path)
+        trainer.train()
+    held = [v for state in trainer.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    assert forecast.trace(of).replay().by_cause["optimizer"] == blocks(held)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_the_state_of_quantized_weights_is_what_bitsandbytes_makes_of_them_on_this_cpu(tmp_path, double):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
+    network = AutoModelForCausalLM.from_config(models.configuration(OPT_TINY), dtype=torch.float32)
+    network.save_pretrained(tmp_path)
+    with mock.patch.dict(bitsandbytes_functional.name2qmap, clear=True):
+        network = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization)
+        held = list(bitsandbytes_functional.name2qmap.values())
+    for layer in network.modules():
+        if isinstance(layer, Linear4bit):
+            state = layer.weight.quant_state
+            held += [*vars(state).values(), *(vars(state.state2).values() if double else ())]
+    peak = forecast.trace(trial(OPT_TINY, replace(QLORA, quantization=quantization), max_length=16)).replay()
+    assert peak.by_cause["quantization state"] == blocks(t for t in held if isinstance(t, torch.Tensor))
+
+
+WIDE = replace(MICRO, architecture={**MICRO.architecture, "hidden_size": 256, "ffn_dim": 512, "word_embed_proj_dim": 256})
+
+
+def test_what_is_paged_is_not_counted_as_the_cards():
+    def found(name):
+        return forecast.within(forecast.trace(trial(WIDE, training(optim=name), max_length=16)), None)
+
+    plain, paged = found("adamw_bnb_8bit"), found("paged_adamw_8bit")
+    large = 2 * 256 * 512  # fc1 and fc2 alone have 100,000 elements; 8 bits for each of two moments
+    assert plain.paged_bytes == 0
+    assert paged.paged_bytes == 2 * large
+    assert plain.by_cause["optimizer"] - paged.by_cause["optimizer"] == 2 * large
+    in_32_bits = found("paged_adamw_32bit")
+    assert in_32_bits.paged_bytes == 4 * 2 * large
+    assert sum(in_32_bits.by_cause.values()) == in_32_bits.allocated_bytes
+
+
+def test_a_forecast_leaves_nothing_behind_in_bitsandbytes():
+    before = GlobalOptimManager._instance, dict(bitsandbytes_functional.name2qmap)
+    double = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
+    forecast.trace(trial(MICRO, replace(QLORA, quantization=double), max_length=16))
+    forecast.trace(trial(MICRO, training(optim="paged_adamw_8bit"), max_length=16))
+    assert (GlobalOptimManager._instance, dict(bitsandbytes_functional.name2qmap)) == before
+
+
 def handmade(*events):
     """A trace with a build phase of one weight, and then `events` of forward and backward."""
     forward, backward = events
@@ -224,6 +322,81 @@ def test_what_cannot_be_traced_is_one_line_that_names_it(model, method, words):
     assert "\n" not in line
     for word in words:
         assert word in line
+
+
+class UnheardOfError(Exception):
+    """What no list of exceptions names, and no pickle carries."""
+
+    def __init__(self, operator):
+        super().__init__(operator)
+
+
+def raise_unheard_of(*_, **__):
+    raise UnheardOfError(torch.ops.aten.add.Tensor)
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("lightweight.models.skeleton", "micro x lora: cannot be built: UnheardOfError: aten.add.Tensor"),
+        ("peft.get_peft_model", "micro x lora: cannot be built: UnheardOfError"),
+        ("lightweight.forecast._quantize", "cannot be traced: UnheardOfError"),
+        ("transformers.Trainer.create_optimizer", "cannot be traced: UnheardOfError"),
+        ("transformers.models.opt.modeling_opt.OPTAttention.forward", "OPTAttention) cannot be traced: UnheardOfError"),
+        ("torch.optim.AdamW.step", "cannot be traced: UnheardOfError"),
+        ("lightweight.models.load_tokenizer", "micro x lora: its rows cannot be made: UnheardOfError"),
+    ],
+)
+def test_whatever_a_library_raises_is_one_line_that_crosses_processes(monkeypatch, micro, small_corpus, place, words):
+    monkeypatch.setattr(place, raise_unheard_of)
+    of = Trial(model=micro, method=replace(QLORA, name="lora"), target=NATIVE, corpus=small_corpus, max_length=16)
+    with pytest.raises(ForecastError) as failure:
+        forecast.trace_on(of, targets.Device(name="cpu"))
+    assert words in str(failure.value)
+    assert str(pickle.loads(pickle.dumps(failure.value))) == str(failure.value)
+
+
+def test_a_method_error_is_told_as_it_is(monkeypatch):
+    def refuse(*_):
+        raise MethodError("method lora: this one\nand not that")
+
+    monkeypatch.setattr("lightweight.models.skeleton", refuse)
+    with pytest.raises(ForecastError, match="^micro x lora: cannot be built: method lora: this one$"):
+        forecast.trace(trial(MICRO, LORA))
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+FOUR_BITS = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4").to_dict()
+
+
+def stored(tmp_path, quantization):
+    """A model of one layer whose folder has this quantization in its config.json."""
+    config = {**OPT_TINY.architecture, "num_hidden_layers": 1, "quantization_config": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return Model(name="stored", source=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "method", "words"),
+    [
+        (FP8, LORA, "quantized by fp8"),
+        (FP8, BASELINE, "quantized by fp8"),
+        ({"quant_method": "gptq", "bits": 4}, LORA, "quantized by gptq"),
+        ({"quant_method": "mxfp4"}, QLORA, "quantized by mxfp4"),
+        (BitsAndBytesConfig(load_in_8bit=True).to_dict(), LORA, "quantized by bitsandbytes"),
+        ({}, LORA, "does not name"),
+        (FOUR_BITS, BASELINE, "only an adapter can be trained"),
+    ],
+)
+def test_a_quantized_checkpoint_that_cannot_be_forecast_is_refused(tmp_path, quantization, method, words):
+    with pytest.raises(ForecastError, match=words):
+        forecast.trace(trial(stored(tmp_path, quantization), method))
+
+
+def test_a_checkpoint_of_4_bits_is_forecast_as_it_is(tmp_path):
+    model = stored(tmp_path, FOUR_BITS)
+    peaks = [forecast.trace(trial(model, method, max_length=16)).replay() for method in (LORA, QLORA)]
+    assert peaks[0].by_cause["quantization state"] == peaks[1].by_cause["quantization state"] > 0
 
 
 def test_rows_longer_than_the_model_takes_are_refused():

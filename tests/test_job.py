@@ -313,7 +313,7 @@ def run_out_of_memory() -> None:
 
     def planned(function, folder, models, methods, targets, *, gpus, **_):
         assert function is plan.plan and gpus == 2
-        return [{"chosen": True, "method": "lora", "forecast_reserved_bytes": 2**30}]
+        return [{"chosen": True, "method": "lora", "gpus": 2, "accumulation": 1, "forecast_reserved_bytes": 2**30}]
 
     worker._allocator_ran_out = lambda: True
     isolation.call = planned

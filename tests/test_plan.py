@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import MICRO
-from lightweight import forecast, plan, targets
+from lightweight import forecast, plan, record, targets
 from lightweight.__main__ import main
-from lightweight.forecast import MARGIN
+from lightweight.forecast import MARGIN, ForecastError, Trace
 from lightweight.methods import BASELINE, LORA, QLORA
 from lightweight.models import OPT_TINY
+from lightweight.targets import CONTEXT_BYTES, MiB, Target
 
 KEYS = {
     *("model", "method", "target", "forecast_allocated_bytes", "forecast_reserved_bytes", "budget_bytes"),
@@ -104,7 +105,7 @@ REMOTE = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoM
         (["opt-tiny", "--gpus", "-2"], "--gpus -2: give at least 1"),
         (["opt-tiny", "--gpus", "two"], "--gpus two: give a whole number"),
         (["opt-tiny", "--gpus", "9"], "8 sequences a step, which 9 ranks cannot share"),
-        (["opt-tiny", "--gpus", "3", "--batch-size", "2"], "2 sequences a step, which 3 ranks cannot share"),
+        (["opt-tiny", "--gpus", "3", "--batch-size", "2", "--method", "lora"], "which 3 ranks cannot share"),
         (["./nowhere"], "./nowhere"),
         (["{empty}"], "has no config.json"),
         (["{remote}"], "cannot be used"),
@@ -133,38 +134,232 @@ def test_a_local_configuration_is_enough(capsys, tmp_path):
     assert row["model"] == str(tmp_path)
 
 
-def entry(method, seconds):
-    return {
-        "model": "m",
-        "method": method,
-        "outcome": "completed",
-        "steady_step_seconds": seconds,
-        "tokens_per_step": 1,
-    }
+NEOX = {"model_type": "gpt_neox", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1} | {
+    "intermediate_size": 64,
+    "vocab_size": 384,
+    "max_position_embeddings": 256,
+}
+
+
+@pytest.fixture
+def neox(tmp_path) -> str:
+    """A model that has no q_proj, which lora names."""
+    (tmp_path / "config.json").write_text(json.dumps(NEOX))
+    return str(tmp_path)
+
+
+def test_a_method_that_cannot_be_forecast_is_a_line_among_the_others(capsys, neox, tmp_path):
+    asked = [neox, "--target", "t4", "--target", "l4", "--max-length", "32", "--max-batch", "--batch-size", "2"]
+    methods = ["--method", "lora", "--method", "baseline", "--method", "lora-captured"]
+    status = main(["plan", *asked, *methods, "--format", "json"])
+    printed = capsys.readouterr().out
+    found = json.loads(printed)
+    assert status == 0
+    assert [row["verdict"] for row in found] == ["cannot_be_forecast", "fits", "cannot_be_forecast"] * 2
+    assert [row["chosen"] for row in found] == [False, True, False] * 2
+    no_lora, _, no_captured = found[:3]
+    assert no_lora["reason"].startswith("cannot be built: ") and "q_proj" in no_lora["reason"]
+    assert "captured" in no_captured["reason"]
+    assert no_lora["forecast_reserved_bytes"] is None and no_lora["max_batch"] is None
+    (tmp_path / "plan.json").write_text(printed)
+    assert [row["method"] for row in record.run(tmp_path / "plan.json").forecasts] == ["baseline", "baseline"]
+
+
+def test_the_table_says_why_a_method_cannot_be_forecast_and_the_rest(capsys, neox):
+    asked = ["plan", neox, "--target", "t4", "--max-length", "32", "--method", "lora", "--method", "baseline"]
+    assert main(asked) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    (line,) = [line for line in printed.out.splitlines() if "cannot be forecast" in line]
+    assert "lora" in line and "q_proj" in line
+    assert "take this" in printed.out
+    main([*asked, "--traceback"])
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_status_is_1_where_no_method_can_be_forecast(capsys, neox):
+    assert main(["plan", neox, "--method", "lora"]) == 1
+    assert "M parameters" not in (printed := capsys.readouterr().out)
+    assert printed.count("cannot be forecast") == len(targets.TARGETS) - 1, "native has no amount"
+
+
+def test_what_no_method_can_be_forecast_of_is_known_before_anything_is_traced(monkeypatch, small):
+    monkeypatch.setattr(forecast, "trace", lambda *_: pytest.fail("traced"))
+    model = replace(MICRO, architecture=MICRO.architecture | {"max_position_embeddings": 16})
+    with pytest.raises(ForecastError, match="micro x lora: rows of 256 tokens, where the model takes 16"):
+        plan.plan([model], [LORA, BASELINE], [targets.T4])
+
+
+# Plans of a card whose allocator may reserve so many MiB, on traces made by hand
+
+
+def card(mib):
+    return Target(name="card", total_bytes=round(mib * MiB) + CONTEXT_BYTES)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Traces of 100 MiB of weights and 100 MiB a row of a pass, for each GPU of a trial; the rows and GPUs of each."""
+    asked = []
+
+    def trace(trial, capability):
+        rows = trial.method.on_rank(trial.world_size).sequences_per_pass
+        asked.append((rows, trial.world_size))
+        return Trace(
+            parameters=1,
+            trainable_parameters=1,
+            events=[(0, 100 * MiB), (1, rows * 100 * MiB), (1, 0)],
+            causes={0: "weights", 1: "activations"},
+            phases=[(0, "build"), (1, "forward")],
+        )
+
+    monkeypatch.setattr(forecast, "trace", trace)
+    return asked
+
+
+def planned(method, mib, **changes):
+    (row,) = plan.plan([MICRO], [method], [card(mib)], **changes)
+    return row, (row["passes"], row["batch_size"], row["accumulation"], row["verdict"], row["chosen"])
 
 
 @pytest.mark.parametrize(
-    ("measured", "chosen"),
+    ("mib", "passes", "rows"), [(1000, 1, 8), (900, 2, 4), (600, 2, 4), (400, 4, 2), (250, 8, 1)]
+)
+def test_the_most_rows_of_the_same_step_that_fit_are_advised(traced, mib, passes, rows):
+    assert planned(LORA, mib)[1] == (passes, rows, passes, "fits", True)
+    assert len(traced) <= 3
+
+
+def test_a_step_may_have_any_number_of_rows(traced):
+    assert planned(LORA.with_batch(12), 800)[1] == (2, 6, 2, "fits", True)
+    assert planned(QLORA, 250)[1] == (8, 1, 8, "fits", True)
+    assert planned(LORA.with_batch(7), 800)[1] == (7, 1, 7, "fits", True)
+
+
+def test_where_no_rows_fit_the_row_is_about_the_methods_own(traced):
+    assert planned(LORA, 150)[1] == (1, 8, 1, "does_not_fit", False)
+
+
+def test_a_batch_that_was_asked_for_is_not_changed(traced):
+    assert planned(LORA, 600, batch_size=8)[1] == (1, 8, 1, "does_not_fit", False)
+    assert traced == [(8, 1)]
+
+
+def test_fewer_rows_are_not_sought_where_what_every_pass_holds_is_too_much(traced):
+    assert planned(LORA, 90)[1] == (1, 8, 1, "does_not_fit", False)
+    assert traced == [(8, 1)]
+
+
+def test_several_gpus_take_the_rows_that_fit_each(traced):
+    row, shape = planned(LORA, 400, gpus=2, fewest=True)
+    assert shape == (2, 2, 4, "fits", True), "2 passes of 2 rows on each of two GPUs: 4 of 2 on one"
+    assert row["fewest_gpus"] == 1
+    assert [method.passes_per_step for method in plan.smaller_passes(LORA, 2)] == [4, 8]
+
+
+def test_a_trace_that_fails_is_tried_once_for_all_cards(monkeypatch):
+    tried = []
+
+    def trace(trial, capability):
+        tried.append(trial.name)
+        raise ForecastError(f"{trial.name}: no")
+
+    monkeypatch.setattr(forecast, "trace", trace)
+    rows = plan.plan([MICRO], [LORA, BASELINE], [targets.T4, targets.L4], fewest=True)
+    assert [row["reason"] for row in rows] == ["no"] * 4
+    assert tried == ["micro x lora", "micro x baseline"]
+
+
+def test_passes_that_cannot_be_shared_among_gpus_are_a_line_of_that_method(traced):
+    lora, qlora = plan.plan([MICRO], [LORA, QLORA], [card(900)], batch_size=2, gpus=3)
+    assert lora["verdict"] == "cannot_be_forecast" and "which 3 ranks cannot share" in lora["reason"]
+    assert qlora["verdict"] == "fits" and qlora["chosen"]
+
+
+def row_of(method, **changes):
+    row = {"model": "m", "method": method.name, "verdict": "fits", "chosen": False, "gpus": 1, "max_length": 256}
+    return row | {"batch_size": method.sequences_per_pass, "passes": method.passes_per_step} | changes, method
+
+
+def entry(method, seconds, device="H200", **changes):
+    return {
+        "model": "m",
+        "method": method.name,
+        "outcome": "completed",
+        "steady_step_seconds": seconds,
+        "tokens_per_step": 1,
+        "device": device,
+        "max_length": 256,
+        "world_size": 1,
+        "training_arguments": dict(method.training_arguments),
+    } | changes
+
+
+ALL = (QLORA, BASELINE, LORA)
+SLOW_LORA = [entry(BASELINE, 1.0), entry(LORA, 2.0), entry(QLORA, 9.0)]
+FAST_QLORA = [entry(method, 1.0 + (method != QLORA), "L4") for method in ALL]
+
+
+@pytest.mark.parametrize(
+    ("measured", "chosen", "device"),
     [
-        ([], "lora"),  # expected: half precision and no optimizer state for every parameter
-        ([entry("baseline", 1.0), entry("lora", 2.0), entry("qlora", 9.0)], "baseline"),
-        ([entry("baseline", 1.0), entry("qlora", 0.5)], "lora"),  # not all were measured
+        ([], "lora", None),  # expected: half precision and no optimizer state for every parameter
+        (SLOW_LORA, "baseline", "H200"),
+        ([entry(BASELINE, 1.0), entry(QLORA, 0.5)], "lora", None),  # not all were measured
+        ([*SLOW_LORA, entry(QLORA, 0.1, max_length=64)], "baseline", "H200"),  # other rows
+        ([*SLOW_LORA, entry(QLORA, 0.1, world_size=2)], "baseline", "H200"),
+        ([*SLOW_LORA, entry(QLORA, 0.1, model="other")], "baseline", "H200"),
+        ([*SLOW_LORA, entry(QLORA, 0.1, outcome="crashed")], "baseline", "H200"),
+        ([*SLOW_LORA, entry(QLORA, None)], "baseline", "H200"),
+        ([*SLOW_LORA, entry(QLORA, 0.1, training_arguments={"per_device_train_batch_size": 8})], "baseline", "H200"),
+        ([*SLOW_LORA, entry(QLORA, 0.1, "L4")], "baseline", "H200"),  # of no device two
+        ([*SLOW_LORA, entry(BASELINE, 9.0), entry(BASELINE, 9.0)], "lora", "H200"),  # the median of three
+        ([*SLOW_LORA, *FAST_QLORA], "qlora", "L4"),  # the newest device of those that have them all
+        ([*FAST_QLORA, *SLOW_LORA], "baseline", "H200"),
+        ([*[entry(m, e, "Tesla T4") for m, e in zip(ALL, (1, 2, 2), strict=True)], *SLOW_LORA], "qlora", "Tesla T4"),
     ],
 )
-def test_the_fastest_method_that_fits_is_chosen(measured, chosen):
-    methods = {method.name: method for method in (QLORA, BASELINE, LORA)}
-    made = [{"model": "m", "method": name, "verdict": "fits", "chosen": False} for name in methods]
-    plan._choose(made, methods, measured)
-    assert [row["method"] for row in made if row["chosen"]] == [chosen]
+def test_the_fastest_method_that_fits_is_chosen(measured, chosen, device):
+    made = [row_of(method) for method in ALL]
+    plan._choose(made, targets.T4, measured)
+    assert [row["method"] for row, _ in made if row["chosen"]] == [chosen]
+    assert {row["measured_on"] for row, _ in made} == {device}
+
+
+def test_of_methods_that_cost_alike_the_one_with_fewer_passes_is_chosen():
+    made = [row_of(replace(LORA, name="more").with_passes(4)), row_of(LORA.with_passes(2))]
+    plan._choose(made, targets.T4, [])
+    assert [row["method"] for row, _ in made if row["chosen"]] == ["lora"]
+
+
+def test_lora_in_more_passes_is_expected_to_be_faster_than_qlora():
+    made = [row_of(QLORA), row_of(LORA.with_passes(2))]
+    plan._choose(made, targets.T4, [])
+    assert [row["method"] for row, _ in made if row["chosen"]] == ["lora"]
+
+
+def test_the_table_says_which_device_the_order_comes_from(traced):
+    of_micro = [entry(method, 1.0, "NVIDIA H200", model="micro") for method in ALL]
+    rows = plan.plan([MICRO], ALL, [card(1000)], measured=of_micro)
+    assert {row["measured_on"] for row in rows} == {"NVIDIA H200"}
+    assert "card: the fastest by step times measured on NVIDIA H200." in plan.table(rows)
+    assert "measured on" not in plan.table(plan.plan([MICRO], ALL, [card(1000)]))
+
+
+def test_paged_state_has_a_column_of_its_own_and_is_in_no_peak(traced, monkeypatch):
+    plain = plan.table(plan.plan([MICRO], [LORA], [card(1000)]))
+    assert "paged" not in plain
+    trace = forecast.trace
+    monkeypatch.setattr(forecast, "trace", lambda *given: replace(trace(*given), paged_bytes=900 * MiB))
+    (row,) = rows = plan.plan([MICRO], [LORA], [card(1000)])
+    assert (row["verdict"], row["paged_bytes"], row["forecast_allocated_bytes"]) == ("fits", 900 * MiB, 900 * MiB)
+    assert "paged" in plan.table(rows) and "managed memory" in plan.table(rows)
 
 
 def test_what_does_not_surely_fit_is_never_chosen():
-    made = [
-        {"model": "m", "method": "lora", "verdict": "too_close_to_call", "chosen": False},
-        {"model": "m", "method": "qlora", "verdict": "fits", "chosen": False},
-    ]
-    plan._choose(made, {"lora": LORA, "qlora": QLORA}, [])
-    assert [row["chosen"] for row in made] == [False, True]
+    made = [row_of(LORA, verdict="too_close_to_call"), row_of(QLORA)]
+    plan._choose(made, targets.T4, [])
+    assert [row["chosen"] for row, _ in made] == [False, True]
 
 
 @pytest.mark.parametrize("largest", [0, 1, 2, 7, 8, 9, 100, 4097])
@@ -227,7 +422,7 @@ def test_the_table_says_what_one_of_several_gpus_holds(capsys):
     for words in ("at the peak on each of 2 GPUs", "gathered", "fewest GPUs", "NCCL"):
         assert words in printed
     (chosen,) = [line for line in printed.splitlines() if "take this" in line]
-    assert chosen.split()[2] == "4", "sequences a pass, of 8"
+    assert chosen.split()[2:5] == ["1", "x", "4"], "one pass of 4 sequences, of 8"
     assert chosen.split()[-1] == "1", "one would do"
 
 
@@ -242,7 +437,8 @@ def test_the_readme_shows_what_the_command_prints(capsys, monkeypatch):
     traces, trace = {}, forecast.trace
 
     def traced_once(trial, _):
-        return traces.get(trial.name) or traces.setdefault(trial.name, trace(trial, targets.named("t4").capability))
+        key = trial.name, trial.method.passes_per_step
+        return traces.get(key) or traces.setdefault(key, trace(trial, targets.named("t4").capability))
 
     monkeypatch.setattr(forecast, "trace", traced_once)
     readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")

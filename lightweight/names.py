@@ -1,0 +1,44 @@
+"""Which names exist, and which of them is meant? What a person types is checked before torch is imported."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+METHODS = ("baseline", "lora", "qlora", "baseline-captured", "lora-captured", "qlora-captured")
+"""The keys of `methods.METHODS`, which cannot be asked for without importing peft."""
+
+
+def check_method(text: str) -> None:
+    """Raise ValueError unless `text` is a known method or looks like `package.module:NAME`."""
+    if text not in METHODS and ":" not in text:
+        raise ValueError(unknown("method", text, METHODS, "give your own as package.module:NAME"))
+
+
+def unknown(kind: str, text: str, known: Iterable[str], otherwise: str) -> str:
+    """The line that refuses `text` as the name of a `kind`: what exists, what else can be given, and what is near."""
+    known = tuple(known)
+    return f"unknown {kind} {text[:100]!r}: choose one of {', '.join(known)}, or {otherwise}{question(text, known)}"
+
+
+def question(text: str, known: Iterable[str]) -> str:
+    """The end of a line that refuses `text`, which asks whether one of `known` was meant; nothing where none is near."""
+    meant = nearest(text, known)
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""
+
+
+def nearest(text: str, known: Iterable[str]) -> list[str]:
+    """Those of `known` that `text` may be a slip of, the likeliest first; capitals and hyphens do not count."""
+    plain = {_plain(name): name for name in known}
+    if _plain(text) in plain:
+        return [plain[_plain(text)]]
+    return [plain[match] for match in difflib.get_close_matches(_plain(text), plain, n=2, cutoff=0.7)]
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
+
+
+def one_line(text: str) -> str:
+    """`text` with what is no printable character spelled as Python spells it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
