@@ -9,13 +9,15 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from lightweight import __version__, gate, models, names, record, report, targets
+from lightweight import __version__, checkpoints, gate, models, names, record, report, targets
+from lightweight.output import Output
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -216,8 +218,6 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from lightweight.output import Output
-
     try:
         for option in ("epochs", "max_steps", "batch_size", "max_length", "save_steps"):
             _at_least(options, option, 1)
@@ -233,16 +233,22 @@ def _train(options: argparse.Namespace) -> int:
     except ValueError as error:
         return _refuse(error)
     try:
-        return _train_job(options)
+        with checkpoints.signals_to(signal.default_int_handler):  # also while torch is imported, which takes seconds
+            return _train_job(options)
     except KeyboardInterrupt:
-        if Output(options.output.absolute()).checkpoint is None:
-            _tell("lightweight: interrupted before the first checkpoint: nothing is left to resume")
-        elif "TORCHELASTIC_RUN_ID" in os.environ:
-            _tell("lightweight: interrupted: go on with the same command and --resume")  # how it began is torchrun's
-        else:
-            again = options.given if options.resume else [*options.given, "--resume"]
-            _tell(f"lightweight: interrupted: go on with: lightweight {shlex.join(again)}")
+        _tell(f"lightweight: interrupted{_how_to_go_on(Output(options.output.absolute()), options)}")
         return 130
+
+
+def _how_to_go_on(output: Output, options: argparse.Namespace) -> str:
+    if output.rescued.exists():
+        return f": the trained weights lie in {output.rescued}"
+    if not output.can_resume:
+        return " before the first checkpoint: nothing is left to resume"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return ": go on with the same command and --resume"  # how it began is torchrun's
+    again = options.given if options.resume else [*options.given, "--resume"]
+    return f": go on with: lightweight {shlex.join(again)}"
 
 
 def _train_job(options: argparse.Namespace) -> int:

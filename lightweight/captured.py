@@ -26,7 +26,7 @@ from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lightweight import agreement, attention, packing, ranks
 from lightweight.agreement import Deviation, Gradients, Parts, Reference, Sample, Tolerance
@@ -166,12 +166,10 @@ class Job:
             trainer.control = trainer.callback_handler.on_save(trainer.args, state, trainer.control)
 
     def _save(self) -> None:
-        """A checkpoint where the Trainer would write it, complete once its trainer_state.json is there, as with the
-        Trainer's own."""
+        """The files of a checkpoint where the Trainer would write them; what `on_save` calls then makes it whole."""
         trainer, state = self.trainer, self.trainer.state
         kept: Any = state.stateful_callbacks
-        run = str(trainer.args.output_dir)
-        folder = Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = Path(str(trainer.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         folder.mkdir(exist_ok=True)
         trainer._save_rng_state(str(folder))
         ranks.wait_for_all()
@@ -185,7 +183,6 @@ class Job:
             if isinstance(callback, ExportableState):
                 kept[type(callback).__name__] = callback.state()
         state.save_to_json(str(folder / TRAINER_STATE_NAME))
-        rotate_checkpoints(run, trainer.args.save_total_limit, use_mtime=True)
 
     def _load(self, checkpoint: Path) -> None:
         self._optimizer.load(torch.load(checkpoint / STATE_NAME, map_location="cpu", weights_only=True))

@@ -11,18 +11,14 @@ import contextlib
 import errno
 import json
 import math
-import os
 import platform
 import shutil
-import signal
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, which imports peft
 
@@ -32,12 +28,27 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import integration_utils
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lightweight import corpus, forecast, isolation, methods, models, plan, ranks, record, stock, targets, worker
+from lightweight import (
+    checkpoints,
+    corpus,
+    forecast,
+    host_memory,
+    isolation,
+    methods,
+    models,
+    plan,
+    ranks,
+    record,
+    stock,
+    targets,
+    worker,
+)
 from lightweight.card import model_card
+from lightweight.checkpoints import Interruption, step_of
 from lightweight.meter import Meter
 from lightweight.methods import Method, MethodError
 from lightweight.models import Model
-from lightweight.output import RECORD_NAME, Output, OutputError, step_of
+from lightweight.output import RECORD_NAME, Interrupted, Output, OutputError
 from lightweight.process import see_gpus
 from lightweight.stock import Request
 from lightweight.targets import CPU, NATIVE, Device, GiB, MiB, Target
@@ -46,6 +57,7 @@ from lightweight.trial import (
     Completed,
     Crashed,
     Diverged,
+    Measurements,
     Outcome,
     OutOfMemory,
     Phase,
@@ -53,8 +65,6 @@ from lightweight.trial import (
     of_all_ranks,
 )
 
-CHECKPOINT_SECONDS = 300.0
-"""Between two checkpoints where none is asked for by steps: what a killed job loses at most."""
 LOG_STEPS = 10
 """Optimizer steps between two entries of a log. The captured step waits for the device at each."""
 BESIDES_BYTES = 64 * MiB
@@ -106,9 +116,15 @@ class Job:
 def run(job: Job, progress: Callable[[str], None] = lambda text: None) -> Outcome:
     """Train `job` and save what it gives; anything but Completed has been told in one line.
 
-    `progress` is told what is happening before there are steps. Raises KeyboardInterrupt where SIGINT or SIGTERM
-    stopped it, and one of REFUSALS where it cannot start.
+    `progress` is told what is happening before there are steps. Raises KeyboardInterrupt where SIGINT, SIGTERM or
+    SIGHUP stopped it, and one of REFUSALS where it cannot start.
     """
+    interruption = Interruption(repeats=ranks.world_size() > 1)
+    with checkpoints.signals_to(interruption.receive):
+        return _run(job, progress, interruption)
+
+
+def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) -> Outcome:
     output = Output(job.output.absolute())
     dialogues = corpus.load(job.corpus)
     _check_tracker(job.report_to)
@@ -126,21 +142,24 @@ def run(job: Job, progress: Callable[[str], None] = lambda text: None) -> Outcom
     ranks.meet(cpu=not on_gpu)
     ranks.of_first(lambda: output.claim(resume=job.resume, overwrite=job.overwrite))
     try:
-        found = _found(models.named(job.model), job.weights)
-        before = ranks.of_first(output.recall)  # which it writes anew as soon as it goes on
+        model = _found(models.named(job.model), job.weights)
+        before = ranks.of_first(output.interrupted) if job.resume else None
         if method is None:
-            method = ranks.of_first(lambda: _chosen(job, found, target, device, before, progress))
+            settings_before = before.settings if before else {}
+            method = ranks.of_first(lambda: _chosen(job, model, target, device, settings_before, progress))
         if job.batch_size is not None:
             method = method.with_batch(job.batch_size)
         if job.learning_rate is not None:
             method = method.with_learning_rate(job.learning_rate)
-        trial = _trial(job, found, method, target, dialogues, on_gpu)
+        trial = _trial(job, model, method, target, dialogues, on_gpu)
         if job.resume:
             _check_same(trial, before, output)
+        if before and before.finished is not None:
+            return _published(before.finished, output)
         progress(f"{trial.name}: loading")
-        ranks.of_first(lambda: output.remember(record.settings(trial)))
-        trial = replace(trial, model=ranks.of_first(lambda: _written(found, output, job.seed)))
-        return _train(trial, job, output, device, progress)
+        settings = record.settings(trial)
+        trial = replace(trial, model=ranks.of_first(lambda: _written(model, output, job.seed, settings)))
+        return _train(trial, job, output, device, progress, interruption, before)
     except REFUSALS:
         raise
     except Exception as error:  # safetensors and torch tell a full disk each in their own way
@@ -150,30 +169,41 @@ def run(job: Job, progress: Callable[[str], None] = lambda text: None) -> Outcom
     finally:
         progress("")
         if ranks.is_first():
-            output.tidy()
+            output.release()
 
 
-def _train(trial: Trial, job: Job, output: Output, device: Device, progress: Callable[[str], None]) -> Outcome:
+def _train(
+    trial: Trial,
+    job: Job,
+    output: Output,
+    device: Device,
+    progress: Callable[[str], None],
+    interruption: Interruption,
+    before: Interrupted | None,
+) -> Outcome:
     torch_device = worker.take_device(trial)
     meter = Meter(torch_device, start_seconds=0.0)
-    checkpoint = output.checkpoint
+    checkpoint = before and before.checkpoint
+    saving = Checkpoints(
+        interruption,
+        checkpoints.Clock(None if job.save_steps else checkpoints.SECONDS),
+        checkpoints.Shelf(output.partial, checkpoint),
+        record.settings(trial),
+    )
     try:
-        with (
-            Checkpoints(None if job.save_steps else CHECKPOINT_SECONDS) as checkpoints,
-            contextlib.closing(Progress()) as bar,
-        ):
+        with contextlib.closing(Progress()) as bar:
             trainer, rows, heldout = worker.set_up(
-                trial, torch_device, meter, Unattended(), output.partial, **_arguments(job, output)
+                trial, torch_device, meter, Unattended(), output.unfinished, **_arguments(job, output)
             )
-            result_bytes, checkpoint_bytes = sizes(trial, trainer.model)
-            # A new checkpoint is whole before the old one goes, and the result before the last one does.
-            wanted = result_bytes + checkpoint_bytes if checkpoint else 2 * checkpoint_bytes
-            ranks.of_first(lambda: output.require(wanted + BESIDES_BYTES))
+            _, checkpoint_bytes = sizes(trial, trainer.model)
+            # A new checkpoint, and the result, which is smaller, are whole before an older one goes.
+            more = checkpoints.KEPT + 1 - len(checkpoints.all_in(output.partial)[: checkpoints.KEPT])
+            ranks.of_first(lambda: output.require(more * checkpoint_bytes + BESIDES_BYTES))
             for callback in trainer.callback_handler.callbacks:
                 if isinstance(callback, integration_utils.TensorBoardCallback) and callback.logging_dir is None:
                     callback.logging_dir = str(output.partial / "runs")  # one curve, also of a job that is resumed
             trainer.remove_callback(PrinterCallback)
-            trainer.add_callback(checkpoints)
+            trainer.add_callback(saving)
             trainer.add_callback(bar)
             if checkpoint is not None:
                 stock.resume_meter(meter, checkpoint)
@@ -183,27 +213,25 @@ def _train(trial: Trial, job: Job, output: Output, device: Device, progress: Cal
                 progress(f"{trial.name}: held-out loss" if phase == "evaluate" else "")
 
             worker.train(trial, trainer, rows, heldout, meter, enter, checkpoint)
-            if checkpoints.stopped:
+            if saving.stopped:
                 raise KeyboardInterrupt
             worker.evaluate(trainer, heldout, meter)
             # Every rank takes part in gathering what is saved; the first one alone writes, and finishes.
-            result = output.partial / "result"
-            ranks.of_first(lambda: shutil.rmtree(result, ignore_errors=True))
-            trainer.save_model(str(result))
+            trainer.save_model(str(output.unfinished / "result"))
             outcome = Completed(measured=of_all_ranks(gather_object([meter.measurements()])))
             if ranks.is_first():
-                _finish(trial, outcome, device, output, result)
+                _finish(trial, outcome, device, output)
             ranks.wait_for_all()  # torchrun ends them all as soon as one has failed
             return outcome
     except Exception as error:
         failed = worker.failure(error, trial, meter)
         if isinstance(failed, Crashed):
-            if not _host_ran_out(error):
+            if not host_memory.ran_out(error):
                 raise
             failed = OutOfMemory(
                 phase=meter.phase,
                 requested_bytes=None,
-                budget_bytes=_host_bytes(),
+                budget_bytes=host_memory.limit().bytes,
                 reason=str(error),
                 measured=meter.measurements(),
             )
@@ -211,28 +239,40 @@ def _train(trial: Trial, job: Job, output: Output, device: Device, progress: Cal
     return failed
 
 
-def _finish(trial: Trial, outcome: Completed, device: Device, output: Output, result: Path) -> None:
-    """Complete the saved weights in `result` with all that belongs to them, and put it into its place."""
-    (result / "training_args.bin").unlink(missing_ok=True)  # pickled, and full of this machine's paths
-    models.load_tokenizer(trial.model).save_pretrained(result)
-    base = base_name(trial.model)
-    adapter = result / "adapter_config.json"
-    if adapter.exists():  # peft wrote where the weights lay here, which may be a folder that goes now
-        config = json.loads(adapter.read_text("utf-8")) | {"base_model_name_or_path": base}
-        adapter.write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
+def _finish(trial: Trial, outcome: Completed, device: Device, output: Output) -> None:
+    """Complete the saved weights with all that belongs to them, and put them into their place."""
     entry = record.entry(trial, outcome, device, None)
-    (result / RECORD_NAME).write_text(json.dumps({"outcomes": [entry]}, indent=1), "utf-8")
-    on_hub = trial.model.weights == "pretrained" and not Path(base).is_absolute()
-    model_card(entry, base if on_hub else None).save(result / "README.md")  # in the place of the one peft wrote
-    if (output.partial / "runs").exists():
-        (output.partial / "runs").rename(result / "runs")
-    output.publish(result)
-    measured = outcome.measured
+    with output.completing() as result:
+        (result / "training_args.bin").unlink(missing_ok=True)  # pickled, and full of this machine's paths
+        models.load_tokenizer(trial.model).save_pretrained(result)
+        base = base_name(trial.model)
+        adapter = result / "adapter_config.json"
+        if adapter.exists():  # peft wrote where the weights lay here, which may be a folder that goes now
+            config = json.loads(adapter.read_text("utf-8")) | {"base_model_name_or_path": base}
+            adapter.write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
+        (result / RECORD_NAME).write_text(json.dumps({"outcomes": [entry]}, indent=1), "utf-8")
+        on_hub = trial.model.weights == "pretrained" and not Path(base).is_absolute()
+        model_card(entry, base if on_hub else None).save(result / "README.md")  # in the place of the one peft wrote
+        if (output.partial / "runs").exists():
+            shutil.copytree(output.partial / "runs", result / "runs")
+    output.publish()
+    _say(_closing_line(trial, outcome.measured, output))
+
+
+def _closing_line(trial: Trial, measured: Measurements, output: Output) -> str:
     first, last = record.training_loss(measured.train_loss, trial.steps_per_epoch) or (math.nan, math.nan)
-    _say(
+    return (
         f"{trial.name}: {len(measured.train_loss)} steps, training loss {first:.4f} -> {last:.4f}, "
         f"held out {measured.heldout_loss_before:.4f} -> {measured.heldout_loss_after:.4f}; saved in {output.folder}"
     )
+
+
+def _published(entry: record.Entry, output: Output) -> Completed:
+    """What the interrupted job had finished, now in its place."""
+    ranks.of_first(output.publish)
+    names = {field.name for field in fields(Measurements)}
+    _say(f"nothing is left to train: the interrupted job had finished; saved in {output.folder}")
+    return Completed(measured=Measurements(**{name: value for name, value in entry.items() if name in names}))
 
 
 def base_name(model: Model) -> str:
@@ -374,31 +414,31 @@ def _trial(job: Job, model: Model, method: Method, target: Target, dialogues: co
         raise JobError(str(error)) from error
 
 
-def _check_same(trial: Trial, before: dict[str, Any], output: Output) -> None:
-    """Raise JobError where the interrupted job was another one than `trial`."""
-    if not before:
+def _check_same(trial: Trial, before: Interrupted | None, output: Output) -> None:
+    """Say what of the interrupted job is gone on with. Raises JobError where it was another one than `trial`."""
+    if before is None:
         _say(f"nothing to resume in {output.partial}: starting at the first step")
         return
+    for line in before.passed_over:
+        _say(line)
     settings = json.loads(json.dumps(record.settings(trial)))
-    differ = [key for key in settings if settings[key] != before.get(key)]
+    differ = [key for key in settings if settings[key] != before.settings.get(key)]
     if differ:
-        was = ", ".join(f"{key} was {before.get(key)!r} and is {settings[key]!r}" for key in differ)
+        was = ", ".join(f"{key} was {before.settings.get(key)!r} and is {settings[key]!r}" for key in differ)
         raise JobError(
-            f"--resume: the job in {output.partial} is another one: {was}: give the options it was started with, "
+            f"--resume: the job in {before.place} is another one: {was}: give the options it was started with, "
             "or --overwrite without --resume"
         )
 
 
-def _written(model: Model, output: Output, seed: int) -> Model:
+def _written(model: Model, output: Output, seed: int, settings: Mapping[str, Any]) -> Model:
     """The model with its weights in a folder; one that had to be made stays until the job has ended."""
     if model.is_written:
         return model
-    folder, unfinished = output.partial / "base", output.partial / "base.unfinished"
-    if not folder.exists():
-        shutil.rmtree(unfinished, ignore_errors=True)
-        models.write(model, unfinished, seed)
-        unfinished.rename(folder)
-    return replace(model, location=str(folder), gguf_file=None)
+    if checkpoints.problem(output.base) is not None:
+        models.write(model, output.unfinished / "base", seed)
+        output.keep_base(settings)
+    return replace(model, location=str(output.base), gguf_file=None)
 
 
 def _arguments(job: Job, output: Output) -> dict[str, Any]:
@@ -407,7 +447,8 @@ def _arguments(job: Job, output: Output) -> dict[str, Any]:
     if job.save_steps is not None:
         saving = {"save_strategy": "steps", "save_steps": job.save_steps}
     return saving | {
-        "save_total_limit": 1,
+        "output_dir": str(output.unfinished),
+        "save_total_limit": None,  # a checkpoint leaves that folder when it is whole
         "logging_strategy": "steps",
         "logging_steps": LOG_STEPS,
         "logging_first_step": True,
@@ -444,46 +485,42 @@ class Unattended:
 
 
 class Checkpoints(TrainerCallback):
-    """When a checkpoint is saved: every `seconds`, and when SIGINT or SIGTERM comes, after which training stops.
+    """Has a checkpoint saved when `clock` or a signal says so, and made whole when the Trainer has written it; after
+    a signal training stops, and `stopped` says so. `settings`, of the job, go into its manifest."""
 
-    As a context it takes both signals. While training one of them ends the step at hand first, and `stopped` says
-    that it did; before training it ends the process at once, and after training the result is still saved. The second
-    one always ends it at once, by KeyboardInterrupt.
-    """
-
-    def __init__(self, seconds: float | None) -> None:
+    def __init__(
+        self,
+        interruption: Interruption,
+        clock: checkpoints.Clock,
+        shelf: checkpoints.Shelf,
+        settings: Mapping[str, Any],
+    ) -> None:
         self.stopped = False
-        self._seconds = seconds
-        self._training = self._signalled = False
-
-    def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if not self._training or (self._signalled and ranks.world_size() == 1):  # torchrun sends each signal again
-            raise KeyboardInterrupt
-        self._signalled = True
-        text = f"\n{signal.Signals(number).name}: the step at hand, then a checkpoint; once more stops at once\n"
-        os.write(2, text.encode())  # print() may be what the signal has interrupted
+        self._interruption, self._clock, self._shelf, self._settings = interruption, clock, shelf, settings
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._training, self._saved_at = True, time.monotonic()
+        self._clock.restart()
+        self._interruption.training_begins()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        is_due = self._seconds is not None and time.monotonic() - self._saved_at >= self._seconds
-        signalled, is_due = ranks.any_says(self._signalled, is_due, device=args.device)
-        if signalled:
+        came, is_due = ranks.any_says(self._interruption.came, self._clock.is_due, device=args.device)
+        if came:
             self.stopped = control.should_save = control.should_training_stop = True
         elif is_due:
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._saved_at = time.monotonic()
+        written = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+        ranks.wait_for_all()  # each has its own random numbers' state to write
+        ranks.of_first(lambda: self._keep(written))
+        self._clock.restart()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._interruption.training_ended(stopped=self.stopped)
+
+    def _keep(self, written: Path) -> None:
+        checkpoints.seal(written, self._settings)
+        self._shelf.add(written)
 
 
 class Progress(ProgressCallback):
@@ -550,15 +587,6 @@ def _instead(trial: Trial, job: Job, device: Device, progress: Callable[[str], N
             return smaller
         batch = f" --batch-size {row['batch_size']}"
     return f"--method {row['method']}{batch} is forecast to fit, with {_size(row['forecast_reserved_bytes'])}"
-
-
-def _host_ran_out(error: Exception) -> bool:
-    """Whether the memory of the machine itself did not suffice: torch has no exception of its own for that."""
-    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _host_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _disk_full(output: Output) -> OutputError:

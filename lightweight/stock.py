@@ -188,6 +188,11 @@ class _MeasuredTrainer(Trainer):
         self._meter.phase = "backward"
         return loss
 
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        """Nothing, after the last step: the Trainer, resumed there in the middle of an epoch, would take another."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*arguments, **options)
+
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
     ) -> torch.Tensor:

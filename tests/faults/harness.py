@@ -1,0 +1,104 @@
+"""Faults, and jobs to have them: `lightweight train` in a process of its own that is killed where it changes a file."""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightweight import isolation, ranks, record
+from lightweight.__main__ import main
+from lightweight.process import redirect_output
+
+CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink")
+"""Audit events of what changes names, besides `open` for writing: https://docs.python.org/3/library/audit_events.html"""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL at change number `at` (from 1) below `folder`; without `at` they are only counted, into `tally`. `torn`:
+    the files being written lose their second halves, as in a power cut."""
+
+    folder: Path
+    tally: Path
+    at: int | None = None
+    torn: bool = False
+
+    def arm(self) -> None:
+        """Have this process killed so."""
+        count = 0
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal count
+            if not self._changes(event, arguments):
+                return
+            count += 1
+            if self.at is None:
+                self._tally(count)
+            elif count == self.at:
+                os.write(2, f"killed at change {count}: {event} {arguments}\n".encode())
+                if self.torn:
+                    for path in self.folder.rglob("unfinished/**/*"):
+                        if path.is_file():
+                            os.truncate(path, path.stat().st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+
+    def _changes(self, event: str, arguments: tuple[Any, ...]) -> bool:
+        if event == "open":
+            path, _, flags = arguments
+            writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            return bool(writes) and isinstance(path, str) and Path(path).is_relative_to(self.folder)
+        if event not in CHANGES:
+            return False
+        path = os.fspath(arguments[0]) if isinstance(arguments[0], str | os.PathLike) else ""
+        # shutil.rmtree names what it removes by its folder's descriptor
+        return Path(path).is_relative_to(self.folder) or (event in ("os.remove", "os.rmdir") and arguments[-1] != -1)
+
+    def _tally(self, count: int) -> None:
+        descriptor = os.open(self.tally, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.write(descriptor, str(count).encode())
+        os.close(descriptor)
+
+
+def _run(given: list[str], log: Path, environment: dict[str, str], kill: Kill | None) -> None:
+    os.environ.update(environment)
+    redirect_output(log)
+    if kill is not None:
+        kill.arm()
+    sys.exit(main(given))
+
+
+def run(given: list[str], folder: Path, kill: Kill | None = None, *, world_size: int = 1) -> tuple[int, str]:
+    """The command's exit status, that of its first rank, and what it said; `kill` is for the last rank, whose death
+    the others do not survive, as under torchrun."""
+    store = ranks.store() if world_size > 1 else None
+    processes, logs = [], [folder / f"log-{rank}" for rank in range(world_size)]
+    for rank, log in enumerate(logs):
+        log.unlink(missing_ok=True)
+        environment = ranks.environment(rank, world_size, store and store.port)
+        killed = kill if rank == (world_size - 1 if kill and kill.at is not None and kill.at % 2 else 0) else None
+        processes.append(isolation._forkserver.Process(target=_run, args=(given, log, environment, killed)))
+    with isolation._without_main():
+        for process in processes:
+            process.start()
+    while any(process.is_alive() for process in processes):
+        for process in processes:
+            process.join(0.05)
+            if process.exitcode not in (None, 0):
+                for other in processes:
+                    other.join(0 if process.exitcode == -signal.SIGKILL else 20)
+                    other.kill()
+    statuses = [process.exitcode for process in processes]
+    return next((status for status in statuses if status), 0), "".join(log.read_text() for log in logs)
+
+
+def result(folder: Path) -> tuple[bytes, Any]:
+    """The bits of the weights, and the losses, that a job has left in `folder`."""
+    (weights,) = folder.glob("*.safetensors")
+    (entry,) = record.load([folder / "record.json"])
+    keys = ("train_loss", "heldout_loss_before", "heldout_loss_after", "steps", "planned_steps")
+    return weights.read_bytes(), json.dumps([entry[key] for key in keys])
