@@ -112,6 +112,7 @@ def run(
     gc.freeze()  # what the forkserver has imported is never garbage, and looking through it falls into single rounds
     if trial.threads is not None:
         torch.set_num_threads(trial.threads)
+    ranks.share_threads()
     device = take_device(trial)
     meter = Meter(device, start_seconds=time.monotonic() - started)
     owner = _Owner(connection, meter, tells_steps)

@@ -155,6 +155,11 @@ def nothing() -> None:
     pass
 
 
+def forget_threads() -> None:
+    """As where nobody set how many there are, of which accelerate then has something to say."""
+    os.environ.pop("OMP_NUM_THREADS", None)
+
+
 def on_two_ranks(given: list[str], folder: Path, *prepare: Callable[[], None]) -> tuple[list[int | None], list[str]]:
     """The command on two ranks, having called each one's own of `prepare` there; their exit statuses, and what they
     said together."""
@@ -300,7 +305,8 @@ def test_what_cannot_start_on_two_ranks_is_one_line_of_one_of_them(base, dialogu
         ("taken", (), f"--output {out / 'taken'}: already exists"),
         ("b", ("--epochs", "0"), "--epochs 0: give at least 1"),
     ):
-        status, said = on_two_ranks(arguments(base, dialogues, out / name, *more), tmp_path)
+        given = arguments(base, dialogues, out / name, *more)
+        status, said = on_two_ranks(given, tmp_path, forget_threads, forget_threads)
         assert status == [2, 2], said
         assert len(said) == 1 and said[0].startswith(f"lightweight: {line}"), said
     assert [path.name for path in out.iterdir()] == ["taken"]

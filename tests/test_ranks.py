@@ -251,6 +251,22 @@ def test_a_trials_peaks_are_those_of_its_fullest_rank():
     assert of_all_ranks(parts[:1]) is parts[0]
 
 
+@pytest.mark.parametrize(("asked", "expected"), [(None, 3), ("5", 6)], ids=["its share", "as OMP_NUM_THREADS says"])
+def test_a_rank_computes_with_its_share_of_the_threads(monkeypatch, asked, expected):
+    had = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", asked or "")
+    if asked is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    for name, value in ranks.environment(0, 2, 1234).items():
+        monkeypatch.setenv(name, value)
+    try:
+        torch.set_num_threads(6)
+        ranks.share_threads()
+        assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (expected, asked or "3")
+    finally:
+        torch.set_num_threads(had)
+
+
 def test_one_rank_of_torchrun_forgets_its_launcher(monkeypatch):
     for name, value in ranks.environment(0, 1, 1234).items():
         monkeypatch.setenv(name, value)
