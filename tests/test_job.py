@@ -28,6 +28,8 @@ from lightweight.output import Output
 from lightweight.preload import peft
 from lightweight.process import redirect_output
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
@@ -120,7 +122,9 @@ def test_an_interrupted_job_resumes_to_the_same_bits(train, out, signal_at, monk
 
 
 def command(given: list[str], log: Path) -> None:
-    """The command in a process of its own."""
+    """The command in a process of its own, a fork of the forkserver: that one may have been started where GPUs were
+    visible."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     redirect_output(log)
     sys.exit(main(given))
 
@@ -510,14 +514,14 @@ def test_a_missing_tracker_is_told_before_anything_else(train, out, capsys, trac
 
 def scalars(folder: Path) -> dict[tuple[str, int], float]:
     """What TensorBoard would show: (name, step) -> value."""
-    from tensorboardX.proto.event_pb2 import Event
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2", reason="not run: needs tensorboardX (extra 'test')")
 
     found = {}
     for path in folder.glob("events.*"):
         data = path.read_bytes()
         while data:  # length, its checksum, an event, its checksum
             (length,) = struct.unpack("<Q", data[:8])
-            event = Event.FromString(data[12 : 12 + length])
+            event = event_pb2.Event.FromString(data[12 : 12 + length])
             data = data[16 + length :]
             for value in event.summary.value:
                 if value.HasField("simple_value"):

@@ -151,7 +151,7 @@ def test_the_loss_elsewhere_is_measured_before_and_after_and_recorded(micro, sma
 
 
 @pytest.fixture
-def experiment(pytester):
+def experiment(pytester, without_gpu):
     """The experiment as it stands, with its corpus."""
     shutil.copy(EXPERIMENTS / "test_no_worse.py", pytester.path / "test_experiment.py")
     for path in (EXPERIMENTS / "elsewhere.txt", EXPERIMENTS.parent / "corpus.json"):

@@ -10,6 +10,8 @@ from lightweight.meter import Meter
 from lightweight.methods import BASELINE, QLORA, Method
 from lightweight.trial import MAX_LENGTH, Trial
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 CPU = torch.device("cpu")
 
 
