@@ -106,7 +106,7 @@ def run(job: Job, progress: Callable[[str], None] = lambda text: None) -> Outcom
     """Train `job` and save what it gives; anything but Completed has been told in one line.
 
     `progress` is told what is happening before there are steps. Raises KeyboardInterrupt where SIGINT or SIGTERM
-    stopped it, and one of REFUSALS where it cannot start.
+    stopped it, and one of REFUSALS, JobError among them, where it cannot start.
     """
     output = Output(job.output.absolute())
     dialogues = corpus.load(job.corpus)
