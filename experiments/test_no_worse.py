@@ -64,7 +64,7 @@ def at_rate(method: Method, learning_rate: float) -> Method:
 
 
 NO_WORSE = (BASELINE_CAPTURED, LORA, QLORA, LORA_CAPTURED, QLORA_CAPTURED)
-TOLD = (LORA_CAPTURED, at_rate(BASELINE_CAPTURED, 2e-4))  # captured, since they take seconds
+OTHER_RATES = (LORA_CAPTURED, at_rate(BASELINE_CAPTURED, 2e-4))  # captured, since they take seconds
 
 Difference = Callable[[Method], no_worse.Estimate]
 
@@ -114,12 +114,16 @@ def test_no_worse_than_the_baseline(
 
 
 @pytest.mark.needs_cuda  # for the time it takes
-@pytest.mark.parametrize("variant", TOLD, ids=lambda method: method.name)
-def test_at_other_rates(difference: Difference, model: str, variant: Method) -> None:
-    """Measured and told, not asserted: adapters at the originals' rate, and what larger steps do for the baseline."""
+@pytest.mark.parametrize("variant", OTHER_RATES, ids=lambda method: method.name)
+def test_the_rates_are_fair_to_both_sides(difference: Difference, model: str, variant: Method) -> None:
+    """At the originals' rate an adapter learns too little, which is why it has a larger one here; the baseline gains
+    nothing to speak of by a larger one."""
     found = difference(variant)
-    if no_worse.verdict(found) != "no worse":
-        pytest.xfail(f"{model} x {variant.name}: {found} nats over the baseline")
+    told = f"{model} x {variant.name}: {found} nats over the baseline"
+    if variant.adapter is not None:
+        assert no_worse.verdict(found) == "worse", told
+    else:
+        assert found.low > -no_worse.MARGIN, told
 
 
 def _in_steps_of(settings: Settings, method: Method) -> Method:

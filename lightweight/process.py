@@ -8,7 +8,7 @@ from pathlib import Path
 
 def see_gpus(first: int, count: int) -> None:
     """Leave this process only the `count` GPUs from number `first` on among the visible ones, before CUDA is
-    initialised: one rank, one GPU, where the Trainer would spread over every GPU it sees."""
+    initialised: one rank, one GPU, where the Trainer would spread over every GPU it sees, and none on the CPU."""
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     chosen = [visible[index] if visible else str(index) for index in range(first, first + count)]
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)

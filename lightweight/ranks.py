@@ -93,10 +93,20 @@ def meet(*, cpu: bool) -> None:
     """Have all ranks that torchrun or accelerate launched able to talk, and wait for them. One by itself has nobody to
     talk to: it forgets its launcher, and so trains as a process that had none."""
     if world_size() > 1:
+        share_threads()
         PartialState(cpu=cpu)
     else:
         for name in LAUNCHED:
             os.environ.pop(name, None)
+
+
+def share_threads() -> None:
+    """Have this rank compute with its share of the threads that one process would take, unless OMP_NUM_THREADS says how
+    many. Ranks that took all cores each would wait for one another; accelerate shares them too, with a warning."""
+    if world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def wait_for_all() -> None:

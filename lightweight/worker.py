@@ -107,11 +107,11 @@ def run(
     os.environ.update(environment or {})
     redirect_output(log_of(ranks.rank(), folder))
     faulthandler.register(signal.SIGUSR1, all_threads=False)
-    if trial.device_index is not None:
-        see_gpus(trial.device_index, trial.world_size)
+    see_gpus(*((0, 0) if trial.device_index is None else (trial.device_index, trial.world_size)))
     gc.freeze()  # what the forkserver has imported is never garbage, and looking through it falls into single rounds
     if trial.threads is not None:
         torch.set_num_threads(trial.threads)
+    ranks.share_threads()
     device = take_device(trial)
     meter = Meter(device, start_seconds=time.monotonic() - started)
     owner = _Owner(connection, meter, tells_steps)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightweight import corpus, models
 from lightweight.corpus import Corpus
@@ -49,6 +50,21 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """The micro model, its random weights written."""
     found, _ = models.find(MICRO)
     return models.write(found, tmp_path_factory.mktemp("micro"), seed=0)
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process, and what it starts, sees no GPU: for tests of what happens on a CPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # CUDA may have been initialised before
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+@pytest.fixture
+def pytester(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """Its sessions run in the order of their files, also where pytest-randomly shuffles this one."""
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:randomly")
+    return pytester
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,8 @@ from lightweight.models import GPT_NEO_TINY, OPT_TINY, Model
 from lightweight.preload import peft
 from lightweight.trial import MAX_LENGTH, Trial
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 CPU = torch.device("cpu")
 
 LLAMA_TINY = Model(

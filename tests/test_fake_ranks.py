@@ -23,6 +23,7 @@ from lightweight.trial import Trial
 
 pytestmark = pytest.mark.xdist_group("traces")
 
+ON_A_CPU = {"ACCELERATE_TORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 UNEVEN = replace(OPT_TINY, architecture={**OPT_TINY.architecture, "vocab_size": 385, "num_hidden_layers": 2})
 
 
@@ -56,7 +57,7 @@ def blocks(tensors):
 def held_by_rank(rank, of, folder):
     """What a real rank holds of weights and of optimizer state after a step, the others on the same machine."""
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": of.world_size, "LOCAL_WORLD_SIZE": of.world_size}
-    os.environ.update({name: str(value) for name, value in variables.items()} | {"ACCELERATE_TORCH_DEVICE": "cpu"})
+    os.environ.update({name: str(value) for name, value in variables.items()} | ON_A_CPU)
     store = distributed.FileStore(str(folder / "store"), of.world_size)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=of.world_size)
     row = {name: [1] * of.max_length for name in ("input_ids", "attention_mask", "labels")}

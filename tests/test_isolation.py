@@ -1,6 +1,5 @@
 """Real children, on the GPU where there is one."""
 
-import importlib.util
 import os
 import signal
 import sys
@@ -326,10 +325,9 @@ class FastLanguageModel:
 
 def test_a_peers_trial_runs_in_a_fresh_interpreter_that_imports_it_first(trial, folder, tmp_path, monkeypatch):
     """With a stand-in of its interface that is peft underneath: the suite's losses through either are the same."""
-    if importlib.util.find_spec("unsloth") is None:
-        (tmp_path / "packages").mkdir()
-        (tmp_path / "packages" / "unsloth.py").write_text(STAND_IN)
-        monkeypatch.syspath_prepend(tmp_path / "packages")
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "unsloth.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
     adapter = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
     method = replace(LORA, adapter=adapter, training_arguments={"per_device_train_batch_size": 8})
     losses = []

@@ -29,6 +29,8 @@ from lightweight.output import Output
 from lightweight.preload import peft
 from lightweight.process import redirect_output
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
@@ -121,7 +123,9 @@ def test_an_interrupted_job_resumes_to_the_same_bits(train, out, signal_at, monk
 
 
 def command(given: list[str], log: Path) -> None:
-    """The command in a process of its own."""
+    """The command in a process of its own, a fork of the forkserver: that one may have been started where GPUs were
+    visible."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     redirect_output(log)
     sys.exit(main(given))
 
@@ -154,6 +158,11 @@ def command_on_rank(given: list[str], log: Path, environment: dict[str, str], pr
 
 def nothing() -> None:
     pass
+
+
+def forget_threads() -> None:
+    """As where nobody set how many there are, of which accelerate then has something to say."""
+    os.environ.pop("OMP_NUM_THREADS", None)
 
 
 def on_two_ranks(given: list[str], folder: Path, *prepare: Callable[[], None]) -> tuple[list[int | None], list[str]]:
@@ -301,7 +310,8 @@ def test_what_cannot_start_on_two_ranks_is_one_line_of_one_of_them(base, dialogu
         ("taken", (), f"--output {out / 'taken'}: already exists"),
         ("b", ("--epochs", "0"), "--epochs 0: give at least 1"),
     ):
-        status, said = on_two_ranks(arguments(base, dialogues, out / name, *more), tmp_path)
+        given = arguments(base, dialogues, out / name, *more)
+        status, said = on_two_ranks(given, tmp_path, forget_threads, forget_threads)
         assert status == [2, 2], said
         assert len(said) == 1 and said[0].startswith(f"lightweight: {line}"), said
     assert [path.name for path in out.iterdir()] == ["taken"]
@@ -505,14 +515,14 @@ def test_a_missing_tracker_is_told_before_anything_else(train, out, capsys, trac
 
 def scalars(folder: Path) -> dict[tuple[str, int], float]:
     """What TensorBoard would show: (name, step) -> value."""
-    from tensorboardX.proto.event_pb2 import Event
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2", reason="not run: needs tensorboardX (extra 'test')")
 
     found = {}
     for path in folder.glob("events.*"):
         data = path.read_bytes()
         while data:  # length, its checksum, an event, its checksum
             (length,) = struct.unpack("<Q", data[:8])
-            event = Event.FromString(data[12 : 12 + length])
+            event = event_pb2.Event.FromString(data[12 : 12 + length])
             data = data[16 + length :]
             for value in event.summary.value:
                 if value.HasField("simple_value"):

@@ -151,7 +151,7 @@ def test_the_loss_elsewhere_is_measured_before_and_after_and_recorded(micro, sma
 
 
 @pytest.fixture
-def experiment(pytester):
+def experiment(pytester, without_gpu):
     """The experiment as it stands, with its corpus."""
     shutil.copy(EXPERIMENTS / "test_no_worse.py", pytester.path / "test_experiment.py")
     for path in (EXPERIMENTS / "elsewhere.txt", EXPERIMENTS.parent / "corpus.json"):
@@ -171,7 +171,7 @@ def test_the_experiment_waits_until_a_model_with_real_weights_is_named(experimen
 
 def test_the_experiment_trains_every_seed_and_its_record_gives_the_table_again(experiment, micro):
     result = experiment.runpytest(f"--model={micro.location}", "-k", "baseline-captured", "--benchmark-json=run.json")
-    result.assert_outcomes(passed=1, skipped=1)  # what is only told needs a GPU
+    result.assert_outcomes(passed=1, skipped=1)  # other rates need a GPU
     entries = json.loads((experiment.path / "run.json").read_text("utf-8"))["outcomes"]
     assert [(of["method"], of["seed"]) for of in entries] == [
         (method, seed) for method in ("baseline-captured", "baseline") for seed in range(3)

@@ -14,6 +14,8 @@ from lightweight import isolation
 from lightweight.alternate import CAN_PIN
 from lightweight.targets import Device
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 ROOT = Path(__file__).parent.parent
 
 CELLS = f"""

@@ -1,5 +1,9 @@
+import os
+import re
 import subprocess
 import sys
+
+import pytest
 
 
 def test_importing_it_leaves_torchs_own_answers_in_place():
@@ -39,3 +43,13 @@ def test_a_function_is_compiled_once_and_when_it_is_called(monkeypatch):
     assert not compiled
     assert [negated(1), negated(2)] == [-2, -3]
     assert compiled == [{"dynamic": False}]
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, "PASSIVE"), ("active", "ACTIVE")])
+def test_threads_that_wait_sleep_unless_told_otherwise(asked, expected):
+    """By what libgomp itself says that it has read."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "true"} | ({"OMP_WAIT_POLICY": asked} if asked else {})
+    command = [sys.executable, "-c", "from lightweight import preload"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert re.search(rf"OMP_WAIT_POLICY *= *'{expected}'", done.stderr)

@@ -28,8 +28,8 @@ def tiny(tmp_path_factory):
     return models.write(found, tmp_path_factory.mktemp("tiny"), seed=0)
 
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="not run: needs two GPUs, or none")
-GPUS = torch.cuda.device_count()
+GPUS = torch.cuda.device_count() if torch.cuda.device_count() > 1 else 0
+pytestmark = [] if GPUS else [pytest.mark.usefixtures("without_gpu")]
 WORLDS = [size for size in (2, 4) if not GPUS or size <= GPUS]
 EQUAL = 1e-4 if not GPUS else 1e-2
 """How far apart losses of one and of several ranks may be: in fp32 by rounding, in half precision on a GPU by more."""
@@ -270,6 +270,22 @@ def test_a_trials_peaks_are_those_of_its_fullest_rank():
     untold = of_all_ranks([Measurements(), parts[1]])
     assert (untold.peak_allocated_bytes, untold.rank_peak_allocated_bytes) == (5, (None, 5))
     assert of_all_ranks(parts[:1]) is parts[0]
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 3), ("5", 6)], ids=["its share", "as OMP_NUM_THREADS says"])
+def test_a_rank_computes_with_its_share_of_the_threads(monkeypatch, asked, expected):
+    had = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", asked or "")
+    if asked is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    for name, value in ranks.environment(0, 2, 1234).items():
+        monkeypatch.setenv(name, value)
+    try:
+        torch.set_num_threads(6)
+        ranks.share_threads()
+        assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (expected, asked or "3")
+    finally:
+        torch.set_num_threads(had)
 
 
 def test_one_rank_of_torchrun_forgets_its_launcher(monkeypatch):

@@ -53,7 +53,7 @@ def test_the_method_can_be_named(readme, tmp_path, monkeypatch):
 
 
 @each_readme
-def test_the_experiment_of_ones_own_runs(readme, pytester):
+def test_the_experiment_of_ones_own_runs(readme, pytester, without_gpu):
     (code,) = (block for block in blocks(readme) if "def test_" in block)
     pytester.makeconftest('pytest_plugins = ["lightweight.plugin"]')
     # a twin learns by all its parameters alone, and in seconds

@@ -12,6 +12,8 @@ from lightweight.meter import Meter
 from lightweight.methods import BASELINE, QLORA, Method, MethodError
 from lightweight.trial import Trial
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 CPU = torch.device("cpu")
 
 

@@ -14,6 +14,8 @@ from lightweight.methods import BASELINE, LORA, QLORA
 from lightweight.models import ModelError
 from lightweight.trial import Crashed, Diverged, Trial
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 CPU = torch.device("cpu")
 
 
@@ -99,7 +101,7 @@ def test_the_request_is_read_from_torchs_message(message, expected):
 
 
 def test_an_out_of_memory_that_the_allocator_did_not_count_is_a_crash(trial):
-    assert torch.cuda.is_available() is False, "on a GPU the experiments show the counted one"
+    """On a GPU tests/test_isolation.py shows the counted one."""
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB."), MemoryError("host")):
         outcome = worker.failure(error, trial, Meter(CPU, 0.0))
         assert isinstance(outcome, Crashed)

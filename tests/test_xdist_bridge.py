@@ -9,6 +9,8 @@ import pytest
 from conftest import MICRO, turns
 from lightweight import xdist_bridge
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 CELLS = f"""
     import pytest
     from dataclasses import replace
