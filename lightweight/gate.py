@@ -459,10 +459,11 @@ def _missing(cells: Sequence[Cell], entries: Sequence[Entry], runs: Sequence[Run
             if same:
                 taken = max(same, key=lambda now: record.are_alike(then, now, SAME_TRIAL))
                 left = [now for now in left if now is not taken]
-            elif not entries or any(record.are_alike(then, now, keys) for now in entries):
-                if not any(record.are_alike(then, other, SAME_TRIAL) for other in told):
-                    told.append(then)
-                    yield run, then
+                continue
+            is_of_here = not entries or any(record.are_alike(then, now, keys) for now in entries)
+            if is_of_here and not any(record.are_alike(then, other, SAME_TRIAL) for other in told):
+                told.append(then)
+                yield run, then
 
 
 def _missing_line(run: Run, then: Entry, entries: Sequence[Entry]) -> str:

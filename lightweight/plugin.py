@@ -649,7 +649,7 @@ class Gatekeeper:
             given = [option.flag for option in gate.OPTIONS if getattr(laboratory.limits, option.name) is not None]
             given += ["--require-match"] * laboratory.limits.require_match
             raise pytest.UsageError(
-                f"{' and '.join(given)}: hold{'s' * (len(given) == 1)} a run against a stored one: add --benchmark-compare"
+                f"{', '.join(given)}: there is no stored run to hold against: add --benchmark-compare"
             )
 
     def _stored_files(self) -> list[Path]:

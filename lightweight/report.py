@@ -548,7 +548,7 @@ def results(
     runs: Sequence[Run] = (),
 ) -> Table:
     """One row a trial: how it ended, its time, memory and loss, and how they compare with its baseline; steps with the
-    baseline's of its own run where one is `among` those. `runs` are where the entries come from, where that is known."""
+    baseline's of its own run where one is `among` those. `runs` are what the entries come from, where that is known."""
     rows = [_row(entry, entries, among or entries) for entry in entries]
     columns, aligned = list(COLUMNS), "llllrrrrrrl"
     if key == "others":
@@ -986,7 +986,8 @@ def notes(entries: Sequence[Entry], runs: Sequence[Run] = ()) -> list[str]:
         lines.append(f"Measured on {device}; {packages}.")
         if any(entry["emulated"] for entry in of_device):
             lines.append(
-                f"{EMULATED} Emulated: times are those of {device}; torch's allocator is capped at the bytes the target has."
+                f"{EMULATED} Emulated: times are those of {device}; "
+                "torch's allocator is capped at the bytes the target has."
             )
         if all(entry["peak_allocated_bytes"] is None for entry in of_device):
             lines.append(
@@ -1065,7 +1066,7 @@ def write(path: Path, content: str) -> None:
     try:
         handle, name = tempfile.mkstemp(prefix=".report-", dir=path.absolute().parent)
         beside = Path(name)
-        with open(handle, "w", encoding="utf-8", errors="replace") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
             file.write(content)
         beside.chmod(_mode(path))
         beside.replace(path)
@@ -1077,7 +1078,7 @@ def write(path: Path, content: str) -> None:
 
 
 def _mode(path: Path) -> int:
-    """The permissions of what stands at `path`, else those that a new file gets here; `mkstemp` gives its owner's only."""
+    """The permissions of what stands at `path`, else of a new file; `mkstemp` gives its owner's only."""
     if path.exists():
         return path.stat().st_mode & 0o777
     mask = os.umask(0)

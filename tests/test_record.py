@@ -116,7 +116,7 @@ def test_a_value_that_nothing_can_be_computed_with_is_one_line(trial, tmp_path, 
     path = tmp_path / "run.json"
     entry = record.entry(trial, OUTCOMES[0], H200, None)
     path.write_text(json.dumps({"outcomes": [entry | {key: value}]}))
-    with pytest.raises(RecordError, match=f"outcome 0 has .* as {key!r}: store the run again"):
+    with pytest.raises(RecordError, match=f"outcome 0 has .* as {key!r}, where .* belongs: store the run again"):
         record.load([path])
 
 

@@ -118,7 +118,8 @@ LADDER = [
         steady_step_seconds=seconds,
         captured_step=step,
         adapter=adapter,
-        test=f"experiments/test_speed.py::test_a_rung_from_baseline_to_top[{method}]",
+        test=f"experiments/test_speed.py::test_any_name[{method}]",
+        shown_as="ladder",
     )
     for method, seconds, step, adapter in (
         ("baseline", 0.1, None, None),
@@ -298,13 +299,13 @@ def test_the_answer_comes_first_and_names_every_cell():
     neo = [stopped(model="gpt-neo-1.3b"), entry(model="gpt-neo-1.3b", method="qlora", weights="random")]
     lora = entry(method="lora", speedup=paired(1.7, 1.6, 1.8), peak_allocated_bytes=2 * 2**30, heldout_loss_after=2.4)
     found = [str(finding) for finding in report.findings([run(entry(), lora, *neo)])]
-    assert found[0] == "lora trains opt-350m 1.7 times as fast as baseline on t4."
+    assert found[0] == "lora trains opt-350m 1.7 times as fast as baseline on NVIDIA H200 as t4."
     assert found[1] == "4 cells: 3 completed, 1 out of memory."
     assert found[2] == (
-        "opt-350m on t4 (emulated): baseline completes in 1.50 min within 4.00 GiB, held-out loss 3.00 to 2.50; "
+        "opt-350m on NVIDIA H200 as t4: baseline completes in 1.50 min within 4.00 GiB, held-out loss 3.00 to 2.50; "
         "lora is 1.70x as fast with 0.50 of the memory, held-out loss 3.00 to 2.40."
     )
-    assert found[3].startswith("gpt-neo-1.3b on t4 (emulated): baseline runs out of memory in forward")
+    assert found[3].startswith("gpt-neo-1.3b on NVIDIA H200 as t4: baseline runs out of memory in forward")
     assert "rightly for all 4 cells" in found[5]
     assert "says nothing of quality" in found[-1]
     assert report.text([run(entry(), lora, *neo)], "markdown").startswith(f"- {found[0]}")
@@ -313,7 +314,7 @@ def test_the_answer_comes_first_and_names_every_cell():
 def test_the_answer_names_what_trains_where_the_baseline_cannot():
     neo = [stopped(), entry(method="qlora"), entry(method="qlora-captured"), stopped(method="lora")]
     assert str(report.findings([run(*neo)])[0]) == (
-        "qlora and qlora-captured train opt-350m on t4, where baseline runs out of memory."
+        "qlora and qlora-captured train opt-350m on NVIDIA H200 as t4, where baseline runs out of memory."
     )
     assert str(report.findings([run(stopped(), stopped(method="lora"))])[0]) == "2 cells: 2 out of memory."
     slower = entry(method="qlora", steady_step_seconds=0.2)
@@ -332,7 +333,7 @@ def test_a_step_is_held_against_the_baseline_of_its_own_run(tmp_path):
     found = {row["method"]: row["speedup"] for row in rows("results", *runs)}
     assert found == {"baseline": "1.00x", "lora": "2.00x"}
     assert [row["speedup"] for row in rows("speedup", *runs)] == ["2.00x"]
-    assert str(report.findings(runs)[0]) == "lora trains opt-350m 2.0 times as fast as baseline on t4."
+    assert str(report.findings(runs)[0]) == "lora trains opt-350m 2.0 times as fast as baseline on NVIDIA H200 as t4."
 
 
 def record_entry(e):
@@ -372,7 +373,7 @@ def test_several_seeds_are_told_apart_and_each_held_against_its_own_baseline():
         ("lora", "1", "2.00x"),
     ]
     text = report.text([run(*seeds, *loras)], "terminal")
-    assert "lora, seed 0 is 2.00x as fast" in text and "seed 1" not in text, "one seed stands for all in sentences"
+    assert "lora is 2.00x as fast (2.00 to 2.00 over 2 seeds)" in text and "seed 1" not in text
     failed = report.text([run(*seeds, loras[0], stopped(method="lora", seed=1))], "terminal")
     assert "lora, seed 1 runs out of memory" in failed
 
@@ -402,13 +403,12 @@ def test_ladder_says_what_changed_and_what_it_bought():
     ]
     assert [row["bought"] for row in found] == ["-", "2.00x", "1.25x", "2.00x"]
     assert found[-1]["in all"] == "5.00x"
-    broken = rows("ladder-0", run(LADDER[0], stopped(method="lora", test=LADDER[1]["test"]), *LADDER[2:]))
+    broken = rows("ladder-0", run(LADDER[0], stopped(method="lora", test=LADDER[1]["test"], shown_as="ladder"), *LADDER[2:]))
     assert (broken[1]["outcome"], broken[1]["bought"], broken[2]["bought"]) == ("out of memory in forward", "-", "-")
 
 
 def test_peers_stand_beside_each_other_and_are_no_cells_of_the_suites_own():
-    node = "experiments/test_peers.py::test_a_peer_trains_the_same_rows[x]"
-    same = {"test": node, "device": "NVIDIA H100 80GB HBM3", "parameters": 1_100_048_384, "tokens_per_step": 2048}
+    same = {"shown_as": "peers", "device": "NVIDIA H100 80GB HBM3", "parameters": 1_100_048_384, "tokens_per_step": 2048}
     of = [
         entry(method="stock", library="peft", versions={"peft": "1.0"}, steady_step_seconds=0.2, **same),
         entry(method="theirs", library="unsloth", versions={"unsloth": "2.0"}, steady_step_seconds=0.1, **same),
@@ -467,7 +467,7 @@ def test_trials_over_several_gpus_stand_beside_the_one_on_one():
     failed = {"method": "qlora", "failed_rank": 1, "rank_peak_allocated_bytes": [None, 2**30]}
     entries = [entry(**rates), entry(**two), stopped(**two | failed)]
     one, shared, stopped_on_one_rank = report.ranks(entries).rows
-    assert one[2] == "t4 [e]" and shared[2] == "2 x t4 [e]"
+    assert one[2] == "NVIDIA H200 as t4 [e]" and shared[2] == "2 x NVIDIA H200 as t4 [e]"
     assert shared[4:8] == ["30,720", "15,360", "1.50x", "3.00 GiB, 2.00 GiB"]
     assert stopped_on_one_rank[3] == "out of memory in forward, rank 1"
     assert stopped_on_one_rank[4:8] == ["-", "-", "-", "-, 1.00 GiB"], "one step is no rate"
