@@ -432,7 +432,8 @@ def _no_worse(entries: Sequence[Entry]) -> list[Finding]:
         Finding(
             about=f"Over baseline's held-out loss on {model}, means of seeds",
             parts=tuple(
-                f"{found.method} {found.verdict}" + (f", {found.difference} nats" if found.difference else "")
+                f"{method_among(found.entries[0], entries)} {found.verdict}"
+                + (f", {found.difference} nats" if found.difference else "")
                 for found in compared
                 if found.model == model
             ),
@@ -618,7 +619,7 @@ def qualities(entries: Sequence[Entry]) -> Table:
         rows=[
             [
                 found.model,
-                found.method,
+                method_among(found.entries[0], entries),
                 f"{len(found.entries)}" + (f", {found.failed} failed" if found.failed else ""),
                 _before_and_after(found.heldout),
                 "-" if found.difference is None else str(found.difference),
@@ -1058,20 +1059,20 @@ def write(path: Path, content: str) -> None:
     """Put `content` into the file at `path`, all of it or nothing. Raises ReportError.
 
     It is written beside it first, into a file with a name of its own that nobody can have put there before."""
-    if path.is_dir() or not path.name:
-        raise ReportError(f"report {path}: is a folder: name a file in it, such as {path / 'report.html'}")
-    if path.exists() and not path.is_file():
-        raise ReportError(f"report {path}: is no file that can be replaced: give another name")
     beside = None
     try:
+        if path.is_dir():
+            raise ReportError(f"report {path}: is a folder: name a file in it, such as {path / 'report.html'}")
+        if path.exists() and not path.is_file():
+            raise ReportError(f"report {path}: is no file that can be replaced: give another name")
         handle, name = tempfile.mkstemp(prefix=".report-", dir=path.absolute().parent)
         beside = Path(name)
         with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
             file.write(content)
         beside.chmod(_mode(path))
         beside.replace(path)
-    except (OSError, ValueError) as error:
-        raise ReportError(f"report {path}: cannot be written ({getattr(error, 'strerror', error)})") from error
+    except OSError as error:
+        raise ReportError(f"report {path}: cannot be written ({error.strerror})") from error
     finally:
         if beside is not None:
             beside.unlink(missing_ok=True)

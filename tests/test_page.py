@@ -88,7 +88,12 @@ def test_every_kind_of_picture_is_drawn_and_has_its_table(document):
 
 def test_a_cell_that_ran_out_of_memory_is_in_every_kind_of_picture():
     runs = [
-        run(entry(), stopped(method="lora"), LADDER[0], stopped(method="lora", test=LADDER[1]["test"], shown_as="ladder", planned_steps=4))
+        run(
+            entry(),
+            stopped(method="lora"),
+            LADDER[0],
+            stopped(method="lora", test=LADDER[1]["test"], shown_as="ladder", planned_steps=4),
+        )
     ]
     runs += [run(stopped(method="lora"), ended="2026-01-03")]
     real = [stopped(method="lora", model="m", seed=seed) for seed in range(2)]
