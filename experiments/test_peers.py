@@ -48,6 +48,7 @@ def method(model: str, by: str) -> Method:
 
 
 @pytest.mark.needs_cuda
+@pytest.mark.shown_as("peers")
 @pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("model", CELLS)
 def test_a_peer_trains_the_same_rows(

@@ -1,8 +1,8 @@
 """Where does the speed come from? From the original's methods to the captured ones, one change at a time.
 
 The original reported 3.7x for fp16 and LoRA together; the first rungs part the two. Every rung is a Method made with
-`replace`, so that the table this prints says what each change bought in step time and in memory. The report draws as a
-ladder what tests called `test_a_rung_...` train, in their order.
+`replace`, so that the table this prints says what each change bought in step time and in memory. The mark `shown_as`
+has the report draw what a test trains as a ladder, in its order.
 """
 
 import copy
@@ -88,6 +88,7 @@ def assert_as_good(outcome_of: Train, outcome: Outcome, model: str, stock: str, 
 
 
 @needs_cuda
+@pytest.mark.shown_as("ladder")
 @pytest.mark.model("opt-350m")
 @pytest.mark.parametrize("method", rungs(LORA_LADDER))
 def test_a_rung_from_baseline_to_lora_captured(train: Train, outcome_of: Train, method: Method) -> None:
@@ -96,6 +97,7 @@ def test_a_rung_from_baseline_to_lora_captured(train: Train, outcome_of: Train, 
 
 
 @needs_cuda
+@pytest.mark.shown_as("ladder")
 @pytest.mark.model("gpt-neo-1.3b")
 @pytest.mark.parametrize("method", rungs(QLORA_LADDER))
 def test_a_rung_from_qlora_to_qlora_captured(train: Train, outcome_of: Train, method: Method) -> None:

@@ -335,28 +335,39 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_gate)
     parser.add_argument("new", type=Path, metavar="NEW.json")
     parser.add_argument("--against", nargs="+", type=Path, required=True, metavar="OLD.json")
-    for what in ("speedup", "memory"):
-        parser.add_argument(
-            f"--{what}-fail", default=f"{gate.FAIL:.0%}", metavar="PERCENT", help="of the stored ratio (default: 5%%)"
-        )
-    parser.add_argument("--undecided", choices=("pass", "fail"), default="pass")
+    for option in gate.OPTIONS:
+        words = f"fail where {option.of} (default: {option.default or 'none'}; none: no verdict)"
+        parser.add_argument(option.flag, default=option.default, metavar=option.metavar, help=words.replace("%", "%%"))
+    parser.add_argument(
+        "--undecided",
+        choices=("pass", "fail"),
+        default="pass",
+        help="what becomes of a speedup that noise leaves open (default: pass)",
+    )
+    parser.add_argument(
+        "--missing",
+        choices=("pass", "fail"),
+        default="fail",
+        help="what becomes of a stored cell that the new record has not (default: fail)",
+    )
+    parser.add_argument(
+        "--require-match",
+        action="store_true",
+        help="fail where no stored run has a cell of the new one under the same conditions",
+    )
 
 
 def _gate(options: argparse.Namespace) -> int:
-    shares = {}
-    for what in ("speedup_fail", "memory_fail"):
-        try:
-            shares[what] = gate.share(getattr(options, what))
-        except ValueError as error:
-            return _refuse(ValueError(f"--{what.replace('_', '-')} {error}"))
     try:
-        entries = record.load([options.new])
+        limits = {option.name: option.value(getattr(options, option.name)) for option in gate.OPTIONS}
+        entries = record.run(options.new).entries
         runs, problems = gate.load(options.against)
-    except record.RecordError as error:
+        if not runs:  # a gate without anything to hold against would pass for ever
+            raise ValueError("; ".join(problems))
+    except ValueError as error:
         return _refuse(error)
-    if not runs:  # a gate without anything to hold against would pass for ever
-        return _refuse(ValueError("; ".join(problems)))
-    comparison = gate.compare(entries, runs, gate.Limits(**shares, undecided=options.undecided))
+    words = {name: getattr(options, name) for name in ("undecided", "missing", "require_match")}
+    comparison = gate.compare(entries, runs, gate.Limits(**limits, **words))
     print("\n".join([*problems, gate.text(comparison)]))
     return 1 if comparison.failures else 0
 

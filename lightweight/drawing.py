@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import re
-import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lightweight import report
-from lightweight.record import Entry
+from lightweight.record import Entry, one_line
 
 WIDTH = 360
 """Of every picture, in the units in which its text is 9 to 11 high."""
@@ -156,31 +155,15 @@ def style() -> Iterator[None]:
         yield
 
 
-def clean(told: str) -> str:
-    """`told` on one line, without characters that no document may hold or that turn the text after them around."""
-    return readable(" ".join(told.split()))
-
-
-def readable(told: str) -> str:
-    """`told` with those characters replaced, its lines kept."""
-    return "".join(
-        c if c in "\n\t" or not _UNREADABLE & {unicodedata.category(c), unicodedata.bidirectional(c)} else "�"
-        for c in told
-    )
-
-
-_UNREADABLE = {"Cc", "Cs", "Cn", "LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
-
-
 def short(told: str, length: int) -> str:
     """`told`, its end cut where it is longer than there is room for."""
-    told = clean(told)
+    told = one_line(told)
     return told if len(told) <= length else told[: length - 1] + "…"
 
 
 def text(axes: Axes, x: float, y: float, told: str, colour: str, size: float, **more: Any) -> Any:
     """`told` at a point of `axes`, in a role's colour, `size` of the picture's units high; the artist."""
-    cleaned = "\n".join(clean(line) for line in told.split("\n"))
+    cleaned = "\n".join(one_line(line) for line in told.split("\n"))
     return axes.text(x, y, cleaned, color=LIGHT[colour], fontsize=size, linespacing=1.15, **more)
 
 
@@ -228,7 +211,7 @@ def _svg(figure: Figure, key: str, summary: str, told: Mapping[str, str]) -> str
             number = name.partition(":")[2]
             node.attrib |= {"class": "mark", "data-cell": number, "href": f"#record-{number}", "tabindex": "-1"}
             title = ElementTree.Element(f"{{{SVG}}}title")
-            title.text = clean(told[name])
+            title.text = one_line(told[name])
             node.insert(0, title)
         elif f"#{name}" in linked:
             node.set("id", f"{key}-{name}")
@@ -244,7 +227,7 @@ def _svg(figure: Figure, key: str, summary: str, told: Mapping[str, str]) -> str
             del node.attrib["transform"]
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
-    root.attrib |= {"role": "img", "aria-label": clean(summary)}
+    root.attrib |= {"role": "img", "aria-label": one_line(summary)}
     return ElementTree.tostring(root, encoding="unicode")
 
 

@@ -45,7 +45,7 @@ def pictures(runs: Sequence[Run]) -> list[Picture]:
             if any(entry["peak_allocated_bytes"] or entry.get("forecast_bytes_by_cause") for entry in group):
                 found.append(_memory(f"memory-{number}", shown, entries))
             if len(shown) > 1 and any(_is_compared(entry, entries) for entry in shown):
-                found.append(_speedups(f"speedup-{number}", shown, entries))
+                found.append(_speedups(f"speedup-{number}", shown, group, entries))
         found += _forecast_memory(runs, told)
         found += _qualities(entries)
         for number, rungs in enumerate(report.ladders(entries)):
@@ -58,8 +58,8 @@ def pictures(runs: Sequence[Run]) -> list[Picture]:
 
 def _is_compared(entry: Entry, entries: Sequence[Entry]) -> bool:
     """Whether a picture of speedups has something to show of a cell: a ratio, or that it failed."""
-    ratio = entry["method"] != BASELINE and report.speedup(entry, report.pace_of(entry, entries))[:1].isdigit()
-    return ratio or entry["outcome"] != "completed"
+    has_ratio = entry["method"] != BASELINE and report.faster(entry, report.pace_of(entry, entries)) is not None
+    return has_ratio or entry["outcome"] != "completed"
 
 
 # Loss
@@ -70,7 +70,7 @@ def _loss(key: str, entry: Entry, group: Sequence[Entry], entries: Sequence[Entr
     baseline = report.baseline_of(entry, group)
     shown = [entry] if baseline is None or baseline is entry else [baseline, entry]
     name = report.name_among(entry, group)
-    title = f"{entry['model']} on {report.card(entry)}: {name}" + " over baseline" * (len(shown) > 1)
+    title = f"{entry['model']} on {report.timed_on(entry)}: {name}" + " over baseline" * (len(shown) > 1)
     summary = f"Loss against step and seconds. {'; '.join(report.headline(e) for e in shown)}"
     ended = [e for e in shown if e["outcome"] != "completed"]
     if not any(e["train_loss"] for e in shown):
@@ -193,7 +193,7 @@ def _qualities(entries: Sequence[Entry]) -> list[Picture]:
     pictures = []
     for number, of in enumerate(dict.fromkeys(map(job, compared))):
         alike = [found for found in compared if job(found) == of]
-        place = f"{alike[0].model} on {alike[0].entries[0]['target']}"
+        place = f"{alike[0].model} on {report.timed_on(alike[0].entries[0])}"
         against = [found for found in alike if found.verdict is not None]
         if against:
             rows = [_Estimated(f, f.difference, f.verdict or "") for f in against]
@@ -301,7 +301,7 @@ def _memory(key: str, group: Sequence[Entry], entries: Sequence[Entry]) -> Pictu
         for entry in group
     ]
     first = group[0]
-    title = f"{first['model']} on {report.card(first)}"
+    title = f"{first['model']} on {report.timed_on(first)}"
     return _bars(key, title, rows, first.get("budget_bytes"), entries)
 
 
@@ -424,46 +424,37 @@ def _bars(
 # Speedup
 
 
-def _speedups(key: str, group: Sequence[Entry], entries: Sequence[Entry]) -> Picture:
-    """Times as fast as the baseline, with the interval where it was measured in pairs of rounds."""
+def _speedups(key: str, shown: Sequence[Entry], group: Sequence[Entry], entries: Sequence[Entry]) -> Picture:
+    """Times as fast as the baseline: with the interval where it was measured in pairs of rounds, and of several seeds
+    the mean with the least and the most."""
     top, of_row, left, right = 6, 36, 8, WIDTH - 8
-    bottom = top + of_row * len(group)
-    canvas = Canvas(key, bottom + 46, group, entries)
+    bottom = top + of_row * len(shown)
+    canvas = Canvas(key, bottom + 46, shown, entries)
     axes = canvas.axes(left + 6, top, right - left - 12, bottom - top)
     paper = canvas.paper()
     reach, words = [1.0], []
-    for number, entry in enumerate(group):
+    for number, entry in enumerate(shown):
         y = of_row * number
-        paired = entry.get("speedup") or {}
-        told = report.speedup(entry, report.pace_of(entry, entries))
         failed = entry["outcome"] != "completed"
-        if failed:
-            told = f"✕ {report.outcome(entry)}"
-        elif not told[:1].isdigit():
-            told = "completes" if told == "-" else f"completes; {told}"
-        named = report.name_among(entry, group)
-        words.append(f"{named} {told.removeprefix('✕ ')}")
+        named = report.name_among(entry, group) if failed else report.method_among(entry, group)
+        row = _Faster.of(entry, group, entries)
+        words.append(f"{named} {row.words.removeprefix('✕ ')}")
         name = drawing.text(paper, left, top + y + 13, drawing.short(named, 24), "ink", 10.5, weight="bold")
-        said = drawing.text(paper, right, top + y + 13, told, "fail" if failed else "ink", 9.5, ha="right")
+        said = drawing.text(paper, right, top + y + 13, row.words, "fail" if failed else "ink", 9.5, ha="right")
         marks: list[Any] = []
-        if paired.get("ratio") and paired["low"] and math.isfinite(paired["high"]) and not failed:
+        if row.ends:
+            marks += axes.plot(row.ends, [y + 25, y + 25], color=LIGHT["blue"], linewidth=4, alpha=0.45)
+            reach += row.ends
+        if row.ratio is not None:
+            face = LIGHT["blue"] if row.is_paired else "none"
             marks += axes.plot(
-                [paired["low"], paired["high"]], [y + 25, y + 25], color=LIGHT["blue"], linewidth=4, alpha=0.45
-            )
-            marks += axes.plot(paired["ratio"], y + 25, "o", color=LIGHT["blue"], markersize=7)
-            reach += [paired["low"], paired["high"]]
-        elif not failed and told[:1].isdigit():
-            ratio = float(told.partition("x")[0])
-            marks += axes.plot(
-                ratio,
-                y + 25,
-                "o",
-                markersize=6.5,
+                *(row.ratio, y + 25, "o"),
+                markersize=6.8,
                 markeredgewidth=1.8,
-                markerfacecolor="none",
+                markerfacecolor=face,
                 markeredgecolor=LIGHT["blue"],
             )
-            reach.append(ratio or 1.0)
+            reach.append(row.ratio)
         else:
             colour = "fail" if failed else "muted"
             marks += axes.plot(
@@ -496,8 +487,37 @@ def _speedups(key: str, group: Sequence[Entry], entries: Sequence[Entry]) -> Pic
             markerfacecolor=LIGHT["blue"] if filled else "none",
         )
         drawing.text(paper, x + 14, bottom + 39.5, told, "muted", 9.5)
-    title = f"{group[0]['model']} on {report.card(group[0])}"
+    title = f"{group[0]['model']} on {report.timed_on(group[0])}"
     return canvas.picture("speedup", title, f"Times as fast as the baseline, per token. {'; '.join(words)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Faster:
+    """What a row of the picture shows: how many times as fast, None where there is no ratio; the ends of its interval,
+    or of several seeds, where both are numbers; whether it was measured in pairs of rounds."""
+
+    words: str
+    ratio: float | None = None
+    ends: tuple[float, float] | None = None
+    is_paired: bool = False
+
+    @classmethod
+    def of(cls, entry: Entry, group: Sequence[Entry], entries: Sequence[Entry]) -> _Faster:
+        """The row of a cell, whose other seeds are in `group`."""
+        if entry["outcome"] != "completed":
+            return cls(words=f"✕ {report.outcome(entry)}")
+        baseline = report.pace_of(entry, entries)
+        found = report.pace(report.seeds_of(entry, group), entries)
+        if found is None:
+            told = report.speedup(entry, baseline)
+            return cls(words="completes" if told == "-" else f"completes; {told}")
+        if len(found.entries) > 1:
+            words = f"{found.ratio:.2f}x, {len(found.entries)} seeds {found.low:.2f} to {found.high:.2f}"
+            return cls(words=words, ratio=found.ratio, ends=(found.low, found.high))
+        one = report.faster(entry, baseline)
+        ends = one.interval if one and one.interval else None
+        drawn = ends if ends and ends[0] > 0 and math.isfinite(ends[1]) else None
+        return cls(words=report.speedup(entry, baseline), ratio=found.ratio, ends=drawn, is_paired=ends is not None)
 
 
 def _ratios(low: float, high: float) -> list[float]:
@@ -559,7 +579,7 @@ def _ladder(number: int, rungs: Sequence[Entry], entries: Sequence[Entry]) -> Pi
     drawing.text(paper, right, bottom + 25, "ms a step", "muted", 9.5, ha="right")
     table = report.ladder(rungs, number)
     words = "; ".join(" ".join(row[:1]) + f" {row[3]}, {row[2]}" for row in table.rows)
-    title = f"{rungs[0]['model']} on {report.card(rungs[0])}: {rungs[0]['method']} to {rungs[-1]['method']}"
+    title = f"{rungs[0]['model']} on {report.timed_on(rungs[0])}: {rungs[0]['method']} to {rungs[-1]['method']}"
     return canvas.picture(table.key, title, f"Milliseconds a step, one change after the other. {words}.")
 
 
@@ -732,11 +752,11 @@ def _history(key: str, entry: Entry, runs: Sequence[Run], entries: Sequence[Entr
             9,
             ha=align,
         )
-    title = f"{entry['model']} x {entry['method']} on {report.card(entry)}"
+    title = f"{entry['model']} x {entry['method']} on {report.timed_on(entry)}"
     words = "; ".join(f"{report.run_label(run)}: {report.summary(then, run)}" for run, then in found)
     return canvas.picture("history", title, f"From run to run. {words}.")
 
 
 def _speedup_of(run: Run, then: Entry) -> float | None:
-    told = report.speedup(then, report.baseline_of(then, run.entries))
-    return float(told.partition("x")[0]) if told[:1].isdigit() and then["method"] != BASELINE else None
+    found = report.faster(then, report.baseline_of(then, run.entries))
+    return found.ratio if found and then["method"] != BASELINE else None

@@ -1,13 +1,17 @@
 """Did it get worse? The cells of a new run beside the newest stored run of the same conditions, and a verdict on each.
 
-Absolute times move with the machine; ratios that were measured within one run do not, so ratios are compared: how many
-times as fast as its baseline a cell is, and how much of its baseline's memory it holds. Everything here is a pure
-function of saved records, so a verdict can be taken again without a GPU.
+Absolute times of a stock step move with the host that launches it: the same cell on cards of one kind took up to 1.37
+times as long from one host to the next (experiments/records). Ratios that were measured within one run do not, so
+ratios are compared: how many times as fast as its baseline a cell is, and how much of its baseline's memory it holds.
+What slows a cell and its baseline alike no ratio shows. A captured step waits for the card alone, so there its own time
+is compared as well. Losses of the same trial are the same in every run but for rounding, and are compared as they are.
+
+Everything here is a pure function of saved records, so a verdict can be taken again without a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from operator import attrgetter
@@ -18,30 +22,55 @@ from tabulate import tabulate
 
 from lightweight import ratio, record, report
 from lightweight.ratio import Interval, Verdict
-from lightweight.record import Entry, Run
-
-CONDITIONS = (
-    *("device", "target", "world_size", "corpus_digest", "precision", "weights", "max_length", "tokens_per_step"),
-)
-"""What two runs of a cell must have in common to be compared."""
+from lightweight.record import SAME_CELL, SAME_TRIAL, Entry, Run, one_line
 
 FAIL = 0.05
-"""The share a ratio may lose where no other is said."""
+"""The share of a stored speedup that may be lost, and of a stored memory ratio that may come on top, where no other is
+said."""
+
+LOSS_FAIL = 0.02
+"""Nats a token that a loss may rise. The same trial in up to three runs, on an H100 and H200s, ended within 0.0001 of
+itself (experiments/records); other dropout masks, as another version of a library may draw, cost about what another
+seed does, a standard deviation of 0.003 to 0.01 nats (h200-no-worse.json)."""
+
+STEP_FAIL = 0.15
+"""The share that a captured step may take longer. The same one was within 1 % of itself on three hosts, and once 8 %
+apart within a session (h200-no-worse.json, lora-captured: 8.28 and 8.97 ms)."""
 
 COLUMNS = (
-    *("model", "method", "speedup now", "stored", "now / stored"),
+    *("model", "method", "speedup now", "stored", "now / stored", "step now", "stored"),
     *("memory now", "stored", "held-out loss now", "stored", "verdict"),
 )
+
+SAME_SETTING = ("device", "target", "world_size", "weights", "corpus_digest")
+"""What a whole run was made under: where one cell of a stored run shares it with the new run, the others belong to the
+comparison as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Shares of a stored ratio: how much of the speedup may be lost and how much memory may be gained. `None` asks for
-    no verdict. `undecided` says what becomes of a speedup that noise leaves open."""
+    """How much worse a cell may be than the stored one; `None` asks for no verdict.
+
+    Shares: of a stored speedup that may be lost, of a stored memory ratio and of a stored step's time that may come on
+    top, `step_fail` of a captured step and `stock_step_fail` of any other. `loss_fail` is in nats a token. `undecided`
+    says what becomes of a speedup that noise leaves open, `missing` of a stored cell that the new run lacks, and
+    `require_match` whether a run fails that nothing stored matches.
+    """
 
     speedup_fail: float | None = None
     memory_fail: float | None = None
+    loss_fail: float | None = None
+    step_fail: float | None = None
+    stock_step_fail: float | None = None
     undecided: Literal["pass", "fail"] = "pass"
+    missing: Literal["pass", "fail"] = "fail"
+    require_match: bool = False
+
+    @property
+    def ask(self) -> bool:
+        """Whether any verdict is asked for."""
+        limits = (self.speedup_fail, self.memory_fail, self.loss_fail, self.step_fail, self.stock_step_fail)
+        return any(limit is not None for limit in limits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,26 +89,109 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Every cell of a new run, and what has to be told beside them."""
+    """Every cell of a new run, what is wrong with the run as a whole, and what to know beside them."""
 
     cells: Sequence[Cell]
+    of_run: Sequence[str] = field(default=())
     notes: Sequence[str] = field(default=())
 
     @property
     def failures(self) -> list[str]:
         """Why the gate fails, one line a reason; empty where it passes."""
-        return [failure for cell in self.cells for failure in cell.failures]
+        return [*(failure for cell in self.cells for failure in cell.failures), *self.of_run]
 
 
-def share(text: str) -> float:
-    """`10%` as 0.1. Raises ValueError."""
+def share(text: str, below: float = 1) -> float:
+    """`10%` as 0.1. Raises ValueError for what is not above zero and below `below`."""
     try:
         found = float(text.removesuffix("%")) / 100
     except ValueError:
         found = -1.0
-    if not (text.endswith("%") and 0 < found < 1):
-        raise ValueError(f"{text!r}: give a percentage between 0% and 100%, such as 10%")
+    if not (text.endswith("%") and 0 < found < below):
+        raise ValueError(f"{one_line(text)!r}: give a percentage between 0% and {below:.0%}, such as 10%")
     return found
+
+
+def longer(text: str) -> float:
+    """`10%` as 0.1, of what may become more than twice as much. Raises ValueError."""
+    return share(text, below=10)
+
+
+def nats(text: str) -> float:
+    """`0.02` as it is. Raises ValueError."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found <= 100:
+        raise ValueError(f"{one_line(text)!r}: give nats a token from 0 to 100, such as {LOSS_FAIL}")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A limit as the command line says it: `metavar` is its unit, `default` what is meant where no number is said, None
+    where one must be. `of` completes "fail where"."""
+
+    name: str
+    metavar: str
+    read: Callable[[str], float]
+    default: str | None
+    of: str
+
+    @property
+    def flag(self) -> str:
+        """As it is typed."""
+        return f"--{self.name.replace('_', '-')}"
+
+    def value(self, text: str | None) -> float | None:
+        """The limit that `text` says, None for none. Raises ValueError."""
+        if text is None or text == "none":
+            return None
+        try:
+            return self.read(text)
+        except ValueError as error:
+            raise ValueError(f"{self.flag} {error}") from None
+
+
+OPTIONS = (
+    Option(
+        name="speedup_fail",
+        metavar="PERCENT",
+        read=share,
+        default=f"{FAIL:.0%}",
+        of="a cell's speedup loses more than this share of the stored one",
+    ),
+    Option(
+        name="memory_fail",
+        metavar="PERCENT",
+        read=longer,
+        default=f"{FAIL:.0%}",
+        of="a cell's memory ratio takes this share more than the stored one",
+    ),
+    Option(
+        name="loss_fail",
+        metavar="NATS",
+        read=nats,
+        default=f"{LOSS_FAIL}",
+        of="the held-out loss of the same trial is higher than the stored one by more than this, in nats a token",
+    ),
+    Option(
+        name="step_fail",
+        metavar="PERCENT",
+        read=longer,
+        default=f"{STEP_FAIL:.0%}",
+        of="a captured step of the same trial takes this share longer than the stored one, or is captured no more",
+    ),
+    Option(
+        name="stock_step_fail",
+        metavar="PERCENT",
+        read=longer,
+        default=None,
+        of="any other step takes this share longer: hosts differ, so give 50% or more",
+    ),
+)
+"""What `lightweight gate` and `pytest --benchmark-compare` take alike."""
 
 
 def load(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
@@ -87,45 +199,63 @@ def load(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     runs, problems = [], []
     for path in paths:
         try:
-            runs.append(record.run(path))
+            run = record.run(path)
         except record.RecordError as error:
             problems.append(f"left out: {error}")
+            continue
+        if run.entries:
+            runs.append(run)
+        else:
+            problems.append(one_line(f"left out: record {path}: holds no trial, so nothing can be held against it"))
     return sorted(runs, key=attrgetter("ended"), reverse=True), problems
 
 
 def stored(now: Entry, runs: Sequence[Run]) -> tuple[Run, Entry] | None:
     """The same cell under the same conditions in the newest of `runs` that has it."""
     for run in runs:
-        same = [then for then in _same_cell(now, run) if not _differing(now, then)]
-        if same:  # of several lengths, the one of the same length
-            return run, max(same, key=lambda then: then.get("planned_steps") == now.get("planned_steps"))
+        same = [then for then in run.entries if record.are_alike(now, then, SAME_CELL)]
+        if same:  # of several, the one of the same length, and of the same seed
+            keys = ("planned_steps", "seed")
+            return run, max(same, key=lambda then: [then.get(key) == now.get(key) for key in keys])
     return None
 
 
-def compare(entries: Sequence[Entry], runs: Sequence[Run], limits: Limits) -> Comparison:
-    """Hold every one of `entries` against `runs`, newest first."""
+def compare(
+    entries: Sequence[Entry], runs: Sequence[Run], limits: Limits, is_due: Callable[[Entry], bool] = lambda then: True
+) -> Comparison:
+    """Hold every one of `entries` against `runs`, newest first. `is_due` says of a stored entry whether the new run was
+    meant to have it too: not so, for instance, where somebody named one model of several."""
     cells = [_cell(entry, entries, stored(entry, runs), limits) for entry in entries]
     notes = _not_compared(cells, runs)
-    if not any(cell.then for cell in cells):
-        notes.append(
-            "nothing stored matches this run, so there is nothing to hold it against: "
-            "store it with --benchmark-autosave, or keep the file of --benchmark-json"
-        )
-    else:
+    of_run = []
+    if not entries:
+        of_run.append("the new run holds no trial")
+    missing = [(run, then) for run, then in _missing(cells, entries, runs) if is_due(then)]
+    fails = limits.ask and limits.missing == "fail"
+    (of_run if fails else notes).extend(_missing_line(run, then, entries) for run, then in missing)
+    if any(cell.then for cell in cells):
         notes += [f"appeared: {_name(cell.now)}" for cell in cells if cell.then is None]
-        notes += _disappeared(cells, entries)
-    return Comparison(cells=cells, notes=notes)
+        notes += _not_known(cells, limits)
+    else:
+        nothing = "NOTHING WAS COMPARED: no stored run has a cell of this one under the same conditions"
+        (of_run if limits.require_match else notes).append(
+            f"{nothing}: store this run with --benchmark-autosave, or keep the file of --benchmark-json"
+        )
+    return Comparison(cells=cells, of_run=of_run, notes=notes)
 
 
 def text(comparison: Comparison) -> str:
     """The comparison as a person reads it."""
     rows = [_row(cell, [cell.now for cell in comparison.cells]) for cell in comparison.cells]
-    table = tabulate(rows, headers=COLUMNS, disable_numparse=True, colalign=("left",) * 2 + ("right",) * 7 + ("left",))
-    runs = dict.fromkeys(cell.run.name for cell in comparison.cells if cell.run)
-    lines = [table]
+    aligned = ("left",) * 2 + ("right",) * 9 + ("left",)
+    shown = [[one_line(word) for word in row] for row in rows]
+    lines = [tabulate(shown, headers=COLUMNS, disable_numparse=True, colalign=aligned)] if rows else []
+    runs = {cell.run.path: cell.run for cell in comparison.cells if cell.run}.values()
     if runs:
-        lines.append(f"Stored: {', '.join(runs)}. Now / stored allows for having been looked at after every few pairs.")
-    return "\n".join([*lines, *comparison.notes, *(f"FAILED {failure}" for failure in comparison.failures)])
+        names = ", ".join(f"{run.name}{' (of code with uncommitted changes)' * bool(run.is_dirty)}" for run in runs)
+        lines.append(one_line(f"Stored: {names}. Now / stored allows for having been looked at after every few pairs."))
+    failed = [f"FAILED {failure}" for failure in comparison.failures]
+    return "\n".join([*lines, *map(one_line, [*comparison.notes, *failed])])
 
 
 def log_ratios(entry: Entry | None) -> list[float]:
@@ -134,17 +264,28 @@ def log_ratios(entry: Entry | None) -> list[float]:
     return list(paired["log_ratios"]) if paired else []
 
 
+def in_turn(*entries: Entry | None) -> int:
+    """In how many of `entries` the two sides of a pair were measured one after the other."""
+    paired = [entry.get("speedup") or {} for entry in entries if entry]
+    return sum(speedup.get("pairing") == record.ONE_AFTER_THE_OTHER for speedup in paired)
+
+
+# One cell
+
+
 def _cell(now: Entry, entries: Sequence[Entry], found: tuple[Run, Entry] | None, limits: Limits) -> Cell:
     if found is None:
         return Cell(now=now, memory_now=_memory(now, entries))
     run, then = found
     against, verdict, failures = None, None, []
-    if then["outcome"] == "completed" and now["outcome"] != "completed":
-        if limits.speedup_fail or limits.memory_fail:
-            failures.append(f"{_name(now)}: completed in {run.name}, {_words(now['outcome'])} now")
+    if _ended_worse(now, then):
+        if limits.ask:
+            failures.append(f"{_name(now)}: {_words(then['outcome'])} in {run.name}, {_words(now['outcome'])} now")
     else:
         against, verdict, failures = _speedup(now, then, run, limits)
         failures += _memory_failures(now, then, entries, run, limits)
+        if now["outcome"] == then["outcome"] == "completed":
+            failures += [*_loss_failures(now, then, run, limits), *_step_failures(now, then, run, limits)]
     changed = _changed(now, then)
     return Cell(
         now=now,
@@ -158,6 +299,15 @@ def _cell(now: Entry, entries: Sequence[Entry], found: tuple[Run, Entry] | None,
     )
 
 
+def _ended_worse(now: Entry, then: Entry) -> bool:
+    """Completing is better than running out of memory, which still is an answer, and any other end is none."""
+    order = ("completed", "out_of_memory")
+    of_now, of_then = (
+        order.index(entry["outcome"]) if entry["outcome"] in order else len(order) for entry in (now, then)
+    )
+    return of_now > of_then
+
+
 def _speedup(now: Entry, then: Entry, run: Run, limits: Limits) -> tuple[Interval | None, Verdict | None, list[str]]:
     """How many times the stored speedup this one is, the verdict on it, and why it fails."""
     pairs_now, pairs_then = log_ratios(now), log_ratios(then)
@@ -165,9 +315,9 @@ def _speedup(now: Entry, then: Entry, run: Run, limits: Limits) -> tuple[Interva
         return None, None, []
     if not pairs_now:
         why = (now.get("speedup") or {}).get("reason") or "no pairs of rounds were measured: run test_speedup as well"
-        was = f"{_name(now)}: speedup {ratio.interval(pairs_then)} in {run.name}, none now: {why}"
+        was = f"{_name(now)}: speedup {_interval_of(then)} in {run.name}, none now: {why}"
         return None, None, [was] if limits.speedup_fail else []
-    against = ratio.repeated_interval(pairs_now, now["speedup"]["cap"], pairs_then)
+    against = ratio.repeated_interval(pairs_now, now["speedup"]["cap"], pairs_then, in_turn(now, then))
     if limits.speedup_fail is None:
         return against, None, []
     floor = 1 - limits.speedup_fail
@@ -179,18 +329,25 @@ def _speedup(now: Entry, then: Entry, run: Run, limits: Limits) -> tuple[Interva
         against,
         verdict,
         [
-            f"{_name(now)}: speedup {ratio.interval(pairs_now)} now, {ratio.interval(pairs_then)} in {run.name}; "
+            f"{_name(now)}: speedup {_interval_of(now)} now, {_interval_of(then)} in {run.name}; "
             f"now / stored {is_or_may} {against}, the floor {floor:.3f}"
         ],
     )
+
+
+def _interval_of(entry: Entry) -> Interval:
+    return ratio.interval(log_ratios(entry), in_turn=in_turn(entry))
 
 
 def _memory_failures(now: Entry, then: Entry, entries: Sequence[Entry], run: Run, limits: Limits) -> list[str]:
     """Allocated memory is the same in every run of a cell, so a single byte over the limit is one too many."""
     if limits.memory_fail is None or now["outcome"] != "completed" or then["outcome"] != "completed":
         return []
-    if not now["peak_allocated_bytes"] or not then["peak_allocated_bytes"]:
+    if not then["peak_allocated_bytes"]:
         return []  # a whole process's memory on the host is not exact
+    if not now["peak_allocated_bytes"]:
+        was = report.size(then["peak_allocated_bytes"])
+        return [f"{_name(now)}: peak memory {was} in {run.name}, none now: it was not measured"]
     held_now, held_then = Fraction(now["peak_allocated_bytes"]), Fraction(then["peak_allocated_bytes"])
     of_now, of_then = _baseline_bytes(now, entries), _baseline_bytes(then, run.entries)
     what, unit = "peak memory", " bytes"
@@ -206,6 +363,51 @@ def _memory_failures(now: Entry, then: Entry, entries: Sequence[Entry], run: Run
     ]
 
 
+LOSSES = {"held-out loss": "heldout_loss_after", "loss elsewhere": "elsewhere_loss_after"}
+
+
+def _loss_failures(now: Entry, then: Entry, run: Run, limits: Limits) -> list[str]:
+    """Why the losses of a trial fail, of the same seed and as many steps."""
+    if limits.loss_fail is None or record.differing(now, then, SAME_TRIAL):
+        return []
+    found = []
+    for what, key in LOSSES.items():
+        was, is_ = then.get(key), now.get(key)
+        if key.startswith("elsewhere") and now.get("elsewhere_digest") != then.get("elsewhere_digest"):
+            continue
+        if was is not None and is_ is None:
+            found.append(f"{_name(now)}: {what} {was:.4f} in {run.name}, none now")
+        elif was is not None and is_ - was > limits.loss_fail:
+            found.append(
+                f"{_name(now)}: {what} {is_:.4f} nats a token now, {was:.4f} in {run.name}: {is_ - was:+.4f}, "
+                f"more than {limits.loss_fail:+g}"
+            )
+    return found
+
+
+def _step_failures(now: Entry, then: Entry, run: Run, limits: Limits) -> list[str]:
+    """Why a step's own time fails, on the same card, of the same seed and as many steps."""
+    if record.differing(now, then, SAME_TRIAL) or not then["steady_step_seconds"]:
+        return []
+    limit = limits.step_fail if then.get("captured") else limits.stock_step_fail
+    if limit is None:
+        return []
+    was = f"{then['steady_step_seconds'] * 1000:.2f} ms in {run.name}"
+    if then.get("captured") and not now.get("captured"):
+        why = now.get("capture_note") or "no note says why"
+        return [f"{_name(now)}: a captured step of {was}, not captured now: {why}"]
+    if not now["steady_step_seconds"]:
+        return [f"{_name(now)}: a step of {was}, none now: it was not measured"]
+    rise = now["steady_step_seconds"] / then["steady_step_seconds"] - 1
+    if rise <= limit:
+        return []
+    kind = "captured step" if then.get("captured") else "step"
+    return [
+        f"{_name(now)}: {kind} {now['steady_step_seconds'] * 1000:.2f} ms now on {now['device']}, {was}: {rise:+.1%}, "
+        f"more than {limit:+.1%}"
+    ]
+
+
 def _baseline_bytes(entry: Entry, entries: Sequence[Entry]) -> int | None:
     baseline = report.baseline_of(entry, entries)
     return baseline["peak_allocated_bytes"] if baseline and baseline["outcome"] == "completed" else None
@@ -213,9 +415,8 @@ def _baseline_bytes(entry: Entry, entries: Sequence[Entry]) -> int | None:
 
 def _memory(entry: Entry, entries: Sequence[Entry]) -> str:
     """The memory ratio where there is one, else the peak."""
-    found = report.memory_ratio(entry, report.baseline_of(entry, entries))
-    is_ratio = entry["method"] != record.BASELINE and found.replace(".", "").isdigit()
-    return found if is_ratio else report.memory(entry)
+    share = report.memory_share(entry, report.baseline_of(entry, entries))
+    return report.memory(entry) if share is None or entry["method"] == record.BASELINE else f"{share:.2f}"
 
 
 def _row(cell: Cell, entries: Sequence[Entry]) -> list[str]:
@@ -226,6 +427,8 @@ def _row(cell: Cell, entries: Sequence[Entry]) -> list[str]:
         report.speedup(now, report.baseline_of(now, entries)),
         report.speedup(then, report.baseline_of(then, cell.run.entries)) if then and cell.run else "-",
         str(cell.against_stored or "-"),
+        report.step(now),
+        report.step(then) if then else "-",
         cell.memory_now,
         cell.memory_then,
         report.loss(now),
@@ -234,12 +437,48 @@ def _row(cell: Cell, entries: Sequence[Entry]) -> list[str]:
     ]
 
 
-def _same_cell(now: Entry, run: Run) -> list[Entry]:
-    return [then for then in run.entries if (then["model"], then["method"]) == (now["model"], now["method"])]
+# The run as a whole
 
 
-def _differing(now: Entry, then: Entry) -> list[str]:
-    return [key for key in CONDITIONS if now.get(key) != then.get(key)]
+def _missing(cells: Sequence[Cell], entries: Sequence[Entry], runs: Sequence[Run]) -> Iterator[tuple[Run, Entry]]:
+    """Stored entries that the new run has no counterpart of, each with its run: of the runs that cells were compared
+    with, on the same device and corpus; where no cell found its like, of the newest run of the same setting."""
+    here = [run for run in runs if any(cell.run is run for cell in cells)]
+    keys: tuple[str, ...] = ("device", "corpus_digest")
+    if not here:
+        keys = SAME_SETTING
+        here = [
+            run for run in runs if any(record.are_alike(then, now, keys) for then in run.entries for now in entries)
+        ]
+        here = here[:1] if entries else list(runs[:1])
+    told: list[Entry] = []
+    for run in here:
+        left = list(entries)
+        for then in sorted(run.entries, key=lambda then: not any(record.are_alike(then, e, SAME_TRIAL) for e in left)):
+            same = [now for now in left if record.are_alike(then, now, SAME_CELL)]
+            if same:
+                taken = max(same, key=lambda now: record.are_alike(then, now, SAME_TRIAL))
+                left = [now for now in left if now is not taken]
+                continue
+            is_of_here = not entries or any(record.are_alike(then, now, keys) for now in entries)
+            if is_of_here and not any(record.are_alike(then, other, SAME_TRIAL) for other in told):
+                told.append(then)
+                yield run, then
+
+
+def _missing_line(run: Run, then: Entry, entries: Sequence[Entry]) -> str:
+    trial = ", ".join(
+        f"{words} {then[key]}"
+        for key, words in (("seed", "seed"), ("planned_steps", "steps"))
+        if then.get(key) is not None
+    )
+    line = f"{_name(then)}: missing now, {_words(then['outcome'])} in {run.name}" + f" ({trial})" * bool(trial)
+    namesakes = [now for now in entries if _is_namesake(now, then)]
+    differing = [(keys, now) for now in namesakes if (keys := record.differing(now, then, SAME_CELL))]
+    if not differing:
+        return line
+    keys, now = min(differing, key=lambda pair: len(pair[0]))
+    return f"{line}; {_said(keys, then, now)}"
 
 
 def _not_compared(cells: Sequence[Cell], runs: Sequence[Run]) -> list[str]:
@@ -249,20 +488,46 @@ def _not_compared(cells: Sequence[Cell], runs: Sequence[Run]) -> list[str]:
         for run in runs:
             if run is cell.run:
                 break
-            differing = [(_differing(cell.now, then), then) for then in _same_cell(cell.now, run)]
+            namesakes = [then for then in run.entries if _is_namesake(cell.now, then)]
+            differing = [(record.differing(cell.now, then, SAME_CELL), then) for then in namesakes]
             if differing:
                 keys, then = min(differing, key=lambda pair: len(pair[0]))
-                said = ", ".join(f"{key} is {_brief(then[key])} there and {_brief(cell.now[key])} here" for key in keys)
-                lines[f"not compared with {run.name}: {said}"] = None
+                lines[f"not compared with {run.name}: {_said(keys, then, cell.now)}"] = None
     return list(lines)
 
 
-def _disappeared(cells: Sequence[Cell], entries: Sequence[Entry]) -> list[str]:
-    """Cells of the newest run that was compared with which this run does not have."""
-    newest = max((cell.run for cell in cells if cell.run), key=attrgetter("ended"))
-    here = {(entry["model"], entry["method"], report.card(entry)) for entry in entries}
-    gone = [then for then in newest.entries if (then["model"], then["method"], report.card(then)) not in here]
-    return [f"disappeared: {_name(then)}, {_words(then['outcome'])} in {newest.name}" for then in gone]
+def _not_known(cells: Sequence[Cell], limits: Limits) -> list[str]:
+    """What a pass does not say."""
+    pairs = [(cell.now, cell.then, cell.run) for cell in cells if cell.then and cell.run]
+    notes = [
+        f"{run.name} does not say its methods' settings: whether methods of one name are the same is not known"
+        for run in {run.path: run for _, then, run in pairs if then.get("method_digest") is None}.values()
+    ]
+    unlike = [keys for now, then, _ in pairs if (keys := record.differing(now, then, ("seed", "planned_steps")))]
+    if unlike and (limits.loss_fail is not None or limits.step_fail is not None):
+        keys = " and ".join(dict.fromkeys(key.replace("_", " ") for of in unlike for key in of))
+        notes.append(f"losses and steps of {len(unlike)} cells are not compared: their {keys} differ")
+    unpaired = [now for now, then, _ in pairs if then["method"] != record.BASELINE and not log_ratios(then)]
+    unpaired = [now for now in unpaired if now["outcome"] == "completed"]
+    if unpaired and limits.speedup_fail is not None:
+        notes.append(
+            f"no verdict on the speedup of {', '.join(map(_name, unpaired))}: the stored run has no pairs of rounds"
+        )
+    captured = [now for now, then, _ in pairs if then.get("captured") and not record.differing(now, then, SAME_TRIAL)]
+    if limits.step_fail is not None and limits.stock_step_fail is None and not captured:
+        notes.append(
+            "not known: a slowdown that a cell shares with its baseline. A captured step's own time shows it, and no "
+            "captured cell was compared; --stock-step-fail 75% sees it in any step"
+        )
+    return notes
+
+
+def _is_namesake(now: Entry, then: Entry) -> bool:
+    return (then["model"], then["method"]) == (now["model"], now["method"])
+
+
+def _said(keys: Sequence[str], then: Entry, now: Entry) -> str:
+    return ", ".join(f"{key} is {_brief(then.get(key))} there and {_brief(now.get(key))} here" for key in keys)
 
 
 def _changed(now: Entry, then: Entry) -> str:
@@ -272,14 +537,14 @@ def _changed(now: Entry, then: Entry) -> str:
     changed = [
         f"{package} {installed_then.get(package)} -> {installed_now.get(package)}"
         for package in {**installed_then, **installed_now}
-        if installed_then.get(package) != installed_now.get(package)
+        if installed_then.get(package) != installed_now.get(package) and package in installed_then
     ]
     return f"Changed since: {', '.join(changed)}" if changed else "No version has changed since"
 
 
 def _name(entry: Entry) -> str:
     on = f" on {entry['world_size']} GPUs" if entry["world_size"] > 1 else ""
-    return f"{entry['model']} x {entry['method']}{on}"
+    return one_line(f"{entry['model']} x {entry['method']}{on}")
 
 
 def _words(outcome: str) -> str:

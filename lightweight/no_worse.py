@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal
 
-from lightweight.record import BASELINE, Entry
+from lightweight.record import BASELINE, BASELINE_SHARES, Entry
 
 Verdict = Literal["no worse", "worse", "not shown"]
 """Which side of the margin the whole interval is on; not shown where it is on both."""
@@ -90,10 +90,7 @@ def verdict(difference: Estimate, margin: float = MARGIN) -> Verdict:
     return "worse" if difference.low > margin else "not shown"
 
 
-SAME_JOB = (
-    *("model", "target", "device", "weights", "corpus_digest", "elsewhere_digest"),
-    *("planned_steps", "max_length", "tokens_per_step"),
-)
+SAME_JOB = (*BASELINE_SHARES, "elsewhere_digest", "planned_steps", "max_length", "tokens_per_step")
 """What method and baseline must have in common beside the seed."""
 
 
@@ -103,9 +100,10 @@ def compare(entries: Iterable[Entry]) -> list[Comparison]:
     groups: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
         if entry["weights"] == "pretrained":
-            groups.setdefault((entry["method"], *_job(entry)), []).append(entry)
+            groups.setdefault((entry["method"], str(entry.get("method_digest")), *_job(entry)), []).append(entry)
+    baselines = [entry for of in groups.values() for entry in of if entry["method"] == BASELINE]
     return [
-        _comparison(of_method, groups.get((BASELINE, *_job(of_method[0])), []))
+        _comparison(of_method, [entry for entry in baselines if _job(entry) == _job(of_method[0])])
         for of_method in groups.values()
         if len({str(entry["seed"]) for entry in of_method}) > 1
     ]

@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from lightweight import __version__, drawing, figures, report
 from lightweight.drawing import Picture
-from lightweight.record import Entry, Run
+from lightweight.record import Entry, Run, readable
 from lightweight.report import Table
 
 SECTIONS = {
@@ -50,13 +50,13 @@ def html(runs: Sequence[Run]) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: value if isinstance(value, Markup) else drawing.readable(str(value)),
+        finalize=lambda value: value if isinstance(value, Markup) else readable(str(value)),
     )
     return environment.from_string(_own("page.html")).render(
         answer=report.findings(runs),
         runs=sorted(runs, key=lambda run: run.ended),
         run_label=report.run_label,
-        conditions=report.notes(entries),
+        conditions=report.notes(entries, runs),
         sections=[_section(table, pictures, number) for table in report.tables(runs)],
         records=[_record(index, entry, pictures) for index, entry in enumerate(entries)],
         choices={key: list(dict.fromkeys(entry[key] for entry in entries)) for key in ("model", "method", "outcome")},

@@ -140,15 +140,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="at most N pairs of rounds for a speedup, a multiple of 4; fewer as soon as its verdict is clear "
         f"(default: {ratio.CAP})",
     )
-    for what, change in (("speedup", "loses more than this share of"), ("memory", "takes this share more than")):
-        group.addoption(
-            f"--{what}-fail",
-            nargs="?",
-            const=f"{gate.FAIL:.0%}",
-            metavar="PERCENT",
-            help=f"with --benchmark-compare: fail where a cell's {what} ratio {change} the stored one "
-            f"({gate.FAIL:.0%} if nothing is said)",
-        )
+    for option in gate.OPTIONS:
+        number = {} if option.default is None else {"nargs": "?", "const": option.default}
+        said = "" if option.default is None else f" ({option.default} if nothing is said)"
+        words = f"with --benchmark-compare: fail where {option.of}{said}"
+        group.addoption(option.flag, metavar=option.metavar, help=words.replace("%", "%%"), **number)
+    group.addoption(
+        "--missing",
+        choices=("pass", "fail"),
+        default="fail",
+        help="with a limit: what becomes of a stored cell that this run was asked for and has not (default: fail)",
+    )
+    group.addoption(
+        "--require-match",
+        action="store_true",
+        help="with --benchmark-compare: fail where no stored run has a cell of this one under the same conditions",
+    )
     group.addoption(
         "--undecided",
         choices=("pass", "fail"),
@@ -183,6 +190,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_cuda: skipped, as not run, on a machine without CUDA")
     config.addinivalue_line("markers", "needs_gpus(n): skipped, as not run, where fewer than n GPUs are seen")
+    config.addinivalue_line("markers", "shown_as(table): 'ladder' or 'peers', the report's table for a test's cells")
     config.addinivalue_line("markers", "model(name): of which model a test is that takes none: see --model")
     laboratory = Laboratory(config)
     config.pluginmanager.register(laboratory, "lightweight-laboratory")
@@ -421,7 +429,8 @@ class Laboratory:
     def run(self, item: pytest.Item, trial: Trial, rounds: Callable[[isolation.Child], None] | None = None) -> Outcome:
         """Run `trial` in a child of its own, letting `rounds` time its rounds, and record it with `item`."""
         died = Crashed(phase="start", reason="the worker that ran it died", details="", measured=Measurements())
-        by = {"test": item.nodeid}
+        mark = item.get_closest_marker("shown_as")
+        by = {"test": item.nodeid, "shown_as": mark and str(mark.args[0])}
         self._tell_begun(item, entries=[self._entry(trial, died) | by])
         with self._child(trial, self._show_step, self._show_round) as child:
             if rounds is not None:
@@ -463,10 +472,11 @@ class Laboratory:
         pairs_then = gate.log_ratios(stored[1] if stored else None)
         floor = 1 - self.limits.speedup_fail if pairs_then and self.limits.speedup_fail else None
 
-        def verdict(log_ratios: Sequence[float]) -> ratio.Verdict | None:
+        def verdict(log_ratios: Sequence[float], is_in_turn: int = 0) -> ratio.Verdict | None:
             if floor is None:
                 return None
-            return ratio.verdict(ratio.repeated_interval(log_ratios, found.cap, pairs_then), floor)
+            in_turn = gate.in_turn(stored and stored[1]) + is_in_turn
+            return ratio.verdict(ratio.repeated_interval(log_ratios, found.cap, pairs_then, in_turn), floor)
 
         def is_enough(log_ratios: Sequence[float]) -> bool:
             so_far = ratio.interval(log_ratios)
@@ -480,10 +490,10 @@ class Laboratory:
         found = dataclasses.replace(found, log_ratios=pairs.log_ratios, pairing=pairs.pairing, reason=ended)
         if not pairs.log_ratios:
             return found
-        now = ratio.interval(pairs.log_ratios)
-        return dataclasses.replace(
-            found, ratio=now.ratio, low=now.low, high=now.high, floor=floor, verdict=verdict(pairs.log_ratios)
-        )
+        is_in_turn = int(pairs.pairing == record.ONE_AFTER_THE_OTHER)
+        now = ratio.interval(pairs.log_ratios, in_turn=is_in_turn)
+        found = dataclasses.replace(found, ratio=now.ratio, low=now.low, high=now.high, floor=floor)
+        return dataclasses.replace(found, verdict=verdict(pairs.log_ratios, is_in_turn))
 
     def _tell_begun(self, item: pytest.Item, **begun: Sequence[Any]) -> None:
         """What this test has found so far, and what it is about to find, as it stands if its worker dies."""
@@ -625,6 +635,8 @@ class Gatekeeper:
     def __init__(self, laboratory: Laboratory) -> None:
         self.laboratory, self.config = laboratory, laboratory.config
         self.problems: list[str] = []
+        self.selected: set[str] = set()
+        self.deselected: set[str] = set()
         self.compares = bool(self.config.getoption("benchmark_compare"))
         if hasattr(self.config, "workerinput"):
             sent = json.loads(self.config.workerinput["lightweight_runs"])
@@ -633,9 +645,11 @@ class Gatekeeper:
             laboratory.runs, self.problems = gate.load(self._stored_files())
             # pytest-benchmark takes a path: times are compared with the run that ratios are compared with, or not
             self.config.option.benchmark_compare = self._newest_alike()
-        elif laboratory.limits.speedup_fail or laboratory.limits.memory_fail:
+        elif laboratory.limits.ask or laboratory.limits.require_match:
+            given = [option.flag for option in gate.OPTIONS if getattr(laboratory.limits, option.name) is not None]
+            given += ["--require-match"] * laboratory.limits.require_match
             raise pytest.UsageError(
-                "--speedup-fail and --memory-fail hold a run against a stored one: add --benchmark-compare"
+                f"{', '.join(given)}: there is no stored run to hold against: add --benchmark-compare"
             )
 
     def _stored_files(self) -> list[Path]:
@@ -671,13 +685,73 @@ class Gatekeeper:
     @cached_property
     def comparison(self) -> gate.Comparison:
         """This session's cells beside the stored ones, made once it has ended."""
-        return gate.compare(self.laboratory.entries, self.laboratory.runs, self.laboratory.limits)
+        return gate.compare(self.laboratory.entries, self.laboratory.runs, self.laboratory.limits, self._was_asked_for)
+
+    # What this session was asked for, so that a stored cell is not missed that nobody wanted now
+
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        self.deselected |= {_without_group(item.nodeid) for item in items}
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.selected |= {_without_group(item.nodeid) for item in session.items}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
+        self.selected |= set(map(_without_group, ids))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.deselected |= set(getattr(node, "workeroutput", {}).get("lightweight_deselected", ()))
+
+    def _was_asked_for(self, then: record.Entry) -> bool:
+        """Whether options, paths and selections of tests leave `then` in; what was cut short had been asked for."""
+        option, here = self.config.getoption, self.laboratory
+        named = {
+            "model": {_model(name).name for name in here.models} if option("model") else None,
+            "method": set(here.methods) if option("method") else None,
+            "target": {here.target.name} if option("target") else None,
+            "weights": {option("weights")} if option("weights") else None,
+            "world_size": {here.world_size} if option("gpus_per_trial") > 1 else None,
+        }
+        if any(values is not None and then[key] not in values for key, values in named.items()):
+            return False
+        test = _without_group(then.get("test") or "")
+        if not test:  # of a record that does not say: nobody wanted it where anything was left out
+            return not self.deselected and all((self._root / argument).is_dir() for argument in self.config.args)
+        is_named = any(self._covers(argument, test) for argument in self.config.args)
+        return test in self.selected or (is_named and test not in self.deselected)
+
+    @property
+    def _root(self) -> Path:
+        return self.config.invocation_params.dir
+
+    def _covers(self, argument: str, test: str) -> bool:
+        """Whether a path, or a test, of the command line has `test` in it."""
+        (place, _, name), (file, _, own) = argument.partition("::"), test.partition("::")
+        wanted, path = (self._root / place).resolve(), (self.config.rootpath / file).resolve()
+        return (wanted == path or wanted in path.parents) and own.startswith(name)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_benchmark_group_stats(self, benchmarks: list[dict[str, Any]]) -> Generator[None, list[Any], list[Any]]:
-        """Leave stored rows out of the table whose cells ran under other conditions."""
+        """Leave stored rows out of the table whose cells ran under other conditions, and put what did not complete
+        into tables of one row, where nothing is ranked by how soon it ended."""
         benchmarks[:] = [row for row in benchmarks if row["path"] is None or self._is_alike(row)]
-        return (yield)
+        groups: list[Any] = []
+        ended: list[Any] = []
+        for name, rows in (yield):
+            whole = [row for row in rows if not _did_not_complete(row)]
+            groups += [(name, whole)] if whole else []
+            ended += [
+                (f"{name}: {row['extra_info']['outcome'].replace('_', ' ')}, timed until then", [row])
+                for row in rows
+                if _did_not_complete(row)
+            ]
+        return groups + ended
+
+    @pytest.hookimpl(optionalhook=True, tryfirst=True)
+    def pytest_benchmark_scale_unit(self, benchmarks: list[dict[str, Any]]) -> tuple[str, float] | None:
+        """Seconds for what did not complete, however soon."""
+        return ("", 1.0) if any(map(_did_not_complete, benchmarks)) else None
 
     def _is_alike(self, row: dict[str, Any]) -> bool:
         told = row["extra_info"]
@@ -690,6 +764,9 @@ class Gatekeeper:
         return "outcome" not in told or any(gate.stored(cell, runs) for cell in cells)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(self.config, "workeroutput"):
+            self.config.workeroutput["lightweight_deselected"] = sorted(self.deselected)
+            return
         if self.compares and self.comparison.failures and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -799,14 +876,21 @@ def _arguments(item: pytest.Item) -> Mapping[str, object]:
 
 
 def _limits(config: pytest.Config) -> gate.Limits:
-    shares: dict[str, float | None] = {}
-    for option in ("speedup_fail", "memory_fail"):
-        said = config.getoption(option)
-        try:
-            shares[option] = None if said is None else gate.share(said)
-        except ValueError as error:
-            raise pytest.UsageError(f"--{option.replace('_', '-')} {error}") from None
-    return gate.Limits(**shares, undecided=config.getoption("undecided"))
+    try:
+        limits = {option.name: option.value(config.getoption(option.name)) for option in gate.OPTIONS}
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    words = {name: config.getoption(name) for name in ("undecided", "missing", "require_match")}
+    return gate.Limits(**limits, **words)
+
+
+def _without_group(nodeid: str) -> str:
+    """A test's id without what pytest-xdist adds to it."""
+    return nodeid.partition("]@")[0] + "]" if "]@" in nodeid else nodeid
+
+
+def _did_not_complete(row: Mapping[str, Any]) -> bool:
+    return row["extra_info"].get("outcome", "completed") != "completed"
 
 
 def _time_rounds(benchmark: BenchmarkFixture, child: isolation.Child) -> None:

@@ -21,7 +21,8 @@ Practical Markov chain Monte Carlo, Statistical Science 7, 1992, has the initial
 
 What the interval knows is how pairs of rounds scatter. What a process keeps for its whole life, such as where its
 memory lies, is the same in all of its pairs and not in it (Kalibera & Jones, Rigorous benchmarking in reasonable time,
-ISMM 2013); `isolation.py` keeps that small.
+ISMM 2013); `isolation.py` keeps that small. Where both sides were measured one after the other, that is most of what
+there is, and the machine's temper in either's minute comes on top: `IN_TURN` adds it.
 """
 
 from __future__ import annotations
@@ -32,17 +33,27 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from statistics import fmean, variance
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-from scipy.optimize import brentq
-from scipy.stats import norm, t
+if TYPE_CHECKING:  # the imports in functions take half a second, and most who load this ask for no interval
+    import numpy as np
 
 Verdict = Literal["pass", "fail", "undecided"]
 
 CONFIDENCE = 0.95
 CAP = 128
 """Pairs after which a verdict that is not clear stays undecided."""
+
+LARGEST_EXPONENT = 700.0
+"""exp() has no number beyond 709."""
+
+IN_TURN = (2 * 0.085**2, 6)
+"""Variance of the logarithm of a ratio whose two sides were measured one after the other, beside what their rounds
+scatter, and its degrees of freedom. Three trials of each of three stock methods, alike but for the seed, followed each
+other on one host (experiments/records/h200-no-worse.json): their median steps have a standard deviation of 8.5 %."""
+
+MOST_PAIRS = 2**16
+"""That anybody may plan with: weeks of rounds."""
 
 LOOKS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """After how many pairs a verdict is looked for: whole turns of A B B A B A A B, and each look a third to a half
@@ -66,26 +77,30 @@ class Interval:
         return f"{self.ratio:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def interval(log_ratios: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+def interval(log_ratios: Sequence[float], confidence: float = CONFIDENCE, in_turn: int = 0) -> Interval:
     """The geometric mean of ratios given by their logarithms, and its t-interval for a number of pairs that was fixed
-    beforehand. Raises ValueError without any."""
+    beforehand; `in_turn` is 1 where the two sides of every pair were measured one after the other. Raises ValueError
+    without any."""
     if not log_ratios:
         raise ValueError("an interval needs at least one ratio")
-    center, error, freedom = _difference(log_ratios, ())
+    center, error, freedom = _difference(log_ratios, (), in_turn)
     return _interval(center, error, (1 - confidence) / 2, freedom)
 
 
 def looks(cap: int) -> tuple[int, ...]:
     """After how many pairs a verdict is looked for when there are at most `cap`; `cap` is the last. Raises
     ValueError."""
-    if cap < LOOKS[0] or cap % 4:
-        raise ValueError(f"{cap} pairs: give a multiple of 4 from {LOOKS[0]} on")
+    if not LOOKS[0] <= cap <= MOST_PAIRS or cap % 4:
+        raise ValueError(f"{cap} pairs: give a multiple of 4 from {LOOKS[0]} on, at most {MOST_PAIRS}")
     return (*(look for look in LOOKS if look < cap), cap)
 
 
-def repeated_interval(log_ratios: Sequence[float], cap: int = CAP, stored: Sequence[float] = ()) -> Interval:
+def repeated_interval(
+    log_ratios: Sequence[float], cap: int = CAP, stored: Sequence[float] = (), in_turn: int = 0
+) -> Interval:
     """The interval that may be looked at again and again: of the ratios themselves, or with `stored` of how many times
-    the stored ones they are, the error of those included.
+    the stored ones they are, the error of those included. `in_turn` is how many of the two, 0 to 2, have pairs whose
+    sides were measured one after the other.
 
     Pairs after the last of `looks(cap)` that has been reached are left out. Before the first it is 0 to infinity.
     """
@@ -93,13 +108,15 @@ def repeated_interval(log_ratios: Sequence[float], cap: int = CAP, stored: Seque
     reached = [look for look in schedule if look <= len(log_ratios)]
     if not reached:
         return Interval(math.exp(_mean(log_ratios) - _mean(stored)), 0.0, math.inf)
-    center, error, freedom = _difference(log_ratios[: reached[-1]], stored)
+    center, error, freedom = _difference(log_ratios[: reached[-1]], stored, in_turn)
     level = nominal_levels(schedule, (1 - CONFIDENCE) / 2)[len(reached) - 1]
     return _interval(center, error, level, freedom)
 
 
 def independent(log_ratios: Sequence[float]) -> float:
     """How many independent pairs these tell as much as, from 2 to their number."""
+    import numpy as np
+
     count = len(log_ratios)
     apart = np.asarray(log_ratios) - fmean(log_ratios)
     scatter = float(apart @ apart)
@@ -127,6 +144,10 @@ def nominal_levels(schedule: tuple[int, ...], error: float) -> tuple[float, ...]
     The recursion is that of Armitage, McPherson & Rowe (JRSS A 132, 1969) on a Brownian motion seen at the times
     pairs / cap. A stored run's error, which all looks share, only makes them more alike, so it errs on the safe side.
     """
+    import numpy as np
+    from scipy.optimize import brentq
+    from scipy.stats import norm
+
     times = [look / schedule[-1] for look in schedule]
     levels = [error * times[0]]
     bound = float(norm.isf(levels[0])) * math.sqrt(times[0])
@@ -146,22 +167,24 @@ def nominal_levels(schedule: tuple[int, ...], error: float) -> tuple[float, ...]
     return tuple(levels)
 
 
-def _difference(now: Sequence[float], stored: Sequence[float]) -> tuple[float, float, float]:
+def _difference(now: Sequence[float], stored: Sequence[float], in_turn: int) -> tuple[float, float, float]:
     """The difference of two means of logarithms, its standard error, and Welch's degrees of freedom."""
     if len(now) < 2 or len(stored) == 1:
         return _mean(now) - _mean(stored), math.inf, 1
     counted = [(variance(side), independent(side)) for side in (now, stored) if side]
-    shares = [(scatter / count, count - 1) for scatter, count in counted]
+    shares = [(scatter / count, count - 1) for scatter, count in counted] + [IN_TURN] * in_turn
     total = sum(share for share, _ in shares)
     freedom = total**2 / sum(share**2 / of for share, of in shares) if total else len(now) - 1
     return _mean(now) - _mean(stored), math.sqrt(total), freedom
 
 
 def _interval(center: float, error: float, level: float, freedom: float) -> Interval:
+    from scipy.stats import t
+
     half = float(t.isf(level, freedom)) * error if error else 0.0
-    if half > 700:  # beyond what exp() has
-        return Interval(math.exp(center), 0.0, math.inf)
-    return Interval(math.exp(center), math.exp(center - half), math.exp(center + half))
+    high = math.exp(center + half) if center + half < LARGEST_EXPONENT else math.inf
+    low = math.exp(center - half) if half < LARGEST_EXPONENT else 0.0
+    return Interval(math.exp(center), low, high)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
+import re
 import statistics
+import sys
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightweight import __version__
+from lightweight import __version__, schema
 
 if TYPE_CHECKING:  # a record is read without torch
     from lightweight.forecast import Forecast
+    from lightweight.methods import Method
     from lightweight.targets import Device
     from lightweight.trial import Outcome, Trial
 
 BASELINE = "baseline"
 """The method that a model's others are held against."""
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "pytest", "pytest-benchmark")
+PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "pytest", "pytest-benchmark")
 
 Entry = dict[str, Any]
 """One trial as JSON. `step_seconds`, `train_loss`, `step_tokens`, `step_padded_tokens`: one number an optimizer step;
@@ -33,8 +38,11 @@ have. `tokens_per_step` are those of a full step, padding included. `tokens_per_
 `tokens_per_second` is what they did together and `rank_tokens_per_second` what each did; `rank_peak_*` have an element
 a rank where there are several, and other peaks are the largest. Keys that only some outcomes have: `reason`, `details`,
 `requested_bytes`, `budget_bytes`, `diverged_at_step`, `failed_rank`. Keys that only some runs have: `test`, the pytest
-node that ran the trial; `speedup`, a `Speedup` as JSON; `worker`, the pytest-xdist worker that ran the trial, with
-`visible_gpu`, the number of its GPU."""
+node that ran the trial, and `shown_as`, the table that it belongs to beside the main one; `speedup`, a `Speedup` as
+JSON; `worker`, the pytest-xdist worker that ran the trial, with `visible_gpu`, the number of its GPU.
+`method_digest` tells methods of one name apart; records from before there were digests have None.
+`weights_revision` is the hub's commit of the weights. `versions` has `cuda` beside packages: what torch was built
+with."""
 
 ForecastRow = dict[str, Any]
 """What was forecast of one model x method x target and not trained, as JSON: the rows of `lightweight plan --format
@@ -54,43 +62,33 @@ FORECAST_KEYS = (
     *("budget_bytes", "bytes_by_cause", "phase", "verdict"),
 )
 
-SERIES = ("train_loss", "step_seconds", "step_tokens", "step_padded_tokens", "rank_peak_allocated_bytes")
-TYPES: Mapping[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("model", "method", "target", "corpus_digest", "outcome", "device"), str),
-    **dict.fromkeys(SERIES, (list, type(None))),
-    **dict.fromkeys(("versions", "forecast_bytes_by_cause"), (dict, type(None))),
-    **dict.fromkeys(("phase", "reason", "test"), (str, type(None))),
-}
-NUMBERS = (
-    *("peak_allocated_bytes", "host_peak_bytes", "budget_bytes", "device_bytes", "requested_bytes"),
-    *("forecast_allocated_bytes", "forecast_reserved_bytes", "planned_steps", "steps_per_epoch"),
-    *(
-        "heldout_loss_before",
-        "heldout_loss_after",
-        "elsewhere_loss_before",
-        "elsewhere_loss_after",
-        "cold_seconds",
-        "steady_step_seconds",
-        "tokens_per_step",
-        "world_size",
-        "tokens_per_second",
-        "padded_tokens_per_second",
-        "rank_tokens_per_second",
-    ),
-)
-DIVISORS = ("steady_step_seconds", "tokens_per_step", "tokens_per_second")
-"""What a reader of records computes with: lists of numbers, the types of values, those that are numbers or None, and
-those of them that something is divided by. Keys that only some runs have may be missing."""
+ONE_AFTER_THE_OTHER = "one after the other"
+"""The pairing of a speedup whose two sides shared nothing of the machine's temper: its interval is wider."""
+
+BASELINE_SHARES = ("model", "target", "device", "world_size", "weights", "corpus_digest")
+"""What a trial has in common with the baseline that it is held against: network, card, data."""
+
+SAME_CELL = (*BASELINE_SHARES, "method", "method_digest", "precision", "max_length", "tokens_per_step")
+"""What two runs of a cell have in common: rates and memory can be compared."""
+
+SAME_TRIAL = (*SAME_CELL, "seed", "planned_steps")
+"""What two runs of a trial have in common, losses and step times included, and what tells the trials of a run apart."""
+
+SAME_BUT_RANKS = tuple(key for key in SAME_TRIAL if key != "world_size")
+"""A trial on one GPU and the same on several. These four are all the lists that say when entries are alike."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A stored run: its file, when it ended (ISO 8601, UTC), its entries, and what was forecast without training."""
+    """A stored run: its file, when it ended (ISO 8601, UTC), its entries, and what was forecast without training.
+    `commit` is the code's, `is_dirty` whether it had changes that were not committed; None where nothing says so."""
 
     path: Path
     ended: str
     entries: Sequence[Entry]
     forecasts: Sequence[ForecastRow] = ()
+    commit: str | None = None
+    is_dirty: bool | None = None
 
     @property
     def name(self) -> str:
@@ -106,7 +104,7 @@ class Speedup:
     its 95 % t-interval; `cap` is how many pairs there could have been at most. `pairing` is 'alternating', on a CPU
     'sharing a core', or 'one after the other' where both did not fit on the device at once, which is weaker. `floor` is
     the share of the stored speedup that the gate asked for, if it did, and `verdict` what came of it. Without pairs
-    `reason` says why there is no number.
+    `reason` says why there is no number. `high` is None with a `ratio` where nothing bounds it, after a single pair.
     """
 
     baseline: str
@@ -123,7 +121,26 @@ class Speedup:
 
 
 class RecordError(ValueError):
-    """A record that cannot be read. The message names the file and the mend."""
+    """A record that cannot be read. The message names the file and the mend, in one line that a terminal can show."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """`text` on one line, without characters that steer a terminal, turn text around, or cannot be encoded."""
+    return readable(" ".join(text.split()))
+
+
+def readable(text: str) -> str:
+    """`text` with those characters replaced, its lines kept."""
+    return "".join(
+        c if c in "\n\t" or not _UNREADABLE & {unicodedata.category(c), unicodedata.bidirectional(c)} else "\ufffd"
+        for c in text
+    )
+
+
+_UNREADABLE = {"Cc", "Cs", "Cn", "LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 
 def settings(trial: Trial) -> Entry:
@@ -132,9 +149,11 @@ def settings(trial: Trial) -> Entry:
     return {
         "model": trial.model.name,
         "method": method.name,
+        "method_digest": method_digest(trial.method),
         "target": trial.target.name,
         "weights": trial.model.weights,
         "weights_file": trial.model.weights_file,
+        "weights_revision": weights_revision(trial.model.location),
         "precision": method.precision,
         "weights_dtype": method.weights_dtype,
         "adapter": None if method.adapter is None else _plain(method.adapter.to_dict()),
@@ -270,8 +289,10 @@ def training_loss(losses: Sequence[float | None], steps_per_epoch: int) -> tuple
 
 
 def versions(*others: str) -> dict[str, str | None]:
-    """Installed versions of what a result depends on, and of `others`."""
-    found: dict[str, str | None] = {"lightweight": __version__}
+    """Installed versions of what a result depends on, and of `others`; of CUDA that which torch was built with, where
+    this process has torch."""
+    torch = sys.modules.get("torch")
+    found: dict[str, str | None] = {"lightweight": __version__, "cuda": torch and torch.version.cuda}
     for package in (*PACKAGES, *others):
         try:
             found[package] = version(package)
@@ -280,28 +301,84 @@ def versions(*others: str) -> dict[str, str | None]:
     return found
 
 
-SAME_TRIAL = (
-    *(
-        "model",
-        "method",
-        "target",
-        "weights",
-        "corpus_digest",
-        "seed",
-        "planned_steps",
-        "max_length",
-        "tokens_per_step",
-        "world_size",
-    ),
-    "device",
-)
-"""What tells the trials of one run apart."""
+def method_digest(method: Method) -> str:
+    """What tells `method` from others of its name: SHA-256 over what its author said, in hexadecimal.
+
+    Left out are the name, and whatever has the library's own default: a new version of peft or transformers that writes
+    another setting, or its own version, into a config does not make it another method."""
+    said = {
+        "adapter": _said(method.adapter),
+        "quantization": _said(method.quantization),
+        "weights_dtype": method.weights_dtype,
+        "training_arguments": _plain(method.training_arguments),
+        "captured_step": _said(method.captured_step),
+        "library": method.library,
+    }
+    return _digest(said)
+
+
+def weights_revision(location: str | None) -> str | None:
+    """The hub's commit of weights that were loaded from its cache, `.../snapshots/COMMIT`; None for others."""
+    found = re.search(r"/snapshots/([0-9a-f]{40})(?:/|$)", location or "")
+    return found and found[1]
+
+
+WRITTEN_BY_PEFT = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision")
+"""What peft puts into a config, of itself and of the network it found."""
+
+
+def _said(config: Any) -> Any:
+    """The class of a config and those of its values that are not its default; None for None."""
+    if config is None:
+        return None
+    if hasattr(config, "to_diff_dict"):  # transformers' quantization configs
+        values = {key: value for key, value in config.to_diff_dict().items() if not key.startswith("_")}
+    else:
+        names = [field.name for field in dataclasses.fields(config) if field.name not in WRITTEN_BY_PEFT]
+        default = _default_of(config)
+        values = {name: getattr(config, name) for name in names if getattr(config, name) != default.get(name)}
+    return {"class": type(config).__name__, **{key: _plain(value) for key, value in values.items()}}
+
+
+def _default_of(config: Any) -> dict[str, Any]:
+    """What the config's class has where nobody says anything; nothing where it must be told something."""
+    try:
+        return vars(type(config)())
+    except (TypeError, ValueError):
+        return {}
+
+
+def _digest(value: Any) -> str:
+    text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(value, sort_keys=True))  # where an object lies is no setting
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differing(one: Entry, other: Entry, keys: Sequence[str]) -> list[str]:
+    """Which of `keys` two entries differ in. A digest that one of them does not have says nothing."""
+    return [
+        key
+        for key in keys
+        if one.get(key) != other.get(key) and not (key == "method_digest" and None in (one.get(key), other.get(key)))
+    ]
+
+
+def are_alike(one: Entry, other: Entry, keys: Sequence[str]) -> bool:
+    """Whether two entries have `keys`, one of the lists above, in common."""
+    return not differing(one, other, keys)
+
+
+def grouped(entries: Iterable[Entry], keys: Sequence[str]) -> list[list[Entry]]:
+    """`entries` in groups of those that have all of `keys` in common, in the order of their first."""
+    found: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(tuple(repr(entry.get(key)) for key in keys), []).append(entry)
+    return list(found.values())
 
 
 def add_speedup(entries: Iterable[Entry], of: Entry, speedup: Speedup) -> None:
     """Put `speedup` into that one of `entries` which is the trial `of`."""
     for entry in entries:
-        if all(entry.get(key) == of.get(key) for key in SAME_TRIAL):
+        if are_alike(entry, of, SAME_TRIAL):
             entry["speedup"] = _plain(dataclasses.asdict(speedup))
             return
 
@@ -321,11 +398,15 @@ def run(path: Path) -> Run:
     if isinstance(found, list) and found:
         found = {"outcomes": [], "forecasts": found}
     checked = _checked(path, found)
+    commit = checked.get("commit_info")
+    commit = commit if isinstance(commit, dict) else {}
     return Run(
         path=path,
-        ended=(ended := str(checked.get("datetime") or "")),
+        ended=(ended := _text_or_none(checked.get("datetime")) or ""),
         entries=[entry | {"run": ended} for entry in checked["outcomes"]],
         forecasts=checked["forecasts"],
+        commit=None if commit.get("id") == "unknown" else _text_or_none(commit.get("id")),
+        is_dirty=commit["dirty"] if isinstance(commit.get("dirty"), bool) else None,
     )
 
 
@@ -348,73 +429,54 @@ def _checked(path: Path, found: Any) -> dict[str, Any]:
         raise RecordError(
             f"record {path}: has no 'outcomes': give a file that `pytest experiments --benchmark-json` wrote"
         )
-    for index, entry in enumerate(found["outcomes"]):
-        where = f"record {path}: outcome {index}"
-        if not isinstance(entry, dict):
-            raise RecordError(f"{where} is no object: store the run again")
-        entry.setdefault("world_size", 1)  # of a run before there were others
-        if missing := [key for key in KEYS if key not in entry]:
-            raise RecordError(f"{where} has no {missing[0]!r}: store the run again")
-        wrong = [key for key, types in TYPES.items() if not isinstance(entry.get(key), types)]
-        wrong += [key for key in NUMBERS if not _is_number(entry.get(key))]
-        wrong += [key for key in DIVISORS if not wrong and entry.get(key) is not None and entry[key] <= 0]
-        wrong += [key for key in SERIES if not wrong and not all(map(_is_number, entry.get(key) or ()))]
-        if not wrong and not all(map(_is_number, (entry.get("forecast_bytes_by_cause") or {}).values())):
-            wrong.append("forecast_bytes_by_cause")
-        if wrong:
-            raise RecordError(f"{where} has {_brief(entry[wrong[0]])} as {wrong[0]!r}: store the run again")
-        if not _is_speedup(entry.get("speedup")):
-            raise RecordError(f"{where} has no sound 'speedup': store the run again")
-    found["forecasts"] = found.get("forecasts") or []
-    if isinstance(found["forecasts"], list):  # a plan also has rows that say why there is no forecast
-        found["forecasts"] = [row for row in found["forecasts"] if not _is_no_forecast(row)]
-    if not isinstance(found["forecasts"], list) or not all(map(_is_forecast, found["forecasts"])):
-        raise RecordError(
-            f"record {path}: has forecasts that are none: give what `lightweight plan --format json` wrote"
-        )
-    return found
+    outcomes = [_completed_keys(entry) for entry in found["outcomes"]]
+    forecasts = found.get("forecasts") or []
+    if not isinstance(forecasts, list):
+        raise RecordError(f"record {path}: has no list as 'forecasts': store the run again")
+    forecasts = [row for row in forecasts if not _is_no_forecast(row)]
+    for index, entry in enumerate(outcomes):
+        if fault := schema.fault_of_outcome(entry, KEYS):
+            raise RecordError(f"record {path}: outcome {index} {fault}: store the run again")
+    for index, row in enumerate(forecasts):
+        if fault := schema.fault_of_forecast(row, FORECAST_KEYS):
+            raise RecordError(
+                f"record {path}: forecast {index} {fault}: give what `lightweight plan --format json` wrote"
+            )
+    _tell_namesakes_apart(outcomes)
+    return found | {"outcomes": outcomes, "forecasts": forecasts}
 
 
-def _brief(value: Any) -> str:
-    said = repr(value)
-    return said if len(said) <= 60 else f"{said[:60]}..."
+FORMER_TESTS = {"::test_a_rung_": "ladder", "::test_a_peer_": "peers"}
+"""What the tests were called whose cells belong to a table of their own, before records said which."""
 
 
-def _is_number(found: Any) -> bool:
-    """Whether `found` is None or a number that can be computed with."""
-    try:
-        return found is None or (isinstance(found, int | float) and math.isfinite(float(found)))
-    except OverflowError:
-        return False
+def _completed_keys(entry: Any) -> Any:
+    """An entry with what records did not say at first: they were of one GPU, and a test's name said the table."""
+    if not isinstance(entry, dict):
+        return entry
+    test = entry.get("test") if isinstance(entry.get("test"), str) else ""
+    shown_as = next((table for name, table in FORMER_TESTS.items() if name in test), None)
+    return {"world_size": 1, "shown_as": shown_as, "method_digest": None} | entry
 
 
 def _is_no_forecast(found: Any) -> bool:
+    """A plan also has rows that say why there is no forecast."""
     return isinstance(found, dict) and found.get("verdict") == "cannot_be_forecast"
 
 
-def _is_forecast(found: Any) -> bool:
-    """Whether `found` is what `forecast_row` or the plan wrote."""
-    if not isinstance(found, dict) or not set(FORECAST_KEYS) <= set(found):
-        return False
-    by_cause = found["bytes_by_cause"]
-    names = all(isinstance(found[key], str) for key in ("model", "method", "target", "verdict"))
-    sizes = [found[key] for key in ("forecast_allocated_bytes", "forecast_reserved_bytes")]
-    numbers = [*sizes, *by_cause.values()] if isinstance(by_cause, dict) else ["none"]
-    optional = [found["budget_bytes"], found["max_length"]]
-    return names and None not in numbers and all(map(_is_number, [*numbers, *optional]))
+def _tell_namesakes_apart(entries: Sequence[Entry]) -> None:
+    """Methods of one name in one run, from before there were digests, get those of the settings that it stored."""
+    settings = ("adapter", "quantization", "weights_dtype", "training_arguments", "captured_step", "library")
+    unknown = [entry for entry in entries if entry["method_digest"] is None]
+    for namesakes in grouped(unknown, [*BASELINE_SHARES, "method"]):
+        digests = [_digest({key: entry.get(key) for key in settings}) for entry in namesakes]
+        if len(set(digests)) > 1:
+            for entry, digest in zip(namesakes, digests, strict=True):
+                entry["method_digest"] = digest
 
 
-def _is_speedup(found: Any) -> bool:
-    """Whether `found` is what `add_speedup` wrote, or nothing."""
-    if found is None:
-        return True
-    if not isinstance(found, dict) or not {field.name for field in dataclasses.fields(Speedup)} <= set(found):
-        return False
-    numbers, cap = found["log_ratios"], found["cap"]
-    whole = isinstance(numbers, list) and all(isinstance(number, float) and _is_number(number) for number in numbers)
-    told = [found[key] for key in ("ratio", "low", "high")]
-    whole = whole and all(map(_is_number, told)) and (None not in told or found["ratio"] is None)
-    return whole and isinstance(cap, int) and cap >= max(8, len(numbers)) and cap % 4 == 0
+def _text_or_none(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _plain(value: Any) -> Any:
@@ -423,7 +485,7 @@ def _plain(value: Any) -> Any:
         case Mapping():
             return {str(key): _plain(item) for key, item in value.items()}
         case set() | frozenset():
-            return sorted(_plain(item) for item in value)
+            return sorted((_plain(item) for item in value), key=str)
         case list() | tuple():
             return [_plain(item) for item in value]
         case float() if not math.isfinite(value):

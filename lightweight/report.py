@@ -5,7 +5,10 @@ Every table is made once, as text in rows and columns, and shown on a terminal, 
 
 from __future__ import annotations
 
+import math
+import os
 import re
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +17,18 @@ from typing import Any, Literal
 
 from tabulate import tabulate
 
-from lightweight import no_worse, targets
-from lightweight.record import BASELINE, SAME_TRIAL, Entry, ForecastRow, Run, times_as_fast
+from lightweight import no_worse, record, targets
+from lightweight.record import (
+    BASELINE,
+    BASELINE_SHARES,
+    SAME_BUT_RANKS,
+    SAME_TRIAL,
+    Entry,
+    ForecastRow,
+    Run,
+    one_line,
+    times_as_fast,
+)
 from lightweight.targets import GiB, MiB
 
 TextFormat = Literal["terminal", "markdown"]
@@ -24,7 +37,7 @@ Format = Literal["terminal", "markdown", "html"]
 COLUMNS = (
     "model",
     "method",
-    "target",
+    "card",
     "outcome",
     "total",
     "step",
@@ -38,12 +51,6 @@ COLUMNS = (
 RANDOM, EMULATED, HOST = "[r]", "[e]", "[h]"
 """Marks in the table, each explained below it where it occurs."""
 
-RUNG = "::test_a_rung_"
-"""What the tests are called whose cells are the rungs of a ladder, from its bottom to its top."""
-
-PEER = "::test_a_peer_"
-"""What the test is called whose cells are told beside each other as what a user could pick."""
-
 PRODUCTS_A_SECOND = {"H100": 735e12, "H200": 788e12}
 """FLOP/s of an 8192 x 8192 x 8192 bf16 product on random data, measured; by a word of the device's name."""
 
@@ -55,7 +62,10 @@ NO_WORSE_NOTE = (
 
 
 class ReportError(ValueError):
-    """A report that cannot be written. The message names the file and the mend."""
+    """A report that cannot be written. The message names the file and the mend, in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +76,7 @@ class Finding:
     parts: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.about}{': ' if self.about else ''}{'; '.join(self.parts)}."
+        return one_line(f"{self.about}{': ' if self.about else ''}{'; '.join(self.parts)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +94,8 @@ class Table:
 
     def text(self, style: TextFormat) -> str:
         """The table with the notes it needs, without its title."""
-        rows = [[_one_line(cell) for cell in row] for row in self.rows]
-        columns = [_one_line(column) for column in self.columns]
+        rows = [[one_line(cell) for cell in row] for row in self.rows]
+        columns = [one_line(column) for column in self.columns]
         if style == "markdown":
             rows = [[_markdown(cell) for cell in row] for row in rows]
             columns = [_markdown(column) for column in columns]
@@ -96,7 +106,7 @@ class Table:
             disable_numparse=True,
             colalign=["right" if letter == "r" else "left" for letter in self.aligned] if rows else None,
         )
-        return ("\n\n" if style == "markdown" else "\n").join([shown, *self.notes])
+        return ("\n\n" if style == "markdown" else "\n").join([shown, *map(one_line, self.notes)])
 
 
 def table(entries: Sequence[Entry], style: TextFormat) -> str:
@@ -111,7 +121,7 @@ def text(runs: Sequence[Run], style: TextFormat) -> str:
     found = [str(finding) for finding in findings(runs)]
     bullet = [f"- {_markdown(line) if style == 'markdown' else line}" for line in found]
     parts = ["\n".join(bullet)]
-    parts += [f"{heading.format(table.title)}\n\n{table.text(style)}" for table in tables(runs)]
+    parts += [f"{heading.format(one_line(table.title))}\n\n{table.text(style)}" for table in tables(runs)]
     return "\n\n".join(parts)
 
 
@@ -122,7 +132,7 @@ def tables(runs: Sequence[Run]) -> list[Table]:
     elsewhere = [*told, *(rung for ladder in ladders(entries) for rung in ladder), *_peers(entries)]
     others = [entry for entry in entries if not any(entry is cell for cell in elsewhere)]
     made = [
-        results(told, among=entries),
+        results(told, among=entries, runs=runs),
         losses(told),
         qualities(entries),
         speedups(told, entries),
@@ -143,10 +153,16 @@ def tables(runs: Sequence[Run]) -> list[Table]:
 def newest(runs: Sequence[Run]) -> list[Entry]:
     """The entries of all runs, less those of trials that a newer run has again, in the order in which trials came."""
     by_age = sorted(runs, key=_ended)
-    last = {_trial(entry): run for run in by_age for entry in run.entries}
-    order = {trial: place for place, trial in enumerate(last)}
-    kept = [entry for run in by_age for entry in run.entries if last[_trial(entry)] is run]
-    return sorted(kept, key=lambda entry: order[_trial(entry)])
+    namesakes: dict[tuple[Any, ...], list[tuple[int, Entry]]] = {}
+    for age, run in enumerate(by_age):
+        for entry in run.entries:
+            namesakes.setdefault(_names(entry), []).append((age, entry))
+    return [
+        entry
+        for of in namesakes.values()
+        for age, entry in of
+        if not any(newer > age and _is_same_trial(entry, other) for newer, other in of)
+    ]
 
 
 def main_cells(entries: Sequence[Entry]) -> list[Entry]:
@@ -168,7 +184,7 @@ def main_cells(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _peers(entries: Sequence[Entry]) -> list[Entry]:
-    return [entry for entry in entries if PEER in (entry.get("test") or "")]
+    return [entry for entry in entries if entry.get("shown_as") == "peers"]
 
 
 def ladders(entries: Sequence[Entry]) -> list[list[Entry]]:
@@ -180,24 +196,27 @@ def ladders(entries: Sequence[Entry]) -> list[list[Entry]]:
             *(entry[key] for key in ("model", "target", "world_size", "device")),
         )
 
-    rungs = [entry for entry in entries if RUNG in (entry.get("test") or "")]
+    rungs = [entry for entry in entries if entry.get("shown_as") == "ladder"]
     found = [[entry for entry in rungs if of(entry) == key] for key in dict.fromkeys(map(of, rungs))]
     return [ladder for ladder in found if len(ladder) > 1]
 
 
 def groups(entries: Sequence[Entry]) -> list[list[Entry]]:
     """The cells of each model on each target of a device, which is what is compared."""
+    return record.grouped(entries, BASELINE_SHARES)
 
-    def of(entry: Entry) -> tuple[Any, ...]:
-        return tuple(entry[key] for key in SAME_BASELINE)
 
-    return [[entry for entry in entries if of(entry) == key] for key in dict.fromkeys(map(of, entries))]
+def method_among(entry: Entry, group: Sequence[Entry]) -> str:
+    """The method, with the beginning of its digest where the group has several methods of that name."""
+    digests = {other.get("method_digest") for other in group if other["method"] == entry["method"]} - {None}
+    mark = f" #{entry['method_digest'][:6]}" if len(digests) > 1 and entry.get("method_digest") else ""
+    return f"{entry['method']}{mark}"
 
 
 def name_among(entry: Entry, group: Sequence[Entry]) -> str:
-    """The method, with the seed where the group has several of it."""
-    seeds = {other["seed"] for other in group if other["method"] == entry["method"]}
-    return f"{entry['method']}, seed {entry['seed']}" if len(seeds) > 1 else str(entry["method"])
+    """The method as `method_among` has it, with the seed where the group has several of it."""
+    seeds = {other["seed"] for other in group if _method(other) == _method(entry)}
+    return method_among(entry, group) + (f", seed {entry['seed']}" if len(seeds) > 1 else "")
 
 
 def is_card(target: str) -> bool:
@@ -208,18 +227,25 @@ def is_card(target: str) -> bool:
         return False
 
 
-SAME_BASELINE = ("model", "target", "world_size", "device", "weights", "corpus_digest")
-
-
 def card(cell: Entry | ForecastRow) -> str:
     """The target of a trial or of a forecast, and how many of it, where that is more than one: `2 x t4`."""
+    return _times(cell, str(cell["target"]))
+
+
+def timed_on(entry: Entry) -> str:
+    """The card that ran the trial and gave it its times, and the one whose memory it was given where that is another:
+    `NVIDIA H200 as t4`."""
+    return _times(entry, str(entry["device"])) + (f" as {entry['target']}" if entry["emulated"] else "")
+
+
+def _times(cell: Entry | ForecastRow, name: str) -> str:
     count = cell.get("world_size") or cell.get("gpus") or 1
-    return str(cell["target"]) if count == 1 else f"{count} x {cell['target']}"
+    return name if count == 1 else f"{count} x {name}"
 
 
 def baseline_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
     """The baseline of `entry`'s model on the same target and device; where there are several, the one most alike."""
-    found = [e for e in entries if e["method"] == BASELINE and all(e[key] == entry[key] for key in SAME_BASELINE)]
+    found = [e for e in entries if e["method"] == BASELINE and record.are_alike(e, entry, BASELINE_SHARES)]
     alike = ("max_length", "tokens_per_step", "planned_steps", "seed")
     return max(found, key=lambda e: [e.get(key) == entry.get(key) for key in alike], default=None)
 
@@ -233,22 +259,35 @@ def pace_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
 
 def one_seed(group: Sequence[Entry]) -> list[Entry]:
     """Those of a model's cells on a target that stand for all: a method's first seed, and every cell that failed."""
-    first: dict[str, Entry] = {}
+    first: dict[tuple[Any, ...], Entry] = {}
     for entry in group:
-        first.setdefault(entry["method"], entry)
-    return [entry for entry in group if entry is first[entry["method"]] or entry["outcome"] != "completed"]
+        first.setdefault(_method(entry), entry)
+    return [entry for entry in group if entry is first[_method(entry)] or entry["outcome"] != "completed"]
+
+
+def seeds_of(entry: Entry, group: Sequence[Entry]) -> list[Entry]:
+    """Those of `group` that completed with `entry`'s method, a seed each."""
+    return [other for other in group if _method(other) == _method(entry) and other["outcome"] == "completed"]
 
 
 def _ended(run: Run) -> str:
     return run.ended
 
 
-def _trial(entry: Entry) -> tuple[Any, ...]:
-    return tuple(entry.get(key) for key in SAME_TRIAL)
+def _names(entry: Entry) -> tuple[Any, ...]:
+    return tuple(entry.get(key) for key in SAME_TRIAL if key != "method_digest")
+
+
+def _is_same_trial(one: Entry, other: Entry) -> bool:
+    return record.are_alike(one, other, SAME_TRIAL)
+
+
+def _method(entry: Entry) -> tuple[Any, ...]:
+    return entry["method"], entry.get("method_digest")
 
 
 def _cell(entry: Entry) -> tuple[Any, ...]:
-    return tuple(entry.get(key) for key in (*SAME_BASELINE, "method", "seed"))
+    return (*(entry.get(key) for key in (*BASELINE_SHARES, "seed")), *_method(entry))
 
 
 def _planned(entry: Entry) -> int:
@@ -282,7 +321,7 @@ def findings(runs: Sequence[Run]) -> list[Finding]:
     """The answer: what fits, what runs out of memory, how many times as fast, and what became of the loss."""
     everything = newest(runs)
     entries = main_cells(everything)
-    found = [*_in_all(entries, everything), *_no_worse(everything)]
+    found = [*_in_all(entries, everything), *_climbed(everything), *_picked(everything), *_no_worse(everything)]
     found += [_about(group, everything) for group in groups(entries)]
     found += [*_agreement(entries), *_forecast_only(runs)]
     if any(entry["weights"] == "random" for entry in entries):
@@ -302,14 +341,83 @@ def _in_all(entries: Sequence[Entry], everything: Sequence[Entry]) -> list[Findi
     return [Finding(parts=tuple(answer)), *found] if answer else found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How many times as fast as its baseline a method is, over its seeds: the geometric mean, and the least and the
+    most of them."""
+
+    entries: Sequence[Entry]
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def text(self) -> str:
+        """In words, with the spread where there are several seeds."""
+        seeds = len(self.entries)
+        spread = f" ({self.low:.1f} to {self.high:.1f} over {seeds} seeds)" if seeds > 1 else ""
+        return f"{self.ratio:.1f} times as fast as baseline{spread}"
+
+
+def pace(of_method: Sequence[Entry], everything: Sequence[Entry]) -> Pace | None:
+    """The pace of a method's trials, one a seed; None where none of them has a ratio."""
+    known = [(found.ratio, entry) for entry in of_method if (found := faster(entry, pace_of(entry, everything)))]
+    if not known:
+        return None
+    ratios = [ratio for ratio, _ in known]
+    return Pace(
+        entries=[entry for _, entry in known],
+        ratio=math.exp(fmean(map(math.log, ratios))),
+        low=min(ratios),
+        high=max(ratios),
+    )
+
+
 def _fastest(entries: Sequence[Entry], everything: Sequence[Entry]) -> list[str]:
-    """The cell that gained most on its baseline, if any did."""
-    told = [(speedup(entry, pace_of(entry, everything)), entry) for entry in entries if entry["method"] != BASELINE]
-    ratios = [(float(words.partition("x")[0]), entry) for words, entry in told if words[:1].isdigit()]
-    ratio, fastest = max(ratios, key=lambda pair: pair[0], default=(0.0, None))
-    if fastest is None or ratio <= 1:
+    """The method that gained most on its baseline, if any did, and whether it was shown to be no worse. Where some were
+    shown, the fastest of those: a method that costs quality is no answer."""
+    cells = record.grouped(
+        (e for e in entries if e["method"] != BASELINE), (*BASELINE_SHARES, "method", "method_digest")
+    )
+    paces = [found for cell in cells if (found := pace(cell, everything)) and found.ratio > 1]
+    verdicts = {id(e): found.verdict for found in no_worse.compare(everything) for e in found.entries}
+    shown = [found for found in paces if verdicts.get(id(found.entries[0])) == "no worse"]
+    fastest = max(shown or paces, key=lambda found: found.ratio, default=None)
+    if fastest is None:
         return []
-    return [f"{fastest['method']} trains {fastest['model']} {ratio:.1f} times as fast as baseline on {_place(fastest)}"]
+    first = fastest.entries[0]
+    verdict = verdicts.get(id(first))
+    words = {"no worse": ", and is no worse", "worse": ", and is worse", "not shown": ", and no worse is not shown"}
+    return [
+        f"{method_among(first, entries)} trains {first['model']} {fastest.text} on {timed_on(first)}"
+        + (words[verdict] if verdict else "")
+    ]
+
+
+def _climbed(entries: Sequence[Entry]) -> list[Finding]:
+    """What each ladder comes to, from its bottom to its fastest rung."""
+    found = []
+    for first, *rungs in ladders(entries):
+        gains = [(gain, rung) for rung in rungs if (gain := step_ratio(first, rung))]
+        if gains:
+            gain, best = max(gains, key=lambda pair: pair[0])
+            words = f"{best['method']} takes a step of {first['model']} {gain:.1f} times as fast as {first['method']}"
+            found.append(Finding(parts=(f"Change by change, {words} on {timed_on(first)}",)))
+    return found
+
+
+def _picked(entries: Sequence[Entry]) -> list[Finding]:
+    """The fastest of what a user could pick for a model, beside the others."""
+    found = []
+    for alike in groups(_peers(entries)):
+        steps = [entry for entry in alike if entry["outcome"] == "completed" and entry["steady_step_seconds"]]
+        fastest = min(steps, key=lambda entry: entry["steady_step_seconds"] / entry["tokens_per_step"], default=None)
+        ratios = [(step_ratio(other, fastest), other) for other in steps if other is not fastest and fastest]
+        if fastest and ratios:
+            words = " and ".join(f"{ratio:.1f} times as fast as {other['method']}" for ratio, other in ratios)
+            place = f"{fastest['model']} on {timed_on(fastest)}"
+            found.append(Finding(parts=(f"{fastest['method']} trains {place} {words}",)))
+    return found
 
 
 def _rescued(entries: Sequence[Entry]) -> list[str]:
@@ -321,7 +429,7 @@ def _rescued(entries: Sequence[Entry]) -> list[str]:
         if ended.get(BASELINE) == "out_of_memory" and instead:
             first = group[0]
             told.append(
-                f"{' and '.join(instead)} train{'s' * (len(instead) == 1)} {first['model']} on {_place(first)}, "
+                f"{' and '.join(instead)} train{'s' * (len(instead) == 1)} {first['model']} on {timed_on(first)}, "
                 "where baseline runs out of memory"
             )
     return told
@@ -334,7 +442,8 @@ def _no_worse(entries: Sequence[Entry]) -> list[Finding]:
         Finding(
             about=f"Over baseline's held-out loss on {model}, means of seeds",
             parts=tuple(
-                f"{found.method} {found.verdict}" + (f", {found.difference} nats" if found.difference else "")
+                f"{method_among(found.entries[0], entries)} {found.verdict}"
+                + (f", {found.difference} nats" if found.difference else "")
                 for found in compared
                 if found.model == model
             ),
@@ -344,8 +453,8 @@ def _no_worse(entries: Sequence[Entry]) -> list[Finding]:
 
 
 def _place(entry: Entry) -> str:
-    """The target, or the card itself."""
-    return card(entry) if entry["target"] != "native" else card(entry | {"target": entry["device"]})
+    """What the trial had to fit: the target, or the card itself."""
+    return card(entry) if entry["target"] != "native" else _times(entry, str(entry["device"]))
 
 
 def _badness(told: str) -> int:
@@ -356,42 +465,45 @@ def headline(entry: Entry) -> str:
     """One cell in a few words."""
     ended = outcome(entry)
     if entry["outcome"] == "completed":
-        told = [_step(entry["steady_step_seconds"]), memory(entry), loss(entry)]
+        told = [step(entry), memory(entry), loss(entry)]
         ended = ", ".join([ended, *(word for word in told if word != "-")])
-    return f"{entry['model']} x {entry['method']} on {card(entry)}: {ended}"
+    return f"{entry['model']} x {entry['method']} on {timed_on(entry)}: {ended}"
 
 
 def _about(group: Sequence[Entry], everything: Sequence[Entry]) -> Finding:
-    first = group[0]
-    return Finding(
-        about=f"{first['model']} on {_place(first)}" + (" (emulated)" if first["emulated"] else ""),
-        parts=tuple(
-            f"{name_among(entry, group)} {_fate(entry, baseline_of(entry, group), pace_of(entry, everything))}"
-            for entry in one_seed(group)
-        ),
-    )
+    parts = []
+    for entry in one_seed(group):
+        is_failed = entry["outcome"] != "completed"
+        alike = seeds_of(entry, group)
+        name = name_among(entry, group) if is_failed else method_among(entry, group)
+        parts.append(f"{name} {_fate(entry, [entry] if is_failed else alike, group, everything)}")
+    return Finding(about=f"{group[0]['model']} on {timed_on(group[0])}", parts=tuple(parts))
 
 
-def _fate(entry: Entry, baseline: Entry | None, pace: Entry | None) -> str:
-    """How a cell ended, and how it compares."""
+def _fate(entry: Entry, alike: Sequence[Entry], group: Sequence[Entry], everything: Sequence[Entry]) -> str:
+    """How a cell ended, and how it compares; of completed ones over the seeds in `alike`."""
     if entry["outcome"] != "completed":
         verbs = {"out_of_memory": "runs out of memory", "timed_out": "times out"}
         verb = verbs.get(entry["outcome"]) or str(entry["outcome"])
         return f"{verb} in {entry['phase']}" if entry["phase"] else verb
     told = []
-    fast = speedup(entry, pace)
-    if baseline is not None and entry is not baseline and fast[:1].isdigit():
-        ratio = memory_ratio(entry, baseline)
-        held = f" with {ratio} of the memory" if ratio[:1].isdigit() and entry["peak_allocated_bytes"] else ""
-        told.append(f"is {fast.partition(' ')[0]} as fast{held}")
+    baseline, seeds = baseline_of(entry, group), len(alike)
+    found = pace(alike, everything)
+    if baseline is not None and entry["method"] != BASELINE and found:
+        share = memory_share(entry, baseline)
+        held = f" with {share:.2f} of the memory" if share is not None and entry["peak_allocated_bytes"] else ""
+        spread = f" ({found.low:.2f} to {found.high:.2f} over {seeds} seeds)" if seeds > 1 else ""
+        told.append(f"is {found.ratio:.2f}x as fast{spread}{held}")
     else:
         total = "" if not entry["cold_seconds"] else f" in {_duration(entry['cold_seconds'])}"
         peak = f" within {size(entry['peak_allocated_bytes'])}" if entry["peak_allocated_bytes"] else ""
         told.append(f"completes{total}{peak}")
-    before, after = entry["heldout_loss_before"], entry["heldout_loss_after"]
-    if before is not None and after is not None:
+    losses = [(e["heldout_loss_before"], e["heldout_loss_after"]) for e in alike]
+    if all(before is not None and after is not None for before, after in losses):
         shorter = baseline is not None and _planned(entry) != _planned(baseline)
-        told.append(f"held-out loss {before:.2f} to {after:.2f}" + f" after {_planned(entry)} steps" * shorter)
+        before, after = (fmean(of) for of in zip(*losses, strict=True))
+        mean = "mean " * (seeds > 1)
+        told.append(f"{mean}held-out loss {before:.2f} to {after:.2f}" + f" after {_planned(entry)} steps" * shorter)
     return ", ".join(told)
 
 
@@ -440,11 +552,15 @@ def _by(rows: Iterable[ForecastRow], key: str) -> dict[str, list[ForecastRow]]:
 
 
 def results(
-    entries: Sequence[Entry], key: str = "results", title: str = "Every cell", among: Sequence[Entry] | None = None
+    entries: Sequence[Entry],
+    key: str = "results",
+    title: str = "Every cell",
+    among: Sequence[Entry] | None = None,
+    runs: Sequence[Run] = (),
 ) -> Table:
     """One row a trial: how it ended, its time, memory and loss, and how they compare with its baseline; steps with the
-    baseline's of its own run where one is `among` those."""
-    rows = [_row(entry, baseline_of(entry, entries), pace_of(entry, among or entries)) for entry in entries]
+    baseline's of its own run where one is `among` those. `runs` are what the entries come from, where that is known."""
+    rows = [_row(entry, entries, among or entries) for entry in entries]
     columns, aligned = list(COLUMNS), "llllrrrrrrl"
     if key == "others":
         columns, aligned = [*columns, "steps", "tokens a row"], aligned + "rr"
@@ -458,7 +574,7 @@ def results(
     if any("worker" in entry for entry in entries):
         columns, aligned = [*columns, "worker"], aligned + "l"
         rows = [[*row, _worker(entry)] for row, entry in zip(rows, entries, strict=True)]
-    told = notes(entries) if key == "results" else []
+    told = notes(entries, runs) if key == "results" else []
     return Table(key=key, title=title, columns=columns, aligned=aligned, rows=rows, entries=entries, notes=told)
 
 
@@ -476,7 +592,7 @@ def losses(entries: Sequence[Entry]) -> Table:
             than = None  # after another number of steps
         rows.append(
             [
-                *_name(entry),
+                *_name(entry, entries),
                 outcome(entry),
                 str(len(train)),
                 f"{sum(filter(None, seconds)):.1f} s" if seconds else "-",
@@ -488,7 +604,7 @@ def losses(entries: Sequence[Entry]) -> Table:
             ]
         )
         of.append(entry)
-    columns = ["model", "method", "target", "outcome", "steps", "training", "first epoch", "last epoch"]
+    columns = ["model", "method", "card", "outcome", "steps", "training", "first epoch", "last epoch"]
     columns += ["held out before", "after", "over baseline"]
     return Table(
         key="loss",
@@ -513,7 +629,7 @@ def qualities(entries: Sequence[Entry]) -> Table:
         rows=[
             [
                 found.model,
-                found.method,
+                method_among(found.entries[0], entries),
                 f"{len(found.entries)}" + (f", {found.failed} failed" if found.failed else ""),
                 _before_and_after(found.heldout),
                 "-" if found.difference is None else str(found.difference),
@@ -536,17 +652,19 @@ def speedups(entries: Sequence[Entry], among: Sequence[Entry] = ()) -> Table:
         if entry["method"] == BASELINE or (baseline is None and not entry.get("speedup")):
             continue
         paired = entry.get("speedup") or {}
-        told = speedup(entry, baseline)
-        known = "steady steps of both" if told[:1].isdigit() else paired.get("reason") or "no ratio"
-        if paired.get("ratio") is not None:
+        found = faster(entry, baseline)
+        known = "steady steps of both" if found else paired.get("reason") or "no ratio"
+        low = high = "-"
+        if found and found.interval:
             known = f"{len(paired['log_ratios'])} pairs of rounds, {paired['pairing']}"
-        low, high = ("-", "-") if paired.get("ratio") is None else (f"{paired['low']:.2f}", f"{paired['high']:.2f}")
-        rows.append([*_name(entry), outcome(entry), told.partition(" [")[0], low, high, known])
+            low, high = (f"{end:.2f}" for end in found.interval)
+        told = f"{found.ratio:.2f}x" if found else speedup(entry, baseline)
+        rows.append([*_name(entry, entries), outcome(entry), told, low, high, known])
         of.append(entry)
     return Table(
         key="speedup",
         title="Speedup over the baseline, per token",
-        columns=["model", "method", "target", "outcome", "speedup", "low", "high", "from"],
+        columns=["model", "method", "card", "outcome", "speedup", "low", "high", "from"],
         aligned="llllrrrl",
         rows=rows,
         entries=of,
@@ -568,7 +686,7 @@ def memory_by_cause(entries: Sequence[Entry], untrained: Sequence[ForecastRow] =
             continue
         sizes = [size(by_cause[cause]) if by_cause.get(cause) else "-" for cause in causes]
         limit = size(entry["budget_bytes"]) if entry.get("budget_bytes") else "-"
-        rows.append([*_name(entry), outcome(entry), limit, memory(entry), _forecast(entry), *sizes])
+        rows.append([*_name(entry, entries), outcome(entry), limit, memory(entry), _forecast(entry), *sizes])
         of.append(entry)
     measured = {(entry["model"], entry["method"], card(entry)) for entry in entries}
     for row in untrained:
@@ -582,7 +700,7 @@ def memory_by_cause(entries: Sequence[Entry], untrained: Sequence[ForecastRow] =
     return Table(
         key="memory",
         title="Peak memory by cause",
-        columns=["model", "method", "target", "outcome", "limit", "measured", "forecast", *causes],
+        columns=["model", "method", "card", "outcome", "limit", "measured", "forecast", *causes],
         aligned="llll" + "r" * (3 + len(causes)),
         rows=rows,
         entries=of,
@@ -602,13 +720,14 @@ def ladder(rungs: Sequence[Entry], number: int = 0) -> Table:
                 rung["method"],
                 change(below, rung) if below else "the bottom",
                 outcome(rung),
-                _step(rung["steady_step_seconds"]) if rung["outcome"] == "completed" else "-",
+                step(rung),
                 "-" if gained is None else f"{gained:.2f}x",
                 "-" if whole is None else f"{whole:.2f}x",
                 memory(rung),
             ]
         )
-    title = f"Where the speed comes from: {first['model']} on {card(first)}, {first['method']} to {rungs[-1]['method']}"
+    climbed = f"{first['method']} to {rungs[-1]['method']}"
+    title = f"Where the speed comes from: {first['model']} on {timed_on(first)}, {climbed}"
     return Table(
         key=f"ladder-{number}",
         title=title,
@@ -625,7 +744,7 @@ def peers(entries: Sequence[Entry]) -> Table:
     of = _peers(entries)
     rows = []
     for entry in of:
-        alike = [other for other in of if all(other[key] == entry[key] for key in SAME_BASELINE)]
+        alike = [other for other in of if record.are_alike(other, entry, BASELINE_SHARES)]
         slowest = max(alike, key=lambda other: other["steady_step_seconds"] or 0.0)
         ratio = step_ratio(slowest, entry)
         library = (
@@ -634,23 +753,22 @@ def peers(entries: Sequence[Entry]) -> Table:
         bound = _products_seconds(entry)
         rows.append(
             [
-                entry["model"],
-                entry["method"],
+                *_name(entry, of),
                 "the captured step" if entry.get("captured_step") else library.strip(),
                 outcome(entry),
-                _step(entry["steady_step_seconds"]) if entry["outcome"] == "completed" else "-",
+                step(entry),
                 "-" if ratio is None else f"{ratio:.2f}x",
-                "-" if bound is None else _step(bound),
+                "-" if bound is None else _milliseconds(bound),
                 memory(entry),
                 _duration(entry["cold_seconds"]) if entry["cold_seconds"] else "-",
             ]
         )
-    columns = ["model", "method", "by", "outcome", "step", "as fast", "products alone", "peak memory", "total"]
+    columns = ["model", "method", "card", "by", "outcome", "step", "as fast", "products alone", "peak memory", "total"]
     return Table(
         key="peers",
         title="What a user could pick instead",
         columns=columns,
-        aligned="llllrrrrr",
+        aligned="lllllrrrrr",
         rows=rows,
         entries=of,
         notes=[
@@ -666,7 +784,7 @@ def ranks(entries: Sequence[Entry]) -> Table:
     rows: list[list[str]] = []
     of: list[Entry] = []
     for entry in [entry for entry in entries if entry["world_size"] > 1]:
-        alike = [other for other in entries if all(other.get(key) == entry.get(key) for key in ALIKE_BUT_RANKS)]
+        alike = [other for other in entries if record.are_alike(other, entry, SAME_BUT_RANKS)]
         for told in (*(other for other in alike if other["world_size"] == 1), entry):
             if any(told is other for other in of):
                 continue
@@ -676,7 +794,7 @@ def ranks(entries: Sequence[Entry]) -> Table:
             peaks = told.get("rank_peak_allocated_bytes") or [told["peak_allocated_bytes"]]
             rows.append(
                 [
-                    *_name(told),
+                    *_name(told, entries),
                     outcome(told) + ("" if told.get("failed_rank") is None else f", rank {told['failed_rank']}"),
                     f"{rate:,.0f}" if rate else "-",
                     f"{told['rank_tokens_per_second']:,.0f}" if rate else "-",
@@ -691,7 +809,7 @@ def ranks(entries: Sequence[Entry]) -> Table:
         key="ranks",
         title="Several GPUs for one trial",
         columns=[
-            *("model", "method", "target", "outcome", "tokens/s", "a GPU", "of one GPU"),
+            *("model", "method", "card", "outcome", "tokens/s", "a GPU", "of one GPU"),
             *("peak of each", "forecast", "held-out loss"),
         ],
         aligned="llllrrrrrl",
@@ -701,9 +819,6 @@ def ranks(entries: Sequence[Entry]) -> Table:
             "Batches are those of one GPU; the Trainer's methods are sharded by FSDP2, captured steps share batches."
         ],
     )
-
-
-ALIKE_BUT_RANKS = ("model", "method", "target", "device", "weights", "corpus_digest", "seed", "planned_steps")
 
 
 def _products_seconds(entry: Entry) -> float | None:
@@ -739,9 +854,11 @@ def change(below: Entry, rung: Entry) -> str:
 
 
 def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
     if isinstance(value, Mapping):
         return str(value.get("peft_type") or value.get("quant_method") or "set").lower()
-    return {None: "none", True: "on", False: "off"}.get(value, str(value)) if not isinstance(value, list) else "set"
+    return "none" if value is None else "set" if isinstance(value, list) else str(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -815,7 +932,7 @@ def trend(entry: Entry, runs: Sequence[Run]) -> list[tuple[Run, Entry]]:
     """A trial in every run that has it, the oldest first."""
     found = []
     for run in sorted(runs, key=_ended):
-        same = [then for then in run.entries if _trial(then) == _trial(entry)]
+        same = [then for then in run.entries if _is_same_trial(then, entry)]
         found += [(run, same[-1])] if same else []
     return found
 
@@ -824,18 +941,19 @@ def history(runs: Sequence[Run]) -> Table:
     """Every cell that more than one run has, run beside run."""
     ordered = sorted((run for run in runs if run.entries), key=_ended)
     rows, of = [], []
-    for entry in newest(runs):
+    entries = newest(runs)
+    for entry in entries:
         found = trend(entry, runs)
         if len(found) < 2 or not is_card(entry["target"]):
             continue
         by_run = {id(run): then for run, then in found}
         cells = [summary(by_run[id(run)], run) if id(run) in by_run else "-" for run in ordered]
-        rows.append([*_name(entry), *cells])
+        rows.append([*_name(entry, entries), *cells])
         of.append(entry)
     return Table(
         key="history",
         title="History",
-        columns=["model", "method", "target", *(run_label(run) for run in ordered)],
+        columns=["model", "method", "card", *(run_label(run) for run in ordered)],
         aligned="lll" + "l" * len(ordered),
         rows=rows,
         entries=of,
@@ -852,7 +970,7 @@ def summary(entry: Entry, run: Run) -> str:
     baseline = baseline_of(entry, run.entries)
     if entry["outcome"] != "completed":
         return outcome(entry)
-    told = [_step(entry["steady_step_seconds"]), speedup(entry, baseline), memory(entry)]
+    told = [step(entry), speedup(entry, baseline), memory(entry)]
     if entry["heldout_loss_after"] is not None:
         told.append(f"loss {entry['heldout_loss_after']:.3f}")
     return ", ".join(word for word in told if word != "-")
@@ -861,9 +979,13 @@ def summary(entry: Entry, run: Run) -> str:
 # Around and inside a table
 
 
-def notes(entries: Sequence[Entry]) -> list[str]:
+def notes(entries: Sequence[Entry], runs: Sequence[Run] = ()) -> list[str]:
     """What a reader must know beside the table: on what it was measured, and what random weights cannot say."""
     lines = []
+    unclean = [run for run in runs if run.is_dirty and run.entries]
+    if unclean:
+        names = ", ".join(f"{run.name} (after commit {(run.commit or 'unknown')[:7]})" for run in unclean)
+        lines.append(f"Measured with changes to the code that were not committed: {names}.")
     for device in dict.fromkeys(entry["device"] for entry in entries):
         of_device = [entry for entry in entries if entry["device"] == device]
         installed = of_device[0]["versions"] or {}
@@ -872,7 +994,10 @@ def notes(entries: Sequence[Entry]) -> list[str]:
         )
         lines.append(f"Measured on {device}; {packages}.")
         if any(entry["emulated"] for entry in of_device):
-            lines.append(f"{EMULATED} Emulated: torch's allocator is capped at the bytes the target has.")
+            lines.append(
+                f"{EMULATED} Emulated: times are those of {device}; "
+                "torch's allocator is capped at the bytes the target has."
+            )
         if all(entry["peak_allocated_bytes"] is None for entry in of_device):
             lines.append(
                 f"{HOST} No GPU: the whole process's memory on the host, libraries included. "
@@ -939,30 +1064,47 @@ def draw(folder: Path, runs: Sequence[Run]) -> None:
 
 
 def write(path: Path, content: str) -> None:
-    """Put `content` into the file at `path`, all of it or nothing. Raises ReportError."""
-    beside = path.with_name(f".{path.name}.writing")
+    """Put `content` into the file at `path`, all of it or nothing. Raises ReportError.
+
+    It is written beside it first, into a file with a name of its own that nobody can have put there before."""
+    beside = None
     try:
-        beside.write_text(content, "utf-8", errors="replace")
+        if path.is_dir():
+            raise ReportError(f"report {path}: is a folder: name a file in it, such as {path / 'report.html'}")
+        if path.exists() and not path.is_file():
+            raise ReportError(f"report {path}: is no file that can be replaced: give another name")
+        handle, name = tempfile.mkstemp(prefix=".report-", dir=path.absolute().parent)
+        beside = Path(name)
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
+            file.write(content)
+        beside.chmod(_mode(path))
         beside.replace(path)
     except OSError as error:
         raise ReportError(f"report {path}: cannot be written ({error.strerror})") from error
     finally:
-        beside.unlink(missing_ok=True)
+        if beside is not None:
+            beside.unlink(missing_ok=True)
 
 
-def _one_line(told: str) -> str:
-    return " ".join(told.split())
+def _mode(path: Path) -> int:
+    """The permissions of what stands at `path`, else of a new file; `mkstemp` gives its owner's only."""
+    if path.exists():
+        return path.stat().st_mode & 0o777
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def _markdown(told: str) -> str:
     """`told` as text, whatever stands in it: no cell's end, no tag, no link."""
-    escaped = _one_line(told).replace("\\", r"\\").replace("|", r"\|").replace("`", r"\`").replace("](", r"]\(")
+    escaped = one_line(told).replace("\\", r"\\").replace("|", r"\|").replace("`", r"\`").replace("](", r"]\(")
     return escaped.replace("&", "&amp;").replace("<", "&lt;")
 
 
-def _name(entry: Entry) -> list[str]:
-    """Model, method and target."""
-    return [entry["model"], entry["method"], f"{card(entry)} {EMULATED}" if entry["emulated"] else card(entry)]
+def _name(entry: Entry, among: Sequence[Entry]) -> list[str]:
+    """Model, method and the card that ran it."""
+    marked = f"{timed_on(entry)} {EMULATED}" if entry["emulated"] else timed_on(entry)
+    return [entry["model"], method_among(entry, among), marked]
 
 
 def _mean(values: Sequence[float | None]) -> str:
@@ -980,16 +1122,16 @@ def _has_error(entry: Entry) -> bool:
     return bool(whole and entry["forecast_allocated_bytes"] is not None)
 
 
-def _row(entry: Entry, baseline: Entry | None, pace: Entry | None) -> list[str]:
+def _row(entry: Entry, entries: Sequence[Entry], among: Sequence[Entry]) -> list[str]:
     return [
-        *_name(entry),
+        *_name(entry, entries),
         outcome(entry),
         _duration(entry["cold_seconds"]) if entry["outcome"] == "completed" else "-",
-        _step(entry["steady_step_seconds"]) if entry["outcome"] == "completed" else "-",
-        speedup(entry, pace),
+        step(entry),
+        speedup(entry, pace_of(entry, among)),
         memory(entry),
         _forecast(entry),
-        memory_ratio(entry, baseline),
+        memory_ratio(entry, baseline_of(entry, entries)),
         loss(entry),
     ]
 
@@ -1012,21 +1154,59 @@ def _duration(seconds: float | None) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.2f} min"
 
 
-def _step(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1000:.1f} ms"
+def step(entry: Entry) -> str:
+    """The steady step of a trial that completed."""
+    seconds = entry["steady_step_seconds"]
+    return "-" if seconds is None or entry["outcome"] != "completed" else _milliseconds(seconds)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faster:
+    """How many times as fast as its baseline a cell is, per token; `interval` has the ends of the 95 % interval where
+    it was measured in pairs of rounds, the upper one infinite after a single pair."""
+
+    ratio: float
+    interval: tuple[float, float] | None = None
+
+
+def faster(entry: Entry, baseline: Entry | None) -> Faster | None:
+    """From pairs of rounds where there are any, else from the steady steps of both cells; None where there is no ratio
+    to give."""
+    paired = entry.get("speedup")
+    if paired and paired["ratio"] is not None:
+        return Faster(ratio=paired["ratio"], interval=_interval(paired))
+    if baseline is None or entry["outcome"] != "completed" or baseline["outcome"] != "completed":
+        return None
+    found = step_ratio(baseline, entry)
+    return None if found is None else Faster(ratio=found)
+
+
+def _interval(paired: Mapping[str, Any]) -> tuple[float, float]:
+    """The stored one; that of rounds which were measured one after the other is wider than records used to say."""
+    if paired["pairing"] == record.ONE_AFTER_THE_OTHER and paired["log_ratios"]:
+        from lightweight import ratio  # numpy takes a while, and hardly a record has such pairs
+
+        found = ratio.interval(paired["log_ratios"], in_turn=1)
+        return found.low, found.high
+    return paired["low"], math.inf if paired["high"] is None else paired["high"]
 
 
 def speedup(entry: Entry, baseline: Entry | None) -> str:
-    """From pairs of rounds, with its interval, where there are any, else from the steady steps of both cells."""
-    paired = entry.get("speedup")
-    if paired and paired["ratio"] is not None:
-        return f"{paired['ratio']:.2f}x [{paired['low']:.2f}, {paired['high']:.2f}]"
-    if entry["outcome"] != "completed" or baseline is None:
-        return "-"
-    if baseline["outcome"] != "completed":
+    """The ratio in words, with its interval where it has one, or why there is none."""
+    if found := faster(entry, baseline):
+        ends = f" [{found.interval[0]:.2f}, {found.interval[1]:.2f}]" if found.interval else ""
+        return f"{found.ratio:.2f}x{ends}"
+    return _without_baseline(entry, baseline)
+
+
+def _without_baseline(entry: Entry, baseline: Entry | None) -> str:
+    if entry["outcome"] == "completed" and baseline is not None and baseline["outcome"] != "completed":
         return f"baseline {baseline['outcome'].replace('_', ' ')}"
-    ratio = step_ratio(baseline, entry)
-    return "-" if ratio is None else f"{ratio:.2f}x"
+    return "-"
 
 
 def _peak_bytes(entry: Entry) -> int | None:
@@ -1063,14 +1243,18 @@ def size(count: float) -> str:
     return f"{count / GiB:.2f} GiB" if count >= GiB else f"{count / MiB:.0f} MiB"
 
 
-def memory_ratio(entry: Entry, baseline: Entry | None) -> str:
-    """The peak as a share of the baseline's, or why there is none."""
-    if entry["outcome"] != "completed" or baseline is None:
-        return "-"
-    if baseline["outcome"] != "completed":
-        return f"baseline {baseline['outcome'].replace('_', ' ')}"
+def memory_share(entry: Entry, baseline: Entry | None) -> float | None:
+    """The peak as a share of the baseline's; None unless both completed and have one."""
+    if baseline is None or entry["outcome"] != "completed" or baseline["outcome"] != "completed":
+        return None
     peak, of = _peak_bytes(entry), _peak_bytes(baseline)
-    return f"{peak / of:.2f}" if peak and of else "-"
+    return peak / of if peak and of else None
+
+
+def memory_ratio(entry: Entry, baseline: Entry | None) -> str:
+    """The share in words, or why there is none."""
+    share = memory_share(entry, baseline)
+    return _without_baseline(entry, baseline) if share is None else f"{share:.2f}"
 
 
 def _before_and_after(losses: tuple[float, float] | None) -> str:

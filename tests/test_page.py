@@ -88,7 +88,12 @@ def test_every_kind_of_picture_is_drawn_and_has_its_table(document):
 
 def test_a_cell_that_ran_out_of_memory_is_in_every_kind_of_picture():
     runs = [
-        run(entry(), stopped(method="lora"), LADDER[0], stopped(method="lora", test=LADDER[1]["test"], planned_steps=4))
+        run(
+            entry(),
+            stopped(method="lora"),
+            LADDER[0],
+            stopped(method="lora", test=LADDER[1]["test"], shown_as="ladder", planned_steps=4),
+        )
     ]
     runs += [run(stopped(method="lora"), ended="2026-01-03")]
     real = [stopped(method="lora", model="m", seed=seed) for seed in range(2)]
@@ -138,8 +143,8 @@ def test_where_no_cell_has_a_curve_each_still_has_its_cross():
     crossed = {
         p.title: len(re.findall(r"out of memory in forward</text>", p.svg)) for p in figures.pictures([run(*group)])
     }
-    assert crossed["opt-350m on t4: lora over baseline"] == 2
-    assert crossed["opt-350m on t4: qlora over baseline"] == 2  # the baseline's, above and below
+    assert crossed["opt-350m on NVIDIA H200 as t4: lora over baseline"] == 2
+    assert crossed["opt-350m on NVIDIA H200 as t4: qlora over baseline"] == 2  # the baseline's, above and below
 
 
 def test_the_whole_record_of_every_cell_is_there(document):

@@ -330,7 +330,7 @@ def test_parametrising_a_test_oneself_goes_before_the_command_line(project):
         (["--seed=-1"], "--seed -1: give a number from 0 to *"),
         (["--report=nowhere/report.html"], "--report nowhere/report.html: there is no folder *nowhere"),
         (["--pairs=7"], "--pairs: 7 pairs: give a multiple of 4 from 8 on"),
-        (["--speedup-fail=10%"], "--speedup-fail and --memory-fail hold a run against a stored one: add *"),
+        (["--speedup-fail=10%"], "--speedup-fail: there is no stored run to hold against: add --benchmark-compare"),
         (["--memory-fail=ten", "--benchmark-compare"], "--memory-fail 'ten': give a percentage *"),
     ],
 )

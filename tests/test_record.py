@@ -1,12 +1,17 @@
+import copy
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from transformers import SchedulerType
 
-from lightweight import record, targets
-from lightweight.methods import LORA, QLORA
+from lightweight import no_worse, record, targets
+from lightweight.methods import LORA, QLORA, QLORA_CAPTURED, CapturedStep
 from lightweight.record import RecordError
 from lightweight.targets import Device
 from lightweight.trial import Completed, Crashed, Diverged, Measurements, OutOfMemory, TimedOut, Trial
@@ -176,7 +181,7 @@ def test_a_value_that_nothing_can_be_computed_with_is_one_line(trial, tmp_path, 
     path = tmp_path / "run.json"
     entry = record.entry(trial, OUTCOMES[0], H200, None)
     path.write_text(json.dumps({"outcomes": [entry | {key: value}]}))
-    with pytest.raises(RecordError, match=f"outcome 0 has .* as {key!r}: store the run again"):
+    with pytest.raises(RecordError, match=f"outcome 0 has .* as {key!r}, where .* belongs: store the run again"):
         record.load([path])
 
 
@@ -201,3 +206,127 @@ def test_a_record_that_cannot_be_read_is_one_line(tmp_path, content, expected):
         record.load([path])
     assert str(path) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+IN_ANOTHER_PROCESS = """
+from dataclasses import replace
+from lightweight import record
+from lightweight.methods import LORA, QLORA_CAPTURED
+print(record.method_digest(LORA), record.method_digest(QLORA_CAPTURED))
+"""
+
+
+def test_the_digest_of_a_method_is_the_same_in_every_process():
+    expected = f"{record.method_digest(LORA)} {record.method_digest(QLORA_CAPTURED)}\n"
+    for seed in ("1", "2"):  # the order of a set of strings is the hash's
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", IN_ANOTHER_PROCESS]
+        assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == expected
+
+
+def with_adapter(**changes):
+    adapter = copy.deepcopy(LORA.adapter)
+    for name, value in changes.items():
+        setattr(adapter, name, value)
+    return replace(LORA, adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        with_adapter(r=64),
+        with_adapter(target_modules={"q_proj"}),
+        replace(LORA, weights_dtype="float16"),
+        replace(LORA, training_arguments={"learning_rate": 1e-3}),
+        replace(LORA, step="captured"),
+        replace(LORA, step=CapturedStep(packing=False)),
+        replace(LORA, quantization=QLORA.quantization),
+        replace(LORA, adapter=None),
+    ],
+)
+def test_another_setting_is_another_digest(other):
+    assert record.method_digest(other) != record.method_digest(LORA)
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        replace(LORA, name="another"),
+        with_adapter(peft_version="99.0"),
+        with_adapter(target_modules=["v_proj", "q_proj"]),
+        with_adapter(base_model_name_or_path="facebook/opt-350m"),
+    ],
+)
+def test_a_name_a_version_and_the_order_of_a_set_are_no_settings(same):
+    if isinstance(same.adapter.target_modules, list):
+        same.adapter.target_modules = set(same.adapter.target_modules)
+    assert record.method_digest(same) == record.method_digest(LORA)
+    assert record.method_digest(replace(same, step="captured")) == record.method_digest(
+        replace(LORA, step=CapturedStep())
+    )
+
+
+def test_the_digest_is_that_of_the_method_not_of_what_a_device_makes_of_it(trial):
+    on_cpu = replace(trial, target=targets.CPU, device_index=None)
+    assert record.settings(trial)["method_digest"] == record.settings(on_cpu)["method_digest"]
+    assert record.settings(trial)["precision"] != record.settings(on_cpu)["precision"]
+
+
+def test_what_says_when_entries_are_alike_is_one_list(trial):
+    known = set(record.settings(trial)) | {"device"}
+    assert set(record.BASELINE_SHARES) < set(record.SAME_CELL) < set(record.SAME_TRIAL) <= known
+    assert set(record.SAME_TRIAL) - set(record.SAME_BUT_RANKS) == {"world_size"}
+    assert set(no_worse.SAME_JOB) - set(record.SAME_TRIAL) == {"elsewhere_digest"}
+
+
+def test_a_speedup_is_put_into_the_trial_it_is_of_among_namesakes(trial):
+    entries = [
+        record.entry(replace(trial, method=replace(method, name="lora")), OUTCOMES[0], H200, None)
+        for method in (LORA, with_adapter(r=64))
+    ]
+    record.add_speedup(entries, entries[1], record.Speedup(baseline="baseline", cap=8, steps_per_round=1))
+    assert "speedup" not in entries[0] and entries[1]["speedup"]["cap"] == 8
+
+
+def test_namesakes_of_a_record_from_before_digests_are_told_apart(trial, tmp_path):
+    path = tmp_path / "run.json"
+    two = [record.entry(replace(trial, method=m), OUTCOMES[0], H200, None) for m in (LORA, with_adapter(r=64))]
+    for entry in two:
+        del entry["method_digest"]
+    path.write_text(json.dumps({"outcomes": two}))
+    first, second = record.run(path).entries
+    assert first["method_digest"] != second["method_digest"]
+    assert not record.are_alike(first, second, record.SAME_TRIAL)
+    path.write_text(json.dumps({"outcomes": [two[0], two[0] | {"seed": 1}]}))
+    assert {entry["method_digest"] for entry in record.run(path).entries} == {None}
+
+
+def test_a_record_says_cuda_triton_the_weights_commit_and_whether_the_code_was_clean(trial, tmp_path):
+    commit = "0123456789abcdef" * 2 + "01234567"
+    location = f"/cache/models--facebook--opt-350m/snapshots/{commit}"
+    entry = record.entry(replace(trial, model=replace(trial.model, location=location)), OUTCOMES[0], H200, None)
+    assert entry["weights_revision"] == commit
+    assert record.settings(trial)["weights_revision"] is None
+    assert {"cuda", "triton"} <= set(entry["versions"]) and entry["versions"]["cuda"] == torch.version.cuda
+    path = tmp_path / "run.json"
+    for commit_info, expected in (
+        ({"id": commit, "dirty": True}, (commit, True)),
+        ({"id": "unknown", "dirty": False}, (None, False)),
+        (None, (None, None)),
+        ({"id": 3, "dirty": "perhaps"}, (None, None)),
+    ):
+        path.write_text(json.dumps({"outcomes": [entry], "commit_info": commit_info}))
+        assert (record.run(path).commit, record.run(path).is_dirty) == expected
+
+
+def test_tables_of_their_own_are_said_by_the_record_and_in_old_ones_by_the_test(trial, tmp_path):
+    path = tmp_path / "run.json"
+    entry = record.entry(trial, OUTCOMES[0], H200, None)
+    said = [
+        entry | {"test": "t.py::test_a_rung_from_here[x]"},
+        entry | {"test": "t.py::test_a_peer_trains[x]"},
+        entry | {"test": "t.py::test_else", "shown_as": "ladder"},
+        entry | {"test": "t.py::test_a_rung_from_here[x]", "shown_as": None},
+    ]
+    path.write_text(json.dumps({"outcomes": said}))
+    assert [of["shown_as"] for of in record.run(path).entries] == ["ladder", "peers", "ladder", None]

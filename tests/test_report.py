@@ -118,7 +118,8 @@ LADDER = [
         steady_step_seconds=seconds,
         captured_step=step,
         adapter=adapter,
-        test=f"experiments/test_speed.py::test_a_rung_from_baseline_to_top[{method}]",
+        test=f"experiments/test_speed.py::test_any_name[{method}]",
+        shown_as="ladder",
     )
     for method, seconds, step, adapter in (
         ("baseline", 0.1, None, None),
@@ -298,13 +299,13 @@ def test_the_answer_comes_first_and_names_every_cell():
     neo = [stopped(model="gpt-neo-1.3b"), entry(model="gpt-neo-1.3b", method="qlora", weights="random")]
     lora = entry(method="lora", speedup=paired(1.7, 1.6, 1.8), peak_allocated_bytes=2 * 2**30, heldout_loss_after=2.4)
     found = [str(finding) for finding in report.findings([run(entry(), lora, *neo)])]
-    assert found[0] == "lora trains opt-350m 1.7 times as fast as baseline on t4."
+    assert found[0] == "lora trains opt-350m 1.7 times as fast as baseline on NVIDIA H200 as t4."
     assert found[1] == "4 cells: 3 completed, 1 out of memory."
     assert found[2] == (
-        "opt-350m on t4 (emulated): baseline completes in 1.50 min within 4.00 GiB, held-out loss 3.00 to 2.50; "
+        "opt-350m on NVIDIA H200 as t4: baseline completes in 1.50 min within 4.00 GiB, held-out loss 3.00 to 2.50; "
         "lora is 1.70x as fast with 0.50 of the memory, held-out loss 3.00 to 2.40."
     )
-    assert found[3].startswith("gpt-neo-1.3b on t4 (emulated): baseline runs out of memory in forward")
+    assert found[3].startswith("gpt-neo-1.3b on NVIDIA H200 as t4: baseline runs out of memory in forward")
     assert "rightly for all 4 cells" in found[5]
     assert "says nothing of quality" in found[-1]
     assert report.text([run(entry(), lora, *neo)], "markdown").startswith(f"- {found[0]}")
@@ -313,7 +314,7 @@ def test_the_answer_comes_first_and_names_every_cell():
 def test_the_answer_names_what_trains_where_the_baseline_cannot():
     neo = [stopped(), entry(method="qlora"), entry(method="qlora-captured"), stopped(method="lora")]
     assert str(report.findings([run(*neo)])[0]) == (
-        "qlora and qlora-captured train opt-350m on t4, where baseline runs out of memory."
+        "qlora and qlora-captured train opt-350m on NVIDIA H200 as t4, where baseline runs out of memory."
     )
     assert str(report.findings([run(stopped(), stopped(method="lora"))])[0]) == "2 cells: 2 out of memory."
     slower = entry(method="qlora", steady_step_seconds=0.2)
@@ -332,7 +333,7 @@ def test_a_step_is_held_against_the_baseline_of_its_own_run(tmp_path):
     found = {row["method"]: row["speedup"] for row in rows("results", *runs)}
     assert found == {"baseline": "1.00x", "lora": "2.00x"}
     assert [row["speedup"] for row in rows("speedup", *runs)] == ["2.00x"]
-    assert str(report.findings(runs)[0]) == "lora trains opt-350m 2.0 times as fast as baseline on t4."
+    assert str(report.findings(runs)[0]) == "lora trains opt-350m 2.0 times as fast as baseline on NVIDIA H200 as t4."
 
 
 def record_entry(e):
@@ -372,7 +373,7 @@ def test_several_seeds_are_told_apart_and_each_held_against_its_own_baseline():
         ("lora", "1", "2.00x"),
     ]
     text = report.text([run(*seeds, *loras)], "terminal")
-    assert "lora, seed 0 is 2.00x as fast" in text and "seed 1" not in text, "one seed stands for all in sentences"
+    assert "lora is 2.00x as fast (2.00 to 2.00 over 2 seeds)" in text and "seed 1" not in text
     failed = report.text([run(*seeds, loras[0], stopped(method="lora", seed=1))], "terminal")
     assert "lora, seed 1 runs out of memory" in failed
 
@@ -402,13 +403,19 @@ def test_ladder_says_what_changed_and_what_it_bought():
     ]
     assert [row["bought"] for row in found] == ["-", "2.00x", "1.25x", "2.00x"]
     assert found[-1]["in all"] == "5.00x"
-    broken = rows("ladder-0", run(LADDER[0], stopped(method="lora", test=LADDER[1]["test"]), *LADDER[2:]))
+    broken = rows(
+        "ladder-0", run(LADDER[0], stopped(method="lora", test=LADDER[1]["test"], shown_as="ladder"), *LADDER[2:])
+    )
     assert (broken[1]["outcome"], broken[1]["bought"], broken[2]["bought"]) == ("out of memory in forward", "-", "-")
 
 
 def test_peers_stand_beside_each_other_and_are_no_cells_of_the_suites_own():
-    node = "experiments/test_peers.py::test_a_peer_trains_the_same_rows[x]"
-    same = {"test": node, "device": "NVIDIA H100 80GB HBM3", "parameters": 1_100_048_384, "tokens_per_step": 2048}
+    same = {
+        "shown_as": "peers",
+        "device": "NVIDIA H100 80GB HBM3",
+        "parameters": 1_100_048_384,
+        "tokens_per_step": 2048,
+    }
     of = [
         entry(method="stock", library="peft", versions={"peft": "1.0"}, steady_step_seconds=0.2, **same),
         entry(method="theirs", library="unsloth", versions={"unsloth": "2.0"}, steady_step_seconds=0.1, **same),
@@ -467,7 +474,7 @@ def test_trials_over_several_gpus_stand_beside_the_one_on_one():
     failed = {"method": "qlora", "failed_rank": 1, "rank_peak_allocated_bytes": [None, 2**30]}
     entries = [entry(**rates), entry(**two), stopped(**two | failed)]
     one, shared, stopped_on_one_rank = report.ranks(entries).rows
-    assert one[2] == "t4 [e]" and shared[2] == "2 x t4 [e]"
+    assert one[2] == "NVIDIA H200 as t4 [e]" and shared[2] == "2 x NVIDIA H200 as t4 [e]"
     assert shared[4:8] == ["30,720", "15,360", "1.50x", "3.00 GiB, 2.00 GiB"]
     assert stopped_on_one_rank[3] == "out of memory in forward, rank 1"
     assert stopped_on_one_rank[4:8] == ["-", "-", "-", "-, 1.00 GiB"], "one step is no rate"
@@ -477,3 +484,164 @@ def test_trials_over_several_gpus_stand_beside_the_one_on_one():
     assert report.ranks(entries[:1]).rows == []
     assert list(report.places([run(*entries)])[("opt-350m", "baseline")]) == ["t4", "2 x t4"]
     assert report.room("2 x t4") == 2 * report.room("t4")
+
+
+RECORDS_FOLDER = ROOT / "experiments" / "records"
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        (
+            "h200-t4",
+            "lora trains opt-350m 1.7 times as fast as baseline on NVIDIA H200 as t4; qlora trains gpt-neo-1.3b on "
+            "NVIDIA H200 as t4, where baseline runs out of memory.",
+        ),
+        (
+            "h200-no-worse",
+            "lora-captured-lr0.002 trains smollm2-135m 12.1 times as fast as baseline (11.2 to 13.2 over 3 seeds) on "
+            "NVIDIA H200 as t4, and is no worse.",
+        ),
+        (
+            "h100-ladder",
+            "Change by change, lora-graph takes a step of opt-350m 12.7 times as fast as baseline on "
+            "NVIDIA H100 80GB HBM3 as t4.",
+        ),
+        (
+            "h200-peers-opt-350m",
+            "lora-bf16-captured trains opt-350m on NVIDIA H200 8.2 times as fast as lora-bf16-peft and "
+            "9.2 times as fast as lora-bf16-unsloth.",
+        ),
+    ],
+)
+def test_the_title_answers_the_question_of_the_record(name, answer):
+    assert str(report.findings([record.run(RECORDS_FOLDER / f"{name}.json")])[0]) == answer
+
+
+def test_the_card_that_was_timed_stands_wherever_a_time_does():
+    pairs = {"speedup": paired(1.7, 1.6, 1.8)}
+    cells_ = [entry(), entry(method="lora", **pairs), entry(target="native", emulated=False), *LADDER]
+    for table in report.tables([run(*cells_)]):
+        if table.key in ("results", "loss", "speedup", "others"):
+            assert "card" in table.columns
+            assert {row[table.columns.index("card")] for row in table.rows} <= {"NVIDIA H200 as t4 [e]", "NVIDIA H200"}
+        elif table.key.startswith("ladder"):
+            assert "on NVIDIA H200 as t4" in table.title
+    assert report.timed_on(entry(emulated=False, device="Tesla T4")) == "Tesla T4"
+    assert report.timed_on(entry(world_size=2)) == "2 x NVIDIA H200 as t4"
+
+
+def test_over_seeds_the_mean_is_told_with_its_spread_never_the_luckiest():
+    baselines = [entry(seed=seed) for seed in range(3)]
+    loras = [entry(method="lora", seed=seed, steady_step_seconds=0.1 / gain) for seed, gain in enumerate((2, 4, 8))]
+    found = [str(finding) for finding in report.findings([run(*baselines, *loras)])]
+    assert found[0] == (
+        "lora trains opt-350m 4.0 times as fast as baseline (2.0 to 8.0 over 3 seeds) on NVIDIA H200 as t4, "
+        "and is no worse."
+    )
+    assert "lora is 4.00x as fast (2.00 to 8.00 over 3 seeds)" in found[3]
+
+
+def test_a_method_that_is_worse_is_not_the_answer_where_another_is_not():
+    fast = seeds("fast-and-worse", 3.0, 3.2, steady_step_seconds=0.01)
+    good = seeds("good", 2.5, 2.7, steady_step_seconds=0.05)
+    found = report.findings([run(*seeds("baseline", 2.5, 2.7), *fast, *good)])
+    assert str(found[0]).startswith("good trains opt-350m 2.0 times as fast as baseline (2.0 to 2.0 over 2 seeds)")
+    only = str(report.findings([run(*seeds("baseline", 2.5, 2.7), *fast)])[0])
+    assert only.startswith("fast-and-worse ") and only.endswith("and is worse.")
+
+
+def test_numbers_are_not_read_from_words():
+    """A ratio is what was measured, not what two decimals of it are."""
+    lora = entry(method="lora", steady_step_seconds=0.0333)
+    assert report.faster(lora, entry()).ratio == pytest.approx(0.1 / 0.0333, rel=1e-12)
+    assert report.memory_share(entry(peak_allocated_bytes=1), entry(peak_allocated_bytes=3)) == 1 / 3
+    assert report.faster(stopped(), entry()) is None
+    assert report.faster(entry(), stopped()) is None
+    assert report.faster(entry(speedup=paired(1.23456, 1.1, 1.3)), None).ratio == 1.23456
+
+
+def test_an_interval_without_an_upper_end_is_told():
+    assert report.speedup(entry(method="lora", speedup=paired(1.7, 0.0, None)), entry()) == "1.70x [0.00, inf]"
+
+
+def test_pairs_of_an_old_record_that_were_measured_one_after_the_other_get_a_wider_interval():
+    old = paired(1.649, 1.64, 1.65) | {"pairing": "one after the other"}
+    low, high = report.faster(entry(method="lora", speedup=old), entry()).interval
+    assert low < 1.3 and high > 2.0
+
+
+def test_methods_of_one_name_are_both_there_and_told_apart():
+    two = [
+        entry(method="lora", method_digest=digest * 64, tokens_per_step=tokens, planned_steps=steps)
+        for digest, tokens, steps in (("a", 2048, 6), ("b", 16384, 2))
+    ]
+    found = rows("results", run(entry(), *two))
+    assert [row["method"] for row in found] == ["baseline", "lora #aaaaaa", "lora #bbbbbb"]
+    text = report.text([run(entry(), *two)], "terminal")
+    assert "lora #aaaaaa is" in text and "lora #bbbbbb is" in text
+
+
+def test_a_newer_run_replaces_an_older_one_whose_digests_nobody_knew():
+    old = run(entry(method="lora", method_digest=None), ended="2026-01-01", name="old.json")
+    new = run(entry(method="lora", method_digest="a" * 64), ended="2026-01-02", name="new.json")
+    other = run(entry(method="lora", method_digest="b" * 64), ended="2026-01-03", name="other.json")
+    assert [e["method_digest"] for e in report.newest([old, new])] == ["a" * 64]
+    assert [e["method_digest"] for e in report.newest([new, other])] == ["a" * 64, "b" * 64]
+    assert len(report.trend(new.entries[0], [old, new, other])) == 2
+
+
+def test_old_records_say_ladders_and_peers_by_their_tests():
+    for name, key in (("h100-ladder", "ladder-0"), ("h100-peers", "peers")):
+        run_ = record.run(RECORDS_FOLDER / f"{name}.json")
+        assert any(table.key == key for table in report.tables([run_]))
+        assert not report.main_cells(run_.entries)
+
+
+def test_a_number_of_one_is_no_switch():
+    below, rung = (
+        {"captured_step": {"lean": lean, "rows": rows_}, "training_arguments": {"warmup": None}}
+        for lean, rows_ in ((False, 8), (True, 1))
+    )
+    assert report.change(below, rung) == "lean off -> on, rows 8 -> 1"
+    assert report.change(rung, below) == "lean on -> off, rows 1 -> 8"
+
+
+def test_a_tree_that_was_not_clean_is_told():
+    clean, dirty = (
+        Run(path=Path("run.json"), ended="2026", entries=[entry()], commit="abcdef123456", is_dirty=is_dirty)
+        for is_dirty in (False, True)
+    )
+    line = "Measured with changes to the code that were not committed: run.json (after commit abcdef1)."
+    assert line in report.text([dirty], "terminal") and line not in report.text([clean], "terminal")
+
+
+@pytest.mark.parametrize("name", [".", "/", "folder", "folder/.", "/dev/null", "x" * 300 + ".html"])
+def test_what_no_report_can_be_written_to_is_one_line(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ReportError, match=r"^report ") as raised:
+        report.write(Path(name), "new")
+    assert "\n" not in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"] and not any((tmp_path / "folder").iterdir())
+
+
+def test_a_link_that_somebody_planted_is_not_followed(tmp_path):
+    """Neither under the name that a temporary file had once, nor under any that can be foreseen, nor the report's."""
+    precious, report_ = tmp_path / "precious", tmp_path / "r.html"
+    precious.write_text("precious")
+    for name in (".r.html.writing", "r.html"):
+        (tmp_path / name).symlink_to(precious)
+    report.write(report_, "new")
+    assert (precious.read_text(), report_.read_text(), report_.is_symlink()) == ("precious", "new", False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".r.html.writing", "precious", "r.html"]
+
+
+def test_a_report_can_be_read_by_whom_other_files_can_be(tmp_path):
+    other = tmp_path / "other"
+    other.write_text("")
+    report.write(tmp_path / "new.md", "new")
+    assert (tmp_path / "new.md").stat().st_mode == other.stat().st_mode
+    other.chmod(0o640)
+    report.write(other, "new")
+    assert other.stat().st_mode & 0o777 == 0o640
