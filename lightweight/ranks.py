@@ -8,6 +8,7 @@ those of one rank, in its order, whatever the number of ranks, and so are the lo
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -64,13 +65,14 @@ def local_rank() -> int:
 
 def environment(rank: int, world_size: int, store_port: int | None) -> dict[str, str]:
     """What torchrun would put into the environment of `rank` on one host, whose store listens at `store_port`; nothing
-    for one rank without a store.
+    for one rank without a store. Threads are a share of the cores, where torchrun has one a rank.
 
     https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables
     """
     if store_port is None:
         return {}
     return {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(_share_of_cores(world_size)),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -82,17 +84,39 @@ def environment(rank: int, world_size: int, store_port: int | None) -> dict[str,
     }
 
 
+def threads() -> int | None:
+    """How many threads this rank computes with on the host, so that those of a host do not share a core; None where it
+    is by itself and has torch's own number."""
+    return int(os.environ["OMP_NUM_THREADS"]) if world_size() > 1 and "OMP_NUM_THREADS" in os.environ else None
+
+
+def _share_of_cores(among: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // among)
+
+
 def store() -> Any:
-    """Where ranks find each other: torch's TCPStore on a `port` of this host that was free. Listens while it lives."""
-    return distributed.TCPStore(  # type: ignore[attr-defined]
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False
-    )
+    """Where ranks find each other: torch's TCPStore on a `port` of this host that was free, reachable from this host
+    alone. Listens while it lives."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        # By itself it listens on every interface, whatever address it is given. It closes what it is handed.
+        return distributed.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1",
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=os.dup(listener.fileno()),
+        )
 
 
 def meet(*, cpu: bool) -> None:
     """Have all ranks that torchrun or accelerate launched able to talk, and wait for them. One by itself has nobody to
     talk to: it forgets its launcher, and so trains as a process that had none."""
     if world_size() > 1:
+        if cpu and not os.environ.get("OMP_NUM_THREADS"):  # accelerate would choose a number, and warn of it
+            os.environ["OMP_NUM_THREADS"] = str(_share_of_cores(int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))))
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         PartialState(cpu=cpu)
     else:
         for name in LAUNCHED:
