@@ -52,7 +52,7 @@ def method(model: str, by: str) -> Method:
 def test_a_peer_trains_the_same_rows(train: Train, laboratory: Laboratory, model: str, by: str) -> None:
     if by == "unsloth" and importlib.util.find_spec("unsloth") is None:
         pytest.skip(f"{NOT_RUN}needs unsloth: pip install unsloth")
-    outcome = train(model, method(model, by), target=NATIVE, epochs=laboratory.config.getoption("epochs") or 2)
+    outcome = train(model, method(model, by), target=NATIVE, epochs=laboratory.option("epochs") or 2)
     assert isinstance(outcome, Completed | OutOfMemory), outcome.reason
 
 
@@ -61,7 +61,7 @@ def test_a_peer_trains_the_same_rows(train: Train, laboratory: Laboratory, model
 def test_the_captured_step_is_the_fastest_of_its_peers(outcome_of: Train, laboratory: Laboratory, model: str) -> None:
     """And for a Llama shape, Unsloth's own ground, three times as fast as Unsloth within no more than its memory."""
     steps, peaks = {}, {}
-    epochs = laboratory.config.getoption("epochs") or 2
+    epochs = laboratory.option("epochs") or 2
     for by in BY:
         if by == "unsloth" and importlib.util.find_spec("unsloth") is None:
             continue

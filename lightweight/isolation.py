@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -62,6 +63,9 @@ STATUS_SECONDS = 3.0
 
 IMPORT_SECONDS = 300.0
 """How long a new forkserver may take to import what children are born with: a cold disk, a busy machine."""
+
+SOCKET_FOLDER_CHARACTERS = 60
+"""Of the path of a temporary folder in which there is room for a socket, /pymp-12345678/listener-12345678."""
 
 # Which physical pages a process gets decides what collides in its caches for as long as it lives; of like children some
 # were 2 and 3 % slower than others. A huge page is laid out alike in all of them. glibc reads this when a program
@@ -541,6 +545,7 @@ def _start(process: BaseProcess, seconds: float) -> None:
         expired.set()
         _kill_server()
 
+    _shorten_sockets_path()
     timer = threading.Timer(seconds, expire)
     timer.daemon = True
     timer.start()
@@ -567,6 +572,14 @@ def _not_started(expired: bool, seconds: float) -> Crashed | TimedOut:
         return Crashed(phase="start", reason="the forkserver died", details="", measured=Measurements())
     reason = f"the forkserver answered nothing for {seconds:g} s and was killed"
     return TimedOut(phase="start", silent_seconds=seconds, reason=reason, details="", measured=Measurements())
+
+
+def _shorten_sockets_path() -> None:
+    """The forkserver listens on a socket in multiprocessing's own temporary folder, whose path may have some hundred
+    characters (unix(7)); TMPDIR may have more, and multiprocessing can be given another by no public name."""
+    settings = getattr(multiprocessing.current_process(), "_config", None)
+    if settings is not None and "tempdir" not in settings and len(tempfile.gettempdir()) > SOCKET_FOLDER_CHARACTERS:
+        settings["tempdir"] = str(reaper.make_folder(Path("/tmp")))
 
 
 def _server_pid() -> int | None:

@@ -65,14 +65,13 @@ def local_rank() -> int:
 
 def environment(rank: int, world_size: int, store_port: int | None) -> dict[str, str]:
     """What torchrun would put into the environment of `rank` on one host, whose store listens at `store_port`; nothing
-    for one rank without a store. Threads are a share of the cores, where torchrun has one a rank.
+    for one rank without a store.
 
     https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables
     """
     if store_port is None:
         return {}
     return {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(_share_of_cores(world_size)),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -82,17 +81,6 @@ def environment(rank: int, world_size: int, store_port: int | None) -> dict[str,
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-
-
-def threads() -> int | None:
-    """How many threads this rank computes with on the host, so that those of a host do not share a core; None where it
-    is by itself and has torch's own number."""
-    return int(os.environ["OMP_NUM_THREADS"]) if world_size() > 1 and "OMP_NUM_THREADS" in os.environ else None
-
-
-def _share_of_cores(among: int) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // among)
 
 
 def store() -> Any:
@@ -114,13 +102,20 @@ def meet(*, cpu: bool) -> None:
     """Have all ranks that torchrun or accelerate launched able to talk, and wait for them. One by itself has nobody to
     talk to: it forgets its launcher, and so trains as a process that had none."""
     if world_size() > 1:
-        if cpu and not os.environ.get("OMP_NUM_THREADS"):  # accelerate would choose a number, and warn of it
-            os.environ["OMP_NUM_THREADS"] = str(_share_of_cores(int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))))
-            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        share_threads()
         PartialState(cpu=cpu)
     else:
         for name in LAUNCHED:
             os.environ.pop(name, None)
+
+
+def share_threads() -> None:
+    """Have this rank compute with its share of the threads that one process would take, unless OMP_NUM_THREADS says how
+    many. Ranks that took all cores each would wait for one another; accelerate shares them too, with a warning."""
+    if world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def wait_for_all() -> None:

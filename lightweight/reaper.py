@@ -13,6 +13,7 @@ This file runs as a script, in an interpreter that imports nothing but a part of
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import json
 import os
@@ -37,6 +38,7 @@ class Reaper:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._owner = os.getpid()
         self._pids: dict[int, str | None] = {}  # each with when it started, which tells it from a later one
         self._folders: dict[Path, int] = {}  # each with the descriptor of its lock
 
@@ -56,10 +58,12 @@ class Reaper:
             del self._pids[pid]
             self._tell()
 
-    def make_folder(self) -> Path:
-        """A new folder for this session, removed when this process ends."""
-        remove_left_behind()
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    def make_folder(self, inside: Path | None = None) -> Path:
+        """A new folder for this session `inside` another, or where temporary files go; removed when this process
+        ends."""
+        inside = inside or Path(tempfile.gettempdir())
+        remove_left_behind(inside)
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=inside))
         # Locked before it has its name, so that no other session takes it for one that was left behind.
         unnamed = folder / f"{OWNER}.new"
         lock = os.open(unnamed, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
@@ -82,13 +86,23 @@ class Reaper:
         """The reaper's process id, once there is one."""
         return None if self._process is None else self._process.pid
 
+    def close(self) -> None:
+        """End what is left, and wait until it has ended."""
+        if self._process is not None and os.getpid() == self._owner:
+            with suppress(OSError):
+                self._process.stdin.close()  # type: ignore[union-attr]
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(2 * GONE_SECONDS)
+            self._process = None
+
     def _tell(self) -> None:
         folders = [str(folder) for folder in self._folders]
         line = json.dumps([list(self._pids.items()), folders]).encode() + b"\n"
         for _ in range(2):
             try:
                 if self._process is None:
-                    self._process = _start()
+                    self._process, self._owner = _start(), os.getpid()
+                    atexit.register(self.close)
                 assert self._process.stdin is not None
                 self._process.stdin.write(line)
                 self._process.stdin.flush()
@@ -111,9 +125,9 @@ def _start() -> subprocess.Popen[bytes]:
     )
 
 
-def remove_left_behind() -> None:
+def remove_left_behind(inside: Path) -> None:
     """Remove the folders of sessions that are gone, and that nobody could remove."""
-    for file in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{OWNER}"):
+    for file in inside.glob(f"{PREFIX}*/{OWNER}"):
         with suppress(OSError):  # another user's, or one that somebody else removes now
             lock = os.open(file, os.O_RDWR | os.O_CLOEXEC)
             try:

@@ -130,8 +130,9 @@ def _begin(trial: Trial, folder: Path, environment: Mapping[str, str]) -> torch.
     if trial.device_index is not None:
         see_gpus(trial.device_index, trial.world_size)
     gc.freeze()  # what the forkserver has imported is never garbage, and looking through it falls into single rounds
-    if (threads := trial.threads or ranks.threads()) is not None:
-        torch.set_num_threads(threads)
+    if trial.threads is not None:
+        torch.set_num_threads(trial.threads)
+    ranks.share_threads()
     return take_device(trial)
 
 

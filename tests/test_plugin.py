@@ -11,7 +11,7 @@ import pytest
 
 from conftest import MICRO, turns
 from lightweight import isolation
-from lightweight.alternate import CAN_PIN
+from lightweight.process import CAN_PIN
 from lightweight.targets import Device
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +48,7 @@ OUT_OF_MEMORY = """
 def project(pytester: pytest.Pytester) -> pytest.Pytester:
     """Somebody's project that loads the plugin, with a corpus of 12 pairs: two steps an epoch."""
     pytester.makeconftest('pytest_plugins = ["lightweight.plugin"]')
+    pytester.makeini("[pytest]\naddopts = -p no:randomly\n")  # cells in their order, also where that plugin is there
     (pytester.path / "corpus.json").write_text(json.dumps(turns(12)), "utf-8")
     return pytester
 
@@ -346,7 +347,7 @@ def test_more_ranks_than_gpus_are_refused_before_any_model_is_built(project, mon
     project.makepyfile(CELLS)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr(isolation, "call", lambda *_: Device(name="H100", total_bytes=2**36, capability=(9, 0)))
+    monkeypatch.setattr(isolation, "call_within", lambda *_: Device(name="H100", total_bytes=2**36, capability=(9, 0)))
     result = project.runpytest("--gpus-per-trial=3")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     (line,) = [line for line in result.stderr.lines if line.strip()]
@@ -383,9 +384,13 @@ def test_an_interrupted_run_keeps_the_record_of_what_has_finished(project):
     result = project.runpytest("--benchmark-json=out.json", "--epochs=2", no_reraise_ctrlc=True)
     assert result.ret == pytest.ExitCode.INTERRUPTED
     document = json.loads((project.path / "out.json").read_text())
-    assert [(e["method"], e["outcome"]) for e in document["outcomes"]] == [("baseline", "completed")]
+    assert [(e["method"], e["outcome"], e["phase"]) for e in document["outcomes"]] == [
+        ("baseline", "completed", None),
+        ("lora", "crashed", "train"),
+    ]
+    assert document["outcomes"][1]["reason"] == "interrupted by KeyboardInterrupt"
     assert [row["params"]["method"] for row in document["benchmarks"]] == ["baseline"]
-    result.stdout.fnmatch_lines(["micro * baseline * completed *"])
+    result.stdout.fnmatch_lines(["micro * baseline * completed *", "micro * lora * crashed in train *"])
 
 
 def test_a_model_of_true_size_is_not_trained_on_a_cpu_unless_told_how_long(project, micro):
@@ -426,7 +431,11 @@ def test_comparing_with_nothing_stored_passes_and_with_a_stored_run_compares(pro
     project.makepyfile(CELLS)
     # this repository's own filters: what pytest-benchmark warns of must not become an error
     settings = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["tool"]["pytest"]
-    project.makeini("\n    ".join(["[pytest]\nfilterwarnings =", *settings["ini_options"]["filterwarnings"]]))
+    project.makeini(
+        "\n    ".join(
+            ["[pytest]\naddopts = -p no:randomly\nfilterwarnings =", *settings["ini_options"]["filterwarnings"]]
+        )
+    )
     arguments = ("--epochs=2", "-k", "lora", "--benchmark-autosave", "--benchmark-compare")
     first = project.runpytest(*arguments)
     assert first.ret == 0
