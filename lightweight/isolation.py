@@ -110,6 +110,7 @@ def call_within(seconds: float, function: Callable[P, T], folder: Path, *args: P
             value, error = helper.connection.recv()
         except (EOFError, OSError):
             raise HelperError(helper.death()) from None
+        helper.end(STATUS_SECONDS)
     finally:
         helper.end()
     if error is not None:
@@ -384,6 +385,8 @@ class _Process:
 
     def end(self, seconds: float = 0.0) -> None:
         """Leave no process behind, having waited `seconds` for it to end by itself."""
+        if self not in _living:
+            return
         self.connection.close()
         _wait_until(lambda: not self._is_running(), seconds)
         self.kill()

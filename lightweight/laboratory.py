@@ -487,9 +487,8 @@ class Laboratory:
             raise isolation.HelperError(worker.failure(error, trial, None)) from error  # type: ignore[arg-type]
         if culprit is not None and not self._told_of_culprit:
             self._told_of_culprit = True
-            self._show(
-                f"{culprit} initialises CUDA when it is imported: children start anew, some seconds each", "\n", "\n"
-            )
+            told = f"{culprit} initialises CUDA when it is imported: children start in fresh interpreters"
+            self._show(told, "\n", "\n")
         try:
             with isolation.Child(located, folder, self.option("trial_timeout"), *callbacks) as child:
                 yield child

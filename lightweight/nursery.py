@@ -15,9 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lightweight import preload  # isort: skip  # noqa: F401  # first: it keeps the imports after it off the GPU
-
 MODULES = (
+    "lightweight.preload",  # first: it keeps the imports after it off the GPU
     "lightweight.worker",
     "lightweight.forecast",
     # transformers imports these lazily, in every child anew, unless the forkserver has them already
