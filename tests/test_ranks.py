@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 
-from lightweight import models, ranks, targets, worker
+from lightweight import isolation, models, ranks, targets, worker
 from lightweight.isolation import Child
 from lightweight.methods import BASELINE, METHODS, QLORA, Method
 from lightweight.trial import Completed, Crashed, Measurements, OutOfMemory, TimedOut, Trial, of_all_ranks
@@ -257,3 +257,38 @@ def test_one_rank_of_torchrun_forgets_its_launcher(monkeypatch):
     ranks.meet(cpu=True)
     assert not torch.distributed.is_initialized()
     assert "RANK" not in os.environ
+
+
+def test_the_ranks_store_is_reached_from_this_host_alone():
+    store = ranks.store()
+    tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
+    lines = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
+    addresses = {line[1] for line in lines if line[3] == "0A" and line[1].endswith(f":{store.port:04X}")}  # listening
+    assert addresses == {f"0100007F:{store.port:04X}"}
+    client = torch.distributed.TCPStore("127.0.0.1", store.port, is_master=False)
+    client.set("key", "value")
+    assert store.get("key") == b"value"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_rank_that_is_stopped_while_saving_is_the_one_that_is_blamed(trial, tmp_path, monkeypatch, number):
+    """The other one waits for it, in whatever library."""
+    folder = tmp_path / "trial"
+    folder.mkdir()
+    receive = isolation._Rank.receive
+
+    def stop(rank):
+        report = receive(rank)
+        if isinstance(report, worker.Entered) and report.phase == "save" and rank.number == number:
+            os.kill(rank.pid, signal.SIGSTOP)
+        return report
+
+    monkeypatch.setattr(isolation._Rank, "receive", stop)
+    with Child(replace(trial, world_size=2, max_steps=2), folder, silence_seconds=60) as child:
+        child.round()
+        child.silence_seconds = 4
+        ended = child.finish()
+    if isinstance(ended, Completed):
+        pytest.skip("it had saved before it was stopped")
+    assert isinstance(ended, TimedOut)
+    assert (ended.rank, ended.phase) == (number, "save")
