@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -532,7 +533,7 @@ def _job(
     return _fresh().Process(target=process.run_fresh, args=(connection, pickled, gpus), daemon=True)
 
 
-def _fresh() -> Any:
+def _fresh() -> SpawnContext:
     return multiprocessing.get_context("spawn")
 
 

@@ -581,7 +581,12 @@ class Laboratory:
         timers = [threading.Timer(settings.timeout, expire)]
         timers[0].daemon = True
         timers[0].start()
-        item.cancel_timeout = lambda: [timer.cancel() for timer in timers]  # type: ignore[attr-defined]
+
+        def cancel() -> None:
+            for timer in timers:
+                timer.cancel()
+
+        item.cancel_timeout = cancel  # type: ignore[attr-defined]
         return True
 
     @pytest.hookimpl(wrapper=True)
@@ -596,7 +601,7 @@ class Laboratory:
         for number in (signal.SIGTERM, signal.SIGHUP):
             if threading.current_thread() is threading.main_thread() and signal.getsignal(number) == signal.SIG_DFL:
                 signal.signal(number, self._interrupt)
-                self.config.add_cleanup(partial(signal.signal, number, signal.SIG_DFL))
+                self.config.add_cleanup(partial(_restore, number))
 
     def _interrupt(self, number: int, _: object) -> None:
         if self._ended_by is None:  # a second one would interrupt the writing of the record
@@ -807,6 +812,10 @@ def precision_wanted(ratio: float) -> float:
     `PRECISION` near 1, where a verdict hangs on it, and a twentieth of the way from there, up to half of what a gate
     lets a cell lose, for one that is far from it."""
     return max(PRECISION, min(gate.FAIL / 2, abs(math.log(ratio)) / 20)) if ratio > 0 else PRECISION
+
+
+def _restore(number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_DFL)
 
 
 def _so_far(child: isolation.Child | None) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def register(parser: pytest.Parser) -> None:
         return
 
     def parse(*args: Any, **kwargs: Any) -> Any:
-        del parser.parse  # type: ignore[method-assign]  # what is below hides pytest's own
+        del parser.parse  # which hides pytest's own
         _add(parser)
         return original(*args, **kwargs)
 

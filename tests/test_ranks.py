@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 
-from lightweight import isolation, models, ranks, targets, worker
+from lightweight import models, ranks, targets, worker
 from lightweight.isolation import Child
 from lightweight.methods import BASELINE, METHODS, QLORA, Method
 from lightweight.trial import Completed, Crashed, Measurements, OutOfMemory, TimedOut, Trial, of_all_ranks
@@ -270,25 +270,33 @@ def test_the_ranks_store_is_reached_from_this_host_alone():
     assert store.get("key") == b"value"
 
 
+RUN = worker.run
+
+
+def run_and_stop_in_save(connection, trial, folder, started, environment, *rest) -> None:
+    """`worker.run`; the rank whose number is the trial's seed stops before it takes part in saving."""
+    import transformers
+
+    save = transformers.Trainer.save_model
+
+    def stop(trainer, *arguments, **keywords):
+        if int(environment["RANK"]) == trial.seed:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return save(trainer, *arguments, **keywords)
+
+    transformers.Trainer.save_model = stop
+    RUN(connection, trial, folder, started, environment, *rest)
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_rank_that_is_stopped_while_saving_is_the_one_that_is_blamed(trial, tmp_path, monkeypatch, number):
     """The other one waits for it, in whatever library."""
+    monkeypatch.setattr(worker, "run", run_and_stop_in_save)
     folder = tmp_path / "trial"
     folder.mkdir()
-    receive = isolation._Rank.receive
-
-    def stop(rank):
-        report = receive(rank)
-        if isinstance(report, worker.Entered) and report.phase == "save" and rank.number == number:
-            os.kill(rank.pid, signal.SIGSTOP)
-        return report
-
-    monkeypatch.setattr(isolation._Rank, "receive", stop)
-    with Child(replace(trial, world_size=2, max_steps=2), folder, silence_seconds=60) as child:
+    with Child(replace(trial, world_size=2, max_steps=2, seed=number), folder, silence_seconds=60) as child:
         child.round()
-        child.silence_seconds = 4
+        child.silence_seconds = 8
         ended = child.finish()
-    if isinstance(ended, Completed):
-        pytest.skip("it had saved before it was stopped")
-    assert isinstance(ended, TimedOut)
+    assert isinstance(ended, TimedOut), ended
     assert (ended.rank, ended.phase) == (number, "save")
