@@ -76,7 +76,7 @@ def difference(
     """Train a method with every seed: its held-out loss over the baseline's, in nats a token."""
     if not request.config.getoption("--model"):
         pytest.skip(f"{NOT_RUN}takes minutes; name a model with real weights, such as --model smollm2-135m")
-    if laboratory.trial(model, BASELINE, written=False).model.weights != "pretrained":
+    if laboratory.trial(model, BASELINE).model.weights != "pretrained":
         pytest.skip(f"{NOT_RUN}random weights say nothing of quality")
     try:
         english = corpus.in_latin_letters(laboratory.corpus)

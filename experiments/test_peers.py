@@ -58,7 +58,7 @@ def test_a_peer_trains_the_same_rows(
     0.6 %."""
     if by == "unsloth" and importlib.util.find_spec("unsloth") is None:
         pytest.skip(f"{NOT_RUN}needs unsloth: pip install unsloth")
-    changes: dict[str, Any] = {"target": NATIVE, "epochs": laboratory.config.getoption("epochs") or 2}
+    changes: dict[str, Any] = {"target": NATIVE, "epochs": laboratory.option("epochs") or 2}
     outcome = train(model, method(model, by), **changes)
     assert isinstance(outcome, Completed | OutOfMemory), outcome.reason
     stock = outcome_of(model, method(model, "peft"), **changes)
@@ -71,7 +71,7 @@ def test_a_peer_trains_the_same_rows(
 def test_the_captured_step_is_the_fastest_of_its_peers(outcome_of: Train, laboratory: Laboratory, model: str) -> None:
     """And for a Llama shape, Unsloth's own ground, three times as fast as Unsloth within no more than its memory."""
     steps, peaks = {}, {}
-    epochs = laboratory.config.getoption("epochs") or 2
+    epochs = laboratory.option("epochs") or 2
     for by in BY:
         if by == "unsloth" and importlib.util.find_spec("unsloth") is None:
             continue

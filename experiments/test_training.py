@@ -20,9 +20,10 @@ def test_training(train: Train, laboratory: Laboratory, model: str, method: str)
     trial = laboratory.trial(model, method)
 
     if isinstance(outcome, OutOfMemory):
-        # Running out of memory is an answer where it was forecast, and a regression where it was not.
+        # Running out of memory is an answer where it was forecast, and a regression where it was not, nor could be.
         forecast = laboratory.try_to_forecast(trial)
-        assert forecast is None or forecast.verdict != "fits", f"{trial.name} was forecast to fit: {outcome.reason}"
+        assert forecast is not None, f"{trial.name} was not forecast: {outcome.reason}"
+        assert forecast.verdict != "fits", f"{trial.name} was forecast to fit: {outcome.reason}"
         return
     assert isinstance(outcome, Completed), f"{trial.name} {outcome.kind}: {outcome.reason}"
     if laboratory.has_cuda and (forecast := laboratory.try_to_forecast(trial)) is not None:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lightweight import __version__, checkpoints, gate, models, names, record, report, targets
+from lightweight.limits import LIMITS, Limits
 from lightweight.output import Output
 
 
@@ -335,7 +336,7 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_gate)
     parser.add_argument("new", type=Path, metavar="NEW.json")
     parser.add_argument("--against", nargs="+", type=Path, required=True, metavar="OLD.json")
-    for option in gate.OPTIONS:
+    for option in LIMITS:
         words = f"fail where {option.of} (default: {option.default or 'none'}; none: no verdict)"
         parser.add_argument(option.flag, default=option.default, metavar=option.metavar, help=words.replace("%", "%%"))
     parser.add_argument(
@@ -359,7 +360,7 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
 
 def _gate(options: argparse.Namespace) -> int:
     try:
-        limits = {option.name: option.value(getattr(options, option.name)) for option in gate.OPTIONS}
+        limits = {option.name: option.value(getattr(options, option.name)) for option in LIMITS}
         entries = record.run(options.new).entries
         runs, problems = gate.load(options.against)
         if not runs:  # a gate without anything to hold against would pass for ever
@@ -367,7 +368,7 @@ def _gate(options: argparse.Namespace) -> int:
     except ValueError as error:
         return _refuse(error)
     words = {name: getattr(options, name) for name in ("undecided", "missing", "require_match")}
-    comparison = gate.compare(entries, runs, gate.Limits(**limits, **words))
+    comparison = gate.compare(entries, runs, Limits(**limits, **words))
     print("\n".join([*problems, gate.text(comparison)]))
     return 1 if comparison.failures else 0
 

@@ -36,12 +36,10 @@ import numpy as np
 
 from lightweight import ratio
 from lightweight.isolation import Child
+from lightweight.process import CAN_PIN
 from lightweight.trial import Outcome, OutOfMemory, Trial
 
 Pairing = Literal["alternating", "sharing a core", "one after the other"]
-
-CAN_PIN = hasattr(os, "sched_setaffinity")
-"""Whether this system keeps a process on a core when asked; macOS does not."""
 
 NEIGHBOUR = np.zeros(2**18)
 """What is walked over in a child's place: 2 MiB, as much as a core's caches hold."""
@@ -145,9 +143,25 @@ def share_cores(*children: Child, pair: int) -> None:
         for rank, pid in enumerate(child.pids):
             first = (pair * len(child.pids) + rank) * width
             shared = {cores[(first + number) % len(cores)] for number in range(width)}
-            for thread in Path(f"/proc/{pid}/task").iterdir():
+            for thread in _threads(pid):
                 with suppress(ProcessLookupError):  # it has ended since
-                    os.sched_setaffinity(int(thread.name), shared)
+                    os.sched_setaffinity(thread, shared)
+
+
+def _threads(pid: int) -> list[int]:
+    """The numbers of the threads of `pid`; none of a process that has ended, which who waits for it is told."""
+    try:
+        return [int(thread.name) for thread in Path(f"/proc/{pid}/task").iterdir()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def _cores_of(children: Sequence[Child]) -> set[int]:
+    """Those that the children are kept on: of the first that has not ended."""
+    for pid in (pid for child in children for pid in child.pids):
+        with suppress(ProcessLookupError):
+            return os.sched_getaffinity(pid)
+    return os.sched_getaffinity(0)
 
 
 def _train_at_once(children: Sequence[Child]) -> None:
@@ -159,7 +173,7 @@ def _train_at_once(children: Sequence[Child]) -> None:
     deadline = time.monotonic() + silence
     wait([connection for child in children for connection in child.connections], silence)
     had = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, os.sched_getaffinity(children[0].pids[0]))
+    os.sched_setaffinity(0, _cores_of(children))
     try:
         while not all(child.has_answered for child in children) and time.monotonic() < deadline:
             np.add(NEIGHBOUR, 1.0, out=NEIGHBOUR)

@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from lightweight.targets import GiB
+from lightweight.trial import Measurements, OutOfMemory, Phase
+
 PROC = Path("/proc")
 
 UNLIMITED = 2**60
@@ -52,6 +55,18 @@ def ran_out(error: BaseException) -> bool:
     if any(sign in str(error) for sign in SIGNS):
         return True
     return error.__cause__ is not None and ran_out(error.__cause__)
+
+
+def outcome(phase: Phase, reason: str, measured: Measurements) -> OutOfMemory:
+    """How a trial ended for which the host's memory did not suffice; `reason` is completed by the limit in force."""
+    found = limit()
+    return OutOfMemory(
+        phase=phase,
+        requested_bytes=None,
+        budget_bytes=found.bytes,
+        reason=f"{reason}; the host's memory: {found.what} is {found.bytes / GiB:.2f} GiB",
+        measured=measured,
+    )
 
 
 def kills() -> int:

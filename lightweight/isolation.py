@@ -11,19 +11,25 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
+import threading
 import time
+import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
-from lightweight import peer, ranks, worker
+from lightweight import host_memory, peer, process, ranks, worker
 from lightweight.process import log_of, redirect_output
+from lightweight.reaper import Reaper, is_running, kill
 from lightweight.stock import Request
 from lightweight.trial import (
     Completed,
@@ -41,21 +47,11 @@ from lightweight.trial import (
 P = ParamSpec("P")
 T = TypeVar("T")
 
-PRELOAD = [
-    "lightweight.preload",  # first: it keeps the imports after it off the GPU
-    "lightweight.worker",
-    "lightweight.forecast",
-    # transformers imports these lazily, in every child anew, unless the forkserver has them already
-    "transformers.integrations.bitsandbytes",
-    "transformers.models.byt5.tokenization_byt5",
-    "transformers.models.gpt_neo.modeling_gpt_neo",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.opt.modeling_opt",
-    "triton.experimental.gluon",  # Triton's own lazy import, where there is Triton
-]
-
 LAST_WORDS = 2_000
 """Characters of a dead child's log that go into its outcome."""
+
+SILENCE_SECONDS = 600.0
+"""How long a child may report nothing where nobody says another time."""
 
 PEER_SECONDS = 3.0
 """How long a rank that failed with an exception is given the benefit of the doubt: another may have died before."""
@@ -63,23 +59,109 @@ PEER_SECONDS = 3.0
 ANSWER_SECONDS = 1.0
 """How long a silent rank may take to say where it is."""
 
+STATUS_SECONDS = 3.0
+"""How long the forkserver, which alone is told how a child ended, may take to pass that on."""
+
+IMPORT_SECONDS = 300.0
+"""How long a new forkserver may take to import what children are born with: a cold disk, a busy machine."""
+
+SOCKET_FOLDER_CHARACTERS = 60
+"""Of the path of a temporary folder in which there is room for a socket, /pymp-12345678/listener-12345678."""
+
 # Which physical pages a process gets decides what collides in its caches for as long as it lives; of like children some
-# were 2 and 3 % slower than others. A huge page is laid out alike in all of them. glibc reads this when the forkserver
-# starts (GNU C Library manual, Memory Allocation Tunables), and asks the kernel for them.
-os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+# were 2 and 3 % slower than others. A huge page is laid out alike in all of them. glibc reads this when a program
+# starts (GNU C Library manual, Memory Allocation Tunables), and asks the kernel for them. No number that is computed
+# depends on it.
+TUNABLES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 
 _forkserver = multiprocessing.get_context("forkserver")
-_forkserver.set_forkserver_preload(PRELOAD)
+_forkserver.set_forkserver_preload(["lightweight.nursery"])
+
+reaper = Reaper()
+"""Ends what this process has started, and removes its folders, if it cannot do so itself."""
+
+_living: set[_Process] = set()
+_answered: int | None = None
+_culprit: tuple[int | None, str | None] = (None, None)
+
+
+class HelperError(RuntimeError):
+    """A helper that did not answer, or a child that could not be started; `outcome` is how it ended."""
+
+    def __init__(self, outcome: Crashed | TimedOut | OutOfMemory) -> None:
+        super().__init__(outcome.reason)
+        self.outcome = outcome
 
 
 def call(function: Callable[P, T], folder: Path, *args: P.args, **kwargs: P.kwargs) -> T:
-    """`function(*args)` in a child of its own, its output going to a log in `folder`. Exceptions come through."""
-    with ProcessPoolExecutor(
-        1, mp_context=_forkserver, initializer=redirect_output, initargs=(folder / "log",)
-    ) as executor:
-        with _without_main():
-            future = executor.submit(function, *args, **kwargs)
-        return future.result()
+    """`function(*args)` in a child of its own, its output going to a log in `folder`. Exceptions come through. Raises
+    HelperError where the child dies, or answers nothing within `SILENCE_SECONDS`."""
+    return call_within(SILENCE_SECONDS, function, folder, *args, **kwargs)
+
+
+def call_within(seconds: float, function: Callable[P, T], folder: Path, *args: P.args, **kwargs: P.kwargs) -> T:
+    """`call`, for at most `seconds`."""
+    helper = _Process(
+        log_of(0, folder), lambda end: _job(_answer, end, folder / "log", function, args, kwargs), seconds
+    )
+    try:
+        if not helper.connection.poll(seconds):
+            raise HelperError(_silent(helper, seconds))
+        try:
+            value, error = helper.connection.recv()
+        except (EOFError, OSError):
+            raise HelperError(helper.death()) from None
+        helper.end(STATUS_SECONDS)
+    finally:
+        helper.end()
+    if error is not None:
+        raise error
+    return value  # type: ignore[no-any-return]
+
+
+def _answer(connection: Connection, log: Path, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """In the child: send what `function` returns or raises."""
+    process.lead_a_group()
+    value: Any = None
+    raised: Exception | None = None
+    try:
+        redirect_output(log)
+        value = function(*args, **kwargs)
+        pickled = ForkingPickler.dumps((value, None))
+    except Exception as error:
+        error.add_note(f"in a helper process:\n{traceback.format_exc()}")
+        raised = error
+        try:
+            pickled = ForkingPickler.dumps((None, raised))
+            pickle.loads(pickled)  # an exception with arguments of its own may not come to life again
+        except Exception:
+            pickled = ForkingPickler.dumps((None, RuntimeError(f"{type(raised).__name__}: {raised}")))
+    with suppress(OSError):  # nobody waits any more
+        connection.send_bytes(pickled)
+
+
+def kill_all() -> None:
+    """Kill every child of this process, from whichever thread; who waits for one is told that it died."""
+    for each in list(_living):
+        each.kill()
+
+
+def culprit(seconds: float = SILENCE_SECONDS) -> str | None:
+    """The module that initialised CUDA in the forkserver while it was imported there, so that children need fresh
+    interpreters; None where they are forked. Starts the forkserver."""
+    global _culprit
+    if _culprit[0] is None or _culprit[0] != _server_pid():
+        asked = _Process(
+            Path(os.devnull), lambda end: _forkserver.Process(target=process.tell_culprit, args=(end,)), seconds
+        )
+        try:
+            found = asked.connection.recv() if asked.connection.poll(seconds) else None
+        except (EOFError, OSError):
+            found = None  # what is wrong with it shows in what is asked of it next
+        finally:
+            asked.end()
+        _culprit = _server_pid(), found
+    return _culprit[1]
 
 
 class Child:
@@ -88,18 +170,20 @@ class Child:
 
     Ask for rounds, then `finish`. `outcome` is set as soon as the trial has ended, however it did; `rounds_done` counts
     rounds that were trained whole. `on_step(trial, step, loss)` is told of every optimizer step, `loss` being the
-    newest known, and `on_round(trial, measured)` of every round's end. A child that reports nothing for
-    `silence_seconds` has timed out and is killed; one without `on_step` reports no steps, which beside short rounds
-    would take their time. What ends one rank ends the trial, and all of its ranks.
+    newest known, `on_round(trial, measured)` of every round's end, and `on_phase(child)` of every phase that the first
+    rank enters. A child that reports nothing for `silence_seconds` has timed out and is killed; one without `on_step`
+    reports no steps, which beside short rounds would take their time. What ends one rank ends the trial, and all of its
+    ranks.
     """
 
     def __init__(
         self,
         trial: Trial,
         folder: Path,
-        silence_seconds: float = 600.0,
+        silence_seconds: float = SILENCE_SECONDS,
         on_step: Callable[[Trial, int, float | None], None] | None = None,
         on_round: Callable[[Trial, Measurements], None] = lambda trial, measured: None,
+        on_phase: Callable[[Child], None] = lambda child: None,
     ) -> None:
         self.trial = trial
         self.outcome: Outcome | None = None
@@ -109,6 +193,7 @@ class Child:
         self.silence_seconds = silence_seconds
         self._on_step = on_step
         self._on_round = on_round
+        self._on_phase = on_phase
 
     def __enter__(self) -> Self:
         world_size = self.trial.world_size
@@ -118,8 +203,12 @@ class Child:
             for number in range(world_size):
                 environment = ranks.environment(number, world_size, port)
                 tells_steps = number == 0 and self._on_step is not None
-                self._ranks.append(_Rank(number, self.trial, self._folder, environment, tells_steps))
+                self._ranks.append(
+                    _Rank(number, self.trial, self._folder, environment, tells_steps, self.silence_seconds)
+                )
             self._await(worker.Ready)
+        except HelperError as error:
+            self.outcome = error.outcome
         except BaseException:
             self._stop()
             raise
@@ -131,7 +220,12 @@ class Child:
     @property
     def pids(self) -> list[int]:
         """The process ids of the child's ranks, in their order."""
-        return [rank.process.pid for rank in self._ranks if rank.process.pid is not None]
+        return [rank.pid for rank in self._ranks]
+
+    @property
+    def phase(self) -> Phase:
+        """Where in the trial its first rank is."""
+        return self._ranks[0].phase if self._ranks else "start"
 
     @property
     def connections(self) -> list[Connection]:
@@ -146,7 +240,9 @@ class Child:
     @property
     def measured(self) -> Measurements:
         """The newest of what the trial has measured: as of its start, of its last whole round, or of its end."""
-        return self._measured if self.outcome is None else self.outcome.measured
+        if self.outcome is not None:
+            return self.outcome.measured
+        return self._measured if self._ranks else Measurements()
 
     def round(self) -> None:
         """Train one round; returns at once where the trial has already ended."""
@@ -182,8 +278,7 @@ class Child:
         for rank in self._ranks:
             rank.connection.close()  # a child that waits for a request ends by itself
         for rank in self._ranks:
-            rank.process.join(timeout=5 if isinstance(self.outcome, Completed) else 0)
-            rank.kill()
+            rank.end(STATUS_SECONDS if isinstance(self.outcome, Completed) else 0)
 
     def _ask(self, request: Request) -> None:
         if self.outcome is None:
@@ -205,7 +300,8 @@ class Child:
                         if self._on_step is not None:
                             self._on_step(self.trial, step, loss)
                     case worker.Entered():
-                        pass
+                        if rank.number == 0:
+                            self._on_phase(self)
                     case worker.Ready() | worker.RoundEnded() | Completed():
                         assert isinstance(report, answer)
                         asked.remove(rank)
@@ -242,9 +338,10 @@ class Child:
         return replace(outcome, rank=rank.number, reason=f"rank {rank.number}: {outcome.reason}")
 
     def _timed_out(self, silent: Sequence[_Rank]) -> Outcome:
-        """Kill all ranks, having asked each where it is: the one that others wait for does not wait itself."""
+        """Kill all ranks, having asked each where it is: the one that others wait for cannot answer, or else does not
+        wait itself."""
         said = {rank: rank.whereabouts() for rank in self._ranks}
-        culprit = next((rank for rank in silent if not _waits_for_others(said[rank])), silent[0])
+        culprit = min(silent, key=lambda rank: (bool(said[rank]), _waits_for_others(said[rank])))
         details = culprit.last_words()
         if len(self._ranks) > 1:
             places = (f"rank {rank.number}: {said[rank].strip() or 'does not answer'}" for rank in self._ranks)
@@ -265,22 +362,102 @@ Ended = OutOfMemory | Diverged | Crashed | TimedOut
 """What ends a trial before its time."""
 
 
-class _Rank:
-    """One process of a trial, started, the owner's end of its pipe, and what it has told."""
+class _Process:
+    """A child, started, and the owner's end of its pipe. `make` gives the process for the child's end. Raises
+    HelperError where it cannot be started within `seconds`."""
+
+    def __init__(self, log: Path, make: Callable[[Connection], BaseProcess], seconds: float) -> None:
+        self._log = log
+        self._kills = host_memory.kills()
+        self.connection, childs_end = _forkserver.Pipe()
+        try:
+            self.process = make(childs_end)
+            _start(self.process, seconds)
+        except BaseException:
+            self.connection.close()
+            raise
+        finally:
+            childs_end.close()
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+        self._server = _server_pid()
+        _living.add(self)
+        reaper.adopt(self.pid)
+
+    def end(self, seconds: float = 0.0) -> None:
+        """Leave no process behind, having waited `seconds` for it to end by itself."""
+        if self not in _living:
+            return
+        self.connection.close()
+        _wait_until(lambda: not self._is_running(), seconds)
+        self.kill()
+        _wait_until(lambda: not self._is_running(), STATUS_SECONDS)
+        self._join()
+        _living.discard(self)
+        reaper.release(self.pid)
+
+    def kill(self) -> None:
+        """Kill it and all that it has started."""
+        kill(self.pid, reaper.since(self.pid))
+
+    def last_words(self) -> str:
+        """The end of what its libraries have written."""
+        try:
+            return self._log.read_text(errors="replace")[-LAST_WORDS:]
+        except OSError:  # it has written nothing, or its folder is gone
+            return ""
+
+    def death(self, phase: Phase = "start", measured: Measurements | None = None) -> Crashed | OutOfMemory:
+        """How it ended, which has ended without saying."""
+        measured = measured or Measurements()
+        self._join()
+        code = self.process.exitcode
+        if code == -signal.SIGKILL and host_memory.kills() > self._kills:
+            return host_memory.outcome(phase, "killed by the kernel", measured)
+        return Crashed(phase=phase, reason=self._reason(code), details=self.last_words(), measured=measured)
+
+    def _reason(self, code: int | None) -> str:
+        if code == -signal.SIGKILL:
+            return "killed by SIGKILL (what the kernel's out-of-memory killer sends, too)"
+        if code is not None and code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        server = self._server
+        if code is None or (code == 255 and server is not None and not is_running(server, reaper.since(server))):
+            return "died, and the forkserver, which alone knows how, had died or was stopped"
+        return f"the child exited with status {code} before its trial had ended"
+
+    def _is_running(self) -> bool:
+        """By the kernel, since where the forkserver is stopped or dead multiprocessing does not know."""
+        return is_running(self.pid, reaper.since(self.pid))
+
+    def _join(self) -> None:
+        """Wait until it is known how it ended, which is for the forkserver to say; one that does not is stopped."""
+        self.process.join(STATUS_SECONDS)
+        if self.process.exitcode is None:
+            self.kill()
+            _kill_server()
+            self.process.join(STATUS_SECONDS)
+
+
+class _Rank(_Process):
+    """One process of a trial, and what it has told."""
 
     def __init__(
-        self, number: int, trial: Trial, folder: Path, environment: Mapping[str, str], tells_steps: bool
+        self,
+        number: int,
+        trial: Trial,
+        folder: Path,
+        environment: Mapping[str, str],
+        tells_steps: bool,
+        seconds: float,
     ) -> None:
         self.number = number
         self.measured = Measurements()
         self.phase: Phase = "start"
         self.is_dead = False
-        self._log = log_of(number, folder)
-        self.connection, childs_end = _forkserver.Pipe()
-        self.process = _process_for(trial, childs_end, folder, environment, tells_steps)
-        with _without_main():
-            self.process.start()
-        childs_end.close()
+        super().__init__(
+            log_of(number, folder), lambda end: _process_for(trial, end, folder, environment, tells_steps), seconds
+        )
 
     def receive(self) -> worker.Report:
         """The next report; of a rank that has died, how."""
@@ -288,7 +465,7 @@ class _Rank:
             report: worker.Report = self.connection.recv()
         except (EOFError, OSError):
             self.is_dead = True
-            return self._death()
+            return self.death(self.phase, self.measured)
         match report:
             case worker.Entered(phase):
                 self.phase = phase
@@ -298,22 +475,13 @@ class _Rank:
                 self.measured = report.measured
         return report
 
-    def kill(self) -> None:
-        """Leave no process behind."""
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-
-    def last_words(self) -> str:
-        """The end of what its libraries have written."""
-        return self._log.read_text(errors="replace")[-LAST_WORDS:] if self._log.exists() else ""
-
     def whereabouts(self) -> str:
         """The Python calls it is in, the innermost first; empty where it does not answer."""
-        if not self.process.is_alive() or self.process.pid is None or not self._log.exists():
+        try:
+            before = self._log.stat().st_size
+            os.kill(self.pid, signal.SIGUSR1)
+        except OSError:  # it is gone, or its log
             return ""
-        before = self._log.stat().st_size
-        os.kill(self.process.pid, signal.SIGUSR1)
         deadline = time.monotonic() + ANSWER_SECONDS
         while time.monotonic() < deadline:
             said = self._log.read_bytes()[before:].decode(errors="replace")
@@ -321,17 +489,6 @@ class _Rank:
                 return said
             time.sleep(ANSWER_SECONDS / 20)
         return ""
-
-    def _death(self) -> Crashed:
-        self.process.join()
-        code = self.process.exitcode
-        if code is not None and code < 0:
-            reason = f"killed by {signal.Signals(-code).name}"
-            if code == -signal.SIGKILL:
-                reason += " (what the kernel's out-of-memory killer sends, too)"
-        else:
-            reason = f"the child exited with status {code} before its trial had ended"
-        return Crashed(phase=self.phase, reason=reason, details=self.last_words(), measured=self.measured)
 
 
 def _waits_for_others(whereabouts: str) -> bool:
@@ -341,18 +498,125 @@ def _waits_for_others(whereabouts: str) -> bool:
     return any(part in innermost for part in ("torch/distributed/", "torch/autograd/", "torch/cuda/"))
 
 
+def _silent(helper: _Process, seconds: float) -> TimedOut:
+    return TimedOut(
+        phase="start",
+        silent_seconds=seconds,
+        reason=f"a helper process answered nothing for {seconds:g} s and was killed",
+        details=helper.last_words(),
+        measured=Measurements(),
+    )
+
+
 def _process_for(
     trial: Trial, connection: Connection, folder: Path, environment: Mapping[str, str], tells_steps: bool
 ) -> BaseProcess:
-    """The process that runs `trial`, not started yet: a fork of the forkserver, or a fresh one for a library that must
-    come before what the forkserver has imported."""
+    """The process that runs `trial`, not started yet; always a fresh interpreter for a library that must come before
+    what the forkserver has imported."""
     if trial.method.library == "peft":
-        arguments = connection, trial, folder, time.monotonic(), environment, tells_steps
-        return _forkserver.Process(target=worker.run, args=arguments, daemon=True)
+        gpus = None if trial.device_index is None else (trial.device_index, trial.world_size)
+        return _job(worker.run, connection, trial, folder, time.monotonic(), environment, tells_steps, gpus=gpus)
     pickled = pickle.dumps(trial)
-    return multiprocessing.get_context("spawn").Process(
+    return _fresh().Process(
         target=peer.run, args=(connection, pickled, folder, time.monotonic(), trial.device_index), daemon=True
     )
+
+
+def _job(
+    function: Callable[..., None], connection: Connection, *args: Any, gpus: tuple[int, int] | None = None
+) -> BaseProcess:
+    """The process that calls `function(connection, *args)`: a fork of the forkserver, or a fresh interpreter where that
+    could not use the GPU."""
+    if culprit() is None:
+        return _forkserver.Process(target=function, args=(connection, *args), daemon=True)
+    pickled = pickle.dumps((function, args))
+    return _fresh().Process(target=process.run_fresh, args=(connection, pickled, gpus), daemon=True)
+
+
+def _fresh() -> SpawnContext:
+    return multiprocessing.get_context("spawn")
+
+
+def _start(process: BaseProcess, seconds: float) -> None:
+    """Start `process`. The forkserver is killed where it has not done so within `seconds`, since it is stopped then;
+    the next start finds a new one. One that has not answered before is given the time that its imports take."""
+    global _answered
+    expired = threading.Event()
+    if _answered is None or not is_running(_answered, reaper.since(_answered)):
+        seconds = max(seconds, IMPORT_SECONDS)
+
+    def expire() -> None:
+        expired.set()
+        _kill_server()
+
+    _shorten_sockets_path()
+    timer = threading.Timer(seconds, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        with _without_main(), _with_tunables():
+            try:
+                process.start()
+            except (EOFError, ConnectionError):  # the forkserver has died since it was last asked
+                if expired.is_set():
+                    raise
+                process.start()
+        _answered = _server_pid()
+    except (EOFError, ConnectionError) as error:
+        raise HelperError(_not_started(expired.is_set(), seconds)) from error
+    finally:
+        timer.cancel()
+        if (server := _server_pid()) is not None:
+            reaper.adopt(server)
+
+
+def _not_started(expired: bool, seconds: float) -> Crashed | TimedOut:
+    """How a child ended that could not be started, the forkserver having been killed for its silence, or not."""
+    if not expired:
+        return Crashed(phase="start", reason="the forkserver died", details="", measured=Measurements())
+    reason = f"the forkserver answered nothing for {seconds:g} s and was killed"
+    return TimedOut(phase="start", silent_seconds=seconds, reason=reason, details="", measured=Measurements())
+
+
+def _shorten_sockets_path() -> None:
+    """The forkserver listens on a socket in multiprocessing's own temporary folder, whose path may have some hundred
+    characters (unix(7)); TMPDIR may have more, and multiprocessing can be given another by no public name."""
+    settings = getattr(multiprocessing.current_process(), "_config", None)
+    if settings is not None and "tempdir" not in settings and len(tempfile.gettempdir()) > SOCKET_FOLDER_CHARACTERS:
+        settings["tempdir"] = str(reaper.make_folder(Path("/tmp")))
+
+
+def _server_pid() -> int | None:
+    """The forkserver's process id, which multiprocessing keeps to itself; None where there is none, or no such name."""
+    pid: int | None = getattr(getattr(forkserver, "_forkserver", None), "_forkserver_pid", None)
+    return pid
+
+
+def _kill_server() -> None:
+    if (server := _server_pid()) is not None:
+        since = reaper.since(server)
+        kill(server, since)
+        _wait_until(lambda: not is_running(server, since), STATUS_SECONDS)
+
+
+def _wait_until(is_true: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_true() and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+@contextmanager
+def _with_tunables() -> Iterator[None]:
+    """Have what is started inside read `TUNABLES`, unless the user has set some."""
+    name, value = TUNABLES
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 @contextmanager

@@ -228,13 +228,7 @@ def _train(
         if isinstance(failed, Crashed):
             if not host_memory.ran_out(error):
                 raise
-            failed = OutOfMemory(
-                phase=meter.phase,
-                requested_bytes=None,
-                budget_bytes=host_memory.limit().bytes,
-                reason=str(error),
-                measured=meter.measurements(),
-            )
+            failed = host_memory.outcome(meter.phase, str(error), meter.measurements())
     _tell(failed, trial, job, device, progress)
     return failed
 

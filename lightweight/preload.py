@@ -12,7 +12,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 # torch.cuda.is_available() asks NVML instead of the CUDA runtime, whose answer would poison the forkserver's children.
@@ -29,16 +29,23 @@ import torch
 
 
 def compute_capabilities() -> list[tuple[int, int]]:
-    """(major, minor) of every NVIDIA GPU of this machine, from NVML; empty without an NVIDIA driver."""
+    """(major, minor) of every NVIDIA GPU of this machine that answers, from NVML; empty without an NVIDIA driver."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return []
+    found = []
     try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)) for handle in handles]
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            with suppress(pynvml.NVMLError):  # one that has fallen off the bus costs what runs on it, not the others
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                found.append(tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)))
+    except pynvml.NVMLError:
+        pass  # the driver does not even count them
     finally:
-        pynvml.nvmlShutdown()
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+    return found
 
 
 @contextmanager

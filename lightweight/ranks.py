@@ -8,6 +8,7 @@ those of one rank, in its order, whatever the number of ranks, and so are the lo
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -83,10 +84,18 @@ def environment(rank: int, world_size: int, store_port: int | None) -> dict[str,
 
 
 def store() -> Any:
-    """Where ranks find each other: torch's TCPStore on a `port` of this host that was free. Listens while it lives."""
-    return distributed.TCPStore(  # type: ignore[attr-defined]
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False
-    )
+    """Where ranks find each other: torch's TCPStore on a `port` of this host that was free, reachable from this host
+    alone. Listens while it lives."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        # By itself it listens on every interface, whatever address it is given. It closes what it is handed.
+        return distributed.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1",
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=os.dup(listener.fileno()),
+        )
 
 
 def meet(*, cpu: bool) -> None:

@@ -177,7 +177,8 @@ class Completed:
 
 @dataclass(frozen=True, kw_only=True)
 class OutOfMemory:
-    """torch's own OutOfMemoryError on the trial's device, with the allocator's `num_ooms` at 1 or more.
+    """torch's own OutOfMemoryError on the trial's device, with the allocator's `num_ooms` at 1 or more; or the host's
+    memory did not suffice, as `reason` then says with the limit that was in force.
 
     `requested_bytes` is what the failed allocation asked for, to the rounding of torch's message. `rank` is the one it
     happened on, of several.

@@ -6,6 +6,7 @@ becomes a crash's last words. Imports no pytest, no plugin and no report.
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import gc
 import os
@@ -14,6 +15,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,9 +26,9 @@ from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, 
 import torch
 import transformers
 
-from lightweight import attention, captured, corpus, lean, methods, models, peer, ranks, stock
+from lightweight import attention, captured, corpus, host_memory, lean, methods, models, peer, ranks, stock
 from lightweight.meter import DivergedError, Meter
-from lightweight.process import log_of, redirect_output, see_gpus
+from lightweight.process import lead_a_group, log_of, redirect_output, see_gpus
 from lightweight.stock import Request, Rounds, Row
 from lightweight.targets import Device, GiB, MiB
 from lightweight.trial import Completed, Crashed, Diverged, Measurements, Outcome, OutOfMemory, Phase, Trial
@@ -104,7 +106,25 @@ def run(
     `environment` says which rank this is, where there are several. Steps are reported where it `tells_steps`. SIGUSR1
     has it write where it is into its log.
     """
-    os.environ.update(environment or {})
+    meter = None
+    try:
+        device = _begin(trial, folder, environment or {})
+        meter = Meter(device, start_seconds=time.monotonic() - started)
+        outcome: Outcome = _train(trial, device, folder, meter, _Owner(connection, meter, tells_steps))
+    except _OwnerGoneError:
+        return
+    except Exception as error:
+        with suppress(OSError):  # the disk of its log may be full
+            traceback.print_exc()
+        outcome = failure(error, trial, meter)
+    with suppress(OSError):
+        connection.send(outcome)
+
+
+def _begin(trial: Trial, folder: Path, environment: Mapping[str, str]) -> torch.device:
+    """Make this process a rank of `trial`, its output going to a log in `folder`; the rank's device."""
+    lead_a_group()
+    os.environ.update(environment)
     redirect_output(log_of(ranks.rank(), folder))
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     see_gpus(*((0, 0) if trial.device_index is None else (trial.device_index, trial.world_size)))
@@ -112,17 +132,7 @@ def run(
     if trial.threads is not None:
         torch.set_num_threads(trial.threads)
     ranks.share_threads()
-    device = take_device(trial)
-    meter = Meter(device, start_seconds=time.monotonic() - started)
-    owner = _Owner(connection, meter, tells_steps)
-    try:
-        outcome: Outcome = _train(trial, device, folder, meter, owner)
-    except _OwnerGoneError:
-        return
-    except Exception as error:
-        traceback.print_exc()
-        outcome = failure(error, trial, meter)
-    owner.report(outcome)
+    return take_device(trial)
 
 
 def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner: _Owner) -> Completed:
@@ -280,23 +290,34 @@ def _cap_memory(trial: Trial) -> None:
         torch.cuda.set_per_process_memory_fraction(trial.target.budget_bytes / total_bytes)
 
 
-def failure(error: Exception, trial: Trial, meter: Meter) -> OutOfMemory | Diverged | Crashed:
-    """How a trial ended that raised `error`."""
+def failure(error: Exception, trial: Trial, meter: Meter | None) -> OutOfMemory | Diverged | Crashed:
+    """How a trial ended that raised `error`; `meter` is None where it had not got as far as having one."""
+    phase: Phase = "start" if meter is None else meter.phase
+    measured = Measurements() if meter is None else meter.measurements()
     reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     match error:
         case DivergedError():
-            return Diverged(step=error.step, reason=str(error), measured=meter.measurements())
-        case torch.OutOfMemoryError() if _allocator_ran_out():
+            return Diverged(step=error.step, reason=str(error), measured=measured)
+        case torch.OutOfMemoryError() if meter is not None and _allocator_ran_out():
             meter.read_device()
             meter.end_training()
             return OutOfMemory(
-                phase=meter.phase,
+                phase=phase,
                 requested_bytes=_requested_bytes(str(error)),
                 budget_bytes=trial.target.budget_bytes or torch.cuda.get_device_properties().total_memory,
                 reason=reason,
                 measured=meter.measurements(),
             )
-    return Crashed(phase=meter.phase, reason=reason, details=traceback.format_exc(), measured=meter.measurements())
+    if host_memory.ran_out(error):
+        return host_memory.outcome(phase, reason, measured)
+    if _disk_is_full(error):
+        reason += "; its scratch folder is on a disk that is full: let TMPDIR name a larger one"
+    return Crashed(phase=phase, reason=reason, details=traceback.format_exc(), measured=measured)
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Whether a file could not be written for want of space; safetensors and torch have messages alone for it."""
+    return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _allocator_ran_out() -> bool:
@@ -331,16 +352,17 @@ class _Owner:
         self.report(Entered(phase))
 
     def await_request(self, request: Request) -> None:
+        while (received := self._receive()) != request:
+            if received != "round":
+                raise RuntimeError(f"training goes on after step {self.meter.steps}, the last of its trial")
+            self.round_ended()  # the method has ended training early: what is left of the job is nothing
+
+    def _receive(self) -> Any:
         with self.meter.waiting():
             try:
-                received = self.connection.recv()
+                return self.connection.recv()
             except (EOFError, OSError) as error:
                 raise _OwnerGoneError from error
-        if received != request:
-            raise RuntimeError(
-                f"training waits for the request to {request!r} and was asked to {received!r}: "
-                "it has other rounds than its trial"
-            )
 
     def training_began(self) -> None:
         self.report(Ready(self.meter.measurements()))

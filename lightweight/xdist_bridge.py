@@ -20,11 +20,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from lightweight.alternate import CAN_PIN
+from lightweight import options
+from lightweight.process import CAN_PIN
 
-BENCHMARK_SESSION = ("benchmarks", "disabled", "only")
+BENCHMARK_SESSION = ("benchmarks", "compare", "disabled", "only")
 """Attributes of pytest-benchmark's session that are read and set."""
 
 
@@ -34,7 +34,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     time each other, so there it is one, unless asked in the ways pytest-xdist has."""
     if config.getoption("numprocesses") == "logical" or os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
         return None
-    each: int = config.getoption("gpus_per_trial")
+    import torch
+
+    each: int = options.value(config, "gpus_per_trial")
     return max(1, torch.cuda.device_count() // max(1, each))
 
 
@@ -44,18 +46,68 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     workers = config.getoption("numprocesses", None) or config.getoption("tx", None)
     if hasattr(config, "workerinput"):  # a worker has its controller's --tx, too
         return
-    if workers and config.getoption("dist") == "no" and not config.getoption("distload"):
+    if workers and config.getoption("dist", "") == "no" and not config.getoption("distload", False):
         config.option.dist = "loadgroup"
 
 
 def connect(config: pytest.Config) -> None:
-    """In `pytest_configure`, before pytest-benchmark's own: keep it on in this worker, or gather rows here."""
+    """In `pytest_configure`, before pytest-benchmark's own: prepare to keep it on here, and to gather rows."""
     if hasattr(config, "workerinput"):
         config.option.loadgroup = config.workerinput["lightweight_loadgroup"]
-        _take_place(config.workerinput["lightweight_slot"], config.getoption("gpus_per_trial"))
-        config.pluginmanager.register(_Worker(config), "lightweight-xdist-worker")
-    elif config.getoption("dist", "no") != "no" and config.getoption("tx"):
-        config.pluginmanager.register(_Controller(config), "lightweight-xdist-controller")
+        config.pluginmanager.register(_Worker(config), "lightweight-xdist-side")
+    elif hands_out(config):
+        config.pluginmanager.register(_Controller(config), "lightweight-xdist-side")
+
+
+def hands_out(config: pytest.Config) -> bool:
+    """Whether this process leaves its tests to workers."""
+    return not hasattr(config, "workerinput") and config.getoption("dist", "no") != "no" and bool(config.option.tx)
+
+
+def switch_on(config: pytest.Config) -> None:
+    """Have pytest-benchmark time, under pytest-xdist too: a test of lightweight's is there."""
+    side = config.pluginmanager.get_plugin("lightweight-xdist-side")
+    if isinstance(side, _Side):
+        side.switch_on()
+
+
+def take_place(config: pytest.Config) -> None:
+    """Before anything in a worker touches CUDA: have it see its own GPUs alone."""
+    if hasattr(config, "workerinput"):
+        _take_place(config.workerinput["lightweight_slot"], options.value(config, "gpus_per_trial"))
+
+
+def is_shipped(report: pytest.TestReport) -> bool:
+    """Whether a test of lightweight's, in a worker or here, has something to tell."""
+    return hasattr(report, "lightweight_begun") or any(getattr(report, "lightweight", {}).values())
+
+
+def compare_with(config: pytest.Config, path: str | None) -> None:
+    """Have pytest-benchmark compare with the stored run at `path`, or none, whether or not its session is there yet."""
+    config.option.benchmark_compare = path
+    if hasattr(config, "_benchmarksession"):
+        _benchmark_session(config).compare = path
+
+
+def forget_row(config: pytest.Config, nodeid: str) -> None:
+    """Drop the row of a test that is run again."""
+    if hasattr(config, "_benchmarksession"):
+        rows = _benchmark_session(config).benchmarks
+        rows[:] = [row for row in rows if row.fullname != nodeid]
+
+
+def save_without_rows(config: pytest.Config) -> None:
+    """Have pytest-benchmark write its JSON also where nothing was timed, as where the first cell was interrupted."""
+    if hasattr(config, "_benchmarksession"):
+        session = _benchmark_session(config)
+        session.benchmarks = _Rows(session.benchmarks)
+
+
+class _Rows(list[Any]):
+    """Rows that are worth saving, even if there are none."""
+
+    def __bool__(self) -> bool:
+        return True
 
 
 def where(config: pytest.Config) -> dict[str, str | None]:
@@ -63,6 +115,8 @@ def where(config: pytest.Config) -> dict[str, str | None]:
     there are no workers."""
     if not hasattr(config, "workerinput"):
         return {}
+    import torch
+
     gpu = os.environ["CUDA_VISIBLE_DEVICES"] if torch.cuda.device_count() else None
     return {"worker": config.workerinput["workerid"], "visible_gpu": gpu}
 
@@ -94,18 +148,25 @@ class _Side:
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
+        self._is_on = False
         # Its session refuses --benchmark-only while it is being made under pytest-xdist; it is told afterwards.
-        self._only = config.getoption("benchmark_only")
-        config.option.benchmark_only = False
+        self._only = config.getoption("benchmark_only", False)
         if self._only:
+            config.option.benchmark_only = False
             config.option.benchmark_skip = False  # as pytest-benchmark has it
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self) -> None:
-        session = _benchmark_session(self.config)
-        self.config.option.benchmark_only = session.only = self._only
-        session.disabled = self.config.getoption("benchmark_disable") and not self.config.getoption("benchmark_enable")
-        session.xdist_warning = False  # from 5.3 on: it would tell that benchmarks are off
+        if self._only:
+            self.config.option.benchmark_only = _benchmark_session(self.config).only = True
+
+    def switch_on(self) -> None:
+        """Time, from now on."""
+        if not self._is_on and hasattr(self.config, "_benchmarksession"):
+            self._is_on = True
+            session, option = _benchmark_session(self.config), self.config.getoption
+            session.disabled = option("benchmark_disable") and not option("benchmark_enable")
+            session.xdist_warning = False  # from 5.3 on: it would tell that benchmarks are off
 
 
 class _Worker(_Side):
@@ -206,6 +267,8 @@ class _Controller(_Side):
 def _take_place(slot: int, count: int) -> None:
     """Let this worker see the `count` GPUs of its trials alone, before anything in it has touched CUDA, and keep it on
     as large a share of the cores: a step that waits for Python waits for whatever else is on its core."""
+    import torch
+
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
     if not torch.cuda.device_count():

@@ -1,5 +1,8 @@
 import math
 import os
+import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import Pipe
@@ -268,3 +271,42 @@ def test_two_live_children_alternate(trial, tmp_path):
     assert len(set(pids)) == 2
     assert affinities[0] == affinities[1] and len(affinities[0]) == 1
     assert 0.2 < ratio.interval(found.log_ratios).ratio < 5
+
+
+def dead_pid() -> int:
+    """Of a process that has ended, and whose end has been waited for."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    return ended.pid
+
+
+@pytest.mark.parametrize("who", ["baseline", "method", "both"])
+def test_a_child_that_has_died_between_rounds_is_told_by_its_outcome(trial, who):
+    """With the number of a process that is no more, where the system has nothing to keep on a core."""
+    died = Crashed(phase="train", reason="killed by SIGKILL", details="", measured=Measurements())
+    children = []
+    for name in ("baseline", "method"):
+        child = FakeChild(trial, [1.0] if name == who or who == "both" else [1.0] * 99, died, [])
+        child.round()  # to warm up
+        if name == who or who == "both":
+            child.pids = [dead_pid()]
+        children.append(child)
+    assert math.isnan(alternate.log_ratio(*children, 0))
+    assert died in [child.outcome for child in children]
+
+
+def test_a_real_child_killed_between_pairs_ends_them_with_its_outcome(trial, tmp_path):
+    def start(part):
+        folder = tmp_path / part.method.name
+        folder.mkdir()
+        return isolation.Child(part, folder)
+
+    other = replace(trial, method=replace(trial.method, name="other"))
+    parts = [trial_of_rounds(part, 8, 1) for part in (trial, other)]
+    with start(parts[0]) as first, start(parts[1]) as second:
+        for child in (first, second):
+            child.round()
+        os.kill(second.pids[0], signal.SIGKILL)
+        assert math.isnan(alternate.log_ratio(first, second, 0))
+        assert isinstance(second.outcome, Crashed)
+        assert second.outcome.reason.startswith("killed by SIGKILL")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from test_report import entry
 
-from lightweight import __main__, gate, ratio, record
-from lightweight.gate import Limits, Run
-from lightweight.record import Speedup
+from lightweight import __main__, gate, limits, ratio, record
+from lightweight.limits import Limits
+from lightweight.record import Run, Speedup
 
 BOTH = Limits(speedup_fail=0.05, memory_fail=0.05)
 
@@ -170,13 +170,13 @@ def test_a_verdict_is_the_same_from_the_files_alone():
 
 @pytest.mark.parametrize(("text", "expected"), [("10%", 0.1), ("2.5%", 0.025)])
 def test_a_share_is_a_percentage(text, expected):
-    assert gate.share(text) == pytest.approx(expected)
+    assert limits.share(text) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("text", ["10", "0%", "100%", "-3%", "x%", "", "experiments", "nan%"])
 def test_any_other_text_is_told(text):
     with pytest.raises(ValueError, match="give a percentage between 0% and 100%"):
-        gate.share(text)
+        limits.share(text)
 
 
 def test_files_are_read_newest_first_and_what_is_none_costs_one_line(tmp_path):
@@ -484,7 +484,7 @@ def test_every_default_says_where_it_comes_from():
                 if e.get("captured"):
                     steps.setdefault(tuple(e.get(k) for k in record.SAME_TRIAL), []).append(e["steady_step_seconds"])
     apart = [max(of) - min(of) for of in losses.values() if len(of) > 1]
-    assert len(apart) >= 7 and max(apart) < gate.LOSS_FAIL / 100
+    assert len(apart) >= 7 and max(apart) < limits.LOSS_FAIL / 100
     longer = [max(of) / min(of) - 1 for of in steps.values() if len(of) > 1]
-    assert longer and max(longer) < gate.STEP_FAIL / 10
-    assert gate.STEP_FAIL > 8.97 / 8.28 - 1
+    assert longer and max(longer) < limits.STEP_FAIL / 10
+    assert limits.STEP_FAIL > 8.97 / 8.28 - 1

@@ -1,7 +1,11 @@
 """Real children, on the GPU where there is one."""
 
+import errno
+import fnmatch
+import importlib.util
 import os
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -11,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightweight import isolation, models, targets, worker
+from lightweight import isolation, models, reaper, targets, worker
 from lightweight.isolation import Child
 from lightweight.methods import BASELINE, LORA, QLORA, Method
 from lightweight.preload import peft
@@ -303,6 +307,155 @@ def test_the_saved_adapter_loads_with_peft(trial, folder):
     base = models.load(trial.model, torch.float32, torch.device("cpu"), None)
     loaded = peft.PeftModel.from_pretrained(base, str(Path(folder) / "saved"))
     assert any("lora_" in name for name, _ in loaded.named_parameters())
+
+
+def pause(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "reason"),
+    [
+        (signal.SIGKILL, Crashed, "killed by SIGKILL *"),
+        (signal.SIGSTOP, TimedOut, "a helper process answered nothing for 3 s and was killed"),
+    ],
+)
+def test_a_helper_that_is_killed_or_stopped_has_an_outcome(folder, number, kind, reason):
+    isolation.call(int, folder)  # the forkserver is there
+    with pytest.raises(isolation.HelperError) as raised:
+        isolation.call_within(3.0, pause, folder, int(number))
+    assert isinstance(raised.value.outcome, kind)
+    assert fnmatch.fnmatch(str(raised.value), reason)
+    assert isolation.call(int, folder) == 0
+
+
+class OddError(Exception):
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__("odd")
+
+
+def raise_oddly() -> None:
+    raise OddError(1, 2)
+
+
+def test_an_exception_that_cannot_be_sent_is_told_by_its_name(folder):
+    with pytest.raises(RuntimeError, match="OddError: odd"):
+        isolation.call(raise_oddly, folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP], ids=lambda number: number.name)
+def test_a_forkserver_that_is_gone_or_stopped_costs_no_trial_and_leaves_no_process(trial, tmp_path, number):
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    with Child(trial, tmp_path / "a", silence_seconds=30) as child:
+        os.kill(isolation._server_pid(), number)
+        assert isinstance(child.finish(), Completed)
+    assert not reaper.is_running(child.pids[0], reaper.started(child.pids[0]))  # whoever is to wait for its end now
+    with Child(trial, tmp_path / "b") as child:
+        os.kill(isolation._server_pid(), number)
+        os.kill(child.pids[0], signal.SIGKILL)
+        outcome = child.finish()
+    assert isinstance(outcome, Crashed)
+    assert "forkserver" in outcome.reason or outcome.reason.startswith("killed by SIGKILL")
+    with Child(trial, tmp_path / "c") as child:
+        assert isinstance(child.finish(), Completed)
+
+
+def test_a_forkserver_that_does_not_start_a_child_in_time_is_replaced(trial, tmp_path):
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    with Child(trial, tmp_path / "a") as child:
+        assert child.outcome is None
+    os.kill(isolation._server_pid(), signal.SIGSTOP)
+    with Child(trial, tmp_path / "b", silence_seconds=2) as child:
+        outcome = child.finish()
+    assert isinstance(outcome, TimedOut)
+    assert outcome.reason == "the forkserver answered nothing for 2 s and was killed"
+    with Child(trial, tmp_path / "c") as child:
+        assert isinstance(child.finish(), Completed)
+
+
+def test_where_multiprocessing_names_no_server_nothing_is_done_about_it(monkeypatch, folder):
+    monkeypatch.setattr(isolation, "forkserver", types.SimpleNamespace())
+    isolation._kill_server()
+    assert isolation._server_pid() is None
+    assert isolation.call(int, folder) == 0
+
+
+def test_the_memory_of_the_host_that_runs_out_is_an_outcome_with_the_limit_in_force(trial, folder, monkeypatch):
+    monkeypatch.setattr(worker, "run", run_within_a_limit)
+    with Child(replace(trial, target=targets.CPU, device_index=None), folder) as child:
+        outcome = child.finish()
+    assert isinstance(outcome, OutOfMemory), outcome
+    assert outcome.phase == "train"
+    assert "the host's memory: the limit of ulimit -v is" in outcome.reason
+
+
+def run_within_a_limit(*arguments) -> None:
+    """`worker.run`, with an allocation in the second step beyond what `ulimit -v` allows."""
+    import resource
+
+    original = worker._Owner.step_ended
+
+    def greedy(owner) -> None:
+        original(owner)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
+        torch.empty(2**32)
+
+    worker._Owner.step_ended = greedy
+    RUN(*arguments)
+
+
+RUN = worker.run
+
+
+def test_a_child_whose_folder_is_gone_says_so(trial, folder):
+    folder.rmdir()
+    with Child(trial, folder) as child:
+        outcome = child.finish()
+    assert isinstance(outcome, Crashed)
+    assert (outcome.phase, outcome.reason.partition(":")[0]) == ("start", "FileNotFoundError")
+
+
+def test_a_disk_that_is_full_is_told_with_the_mend(trial):
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert worker.failure(error, trial, None).reason.endswith("let TMPDIR name a larger one")
+
+
+def test_training_that_ends_early_completes_with_the_steps_it_took(trial, folder, monkeypatch):
+    monkeypatch.setattr(worker, "run", run_and_stop_early)
+    with Child(trial, folder) as child:
+        outcome = child.finish()
+    assert isinstance(outcome, Completed), outcome
+    assert len(outcome.measured.train_loss) == 2
+
+
+def run_and_stop_early(*arguments) -> None:
+    import transformers
+
+    on_step_end = transformers.trainer_callback.DefaultFlowCallback.on_step_end
+
+    def stop(flow, args, state, control, **rest):
+        control = on_step_end(flow, args, state, control, **rest)
+        control.should_training_stop |= state.global_step == 2
+        return control
+
+    transformers.trainer_callback.DefaultFlowCallback.on_step_end = stop
+    RUN(*arguments)
+
+
+def test_a_long_path_of_temporary_files_is_no_hindrance(tmp_path):
+    program = (
+        "import os\nfrom pathlib import Path\nfrom lightweight import isolation\n"
+        f"if __name__ == '__main__': print(isolation.call(int, Path({str(tmp_path)!r})))"
+    )
+    (tmp_path / "program.py").write_text(program)
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    environment = {**os.environ, "TMPDIR": str(long)}
+    done = subprocess.run([sys.executable, tmp_path / "program.py"], env=environment, capture_output=True, text=True)
+    assert done.stdout == "0\n", done.stderr
 
 
 STAND_IN = """

@@ -1,5 +1,6 @@
 """End to end: pytest runs pytest, children train. One file of cells, on a model that trains in a second."""
 
+import fnmatch
 import json
 import shutil
 import tempfile
@@ -10,8 +11,8 @@ import matplotlib.figure  # noqa: F401  pytester unloads what its runs import, a
 import pytest
 
 from conftest import MICRO, turns
-from lightweight import isolation
-from lightweight.alternate import CAN_PIN
+from lightweight import gate, isolation, laboratory
+from lightweight.process import CAN_PIN
 from lightweight.targets import Device
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
@@ -50,6 +51,7 @@ OUT_OF_MEMORY = """
 def project(pytester: pytest.Pytester) -> pytest.Pytester:
     """Somebody's project that loads the plugin, with a corpus of 12 pairs: two steps an epoch."""
     pytester.makeconftest('pytest_plugins = ["lightweight.plugin"]')
+    pytester.makeini("[pytest]\naddopts = -p no:randomly\n")  # cells in their order, also where that plugin is there
     (pytester.path / "corpus.json").write_text(json.dumps(turns(12)), "utf-8")
     return pytester
 
@@ -348,7 +350,7 @@ def test_more_ranks_than_gpus_are_refused_before_any_model_is_built(project, mon
     project.makepyfile(CELLS)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr(isolation, "call", lambda *_: Device(name="H100", total_bytes=2**36, capability=(9, 0)))
+    monkeypatch.setattr(isolation, "call_within", lambda *_: Device(name="H100", total_bytes=2**36, capability=(9, 0)))
     result = project.runpytest("--gpus-per-trial=3")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     (line,) = [line for line in result.stderr.lines if line.strip()]
@@ -385,9 +387,13 @@ def test_an_interrupted_run_keeps_the_record_of_what_has_finished(project):
     result = project.runpytest("--benchmark-json=out.json", "--epochs=2", no_reraise_ctrlc=True)
     assert result.ret == pytest.ExitCode.INTERRUPTED
     document = json.loads((project.path / "out.json").read_text())
-    assert [(e["method"], e["outcome"]) for e in document["outcomes"]] == [("baseline", "completed")]
+    assert [(e["method"], e["outcome"], e["phase"]) for e in document["outcomes"]] == [
+        ("baseline", "completed", None),
+        ("lora", "crashed", "train"),
+    ]
+    assert document["outcomes"][1]["reason"] == "interrupted by KeyboardInterrupt"
     assert [row["params"]["method"] for row in document["benchmarks"]] == ["baseline"]
-    result.stdout.fnmatch_lines(["micro * baseline * completed *"])
+    result.stdout.fnmatch_lines(["micro * baseline * completed *", "micro * lora * crashed in train *"])
 
 
 def test_a_model_of_true_size_is_not_trained_on_a_cpu_unless_told_how_long(project, micro):
@@ -428,7 +434,11 @@ def test_comparing_with_nothing_stored_passes_and_with_a_stored_run_compares(pro
     project.makepyfile(CELLS)
     # this repository's own filters: what pytest-benchmark warns of must not become an error
     settings = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["tool"]["pytest"]
-    project.makeini("\n    ".join(["[pytest]\nfilterwarnings =", *settings["ini_options"]["filterwarnings"]]))
+    project.makeini(
+        "\n    ".join(
+            ["[pytest]\naddopts = -p no:randomly\nfilterwarnings =", *settings["ini_options"]["filterwarnings"]]
+        )
+    )
     arguments = ("--epochs=2", "-k", "lora", "--benchmark-autosave", "--benchmark-compare")
     first = project.runpytest(*arguments)
     assert first.ret == 0
@@ -581,3 +591,134 @@ def test_a_baseline_out_of_memory_has_no_speedup_over_it(project):
     assert (baseline["outcome"], lora["outcome"]) == ("out_of_memory", "completed")
     assert (lora["speedup"]["ratio"], lora["speedup"]["log_ratios"]) == (None, [])
     result.stdout.fnmatch_lines(["micro * lora * completed * baseline out of memory *"])
+
+
+def test_whatever_a_forecast_raises_the_completed_outcome_is_recorded(project):
+    project.makepyfile(
+        CELLS
+        + """
+    @pytest.fixture(autouse=True)
+    def no_forecast(monkeypatch):
+        from lightweight.plugin import Laboratory
+        monkeypatch.setattr(Laboratory, "forecast", lambda *_: 1 / 0)
+    """
+    )
+    result, document = run_json(project, "-k", "lora")
+    result.assert_outcomes(passed=1, deselected=1)
+    (entry,) = document["outcomes"]
+    assert (entry["outcome"], entry["forecast_allocated_bytes"]) == ("completed", None)
+    result.stdout.fnmatch_lines(["*no forecast: micro x lora: ZeroDivisionError: division by zero"])
+
+
+OWN_METHODS = """
+    from dataclasses import replace
+    from lightweight.methods import LORA
+    from lightweight.preload import peft
+
+    NAMESAKE = replace(LORA, adapter=peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
+    SAME = replace(LORA)
+    CLOSURE = replace(LORA, name="closure", training_arguments={"lr_scheduler_kwargs": {"by": lambda step: 1.0}})
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("NAMESAKE", "two different methods are called 'lora' (their adapter differ): give one another name: *"),
+        (
+            "CLOSURE",
+            "method closure: its training_arguments['lr_scheduler_kwargs'] cannot be sent to a child process *",
+        ),
+    ],
+)
+def test_methods_that_cannot_be_trained_beside_others_are_one_line_before_any_is(project, method, expected):
+    project.makepyfile(own_methods=OWN_METHODS)
+    project.makepyfile(test_cell="def test_cell(train, model, method):\n    assert not train(model, method)\n")
+    project.syspathinsert()
+    result = project.runpytest("--method=lora", f"--method=own_methods:{method}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    (line,) = [line for line in result.stderr.lines if line.strip()]
+    assert fnmatch.fnmatchcase(line, f"ERROR: {expected}".replace("[", "[[]"))
+    same = project.runpytest("--method=lora", "--method=own_methods:SAME", "--collect-only")
+    assert same.ret == 0
+
+
+def test_two_models_of_one_name_are_refused(project):
+    project.makepyfile(
+        CELLS
+        + """
+    from dataclasses import replace
+
+    @pytest.mark.parametrize("model", [MICRO, replace(MICRO, architecture={**MICRO.architecture, "ffn_dim": 8})])
+    def test_two(outcome_of, model): ...
+    """
+    )
+    result = project.runpytest()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: two different models are called 'micro' (their architecture differ): *"])
+
+
+RERUNS = """
+    # as plugins do that run a failed test again
+    pytest_plugins = ["lightweight.plugin"]
+
+    def pytest_runtest_protocol(item, nextitem):
+        from _pytest.runner import runtestprotocol
+        for is_last in (False, True):
+            reports = runtestprotocol(item, nextitem=nextitem, log=False)
+            done = is_last or all(report.passed for report in reports)
+            for report in reports:
+                if report.failed and not done:
+                    report.outcome = "rerun"
+                item.ihook.pytest_runtest_logreport(report=report)
+            if done:
+                return True
+"""
+
+
+@pytest.mark.parametrize("fixture", ["train", "outcome_of"])
+def test_a_test_that_is_run_again_is_trained_again_and_has_the_row_of_the_last_time(project, fixture):
+    project.makeconftest(RERUNS)
+    project.makepyfile(
+        CELLS.replace("train", fixture).replace('"baseline", ', "")
+        + """
+    @pytest.fixture(autouse=True)
+    def kill_the_first(monkeypatch, request):
+        import os, signal
+        from lightweight import gate, isolation, laboratory
+        from lightweight.plugin import Laboratory
+
+        def kill(laboratory, trial, step, loss):
+            if step == 3 and not hasattr(request.config, "killed"):
+                request.config.killed = True
+                os.kill(next(iter(isolation._living)).pid, signal.SIGKILL)
+
+        monkeypatch.setattr(Laboratory, "_show_step", kill)
+    """
+    )
+    result, document = run_json(project)
+    assert result.ret == 0
+    assert [(entry["method"], entry["outcome"]) for entry in document["outcomes"]] == [("lora", "completed")]
+    assert [row["stats"]["rounds"] for row in document["benchmarks"]] == ([3] if fixture == "train" else [])
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"), [(1.0, 0.005), (1.05, 0.005), (1.2, 0.0091), (0.315, 0.025), (13.0, 0.025)]
+)
+def test_a_ratio_far_from_one_is_not_wanted_as_precisely(found, wanted):
+    assert laboratory.precision_wanted(found) == pytest.approx(wanted, rel=0.01)
+    assert laboratory.precision_wanted(1 / found) == pytest.approx(wanted, rel=0.01)
+    assert wanted <= gate.FAIL / 2
+
+
+def test_pairs_are_added_for_a_bounded_time(project, monkeypatch):
+    project.makepyfile(SPEEDUP)
+    monkeypatch.setattr(laboratory, "PAIRS_SECONDS", 0.0)
+    monkeypatch.setattr(laboratory, "precision_wanted", lambda ratio: 0.0)  # which nothing reaches
+    result, document = run_json(project)
+    result.assert_outcomes(passed=3)
+    (found,) = [entry["speedup"] for entry in document["outcomes"] if "speedup" in entry]
+    assert len(found["log_ratios"]) == 8  # of at most 128
+    result.stdout.fnmatch_lines(
+        ["micro x lora: 8 pairs of rounds, * times as fast, known to *%, 0.0% wanted within 0 s"]
+    )

@@ -1,9 +1,12 @@
+import importlib.machinery
 import os
 import re
 import subprocess
 import sys
 
 import pytest
+
+LOADERS = [importlib.machinery.SourceFileLoader, importlib.machinery.ExtensionFileLoader]
 
 
 def test_importing_it_leaves_torchs_own_answers_in_place():
@@ -53,3 +56,42 @@ def test_threads_that_wait_sleep_unless_told_otherwise(asked, expected):
     command = [sys.executable, "-c", "from lightweight import preload"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert re.search(rf"OMP_WAIT_POLICY *= *'{expected}'", done.stderr)
+
+
+def test_one_gpu_that_does_not_answer_costs_its_own_capability(monkeypatch):
+    from lightweight import preload
+
+    def answer(index):
+        if index == 1:
+            raise preload.pynvml.NVMLError(preload.pynvml.NVML_ERROR_GPU_IS_LOST)
+        return index
+
+    monkeypatch.setattr(preload.pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(preload.pynvml, "nvmlShutdown", lambda: answer(1))
+    monkeypatch.setattr(preload.pynvml, "nvmlDeviceGetCount", lambda: 3)
+    monkeypatch.setattr(preload.pynvml, "nvmlDeviceGetHandleByIndex", answer)
+    monkeypatch.setattr(preload.pynvml, "nvmlDeviceGetCudaComputeCapability", lambda handle: [7 + handle, 0])
+    assert preload.compute_capabilities() == [(7, 0), (9, 0)]
+    monkeypatch.setattr(preload.pynvml, "nvmlDeviceGetCount", lambda: answer(1))
+    assert preload.compute_capabilities() == []
+
+
+def test_what_touches_the_driver_behind_torchs_back_is_named(tmp_path, monkeypatch):
+    """The innermost module whose import opens what the CUDA driver opens."""
+    from lightweight import nursery
+
+    assert not nursery.touches_cuda()
+    driver = tmp_path / "nvidia-uvm"
+    driver.touch()
+    monkeypatch.setattr(nursery, "DRIVER", str(driver))
+    (tmp_path / "outer_one.py").write_text("import inner_one\n")
+    (tmp_path / "inner_one.py").write_text(f"held = open({str(driver)!r})\n")
+    (tmp_path / "broken_one.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    originals = [loader.exec_module for loader in LOADERS]
+    assert nursery.load(["json", "broken_one"]) is None
+    assert nursery.load(["broken_one", "outer_one", "nowhere"]) == "inner_one"
+    assert [loader.exec_module for loader in LOADERS] == originals
+    assert nursery.load([]) == "a module before the first of lightweight's own"
+    sys.modules.pop("inner_one").held.close()
+    del sys.modules["outer_one"]

@@ -294,3 +294,46 @@ def test_one_rank_of_torchrun_forgets_its_launcher(monkeypatch):
     ranks.meet(cpu=True)
     assert not torch.distributed.is_initialized()
     assert "RANK" not in os.environ
+
+
+def test_the_ranks_store_is_reached_from_this_host_alone():
+    store = ranks.store()
+    tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
+    lines = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
+    addresses = {line[1] for line in lines if line[3] == "0A" and line[1].endswith(f":{store.port:04X}")}  # listening
+    assert addresses == {f"0100007F:{store.port:04X}"}
+    client = torch.distributed.TCPStore("127.0.0.1", store.port, is_master=False)
+    client.set("key", "value")
+    assert store.get("key") == b"value"
+
+
+RUN = worker.run
+
+
+def run_and_stop_in_save(connection, trial, folder, started, environment, *rest) -> None:
+    """`worker.run`; the rank whose number is the trial's seed stops before it takes part in saving."""
+    import transformers
+
+    save = transformers.Trainer.save_model
+
+    def stop(trainer, *arguments, **keywords):
+        if int(environment["RANK"]) == trial.seed:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return save(trainer, *arguments, **keywords)
+
+    transformers.Trainer.save_model = stop
+    RUN(connection, trial, folder, started, environment, *rest)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_rank_that_is_stopped_while_saving_is_the_one_that_is_blamed(trial, tmp_path, monkeypatch, number):
+    """The other one waits for it, in whatever library."""
+    monkeypatch.setattr(worker, "run", run_and_stop_in_save)
+    folder = tmp_path / "trial"
+    folder.mkdir()
+    with Child(replace(trial, world_size=2, max_steps=2, seed=number), folder, silence_seconds=60) as child:
+        child.round()
+        child.silence_seconds = 8
+        ended = child.finish()
+    assert isinstance(ended, TimedOut), ended
+    assert (ended.rank, ended.phase) == (number, "save")

@@ -63,6 +63,7 @@ TWO_IN_ONE = """
 @pytest.fixture
 def project(pytester: pytest.Pytester) -> pytest.Pytester:
     pytester.makeconftest('pytest_plugins = ["lightweight.plugin"]')
+    pytester.makeini("[pytest]\naddopts = -p no:randomly\n")
     (pytester.path / "corpus.json").write_text(json.dumps(turns(12)), "utf-8")
     return pytester
 
@@ -127,7 +128,7 @@ def test_a_worker_dies_and_loses_the_cell_it_ran_and_nothing_else(project):
     (crashed,) = [entry for entry in document["outcomes"] if entry["outcome"] == "crashed"]
     assert (crashed["reason"], crashed["seed"]) == ("the worker that ran it died", 1)
     assert len(document["benchmarks"]) == 4
-    result.stdout.fnmatch_lines_random(["micro * baseline * crashed in start *", "micro * lora * completed *"])
+    result.stdout.fnmatch_lines_random(["micro * baseline * crashed in train *", "micro * lora * completed *"])
 
 
 def test_a_wrong_command_line_is_one_line_from_the_workers_too(project):
@@ -213,7 +214,7 @@ def test_a_replacement_gets_the_dead_workers_gpu_and_each_machine_counts_its_own
 
 
 def test_another_pytest_benchmark_is_told_in_one_line():
-    config = SimpleNamespace(_benchmarksession=SimpleNamespace(benchmarks=[], only=False))
+    config = SimpleNamespace(_benchmarksession=SimpleNamespace(benchmarks=[], compare=None, only=False))
     with pytest.raises(pytest.UsageError, match=r"has no 'disabled'.*install pytest-benchmark==5\.3\.1") as raised:
         xdist_bridge._benchmark_session(config)
     assert "\n" not in str(raised.value)

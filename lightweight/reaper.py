@@ -1,0 +1,188 @@
+"""Who ends what a session has started when the session itself cannot, since it was killed?
+
+A process of a few megabytes that does nothing but wait. Its standard input is a pipe whose other end the session alone
+holds, so it closes whatever ends the session. Over it the session has said which processes and folders are its own:
+those that are left are then killed, also where they are stopped and could not end themselves, and removed. The reaper
+leads a session of its own and ignores what asks it to end, so what is sent to the session's group does not reach it.
+
+A machine that stops takes the reaper along. So the next session removes folders whose owner is gone: an owner holds a
+lock on its folder's `OWNER` for as long as it lives.
+
+This file runs as a script, in an interpreter that imports nothing but a part of the standard library.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+PREFIX = "lightweight-"
+OWNER = ".owner"
+
+GONE_SECONDS = 5.0
+"""How long what was killed may take to be gone, before its folder is removed all the same."""
+
+
+class Reaper:
+    """The session's end of the pipe. Starts the reaper with the first thing that is said, and anew if it has died."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = os.getpid()
+        self._pids: dict[int, str | None] = {}  # each with when it started, which tells it from a later one
+        self._folders: dict[Path, int] = {}  # each with the descriptor of its lock
+
+    def adopt(self, pid: int) -> None:
+        """End `pid`, and the group it leads, when this process ends."""
+        if self._pids.get(pid) != (since := started(pid)) or pid not in self._pids:
+            self._pids[pid] = since
+            self._tell()
+
+    def since(self, pid: int) -> str | None:
+        """When `pid` started, which was adopted; None where the system does not tell."""
+        return self._pids.get(pid)
+
+    def release(self, pid: int) -> None:
+        """`pid` has ended."""
+        if pid in self._pids:
+            del self._pids[pid]
+            self._tell()
+
+    def make_folder(self, inside: Path | None = None) -> Path:
+        """A new folder for this session `inside` another, or where temporary files go; removed when this process
+        ends."""
+        inside = inside or Path(tempfile.gettempdir())
+        remove_left_behind(inside)
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=inside))
+        # Locked before it has its name, so that no other session takes it for one that was left behind.
+        unnamed = folder / f"{OWNER}.new"
+        lock = os.open(unnamed, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            unnamed.rename(folder / OWNER)
+        self._folders[folder] = lock
+        self._tell()
+        return folder
+
+    def remove_folder(self, folder: Path) -> None:
+        """Remove `folder`, or what is left of it, now."""
+        shutil.rmtree(folder, ignore_errors=True)
+        if (lock := self._folders.pop(folder, None)) is not None:
+            os.close(lock)
+            self._tell()
+
+    @property
+    def pid(self) -> int | None:
+        """The reaper's process id, once there is one."""
+        return None if self._process is None else self._process.pid
+
+    def close(self) -> None:
+        """End what is left, and wait until it has ended."""
+        if self._process is not None and os.getpid() == self._owner:
+            with suppress(OSError):
+                self._process.stdin.close()  # type: ignore[union-attr]
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(2 * GONE_SECONDS)
+            self._process = None
+
+    def _tell(self) -> None:
+        folders = [str(folder) for folder in self._folders]
+        line = json.dumps([list(self._pids.items()), folders]).encode() + b"\n"
+        for _ in range(2):
+            try:
+                if self._process is None:
+                    self._process, self._owner = _start(), os.getpid()
+                    atexit.register(self.close)
+                assert self._process.stdin is not None
+                self._process.stdin.write(line)
+                self._process.stdin.flush()
+                return
+            except OSError:  # it has died, or cannot be started now
+                if self._process is not None:
+                    with suppress(OSError):
+                        self._process.stdin.close()  # type: ignore[union-attr]
+                    self._process.wait()
+                    self._process = None
+
+
+def _start() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def remove_left_behind(inside: Path) -> None:
+    """Remove the folders of sessions that are gone, and that nobody could remove."""
+    for file in inside.glob(f"{PREFIX}*/{OWNER}"):
+        with suppress(OSError):  # another user's, or one that somebody else removes now
+            lock = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(file.parent, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def started(pid: int) -> str | None:
+    """When `pid` started, in the kernel's ticks; None where it is gone or the system does not tell."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def kill(pid: int, since: str | None = None) -> None:
+    """Kill `pid` and the group it leads, unless `pid` is now another process than the one that started at `since`."""
+    if since is not None and started(pid) not in (since, None):
+        return
+    for end in (os.killpg, os.kill):
+        with suppress(ProcessLookupError, PermissionError):
+            end(pid, signal.SIGKILL)
+
+
+def main() -> None:
+    """Wait until the session is gone; then end what it has left."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    left: tuple[list[tuple[int, str | None]], list[str]] = ([], [])
+    for line in sys.stdin.buffer:
+        if line.endswith(b"\n"):
+            left = json.loads(line)
+    pids, folders = left
+    for pid, since in pids:
+        kill(pid, since)
+    deadline = time.monotonic() + GONE_SECONDS
+    while any(is_running(pid, since) for pid, since in pids) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_running(pid: int, since: str | None) -> bool:
+    """Whether the process `pid` that started at `since` has not ended."""
+    with suppress(OSError, IndexError):
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state not in ("Z", "X") and started(pid) == since
+    with suppress(OSError):
+        if since is None:  # a system without /proc
+            os.kill(pid, 0)
+            return True
+    return False
+
+
+if __name__ == "__main__":
+    main()

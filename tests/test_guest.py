@@ -1,0 +1,214 @@
+"""The plugin in other people's suites: what is not used is not there. Each run is a process of its own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import MICRO, turns
+from lightweight import gate, options, ratio
+
+ROOT = Path(__file__).parent.parent
+
+LOADS = 'pytest_plugins = ["lightweight.plugin"]\n'
+
+CELL = f"""
+from lightweight.models import Model
+
+MICRO = Model(name="micro", architecture={MICRO.architecture!r})
+
+def test_cell(train):
+    assert train(MICRO, "lora", epochs=1).kind == "completed"
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run pytest in somebody's project of the given files."""
+
+    def run(*arguments: str, conftest: str = LOADS, **files: str) -> subprocess.CompletedProcess[str]:
+        for name, text in {"conftest": conftest, **files}.items():
+            path = tmp_path / f"{name.replace('__', '/')}.py"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+def test_an_unrelated_test_imports_nothing_that_takes_long(run):
+    done = run(
+        test_other="""
+def test_other():
+    import sys
+    heavy = {"torch", "transformers", "peft", "numpy", "scipy", "matplotlib", "lightweight.laboratory"}
+    assert not heavy & set(sys.modules)
+"""
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_projects_own_options_and_fixtures_go_before(run):
+    """Theirs in the same conftest, and in one that is loaded later; no corpus is looked for."""
+    done = run(
+        "--model=theirs",
+        "--seed=abc",
+        "--report",
+        "tests",
+        conftest=LOADS
+        + """
+import pytest
+
+def pytest_addoption(parser):
+    parser.addoption("--model", default="none")
+    parser.getgroup("theirs").addoption("--seed", default="none")
+
+@pytest.fixture
+def train():
+    return "their train"
+
+@pytest.fixture
+def model(request):
+    return request.config.getoption("--model")
+""",
+        tests__conftest="""
+def pytest_addoption(parser):
+    parser.addoption("--report", action="store_true")
+""",
+        tests__test_theirs="""
+def test_theirs(train, model, request):
+    assert (train, model) == ("their train", "theirs")
+    assert request.config.getoption("--seed") == "abc" and request.config.getoption("report") is True
+""",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "lightweight:" not in done.stdout
+
+
+def test_an_option_whose_short_name_is_taken_has_its_long_one(run, tmp_path):
+    (tmp_path / "corpus.json").write_text(json.dumps(turns(12)))
+    theirs = "\ndef pytest_addoption(parser):\n    parser.addoption('--seed', default='theirs')\n"
+    done = run("--lightweight-seed=3", "--benchmark-json=out.json", conftest=LOADS + theirs, test_cell=CELL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (entry,) = json.loads((tmp_path / "out.json").read_text())["outcomes"]
+    assert entry["seed"] == 3
+
+
+def test_a_fixture_that_asks_for_ours_is_ours(run, tmp_path):
+    wraps = LOADS + "import pytest\n\n@pytest.fixture\ndef train(train):\n    return train\n"
+    done = run(conftest=wraps, test_cell=CELL)
+    assert (done.returncode, done.stderr.strip().count("\n")) == (4, 0)
+    assert "corpus.json: does not exist" in done.stderr
+
+
+@pytest.mark.parametrize("theirs", ["", "\ndef pytest_addoption(parser):\n    parser.addoption('--model')\n"])
+def test_every_help_text_is_printed(run, theirs):
+    done = run("--help", conftest=LOADS + theirs)
+    assert done.returncode == 0, done.stderr
+    for option in options.OPTIONS:
+        assert re.search(rf"--lightweight-{option.name}\b", done.stdout)
+    assert "(5% if nothing is said)" in " ".join(done.stdout.split())
+
+
+def test_pytests_help_is_printed_in_this_repository():
+    done = subprocess.run([sys.executable, "-m", "pytest", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--gpus-per-trial" in done.stdout
+
+
+def test_what_help_says_of_other_modules_is_so():
+    assert (ratio.CAP, f"{gate.FAIL:.0%}") == (options.CAP, options.FAIL)
+
+
+def test_an_option_that_others_register_late_is_not_lost(run):
+    """pytest keeps what is registered to itself; where it could not be seen, the long name is still there."""
+    hides = LOADS + "\nfrom lightweight import options\noptions._taken = lambda parser: set()\n"
+    theirs = "\ndef pytest_addoption(parser):\n    parser.addoption('--seed', default='theirs')\n"
+    done = run("--lightweight-seed=3", conftest=hides + theirs, test_other="def test_other(): pass\n")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("without", ["xdist", "benchmark"])
+def test_other_tests_need_neither_xdist_nor_benchmark(run, without):
+    done = run("-p", f"no:{without}", test_other="def test_other(): pass\n")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_cell_needs_benchmark_which_is_one_line_and_not_xdist(run, tmp_path):
+    (tmp_path / "corpus.json").write_text(json.dumps(turns(12)))
+    done = run("-p", "no:benchmark", test_cell=CELL)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert done.stderr.strip() == "ERROR: lightweight's tests are timed by pytest-benchmark: leave out -p no:benchmark"
+    assert "INTERNALERROR" not in done.stdout
+    assert run("-p", "no:xdist", test_cell=CELL).returncode == 0
+
+
+def test_a_projects_own_benchmarks_keep_their_machine_and_get_no_outcomes(run, tmp_path):
+    done = run("--benchmark-json=out.json", test_own="def test_own(benchmark):\n    benchmark(lambda: None)\n")
+    assert done.returncode == 0, done.stdout
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert "outcomes" not in document and "gpu" not in document["machine_info"] and "node" in document["machine_info"]
+
+
+def test_under_xdist_a_projects_own_benchmarks_are_off_as_they_are_without_us(run):
+    own = "def test_own(benchmark):\n    assert benchmark.disabled\n    benchmark(lambda: None)\n"
+    done = run("-n", "1", test_own=own)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_users_environment_is_left_as_it_was(run, tmp_path):
+    (tmp_path / "corpus.json").write_text(json.dumps(turns(12)))
+    done = run(test_cell=CELL + "    import os\n    assert 'GLIBC_TUNABLES' not in os.environ\n")
+    assert done.returncode == 0, done.stdout
+
+
+TORCHAO = """
+import importlib.abc, importlib.machinery, sys
+
+class Anything(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    # has every submodule and every name that transformers may ask for
+
+    def find_spec(self, name, path, target=None):
+        if name.startswith("torchao.") and name != "torchao.device":
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        def anything(name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return type(name, (), {})
+
+        module.__getattr__ = anything
+
+sys.meta_path.insert(0, Anything())
+__version__ = "0.18.0"
+from torchao import device
+"""
+
+
+def test_a_package_that_touches_cuda_is_named_and_children_start_anew(run, tmp_path):
+    """As torchao asks for the device's properties, which transformers imports where it is installed. This one pretends,
+    in the forkserver alone."""
+    (tmp_path / "corpus.json").write_text(json.dumps(turns(12)))
+    told = tmp_path / "torchao-0.18.0.dist-info"
+    for folder in (tmp_path / "torchao", told):
+        folder.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: torchao\nVersion: 0.18.0\n")
+    (tmp_path / "torchao" / "__init__.py").write_text(TORCHAO)
+    (tmp_path / "torchao" / "device.py").write_text(
+        "import sys, torch\nif 'lightweight.nursery' in sys.modules:\n    torch.cuda._initialized = True\n"
+    )
+    done = run("-s", test_cell=CELL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    line = "torchao.device initialises CUDA when it is imported: children start in fresh interpreters"
+    assert done.stdout.count(line) == 1
+    assert "micro x lora: completed" in done.stdout
