@@ -283,6 +283,7 @@ class Laboratory:
             if self.gpus < mark.args[0]:
                 pytest.skip(f"{NOT_RUN}needs {mark.args[0]} GPUs")
         # A test that is run again finds anew what it has found before.
+        xdist_bridge.forget_row(self.config, item.nodeid)
         self._outcomes = {key: found for key, found in self._outcomes.items() if found[0] != item.nodeid}
 
     # Training
@@ -553,7 +554,6 @@ class Laboratory:
         elif shipped := getattr(report, "lightweight", None):
             if report.when == "setup":  # of a test that is run again, the last time counts
                 self.entries = [entry for entry in self.entries if entry.get("test") != report.nodeid]
-                xdist_bridge.forget_row(self.config, report.nodeid)
             self._begun.pop(report.nodeid, None)
             self._take(shipped)
         if report.skipped and isinstance(report.longrepr, tuple) and NOT_RUN in report.longrepr[2]:

@@ -90,7 +90,7 @@ def compare_with(config: pytest.Config, path: str | None) -> None:
 
 
 def forget_row(config: pytest.Config, nodeid: str) -> None:
-    """Drop the row of a test that is run again."""
+    """Drop the row of a test, which is run again."""
     if hasattr(config, "_benchmarksession"):
         rows = _benchmark_session(config).benchmarks
         rows[:] = [row for row in rows if row.fullname != nodeid]
@@ -250,7 +250,9 @@ class _Controller(_Side):
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         text = getattr(report, "lightweight_row", None)
         if text is not None:
-            _benchmark_session(self.config).benchmarks.append(_stats(json.loads(text)))
+            row = _stats(json.loads(text))
+            forget_row(self.config, row.fullname)
+            _benchmark_session(self.config).benchmarks.append(row)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_benchmark_group_stats(self) -> Generator[None, list[Any], list[Any]]:

@@ -119,6 +119,17 @@ def test_a_session_that_is_killed_leaves_no_process_and_no_folder(project, whom)
     assert wait_for(lambda: not left(project), 15), left(project)
 
 
+def test_a_worker_of_xdist_that_is_killed_leaves_its_phase_and_no_process_and_no_folder(project):
+    session = start(project, "os.kill(child.pid, signal.SIGSTOP); os.kill(os.getpid(), signal.SIGKILL)", "-n", "1")
+    output, _ = session.communicate(timeout=240)
+    assert session.returncode == 1, output
+    assert outcomes(project) == [
+        ("baseline", "completed", None, None),
+        ("lora", "crashed", "train", "the worker that ran it died"),
+    ]
+    assert wait_for(lambda: not left(project), 15), left(project)
+
+
 @pytest.mark.parametrize("method", ["signal", "thread"])
 def test_pytest_timeout_is_an_outcome_and_the_next_cell_runs(project, method):
     pytest.importorskip("pytest_timeout")
