@@ -32,7 +32,6 @@ from lightweight import (
     checkpoints,
     corpus,
     forecast,
-    host_memory,
     isolation,
     methods,
     models,
@@ -226,9 +225,7 @@ def _train(
     except Exception as error:
         failed = worker.failure(error, trial, meter)
         if isinstance(failed, Crashed):
-            if not host_memory.ran_out(error):
-                raise
-            failed = host_memory.outcome(meter.phase, str(error), meter.measurements())
+            raise
     _tell(failed, trial, job, device, progress)
     return failed
 
