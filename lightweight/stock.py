@@ -155,7 +155,7 @@ def _next_token_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[floa
 def _collate(rows: list[Row]) -> dict[str, Any]:
     """The batch of `rows`, which knows its tokens. A row without an answer, which only fills a rank's pass, has no real
     ones; a network that takes no mask has no padding."""
-    batch: dict[str, Any] = default_data_collator(rows)  # type: ignore[arg-type]
+    batch: dict[str, Any] = default_data_collator(rows)
     padded = batch["input_ids"].numel()
     real = padded
     if "attention_mask" in batch:
@@ -168,9 +168,12 @@ class _NextTokenSmoother(LabelSmoother):
     """Label smoothing of the next token, as every network here predicts it. The Trainer tells by the network's class
     whether labels are to be shifted, and takes FSDP2's class, or a prompt's, for a network whose are not."""
 
-    def __call__(self, model_output: Any, labels: torch.Tensor, shift_labels: bool = True, **options: Any) -> Any:
-        logits = model_output["logits"][:, -labels.shape[1] :]  # without virtual tokens before the row
-        return super().__call__({"logits": logits}, labels, shift_labels=True, **options)
+    def __call__(
+        self, model_output: Any, labels: torch.Tensor, shift_labels: bool = True, num_items_in_batch: Any = None
+    ) -> Any:
+        """`labels`: [rows, time]; logits are cut to them where virtual tokens come before the row."""
+        logits = model_output["logits"][:, -labels.shape[1] :]
+        return super().__call__({"logits": logits}, labels, True, num_items_in_batch)  # type: ignore[no-untyped-call]
 
 
 class _MeasuredTrainer(Trainer):

@@ -467,6 +467,7 @@ def test_trials_over_several_gpus_stand_beside_the_one_on_one():
     rates = {"tokens_per_second": 20_480.0, "rank_tokens_per_second": 20_480.0}
     two = {
         "world_size": 2,
+        "steady_step_seconds": 0.1 / 1.5,
         "tokens_per_second": 30_720.0,
         "rank_tokens_per_second": 15_360.0,
         "rank_peak_allocated_bytes": [3 * 2**30, 2 * 2**30],
