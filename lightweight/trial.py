@@ -114,7 +114,7 @@ class Measurements:
     is what NVML says the whole process holds on the GPU at most. Of several ranks these are the largest, and `rank_*`
     has each one's; seconds are those of rank 0, but for `cpu_seconds`, which add up. `phase_seconds` leaves out waiting
     for the next request. `captured` and `compiled` say how a captured step really ran, and `capture_note` why not
-    otherwise; None for the Trainer's.
+    otherwise and which parts of it were given up; None for the Trainer's.
     """
 
     train_loss: tuple[float, ...] = ()
