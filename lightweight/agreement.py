@@ -95,8 +95,9 @@ def samples(layouts: Sequence[Layout], first: list[list[int]], rows: Sequence[Ro
     """The job's first step, whose passes are `first`, and one of two rows: that with the longest dialogue, where a
     window or a table of positions shows itself, and that with the most dialogues, where packing does. A step with so
     few rows also leaves others of its shape empty. `layouts` are those of the whole job, the first step's first."""
-    everywhere = [row for layout in layouts for row in layout.rows if row]
-    longest = max(everywhere, key=lambda row: max(sum(rows[number]["attention_mask"]) for number in row))
+    everywhere = [row for layout in layouts for row in layout.rows]
+    lengths = [sum(row["attention_mask"]) for row in rows]
+    longest = max(everywhere, key=lambda row: max(lengths[number] for number in row))
     fullest = max(everywhere, key=len)
     pair = [longest] if longest == fullest else [longest, [n for n in fullest if n not in longest]]
     numbers = list(chain.from_iterable(pair))
@@ -204,21 +205,20 @@ SCALES = (2.0**12, 2.0**8, 2.0**4, 1.0)
 class Reference:
     """The Trainer's own steps, computed before anything of the network is replaced or cast."""
 
-    def __init__(self, trainer: Trainer, passes: list[list[int]], *, halves: bool) -> None:
-        """`passes` are the rows of the first step; `halves`: whether gradients may be fp16, and need a scale."""
-        self._trainer, self._first = trainer, passes[0]
+    def __init__(self, trainer: Trainer, *, halves: bool) -> None:
+        """`halves`: whether gradients may be fp16, and need a scale."""
+        self._trainer = trainer
         self._model: Any = trainer.model
         self._scales = SCALES if halves else (1.0,)
         self._loader = trainer.get_train_dataloader()
 
-    def draws_the_same(self) -> bool:
-        """Whether the Trainer's first batch has the rows that the captured step takes it to have, on one rank."""
+    def draws(self, passes: Sequence[Sequence[int]]) -> bool:
+        """Whether `passes` are the numbers of the rows that the Trainer draws in its first epoch, or the first of them;
+        on one rank."""
         if ranks.world_size() > 1:  # which rank draws which rows is for `ranks.Deal`
             return True
-        drawn, expected = next(iter(self._loader)), self._batch(self._first)
-        return drawn.keys() == expected.keys() and all(
-            torch.equal(drawn[name].cpu(), expected[name].cpu()) for name in drawn
-        )
+        drawn: Any = self._loader.batch_sampler
+        return [list(numbers) for numbers, _ in zip(drawn, passes, strict=False)] == [list(own) for own in passes]
 
     def gradients(self, sample: Sample) -> tuple[Sample, Gradients]:
         """The Trainer's loss and gradients of as many of the sample's dialogues as there is memory for, and those.

@@ -204,20 +204,21 @@ class Job:
         self._alone = [
             [packing.one_a_row(passes, self.rows, over_step=over_step) for passes in epoch] for epoch in self._order
         ]
-        self._packed = [[packing.packed(layout, self.rows) for layout in epoch] for epoch in self._alone]
+        self._packed, self._packs = self._alone, False
         if self.step.packing:
+            packed = [[packing.packed(layout, self.rows) for layout in epoch] for epoch in self._alone]
             before, after = (
-                sum(len(layout.rows) for epoch in epochs for layout in epoch) for epochs in (self._alone, self._packed)
+                sum(len(layout.rows) for epoch in epochs for layout in epoch) for epochs in (self._alone, packed)
             )
             self._packs = after <= before * (1 - PACKING_SHARE)
             self.notes.append(f"packing {'makes' if self._packs else 'would make'} {after} rows of {before}")
-        else:
-            self._packs = False
+            if self._packs:
+                self._packed = packed
 
     def _agree(self) -> bool:
         """Take on as many parts as leave the step the Trainer's, and note what others were off. Whether any do."""
-        reference = Reference(self.trainer, self._order[0][0], halves=self._precision == "fp16")
-        if not reference.draws_the_same():
+        reference = Reference(self.trainer, halves=self._precision == "fp16")
+        if not reference.draws([numbers for passes in self._order[0] for numbers in passes]):
             self.notes.append("the Trainer runs the steps, since it draws other rows than the captured step")
             return False
         self._names = agreement.trained(self.network)

@@ -43,7 +43,8 @@ class CapturedStep:
     all there is to say. `loss` "chunked" never holds the logits whole. `packing` puts several dialogues into one row.
     `lean` keeps less of the forward pass of frozen layers and computes again what is cheap. `graph` False runs the same
     step uncaptured. `compile` None decides from the number of steps. `upcast` holds the norms, embeddings and head of a
-    quantized model in fp32, as `prepare_model_for_kbit_training` does. Raises ValueError for packing on the model's own
+    quantized model in fp32, as `prepare_model_for_kbit_training` does. A part that would make the step another one than
+    the Trainer's is given up before training, and the record says so. Raises ValueError for packing on the model's own
     attention, which knows one dialogue a row.
     """
 

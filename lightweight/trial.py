@@ -122,8 +122,8 @@ class Measurements:
     largest, and `rank_*` has each one's; seconds are those of rank 0, but for `cpu_seconds`, which add up.
     `phase_seconds` leaves out waiting for the next request. `adapted_layers` are the names of the layers that the
     adapter was put on, `base_quantization` how the weights are really quantized, by the method or as they came.
-    `captured` and `compiled` say how a captured step really ran, and `capture_note` why not otherwise; None for the
-    Trainer's.
+    `captured` and `compiled` say how a captured step really ran, and `capture_note` why not otherwise and which parts
+    of it were given up; None for the Trainer's.
     """
 
     train_loss: tuple[float, ...] = ()

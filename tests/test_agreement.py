@@ -199,8 +199,9 @@ def test_captured_losses_are_the_trainers_with_any_adapter(losses, adapter, give
 @pytest.mark.parametrize("architecture", ["mixtral", "bart", "llama"])
 def test_accumulated_passes_are_the_trainers_also_where_the_model_computes_its_own_loss(losses, architecture):
     accumulated = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}  # of 20: the last step is short
-    theirs, ours, _ = losses(architecture, method(**accumulated))
+    theirs, ours, note = losses(architecture, method(**accumulated))
     assert ours == pytest.approx(theirs, abs=1e-4)
+    assert "the Trainer runs the steps" not in note
 
 
 def forgets_its_mask(monkeypatch):
@@ -309,16 +310,21 @@ def test_where_nothing_agrees_the_trainer_runs_the_steps_from_the_same_weights(p
     assert "the Trainer runs the steps, since no captured one is its: its loss is " in note
 
 
-def test_rows_that_the_trainer_draws_in_another_order_are_its_own_to_train(prepare):
-    trainer, rows, meter, trial = prepare("opt", method())
-    trainer._get_train_sampler = lambda *_: SequentialSampler(rows)
+@pytest.mark.parametrize("other", ["order", "number"])
+def test_rows_that_the_trainer_draws_otherwise_are_its_own_to_train(prepare, other):
+    trainer, rows, meter, trial = prepare("opt", method(per_device_train_batch_size=6))
+    trial = dataclasses.replace(trial, max_steps=None, epochs=1)
+    if other == "order":
+        trainer._get_train_sampler = lambda *_: SequentialSampler(rows)
+    else:
+        trainer.args.dataloader_drop_last = True  # of 20 rows, two
     _, note = run(trainer, rows, meter, trial)
     assert note.endswith("the Trainer runs the steps, since it draws other rows than the captured step")
 
 
 def test_what_several_ranks_share_is_not_left_to_the_trainer(prepare, monkeypatch):
     trainer, rows, meter, trial = prepare("opt", method())
-    monkeypatch.setattr(captured.Reference, "draws_the_same", lambda reference: False)
+    monkeypatch.setattr(captured.Reference, "draws", lambda reference, passes: False)
     job = captured.Job(dataclasses.replace(trial, world_size=2), trainer, rows, meter)
     with pytest.raises(ranks.RanksError, match="train it on one rank"):
         job.prepare()
