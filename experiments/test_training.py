@@ -22,7 +22,9 @@ def test_training(train: Train, laboratory: Laboratory, model: str, method: str)
     if isinstance(outcome, OutOfMemory):
         # Running out of memory is an answer where it was forecast, and a regression where it was not.
         forecast = laboratory.try_to_forecast(trial)
-        assert forecast is None or forecast.verdict != "fits", f"{trial.name} was forecast to fit: {outcome.reason}"
+        if forecast is None:
+            pytest.skip(f"{trial.name} ran out of memory, and without a forecast that is no answer: {outcome.reason}")
+        assert forecast.verdict != "fits", f"{trial.name} was forecast to fit: {outcome.reason}"
         return
     assert isinstance(outcome, Completed), f"{trial.name} {outcome.kind}: {outcome.reason}"
     if laboratory.has_cuda and (forecast := laboratory.try_to_forecast(trial)) is not None:

@@ -306,7 +306,9 @@ def _trace(trial: Trial, capability: Capability, paddings: tuple[Padding, ...], 
 def _optimizer_at_fault(trial: Trial, tracer: _Tracer) -> str:
     """The optimizer by name, where it is being made or steps."""
     name = trial.method.training_arguments.get("optim")
-    return f"optim={getattr(name, 'value', name)!r} " if name is not None and tracer.meter.phase in ("build", "optimizer") else ""
+    if name is None or tracer.meter.phase not in ("build", "optimizer"):
+        return ""
+    return f"optim={getattr(name, 'value', name)!r} "
 
 
 class _Tracer(TorchDispatchMode):
@@ -495,6 +497,7 @@ def _sharding_seen_by(tracer: _Tracer) -> Iterator[None]:
 def _bitsandbytes_seen_by(tracer: _Tracer) -> Iterator[None]:
     """Have bitsandbytes' optimizers and quantizers do with fake tensors what they do on a GPU, and leave nothing of it
     in what they keep for the whole process."""
+
     def paged_as_on_a_gpu(optimizer: Any, parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         if optimizer.is_paged and parameter.numel() >= PAGED_ELEMENTS:
             return tracer.page(tuple(parameter.shape), dtype)

@@ -304,8 +304,8 @@ def _chosen(
     chosen = method.with_passes(row["accumulation"])
     passes = "" if chosen == method else f" in {row['passes']} passes of {row['batch_size']} rows a step"
     _say(
-        f"method {row['method']}{passes}: {_size(row['forecast_reserved_bytes'])} of {target.name}'s {_size(budget)} by "
-        f"forecast, expected to be the fastest of what fits ({', '.join(fitting)}; captured steps are not forecast)"
+        f"method {row['method']}{passes}: {_size(row['forecast_reserved_bytes'])} of {target.name}'s {_size(budget)} "
+        f"by forecast, expected to be the fastest of what fits ({', '.join(fitting)}; captured steps are not forecast)"
         f"{where}"
     )
     return chosen
@@ -334,9 +334,7 @@ def _forecasts(
         method for method in methods.METHODS.values() if method.captured_step is None and method.name not in without
     ]
     if target.total_bytes is None:  # the card as it is
-        target = replace(
-            target, total_bytes=device.total_bytes, capability=device.capability or target.capability
-        )
+        target = replace(target, total_bytes=device.total_bytes, capability=device.capability or target.capability)
     wanted: dict[str, Any] = {"batch_size": job.batch_size, "max_length": job.max_length, "gpus": ranks.world_size()}
     try:
         if ranks.world_size() == 1:
