@@ -103,7 +103,12 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", action="append", metavar="NAME", help="repeatable: a card, or an amount such as 16GiB"
     )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="sequences a forward pass (default: the method's)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="sequences a forward pass (default: the method's, or the most that fit in more passes of the same step)",
+    )
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens a row (default: 256)")
     parser.add_argument("--max-batch", action="store_true", help="also find the largest batch that fits")
     parser.add_argument(

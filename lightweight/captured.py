@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -382,7 +383,7 @@ class Job:
         """Append to `found` this rank's share of the captured step's loss and gradients of `sample`."""
         layout = packing.one_a_row(sample.passes, self.rows, over_step=self.trainer.model_accepts_loss_kwargs)
         if self.parts.packing:
-            layout = Layout(sample.rows, layout.weights, layout.answers)
+            layout = replace(layout, rows=sample.rows)
         layout = packing.share(layout, ranks.rank(), self.trial.world_size)
         shape = packing.holding(layout, self.rows, () if self._exact else self._shapes.values())
         if shape is None:

@@ -306,11 +306,9 @@ def _trace(trial: Trial, capability: Capability, paddings: tuple[Padding, ...], 
 def _optimizer_at_fault(trial: Trial, tracer: _Tracer) -> str:
     """The optimizer by name, where it is being made or steps."""
     name = trial.method.training_arguments.get("optim")
-    return (
-        f"optim={getattr(name, 'value', name)!r} "
-        if name is not None and tracer.meter.phase in ("build", "optimizer")
-        else ""
-    )
+    if name is None or tracer.meter.phase not in ("build", "optimizer"):
+        return ""
+    return f"optim={getattr(name, 'value', name)!r} "
 
 
 class _Tracer(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""`--benchmark-compare` in a session: what it is held against, what was asked for, and the gate's verdict at its end."""
+"""`--benchmark-compare` in a session: what it is held against, what was asked for, and the verdict at its end."""
 
 from __future__ import annotations
 

@@ -345,8 +345,8 @@ def _chosen(
     chosen = method.with_passes(row["accumulation"])
     passes = "" if chosen == method else f" in {row['passes']} passes of {row['batch_size']} rows a step"
     _say(
-        f"method {row['method']}{passes}: {_size(row['forecast_reserved_bytes'])} of {target.name}'s {_size(budget)} by "
-        f"forecast, expected to be the fastest of what fits ({', '.join(fitting)}; captured steps are not forecast)"
+        f"method {row['method']}{passes}: {_size(row['forecast_reserved_bytes'])} of {target.name}'s {_size(budget)} "
+        f"by forecast, expected to be the fastest of what fits ({', '.join(fitting)}; captured steps are not forecast)"
         f"{where}"
     )
     return chosen

@@ -24,6 +24,7 @@ STEP_FAIL = 0.15
 """The share that a captured step may take longer. The same one was within 1 % of itself on three hosts, and once 8 %
 apart within a session (h200-no-worse.json, lora-captured: 8.28 and 8.97 ms)."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """How much worse a cell may be than the stored one; `None` asks for no verdict.

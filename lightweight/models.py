@@ -223,13 +223,12 @@ def named(text: str) -> Model:
     for model in MODELS.values():
         if text in (model.name, model.source):
             return model
-    if os.path.isdir(text):
+    if os.path.isdir(text):  # noqa: PTH112  # Path raises for a text that is too long for a path
         return Model(name=text, source=text)
     if not HUB_ID.fullmatch(text) or text.startswith("."):
-        what = "is a file" if os.path.isfile(text) else "no such folder"
-        raise ModelError(
-            f"model {names.one_line(text)[:100]}: {what}; give a folder with config.json and *.safetensors"
-        )
+        what = "is a file" if os.path.isfile(text) else "no such folder"  # noqa: PTH113
+        said = names.one_line(text)[:100]
+        raise ModelError(f"model {said}: {what}; give a folder with config.json and *.safetensors")
     if question := names.question(text, MODELS):
         raise ModelError(
             f"model {text}: no such folder; give a local folder or a known name: {', '.join(MODELS)}, "

@@ -22,7 +22,7 @@ def unknown(kind: str, text: str, known: Iterable[str], otherwise: str) -> str:
 
 
 def question(text: str, known: Iterable[str]) -> str:
-    """The end of a line that refuses `text`, which asks whether one of `known` was meant; nothing where none is near."""
+    """The end of a line that refuses `text`: whether one of `known` was meant, nothing where none is near."""
     meant = nearest(text, known)
     return f"; did you mean {' or '.join(meant)}?" if meant else ""
 

@@ -160,7 +160,7 @@ def plan(
 
 
 def smaller_passes(method: Method, gpus: int) -> list[Method]:
-    """The method with fewer and fewer sequences in a pass on each of `gpus`, and as many of them in a step as before."""
+    """The method with fewer and fewer sequences in a pass on each of `gpus`, and as many in a step as before."""
     found, rows = [], method.on_rank(gpus).sequences_per_pass
     for passes in range(method.passes_per_step + 1, method.sequences_per_step + 1):
         if method.sequences_per_step % passes == 0:
@@ -415,14 +415,14 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     notes += [f"{target}: the fastest by step times measured on {device}." for target, device in devices.items()]
     if any(row["paged_bytes"] for row in rows):
         notes.append(
-            "Paged optimizer state is in no peak and no verdict: it lies in managed memory, on the card as far as there "
-            "is room and else on the host."
+            "Paged optimizer state is in no peak and no verdict: it lies in managed memory, on the card as far as "
+            "there is room and else on the host."
         )
     if "fewest_gpus" in rows[0]:
         notes.append(
             "Passes, rows and bytes are those of one GPU; several share the sequences of a step and, by FSDP2, the "
-            "network. What NCCL takes for itself is not counted. The fewest GPUs are sought up to one for every sequence "
-            "of a step."
+            "network. What NCCL takes for itself is not counted. The fewest GPUs are sought up to one for every "
+            "sequence of a step."
         )
     return notes
 

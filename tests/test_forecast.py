@@ -3,8 +3,10 @@
 import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -12,10 +14,11 @@ import torch
 from bitsandbytes import functional as bitsandbytes_functional
 from bitsandbytes.nn import Linear4bit
 from bitsandbytes.optim import GlobalOptimManager
-from conftest import MICRO
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.training_args import OptimizerNames
 
+from conftest import MICRO
+from experiments import test_training as training_experiment
 from experiments.test_forecast import ALLOCATED, CELLS, MODELS, RESERVED
 from lightweight import forecast, isolation, models, record, stock, targets
 from lightweight.corpus import Corpus
@@ -24,7 +27,7 @@ from lightweight.meter import Meter
 from lightweight.methods import BASELINE, LORA, QLORA, MethodError
 from lightweight.models import GPT_NEO_TINY, OPT_TINY, Model
 from lightweight.targets import HOPPER, NATIVE, MiB
-from lightweight.trial import Trial
+from lightweight.trial import Measurements, OutOfMemory, Trial
 
 pytestmark = pytest.mark.xdist_group("traces")  # of which one worker makes all
 
@@ -158,10 +161,12 @@ def test_every_optimizer_is_forecast_or_one_line_names_it(name):
     try:
         traced = forecast.trace(trial(MICRO, training(optim=name.value), max_length=16))
     except ForecastError as error:
-        assert f"optim='{name.value}'" in str(error)
-        assert str(error).isprintable()
+        line = str(error)
     else:
         assert (traced.replay().by_cause["optimizer"] > 0) == (name != OptimizerNames.SGD)
+        return
+    assert f"optim='{name.value}'" in line
+    assert line.isprintable()
 
 
 def test_without_more_packages_than_these_the_optimizers_of_bitsandbytes_and_torch_are_forecast():
@@ -213,7 +218,9 @@ def test_the_state_of_quantized_weights_is_what_bitsandbytes_makes_of_them_on_th
     assert peak.by_cause["quantization state"] == blocks(t for t in held if isinstance(t, torch.Tensor))
 
 
-WIDE = replace(MICRO, architecture={**MICRO.architecture, "hidden_size": 256, "ffn_dim": 512, "word_embed_proj_dim": 256})
+WIDE = replace(
+    MICRO, architecture={**MICRO.architecture, "hidden_size": 256, "ffn_dim": 512, "word_embed_proj_dim": 256}
+)
 
 
 def test_what_is_paged_is_not_counted_as_the_cards():
@@ -361,7 +368,7 @@ def test_a_method_error_is_told_as_it_is(monkeypatch):
         raise MethodError("method lora: this one\nand not that")
 
     monkeypatch.setattr("lightweight.models.skeleton", refuse)
-    with pytest.raises(ForecastError, match="^micro x lora: cannot be built: method lora: this one$"):
+    with pytest.raises(ForecastError, match=r"^micro x lora: cannot be built: method lora: this one$"):
         forecast.trace(trial(MICRO, LORA))
 
 
@@ -446,3 +453,25 @@ def test_records_say_what_was_forecast():
     entries = json.loads(T4_RUN.read_text("utf-8"))["outcomes"]
     assert {entry["forecast_verdict"] for entry in entries} == {"fits", "does_not_fit"}
     assert all(sum(entry["forecast_bytes_by_cause"].values()) == entry["forecast_allocated_bytes"] for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "ends"),
+    [
+        ("does_not_fit", None),
+        ("too_close_to_call", None),
+        ("fits", (AssertionError, "was forecast to fit")),
+        (None, (pytest.skip.Exception, "without a forecast that is no answer")),
+    ],
+)
+def test_out_of_memory_is_an_answer_where_it_was_forecast(verdict, ends):
+    ran_out = OutOfMemory(
+        phase="train", requested_bytes=1, budget_bytes=1, reason="out of memory", measured=Measurements()
+    )
+    laboratory = SimpleNamespace(
+        takes_long=lambda _: False,
+        trial=lambda *_: SimpleNamespace(name="opt-tiny x lora-captured"),
+        try_to_forecast=lambda _: verdict and SimpleNamespace(verdict=verdict),
+    )
+    with nullcontext() if ends is None else pytest.raises(ends[0], match=ends[1]):
+        training_experiment.test_training(lambda *_: ran_out, laboratory, "opt-tiny", "lora-captured")

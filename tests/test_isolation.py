@@ -2,7 +2,6 @@
 
 import errno
 import fnmatch
-import importlib.util
 import os
 import signal
 import subprocess

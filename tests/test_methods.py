@@ -112,6 +112,16 @@ def test_a_peer_needs_a_lora_adapter_and_the_trainers_steps():
     assert replace(LORA, library="unsloth").library == "unsloth"
 
 
+def test_a_step_has_as_many_sequences_in_other_passes():
+    for method, passes, sequences in ((LORA, 2, 4), (LORA, 8, 1), (QLORA, 1, 8), (QLORA, 8, 1)):
+        other = method.with_passes(passes)
+        assert (other.passes_per_step, other.sequences_per_pass) == (passes, sequences)
+        assert other.sequences_per_step == method.sequences_per_step
+    assert LORA.with_passes(1) is LORA
+    with pytest.raises(methods.MethodError, match="method lora: 8 sequences a step are not 3 equal passes"):
+        LORA.with_passes(3)
+
+
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 LAYERS = {
     # what the original names, which peft's mapping says as well

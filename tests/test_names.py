@@ -11,7 +11,7 @@ from lightweight.models import ModelError
 
 
 def test_the_names_of_methods_are_those_that_exist():
-    assert names.METHODS == tuple(methods.METHODS)
+    assert tuple(methods.METHODS) == names.METHODS
 
 
 @pytest.mark.parametrize(

@@ -222,9 +222,7 @@ def planned(method, mib, **changes):
     return row, (row["passes"], row["batch_size"], row["accumulation"], row["verdict"], row["chosen"])
 
 
-@pytest.mark.parametrize(
-    ("mib", "passes", "rows"), [(1000, 1, 8), (900, 2, 4), (600, 2, 4), (400, 4, 2), (250, 8, 1)]
-)
+@pytest.mark.parametrize(("mib", "passes", "rows"), [(1000, 1, 8), (900, 2, 4), (600, 2, 4), (400, 4, 2), (250, 8, 1)])
 def test_the_most_rows_of_the_same_step_that_fit_are_advised(traced, mib, passes, rows):
     assert planned(LORA, mib)[1] == (passes, rows, passes, "fits", True)
     assert len(traced) <= 3

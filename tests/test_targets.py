@@ -33,5 +33,12 @@ def test_unknown_target_is_told_with_what_exists(text):
         targets.named(text)
 
 
+def test_bf16_begins_with_ampere():
+    cards = [
+        targets.Target(name="card", capability=capability) for capability in ((7, 0), (7, 5), (8, 0), (8, 9), (9, 0))
+    ]
+    assert [card.bf16 for card in cards] == [False, False, True, True, True]
+
+
 def test_t4_has_no_bf16():
     assert [name for name, target in targets.TARGETS.items() if not target.bf16] == ["t4"]
