@@ -96,9 +96,9 @@ def compare(
     cells = [_cell(entry, entries, stored(entry, runs), limits) for entry in entries]
     notes = _not_compared(cells, runs)
     of_run = []
-    if not entries:
-        of_run.append("the new run holds no trial")
     missing = [(run, then) for run, then in _missing(cells, entries, runs) if is_due(then)]
+    if missing and not entries and limits.ask:
+        of_run.append("the new run holds no trial")
     fails = limits.ask and limits.missing == "fail"
     (of_run if fails else notes).extend(_missing_line(run, then, entries) for run, then in missing)
     if any(cell.then for cell in cells):

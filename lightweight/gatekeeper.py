@@ -164,7 +164,7 @@ class Gatekeeper:
         try:
             yield
         finally:
-            if self.compares and (self.laboratory.entries or self.problems):
+            if self.compares and (self.laboratory.entries or self.problems or self.comparison.failures):
                 terminalreporter.section("lightweight: did it get worse")
                 for line in [*self.problems, *gate.text(self.comparison).splitlines()]:
                     terminalreporter.write_line(line, red=line.startswith("FAILED"))
