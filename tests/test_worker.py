@@ -7,10 +7,10 @@ from multiprocessing import Pipe
 import pytest
 import torch
 
-from lightweight import models, targets, worker
+from lightweight import host_memory, models, targets, worker
 from lightweight.meter import DivergedError, Meter
 from lightweight.methods import BASELINE, LORA, QLORA
-from lightweight.trial import Crashed, Diverged, Trial
+from lightweight.trial import Crashed, Diverged, OutOfMemory, Trial
 
 CPU = torch.device("cpu")
 
@@ -98,10 +98,17 @@ def test_the_request_is_read_from_torchs_message(message, expected):
 
 def test_an_out_of_memory_that_the_allocator_did_not_count_is_a_crash(trial):
     assert torch.cuda.is_available() is False, "on a GPU the experiments show the counted one"
-    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB."), MemoryError("host")):
-        outcome = worker.failure(error, trial, Meter(CPU, 0.0))
-        assert isinstance(outcome, Crashed)
-        assert outcome.reason.startswith(type(error).__name__)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+    outcome = worker.failure(error, trial, Meter(CPU, 0.0))
+    assert isinstance(outcome, Crashed)
+    assert outcome.reason.startswith(type(error).__name__)
+
+
+def test_the_hosts_memory_that_runs_out_is_told_from_the_devices(trial):
+    outcome = worker.failure(MemoryError("host"), trial, Meter(CPU, 0.0))
+    assert isinstance(outcome, OutOfMemory)
+    assert outcome.reason.startswith("MemoryError: host; the host's memory: ")
+    assert outcome.budget_bytes == host_memory.limit().bytes
 
 
 def test_failures_keep_their_place_and_reason(trial):
