@@ -100,7 +100,7 @@ def call(function: Callable[P, T], folder: Path, *args: P.args, **kwargs: P.kwar
 
 
 def call_within(seconds: float, function: Callable[P, T], folder: Path, *args: P.args, **kwargs: P.kwargs) -> T:
-    """`call`, for at most `seconds`."""
+    """`call`, for at most `seconds`. Raises HelperError, and what `function` raises."""
     helper = _Process(
         log_of(0, folder), lambda end: _job(_answer, end, folder / "log", function, args, kwargs), seconds
     )

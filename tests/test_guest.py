@@ -122,6 +122,19 @@ def test_pytests_help_is_printed_in_this_repository():
     assert "--gpus-per-trial" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["", "plan", "train", "chat", "report", "gate"])
+def test_the_help_of_every_command_is_printed(command, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "lightweight", *command.split(), "--help"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: lightweight {command}".strip())
+
+
 def test_what_help_says_of_other_modules_is_so():
     assert (ratio.CAP, f"{gate.FAIL:.0%}") == (options.CAP, options.FAIL)
 

@@ -7,12 +7,12 @@ from multiprocessing import Pipe
 import pytest
 import torch
 
-from lightweight import models, targets, worker
+from lightweight import host_memory, models, targets, worker
 from lightweight.job import Unattended
 from lightweight.meter import DivergedError, Meter
 from lightweight.methods import BASELINE, LORA, QLORA
 from lightweight.models import ModelError
-from lightweight.trial import Crashed, Diverged, Trial
+from lightweight.trial import Crashed, Diverged, OutOfMemory, Trial
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
 
@@ -102,10 +102,17 @@ def test_the_request_is_read_from_torchs_message(message, expected):
 
 def test_an_out_of_memory_that_the_allocator_did_not_count_is_a_crash(trial):
     """On a GPU tests/test_isolation.py shows the counted one."""
-    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB."), MemoryError("host")):
-        outcome = worker.failure(error, trial, Meter(CPU, 0.0))
-        assert isinstance(outcome, Crashed)
-        assert outcome.reason.startswith(type(error).__name__)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+    outcome = worker.failure(error, trial, Meter(CPU, 0.0))
+    assert isinstance(outcome, Crashed)
+    assert outcome.reason.startswith(type(error).__name__)
+
+
+def test_the_hosts_memory_that_runs_out_is_told_from_the_devices(trial):
+    outcome = worker.failure(MemoryError("host"), trial, Meter(CPU, 0.0))
+    assert isinstance(outcome, OutOfMemory)
+    assert outcome.reason.startswith("MemoryError: host; the host's memory: ")
+    assert outcome.budget_bytes == host_memory.limit().bytes
 
 
 def test_a_training_with_other_rounds_than_its_trial_is_one_clear_line():
