@@ -263,6 +263,12 @@ def test_a_name_and_a_version_are_no_settings(same):
     )
 
 
+def test_the_order_of_a_set_is_no_setting():
+    names = [f"layer_{number}" for number in range(50)]
+    one, other = (with_adapter(target_modules=set(order)) for order in (names, names[::-1]))
+    assert record.method_digest(one) == record.method_digest(other)
+
+
 def test_the_digest_is_that_of_the_method_not_of_what_a_device_makes_of_it(trial):
     on_cpu = replace(trial, target=targets.CPU, device_index=None)
     assert record.settings(trial)["method_digest"] == record.settings(on_cpu)["method_digest"]
