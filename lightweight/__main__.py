@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lightweight import __version__, checkpoints, gate, models, names, record, report, targets
 from lightweight.limits import LIMITS, Limits
@@ -372,7 +373,7 @@ def _gate(options: argparse.Namespace) -> int:
             raise ValueError("; ".join(problems))
     except ValueError as error:
         return _refuse(error)
-    words = {name: getattr(options, name) for name in ("undecided", "missing", "require_match")}
+    words: dict[str, Any] = {name: getattr(options, name) for name in ("undecided", "missing", "require_match")}
     comparison = gate.compare(entries, runs, Limits(**limits, **words))
     print("\n".join([*problems, gate.text(comparison)]))
     return 1 if comparison.failures else 0

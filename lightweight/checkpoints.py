@@ -117,7 +117,7 @@ def all_in(folder: Path) -> list[Path]:
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint in `folder`, and a line for each newer one, which is not whole."""
-    passed_over = []
+    passed_over: list[str] = []
     for checkpoint in all_in(folder):
         wrong = problem(checkpoint) or _wrong_step(checkpoint)
         if wrong is None:

@@ -373,8 +373,8 @@ def _not_known(cells: Sequence[Cell], limits: Limits) -> list[str]:
     ]
     unlike = [keys for now, then, _ in pairs if (keys := record.differing(now, then, ("seed", "planned_steps")))]
     if unlike and (limits.loss_fail is not None or limits.step_fail is not None):
-        keys = " and ".join(dict.fromkeys(key.replace("_", " ") for of in unlike for key in of))
-        notes.append(f"losses and steps of {len(unlike)} cells are not compared: their {keys} differ")
+        names = " and ".join(dict.fromkeys(key.replace("_", " ") for keys in unlike for key in keys))
+        notes.append(f"losses and steps of {len(unlike)} cells are not compared: their {names} differ")
     unpaired = [now for now, then, _ in pairs if then["method"] != record.BASELINE and not log_ratios(then)]
     unpaired = [now for now in unpaired if now["outcome"] == "completed"]
     if unpaired and limits.speedup_fail is not None:

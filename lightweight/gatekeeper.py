@@ -176,7 +176,7 @@ def limits(config: pytest.Config) -> Limits:
         shares = {limit.name: limit.value(options.value(config, limit.name)) for limit in LIMITS}
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
-    words = {name: options.value(config, name) for name in ("undecided", "missing", "require_match")}
+    words: dict[str, Any] = {name: options.value(config, name) for name in ("undecided", "missing", "require_match")}
     return Limits(**shares, **words)
 
 
@@ -186,4 +186,4 @@ def _without_group(nodeid: str) -> str:
 
 
 def _did_not_complete(row: Mapping[str, Any]) -> bool:
-    return row["extra_info"].get("outcome", "completed") != "completed"
+    return bool(row["extra_info"].get("outcome", "completed") != "completed")

@@ -291,7 +291,7 @@ def training_loss(losses: Sequence[float | None], steps_per_epoch: int) -> tuple
 def versions(*others: str) -> dict[str, str | None]:
     """Installed versions of what a result depends on, and of `others`; of CUDA that which torch was built with, where
     this process has torch."""
-    torch = sys.modules.get("torch")
+    torch: Any = sys.modules.get("torch")
     found: dict[str, str | None] = {"lightweight": __version__, "cuda": torch and torch.version.cuda}
     for package in (*PACKAGES, *others):
         try:
@@ -343,7 +343,7 @@ def _said(config: Any) -> Any:
 def _default_of(config: Any) -> dict[str, Any]:
     """What the config's class has where nobody says anything; nothing where it must be told something."""
     try:
-        return vars(type(config)())
+        return dict(vars(type(config)()))
     except (TypeError, ValueError):
         return {}
 
@@ -454,7 +454,7 @@ def _completed_keys(entry: Any) -> Any:
     """An entry with what records did not say at first: they were of one GPU, and a test's name said the table."""
     if not isinstance(entry, dict):
         return entry
-    test = entry.get("test") if isinstance(entry.get("test"), str) else ""
+    test = str(entry.get("test"))
     shown_as = next((table for name, table in FORMER_TESTS.items() if name in test), None)
     return {"world_size": 1, "shown_as": shown_as, "method_digest": None} | entry
 

@@ -194,7 +194,7 @@ class _MeasuredTrainer(Trainer):
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
         """Nothing, after the last step: the Trainer, resumed there in the middle of an epoch, would take another."""
         if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*arguments, **options)
+            super()._run_epoch(*arguments, **options)  # type: ignore[no-untyped-call]
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
