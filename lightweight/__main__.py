@@ -366,7 +366,7 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
 
 def _gate(options: argparse.Namespace) -> int:
     try:
-        limits = {option.name: option.value(getattr(options, option.name)) for option in LIMITS}
+        limits: dict[str, Any] = {limit.name: limit.value(getattr(options, limit.name)) for limit in LIMITS}
         entries = record.run(options.new).entries
         runs, problems = gate.load(options.against)
         if not runs:  # a gate without anything to hold against would pass for ever

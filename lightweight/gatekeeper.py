@@ -173,7 +173,7 @@ class Gatekeeper:
 def limits(config: pytest.Config) -> Limits:
     """What the command line asks for. Raises pytest.UsageError."""
     try:
-        shares = {limit.name: limit.value(options.value(config, limit.name)) for limit in LIMITS}
+        shares: dict[str, Any] = {limit.name: limit.value(options.value(config, limit.name)) for limit in LIMITS}
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
     words: dict[str, Any] = {name: options.value(config, name) for name in ("undecided", "missing", "require_match")}
