@@ -114,6 +114,8 @@ class Output:
             try:
                 self._recover()
                 self._check_place(resume)
+                if not (resume or overwrite):
+                    self._check_nothing_left()
                 _remove_all(self.unfinished if resume and self.can_resume else self.partial)
                 self._try_to_write()
                 self._try_to_rename()
@@ -141,8 +143,9 @@ class Output:
         cut_off = ours and _is_empty(self.folder)  # where `_try_to_rename` was killed
         if os.path.lexists(self.folder) and not cut_off:
             self._check_taken(resume)
-        if resume or self._overwrite:
-            return
+
+    def _check_nothing_left(self) -> None:
+        """Raise OutputError where another job has left something that was trained."""
         for path in (self.result, self.rescued):
             if path.exists():
                 raise OutputError(

@@ -304,12 +304,16 @@ FAST_QLORA = [entry(method, 1.0 + (method != QLORA), "L4") for method in ALL]
         ([], "lora", None),  # expected: half precision and no optimizer state for every parameter
         (SLOW_LORA, "baseline", "H200"),
         ([entry(BASELINE, 1.0), entry(QLORA, 0.5)], "lora", None),  # not all were measured
-        ([*SLOW_LORA, entry(QLORA, 0.1, max_length=64)], "baseline", "H200"),  # other rows
-        ([*SLOW_LORA, entry(QLORA, 0.1, world_size=2)], "baseline", "H200"),
-        ([*SLOW_LORA, entry(QLORA, 0.1, model="other")], "baseline", "H200"),
-        ([*SLOW_LORA, entry(QLORA, 0.1, outcome="crashed")], "baseline", "H200"),
+        ([*SLOW_LORA, *2 * [entry(QLORA, 0.1, max_length=64)]], "baseline", "H200"),  # other rows
+        ([*SLOW_LORA, *2 * [entry(QLORA, 0.1, world_size=2)]], "baseline", "H200"),
+        ([*SLOW_LORA, *2 * [entry(QLORA, 0.1, model="other")]], "baseline", "H200"),
+        ([*SLOW_LORA, *2 * [entry(QLORA, 0.1, outcome="crashed")]], "baseline", "H200"),
         ([*SLOW_LORA, entry(QLORA, None)], "baseline", "H200"),
-        ([*SLOW_LORA, entry(QLORA, 0.1, training_arguments={"per_device_train_batch_size": 8})], "baseline", "H200"),
+        (
+            [*SLOW_LORA, *2 * [entry(QLORA, 0.1, training_arguments={"per_device_train_batch_size": 8})]],
+            "baseline",
+            "H200",
+        ),
         ([*SLOW_LORA, entry(QLORA, 0.1, "L4")], "baseline", "H200"),  # of no device two
         ([*SLOW_LORA, entry(BASELINE, 9.0), entry(BASELINE, 9.0)], "lora", "H200"),  # the median of three
         ([*SLOW_LORA, *FAST_QLORA], "qlora", "L4"),  # the newest device of those that have them all
