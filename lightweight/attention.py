@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function, sdpa_mask
@@ -121,7 +121,7 @@ class _OPTAttention(OPTAttention):
             projection(hidden_states).view(rows, time, self.num_heads, self.head_dim).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        output = scaled_dot_product_attention(
+        output = functional.scaled_dot_product_attention(
             query,
             key,
             value,
@@ -160,7 +160,7 @@ class _GPTNeoAttention(GPTNeoSelfAttention):
         if self.attention_type == "local" and time > self.config.window_size:
             window = self.bias[:, :, :time, :time]  # causal, and no further back than the window
             attention_mask = window if attention_mask is None else attention_mask & window
-        output = scaled_dot_product_attention(
+        output = functional.scaled_dot_product_attention(
             query,
             key,
             value,

@@ -6,48 +6,56 @@ too much: gradient checkpointing, and whatever else a network does in training o
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 _DROPOUTS = (
-    *(functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d),
-    *(functional.alpha_dropout, functional.feature_alpha_dropout),
-    *(torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout),
+    *((functional, name) for name in ("dropout", "dropout1d", "dropout2d", "dropout3d")),
+    *((functional, name) for name in ("alpha_dropout", "feature_alpha_dropout")),
+    *((torch, name) for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")),
 )
+"""Where networks find them, each call anew. A mode of torch's dispatcher would be suspended in backward passes, in
+which checkpointed layers are computed once more."""
 
+_attention = functional.scaled_dot_product_attention
 _is_off = False
 
 
-class _Without(TorchFunctionMode):
-    """Every dropout of torch's own lets all of its input through."""
-
-    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        options = options or {}
-        if function in _DROPOUTS:
-            return arguments[0] if arguments else options["input"]
-        if function is functional.scaled_dot_product_attention:
-            # its fifth argument is the probability
-            arguments, options = arguments[:4] + (0.0,) * (len(arguments) > 4) + arguments[5:], dict(options)
-            options.pop("dropout_p", None)
-        return function(*arguments, **options)
+def _let_through(input: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return input
 
 
-@contextmanager
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    *arguments: Any,
+    **options: Any,
+) -> torch.Tensor:
+    return _attention(query, key, value, attn_mask, 0.0, *arguments, **options)
+
+
+@contextlib.contextmanager
 def off() -> Iterator[None]:
     """Inside, no dropout drops anything, in forward passes and in those that a backward pass computes again."""
     global _is_off
-    before, _is_off = _is_off, True
-    try:
-        with _Without():
+    with contextlib.ExitStack() as stack:
+        for module, name in _DROPOUTS:
+            stack.enter_context(mock.patch.object(module, name, _let_through))
+        stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", _attend))
+        _is_off = True
+        try:
             yield
-    finally:
-        _is_off = before
+        finally:
+            _is_off = False
 
 
 def probability(module: torch.nn.Module, p: float) -> float:

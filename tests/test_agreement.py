@@ -219,20 +219,20 @@ def counts_positions_through(monkeypatch):
 
 
 def scales_its_scores(monkeypatch):
-    real = attention.scaled_dot_product_attention
-    monkeypatch.setattr(
-        attention,
-        "scaled_dot_product_attention",
-        lambda *arguments, scale, **options: real(*arguments, scale=1.05 * scale, **options),
-    )
+    forward = attention._OPTAttention.forward
+
+    def wrong(layer, hidden_states, **options):
+        return forward(layer, 1.05 * hidden_states, **options)
+
+    monkeypatch.setattr(attention._OPTAttention, "forward", wrong)
 
 
 def looks_ahead(monkeypatch):
-    real = attention.scaled_dot_product_attention
+    monkeypatch.setattr(attention, "_mask", lambda *_, q_length, **__: torch.ones(1, 1, q_length, q_length).bool())
     monkeypatch.setattr(
-        attention,
-        "scaled_dot_product_attention",
-        lambda *arguments, is_causal, **options: real(*arguments, is_causal=False, **options),
+        attention.AttentionMaskInterface,
+        "_global_mapping",
+        attention.AttentionMaskInterface._global_mapping | {attention.NAME: attention._mask},
     )
 
 
@@ -282,7 +282,7 @@ def test_a_fault_in_a_part_costs_that_part_alone(losses, monkeypatch, fault, par
 
 
 def test_an_attention_that_looks_ahead_is_given_up(losses, monkeypatch):
-    looks_ahead(monkeypatch)  # where no mask says otherwise, as it does for packed rows
+    looks_ahead(monkeypatch)
     theirs, ours, note = losses("opt", method(lora(), CapturedStep(packing=False)))
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert note.startswith("attention given up: its loss is ")

@@ -91,7 +91,6 @@ def test_no_mask_is_made_where_causality_says_it_all(monkeypatch):
         return real(*arguments, attn_mask=attn_mask, is_causal=is_causal, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", watched)
     ids = torch.randint(64, (2, 20))
     mask = torch.ones_like(ids)
     mask[:, 10:] = 0

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from torch.nn.functional import dropout2d, scaled_dot_product_attention
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from lightweight import dropout
@@ -41,10 +41,16 @@ def test_a_network_in_training_drops_nothing_while_dropout_is_off(name, attentio
 def test_every_way_of_naming_the_input_and_the_share():
     x = torch.ones(1, 2, 4, 8)
     with dropout.off():
-        assert torch.equal(dropout2d(input=x, p=0.9, training=True), x)
-        plain = scaled_dot_product_attention(x, x, x)
-        assert torch.equal(scaled_dot_product_attention(x, x, x, None, 0.9), plain)
-        assert torch.equal(scaled_dot_product_attention(x, x, x, dropout_p=0.9), plain)
+        assert torch.equal(functional.dropout2d(input=x, p=0.9, training=True), x)
+        plain = functional.scaled_dot_product_attention(x, x, x)
+        assert torch.equal(functional.scaled_dot_product_attention(x, x, x, None, 0.9), plain)
+        assert torch.equal(functional.scaled_dot_product_attention(x, x, x, dropout_p=0.9), plain)
+        attention = torch.nn.MultiheadAttention(8, 2, dropout=0.9)
+        y = torch.ones(4, 1, 8, requires_grad=True)
+        assert torch.equal(attention(y, y, y)[0], attention.eval()(y, y, y)[0])
+        leaf = torch.ones(3, requires_grad=True)
+        (2 * leaf).backward(torch.arange(3.0))
+        assert torch.equal(leaf.grad, 2 * torch.arange(3.0))
 
 
 def test_kernels_of_our_own_keep_everything_and_stay_the_ones_that_train():
