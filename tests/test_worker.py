@@ -115,12 +115,12 @@ def test_the_hosts_memory_that_runs_out_is_told_from_the_devices(trial):
     assert outcome.budget_bytes == host_memory.limit().bytes
 
 
-def test_a_training_with_other_rounds_than_its_trial_is_one_clear_line():
+def test_a_training_that_goes_on_after_its_last_round_is_one_clear_line():
     here, there = Pipe()
     owner = worker._Owner(here, Meter(CPU, 0.0), tells_steps=False)
-    there.send("round")
-    with pytest.raises(RuntimeError, match="it has other rounds than its trial") as raised:
-        owner.await_request("finish")
+    there.send("finish")
+    with pytest.raises(RuntimeError, match="training goes on after step 0, the last of its trial") as raised:
+        owner.await_request("round")
     assert "\n" not in str(raised.value)
 
 
