@@ -314,7 +314,8 @@ def without_trace(network: torch.nn.Module) -> Iterator[None]:
     """Inside, dropout is off; afterwards random numbers go on, buffers are, and the device's memory statistics begin,
     as if nothing had been computed."""
     numbers, state = random.getstate(), numpy.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    on_gpu = next(network.parameters()).device.type == "cuda"
+    devices = [torch.cuda.current_device()] if on_gpu else []
     buffers = [(buffer, buffer.to("cpu", copy=True)) for buffer in network.buffers()]
     try:
         with torch.random.fork_rng(devices), dropout.off():
@@ -327,7 +328,7 @@ def without_trace(network: torch.nn.Module) -> Iterator[None]:
                 if buffer.shape == before.shape:
                     buffer.copy_(before)
         forget(network)
-    if devices:
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.reset_accumulated_memory_stats()  # a step of the Trainer's that did not fit is no outcome
 

@@ -709,7 +709,10 @@ def _arguments(item: pytest.Item) -> Mapping[str, object]:
 
 
 def _model(model: str | Model) -> Model:
-    return models.named(model) if isinstance(model, str) else model
+    try:
+        return models.named(model) if isinstance(model, str) else model
+    except models.ModelError as error:
+        raise pytest.UsageError(f"--model: {error}") from None
 
 
 def _method(method: str | Method) -> Method:

@@ -13,7 +13,7 @@ from lightweight.__main__ import main
 @pytest.fixture
 def run(tmp_path):
     path = tmp_path / "run.json"
-    filler = dict.fromkeys(record.KEYS)
+    filler = dict.fromkeys(record.KEYS) | {"steps": 6}
     path.write_text(json.dumps({"outcomes": [filler | entry(), filler | entry(method="lora")]}))
     return path
 
@@ -31,7 +31,7 @@ def test_report_prints_the_table(run, capsys):
 
 def test_report_prints_whether_a_method_is_no_worse(tmp_path, capsys):
     cells = [(method, seed) for method in ("baseline", "lora") for seed in (0, 1)]
-    outcomes = [dict.fromkeys(record.KEYS) | entry(method=method, seed=seed) for method, seed in cells]
+    outcomes = [dict.fromkeys(record.KEYS) | {"steps": 6} | entry(method=method, seed=seed) for method, seed in cells]
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"outcomes": outcomes}))
     assert main(["report", str(path), "--format", "markdown"]) == 0
@@ -81,11 +81,13 @@ FOREIGN = [
     "[1]",
     '{"outcomes": 3}',
     '{"outcomes": [], "forecasts": [{}]}',
-    json.dumps({"outcomes": [dict.fromkeys(record.KEYS) | entry(train_loss=["<script>"])]}),
-    json.dumps({"outcomes": [dict.fromkeys(record.KEYS) | entry(steady_step_seconds=0)]}),
-    json.dumps({"outcomes": [dict.fromkeys(record.KEYS) | entry(budget_bytes="14")]}),
-    json.dumps({"outcomes": [dict.fromkeys(record.KEYS) | entry(peak_allocated_bytes=float("nan"))]}),
-    json.dumps({"outcomes": [dict.fromkeys(record.KEYS) | entry(forecast_bytes_by_cause={"weights": "much"})]}),
+    json.dumps({"outcomes": [dict.fromkeys(record.KEYS) | {"steps": 6} | entry(train_loss=["<script>"])]}),
+    json.dumps({"outcomes": [dict.fromkeys(record.KEYS) | {"steps": 6} | entry(steady_step_seconds=0)]}),
+    json.dumps({"outcomes": [dict.fromkeys(record.KEYS) | {"steps": 6} | entry(budget_bytes="14")]}),
+    json.dumps({"outcomes": [dict.fromkeys(record.KEYS) | {"steps": 6} | entry(peak_allocated_bytes=float("nan"))]}),
+    json.dumps(
+        {"outcomes": [dict.fromkeys(record.KEYS) | {"steps": 6} | entry(forecast_bytes_by_cause={"weights": "much"})]}
+    ),
 ]
 
 
@@ -135,7 +137,7 @@ def test_reading_records_needs_no_gpu_library(run):
 def records(tmp_path):
     """A new run that lost a tenth of its speedup, and the old one."""
     for name, center in (("new.json", 1.53), ("old.json", 1.7)):
-        entries = [dict.fromkeys(record.KEYS) | cell(speedup=speedup(center))]
+        entries = [dict.fromkeys(record.KEYS) | {"steps": 6} | cell(speedup=speedup(center))]
         (tmp_path / name).write_text(json.dumps({"datetime": "2026", "outcomes": entries}))
     return tmp_path / "new.json", tmp_path / "old.json"
 

@@ -141,16 +141,19 @@ NEOX = {"model_type": "gpt_neox", "hidden_size": 32, "num_attention_heads": 2, "
 }
 
 
+Q_LORA = replace(LORA, name="q-lora", adapter=replace(LORA.adapter, target_modules=["q_proj"]))
+
+
 @pytest.fixture
 def neox(tmp_path) -> str:
-    """A model that has no q_proj, which lora names."""
+    """A model that has no q_proj, which Q_LORA names."""
     (tmp_path / "config.json").write_text(json.dumps(NEOX))
     return str(tmp_path)
 
 
 def test_a_method_that_cannot_be_forecast_is_a_line_among_the_others(capsys, neox, tmp_path):
     asked = [neox, "--target", "t4", "--target", "l4", "--max-length", "32", "--max-batch", "--batch-size", "2"]
-    methods = ["--method", "lora", "--method", "baseline", "--method", "lora-captured"]
+    methods = ["--method", "test_plan:Q_LORA", "--method", "baseline", "--method", "lora-captured"]
     status = main(["plan", *asked, *methods, "--format", "json"])
     printed = capsys.readouterr().out
     found = json.loads(printed)
@@ -166,19 +169,30 @@ def test_a_method_that_cannot_be_forecast_is_a_line_among_the_others(capsys, neo
 
 
 def test_the_table_says_why_a_method_cannot_be_forecast_and_the_rest(capsys, neox):
-    asked = ["plan", neox, "--target", "t4", "--max-length", "32", "--method", "lora", "--method", "baseline"]
+    asked = [
+        "plan",
+        neox,
+        "--target",
+        "t4",
+        "--max-length",
+        "32",
+        "--method",
+        "test_plan:Q_LORA",
+        "--method",
+        "baseline",
+    ]
     assert main(asked) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     (line,) = [line for line in printed.out.splitlines() if "cannot be forecast" in line]
-    assert "lora" in line and "q_proj" in line
+    assert "q-lora" in line and "q_proj" in line
     assert "take this" in printed.out
     main([*asked, "--traceback"])
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_status_is_1_where_no_method_can_be_forecast(capsys, neox):
-    assert main(["plan", neox, "--method", "lora"]) == 1
+    assert main(["plan", neox, "--method", "test_plan:Q_LORA"]) == 1
     assert "M parameters" not in (printed := capsys.readouterr().out)
     assert printed.count("cannot be forecast") == len(targets.TARGETS) - 1, "native has no amount"
 
