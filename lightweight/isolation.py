@@ -422,7 +422,11 @@ class _Process:
         if code is not None and code < 0:
             return f"killed by {signal.Signals(-code).name}"
         server = self._server
-        if code is None or (code == 255 and server is not None and not is_running(server, reaper.since(server))):
+        since = None if server is None else reaper.since(server)
+        if code == 255 and server is not None:  # what multiprocessing says where the forkserver says nothing
+            _wait_until(lambda: not is_running(server, since), STATUS_SECONDS)
+            code = code if is_running(server, since) else None
+        if code is None:
             return "died, and the forkserver, which alone knows how, had died or was stopped"
         return f"the child exited with status {code} before its trial had ended"
 

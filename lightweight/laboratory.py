@@ -712,7 +712,7 @@ def _model(model: str | Model) -> Model:
     try:
         return models.named(model) if isinstance(model, str) else model
     except models.ModelError as error:
-        raise pytest.UsageError(f"--model: {error}") from None
+        raise pytest.UsageError(str(error)) from None
 
 
 def _method(method: str | Method) -> Method:
