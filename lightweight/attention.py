@@ -11,6 +11,7 @@ replaced here, exactly, and so is OPT's, which scales its queries in two passes 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -133,7 +134,20 @@ class _OPTAttention(OPTAttention):
         return self.out_proj(output.transpose(1, 2).reshape(rows, time, self.embed_dim)), None
 
 
-AttentionInterface.register(NAME, sdpa_attention_forward)
+UNSEEN = {"softcap", "s_aux", "position_bias"} - set(inspect.signature(sdpa_attention_forward).parameters)
+"""What architectures hand to their attention and transformers' SDPA attention does not look at."""
+
+
+def _attention(module: torch.nn.Module, *tensors: torch.Tensor | None, **options: Any) -> Any:
+    """transformers' `sdpa_attention_forward`. Raises NotImplementedError for what it would leave out silently: sinks,
+    caps and biases may be small enough at first for half precision to hide them."""
+    for name in UNSEEN:
+        if options.get(name) is not None:
+            raise NotImplementedError(f"SDPA attention has no {name}, which {type(module).__name__} asks for")
+    return sdpa_attention_forward(module, *tensors, **options)  # type: ignore[arg-type]
+
+
+AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _mask)
 
 

@@ -281,11 +281,25 @@ class Job:
         self.parts = parts
         if parts.attention:
             self._undo_attention = attention.install(self.model)
+        if parts.loss != "model":
+            self._check_loss()
         if parts.loss == "chunked":
             self._check_head()
         if parts.lean:
             self._lean = Lean(self.model)
         self._lay_out()
+
+    def _check_loss(self) -> None:
+        """Raise ValueError unless the model's loss is the cross-entropy of its own logits. Both are of one forward pass
+        here, so that half precision hides no small further loss, as a router's balance is."""
+        ids = torch.arange(1, 9, device=self.device).unsqueeze(0)
+        with torch.no_grad(), self._autocast():
+            output = self.network(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False)
+        expected = cross_entropy(output.logits[0, -ids.shape[1] : -1].float(), ids[0, 1:])
+        off = ((output.loss - expected).abs() / expected).item()
+        # some take the mean in half precision
+        if not off <= (agreement.TOLERANCES["fp32"] if output.loss.dtype == torch.float32 else self._allowed).loss:
+            raise ValueError(f"the model's loss is {off:.0e} off the cross-entropy of its logits")
 
     def _check_head(self) -> None:
         """Raise ValueError unless the network's logits are its body's output times its head: a soft cap after it leaves
@@ -316,6 +330,7 @@ class Job:
             self._use(parts)
             if parts.packing:
                 self._check_dialogues_are_apart()
+                self._check_positions()
 
         off = Deviation(error=self._problem_of(take_on, parts))
         for sample, expected in self._expected:
@@ -361,6 +376,23 @@ class Job:
         elsewhere = reached[~own].norm() / reached[own].norm()
         if elsewhere.item() != 0:
             raise ValueError(f"{elsewhere.item():.0e} of a dialogue's gradient is another's in its row")
+
+    def _check_positions(self) -> None:
+        """Raise ValueError unless the network takes positions from 0 that it is given for its own. Some do not look at
+        them and count through the row, some begin with another number: that makes little of a step's loss, but the same
+        numbers are the same in every precision."""
+        ids = torch.arange(1, 9, device=self.device).unsqueeze(0)
+        positions = torch.arange(8, device=self.device).unsqueeze(0)
+        with torch.no_grad(), self._autocast():
+            own, given, reversed_ones = (
+                self.network(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **more).logits.float()
+                for more in ({}, {"position_ids": positions}, {"position_ids": positions.flip(1)})
+            )
+        off, effect = (own - given).norm().item(), (reversed_ones - given).norm().item()
+        if not off < effect / 10:
+            raise ValueError(
+                "it takes no positions" if effect == 0 else "its own positions are others than 0, 1, 2, ..."
+            )
 
     def _problem_of(self, act: Callable[[], None], parts: Parts) -> str | None:
         """What keeps any rank from doing `act` with `parts`, in one line. Raises torch.OutOfMemoryError for the parts

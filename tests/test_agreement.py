@@ -66,6 +66,25 @@ CONFIGS = {
     "mistral": WIDE | {"sliding_window": 16},
     "gemma2": WIDE | {"head_dim": 16, "sliding_window": 16},
     "cohere": WIDE,
+    "roberta": ANY
+    | {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+        "is_decoder": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+    "gpt_oss": WIDE
+    | {
+        "head_dim": 16,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "bloom": ANY | {"hidden_size": 32, "n_layer": 2, "n_head": 2},
     "bart": ANY
     | {
@@ -411,6 +430,22 @@ def test_a_state_that_half_precision_would_hide_is_found(prepare):
     assert captured.Job(trial, trainer, rows, meter).prepare()
     assert "packing given up: " in meter.facts["capture_note"]
     assert "of a dialogue's gradient is another's in its row" in meter.facts["capture_note"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "further", "given_up"),
+    [
+        ("mixtral", {"router_aux_loss_coef": 0.001}, "loss"),  # the default, of a loss of 6
+        ("bart", {}, "packing"),  # counts positions through
+        ("roberta", {}, "packing"),  # begins with another position
+        ("gpt_oss", {}, "attention and with it packing"),  # has sinks
+    ],
+)
+def test_what_half_precision_would_hide_is_found(prepare, monkeypatch, architecture, further, given_up):
+    monkeypatch.setitem(CONFIGS, architecture, CONFIGS[architecture] | further)
+    monkeypatch.setattr(captured.Job, "_allowed", Tolerance(loss=1, gradient=1e3, tensor=1e3, floor=1))
+    _, note = run(*prepare(architecture, method(bf16=True)))
+    assert f"; {given_up} given up: " in note
 
 
 # The parts by themselves
