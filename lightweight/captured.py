@@ -264,8 +264,9 @@ class Job:
             return "bf16"
         if method.precision == "fp16" or torch.float16 in dtypes:
             return "fp16"
-        in_tf32 = self.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
-        return "tf32" if in_tf32 else "fp32"
+        if self.device.type != "cuda":
+            return "fp32"
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32 on a GPU"
 
     def _samples(self) -> list[Sample]:
         layouts = [layout for epoch in self._packed for layout in epoch]

@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,21 +18,40 @@ def test_importing_it_leaves_torchs_own_answers_in_place():
         "assert not torch.cuda.is_initialized()\n"
         "import sys; assert 'bitsandbytes' in sys.modules and 'pytest' not in sys.modules\n"
         "assert 'torch._inductor.lowering' not in sys.modules, 'the compiler was loaded for nothing'\n"
-        "print(preload.compute_capabilities())"
+        "print(preload.gpus())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[")
 
 
-def test_bitsandbytes_is_answered_from_nvml(monkeypatch):
+def test_what_imports_ask_of_gpus_nvml_answers(monkeypatch):
+    """torchao asks through torch's compiler, which keeps the answer: it must ask anew when it compiles."""
+    from torch._dynamo import device_interface
+
     from lightweight import preload
 
-    monkeypatch.setattr(preload, "compute_capabilities", lambda: [(7, 5), (9, 0)])
-    original = preload.torch.cuda.get_device_capability
-    with preload._capability_from_nvml():
-        assert preload.torch.cuda.get_device_capability(0) == (9, 0)
-    assert preload.torch.cuda.get_device_capability is original
+    cuda = preload.torch.cuda
+    known = [preload.Gpu("small", 2**30, 7, 5), preload.Gpu("large", 2**36, 9, 0)]
+    monkeypatch.setattr(preload, "gpus", lambda: known)
+    monkeypatch.setattr(cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(device_interface, "caching_worker_device_properties", {})
+    monkeypatch.setattr(device_interface, "caching_worker_current_devices", {})
+    names = ("get_device_capability", "get_device_properties", "current_device", "get_device_name")
+    originals = [getattr(cuda, name) for name in names]
+    with preload._answered_by_nvml():
+        assert cuda.get_device_capability(0) == (9, 0)
+        assert device_interface.CudaInterface.Worker.get_device_properties().major == 9
+        assert (cuda.get_device_name(), cuda.get_device_properties(0).total_memory) == ("large", 2**36)
+        assert device_interface.caching_worker_device_properties
+    assert not device_interface.caching_worker_device_properties
+    assert (
+        cuda.get_device_capability,
+        cuda.get_device_properties,
+        cuda.current_device,
+        cuda.get_device_name,
+    ) == originals
+    assert not cuda.is_initialized()
 
 
 def test_a_function_is_compiled_once_and_when_it_is_called(monkeypatch):
@@ -71,9 +91,11 @@ def test_one_gpu_that_does_not_answer_costs_its_own_capability(monkeypatch):
     monkeypatch.setattr(preload.pynvml, "nvmlDeviceGetCount", lambda: 3)
     monkeypatch.setattr(preload.pynvml, "nvmlDeviceGetHandleByIndex", answer)
     monkeypatch.setattr(preload.pynvml, "nvmlDeviceGetCudaComputeCapability", lambda handle: [7 + handle, 0])
-    assert preload.compute_capabilities() == [(7, 0), (9, 0)]
+    monkeypatch.setattr(preload.pynvml, "nvmlDeviceGetName", str)
+    monkeypatch.setattr(preload.pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: SimpleNamespace(total=2**30))
+    assert preload.gpus() == [preload.Gpu("0", 2**30, 7, 0), preload.Gpu("2", 2**30, 9, 0)]
     monkeypatch.setattr(preload.pynvml, "nvmlDeviceGetCount", lambda: answer(1))
-    assert preload.compute_capabilities() == []
+    assert preload.gpus() == []
 
 
 def test_what_touches_the_driver_behind_torchs_back_is_named(tmp_path, monkeypatch):
