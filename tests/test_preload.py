@@ -45,12 +45,7 @@ def test_what_imports_ask_of_gpus_nvml_answers(monkeypatch):
         assert (cuda.get_device_name(), cuda.get_device_properties(0).total_memory) == ("large", 2**36)
         assert device_interface.caching_worker_device_properties
     assert not device_interface.caching_worker_device_properties
-    assert (
-        cuda.get_device_capability,
-        cuda.get_device_properties,
-        cuda.current_device,
-        cuda.get_device_name,
-    ) == originals
+    assert [getattr(cuda, name) for name in names] == originals
     assert not cuda.is_initialized()
 
 
