@@ -12,7 +12,6 @@ import importlib.machinery
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 MODULES = (
@@ -28,14 +27,12 @@ MODULES = (
     "triton.experimental.gluon",  # Triton's own lazy import, where there is Triton
 )
 
-DRIVER = "/dev/nvidia-uvm"
-"""What the CUDA driver opens when it is initialised, whoever asked it, and NVML does not."""
-
 
 def touches_cuda() -> bool:
-    """Whether this process has initialised CUDA: through torch, or the driver behind torch's back."""
+    """Whether torch has initialised CUDA in this process, which is what makes it refuse CUDA in a fork of it. That the
+    driver's devices are open says nothing: NVML opens them, too."""
     cuda = getattr(sys.modules.get("torch"), "cuda", None)
-    return (cuda is not None and cuda.is_initialized()) or _has_open(DRIVER)
+    return cuda is not None and bool(cuda.is_initialized())
 
 
 def load(modules: Sequence[str]) -> str | None:
@@ -78,17 +75,6 @@ def _watching() -> Iterator[list[str]]:
                 loader.exec_module = original  # type: ignore[method-assign]
             else:
                 del loader.exec_module
-
-
-def _has_open(path: str) -> bool:
-    if not Path(path).exists():
-        return False
-    with suppress(OSError):  # no /proc
-        for descriptor in Path("/proc/self/fd").iterdir():
-            with suppress(OSError):  # the one of the listing itself
-                if descriptor.readlink() == Path(path):
-                    return True
-    return False
 
 
 culprit = load(MODULES)

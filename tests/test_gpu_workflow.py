@@ -34,7 +34,6 @@ def test_the_tests_run_before_the_experiments_and_the_gate_can_fail_the_job():
     assert NAMED
 
 
-@pytest.mark.xfail(strict=True, reason="h100-t4.json is still to be measured; take this mark away when it is there")
 def test_a_record_that_the_workflow_names_has_pairs_of_rounds_and_a_captured_step():
     """Without them the gate cannot see a slowdown."""
     entries = [entry for path in NAMED for entry in record.run(path).entries]

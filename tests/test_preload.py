@@ -93,16 +93,15 @@ def test_one_gpu_that_does_not_answer_costs_its_own_capability(monkeypatch):
     assert preload.gpus() == []
 
 
-def test_what_touches_the_driver_behind_torchs_back_is_named(tmp_path, monkeypatch):
-    """The innermost module whose import opens what the CUDA driver opens."""
+def test_what_initialises_cuda_is_named_and_an_open_device_is_not_that(tmp_path, monkeypatch):
+    """The innermost module whose import does. NVML, too, opens the driver's devices."""
+    import torch
+
     from lightweight import nursery
 
-    assert not nursery.touches_cuda()
-    driver = tmp_path / "nvidia-uvm"
-    driver.touch()
-    monkeypatch.setattr(nursery, "DRIVER", str(driver))
+    monkeypatch.setattr(torch.cuda, "_initialized", False)
     (tmp_path / "outer_one.py").write_text("import inner_one\n")
-    (tmp_path / "inner_one.py").write_text(f"held = open({str(driver)!r})\n")
+    (tmp_path / "inner_one.py").write_text("import torch\ntorch.cuda._initialized = True\n")
     (tmp_path / "broken_one.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     originals = [loader.exec_module for loader in LOADERS]
@@ -110,5 +109,5 @@ def test_what_touches_the_driver_behind_torchs_back_is_named(tmp_path, monkeypat
     assert nursery.load(["broken_one", "outer_one", "nowhere"]) == "inner_one"
     assert [loader.exec_module for loader in LOADERS] == originals
     assert nursery.load([]) == "a module before the first of lightweight's own"
-    sys.modules.pop("inner_one").held.close()
-    del sys.modules["outer_one"]
+    for name in ("inner_one", "outer_one"):
+        del sys.modules[name]
