@@ -513,7 +513,7 @@ def _bitsandbytes_seen_by(tracer: _Tracer) -> Iterator[None]:
     with (
         mock.patch.object(Optimizer8bit, "get_state_buffer", paged_as_on_a_gpu),
         mock.patch.object(bitsandbytes_functional, "get_paged", in_managed_memory),
-        mock.patch.object(bitsandbytes_functional, "fill", lambda *_: None),
+        mock.patch.object(bitsandbytes_functional, "fill", return_value=None),
         mock.patch.object(bitsandbytes_functional, "create_dynamic_map", numbers_of_8_bits),
         mock.patch.dict(bitsandbytes_functional.name2qmap, clear=True),
         mock.patch.object(GlobalOptimManager, "_instance", None),
