@@ -97,15 +97,21 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _rendered(turn: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """One turn in the tokenizer's chat template. Raises ModelError for a template that raises or does not end."""
+    """One turn in the tokenizer's chat template. Raises ModelError for a template that raises, does not
+    end, or leaves the turn out: rows without their prompts would train all the same."""
     try:
         with _time_limit(RENDER_SECONDS):
-            marked = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            marked = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+            text = turn[0]["content"].strip()
+            if text not in marked and marked == tokenizer.apply_chat_template(
+                [{"role": "user", "content": f"{text} {text}."}], tokenize=False, add_generation_prompt=True
+            ):
+                raise ValueError("it leaves out what the user says")
     except Exception as error:  # a template is a program, and may raise what it likes
         raise ModelError(
             f"model {tokenizer.name_or_path}: its chat template cannot be used ({reason(error)}): mend chat_template"
         ) from error
-    return str(marked)
+    return marked
 
 
 @contextlib.contextmanager

@@ -503,12 +503,17 @@ def _bitsandbytes_seen_by(tracer: _Tracer) -> Iterator[None]:
             return tracer.page(tuple(parameter.shape), dtype)
         return torch.zeros_like(parameter, dtype=dtype)
 
+    def in_managed_memory(*shape: int, dtype: torch.dtype = torch.float32, **_: Any) -> Tensor:
+        return tracer.page(shape, dtype)  # which AdEMAMix asks for itself, for the two moments in one tensor
+
     def numbers_of_8_bits(*_: Any, **__: Any) -> Tensor:  # which bitsandbytes computes one by one, by their values
         with tracer.unseen():  # on the host, until they are in use
             return torch.empty(256)
 
     with (
         mock.patch.object(Optimizer8bit, "get_state_buffer", paged_as_on_a_gpu),
+        mock.patch.object(bitsandbytes_functional, "get_paged", in_managed_memory),
+        mock.patch.object(bitsandbytes_functional, "fill", return_value=None),
         mock.patch.object(bitsandbytes_functional, "create_dynamic_map", numbers_of_8_bits),
         mock.patch.dict(bitsandbytes_functional.name2qmap, clear=True),
         mock.patch.object(GlobalOptimManager, "_instance", None),

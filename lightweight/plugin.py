@@ -84,6 +84,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_gpus(n): skipped, as not run, where fewer than n GPUs are seen")
     config.addinivalue_line("markers", "model(name): of which model a test is that takes none: see --model")
     config.addinivalue_line("markers", "shown_as(table): 'ladder' or 'peers', the report's table for a test's cells")
+    if not config.pluginmanager.has_plugin("xdist"):  # whose own it is
+        config.addinivalue_line("markers", "xdist_group(name): tests of which one worker runs all")
     xdist_bridge.connect(config)
     door = Door(config)
     config.pluginmanager.register(door, "lightweight-door")

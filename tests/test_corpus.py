@@ -201,6 +201,7 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ nobody.name.first }}", "is undefined"),
         ("{% for %}", "Expected an expression"),
+        ("<user><assistant>", "it leaves out what the user says"),
         ([{"name": "tools", "template": "x"}], "no default"),
     ],
 )

@@ -235,6 +235,7 @@ def test_what_is_paged_is_not_counted_as_the_cards():
     in_32_bits = found("paged_adamw_32bit")
     assert in_32_bits.paged_bytes == 4 * 2 * large
     assert sum(in_32_bits.by_cause.values()) == in_32_bits.allocated_bytes
+    assert found("paged_ademamix_32bit").paged_bytes == 4 * 3 * large  # two fast moments and a slow one
 
 
 def test_a_forecast_leaves_nothing_behind_in_bitsandbytes():

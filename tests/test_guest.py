@@ -159,7 +159,8 @@ def test_a_cell_needs_benchmark_which_is_one_line_and_not_xdist(run, tmp_path):
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert done.stderr.strip() == "ERROR: lightweight's tests are timed by pytest-benchmark: leave out -p no:benchmark"
     assert "INTERNALERROR" not in done.stdout
-    assert run("-p", "no:xdist", test_cell=CELL).returncode == 0
+    done = run("-p", "no:xdist", "-W", "error::pytest.PytestUnknownMarkWarning", test_cell=CELL)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_projects_own_benchmarks_keep_their_machine_and_get_no_outcomes(run, tmp_path):
