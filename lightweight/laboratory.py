@@ -58,6 +58,8 @@ CPU_PARAMETERS = 20_000_000
 """Of the largest model whose cells a CPU trains unless told how long: two epochs of it take a minute or two."""
 PAIRS_SECONDS = 120.0
 """After which no more pairs of rounds are added to a speedup, whatever its precision."""
+LOOKS_ONLY = ("collectonly", "showfixtures", "show_fixtures_per_test", "setupplan")
+"""pytest's options by which tests are shown and none is run."""
 GRACE_SECONDS = 10.0
 """How long a test whose time is up may take to end, its children having been killed."""
 
@@ -253,7 +255,7 @@ class Laboratory:
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Check everything a trial needs, before any model is built."""
-        if self.config.getoption("collectonly"):
+        if any(self.config.getoption(only, False) for only in LOOKS_ONLY):
             return
         items = [item for item in session.items if uses(item, TRAINING_FIXTURES)]
         if self.is_used and not self.config.pluginmanager.has_plugin("benchmark"):
@@ -709,7 +711,10 @@ def _arguments(item: pytest.Item) -> Mapping[str, object]:
 
 
 def _model(model: str | Model) -> Model:
-    return models.named(model) if isinstance(model, str) else model
+    try:
+        return models.named(model) if isinstance(model, str) else model
+    except models.ModelError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def _method(method: str | Method) -> Method:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lightweight import models, names, targets
 from lightweight.limits import LIMITS, Limit
 
 TRUE_SIZES = ("opt-350m", "gpt-neo-1.3b")
@@ -148,6 +149,21 @@ def value(config: pytest.Config, key: str) -> Any:
 def are_given(config: pytest.Config) -> bool:
     """Whether the command line says anything of lightweight's."""
     return any(value(config, option.key) != option.settings.get("default") for option in OPTIONS)
+
+
+def check_names(config: pytest.Config) -> None:
+    """Whether there are such models, methods and targets, before anything that takes long is imported to use them.
+    Raises pytest.UsageError."""
+    checks = (("model", "", models.named), ("method", "--method: ", names.check_method))
+    try:
+        for key, place, check in checks:
+            for name in value(config, key) or ():
+                check(name)
+        place = "--target: "
+        if (target := value(config, "target")) is not None:
+            targets.named(target)
+    except ValueError as error:
+        raise pytest.UsageError(f"{place}{error}") from None
 
 
 def _own(key: str) -> str:

@@ -362,7 +362,7 @@ def test_parametrising_a_test_oneself_goes_before_the_command_line(project):
         (["--gpus-per-trial=9"], "method baseline trains 8 sequences a step, which 9 ranks cannot share*"),
         (["--seed=-1"], "--seed -1: give a number from 0 to *"),
         (["--report=nowhere/report.html"], "--report nowhere/report.html: there is no folder *nowhere"),
-        (["--pairs=7"], "--pairs: 7 pairs: give a multiple of 4 from 8 on"),
+        (["--pairs=7"], "--pairs: 7 pairs: give a multiple of 4 from 8 on, at most 65536"),
         (["--speedup-fail=10%"], "--speedup-fail: there is no stored run to hold against: add --benchmark-compare"),
         (["--memory-fail=ten", "--benchmark-compare"], "--memory-fail 'ten': give a percentage *"),
     ],
@@ -375,6 +375,22 @@ def test_bad_input_is_one_line_before_any_model_is_built(project, arguments, exp
     assert len(lines) == 1
     result.stderr.fnmatch_lines([f"ERROR: {expected}"])
     assert "writing" not in result.stdout.str()
+
+
+@pytest.mark.parametrize("name", ["opt_tiny", "./nowhere"])
+def test_a_tests_own_model_that_nothing_has_is_one_line(project, name):
+    project.makepyfile(
+        f"""
+        import pytest
+
+        @pytest.mark.parametrize("model", ["{name}"])
+        def test_cell(train, model):
+            train(model, "lora")
+        """
+    )
+    result = project.runpytest()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: model {name}: no such folder; *"])
 
 
 def test_more_ranks_than_gpus_are_refused_before_any_model_is_built(project, monkeypatch):
