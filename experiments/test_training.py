@@ -22,7 +22,6 @@ def test_training(train: Train, laboratory: Laboratory, model: str, method: str)
 
     if isinstance(outcome, OutOfMemory):
         # Running out of memory is an answer where it was forecast, and a regression where it was not, nor could be.
-        forecast = laboratory.try_to_forecast(trial)
         # A captured step, which is not forecast, holds no more than the Trainer's own.
         forecast = laboratory.try_to_forecast(trial) or laboratory.try_to_forecast(
             replace(trial, method=replace(trial.method, step="trainer"))

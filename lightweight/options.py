@@ -41,10 +41,9 @@ class Option:
 
 
 def _of_limit(limit: Limit) -> Option:
-    default = {} if limit.default is None else {"nargs": "?", "const": limit.default}
-    meant = "" if limit.default is None else f" ({limit.default} if nothing is said)"
-    words = f"with --benchmark-compare: fail where {limit.of}{meant}"
-    return Option(limit.name.replace("_", "-"), words, {"metavar": limit.metavar, **default})
+    words = f"with --benchmark-compare: fail where {limit.of} ({limit.default} if nothing is said)"
+    settings = {"metavar": limit.metavar, "nargs": "?", "const": limit.default}
+    return Option(limit.name.replace("_", "-"), words, settings)
 
 
 OPTIONS = (
@@ -154,16 +153,18 @@ def are_given(config: pytest.Config) -> bool:
 def check_names(config: pytest.Config) -> None:
     """Whether there are such models, methods and targets, before anything that takes long is imported to use them.
     Raises pytest.UsageError."""
-    checks = (("model", "", models.named), ("method", "--method: ", names.check_method))
-    try:
-        for key, place, check in checks:
-            for name in value(config, key) or ():
+    checks = (
+        ("model", "", models.named),
+        ("method", "--method: ", names.check_method),
+        ("target", "--target: ", targets.named),
+    )
+    for key, place, check in checks:
+        said = value(config, key) or ()
+        try:
+            for name in (said,) if isinstance(said, str) else said:
                 check(name)
-        place = "--target: "
-        if (target := value(config, "target")) is not None:
-            targets.named(target)
-    except ValueError as error:
-        raise pytest.UsageError(f"{place}{error}") from None
+        except ValueError as error:
+            raise pytest.UsageError(f"{place}{error}") from None
 
 
 def _own(key: str) -> str:
