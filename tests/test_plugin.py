@@ -90,9 +90,9 @@ def test_cells_are_trained_timed_shown_and_recorded(project, tmp_path, monkeypat
             "micro x baseline: step 2 of 6, loss *",
             "micro x baseline: step 6 of 6, loss *",
             "micro x baseline: completed .*",
-            "model * method * target * outcome *",
-            "micro * baseline * cpu * completed * 1.00x *",
-            "micro * lora * cpu * completed *",
+            "model * method * card * outcome *",
+            "micro * baseline * completed * 1.00x *",
+            "micro * lora * completed *",
             "report: report.html",
             "*benchmark 'micro on cpu': 2 tests*",
         ]
