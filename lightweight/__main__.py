@@ -153,6 +153,7 @@ def _plan(options: argparse.Namespace) -> int:
 
         stock = [method.name for method in methods.METHODS.values() if method.captured_step is None]
         wanted_methods = [methods.named(name) for name in dict.fromkeys(options.method or stock)]
+        names.refuse_namesakes("method", wanted_methods)
     except ValueError as error:
         return _refuse(error)
     try:
@@ -206,7 +207,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         choices=("pretrained", "random"),
-        help="where weights come from (default: pretrained where they can be had, else random)",
+        help="where weights come from (default: pretrained; random only for a model that has no others)",
     )
     parser.add_argument("--epochs", type=int, default=10, metavar="N", help="passes over the corpus (default: 10)")
     parser.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps, instead of epochs")
@@ -343,7 +344,7 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("new", type=Path, metavar="NEW.json")
     parser.add_argument("--against", nargs="+", type=Path, required=True, metavar="OLD.json")
     for option in LIMITS:
-        words = f"fail where {option.of} (default: {option.default or 'none'}; none: no verdict)"
+        words = f"fail where {option.of} (default: {option.default}; none: no verdict)"
         parser.add_argument(option.flag, default=option.default, metavar=option.metavar, help=words.replace("%", "%%"))
     parser.add_argument(
         "--undecided",

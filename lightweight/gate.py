@@ -3,8 +3,9 @@
 Absolute times of a stock step move with the host that launches it: the same cell on cards of one kind took up to 1.37
 times as long from one host to the next (experiments/records). Ratios that were measured within one run do not, so
 ratios are compared: how many times as fast as its baseline a cell is, and how much of its baseline's memory it holds.
-What slows a cell and its baseline alike no ratio shows. A captured step waits for the card alone, so there its own time
-is compared as well. Losses of the same trial are the same in every run but for rounding, and are compared as they are.
+What slows a cell and its baseline alike no ratio shows. A captured step waits for the card alone, so its own time is
+compared as well; that of any other step on a GPU is under a limit that allows for hosts. Losses of the same trial are
+the same in every run but for rounding, and are compared as they are.
 
 Everything here is a pure function of saved records, so a verdict can be taken again without a GPU.
 """
@@ -258,7 +259,7 @@ def _step_failures(now: Entry, then: Entry, run: Run, limits: Limits) -> list[st
     if record.differing(now, then, SAME_TRIAL) or not then["steady_step_seconds"]:
         return []
     limit = limits.step_fail if then.get("captured") else limits.stock_step_fail
-    if limit is None:
+    if limit is None or not _is_timed_alone(now, then):
         return []
     was = f"{then['steady_step_seconds'] * 1000:.2f} ms in {run.name}"
     if then.get("captured") and not now.get("captured"):
@@ -274,6 +275,11 @@ def _step_failures(now: Entry, then: Entry, run: Run, limits: Limits) -> list[st
         f"{_name(now)}: {kind} {now['steady_step_seconds'] * 1000:.2f} ms now on {now['device']}, {was}: {rise:+.1%}, "
         f"more than {limit:+.1%}"
     ]
+
+
+def _is_timed_alone(now: Entry, then: Entry) -> bool:
+    """Whether a step's own time means something in another run: not so on a CPU, whose cores others use as well."""
+    return bool(then.get("captured")) or now.get("device_bytes") is not None
 
 
 def _baseline_bytes(entry: Entry, entries: Sequence[Entry]) -> int | None:
@@ -381,11 +387,15 @@ def _not_known(cells: Sequence[Cell], limits: Limits) -> list[str]:
         notes.append(
             f"no verdict on the speedup of {', '.join(map(_name, unpaired))}: the stored run has no pairs of rounds"
         )
-    captured = [now for now, then, _ in pairs if then.get("captured") and not record.differing(now, then, SAME_TRIAL)]
-    if limits.step_fail is not None and limits.stock_step_fail is None and not captured:
+    if limits.step_fail is None and limits.stock_step_fail is None:
+        return notes
+    alike = [(now, then) for now, then, _ in pairs if not record.differing(now, then, SAME_TRIAL)]
+    limit_of = {True: limits.step_fail, False: limits.stock_step_fail}
+    if not any(_is_timed_alone(*pair) and limit_of[bool(pair[1].get("captured"))] is not None for pair in alike):
         notes.append(
-            "not known: a slowdown that a cell shares with its baseline. A captured step's own time shows it, and no "
-            "captured cell was compared; --stock-step-fail 75% sees it in any step"
+            "not known: a slowdown that a cell shares with its baseline. A step's own time shows it, and none was "
+            "compared: a captured step's is under --step-fail, any other's on a GPU under --stock-step-fail, and on a "
+            "CPU it depends on what else runs there"
         )
     return notes
 

@@ -30,6 +30,7 @@ from lightweight import (
     isolation,
     methods,
     models,
+    names,
     options,
     ratio,
     record,
@@ -58,6 +59,8 @@ CPU_PARAMETERS = 20_000_000
 """Of the largest model whose cells a CPU trains unless told how long: two epochs of it take a minute or two."""
 PAIRS_SECONDS = 120.0
 """After which no more pairs of rounds are added to a speedup, whatever its precision."""
+LOOKS_ONLY = ("collectonly", "showfixtures", "show_fixtures_per_test", "setupplan")
+"""pytest's options by which tests are shown and none is run."""
 GRACE_SECONDS = 10.0
 """How long a test whose time is up may take to end, its children having been killed."""
 
@@ -253,7 +256,7 @@ class Laboratory:
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Check everything a trial needs, before any model is built."""
-        if self.config.getoption("collectonly"):
+        if any(self.config.getoption(only, False) for only in LOOKS_ONLY):
             return
         items = [item for item in session.items if uses(item, TRAINING_FIXTURES)]
         if self.is_used and not self.config.pluginmanager.has_plugin("benchmark"):
@@ -752,39 +755,19 @@ def _end_process(item: pytest.Item, settings: Any) -> None:
 
 def _refuse_namesakes(items: Sequence[pytest.Item]) -> None:
     """Two different methods, or models, of one name could not be told apart afterwards. Raises pytest.UsageError."""
-    known: dict[tuple[str, str], Any] = {}
+    used: dict[str, list[Method | Model]] = {"method": [], "model": []}
     for item in items:
         arguments = _arguments(item)
         things = [value for value in arguments.values() if isinstance(value, Method | Model)]
         things += [_method(name) for name in [arguments.get("method")] if isinstance(name, str)]
         things += [_model(name) for name in [arguments.get("model")] if isinstance(name, str)]
         for thing in things:
-            kind = "method" if isinstance(thing, Method) else "model"
-            other = known.setdefault((kind, thing.name), thing)
-            if differing := [name for name, value in _settings(thing).items() if _settings(other)[name] != value]:
-                raise pytest.UsageError(
-                    f"two different {kind}s are called {thing.name!r} (their {', '.join(differing)} differ): give one "
-                    f"another name: replace({kind}, name=...)"
-                )
-
-
-def _settings(thing: Method | Model) -> dict[str, str]:
-    """What tells methods or models apart, field by field."""
-    values = {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)}
-    return {name: repr(_plain(value)) for name, value in values.items()}
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "to_dict"):  # of peft and of transformers
-        return {"type": type(value).__name__, **_plain(value.to_dict())}
-    match value:
-        case Mapping():
-            return {str(key): _plain(item) for key, item in sorted(value.items(), key=str)}
-        case set() | frozenset():
-            return sorted(map(str, value))
-        case list() | tuple():
-            return [_plain(item) for item in value]
-    return value
+            used["method" if isinstance(thing, Method) else "model"].append(thing)
+    for kind, things in used.items():
+        try:
+            names.refuse_namesakes(kind, things)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from None
 
 
 def _check_crossing(trial: Trial) -> None:

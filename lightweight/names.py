@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 METHODS = ("baseline", "lora", "qlora", "baseline-captured", "lora-captured", "qlora-captured")
 """The keys of `methods.METHODS`, which cannot be asked for without importing peft."""
@@ -33,6 +35,38 @@ def nearest(text: str, known: Iterable[str]) -> list[str]:
     if _plain(text) in plain:
         return [plain[_plain(text)]]
     return [plain[match] for match in difflib.get_close_matches(_plain(text), plain, n=2, cutoff=0.7)]
+
+
+def refuse_namesakes(kind: str, things: Iterable[Any]) -> None:
+    """Raise ValueError where two of `things`, dataclasses with a `name`, have one name and other settings."""
+    known: dict[str, Any] = {}
+    for thing in things:
+        other = known.setdefault(thing.name, thing)
+        if differing := [name for name, value in _settings(thing).items() if _settings(other)[name] != value]:
+            raise ValueError(
+                f"two different {kind}s are called {thing.name!r} (their {', '.join(differing)} differ): give one "
+                f"another name: replace({kind}, name=...)"
+            )
+
+
+def _settings(thing: Any) -> dict[str, str]:
+    """What tells methods or models apart, field by field."""
+    values = {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)}
+    return {name: repr(_ordered(value)) for name, value in values.items()}
+
+
+def _ordered(value: Any) -> Any:
+    """`value` so that what is equal reads the same, a config of peft or transformers included."""
+    if hasattr(value, "to_dict"):
+        return {"type": type(value).__name__, **_ordered(value.to_dict())}
+    match value:
+        case Mapping():
+            return {str(key): _ordered(item) for key, item in sorted(value.items(), key=str)}
+        case set() | frozenset():
+            return sorted(map(str, value))
+        case list() | tuple():
+            return [_ordered(item) for item in value]
+    return value
 
 
 def _plain(name: str) -> str:

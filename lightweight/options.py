@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lightweight import models, names, targets
 from lightweight.limits import LIMITS, Limit
 
 TRUE_SIZES = ("opt-350m", "gpt-neo-1.3b")
@@ -40,10 +41,9 @@ class Option:
 
 
 def _of_limit(limit: Limit) -> Option:
-    default = {} if limit.default is None else {"nargs": "?", "const": limit.default}
-    meant = "" if limit.default is None else f" ({limit.default} if nothing is said)"
-    words = f"with --benchmark-compare: fail where {limit.of}{meant}"
-    return Option(limit.name.replace("_", "-"), words, {"metavar": limit.metavar, **default})
+    words = f"with --benchmark-compare: fail where {limit.of} ({limit.default} if nothing is said)"
+    settings = {"metavar": limit.metavar, "nargs": "?", "const": limit.default}
+    return Option(limit.name.replace("_", "-"), words, settings)
 
 
 OPTIONS = (
@@ -148,6 +148,23 @@ def value(config: pytest.Config, key: str) -> Any:
 def are_given(config: pytest.Config) -> bool:
     """Whether the command line says anything of lightweight's."""
     return any(value(config, option.key) != option.settings.get("default") for option in OPTIONS)
+
+
+def check_names(config: pytest.Config) -> None:
+    """Whether there are such models, methods and targets, before anything that takes long is imported to use them.
+    Raises pytest.UsageError."""
+    checks = (
+        ("model", "", models.named),
+        ("method", "--method: ", names.check_method),
+        ("target", "--target: ", targets.named),
+    )
+    for key, place, check in checks:
+        said = value(config, key) or ()
+        try:
+            for name in (said,) if isinstance(said, str) else said:
+                check(name)
+        except ValueError as error:
+            raise pytest.UsageError(f"{place}{error}") from None
 
 
 def _own(key: str) -> str:

@@ -90,6 +90,7 @@ def pytest_configure(config: pytest.Config) -> None:
     door = Door(config)
     config.pluginmanager.register(door, "lightweight-door")
     if options.are_given(config) or (xdist_bridge.hands_out(config) and config.getoption("benchmark_compare", None)):
+        options.check_names(config)
         door.open().check()  # what is wrong with them is told now
 
 

@@ -122,8 +122,9 @@ def where(config: pytest.Config) -> dict[str, str | None]:
 
 
 def group_by_model(item: pytest.Item, model: str | None) -> None:
-    """Keep `item` on one worker with all others of `model`, or where it names none, with those of its file."""
-    if item.get_closest_marker("xdist_group") is None:
+    """Keep `item` on one worker with all others of `model`, or where it names none, with those of its file. Without
+    pytest-xdist nobody knows the mark, and pytest would warn of it."""
+    if item.config.pluginmanager.has_plugin("xdist") and item.get_closest_marker("xdist_group") is None:
         item.add_marker(pytest.mark.xdist_group(model or item.path.name))
 
 

@@ -300,11 +300,38 @@ def test_a_captured_steps_own_time_is_gated_where_ratios_see_nothing(times, fail
 
 
 def test_a_stock_step_is_gated_only_when_asked_and_what_is_not_known_is_told():
-    now, then = ([cell("baseline", steady_step_seconds=s), cell(steady_step_seconds=s / 2)] for s in (0.2, 0.1))
+    on_gpu = {"device_bytes": 2**37}
+    now, then = (
+        [cell("baseline", steady_step_seconds=s, **on_gpu), cell(steady_step_seconds=s / 2, **on_gpu)]
+        for s in (0.2, 0.1)
+    )
     found = compare(now, then, ALL)
     assert found.failures == []
     assert any(note.startswith("not known: a slowdown that a cell shares with its baseline") for note in found.notes)
-    assert len(compare(now, then, replace(ALL, stock_step_fail=0.75)).failures) == 2
+    gated = compare(now, then, replace(ALL, stock_step_fail=0.75))
+    assert len(gated.failures) == 2 and not any(note.startswith("not known: a slowdown") for note in gated.notes)
+
+
+def test_a_step_on_a_cpu_which_others_use_as_well_is_not_gated():
+    now, then = ([cell("baseline", steady_step_seconds=s, device_bytes=None)] for s in (0.2, 0.1))
+    found = compare(now, then, replace(ALL, stock_step_fail=0.75))
+    assert found.failures == []
+    assert any(note.startswith("not known: a slowdown") and "on a CPU" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_committed_record_against_itself_passes_and_with_all_times_doubled_fails(path, times, tmp_path):
+    document = record.document(path) if isinstance(json.loads(path.read_text()), dict) else {"outcomes": []}
+    timed = [outcome for outcome in document["outcomes"] if outcome["steady_step_seconds"]]
+    if not timed:
+        pytest.skip("holds no times")
+    for outcome in timed:
+        outcome["step_seconds"] = [seconds * times for seconds in outcome["step_seconds"]]
+        outcome["steady_step_seconds"] *= times
+    new = tmp_path / "new.json"
+    new.write_text(json.dumps(document))
+    assert __main__.main(["gate", str(new), "--against", str(path)]) == times - 1
 
 
 def test_a_step_that_is_captured_no_more_fails():

@@ -161,6 +161,22 @@ def test_a_cell_needs_benchmark_which_is_one_line_and_not_xdist(run, tmp_path):
     assert "INTERNALERROR" not in done.stdout
     done = run("-p", "no:xdist", "-W", "error::pytest.PytestUnknownMarkWarning", test_cell=CELL)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "PytestUnknownMarkWarning" not in done.stdout
+
+
+@pytest.mark.parametrize("only", ["--collect-only", "--fixtures", "--fixtures-per-test", "--setup-plan"])
+def test_what_only_shows_tests_looks_for_no_corpus(run, only):
+    done = run(only, test_cell=CELL)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["--model=opt_tiny", "--method=LoRA", "--target=T4x"])
+def test_a_name_that_nothing_has_is_refused_before_torch_is_imported(run, name):
+    without_torch = LOADS + "import sys\nsys.modules['torch'] = None  # which makes importing it an error\n"
+    done = run(name, conftest=without_torch, test_cell=CELL)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    (line,) = filter(None, done.stderr.splitlines())
+    assert line.startswith("ERROR: ") and "did you mean" in line
 
 
 def test_a_projects_own_benchmarks_keep_their_machine_and_get_no_outcomes(run, tmp_path):

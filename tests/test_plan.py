@@ -191,6 +191,16 @@ def test_the_table_says_why_a_method_cannot_be_forecast_and_the_rest(capsys, neo
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_two_methods_of_one_name_are_refused(capsys, monkeypatch, tmp_path):
+    (tmp_path / "namesakes.py").write_text(
+        "from dataclasses import replace\nfrom lightweight.methods import LORA\n"
+        "OTHER = replace(LORA, training_arguments={**LORA.training_arguments, 'learning_rate': 0.5})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["plan", "opt-tiny", "--target", "t4", "--method", "lora", "--method", "namesakes:OTHER"]) == 2
+    assert "two different methods are called 'lora' (their training_arguments differ)" in capsys.readouterr().err
+
+
 def test_status_is_1_where_no_method_can_be_forecast(capsys, neox):
     assert main(["plan", neox, "--method", "test_plan:Q_LORA"]) == 1
     assert "M parameters" not in (printed := capsys.readouterr().out)

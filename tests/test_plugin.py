@@ -377,6 +377,22 @@ def test_bad_input_is_one_line_before_any_model_is_built(project, arguments, exp
     assert "writing" not in result.stdout.str()
 
 
+@pytest.mark.parametrize("name", ["opt_tiny", "./nowhere"])
+def test_a_tests_own_model_that_nothing_has_is_one_line(project, name):
+    project.makepyfile(
+        f"""
+        import pytest
+
+        @pytest.mark.parametrize("model", ["{name}"])
+        def test_cell(train, model):
+            train(model, "lora")
+        """
+    )
+    result = project.runpytest()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: model {name}: no such folder; *"])
+
+
 def test_more_ranks_than_gpus_are_refused_before_any_model_is_built(project, monkeypatch):
     project.makepyfile(CELLS)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
