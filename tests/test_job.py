@@ -728,3 +728,18 @@ def test_the_card_says_what_ran_where_it_was_not_the_captured_step(train, out, m
     monkeypatch.setattr(worker.captured, "prepare", refused)
     assert train("a", "--max-steps", "1", method="lora-captured") == 0
     assert "captured step (the Trainer runs the steps)" in (out / "a" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_in_training_saves_a_checkpoint(train, out, signal_at, number):
+    signal_at(4, number)
+    assert train("a") == 130
+    assert Output(out / "a").checkpoint == out / "a.partial" / "checkpoint-4"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_set_up_is_one_line(train, out, monkeypatch, capsys, number):
+    monkeypatch.setattr(job.corpus, "load", lambda path: os.kill(os.getpid(), number))
+    assert train("a") == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lightweight: ")
