@@ -65,7 +65,8 @@ def _method(entry: Entry) -> str:
         said.append(f"base quantized by {quantization['quant_method']}")
     said += [f"{name}={value}" for name, value in entry["training_arguments"].items()]
     if entry["captured_step"]:
-        said.append("captured step")
+        note = "" if entry.get("captured") else entry.get("capture_note")  # where other steps ran than were asked for
+        said.append("captured step" + (f" ({note})" if note else ""))
     return ", ".join(said)
 
 

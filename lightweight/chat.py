@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lightweight.preload import peft  # isort: skip  # before transformers, which may import it
 
 import torch
+from safetensors import safe_open
 from transformers import TextStreamer
 from transformers.quantizers.auto import AutoQuantizationConfig
 
@@ -78,12 +80,47 @@ def load(folder: Path, progress: Callable[[str], None] = lambda text: None) -> C
     dtype = torch.float32 if device.type == "cpu" else half
     progress("loading")
     if (folder / "adapter_config.json").is_file():
-        network: Any = peft.PeftModel.from_pretrained(_base(folder, dtype, device, progress), folder)
+        network: Any = _adapted(folder, dtype, device, progress)
     elif (folder / "config.json").is_file():
         network = models.load(saved, dtype, device, None)
     else:
         raise ChatError(f"{folder}: holds neither an adapter nor a model: give a folder that `lightweight train` wrote")
     return Chat(network.eval(), models.load_tokenizer(saved))
+
+
+@contextlib.contextmanager
+def _refused(folder: Path, what: str) -> Iterator[None]:
+    """Whatever is raised while files of `folder` are read is about them: one line, as a ChatError. What is about this
+    machine (memory, disk) goes through."""
+    try:
+        yield
+    except REFUSALS:
+        raise
+    except Exception as error:
+        if models.ran_out(error):
+            raise
+        said = f"{folder}: {what} cannot be used ({models.reason(error)})"
+        raise ChatError(f"{said}: give a whole folder that `lightweight train` wrote") from error
+
+
+def _adapted(folder: Path, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None]) -> Any:
+    """The base network with the adapter in `folder` on it, of which every tensor has its place."""
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():  # peft would also load a pickle, or ask the hub
+        raise ChatError(f"{folder}: has no {weights.name}: only safetensors are loaded: save the adapter as such")
+    with _refused(folder, weights.name), safe_open(weights, "pt") as file:
+        stored = set(file.keys())
+    with _refused(folder, "its adapter_config.json or record"):
+        base = _base(folder, dtype, device, progress)
+    with _refused(folder, "its adapter"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # said below, in one line
+        network = peft.PeftModel.from_pretrained(base, folder)
+        expected = set(peft.get_peft_model_state_dict(network, save_embedding_layers=False))
+        known = expected | set(network.state_dict())  # embeddings may be saved with an adapter
+    if differ := sorted((expected - stored) | (stored - known)):
+        which = "is missing" if differ[0] in expected else "has no place in the network"
+        raise ChatError(f"{folder}: {differ[0]} {which}: {weights.name} and adapter_config.json are of two adapters")
+    return network
 
 
 def _base(folder: Path, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None]) -> Any:

@@ -2,8 +2,8 @@
 
 A checkpoint is whole when its manifest lists every file with its size and digest, and the files agree. The manifest is
 written last, and everything is synced before the folder gets its name (`output` moves it), so that neither a kill nor a
-power cut leaves one that only looks whole. Digests cost a second for each 1 to 2 GB at saving and once more at
-resuming. Imports no torch.
+power cut leaves one that only looks whole. Digests read every file once at saving and once more at resuming. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class Interruption:
             _write("training had ended: the result is saved")
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """The handler of SIGNALS."""
+        """The handler of SIGNALS. Raises KeyboardInterrupt where the job ends at once."""
         if self._stage == "before" or (self.came and not self._repeats):
             raise KeyboardInterrupt
         if not self.came:

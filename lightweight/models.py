@@ -666,12 +666,16 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
             tokenizer = ByT5Tokenizer.from_pretrained(folder)
         else:
             tokenizer = AutoTokenizer.from_pretrained(model.location, trust_remote_code=False)
-        encoded = set(tokenizer.encode(PROBE, add_special_tokens=False))
-        if not encoded - {tokenizer.unk_token_id}:
-            raise ValueError("it has a token for no word")
-        if tokenizer.eos_token_id is None:
-            raise ValueError("it has no end: name an eos_token in tokenizer_config.json")
+        _check_tokenizer(tokenizer)
     return tokenizer
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    encoded = set(tokenizer.encode(PROBE, add_special_tokens=False))
+    if not encoded - {tokenizer.unk_token_id}:
+        raise ValueError("it has a token for no word")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("it has no end: name an eos_token in tokenizer_config.json")
 
 
 def _has_tokenizer(folder: Path) -> bool:

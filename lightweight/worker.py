@@ -232,6 +232,8 @@ def train(
         begin()
         with meter.during("capture"):
             job = captured.prepare(trial, trainer, rows, meter)
+        if checkpoint is not None:
+            _check_kind(trial, checkpoint, is_captured=job is not None)
         enter("train")
         with meter.during("train"):
             if job is not None:
@@ -239,6 +241,17 @@ def train(
             else:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     meter.end_training()
+
+
+def _check_kind(trial: Trial, checkpoint: Path, *, is_captured: bool) -> None:
+    """Raise MethodError where a checkpoint is of the other step than the one that would go on: their optimizers' states
+    differ, and on another machine the check of the captured step may have come out otherwise."""
+    if (checkpoint / captured.STATE_NAME).is_file() != is_captured:
+        now, then = ("captured step", "Trainer") if is_captured else ("Trainer", "captured step")
+        raise methods.MethodError(
+            f"--resume: {trial.name}: {checkpoint} was saved by the {then}, and here the {now} runs the steps: "
+            "resume where it was begun, or start again with --overwrite and without --resume"
+        )
 
 
 class _Begin(transformers.TrainerCallback):

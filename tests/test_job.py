@@ -19,7 +19,7 @@ from statistics import fmean
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import MICRO, turns
 from lightweight import chat, isolation, job, methods, models, plan, ranks, record, targets, worker
@@ -642,3 +642,104 @@ def test_weights_from_fewer_bits_are_said_in_record_and_card(base, tmp_path):
     entry |= {"max_length": 8, "device": "CPU", "heldout_loss_before": 2.0, "heldout_loss_after": 1.0, "versions": {}}
     assert "pretrained, from tiny.Q4_1.gguf: stored in fewer bits and dequantized" in str(model_card(entry, None))
     assert "fewer bits" not in str(model_card(entry | {"weights_file": None}, None))
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def as_text(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+def halved(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def pickled(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    torch.save(load_file(path), folder / "adapter_model.bin")
+    path.unlink()
+
+
+def with_keys(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+    return damage
+
+
+DAMAGED_ADAPTERS = {
+    "truncated": (halved, "adapter_model.safetensors"),
+    "pickled": (pickled, "only safetensors are loaded"),
+    "no config": (without("adapter_config.json"), "neither an adapter nor a model"),
+    "no record": (without("record.json"), "record.json"),
+    "null record": (as_text("record.json", "null"), "record.json"),
+    "empty record": (as_text("record.json", '{"outcomes": []}'), "record"),
+    "null config": (as_text("adapter_config.json", "null"), "adapter_config.json"),
+    "a key less": (with_keys(dict.popitem), "is missing"),
+    "a key more": (with_keys(lambda of: of.update({"other.lora_A.weight": torch.ones(2)})), "has no place"),
+    "no base": (as_text("adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "/gone"}'), "/gone"),
+}
+
+
+@pytest.fixture(scope="session")
+def adapter(base, dialogues, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter") / "a"
+    assert main(arguments(base, dialogues, folder, "--max-steps", "1", method="lora")) == 0
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGED_ADAPTERS)
+def test_a_damaged_folder_cannot_be_talked_to_and_that_is_one_line(adapter, tmp_path, capsys, damage):
+    break_it, expected = DAMAGED_ADAPTERS[damage]
+    folder = shutil.copytree(adapter, tmp_path / "copy")
+    break_it(folder)
+    capsys.readouterr()
+    assert main(["chat", str(folder), "--prompt", "x", "--max-tokens", "1"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1 and expected in lines[0], lines
+
+
+@pytest.mark.parametrize("captured_first", [True, False])
+def test_a_checkpoint_of_the_other_step_is_one_line(train, out, signal_at, monkeypatch, capsys, captured_first):
+    """The check of the captured step may come out otherwise where the job is resumed."""
+    with monkeypatch.context() as patched:
+        if not captured_first:
+            patched.setattr(worker.captured, "prepare", lambda *_: None)
+        signal_at(3)
+        assert train("a", method="lora-captured") == 130
+    monkeypatch.setattr(job.Unattended, "step_ended", job.Unattended.training_began)  # no further signal
+    if captured_first:
+        monkeypatch.setattr(worker.captured, "prepare", lambda *_: None)
+    capsys.readouterr()
+    assert train("a", "--resume", method="lora-captured") == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightweight: ")]
+    assert len(told) == 1 and "runs the steps" in told[0], told
+
+
+def test_the_card_says_what_ran_where_it_was_not_the_captured_step(train, out, monkeypatch):
+    def refused(trial, trainer, rows, meter):
+        meter.facts |= {"captured": False, "capture_note": "the Trainer runs the steps"}
+
+    monkeypatch.setattr(worker.captured, "prepare", refused)
+    assert train("a", "--max-steps", "1", method="lora-captured") == 0
+    assert "captured step (the Trainer runs the steps)" in (out / "a" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_in_training_saves_a_checkpoint(train, out, signal_at, number):
+    signal_at(4, number)
+    assert train("a") == 130
+    assert Output(out / "a").checkpoint == out / "a.partial" / "checkpoint-4"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_set_up_is_one_line(train, out, monkeypatch, capsys, number):
+    monkeypatch.setattr(job.corpus, "load", lambda path: os.kill(os.getpid(), number))
+    assert train("a") == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lightweight: ")

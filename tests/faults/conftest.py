@@ -81,7 +81,7 @@ def dialogues(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def given(base, dialogues, tmp_path, monkeypatch):
+def given(without_gpu, base, dialogues, tmp_path, monkeypatch):
     """The command of a job of seven steps, which ends within an epoch and has checkpoints after 3, 6 and 7."""
     (tmp_path / "constant.py").write_text(METHODS)
     monkeypatch.syspath_prepend(tmp_path)

@@ -66,6 +66,7 @@ class Kill:
 
 def _run(given: list[str], log: Path, environment: dict[str, str], kill: Kill | None) -> None:
     os.environ.update(environment)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the forkserver may have been started where GPUs were visible
     redirect_output(log)
     if kill is not None:
         kill.arm()
