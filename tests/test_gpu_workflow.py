@@ -58,7 +58,7 @@ def workplace(tmp_path):
 
 @pytest.fixture
 def document():
-    """One run that measured all that the records have: each cell once, with the pairs of rounds that one of them has."""
+    """One run that measured all that the records have: each cell once, with the pairs that one of them has."""
     documents = [json.loads(path.read_text("utf-8")) for path in NAMED]
     cells = {}
     for entry in (entry for document in documents for entry in document["outcomes"]):
