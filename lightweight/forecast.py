@@ -34,7 +34,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import BitsAndBytesConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightweight import corpus, models, stock
@@ -42,7 +42,7 @@ from lightweight.allocator import CachingAllocator, OutOfBudgetError
 from lightweight.cuda_rules import CudaRules, Padding
 from lightweight.fake_ranks import rank_zero_of
 from lightweight.meter import Meter
-from lightweight.methods import Method, MethodError
+from lightweight.methods import MethodError
 from lightweight.stock import Request
 from lightweight.targets import CONTEXT_BYTES, HOPPER, Capability, Device
 from lightweight.trial import Phase, Trial
@@ -231,7 +231,7 @@ def trace(trial: Trial, capability: Capability = HOPPER, paddings: tuple[Padding
     config = models.configuration(trial.model)
     if (reason := refusal(trial, config)) is not None:
         raise ForecastError(f"{trial.name}: {reason}")
-    trial = replace(trial, method=_on_stored_weights(trial.method, config))
+    trial = replace(trial, method=replace(trial.method, quantization=_settled(trial, config)))
     method = trial.method.on_rank(trial.world_size)
     dtype = getattr(torch, method.weights_dtype)
     try:
@@ -249,28 +249,19 @@ def refusal(trial: Trial, config: PretrainedConfig) -> str | None:
         return "the captured step is not forecast, only steps that the Trainer runs"
     if trial.method.library != "peft":
         return f"{trial.method.library} is not forecast, only transformers and peft"
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest and 0 < longest < trial.max_length:
+    longest = models.longest_row(config)
+    if longest is not None and longest < trial.max_length:
         return f"rows of {trial.max_length} tokens, where the model takes {longest}"
-    if (stored := _stored_quantization(config)) is not None:
-        if not (stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit")):
-            kind = stored.get("quant_method") or "a way that config.json does not name"
-            return f"the checkpoint's weights are quantized by {kind}, and only bitsandbytes' 4 bits are forecast"
-        if trial.method.adapter is None:
-            return "the checkpoint's weights are quantized to 4 bits, which only an adapter can be trained on"
+    try:
+        _settled(trial, config)
+    except (models.ModelError, MethodError) as error:
+        return str(error)
     return None
 
 
-def _stored_quantization(config: PretrainedConfig) -> dict[str, Any] | None:
-    """How a checkpoint's weights are quantized, None where they are not."""
-    stored = getattr(config, "quantization_config", None)
-    return stored.to_dict() if isinstance(stored, QuantizationConfigMixin) else stored
-
-
-def _on_stored_weights(method: Method, config: PretrainedConfig) -> Method:
-    """The method on weights as their checkpoint has them: what is quantized there is not quantized anew."""
-    stored = _stored_quantization(config)
-    return method if stored is None else replace(method, quantization=BitsAndBytesConfig.from_dict(stored))
+def _settled(trial: Trial, config: PretrainedConfig) -> QuantizationConfigMixin | None:
+    """What the trial's weights are quantized by: as their checkpoint has them, else as the method says."""
+    return models.settle_quantization(trial.model, config, trial.method, sharded=trial.is_sharded)
 
 
 def _trace(trial: Trial, capability: Capability, paddings: tuple[Padding, ...], network: Any, vocabulary: int) -> Trace:

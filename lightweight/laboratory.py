@@ -213,10 +213,10 @@ class Laboratory:
 
         found = self._find(_model(model))
         try:
-            config = models.configuration(found)
+            network = models.skeleton(models.configuration(found), torch.float32, None)
         except models.ModelError as error:
             raise pytest.UsageError(str(error)) from None
-        return models.count_parameters(models.skeleton(config, torch.float32, None)) > CPU_PARAMETERS
+        return models.count_parameters(network) > CPU_PARAMETERS
 
     # Collecting
 

@@ -454,6 +454,7 @@ def stored_quantization(model: Model, config: PretrainedConfig) -> QuantizationC
         return None
     settings = settings.to_dict() if hasattr(settings, "to_dict") else settings
     name = settings.get("quant_method") if isinstance(settings, dict) else settings
+    name = "what config.json does not name" if name is None else name
     with _refused(model, f"its checkpoint is quantized by {name!s:.40}, which cannot be read here", UNQUANTIZED):
         quantization: QuantizationConfigMixin = AutoQuantizationConfig.from_dict(copy.deepcopy(settings))
         return quantization

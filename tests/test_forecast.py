@@ -391,9 +391,9 @@ def stored(tmp_path, quantization):
         (FP8, BASELINE, "quantized by fp8"),
         ({"quant_method": "gptq", "bits": 4}, LORA, "quantized by gptq"),
         ({"quant_method": "mxfp4"}, QLORA, "quantized by mxfp4"),
-        (BitsAndBytesConfig(load_in_8bit=True).to_dict(), LORA, "quantized by bitsandbytes"),
-        ({}, LORA, "does not name"),
-        (FOUR_BITS, BASELINE, "only an adapter can be trained"),
+        (BitsAndBytesConfig(load_in_8bit=True).to_dict(), LORA, "is quantized to 8 bits"),
+        ({}, LORA, "quantized by what config.json does not name"),
+        (FOUR_BITS, BASELINE, "its weights cannot be trained themselves"),
     ],
 )
 def test_a_quantized_checkpoint_that_cannot_be_forecast_is_refused(tmp_path, quantization, method, words):
