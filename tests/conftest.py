@@ -38,6 +38,14 @@ def turns(pairs: int) -> list[dict[str, str]]:
     ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-architecture",
+        action="store_true",
+        help="hold captured steps against the Trainer's for every causal language model of transformers, not a sample",
+    )
+
+
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """24 pairs: 20 to train on, 4 held out."""
