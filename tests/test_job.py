@@ -133,8 +133,7 @@ def command(given: list[str], log: Path) -> None:
 def test_sigterm_ends_a_process_with_a_checkpoint_and_status_130(base, dialogues, out, tmp_path):
     given = arguments(base, dialogues, out / "a", "--epochs", "10000", "--save-steps", "3")
     process = isolation._forkserver.Process(target=command, args=(given, tmp_path / "log"))
-    with isolation._without_main():
-        process.start()
+    isolation._start(process, 60)
     deadline = time.monotonic() + 60
     while Output(out / "a").checkpoint is None:
         assert process.is_alive() and time.monotonic() < deadline, (tmp_path / "log").read_text()
@@ -175,9 +174,8 @@ def on_two_ranks(given: list[str], folder: Path, *prepare: Callable[[], None]) -
         )
         for rank, (log, prepared) in enumerate(zip(logs, prepare or (nothing, nothing), strict=True))
     ]
-    with isolation._without_main():
-        for process in processes:
-            process.start()
+    for process in processes:
+        isolation._start(process, 60)
     for process in processes:
         process.join(60)
         process.kill()

@@ -83,9 +83,8 @@ def run(given: list[str], folder: Path, kill: Kill | None = None, *, world_size:
         environment = ranks.environment(rank, world_size, store and store.port)
         killed = kill if rank == (world_size - 1 if kill and kill.at is not None and kill.at % 2 else 0) else None
         processes.append(isolation._forkserver.Process(target=_run, args=(given, log, environment, killed)))
-    with isolation._without_main():
-        for process in processes:
-            process.start()
+    for process in processes:
+        isolation._start(process, 60)
     while any(process.is_alive() for process in processes):
         for process in processes:
             process.join(0.05)
