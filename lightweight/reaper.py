@@ -115,8 +115,18 @@ class Reaper:
                     self._process = None
 
 
+class _Unwaited(subprocess.Popen):  # type: ignore[type-arg]
+    """A process that ends by itself once its pipe is closed, so that losing sight of it is nothing to warn of."""
+
+    def __del__(self) -> None:
+        if self.stdin is not None:
+            with suppress(OSError):
+                self.stdin.close()
+        super().__del__(_warn=lambda *_, **__: None)  # type: ignore[call-arg]
+
+
 def _start() -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
+    return _Unwaited(
         [sys.executable, "-I", "-S", __file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

@@ -1,6 +1,7 @@
 """Whatever ends a session: its record holds what had completed and where the trial at hand was, and no process and no
 folder of it stays. Real sessions in processes of their own, and real signals."""
 
+import gc
 import json
 import os
 import signal
@@ -193,3 +194,12 @@ def test_a_process_that_has_taken_an_ended_ones_number_is_let_be():
     assert bystander.poll() is None
     bystander.kill()
     bystander.wait()
+
+
+def test_a_reaper_that_nobody_holds_any_more_is_nothing_to_warn_of(recwarn):
+    """As when pytester unloads the module that started it."""
+    process = reaper._start()
+    assert process.poll() is None
+    del process
+    gc.collect()
+    assert not [warning for warning in recwarn if issubclass(warning.category, ResourceWarning)]
