@@ -11,13 +11,14 @@ from functools import partial
 from typing import Any
 
 from tabulate import tabulate
+from transformers import PretrainedConfig
 
 from lightweight import forecast, models
 from lightweight.corpus import Corpus
 from lightweight.forecast import Cause, Forecast, ForecastError
 from lightweight.methods import Method
-from lightweight.models import Model
-from lightweight.record import Entry, seconds_per_token
+from lightweight.models import Model, ModelError
+from lightweight.record import Entry, are_alike, method_digest, seconds_per_token
 from lightweight.targets import CONTEXT_BYTES, NATIVE, Capability, GiB, MiB, Target
 from lightweight.trial import MAX_LENGTH, Trial
 
@@ -44,10 +45,11 @@ LASTING: tuple[Cause, ...] = ("weights", "quantization state", "optimizer")
 
 @dataclass(eq=False, kw_only=True)
 class _Cell:
-    """One model x method, and its traces, each of which is made once. `is_given` says that the sequences of a pass were
-    asked for, and are not to be changed."""
+    """One model x method, and its traces, each of which is made once. `config` is the model's, or why it has none;
+    `is_given` says that the sequences of a pass were asked for, and are not to be changed."""
 
     model: Model
+    config: PretrainedConfig | ModelError
     method: Method
     max_length: int
     is_given: bool
@@ -66,12 +68,14 @@ class _Cell:
         )
 
     def refusal(self, gpus: int) -> str | None:
-        """Why this cannot be forecast, as far as it is known before minutes of tracing. Raises ModelError."""
+        """Why this cannot be forecast, as far as it is known before minutes of tracing."""
+        if isinstance(self.config, ModelError):
+            return str(self.config)
         try:
             trial = self.trial(self.method, gpus)
         except ValueError as error:
             return str(error)
-        return forecast.refusal(trial, models.configuration(self.model))
+        return forecast.refusal(trial, self.config)
 
     def forecast(self, method: Method, gpus: int, target: Target) -> Forecast:
         """What `method`, this one with other passes, takes of each of `gpus`. Raises ForecastError."""
@@ -114,17 +118,19 @@ def plan(
     progress: Callable[[str], None] = lambda text: None,
     failed: Callable[[ForecastError], None] = lambda error: None,
 ) -> list[Row]:
-    """A row for every model x method x target. Raises ModelError, and ForecastError where nothing can be forecast and
-    that is known before anything is traced.
+    """A row for every model x method x target. Raises ModelError where no model has a configuration, and ForecastError
+    where nothing can be forecast for another reason and that is known before anything is traced.
 
     `batch_size` is in sequences a forward pass on one GPU. Where it is None, it is a method's own, or the most that fit
     in more passes of the same optimizer step. `gpus` share a trial; with `fewest` the least number of them that
     suffices is looked for as well. `measured` are entries of records, whose step times order the methods where they
     have all of them. `failed` is told of what makes a method's row `cannot_be_forecast` while it is traced.
     """
+    configs = [_configuration(model) for model in models]
     cells = {
         (i, j): _Cell(
             model=model,
+            config=configs[i],
             method=method if batch_size is None else method.with_batch(batch_size),
             max_length=max_length,
             is_given=batch_size is not None,
@@ -136,6 +142,8 @@ def plan(
     reasons = {key: reason for key, cell in cells.items() if (reason := cell.refusal(gpus)) is not None}
     if cells and len(reasons) == len(cells):
         (first, reason), *_ = reasons.items()
+        if isinstance(configs[0], ModelError):
+            raise configs[0]
         raise ForecastError(f"{cells[first].model.name} x {cells[first].method.name}: {reason}")
 
     rows = []
@@ -157,6 +165,14 @@ def plan(
             _choose(of_target, target, measured)
             rows += [row for row, _ in of_target]
     return rows
+
+
+def _configuration(model: Model) -> PretrainedConfig | ModelError:
+    """The configuration of `model`, or why there is none: that is no matter of the other models."""
+    try:
+        return models.configuration(model)
+    except ModelError as error:
+        return error
 
 
 def smaller_passes(method: Method, gpus: int) -> list[Method]:
@@ -281,7 +297,7 @@ def _choose(rows: Sequence[tuple[Row, Method]], target: Target, measured: Sequen
     fitting = [(row, method) for row, method in rows if row["verdict"] == "fits"]
     if not fitting:
         return
-    device, seconds = _measured([row for row, _ in fitting], target, measured)
+    device, seconds = _measured(fitting, target, measured)
     for row, _ in fitting:
         row["measured_on"] = device
     if device is not None:
@@ -291,15 +307,17 @@ def _choose(rows: Sequence[tuple[Row, Method]], target: Target, measured: Sequen
     fastest[0]["chosen"] = True
 
 
-def _measured(rows: Sequence[Row], target: Target, measured: Sequence[Entry]) -> tuple[str | None, dict[str, float]]:
-    """The device that all of `rows` were measured on, and the median seconds a token of each there, by method: the
+def _measured(
+    fitting: Sequence[tuple[Row, Method]], target: Target, measured: Sequence[Entry]
+) -> tuple[str | None, dict[str, float]]:
+    """The device that all of `fitting` were measured on, and the median seconds a token of each there, by method: the
     target's own card before others, and of others the one measured last."""
     of_devices: dict[str, list[Entry]] = {}
     for entry in measured:
-        if entry["outcome"] == "completed" and any(_is_of(entry, row) for row in rows):
+        if entry["outcome"] == "completed" and any(_is_of(entry, *pair, target) for pair in fitting):
             of_devices[entry["device"]] = [*of_devices.pop(entry["device"], []), entry]  # the newest comes last
     seconds = {device: _median_seconds(entries) for device, entries in of_devices.items()}
-    whole = [device for device, of_device in seconds.items() if all(row["method"] in of_device for row in rows)]
+    whole = [device for device, of_device in seconds.items() if all(row["method"] in of_device for row, _ in fitting)]
     if not whole:
         return None, {}
     device = max(whole, key=lambda name: (target.card is not None and target.card in name, whole.index(name)))
@@ -315,8 +333,9 @@ def _median_seconds(entries: Sequence[Entry]) -> dict[str, float]:
     return {method: statistics.median(values) for method, values in by_method.items()}
 
 
-def _is_of(entry: Entry, row: Row) -> bool:
-    """Whether a stored trial is what `row` is about, on whatever device and under whatever budget."""
+def _is_of(entry: Entry, row: Row, method: Method, target: Target) -> bool:
+    """Whether a stored trial is what `row` is about: `method`, as `target` computes it, on whatever GPU and under
+    whatever budget."""
     arguments = entry.get("training_arguments") or {}
     shape = (
         entry["world_size"],
@@ -324,8 +343,16 @@ def _is_of(entry: Entry, row: Row) -> bool:
         arguments.get("per_device_train_batch_size", 8),
         arguments.get("gradient_accumulation_steps", 1),
     )
+    computes = method.on_gpu(bf16=target.bf16)
+    wanted = {
+        "model": row["model"],
+        "method": row["method"],
+        "method_digest": method_digest(method),
+        "weights_dtype": computes.weights_dtype,
+        "precision": computes.precision,
+    }
     alike = shape == (row["gpus"], row["max_length"], row["batch_size"], row["passes"])
-    return alike and (entry["model"], entry["method"]) == (row["model"], row["method"])
+    return alike and entry["device_bytes"] is not None and are_alike(entry, wanted, tuple(wanted))
 
 
 def each_target_has_a_method(rows: Sequence[Row]) -> bool:

@@ -151,6 +151,19 @@ def neox(tmp_path) -> str:
     return str(tmp_path)
 
 
+def test_a_model_without_a_configuration_is_a_line_among_the_others(capsys, small, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "op')
+    for folders in ([small, str(tmp_path)], [str(tmp_path), small]):
+        arguments = [*folders, "--target", "t4", "--method", "baseline", "--max-length", "64"]
+        status, found = rows(capsys, *arguments)
+        assert status == 1
+        assert {row["model"]: row["verdict"] for row in found} == {small: "fits", str(tmp_path): "cannot_be_forecast"}
+        (reason,) = [row["reason"] for row in found if row["reason"]]
+        assert "its config.json cannot be used" in reason and "\n" not in reason
+    assert main(["plan", *arguments]) == 1
+    assert reason in capsys.readouterr().out
+
+
 def test_a_method_that_cannot_be_forecast_is_a_line_among_the_others(capsys, neox, tmp_path):
     asked = [neox, "--target", "t4", "--target", "l4", "--max-length", "32", "--max-batch", "--batch-size", "2"]
     methods = ["--method", "test_plan:Q_LORA", "--method", "baseline", "--method", "lora-captured"]
@@ -311,8 +324,12 @@ def entry(method, seconds, device="H200", **changes):
         "steady_step_seconds": seconds,
         "tokens_per_step": 1,
         "device": device,
+        "device_bytes": 2**33,
         "max_length": 256,
         "world_size": 1,
+        "method_digest": record.method_digest(method),
+        "weights_dtype": method.on_gpu(bf16=False).weights_dtype,
+        "precision": method.precision,
         "training_arguments": dict(method.training_arguments),
     } | changes
 
@@ -332,6 +349,11 @@ FAST_QLORA = [entry(method, 1.0 + (method != QLORA), "L4") for method in ALL]
         ([*SLOW_LORA, *2 * [entry(QLORA, 0.1, world_size=2)]], "baseline", "H200"),
         ([*SLOW_LORA, *2 * [entry(QLORA, 0.1, model="other")]], "baseline", "H200"),
         ([*SLOW_LORA, *2 * [entry(QLORA, 0.1, outcome="crashed")]], "baseline", "H200"),
+        ([*SLOW_LORA, *2 * [entry(replace(QLORA, adapter=LORA.adapter), 0.1)]], "baseline", "H200"),  # of its name
+        ([*SLOW_LORA, *2 * [entry(QLORA, 0.1, method_digest=None)]], "qlora", "H200"),  # from before there were digests
+        ([*SLOW_LORA, *2 * [entry(QLORA, 0.1, weights_dtype="bfloat16")]], "baseline", "H200"),  # which a T4 has not
+        ([*SLOW_LORA, *2 * [entry(LORA, 0.1, precision="fp32")]], "baseline", "H200"),
+        ([entry(method, 1.0 + (method != QLORA), "CPU", device_bytes=None) for method in ALL], "lora", None),
         ([*SLOW_LORA, entry(QLORA, None)], "baseline", "H200"),
         (
             [*SLOW_LORA, *2 * [entry(QLORA, 0.1, training_arguments={"per_device_train_batch_size": 8})]],
