@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -64,6 +65,10 @@ class Parts:
             for packing, attention in dict.fromkeys(rows)
         ]
         return sorted(found, key=lambda rest: len(self.given_up(rest)))
+
+
+class PartError(NotImplementedError):
+    """A part that this network cannot have. The message says why, in words that a note can take."""
 
 
 # What is compared
@@ -320,7 +325,9 @@ def without_trace(network: torch.nn.Module) -> Iterator[None]:
     devices = [torch.cuda.current_device()] if on_gpu else []
     buffers = [(buffer, buffer.to("cpu", copy=True)) for buffer in network.buffers()]
     try:
-        with torch.random.fork_rng(devices), dropout.off():
+        with torch.random.fork_rng(devices), dropout.off(), warnings.catch_warnings():
+            # of reentrant checkpointing, where what is asked of the network needs no gradients
+            warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
             yield
     finally:
         random.setstate(numbers)

@@ -8,20 +8,24 @@ them. What is set and not honoured is refused before anything is built, so that 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from lightweight import preload  # isort: skip  # noqa: F401  # before transformers, whose Trainer imports peft
 
+import torch
 import transformers
-from transformers import SchedulerType, TrainingArguments
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
 from lightweight.methods import Method, MethodError
+from lightweight.models import reason
 
 if TYPE_CHECKING:
     from lightweight.targets import Target
@@ -103,7 +107,7 @@ ARGUMENTS: Mapping[str, Argument] = {
     # The suite's own, or the command line's
     "output_dir": Argument(replaced=True, mend="leave it out: the suite gives every trial a folder; train: --output"),
     "num_train_epochs": Argument(replaced=True, mend="leave it out and give --epochs"),
-    "max_steps": Argument.anywhere((-1,), replaced=True, mend="leave it out and give --max-steps, or --epochs"),
+    "max_steps": Argument.anywhere((-1,), replaced=True, mend="leave it out and give --epochs, or `lightweight train` --max-steps"),
     "seed": Argument(replaced=True, mend="leave it out and give --seed"),
     "use_cpu": Argument(replaced=True, mend="leave it out: trials use a GPU where there is one"),
     **_all(
@@ -173,6 +177,7 @@ def check(method: Method, target: Target, world_size: int) -> None:
         refusal = _refusal(argument, value, captured=method.captured_step is not None, world_size=world_size)
         if refusal is not None:
             raise MethodError(f"method {method.name}: {name}={_brief(value)} {refusal}")
+    _check_step(method, defaults)
     if method.training_arguments.get("tf32") and not target.bf16:
         raise MethodError(f"method {method.name}: tf32 is asked for, which target {target.name} lacks: leave it out")
 
@@ -204,6 +209,50 @@ def _check_value(method: Method, name: str, value: Any) -> None:
             f"method {method.name}: {name} with {others[0]!r} is not honoured here, only with torch.utils.checkpoint's "
             f"{', '.join(sorted(CHECKPOINTING_KEYS))}: leave it out"
         )
+
+
+OF_OPTIMIZER = ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
+OF_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "learning_rate")
+LONG = 10**6
+"""Optimizer steps of a job in which every schedule that can be had has room."""
+
+
+def _check_step(method: Method, defaults: Mapping[str, Any]) -> None:
+    """Raise MethodError for what AdamW or the schedule would refuse once the network is built, and for a step of no
+    sequences."""
+    said = {**defaults, **method.training_arguments}
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if type(said[name]) is not int or said[name] < 1:
+            raise MethodError(f"method {method.name}: {name}={_brief(said[name])}: give a whole number from 1 on")
+    if not isinstance(said["learning_rate"], float | int):
+        raise MethodError(f"method {method.name}: learning_rate={_brief(said['learning_rate'])}: give a number")
+    with _refused(method, OF_OPTIMIZER):
+        stand_in = torch.optim.AdamW(
+            [torch.nn.Parameter(torch.zeros(()))],
+            lr=said["learning_rate"],
+            betas=(said["adam_beta1"], said["adam_beta2"]),
+            eps=said["adam_epsilon"],
+            weight_decay=said["weight_decay"],
+        )
+    settings = said["lr_scheduler_kwargs"]
+    with _refused(method, OF_SCHEDULE):
+        get_scheduler(
+            said["lr_scheduler_type"],
+            stand_in,
+            num_warmup_steps=0,
+            num_training_steps=LONG,
+            scheduler_specific_kwargs=json.loads(settings) if isinstance(settings, str) else dict(settings or {}),
+        )
+
+
+@contextlib.contextmanager
+def _refused(method: Method, names: Iterable[str]) -> Iterator[None]:
+    """Raise MethodError for what is refused inside, with those of the arguments `names` that the method gives."""
+    try:
+        yield
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        given = [f"{name}={_brief(value)}" for name, value in method.training_arguments.items() if name in names]
+        raise MethodError(f"method {method.name}: {', '.join(given)} cannot be had ({reason(error)})") from error
 
 
 def _defaults() -> dict[str, Any]:

@@ -24,6 +24,8 @@ from transformers.masking_utils import and_masks, causal_mask_function, packed_s
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from transformers.models.opt.modeling_opt import OPTAttention
 
+from lightweight.agreement import PartError
+
 NAME = "lightweight"
 """What transformers' registries know this attention by."""
 
@@ -75,7 +77,7 @@ def install(model: PreTrainedModel) -> Callable[[], None]:
         else:
             model.set_attn_implementation(NAME)
         if model.config._attn_implementation != NAME:
-            raise NotImplementedError(f"{type(model).__name__} does not ask transformers' AttentionInterface")
+            raise PartError(f"{type(model).__name__} does not ask transformers' AttentionInterface")
     except Exception:
         undo()
         raise
@@ -91,7 +93,7 @@ def _mask(*arguments: Any, **options: Any) -> torch.Tensor | None:
     options["attention_mask"] = None
     if _packed is not None:
         if options["kv_length"] != _packed.shape[1]:  # on a GPU, what reads beyond it ends the process
-            raise ValueError(f"rows of {_packed.shape[1]} tokens are {options['kv_length']} long in its attention")
+            raise PartError(f"rows of {_packed.shape[1]} tokens are {options['kv_length']} long in its attention")
         inside = packed_sequence_mask_function(_packed)
         options["mask_function"] = and_masks(options.get("mask_function", causal_mask_function), inside)
         options["allow_is_causal_skip"] = False
@@ -116,7 +118,7 @@ class _OPTAttention(OPTAttention):
     ) -> Any:  # as it is there, which says three and returns two
         """`hidden_states`: [rows, time, hidden]; `attention_mask`: [rows or 1, 1, time, time], True where seen."""
         if past_key_values is not None:
-            raise NotImplementedError("the captured attention trains and keeps no cache: pass use_cache=False")
+            raise PartError("the captured attention trains and keeps no cache: pass use_cache=False")
         rows, time, _hidden = hidden_states.shape
         query, key, value = (
             projection(hidden_states).view(rows, time, self.num_heads, self.head_dim).transpose(1, 2)
@@ -143,7 +145,7 @@ def _attention(module: torch.nn.Module, *tensors: torch.Tensor | None, **options
     caps and biases may be small enough at first for half precision to hide them."""
     for name in UNSEEN:
         if options.get(name) is not None:
-            raise NotImplementedError(f"SDPA attention has no {name}, which {type(module).__name__} asks for")
+            raise PartError(f"SDPA attention has no {name}, which {type(module).__name__} asks for")
     return sdpa_attention_forward(module, *tensors, **options)  # type: ignore[arg-type]
 
 
@@ -165,7 +167,7 @@ class _GPTNeoAttention(GPTNeoSelfAttention):
     ) -> tuple[torch.Tensor, None]:
         """`hidden_states`: [rows, time, hidden]; `attention_mask`: [rows or 1, 1, time, time], True where seen."""
         if layer_past is not None:
-            raise NotImplementedError("the captured attention trains and keeps no cache: pass use_cache=False")
+            raise PartError("the captured attention trains and keeps no cache: pass use_cache=False")
         rows, time, _hidden = hidden_states.shape
         query, key, value = (
             projection(hidden_states).view(rows, time, self.num_heads, self.head_dim).transpose(1, 2)

@@ -30,7 +30,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lightweight import agreement, attention, packing, ranks
-from lightweight.agreement import Deviation, Gradients, Parts, Reference, Sample, Tolerance
+from lightweight.agreement import Deviation, Gradients, PartError, Parts, Reference, Sample, Tolerance
 from lightweight.lean import Lean, compiling
 from lightweight.loss import linear_cross_entropy
 from lightweight.meter import Meter
@@ -291,7 +291,7 @@ class Job:
         self._lay_out()
 
     def _check_loss(self) -> None:
-        """Raise ValueError unless the model's loss is the cross-entropy of its own logits. Both are of one forward pass
+        """Raise PartError unless the model's loss is the cross-entropy of its own logits. Both are of one forward pass
         here, so that half precision hides no small further loss, as a router's balance is."""
         ids = torch.arange(1, 9, device=self.device).unsqueeze(0)
         with torch.no_grad(), self._autocast():
@@ -300,14 +300,14 @@ class Job:
         off = ((output.loss - expected).abs() / expected).item()
         # some take the mean in half precision
         if not off <= (agreement.TOLERANCES["fp32"] if output.loss.dtype == torch.float32 else self._allowed).loss:
-            raise ValueError(f"the model's loss is {off:.0e} off the cross-entropy of its logits")
+            raise PartError(f"the model's loss is {off:.0e} off the cross-entropy of its logits")
 
     def _check_head(self) -> None:
-        """Raise ValueError unless the network's logits are its body's output times its head: a soft cap after it leaves
+        """Raise PartError unless the network's logits are its body's output times its head: a soft cap after it leaves
         small logits nearly as they are, so that loss and gradients do not show it before training has enlarged them."""
         head = self.model.get_output_embeddings()
         if type(head) is not torch.nn.Linear:
-            raise ValueError(f"its head is a {type(head).__module__.split('.')[0]}.{type(head).__name__}")
+            raise PartError(f"its head is a {type(head).__module__.split('.')[0]}.{type(head).__name__}")
         ids = torch.arange(1, 9, device=self.device).unsqueeze(0)
         logits: list[torch.Tensor] = []
 
@@ -322,7 +322,7 @@ class Job:
         finally:
             hook.remove()
         if found.shape != logits[0].shape or not torch.allclose(found.float(), logits[0].float(), rtol=1e-2, atol=1e-3):
-            raise ValueError("its head is not the last thing it does")
+            raise PartError("its head is not the last thing it does")
 
     def _deviation(self, parts: Parts) -> Deviation:
         """How far a step with `parts` is from the Trainer's, over the samples; the first that is too far."""
@@ -348,7 +348,7 @@ class Job:
         return off
 
     def _check_dialogues_are_apart(self) -> None:
-        """Raise ValueError where a dialogue's gradient reaches another one in its row, by whatever way: a state that is
+        """Raise PartError where a dialogue's gradient reaches another one in its row, by whatever way: a state that is
         carried along, a mask that is not asked for. What a mask hides has a gradient of exactly 0 in every precision,
         where the difference that a little state makes to the step may be less than half precision's rounding."""
         rows = (row for epoch in self._packed for layout in epoch for row in layout.rows)
@@ -372,14 +372,15 @@ class Job:
         own = buffers.dialogues[0, 0] == row[1]
         # weighed differently, or the sum of what a softmax or a norm gives might not depend on anything
         loss = (logits[own].float() * torch.linspace(-1, 1, logits.shape[-1], device=self.device)).sum()
-        gradients = torch.autograd.grad(loss, embedded, allow_unused=True)
-        reached = sum(gradient[0].float().norm(dim=-1) for gradient in gradients if gradient is not None)
+        loss.backward()  # not autograd.grad, which reentrant checkpointing does not take part in
+        reached = sum(found.grad[0].float().norm(dim=-1) for found in embedded if found.grad is not None)
+        agreement.forget(self.network)
         elsewhere = reached[~own].norm() / reached[own].norm()
         if elsewhere.item() != 0:
-            raise ValueError(f"{elsewhere.item():.0e} of a dialogue's gradient is another's in its row")
+            raise PartError(f"{elsewhere.item():.0e} of a dialogue's gradient is another's in its row")
 
     def _check_positions(self) -> None:
-        """Raise ValueError unless the network takes positions from 0 that it is given for its own. Some do not look at
+        """Raise PartError unless the network takes positions from 0 that it is given for its own. Some do not look at
         them and count through the row, some begin with another number: that makes little of a step's loss, but the same
         numbers are the same in every precision."""
         ids = torch.arange(1, 9, device=self.device).unsqueeze(0)
@@ -391,7 +392,7 @@ class Job:
             )
         off, effect = (own - given).norm().item(), (reversed_ones - given).norm().item()
         if not off < effect / 10:
-            raise ValueError(
+            raise PartError(
                 "it takes no positions" if effect == 0 else "its own positions are others than 0, 1, 2, ..."
             )
 
@@ -405,8 +406,10 @@ class Job:
             if parts == self._full:
                 raise
             problem = "out of memory"
+        except PartError as error:
+            problem = str(error)
         except Exception as error:
-            problem = _first_line(error)
+            problem = f"its step fails ({type(error).__name__}: {_first_line(error)[:160]})"
         if problem is not None:
             agreement.forget(self.network)
         (any_failed,) = ranks.any_says(problem is not None, device=self.device)
@@ -691,7 +694,7 @@ class _Optimizer:
     def step(self) -> None:
         """Unscale, clip, and take the step, unless a gradient is not finite under a loss scale."""
         self._scaler.unscale_(self._adamw)
-        if self._max_norm:
+        if self._max_norm and self._max_norm > 0:  # as the Trainer clips
             torch.nn.utils.clip_grad_norm_(self._trained(), self._max_norm)
         index = self._taken.clamp(max=len(self._rates) - 1)  # a rehearsal may be longer than a very short job
         self._rate.copy_(self._rates.index_select(0, index)[0])

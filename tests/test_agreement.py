@@ -289,7 +289,7 @@ def raises(monkeypatch):
         (scales_its_scores, "attention and with it packing given up: its loss is "),
         (drops_a_weight, "loss given up: its loss is "),
         (halves_a_gradient, "lean given up: its loss is "),
-        (raises, "lean given up: index 256 is out of bounds;"),
+        (raises, "lean given up: its step fails (IndexError: index 256 is out of bounds);"),
     ],
 )
 def test_a_fault_in_a_part_costs_that_part_alone(losses, monkeypatch, fault, part):
@@ -298,6 +298,21 @@ def test_a_fault_in_a_part_costs_that_part_alone(losses, monkeypatch, fault, par
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert part in note
     assert note.count("given up") == 1
+
+
+@pytest.mark.parametrize("limit", [-1.0, 0, 0.01])
+def test_gradients_are_clipped_where_the_trainer_clips_them(losses, limit):
+    theirs, ours, _ = losses("llama", method(max_grad_norm=limit))
+    assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_dialogues_are_seen_to_be_apart_under_reentrant_checkpointing(losses):
+    arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    theirs, ours, note = losses("llama", method(lora(), **arguments))
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert "given up" not in note
+    _, _, note = losses("mamba", method(lora(target_modules=["x_proj"]), **arguments))
+    assert "of a dialogue's gradient is another's in its row" in note
 
 
 def test_an_attention_that_looks_ahead_is_given_up(losses, monkeypatch):

@@ -1,9 +1,11 @@
 import dataclasses
+import re
 
 import pytest
 from transformers import SchedulerType, TrainingArguments
 
-from lightweight import arguments, plan, targets
+from lightweight import arguments, options, plan, targets
+from lightweight.__main__ import main
 from lightweight.methods import METHODS, Method, MethodError
 from lightweight.models import OPT_TINY
 from lightweight.plan import ForecastError
@@ -114,7 +116,7 @@ def test_what_the_trainer_alone_does_is_refused_of_the_captured_step(name, value
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("max_steps", 3, "is the suite's own: leave it out and give --max-steps, or --epochs"),
+        ("max_steps", 3, "is the suite's own: leave it out and give --epochs, or `lightweight train` --max-steps"),
         ("num_train_epochs", 1, "is the suite's own: leave it out and give --epochs"),
         ("num_train_epochs", 3.0, "is the suite's own"),  # the default of TrainingArguments, which is not the suite's
         ("seed", 42, "is the suite's own: leave it out and give --seed"),
@@ -133,6 +135,14 @@ def test_what_the_trainer_alone_does_is_refused_of_the_captured_step(name, value
         ("label_names", ["start"], "called `labels`"),
         ("push_to_hub", True, "upload the saved folder yourself"),
         ("learning_rat", 1.0, r"(did you mean 'learning_rate'?)"),
+        ("lr_scheduler_type", "warmup_stable_decay", "lr_scheduler_type='warmup_stable_decay' cannot be had (get_wsd_"),
+        ("lr_scheduler_kwargs", {"num_cycle": 2}, "cannot be had"),
+        ("learning_rate", -1.0, "learning_rate=-1.0 cannot be had (Invalid learning rate: -1.0)"),
+        ("learning_rate", "fast", "give a number"),
+        ("adam_beta1", 1.5, "adam_beta1=1.5 cannot be had"),
+        ("weight_decay", -0.1, "weight_decay=-0.1 cannot be had"),
+        ("per_device_train_batch_size", 0, "give a whole number from 1 on"),
+        ("gradient_accumulation_steps", 1.5, "give a whole number from 1 on"),
         ("optim", "adamwtorch", r"(did you mean 'adamw_torch'?)"),
         ("gradient_checkpointing_kwargs", {"every_n_layers": 2}, "only with torch.utils.checkpoint's"),
     ],
@@ -142,6 +152,36 @@ def test_what_nothing_here_does_is_refused_whoever_runs_the_steps(step, name, va
     line = refused(method(step, **{name: value}))
     assert name in line
     assert expected in line
+
+
+@pytest.mark.parametrize("command", [["train"], ["plan"], None])
+def test_a_mend_offers_options_that_there_are(command, capsys):
+    """Words beside a command's name are of that command; the others are said in the suite."""
+    known = {f"--{option.name}" for option in options.OPTIONS}
+    if command is not None:
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
+        known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    offered = set()
+    for argument in arguments.ARGUMENTS.values():
+        of = {name: re.findall(rf"(?:`lightweight {name}[`]? |{name}: )(--[a-z-]+)", argument.mend) for name in OF}
+        named = [option for words in of.values() for option in words]
+        offered |= set(of[command[0]] if command else set(re.findall(r"--[a-z-]+", argument.mend)) - set(named))
+    assert offered
+    assert offered <= known
+
+
+OF = ("train", "plan")
+
+
+@pytest.mark.parametrize("kind", sorted(arguments.SCHEDULES))
+def test_every_schedule_that_is_honoured_can_be_had(kind):
+    needs = {
+        "warmup_stable_decay": {"num_decay_steps": 2},
+        "cosine_with_min_lr": {"min_lr": 1e-5},
+        "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+    }
+    arguments.check(method(lr_scheduler_type=kind, lr_scheduler_kwargs=needs.get(kind)), targets.NATIVE, 1)
 
 
 def test_tf32_on_a_target_without_it_is_refused():
