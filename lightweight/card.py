@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from lightweight.record import Entry
+from lightweight.record import Entry, training_loss
 
 
 def model_card(entry: Entry, base_model: str | None) -> ModelCard:
@@ -20,6 +20,8 @@ def model_card(entry: Entry, base_model: str | None) -> ModelCard:
     if file := entry.get("weights_file"):
         weights += f", from {file}: stored in fewer bits and dequantized, so not quite the original's"
     losses = entry["train_loss"]
+    began, ended = training_loss(losses, entry["steps_per_epoch"]) or (losses[0], losses[-1])
+    part = "epoch" if len(losses) >= 2 * entry["steps_per_epoch"] else "tenth of the steps"
     rows = f"{entry['steps_per_epoch']} an epoch, rows of {entry['max_length']} tokens, seed {entry['seed']}"
     facts = {
         "base model": f"{entry['model']} ({weights})",
@@ -29,8 +31,8 @@ def model_card(entry: Entry, base_model: str | None) -> ModelCard:
         "device": entry["device"],
     }
     nats = {
-        "training, first step": losses[0],
-        "training, last step": losses[-1],
+        f"training, mean of the first {part}": began,
+        f"training, mean of the last {part}": ended,
         "held out, before training": entry["heldout_loss_before"],
         "held out, after training": entry["heldout_loss_after"],
     }

@@ -193,7 +193,7 @@ def _speedup(now: Entry, then: Entry, run: Run, limits: Limits) -> tuple[Interva
     verdict = ratio.verdict(against, floor)
     if verdict == "pass" or (verdict == "undecided" and limits.undecided == "pass"):
         return against, verdict, []
-    is_or_may = "is" if verdict == "fail" else f"is undecided after {len(pairs_now)} pairs:"
+    is_or_may = "is" if verdict == "fail" else f"is undecided after {_pairs_of(now)}:"
     return (
         against,
         verdict,
@@ -202,6 +202,13 @@ def _speedup(now: Entry, then: Entry, run: Run, limits: Limits) -> tuple[Interva
             f"now / stored {is_or_may} {against}, the floor {floor:.3f}"
         ],
     )
+
+
+def _pairs_of(entry: Entry) -> str:
+    """How many pairs of rounds there were, and what ended them where it was the time for them."""
+    ended = entry["speedup"].get("ended_after_seconds")
+    over = "" if ended is None else f", since the {ended:.0f} s for them were over"
+    return f"{len(log_ratios(entry))} pairs{over}"
 
 
 def _interval_of(entry: Entry) -> Interval:
@@ -376,6 +383,11 @@ def _not_known(cells: Sequence[Cell], limits: Limits) -> list[str]:
     notes = [
         f"{run.name} does not say its methods' settings: whether methods of one name are the same is not known"
         for run in {run.path: run for _, then, run in pairs if then.get("method_digest") is None}.values()
+    ]
+    notes += [
+        f"{_name(cell.now)}: the speedup is undecided after {_pairs_of(cell.now)}"
+        for cell in cells
+        if cell.verdict == "undecided"
     ]
     unlike = [keys for now, then, _ in pairs if (keys := record.differing(now, then, ("seed", "planned_steps")))]
     if unlike and (limits.loss_fail is not None or limits.step_fail is not None):

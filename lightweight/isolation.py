@@ -609,9 +609,15 @@ def _wait_until(is_true: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.005)
 
 
+def tunables() -> str:
+    """What children have in GLIBC_TUNABLES: the user's, else `TUNABLES`."""
+    name, value = TUNABLES
+    return os.environ.get(name, value)
+
+
 @contextmanager
 def _with_tunables() -> Iterator[None]:
-    """Have what is started inside read `TUNABLES`, unless the user has set some."""
+    """Have what is started inside read `tunables`."""
     name, value = TUNABLES
     if name in os.environ:
         yield

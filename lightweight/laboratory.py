@@ -449,8 +449,10 @@ class Laboratory:
             return ratio.verdict(ratio.repeated_interval(log_ratios, found.cap, pairs_then, in_turn), floor)
 
         started = time.monotonic()
+        time_is_up = False
 
         def is_enough(log_ratios: Sequence[float]) -> bool:
+            nonlocal time_is_up
             so_far, seconds = ratio.interval(log_ratios), time.monotonic() - started
             held_against_later = self._is_stored or (pairs_then and floor is None)
             wanted = precision_wanted(so_far.ratio) if held_against_later else math.inf
@@ -459,12 +461,15 @@ class Laboratory:
                 known += f", {wanted:.1%} wanted within {PAIRS_SECONDS:.0f} s"
             self._show(f"{trial.name}: {len(log_ratios)} pairs of rounds, {so_far} times as fast, {known}", "\n")
             is_clear = verdict(log_ratios) != "undecided" and so_far.half_width <= wanted
-            return is_clear or seconds > PAIRS_SECONDS
+            time_is_up = not is_clear and seconds > PAIRS_SECONDS
+            return is_clear or time_is_up
 
         baseline, trial = (trial_of_rounds(part, found.cap, found.steps_per_round) for part in (baseline, trial))
         pairs = alternate(baseline, trial, self._child, is_enough, found.cap)
         ended = pairs.ended and f"{pairs.ended[0].name} {pairs.ended[1].kind.replace('_', ' ')} between rounds"
         found = dataclasses.replace(found, log_ratios=pairs.log_ratios, pairing=pairs.pairing, reason=ended)
+        if time_is_up and len(pairs.log_ratios) < found.cap:
+            found = dataclasses.replace(found, ended_after_seconds=PAIRS_SECONDS)
         if not pairs.log_ratios:
             return found
         is_in_turn = int(pairs.pairing == record.ONE_AFTER_THE_OTHER)
@@ -641,6 +646,7 @@ class Laboratory:
                 "node", None
             )  # records are committed and shared; whose machine it was is nobody's business
             machine_info["gpu"] = dataclasses.asdict(self.device) if self.has_cuda else None
+            machine_info["glibc_tunables"] = isolation.tunables()
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:

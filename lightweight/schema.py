@@ -167,8 +167,12 @@ SPEEDUP: Mapping[str, Kind] = _kinds(
     ("steps_per_round", AT_LEAST_1),
     ("floor", Kind("a share", _within(0, 1)).or_none()),
     ("verdict", word(GATE_VERDICTS).or_none()),
+    ("ended_after_seconds", AMOUNT.or_none()),
     ("reason", TEXT.or_none()),
 )
+
+LATER = ("ended_after_seconds",)
+"""Keys of a speedup that older records do not have."""
 
 FORECAST: Mapping[str, Kind] = _kinds(
     ("model method target", NAME),
@@ -211,7 +215,7 @@ def _fault(found: Any, kinds: Mapping[str, Kind], required: tuple[str, ...]) -> 
 def _fault_of_speedup(speedup: Any) -> str | None:
     if speedup is None:
         return None
-    fault = _fault(speedup, SPEEDUP, tuple(SPEEDUP))
+    fault = _fault(speedup, SPEEDUP, tuple(key for key in SPEEDUP if key not in LATER))
     if fault:
         return f"has a 'speedup' that {fault}"
     pairs, ratio, low, high = (speedup[key] for key in ("log_ratios", "ratio", "low", "high"))

@@ -74,6 +74,17 @@ def test_what_noise_leaves_open_is_the_users_choice(undecided, failures):
     assert undecided == "fail" or found.cells[0].verdict == "undecided"
 
 
+@pytest.mark.parametrize("undecided", ["pass", "fail"])
+def test_a_verdict_that_time_left_open_says_so(undecided):
+    of_now = speedup(1.62, noise=0.2, ended_after_seconds=120.0)
+    now, then = cell(speedup=of_now), cell(speedup=speedup(1.7, noise=0.2, seed=9))
+    found = compare([now], [then], replace(BOTH, undecided=undecided))
+    (line,) = [line for line in [*found.failures, *found.notes] if "undecided after" in line and "is " in line][:1]
+    assert "undecided after 12 pairs, since the 120 s for them were over" in line
+    now = cell(speedup=speedup(1.62, noise=0.2))
+    assert "s for them were over" not in gate.text(compare([now], [then], replace(BOTH, undecided=undecided)))
+
+
 def test_gate_fails_when_the_baseline_is_missing():
     lost = speedup(1.7) | {"log_ratios": [], "ratio": None, "low": None, "high": None, "reason": "baseline crashed"}
     for now, why in ((cell(speedup=lost), "baseline crashed"), (cell(), "no pairs of rounds were measured")):

@@ -84,6 +84,7 @@ def test_cells_are_trained_timed_shown_and_recorded(project, tmp_path, monkeypat
         # a round is what the child measured, and little more
         assert row["stats"]["total"] == pytest.approx(sum(row["extra_info"]["device_seconds"]), rel=0.5)
     assert document["machine_info"]["gpu"] is None
+    assert document["machine_info"]["glibc_tunables"] == "glibc.malloc.hugetlb=1"  # of the children, not of this process
     assert "node" not in document["machine_info"]
     result.stdout.fnmatch_lines(
         [
@@ -854,6 +855,7 @@ def test_pairs_are_added_for_a_bounded_time(project, monkeypatch):
     result.assert_outcomes(passed=3)
     (found,) = [entry["speedup"] for entry in document["outcomes"] if "speedup" in entry]
     assert len(found["log_ratios"]) == 8  # of at most 128
+    assert found["ended_after_seconds"] == 0.0
     result.stdout.fnmatch_lines(
         ["micro x lora: 8 pairs of rounds, * times as fast, known to *%, 0.0% wanted within 0 s"]
     )
