@@ -107,7 +107,9 @@ ARGUMENTS: Mapping[str, Argument] = {
     # The suite's own, or the command line's
     "output_dir": Argument(replaced=True, mend="leave it out: the suite gives every trial a folder; train: --output"),
     "num_train_epochs": Argument(replaced=True, mend="leave it out and give --epochs"),
-    "max_steps": Argument.anywhere((-1,), replaced=True, mend="leave it out and give --epochs, or `lightweight train` --max-steps"),
+    "max_steps": Argument.anywhere(
+        (-1,), replaced=True, mend="leave it out and give --epochs, or `lightweight train` --max-steps"
+    ),
     "seed": Argument(replaced=True, mend="leave it out and give --seed"),
     "use_cpu": Argument(replaced=True, mend="leave it out: trials use a GPU where there is one"),
     **_all(

@@ -31,6 +31,7 @@ from lightweight import ranks
 from lightweight.corpus import IGNORED
 from lightweight.meter import Meter
 from lightweight.methods import MethodError
+from lightweight.models import reason
 from lightweight.trial import Trial
 
 Row = dict[str, list[int]]
@@ -91,8 +92,9 @@ def make_trainer(
         own.pop("tf32", None)  # which TrainingArguments refuse on a CPU, also for a forecast
     try:
         training_arguments = TrainingArguments(**own | arguments | overrides)
+        Trainer.get_optimizer_cls_and_kwargs(training_arguments, model)  # whose package may be missing
     except (ImportError, TypeError, ValueError) as error:
-        raise MethodError(f"method {trial.method.name}: TrainingArguments refuse it: {error}") from error
+        raise MethodError(f"method {trial.method.name}: TrainingArguments refuse it: {reason(error)}") from error
     kind = _MeasuredTrainer if trial.world_size == 1 else _RankTrainer
     trainer = kind(
         model=model,

@@ -651,8 +651,15 @@ def test_weights_from_fewer_bits_are_said_in_record_and_card(base, tmp_path):
 )
 def test_a_cards_training_losses_are_means_and_not_those_of_single_batches(losses, part, first, last):
     known = {**dict.fromkeys(("adapter", "quantization", "weights_file", "captured_step")), "training_arguments": {}}
-    known |= {"model": "m", "method": "lora", "weights": "random", "corpus_digest": "0", "device": "CPU", "versions": {}}
-    known |= {"precision": "fp32", "max_length": 64, "seed": 0, "steps_per_epoch": 2, "train_loss": losses}
+    known |= {"model": "m", "method": "lora", "weights": "random", "corpus_digest": "0", "versions": {}}
+    known |= {
+        "device": "CPU",
+        "precision": "fp32",
+        "max_length": 64,
+        "seed": 0,
+        "steps_per_epoch": 2,
+        "train_loss": losses,
+    }
     card = str(model_card(known | {"heldout_loss_before": 5.0, "heldout_loss_after": 2.0}, None))
     assert f"| training, mean of the first {part} | {first} |" in card
     assert f"| training, mean of the last {part} | {last} |" in card

@@ -84,7 +84,7 @@ def test_cells_are_trained_timed_shown_and_recorded(project, tmp_path, monkeypat
         # a round is what the child measured, and little more
         assert row["stats"]["total"] == pytest.approx(sum(row["extra_info"]["device_seconds"]), rel=0.5)
     assert document["machine_info"]["gpu"] is None
-    assert document["machine_info"]["glibc_tunables"] == "glibc.malloc.hugetlb=1"  # of the children, not of this process
+    assert document["machine_info"]["glibc_tunables"] == "glibc.malloc.hugetlb=1"  # of the children
     assert "node" not in document["machine_info"]
     result.stdout.fnmatch_lines(
         [

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from importlib.util import find_spec
 
 import peft
 import pytest
@@ -224,6 +225,14 @@ def test_what_training_arguments_refuse_is_one_of_the_methods_errors(trial, fold
     method = replace(BASELINE, training_arguments={"torch_empty_cache_steps": -1})
     with pytest.raises(MethodError, match=r"method baseline: TrainingArguments refuse it: .*bigger than 0"):
         prepare(replace(trial, method=method), folder)
+
+
+@pytest.mark.skipif(find_spec("galore_torch") is not None, reason="needs an optimizer whose package is missing")
+def test_an_optimizer_whose_package_is_missing_is_one_of_the_methods_errors(trial, folder):
+    method = replace(BASELINE, training_arguments={"optim": "galore_adamw", "optim_target_modules": ["q_proj"]})
+    with pytest.raises(MethodError, match=r"method baseline: TrainingArguments refuse it: .*galore_torch") as raised:
+        prepare(replace(trial, method=method), folder)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("size", [2, 8, 64])
