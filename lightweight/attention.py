@@ -57,7 +57,7 @@ def install(model: PreTrainedModel) -> Callable[[], None]:
     """Give `model`, a bare transformers model, this attention; what is returned gives it its own back.
 
     Whether that changes what it computes is for `agreement` to say. Raises what transformers raises for a model that
-    cannot take it, and NotImplementedError for one that did not.
+    cannot take it, and PartError for one that did not.
     """
     own = model.config._attn_implementation
     replaced = {module: type(module) for module in model.modules() if type(module) in REPLACED}
@@ -141,7 +141,7 @@ UNSEEN = {"softcap", "s_aux", "position_bias"} - set(inspect.signature(sdpa_atte
 
 
 def _attention(module: torch.nn.Module, *tensors: torch.Tensor | None, **options: Any) -> Any:
-    """transformers' `sdpa_attention_forward`. Raises NotImplementedError for what it would leave out silently: sinks,
+    """transformers' `sdpa_attention_forward`. Raises PartError for what it would leave out silently: sinks,
     caps and biases may be small enough at first for half precision to hide them."""
     for name in UNSEEN:
         if options.get(name) is not None:

@@ -103,9 +103,10 @@ class Speedup:
     `log_ratios` has the natural logarithm of each pair's ratio; `ratio`, `low` and `high` are their geometric mean and
     its 95 % t-interval; `cap` is how many pairs there could have been at most. `pairing` is 'alternating', on a CPU
     'sharing a core', or 'one after the other' where both did not fit on the device at once, which is weaker. `floor` is
-    the share of the stored speedup that the gate asked for, if it did, and `verdict` what came of it. Where the time for
-    pairs was over before the verdict was clear, or the ratio known as precisely as was wanted, `ended_after_seconds` is
-    that time. Without pairs `reason` says why there is no number. `high` is None with a `ratio` where nothing bounds it, after a single pair.
+    the share of the stored speedup that the gate asked for, if it did, and `verdict` what came of it. Where the time
+    for pairs was over before the verdict was clear, or the ratio known as precisely as was wanted,
+    `ended_after_seconds` is that time. Without pairs `reason` says why there is no number. `high` is None with a
+    `ratio` where nothing bounds it, after a single pair.
     """
 
     baseline: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from lightweight.preload import peft  # isort: skip  # before Trainer, which imports peft
 
@@ -92,7 +92,7 @@ def make_trainer(
         own.pop("tf32", None)  # which TrainingArguments refuse on a CPU, also for a forecast
     try:
         training_arguments = TrainingArguments(**own | arguments | overrides)
-        Trainer.get_optimizer_cls_and_kwargs(training_arguments, model)  # whose package may be missing
+        Trainer.get_optimizer_cls_and_kwargs(training_arguments, cast("Any", model))  # whose package may be missing
     except (ImportError, TypeError, ValueError) as error:
         raise MethodError(f"method {trial.method.name}: TrainingArguments refuse it: {reason(error)}") from error
     kind = _MeasuredTrainer if trial.world_size == 1 else _RankTrainer
