@@ -181,6 +181,7 @@ def set_up(
         heldout_rows = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.heldout]
         heldout = Heldout(heldout_rows, corpus.encode_text(trial.corpus.elsewhere or "", tokenizer, trial.max_length))
         models.check_rows(trial.model, network.config, [*train_rows, *heldout_rows, *heldout.elsewhere])
+        ranks.meet(cpu=device.type == "cpu")
         trainer = stock.make_trainer(trial, network, train_rows, meter, rounds, folder, **overrides)
     ends = (corpus.IGNORED, tokenizer.eos_token_id)
     meter.facts = {

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightweight import isolation, ranks, record
+from conftest import torchruns, torchruns_store
+from lightweight import isolation, record
 from lightweight.__main__ import main
 from lightweight.process import redirect_output
 
@@ -76,11 +77,11 @@ def _run(given: list[str], log: Path, environment: dict[str, str], kill: Kill | 
 def run(given: list[str], folder: Path, kill: Kill | None = None, *, world_size: int = 1) -> tuple[int, str]:
     """The command's exit status, that of its first rank, and what it said; `kill` is for the last rank, whose death
     the others do not survive, as under torchrun."""
-    store = ranks.store() if world_size > 1 else None
+    store = torchruns_store() if world_size > 1 else None
     processes, logs = [], [folder / f"log-{rank}" for rank in range(world_size)]
     for rank, log in enumerate(logs):
         log.unlink(missing_ok=True)
-        environment = ranks.environment(rank, world_size, store and store.port)
+        environment = {} if store is None else torchruns(rank, world_size, store.port)
         killed = kill if rank == (world_size - 1 if kill and kill.at is not None and kill.at % 2 else 0) else None
         processes.append(isolation._forkserver.Process(target=_run, args=(given, log, environment, killed)))
     for process in processes:
