@@ -209,7 +209,7 @@ class Child:
         except HelperError as error:
             self.outcome = error.outcome
         except OSError as error:  # its folder is gone, its disk is full, or the system has no process left
-            self.outcome = worker.failure(error, self.trial, None)
+            self.outcome = worker.failure(error, self.trial, None, self._folder)
         except BaseException:
             self._stop()
             raise

@@ -223,7 +223,7 @@ def _train(
             ranks.wait_for_all()  # torchrun ends them all as soon as one has failed
             return outcome
     except Exception as error:
-        failed = worker.failure(error, trial, meter)
+        failed = worker.failure(error, trial, meter, output.unfinished)
         if isinstance(failed, Crashed):
             raise
     _tell(failed, trial, job, device, progress)

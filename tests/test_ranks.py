@@ -314,7 +314,7 @@ def test_ranks_listen_on_loopback_alone_and_find_each_other_where_nobody_else_ca
         for pid in (os.getpid(), isolation._server_pid(), *child.pids):
             for descriptor in Path(f"/proc/{pid}/fd").iterdir():
                 with suppress(OSError):
-                    link = os.readlink(descriptor)
+                    link = str(descriptor.readlink())
                     if link.startswith("socket:["):
                         found.add((pid, everywhere.get(link[8:-1])))
         of_ranks = {address for pid, address in found if address and pid in child.pids}
