@@ -210,23 +210,23 @@ def test_cell_afterwards(train):
 
 @pytest.fixture
 def memory_cgroup():
-    """A cgroup of one's own for memory, and the file with its limit."""
-    for top, limit in (
-        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
-        (Path("/sys/fs/cgroup"), "memory.max"),
-    ):
-        folder = top / f"lightweight-test-{os.getpid()}"
-        try:
-            folder.mkdir()
-        except OSError:
-            continue
-        if (folder / limit).exists() and os.access(folder / limit, os.W_OK):
-            yield folder, folder / limit
-            wait_for(lambda: not (folder / "cgroup.procs").read_text(), 10)
-            folder.rmdir()
-            return
+    """A cgroup of one's own for memory, and the file with its limit: version 1 or 2."""
+    limits = {Path("/sys/fs/cgroup/memory"): "memory.limit_in_bytes", Path("/sys/fs/cgroup"): "memory.max"}
+    found = [(top / f"lightweight-{os.getpid()}", limit) for top, limit in limits.items() if os.access(top, os.W_OK)]
+    if not found:
+        pytest.skip("no cgroup of one's own here")
+    folder, limit = found[0]
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("no cgroup of one's own here")
+    try:
+        if not (folder / limit).exists():
+            pytest.skip("no limit of memory in a cgroup of one's own")
+        yield folder, folder / limit
+        wait_for(lambda: not (folder / "cgroup.procs").read_text(), 10)
+    finally:
         folder.rmdir()
-    pytest.skip("no cgroup of one's own here")
 
 
 def test_a_child_that_the_kernel_kills_for_memory_has_run_out_of_what_its_cgroup_grants(project, memory_cgroup):

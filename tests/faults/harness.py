@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from conftest import torchruns, torchruns_store
 from lightweight import isolation, record
@@ -94,7 +96,10 @@ def run(given: list[str], folder: Path, kill: Kill | None = None, *, world_size:
                     other.join(0 if process.exitcode == -signal.SIGKILL else 20)
                     other.kill()
     statuses = [process.exitcode for process in processes]
-    return next((status for status in statuses if status), 0), "".join(log.read_text() for log in logs)
+    status = next((status for status in statuses if status), 0)
+    if kill is not None and -signal.SIGKILL in statuses:  # a rank may have noticed first, and have failed in talking
+        status = -signal.SIGKILL
+    return status, "".join(log.read_text() for log in logs)
 
 
 def result(folder: Path) -> tuple[bytes, Any]:
@@ -103,3 +108,37 @@ def result(folder: Path) -> tuple[bytes, Any]:
     (entry,) = record.load([folder / "record.json"])
     keys = ("train_loss", "heldout_loss_before", "heldout_loss_after", "steps", "planned_steps")
     return weights.read_bytes(), json.dumps([entry[key] for key in keys])
+
+
+def steers(text: str) -> bool:
+    """Whether `text` has anything that a terminal would obey, or that turns text around."""
+    return bool(re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", text))
+
+
+class Found(NamedTuple):
+    """How a command ended in this process: its status, -1 with an exception as `err`, and what it said."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def is_a_line(self) -> bool:
+        """Whether it refused its input in one line; argparse puts the usage before its own."""
+        line = self.err[self.err.find("\nlightweight") + 1 :] if self.err.startswith("usage: ") else self.err
+        return self.status == 2 and line.startswith("lightweight") and line.count("\n") == 1 and not steers(self.err)
+
+
+def outcome_of(given: list[str], capfd: Any) -> Found:
+    """The command `given`, and what it said but for bars of progress."""
+    capfd.readouterr()
+    try:
+        status = main(given)
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    except Exception as error:
+        capfd.readouterr()
+        return Found(-1, "", "".join(traceback.format_exception(error))[-1500:])
+    out, err = capfd.readouterr()
+    lines = [line.rpartition("\r")[2] for line in err.split("\n")]
+    return Found(status, out, "\n".join(line for line in lines if not re.match(r".*\d+%\|", line)).lstrip("\n"))

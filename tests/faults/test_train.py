@@ -1,11 +1,15 @@
 """`lightweight train` is asked to stop, started again, or given what is not its own, at other points than in a step."""
 
 import os
+import shutil
 import signal
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from faults.harness import result
+from faults.harness import outcome_of, result, steers
+from faults.mutants import STEERING
 from lightweight import checkpoints, job, worker
 from lightweight.__main__ import main
 from lightweight.output import Output
@@ -143,3 +147,44 @@ def test_a_method_that_names_a_folder_of_its_own_is_refused_before_anything_is_w
     (line,) = told(capfd.readouterr().err)
     assert "output_dir" in line and "--output" in line
     assert not {path.name for path in tmp_path.iterdir()} & {"a", "a.partial", "mine"}
+
+
+def with_a_tensor(base, folder, change) -> None:
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in sorted(tensors) if name.endswith("fc1.weight"))
+    save_file(tensors | {name: change(tensors[name])}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_weights_of_a_type_that_needs_a_quantization_to_be_numbers_are_one_line(given, base, tmp_path, capfd, kind):
+    """transformers casts them, and would train what nobody had trained before."""
+    with_a_tensor(base, tmp_path / "model", lambda tensor: tensor.to(kind))
+    found = outcome_of([*given(tmp_path / "a"), "--model", str(tmp_path / "model")], capfd)
+    assert found.is_a_line and "fc1.weight is stored as" in found.err, found
+
+
+def test_weights_that_are_no_numbers_are_told_as_such_and_not_as_a_learning_rate(given, base, tmp_path, capfd):
+    with_a_tensor(base, tmp_path / "model", lambda tensor: tensor * float("nan"))
+    found = outcome_of([*given(tmp_path / "a"), "--model", str(tmp_path / "model")], capfd)
+    assert found.status == 1 and "the model's weights hold what is no number" in found.err, found
+    assert main(given(tmp_path / "b")) == 0
+    shutil.copy(tmp_path / "model" / "model.safetensors", tmp_path / "b")
+    found = outcome_of(["chat", str(tmp_path / "b"), "--prompt", "x"], capfd)
+    assert found.is_a_line and "fc1.weight holds what is no number" in found.err, found
+
+
+def test_settings_of_answers_that_cannot_be_used_are_one_line(given, tmp_path, capfd):
+    assert main(given(tmp_path / "a")) == 0
+    (tmp_path / "a" / "generation_config.json").write_text('{"output_hidden_states": "x"}')
+    found = outcome_of(["chat", str(tmp_path / "a"), "--prompt", "x"], capfd)
+    assert found.is_a_line and "generation_config.json" in found.err, found
+
+
+def test_what_steers_a_terminal_is_shown_as_text_in_results_and_refusals(given, tmp_path, capfd):
+    output = f"{tmp_path}/{STEERING}".replace("\n", " ").replace(" ", "")
+    found = outcome_of(given(output), capfd)
+    assert found.status == 0 and "saved in" in found.out and not steers(found.out), found
+    for words in (["report", STEERING], ["report", "x", f"--bogus={STEERING}"], ["gate", "x", "--undecided", STEERING]):
+        found = outcome_of(words, capfd)
+        assert found.is_a_line, (words, found)
