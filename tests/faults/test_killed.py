@@ -11,6 +11,7 @@ JOBS = {
     "stock": ("constant:STOCK", (), 1, 5),
     "captured": ("constant:CAPTURED", ("--weights", "random"), 1, 3),
     "two ranks": ("constant:STOCK", (), 2, 2),
+    "captured, of two": ("constant:CAPTURED", (), 2, 1),
     "overwriting": ("constant:STOCK", ("--overwrite",), 1, 3),
 }
 """name -> method, options, ranks, and how many kills are a sample."""
