@@ -96,7 +96,8 @@ def make_store(folder: Path) -> Path:
 
 def _loopback() -> str:
     """The network interface that is reached from this host alone."""
-    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    names = [name for _, name in socket.if_nameindex()]
+    return "lo0" if "lo0" in names else "lo"  # as macOS calls it, and Linux
 
 
 def meet(*, cpu: bool) -> None:
