@@ -111,7 +111,9 @@ def test_nothing_is_lost(project, fault, tried):  # noqa: F811
         *(["-n", "1"] if fault.what == "xdist worker" else []),
     ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    session = subprocess.Popen(command, cwd=project, env=environment, start_new_session=True, **pipes)
+    session = subprocess.Popen(
+        command, cwd=project, env=environment, start_new_session=True, preexec_fn=hear_all, **pipes
+    )
     try:
         if fault.then is not None:
             assert wait_for((project / "done").exists)
@@ -126,6 +128,12 @@ def test_nothing_is_lost(project, fault, tried):  # noqa: F811
     if fault.then is not None and rows:
         by = "KeyboardInterrupt" if fault.then == signal.SIGINT else fault.then.name
         assert rows[1][3] == f"interrupted by {by}"
+
+
+def hear_all() -> None:
+    """A shell has what it starts in the background ignore SIGINT, and nohup SIGHUP: so would the session."""
+    for number in ENDS[:-1]:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def expected(fault: Fault) -> list[tuple[str, str, str | None]]:
