@@ -4,6 +4,7 @@ tried and survived; `--faults-into docs/faults.md` also writes that between the 
 import datetime
 import json
 import re
+import signal
 import subprocess
 from collections import Counter
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 from tabulate import tabulate
 
 from conftest import MICRO, turns
-from lightweight import models
+from lightweight import checkpoints, models
 
 TRIED, SURVIVED = Counter(), Counter()
 
@@ -104,6 +105,18 @@ def constant(name):
 STOCK, CAPTURED = constant("baseline"), constant("lora-captured")
 """
 """With a constant rate a step too many is seen in the weights."""
+
+
+@pytest.fixture(autouse=True)
+def hear_signals():
+    """Also where a shell has started the tests in the background, and has them ignore SIGINT."""
+    before = {number: signal.getsignal(number) for number in checkpoints.SIGNALS}
+    for number, found in before.items():
+        if found == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    yield
+    for number, found in before.items():
+        signal.signal(number, found)
 
 
 @pytest.fixture(scope="session")
