@@ -15,7 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightweight import __version__, checkpoints, gate, models, names, record, report, targets
 from lightweight.limits import LIMITS, Limits
@@ -31,9 +31,16 @@ def main(arguments: list[str] | None = None) -> int:
     return run(options)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Repeats what it was given as it is shown on a terminal, in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(names.one_line(message))
+
+
 def parser() -> argparse.ArgumentParser:
     """What the command line is read with."""
-    parser = argparse.ArgumentParser(prog="lightweight", description=__doc__)
+    parser = _Parser(prog="lightweight", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_plan(commands.add_parser("plan", help="forecast which methods fit which cards, without a GPU or the weights"))

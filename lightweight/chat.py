@@ -40,14 +40,15 @@ REFUSALS = (ChatError, models.ModelError, record.RecordError)
 
 @dataclass(frozen=True)
 class Chat:
-    """A trained network with its tokenizer."""
+    """A trained network with its tokenizer, from `folder`."""
 
+    folder: Path
     network: Any
     tokenizer: PreTrainedTokenizerBase
 
     def answer(self, text: str, *, max_tokens: int, temperature: float = 0.0, show: bool = False) -> str:
         """The answer to one prompt, of at most `max_tokens`; greedy at `temperature` 0. `show` prints it as it
-        grows."""
+        grows. Raises ChatError where settings that were saved with the network prevent one."""
         longest = getattr(self.network.config, "max_position_embeddings", None)
         prompt = corpus.encode_prompt(text, self.tokenizer)
         if longest:
@@ -56,7 +57,7 @@ class Chat:
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
         end = self.tokenizer.eos_token_id
-        with torch.no_grad():
+        with _refused(self.folder, "its config.json or generation_config.json"), torch.no_grad():
             row = self.network.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -85,7 +86,10 @@ def load(folder: Path, progress: Callable[[str], None] = lambda text: None) -> C
         network = models.load(saved, dtype, device, None)
     else:
         raise ChatError(f"{folder}: holds neither an adapter nor a model: give a folder that `lightweight train` wrote")
-    return Chat(network.eval(), models.load_tokenizer(saved))
+    for name, tensor in network.named_parameters():
+        if tensor.is_floating_point() and tensor.isnan().any():
+            raise ChatError(f"{folder}: {name} holds what is no number: train it anew")
+    return Chat(folder, network.eval(), models.load_tokenizer(saved))
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """When is a checkpoint saved, which one is whole, and where does a job go on?
 
-A checkpoint is whole when its manifest lists every file with its size and digest, and the files agree. The manifest is
-written last, and everything is synced before the folder gets its name (`output` moves it), so that neither a kill nor a
-power cut leaves one that only looks whole. Digests read every file once at saving and once more at resuming. Imports no
-torch.
+A checkpoint is whole when its manifest lists every file with its size and digest, and the files agree. The manifest has
+a digest of itself, and is written last; everything is synced before the folder gets its name (`output` moves it), so
+that neither a kill nor a power cut leaves one that only looks whole. Digests read every file once at saving and once
+more at resuming. Imports no torch.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def seal(folder: Path, job: Mapping[str, Any]) -> None:
     """Sync every file of `folder`, and write the manifest that makes it whole."""
     files = {str(path.relative_to(folder)): _measured(path) for path in _files(folder)}
     sync_all(folder)
+    content = {"job": job, "files": files}
     with (folder / MANIFEST_NAME).open("x", encoding="utf-8") as file:
-        json.dump({"job": job, "files": files}, file, indent=1)
+        json.dump(content | {"sha256": _digest(content)}, file, indent=1)
     for path in (folder / MANIFEST_NAME, folder):
         sync(path)
 
@@ -73,13 +74,20 @@ def problem(folder: Path) -> str | None:
 
 
 def read(folder: Path) -> Manifest | None:
-    """The manifest of `folder`, where it can be read."""
+    """The manifest of `folder`, where it can be read and says what was written."""
     try:
         found = json.loads((folder / MANIFEST_NAME).read_text("utf-8"))
+        if found.pop("sha256") != _digest(found):
+            return None
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in found["files"].items()}
         return Manifest(dict(found["job"]), files) if files else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Of what a manifest says, so that a byte that has changed in it is not taken for another job's settings."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def sync_all(folder: Path) -> None:

@@ -197,11 +197,10 @@ class Child:
 
     def __enter__(self) -> Self:
         world_size = self.trial.world_size
-        self._store = ranks.store() if world_size > 1 else None  # listens while it lives
-        port = None if self._store is None else self._store.port
         try:
+            store = ranks.make_store(self._folder) if world_size > 1 else None
             for number in range(world_size):
-                environment = ranks.environment(number, world_size, port)
+                environment = ranks.environment(number, world_size, store)
                 tells_steps = number == 0 and self._on_step is not None
                 self._ranks.append(
                     _Rank(number, self.trial, self._folder, environment, tells_steps, self.silence_seconds)
@@ -209,6 +208,8 @@ class Child:
             self._await(worker.Ready)
         except HelperError as error:
             self.outcome = error.outcome
+        except OSError as error:  # its folder is gone, its disk is full, or the system has no process left
+            self.outcome = worker.failure(error, self.trial, None, self._folder)
         except BaseException:
             self._stop()
             raise

@@ -47,6 +47,7 @@ from lightweight.checkpoints import Interruption, step_of
 from lightweight.meter import Meter
 from lightweight.methods import Method, MethodError
 from lightweight.models import Model
+from lightweight.names import one_line
 from lightweight.output import RECORD_NAME, Interrupted, Output, OutputError
 from lightweight.process import see_gpus
 from lightweight.stock import Request
@@ -223,7 +224,7 @@ def _train(
             ranks.wait_for_all()  # torchrun ends them all as soon as one has failed
             return outcome
     except Exception as error:
-        failed = worker.failure(error, trial, meter)
+        failed = worker.failure(error, trial, meter, output.unfinished)
         if isinstance(failed, Crashed):
             raise
     _tell(failed, trial, job, device, progress)
@@ -552,7 +553,11 @@ def _tell(
     if not ranks.is_first_to_say():
         return
     if isinstance(failed, Diverged):
-        _fail(f"{trial.name}: {failed.reason}: take a smaller --learning-rate")
+        before = failed.measured.heldout_loss_before
+        mend = "take a smaller --learning-rate"
+        if before is not None and math.isnan(before):
+            mend = "it was none before the first step either: the model's weights hold what is no number"
+        _fail(f"{trial.name}: {failed.reason}: {mend}")
         return
     asked = "" if failed.requested_bytes is None else f", where {_size(failed.requested_bytes)} more were asked for"
     where = f" on rank {ranks.rank()}" if ranks.world_size() > 1 else ""
@@ -589,11 +594,11 @@ def _disk_full(output: Output) -> OutputError:
 
 def _say(text: str) -> None:
     if ranks.is_first():
-        print(text, flush=True)
+        print(one_line(text), flush=True)
 
 
 def _fail(text: str) -> None:
-    print(f"lightweight: {text}", file=sys.stderr, flush=True)
+    print(f"lightweight: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 def _size(count: int) -> str:

@@ -495,7 +495,7 @@ class Laboratory:
         except isolation.HelperError:
             raise
         except Exception as error:
-            raise isolation.HelperError(worker.failure(error, trial, None)) from error  # type: ignore[arg-type]
+            raise isolation.HelperError(worker.failure(error, trial, None, self.folder)) from error  # type: ignore[arg-type]
         if culprit is not None and not self._told_of_culprit:
             self._told_of_culprit = True
             told = f"{culprit} initialises CUDA when it is imported: children start in fresh interpreters"

@@ -579,7 +579,7 @@ def load(
     asked = {} if quantization is None else {"quantization_config": quantization}
     stored = stored_quantization(model, config)
     if stored is None:
-        _check_size(model, config)
+        _check_stored(model, config)
     elif isinstance(quantization, BitsAndBytesConfig):
         config.quantization_config, asked = quantization.to_dict(), {}
     with _refused(model, f"the weights in {model.location} cannot be loaded", "give a whole folder of safetensors"):
@@ -609,21 +609,36 @@ def load(
     return network  # type: ignore[no-any-return]
 
 
-def _check_size(model: Model, config: PretrainedConfig) -> None:
-    """Raise ModelError where the files in a folder hold fewer numbers than the network has parameters: transformers
-    would draw the others, in memory that there may not be."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""What safetensors calls the types of weights that are the numbers they mean."""
+
+
+def _check_stored(model: Model, config: PretrainedConfig) -> None:
+    """Raise ModelError where the files in a folder, which are not quantized, hold fewer numbers than the network has
+    parameters: transformers would draw the others, in memory that there may not be; or a parameter of another type."""
     import torch
     from safetensors import safe_open
 
     files = sorted(Path(model.location or "").glob("*.safetensors"))
     if not files:
         return
-    stored = 0
+    stored, not_floats = 0, {}
     with _refused(model, f"the weights in {model.location} cannot be read", "give a whole folder of safetensors"):
         for file in files:
             with safe_open(file, framework="pt") as opened:
-                stored += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+                for name in opened.keys():  # noqa: SIM118
+                    tensor = opened.get_slice(name)
+                    stored += math.prod(tensor.get_shape())
+                    if tensor.get_dtype() not in FLOATS:
+                        not_floats[name] = tensor.get_dtype()
     network = skeleton(config, torch.float32, None)
+    for name, _ in network.named_parameters() if not_floats else ():
+        kind = not_floats.get(name) or not_floats.get(name.removeprefix(f"{network.base_model_prefix}."))
+        if kind is not None:  # transformers would cast it
+            raise ModelError(
+                f"model {model.name}: {name} is stored as {kind}, and config.json names no quantization that would say "
+                "what it means: give weights and config.json of one model"
+            )
     if (wanted := count_parameters(network)) > stored:
         raise ModelError(
             f"model {model.name}: config.json describes {wanted:,} parameters and the files in {model.location} hold "

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, which imports peft
@@ -21,6 +24,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler
+from transformers import TrainingArguments
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -29,6 +33,9 @@ T = TypeVar("T")
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables by which transformers and accelerate tell that they were launched."""
+
+STORE = "LIGHTWEIGHT_STORE"
+"""Environment variable: the file in which the ranks that the suite starts find each other."""
 
 
 class RanksError(ValueError):
@@ -63,50 +70,49 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def environment(rank: int, world_size: int, store_port: int | None) -> dict[str, str]:
-    """What torchrun would put into the environment of `rank` on one host, whose store listens at `store_port`; nothing
-    for one rank without a store.
+def environment(rank: int, world_size: int, store: Path | None) -> dict[str, str]:
+    """What torchrun would put into the environment of `rank` on one host, whose ranks find each other in `store`;
+    nothing for one rank without a store.
 
     https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables
     """
-    if store_port is None:
+    if store is None:
         return {}
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store_port),
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        STORE: str(store),
+        **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _loopback()),
     }
 
 
-def store() -> Any:
-    """Where ranks find each other: torch's TCPStore on a `port` of this host that was free, reachable from this host
-    alone. Listens while it lives."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        # By itself it listens on every interface, whatever address it is given. It closes what it is handed.
-        return distributed.TCPStore(  # type: ignore[attr-defined]
-            "127.0.0.1",
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            master_listen_fd=os.dup(listener.fileno()),
-        )
+def make_store(folder: Path) -> Path:
+    """Where the ranks of one trial find each other: a file in a new folder inside `folder` that nobody else can open.
+    torch's TCPStore would ask nobody who connects for a secret."""
+    return Path(tempfile.mkdtemp(prefix="ranks-", dir=folder)) / "store"
+
+
+def _loopback() -> str:
+    """The network interface that is reached from this host alone."""
+    names = [name for _, name in socket.if_nameindex()]
+    return "lo0" if "lo0" in names else "lo"  # as macOS calls it, and Linux
 
 
 def meet(*, cpu: bool) -> None:
-    """Have all ranks that torchrun or accelerate launched able to talk, and wait for them. One by itself has nobody to
-    talk to: it forgets its launcher, and so trains as a process that had none."""
-    if world_size() > 1:
-        share_threads()
-        PartialState(cpu=cpu)
-    else:
+    """Have all ranks able to talk, and wait for them, unless they have met. One by itself has nobody to talk to: it
+    forgets its launcher, and so trains as a process that had none."""
+    if world_size() == 1:
         for name in LAUNCHED:
             os.environ.pop(name, None)
+    elif not distributed.is_initialized():
+        share_threads()
+        ours: dict[str, Any] = {}  # torchrun has a store of its own
+        if STORE in os.environ:
+            ours = {"init_method": f"file://{os.environ[STORE]}", "rank": rank(), "world_size": world_size()}
+            ours["timeout"] = timedelta(seconds=TrainingArguments.ddp_timeout)  # as transformers would have it
+        PartialState(cpu=cpu, **ours)
 
 
 def share_threads() -> None:

@@ -11,6 +11,8 @@ import faulthandler
 import gc
 import os
 import re
+import resource
+import shutil
 import signal
 import time
 import traceback
@@ -116,7 +118,7 @@ def run(
     except Exception as error:
         with suppress(OSError):  # the disk of its log may be full
             traceback.print_exc()
-        outcome = failure(error, trial, meter)
+        outcome = failure(error, trial, meter, folder)
     with suppress(OSError):
         connection.send(outcome)
 
@@ -181,6 +183,7 @@ def set_up(
         heldout_rows = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.heldout]
         heldout = Heldout(heldout_rows, corpus.encode_text(trial.corpus.elsewhere or "", tokenizer, trial.max_length))
         models.check_rows(trial.model, network.config, [*train_rows, *heldout_rows, *heldout.elsewhere])
+        ranks.meet(cpu=device.type == "cpu")
         trainer = stock.make_trainer(trial, network, train_rows, meter, rounds, folder, **overrides)
     ends = (corpus.IGNORED, tokenizer.eos_token_id)
     meter.facts = {
@@ -303,8 +306,8 @@ def _cap_memory(trial: Trial) -> None:
         torch.cuda.set_per_process_memory_fraction(trial.target.budget_bytes / total_bytes)
 
 
-def failure(error: Exception, trial: Trial, meter: Meter | None) -> OutOfMemory | Diverged | Crashed:
-    """How a trial ended that raised `error`; `meter` is None where it had not got as far as having one."""
+def failure(error: Exception, trial: Trial, meter: Meter | None, folder: Path) -> OutOfMemory | Diverged | Crashed:
+    """How a trial in `folder` ended that raised `error`; `meter` is None where it had not got as far as having one."""
     phase: Phase = "start" if meter is None else meter.phase
     measured = Measurements() if meter is None else meter.measurements()
     reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
@@ -323,14 +326,30 @@ def failure(error: Exception, trial: Trial, meter: Meter | None) -> OutOfMemory 
             )
     if host_memory.ran_out(error):
         return host_memory.outcome(phase, reason, measured)
-    if _disk_is_full(error):
-        reason += "; its scratch folder is on a disk that is full: let TMPDIR name a larger one"
+    if (full := _full_disk(error, folder)) is not None:
+        reason += f"; {full}"
     return Crashed(phase=phase, reason=reason, details=traceback.format_exc(), measured=measured)
 
 
-def _disk_is_full(error: Exception) -> bool:
-    """Whether a file could not be written for want of space; safetensors and torch have messages alone for it."""
-    return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+def _full_disk(error: Exception, folder: Path) -> str | None:
+    """Which disk has no room for what a trial writes into `folder`, and the mend; None where `error` is another one.
+    safetensors and torch have messages alone for it, and some of torch's do not say why."""
+    number, said = getattr(error, "errno", None), str(error)
+    if number == errno.EFBIG or os.strerror(errno.EFBIG) in said:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        return f"a file in the scratch folder {folder} may have {limit} bytes by the limit of ulimit -f: raise it"
+    is_told = any(number == each or os.strerror(each) in said for each in (errno.ENOSPC, errno.EDQUOT))
+    try:
+        usage = shutil.disk_usage(folder)
+        if not is_told and (usage.free >= MiB or number is not None or "writ" not in said):
+            return None
+    except OSError:  # it is gone, and so nothing is known of its disk
+        return None
+    disk = next(path for path in (folder, *folder.parents) if path.is_mount())
+    return (
+        f"the scratch folder {folder} is on a disk that is full, {disk} with {usage.free / MiB:.0f} MiB of "
+        f"{usage.total / MiB:.0f} free: free some space, or let TMPDIR name a larger one"
+    )
 
 
 def _allocator_ran_out() -> bool:

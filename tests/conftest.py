@@ -38,6 +38,28 @@ def turns(pairs: int) -> list[dict[str, str]]:
     ]
 
 
+def torchruns(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun puts into the environment of a rank, with its store at `port`.
+
+    https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables
+    """
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+def torchruns_store() -> torch.distributed.TCPStore:
+    """A store as torchrun's agent has one, on a free `port`; listens while it lives."""
+    return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every-architecture",

@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from conftest import MICRO, turns
+from conftest import MICRO, torchruns, torchruns_store, turns
 from lightweight import chat, isolation, job, methods, models, plan, ranks, record, targets, worker
 from lightweight.__main__ import main
 from lightweight.card import model_card
@@ -167,10 +167,10 @@ def forget_threads() -> None:
 def on_two_ranks(given: list[str], folder: Path, *prepare: Callable[[], None]) -> tuple[list[int | None], list[str]]:
     """The command on two ranks, having called each one's own of `prepare` there; their exit statuses, and what they
     said together."""
-    store, logs = ranks.store(), [folder / f"log-{rank}" for rank in range(2)]
+    store, logs = torchruns_store(), [folder / f"log-{rank}" for rank in range(2)]
     processes = [
         isolation._forkserver.Process(
-            target=command_on_rank, args=(given, log, ranks.environment(rank, 2, store.port), prepared)
+            target=command_on_rank, args=(given, log, torchruns(rank, 2, store.port), prepared)
         )
         for rank, (log, prepared) in enumerate(zip(logs, prepare or (nothing, nothing), strict=True))
     ]

@@ -4,6 +4,7 @@ import copy
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 
-from lightweight import models, ranks, targets, worker
+from conftest import torchruns
+from lightweight import isolation, models, ranks, targets, worker
 from lightweight.isolation import Child
 from lightweight.methods import BASELINE, METHODS, QLORA, Method
 from lightweight.trial import Completed, Crashed, Measurements, OutOfMemory, TimedOut, Trial, of_all_ranks
@@ -278,7 +280,7 @@ def test_a_rank_computes_with_its_share_of_the_threads(monkeypatch, asked, expec
     monkeypatch.setenv("OMP_NUM_THREADS", asked or "")
     if asked is None:
         monkeypatch.delenv("OMP_NUM_THREADS")
-    for name, value in ranks.environment(0, 2, 1234).items():
+    for name, value in torchruns(0, 2, 1234).items():
         monkeypatch.setenv(name, value)
     try:
         torch.set_num_threads(6)
@@ -289,22 +291,43 @@ def test_a_rank_computes_with_its_share_of_the_threads(monkeypatch, asked, expec
 
 
 def test_one_rank_of_torchrun_forgets_its_launcher(monkeypatch):
-    for name, value in ranks.environment(0, 1, 1234).items():
+    for name, value in torchruns(0, 1, 1234).items():
         monkeypatch.setenv(name, value)
     ranks.meet(cpu=True)
     assert not torch.distributed.is_initialized()
     assert "RANK" not in os.environ
 
 
-def test_the_ranks_store_is_reached_from_this_host_alone():
-    store = ranks.store()
+def listening() -> dict[str, str]:
+    """The TCP sockets that listen on this machine: inode -> address, as the kernel writes both."""
     tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
     lines = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
-    addresses = {line[1] for line in lines if line[3] == "0A" and line[1].endswith(f":{store.port:04X}")}  # listening
-    assert addresses == {f"0100007F:{store.port:04X}"}
-    client = torch.distributed.TCPStore("127.0.0.1", store.port, is_master=False)
-    client.set("key", "value")
-    assert store.get("key") == b"value"
+    return {line[9]: line[1] for line in lines if line[3] == "0A"}
+
+
+def test_ranks_listen_on_loopback_alone_and_find_each_other_where_nobody_else_can_look(trial, tmp_path):
+    with Child(replace(trial, world_size=2), tmp_path) as child:
+        child.round()
+        (folder,) = tmp_path.glob("ranks-*")
+        assert folder.stat().st_mode & 0o077 == 0
+        everywhere, found = listening(), set()
+        for pid in (os.getpid(), isolation._server_pid(), *child.pids):
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(OSError):
+                    link = str(descriptor.readlink())
+                    if link.startswith("socket:["):
+                        found.add((pid, everywhere.get(link[8:-1])))
+        of_ranks = {address for pid, address in found if address and pid in child.pids}
+        of_others = {address for pid, address in found if address and pid not in child.pids}
+    assert of_ranks, "gloo's ranks listen for each other"
+    assert all(address.startswith("0100007F:") or address.startswith("0" * 24 + "01") for address in of_ranks)
+    assert not of_others
+
+
+def test_a_trial_whose_folder_is_gone_is_an_outcome_also_for_several_ranks(trial, tmp_path):
+    with Child(replace(trial, world_size=2), tmp_path / "gone") as child:
+        outcome = child.finish()
+    assert isinstance(outcome, Crashed) and outcome.reason.startswith("FileNotFoundError"), outcome
 
 
 RUN = worker.run

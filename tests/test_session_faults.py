@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -54,10 +55,13 @@ def project(tmp_path):
     return tmp_path
 
 
-def start(project: Path, act: str, *arguments: str, method: str = "lora") -> subprocess.Popen[str]:
+def start(
+    project: Path, act: str, *arguments: str, method: str = "lora", inside: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """A session whose `method` does `act` in its third step; `inside` is a command that runs it."""
     (project / "test_cells.py").write_text(CELLS.replace("{act}", act).replace("{method}", method))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(project / "scratch"), "MARK": str(project)}
-    command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider", "--epochs=3"]
+    command = [*inside, sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider", "--epochs=3"]
     return subprocess.Popen(
         [*command, "--benchmark-json=out.json", *arguments],
         cwd=project,
@@ -157,6 +161,86 @@ def test_a_stopped_forkserver_and_a_lost_scratch_folder_cost_no_cell(project):
     output, _ = session.communicate(timeout=240)
     assert session.returncode == 0, output
     assert [each[:2] for each in outcomes(project)] == [("baseline", "completed"), ("lora", "completed")]
+    assert wait_for(lambda: not left(project), 15), left(project)
+
+
+SMALL_DISK = ("unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=24m none scratch && exec "$@"', "sh")
+"""Runs a command with 24 MiB for its temporary files."""
+
+FILL = """
+            with open("scratch/filler", "wb", buffering=0) as filler:
+                try:
+                    while True:
+                        filler.write(bytes(4096))
+                except OSError:
+                    pass"""
+
+
+def test_a_disk_that_fills_up_is_an_outcome_that_names_disk_and_folder_and_the_next_cell_runs(project):
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mount of one's own here")
+    again = "\n\n@pytest.fixture(autouse=True)\ndef room():\n    yield\n    if os.path.exists('scratch/filler'): "
+    session = start(project, FILL, method="baseline", inside=SMALL_DISK)
+    with (project / "test_cells.py").open("a") as cells:
+        cells.write(again + "os.remove('scratch/filler')\n")
+    output, _ = session.communicate(timeout=240)
+    assert session.returncode == 1, output
+    (first, kind, phase, reason), second = outcomes(project)
+    assert (first, kind) == ("baseline", "crashed") and phase in ("train", "evaluate", "save"), output
+    assert f"is on a disk that is full, {project / 'scratch'} with 0 MiB of 24 free" in reason
+    assert second[:2] == ("lora", "completed"), output
+    assert wait_for(lambda: not left(project), 15), left(project)
+
+
+HEAVY = f"""
+from lightweight.models import Model
+
+ARCHITECTURE = {MICRO.architecture!r} | {{"hidden_size": 1024, "num_hidden_layers": 8, "ffn_dim": 4096}}
+HEAVY = Model(name="heavy", architecture=ARCHITECTURE)
+
+def test_heavy(train):
+    outcome = train(HEAVY, "baseline")
+    assert outcome.kind == "completed", outcome.reason
+
+def test_cell_afterwards(train):
+    from test_cells import MICRO
+    assert train(MICRO, "lora").kind == "completed"
+"""
+
+
+@pytest.fixture
+def memory_cgroup():
+    """A cgroup of one's own for memory, and the file with its limit: version 1 or 2."""
+    limits = {Path("/sys/fs/cgroup/memory"): "memory.limit_in_bytes", Path("/sys/fs/cgroup"): "memory.max"}
+    found = [(top / f"lightweight-{os.getpid()}", limit) for top, limit in limits.items() if os.access(top, os.W_OK)]
+    if not found:
+        pytest.skip("no cgroup of one's own here")
+    folder, limit = found[0]
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("no cgroup of one's own here")
+    try:
+        if not (folder / limit).exists():
+            pytest.skip("no limit of memory in a cgroup of one's own")
+        yield folder, folder / limit
+        wait_for(lambda: not (folder / "cgroup.procs").read_text(), 10)
+    finally:
+        folder.rmdir()
+
+
+def test_a_child_that_the_kernel_kills_for_memory_has_run_out_of_what_its_cgroup_grants(project, memory_cgroup):
+    folder, limit = memory_cgroup
+    limit.write_text(str(900 * 2**20))
+    (project / "test_heavy.py").write_text(HEAVY)
+    join = ("sh", "-c", f'echo $$ > {folder}/cgroup.procs && exec "$@"', "sh")
+    session = start(project, "pass", "test_heavy.py", inside=join)
+    output, _ = session.communicate(timeout=240)
+    assert session.returncode == 1, output
+    (_, kind, _, reason), afterwards = outcomes(project)
+    assert kind == "out_of_memory", output
+    assert reason == "killed by the kernel; the host's memory: the memory limit of its cgroup is 0.88 GiB"
+    assert afterwards[:2] == ("lora", "completed"), output
     assert wait_for(lambda: not left(project), 15), left(project)
 
 

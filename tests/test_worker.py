@@ -3,6 +3,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from multiprocessing import Pipe
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,13 +104,13 @@ def test_the_request_is_read_from_torchs_message(message, expected):
 def test_an_out_of_memory_that_the_allocator_did_not_count_is_a_crash(trial):
     """On a GPU tests/test_isolation.py shows the counted one."""
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
-    outcome = worker.failure(error, trial, Meter(CPU, 0.0))
+    outcome = worker.failure(error, trial, Meter(CPU, 0.0), Path())
     assert isinstance(outcome, Crashed)
     assert outcome.reason.startswith(type(error).__name__)
 
 
 def test_the_hosts_memory_that_runs_out_is_told_from_the_devices(trial):
-    outcome = worker.failure(MemoryError("host"), trial, Meter(CPU, 0.0))
+    outcome = worker.failure(MemoryError("host"), trial, Meter(CPU, 0.0), Path())
     assert isinstance(outcome, OutOfMemory)
     assert outcome.reason.startswith("MemoryError: host; the host's memory: ")
     assert outcome.budget_bytes == host_memory.limit().bytes
@@ -127,10 +128,10 @@ def test_a_training_that_goes_on_after_its_last_round_is_one_clear_line():
 def test_failures_keep_their_place_and_reason(trial):
     meter = Meter(CPU, 0.0)
     meter.phase = "backward"
-    outcome = worker.failure(RuntimeError("CUDA error: device-side assert triggered\nmore"), trial, meter)
+    outcome = worker.failure(RuntimeError("CUDA error: device-side assert triggered\nmore"), trial, meter, Path())
     assert outcome.reason == "RuntimeError: CUDA error: device-side assert triggered"
     assert outcome.phase == "backward"
-    diverged = worker.failure(DivergedError(7, float("nan")), trial, meter)
+    diverged = worker.failure(DivergedError(7, float("nan")), trial, meter, Path())
     assert isinstance(diverged, Diverged)
     assert (diverged.step, diverged.reason) == (7, "training loss is nan at step 7")
 

@@ -1,7 +1,11 @@
-"""`pytest tests/faults` injects a sample of every class of faults; `--faults` all of them. Both print how many were
-tried and survived."""
+"""`pytest tests/faults` injects a sample of every class of faults, `--faults` all of them. Both print how many were
+tried and survived; `--faults-into docs/faults.md` also writes that between the marks of a file."""
 
+import datetime
 import json
+import re
+import signal
+import subprocess
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +14,19 @@ import pytest
 from tabulate import tabulate
 
 from conftest import MICRO, turns
-from lightweight import models
+from lightweight import checkpoints, models
 
 TRIED, SURVIVED = Counter(), Counter()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", action="store_true", help="inject every fault, not a sample of each class")
+    parser.addoption(
+        "--faults-into",
+        type=Path,
+        metavar="FILE.md",
+        help="also write the counts between its marks; classes that did not run keep their rows",
+    )
 
 
 @pytest.fixture
@@ -43,11 +53,45 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
                 SURVIVED[value[0]] += bool(value[1])
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
-    if TRIED:
-        rows = [(name, TRIED[name], SURVIVED[name]) for name in sorted(TRIED)]
-        terminalreporter.section("faults")
-        terminalreporter.write_line(tabulate(rows, ("what", "tried", "survived"), tablefmt="github"))
+COLUMNS = ("what", "tried", "survived", "commit", "date")
+BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if not TRIED:
+        return
+    rows = {name: (name, str(TRIED[name]), str(SURVIVED[name]), *_version(config.rootpath)) for name in TRIED}
+    terminalreporter.section("faults")
+    terminalreporter.write_line(_table(rows))
+    if (file := config.getoption("--faults-into", default=None)) is not None:
+        file.write_text(with_rows(file.read_text("utf-8"), rows), "utf-8")
+
+
+def with_rows(text: str, rows: dict[str, tuple[str, ...]]) -> str:
+    """`text` with `rows` in the table between its marks, in the places of those of the same names."""
+    before, begin, rest = text.partition(BEGIN)
+    inside, end, after = rest.partition(END)
+    if not (begin and end):
+        raise pytest.UsageError(f"--faults-into: the file has no {BEGIN} and {END}: add a line of each")
+    lines = [line.strip().strip("|").split("|") for line in inside.splitlines() if re.match(r"\|(?! what|-)", line)]
+    kept = {cells[0].strip(): tuple(cell.strip() for cell in cells) for cells in lines}
+    return f"{before}{begin}\n\n{_table(kept | rows)}\n\n{end}{after}"
+
+
+def _table(rows: dict[str, tuple[str, ...]]) -> str:
+    cells = [rows[name] for name in sorted(rows)]
+    return tabulate(cells, COLUMNS, tablefmt="github", disable_numparse=True, colalign=("left", "right", "right"))
+
+
+def _version(root: Path) -> tuple[str, str]:
+    """The commit that the faults were injected into, with a `+` where the tree had changes, and today's date."""
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        commit = done.stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    return commit or "?", datetime.date.today().isoformat()
 
 
 METHODS = """
@@ -61,6 +105,18 @@ def constant(name):
 STOCK, CAPTURED = constant("baseline"), constant("lora-captured")
 """
 """With a constant rate a step too many is seen in the weights."""
+
+
+@pytest.fixture(autouse=True)
+def hear_signals():
+    """Also where a shell has started the tests in the background, and has them ignore SIGINT."""
+    before = {number: signal.getsignal(number) for number in checkpoints.SIGNALS}
+    for number, found in before.items():
+        if found == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    yield
+    for number, found in before.items():
+        signal.signal(number, found)
 
 
 @pytest.fixture(scope="session")

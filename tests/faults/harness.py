@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import signal
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lightweight import isolation, ranks, record
+from conftest import torchruns, torchruns_store
+from lightweight import isolation, record
 from lightweight.__main__ import main
 from lightweight.process import redirect_output
 
@@ -76,11 +79,11 @@ def _run(given: list[str], log: Path, environment: dict[str, str], kill: Kill | 
 def run(given: list[str], folder: Path, kill: Kill | None = None, *, world_size: int = 1) -> tuple[int, str]:
     """The command's exit status, that of its first rank, and what it said; `kill` is for the last rank, whose death
     the others do not survive, as under torchrun."""
-    store = ranks.store() if world_size > 1 else None
+    store = torchruns_store() if world_size > 1 else None
     processes, logs = [], [folder / f"log-{rank}" for rank in range(world_size)]
     for rank, log in enumerate(logs):
         log.unlink(missing_ok=True)
-        environment = ranks.environment(rank, world_size, store and store.port)
+        environment = {} if store is None else torchruns(rank, world_size, store.port)
         killed = kill if rank == (world_size - 1 if kill and kill.at is not None and kill.at % 2 else 0) else None
         processes.append(isolation._forkserver.Process(target=_run, args=(given, log, environment, killed)))
     for process in processes:
@@ -93,7 +96,10 @@ def run(given: list[str], folder: Path, kill: Kill | None = None, *, world_size:
                     other.join(0 if process.exitcode == -signal.SIGKILL else 20)
                     other.kill()
     statuses = [process.exitcode for process in processes]
-    return next((status for status in statuses if status), 0), "".join(log.read_text() for log in logs)
+    status = next((status for status in statuses if status), 0)
+    if kill is not None and -signal.SIGKILL in statuses:  # a rank may have noticed first, and have failed in talking
+        status = -signal.SIGKILL
+    return status, "".join(log.read_text() for log in logs)
 
 
 def result(folder: Path) -> tuple[bytes, Any]:
@@ -102,3 +108,37 @@ def result(folder: Path) -> tuple[bytes, Any]:
     (entry,) = record.load([folder / "record.json"])
     keys = ("train_loss", "heldout_loss_before", "heldout_loss_after", "steps", "planned_steps")
     return weights.read_bytes(), json.dumps([entry[key] for key in keys])
+
+
+def steers(text: str) -> bool:
+    """Whether `text` has anything that a terminal would obey, or that turns text around."""
+    return bool(re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", text))
+
+
+class Found(NamedTuple):
+    """How a command ended in this process: its status, -1 with an exception as `err`, and what it said."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def is_a_line(self) -> bool:
+        """Whether it refused its input in one line; argparse puts the usage before its own."""
+        line = self.err[self.err.find("\nlightweight") + 1 :] if self.err.startswith("usage: ") else self.err
+        return self.status == 2 and line.startswith("lightweight") and line.count("\n") == 1 and not steers(self.err)
+
+
+def outcome_of(given: list[str], capfd: Any) -> Found:
+    """The command `given`, and what it said but for bars of progress."""
+    capfd.readouterr()
+    try:
+        status = main(given)
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    except Exception as error:
+        capfd.readouterr()
+        return Found(-1, "", "".join(traceback.format_exception(error))[-1500:])
+    out, err = capfd.readouterr()
+    lines = [line.rpartition("\r")[2] for line in err.split("\n")]
+    return Found(status, out, "\n".join(line for line in lines if not re.match(r".*\d+%\|", line)).lstrip("\n"))

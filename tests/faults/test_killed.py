@@ -11,6 +11,7 @@ JOBS = {
     "stock": ("constant:STOCK", (), 1, 5),
     "captured": ("constant:CAPTURED", ("--weights", "random"), 1, 3),
     "two ranks": ("constant:STOCK", (), 2, 2),
+    "captured, of two": ("constant:CAPTURED", (), 2, 1),
     "overwriting": ("constant:STOCK", ("--overwrite",), 1, 3),
 }
 """name -> method, options, ranks, and how many kills are a sample."""
@@ -51,3 +52,13 @@ def test_a_killed_job_resumes_to_the_same_bits(given, tmp_path, whole, tried, jo
             lost.append(f"at {at} of {changes}:\n{killed}\n{said}")
         shutil.rmtree(out)
     assert not lost, "\n".join(lost)
+
+
+def test_two_ranks_go_on_in_the_middle_of_a_second_epoch_with_its_order(given, tmp_path):
+    """Killed while the last checkpoint is written, so that the one of step 6, of four an epoch, is gone on from."""
+    out = tmp_path / "out"
+    assert run(given(out / "whole"), tmp_path, world_size=2)[0] == 0
+    assert run(given(out / "cut"), tmp_path, Kill(out, tmp_path / "tally", at=46), world_size=2)[0] == -signal.SIGKILL
+    status, said = run([*given(out / "cut"), "--resume"], tmp_path, world_size=2)
+    assert status == 0 and "going on after step 6 of 7" in said, said
+    assert result(out / "cut") == result(out / "whole")

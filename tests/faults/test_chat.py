@@ -1,0 +1,44 @@
+"""What `lightweight train` wrote can be talked to; where it was damaged, that is one line or an answer."""
+
+import random
+import shutil
+
+import pytest
+
+from faults import mutants
+from faults.harness import outcome_of, steers
+from lightweight.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return {}
+
+
+@pytest.fixture
+def model(given, trained, tmp_path, tmp_path_factory, request):
+    """A copy of what a job has left: of every weight, or of an adapter."""
+    method = request.param
+    if method not in trained:
+        trained[method] = tmp_path_factory.mktemp("trained") / "model"
+        assert main(given(trained[method], method=method)) == 0
+    return trained[method]
+
+
+@pytest.mark.parametrize("model", ["constant:STOCK", "constant:CAPTURED"], indirect=True)
+def test_a_damaged_model_is_one_line_or_answers(model, tmp_path, whole, tried, capfd):
+    def talk(folder):
+        return outcome_of(["chat", str(folder), "--prompt", "how are you?", "--max-tokens", "2"], capfd)
+
+    right, lost = talk(model), []
+    assert (right.status, right.err.strip()) == (0, "")
+    for seed in range(40_000, 40_150 if whole else 40_015):
+        folder = shutil.copytree(model, tmp_path / "copy")
+        done = mutants.folder_of_a_model(folder, random.Random(seed))
+        found = talk(folder)
+        survived = found.is_a_line or (found.status == 0 and not found.err.strip() and not steers(found.out))
+        tried("damaged models, talked to", survived=survived)
+        if not survived:
+            lost.append((seed, done, found))
+        shutil.rmtree(folder)
+    assert not lost, "\n".join(map(str, lost))
