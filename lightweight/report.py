@@ -578,6 +578,27 @@ def results(
     return Table(key=key, title=title, columns=columns, aligned=aligned, rows=rows, entries=entries, notes=told)
 
 
+def brief(runs: Sequence[Run]) -> Table:
+    """The cells of `results` in the columns that a README of 120 characters a line has room for. Only `into` writes it:
+    a whole report has `results`."""
+    entries = newest(runs)
+    cells = main_cells(entries)
+    rows = []
+    for cell in cells:
+        gain = faster(cell, pace_of(cell, entries))
+        ratio = f"{gain.ratio:.2f}x" if gain else "-"
+        rows.append([*_name(cell, cells), cell["outcome"].replace("_", " "), step(cell), ratio, memory(cell)])
+    return Table(
+        key="brief",
+        title="Every cell in brief",
+        columns=["model", "method", "card", "outcome", "step", "speedup", "peak memory"],
+        aligned="llllrrr",
+        rows=rows,
+        entries=cells,
+        notes=[note for note in notes(cells, runs) if not note.startswith(RANDOM)],
+    )
+
+
 def losses(entries: Sequence[Entry]) -> Table:
     """Training and held-out loss of every cell that has taken steps or was meant to."""
     rows, of = [], []
@@ -1023,7 +1044,7 @@ def into(readme: Path, runs: Sequence[Run]) -> None:
     except (OSError, UnicodeDecodeError) as error:
         said = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ReportError(f"report {readme}: cannot be read ({said})") from error
-    made = {table.key: table for table in tables(runs)}
+    made = {table.key: table for table in (*tables(runs), brief(runs))}
     keys = [key for key in re.findall(r"<!-- ([\w-]+): (?:begin|end) -->", found) if key == "results" or key in made]
     for key in dict.fromkeys(keys or ["results"]):
         begin, end = marks(key)

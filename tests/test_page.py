@@ -226,10 +226,10 @@ def test_the_readmes_pictures_show_what_the_committed_records_hold():
         p.key: p for p in figures.pictures([record.run(records / "h200-t4.json"), record.run(records / "plan.json")])
     }
     words = re.compile(r"<text[^>]*>([^<]*)<")
-    shown = re.findall(r"\((experiments/figures/([\w-]+)\.svg)\)", (root / "README.md").read_text("utf-8"))
+    shown = sorted((root / "docs" / "figures").glob("*.svg"))
     assert shown
-    for path, key in shown:
-        assert words.findall((root / path).read_text("utf-8")) == words.findall(drawn[key].svg)
+    for path in shown:
+        assert words.findall(path.read_text("utf-8")) == words.findall(drawn[path.stem].svg)
 
 
 # In a browser
@@ -238,13 +238,13 @@ def test_the_readmes_pictures_show_what_the_committed_records_hold():
 @pytest.fixture(scope="module")
 def browser():
     """Chromium, playwright's own or the system's."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="not run: needs playwright (see README.md)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="not run: needs playwright (see CONTRIBUTING.md)")
     with playwright.sync_playwright() as engine:
         path = engine.chromium.executable_path
         names = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome")
         found = path if shutil.which(path) else next(filter(None, map(shutil.which, names)), None)
         if found is None:
-            pytest.skip("not run: needs Chromium (see README.md)")
+            pytest.skip("not run: needs Chromium (see CONTRIBUTING.md)")
         chromium = engine.chromium.launch(executable_path=found)
         yield chromium
         chromium.close()

@@ -480,7 +480,7 @@ def test_expected_cost_orders_methods_as_they_were_measured():
     assert all(a.expected_cost < b.expected_cost for a, b in pairwise(ordered))
 
 
-def test_the_readme_shows_what_the_command_prints(capsys, monkeypatch):
+def test_the_docs_show_what_the_command_prints(capsys, monkeypatch):
     """Where the cards' kernels are alike: this model's attention is matrix products."""
     traces, trace = {}, forecast.trace
 
@@ -489,8 +489,8 @@ def test_the_readme_shows_what_the_command_prints(capsys, monkeypatch):
         return traces.get(key) or traces.setdefault(key, trace(trial, targets.named("t4").capability))
 
     monkeypatch.setattr(forecast, "trace", traced_once)
-    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
-    command, shown = readme.split("    lightweight plan gpt-neo-1.3b", 1)[1].split("```", 2)[:2]
+    page = (Path(__file__).parents[1] / "docs" / "plan.md").read_text("utf-8")
+    command, shown = page.split("    lightweight plan gpt-neo-1.3b", 1)[1].split("```", 2)[:2]
     assert main(["plan", "gpt-neo-1.3b", *command.split()]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert [line.rstrip() for line in printed] == [line.rstrip() for line in shown.strip().splitlines()]

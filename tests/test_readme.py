@@ -1,62 +1,158 @@
-"""What the READMEs tell people to type is understood, and their Python runs."""
+"""README is short, README.ko.md says the same, and what they and docs/ tell people to type is understood and runs."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from conftest import turns
-from lightweight import __main__, methods
+from lightweight import __main__, corpus, methods
 from lightweight.methods import Method
 
-READMES = [Path(__file__).parents[1] / name for name in ("README.md", "README.ko.md")]
-each_readme = pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
+ROOT = Path(__file__).parents[1]
+README, KOREAN = ROOT / "README.md", ROOT / "README.ko.md"
+PAGES = [README, KOREAN, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+each_readme = pytest.mark.parametrize("readme", [README, KOREAN], ids=lambda path: path.name)
 
 
-def commands(readme: Path, program: str) -> list[list[str]]:
-    """The arguments of every command line of `program` in `readme`, without redirections."""
-    lines = re.findall(rf"^    (?:.* && |python -m )?{program} (.*)$", readme.read_text("utf-8"), re.MULTILINE)
+def commands(page: Path, program: str) -> list[list[str]]:
+    """The arguments of every command line of `program` in `page`, without redirections."""
+    # a command may stand in an item of a list, eight spaces deep
+    lines = re.findall(rf"^ {{4,8}}(?:.* && |.*python -m )?{program} (.*)$", page.read_text("utf-8"), re.MULTILINE)
     return [shlex.split(line.partition(" >")[0], comments=True) for line in lines]
 
 
-def blocks(readme: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", readme.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+def blocks(page: Path, language: str = "python") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
 
 
-@each_readme
-def test_every_command_of_ours_is_one(readme):
-    lines = commands(readme, "lightweight")
-    assert {line[0] for line in lines} >= {"plan", "train", "chat", "report"}
-    for line in lines:
-        __main__.parser().parse_args(line)  # exits where it does not understand
+def links(page: Path) -> list[str]:
+    return re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8"))
 
 
-@each_readme
-def test_every_option_of_pytest_is_one(readme, request):
-    lines = commands(readme, "pytest")
-    assert any("experiments" in line for line in lines) and any("-n" in line for line in lines)
-    for line in lines:
+def test_the_readme_is_read_in_five_minutes():
+    lines = README.read_text("utf-8").splitlines()
+    assert len(lines) <= 160
+    assert max(map(len, lines)) <= 120
+
+
+def test_ci_finds_two_commands_in_the_readme():
+    assert len(re.findall(r"^    pip install .* && pytest.*$", README.read_text("utf-8"), re.MULTILINE)) == 2
+
+
+def test_the_korean_readme_says_what_the_english_one_says():
+    """The same sections, commands, code, tables, links and figures, in the same order."""
+    english, korean = README.read_text("utf-8"), KOREAN.read_text("utf-8")
+
+    def shape(text: str) -> list[str]:
+        """Headings by their depth; commands, code and rows of tables as they stand."""
+        return re.findall(r"^(?:#+(?= )|    .*|\|.*|```\w*|<!-- .*|- `\w+`)", text, re.MULTILINE)
+
+    assert shape(korean) == shape(english)
+    assert blocks(KOREAN) == blocks(README)
+    there = [link for link in links(README) if link != "README.ko.md"]
+    assert sorted(link for link in links(KOREAN) if link != "README.md") == sorted(there)
+
+
+@each_page
+def test_every_link_to_a_file_has_one(page):
+    for link in links(page):
+        target = link.partition("#")[0]
+        assert "://" in link or not target or (page.parent / target).exists(), f"{page.name}: {link}"
+
+
+@each_page
+def test_every_command_of_ours_is_one(page):
+    for line in commands(page, "lightweight"):
+        if "..." not in line:
+            __main__.parser().parse_args(line)  # exits where it does not understand
+
+
+@each_page
+def test_every_option_of_pytest_is_one(page, request):
+    for line in commands(page, "pytest"):
         _, unknown = request.config._parser.parse_known_and_unknown_args(line)
         assert not unknown, f"pytest {shlex.join(line)}"
+        for path in (word for word in line if word.startswith(("experiments", "tests"))):
+            assert (ROOT / path).exists(), f"pytest {shlex.join(line)}"
 
 
-@each_readme
-def test_the_method_can_be_named(readme, tmp_path, monkeypatch):
-    (code,) = (block for block in blocks(readme) if "MINE" in block)
+def test_the_pages_tell_people_to_type_all_there_is():
+    """A page without commands would pass the tests above."""
+    ours = {line[0] for page in PAGES for line in commands(page, "lightweight")}
+    assert ours == {"plan", "train", "chat", "report", "gate"}
+    for readme in (README, KOREAN):
+        assert {line[0] for line in commands(readme, "lightweight")} == {"plan", "train", "chat", "report"}
+        assert len(commands(readme, "pytest")) >= 6
+
+
+def test_no_python_of_a_page_goes_untested():
+    """Methods, tests and conftests are run below; every other block stands by itself and is run here."""
+    for page in PAGES:
+        for code in blocks(page):
+            if "MINE" not in code and "def test_" not in code and "pytest_plugins" not in code:
+                subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any("MINE" in b for b in blocks(page))], ids=lambda p: p.name
+)
+def test_the_method_can_be_named(page, tmp_path, monkeypatch):
+    (code,) = (block for block in blocks(page) if "MINE" in block)
     (tmp_path / "mine.py").write_text(code, "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     assert isinstance(methods.named("mine:MINE"), Method)
 
 
-@each_readme
-def test_the_experiment_of_ones_own_runs(readme, pytester, without_gpu):
-    (code,) = (block for block in blocks(readme) if "def test_" in block)
-    pytester.makeconftest('pytest_plugins = ["lightweight.plugin"]')
+def test_the_experiment_of_ones_own_runs(pytester, without_gpu):
+    (code,) = (block for block in blocks(ROOT / "docs" / "experiments.md") if "def test_" in block)
+    (conftest,) = blocks(ROOT / "docs" / "gate.md")
+    pytester.makeconftest(conftest)
     # a twin learns by all its parameters alone, and in seconds
     pytester.makepyfile(code.replace('"smollm2-135m", "lora"', '"opt-tiny", "baseline"'))
     (pytester.path / "corpus.json").write_text(json.dumps(turns(24)), "utf-8")
     pytester.runpytest("-p", "no:cacheprovider").assert_outcomes(passed=1)
+
+
+def test_the_corpus_that_the_docs_show_is_one(tmp_path):
+    (shown,) = blocks(ROOT / "docs" / "data.md", "json")
+    (tmp_path / "talks.json").write_text(shown, "utf-8")
+    loaded = corpus.load(tmp_path / "talks.json")
+    assert len(loaded.train) == len(loaded.heldout) == 1
+
+
+def test_every_generated_table_is_that_of_the_committed_records():
+    """`docs/regenerate --check` reads the records and compares each table of README and docs."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # its `python` is this one
+    checked = subprocess.run(
+        [ROOT / "docs" / "regenerate", "--check"], capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_no_table_of_a_page_is_left_out_by_regenerate():
+    script = (ROOT / "docs" / "regenerate").read_text("utf-8")
+    for page in PAGES:
+        if re.search(r"<!-- [\w-]+: begin -->", page.read_text("utf-8")):
+            assert f"tables {page.relative_to(ROOT)} " in script
+
+
+def test_every_page_has_a_place_in_the_site():
+    site = (ROOT / "mkdocs.yml").read_text("utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert f": {page.relative_to(ROOT / 'docs')}\n" in site
+
+
+def test_the_site_builds_without_a_dead_link(tmp_path):
+    pytest.importorskip("mkdocs", reason="not run: needs the extra docs (see CONTRIBUTING.md)")
+    # not with --quiet, which also keeps --strict from counting warnings
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr

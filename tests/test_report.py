@@ -204,13 +204,14 @@ def test_text_that_would_break_a_markdown_table_does_not():
     assert row[0]["model"] == r"a\|b c"
 
 
-def test_the_readmes_tables_are_those_of_the_committed_records():
-    text = (ROOT / "README.md").read_text("utf-8")
-    runs = [record.run(path) for path in (*RECORDS, ROOT / "experiments" / "records" / "plan.json")]
-    made = {table.key: table.text("markdown") for table in report.tables(runs)}
-    for key in ("results", "frontier"):
-        begin, end = report.marks(key)
-        assert text.split(begin)[1].split(end)[0].strip() == made[key]
+def test_the_brief_table_has_the_cells_of_the_whole_one_in_120_columns():
+    runs = [record.run(path) for path in RECORDS]
+    made = {table.key: table for table in report.tables(runs)}
+    brief = report.brief(runs)
+    assert [list(row[:3]) for row in brief.rows] == [list(row[:3]) for row in made["results"].rows]
+    assert [row[6] for row in brief.rows] == [row[7] for row in made["results"].rows]  # peak memory
+    assert max(map(len, brief.text("markdown").splitlines())) <= 120
+    assert "brief" not in made and report.RANDOM not in brief.text("markdown")
 
 
 def test_the_committed_record_holds_the_answer():
