@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,10 @@ import lightweight.laboratory  # noqa: F401  pytester unloads what its runs impo
 from lightweight import corpus, models
 from lightweight.corpus import Corpus
 from lightweight.models import Model
+
+# Processes that a test starts import this tree, and what this one has a path to.
+ROOT = Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 MICRO = Model(
     name="micro",

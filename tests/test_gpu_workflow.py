@@ -71,7 +71,7 @@ def gate(workplace, document):
     """The exit status of the workflow's own command where `document` is what the run measured, and what it said."""
     (workplace / "run.json").write_text(json.dumps(document), "utf-8")
     path = f"{workplace / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PATH": path}
     shell = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", COMMAND]  # what `shell: bash` means there
     ended = subprocess.run(shell, cwd=workplace, env=environment, capture_output=True, text=True, check=False)
     return ended.returncode, ended.stdout + ended.stderr

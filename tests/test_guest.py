@@ -1,7 +1,6 @@
 """The plugin in other people's suites: what is not used is not there. Each run is a process of its own."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -35,9 +34,8 @@ def run(tmp_path):
             path = tmp_path / f"{name.replace('__', '/')}.py"
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider", *arguments]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
     return run
 
@@ -127,7 +125,6 @@ def test_the_help_of_every_command_is_printed(command, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "lightweight", *command.split(), "--help"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

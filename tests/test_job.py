@@ -111,7 +111,6 @@ def test_an_interrupted_job_resumes_to_the_same_bits(train, out, signal_at, monk
     assert line.endswith("--resume")
     assert not (out / "cut").exists()
     assert [path.name for path in (out / "cut.partial").glob("checkpoint-*")] == [f"checkpoint-{step}"]
-    monkeypatch.undo()
     assert main(line.split(" lightweight ", 1)[1].split()) == 0
     assert f"going on after step {step} of 20" in capsys.readouterr().out
     assert weights(out / "cut") == weights(out / "whole")
@@ -582,7 +581,6 @@ def test_a_tracker_is_told_the_losses_of_both_kinds_of_steps(train, out, method)
 def test_another_job_is_not_resumed(train, out, signal_at, monkeypatch, capsys):
     signal_at(4)
     assert train("a") == 130
-    monkeypatch.undo()
     capsys.readouterr()
     assert train("a") == 2
     assert "an interrupted job has got to step 4 there: --resume goes on" in capsys.readouterr().err

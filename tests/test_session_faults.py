@@ -60,7 +60,7 @@ def start(
 ) -> subprocess.Popen[str]:
     """A session whose `method` does `act` in its third step; `inside` is a command that runs it."""
     (project / "test_cells.py").write_text(CELLS.replace("{act}", act).replace("{method}", method))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(project / "scratch"), "MARK": str(project)}
+    environment = {**os.environ, "TMPDIR": str(project / "scratch"), "MARK": str(project)}
     command = [*inside, sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider", "--epochs=3"]
     return subprocess.Popen(
         [*command, "--benchmark-json=out.json", *arguments],
