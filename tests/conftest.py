@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import lightweight.laboratory  # noqa: F401  pytester unloads what its runs import, and children pickle by its names
+import lightweight.session.laboratory  # noqa: F401  pytester unloads what its runs import, and children pickle by its names
 from lightweight import corpus, models
 from lightweight.corpus import Corpus
 from lightweight.models import Model

@@ -3,10 +3,11 @@ import dataclasses
 import pytest
 from transformers import SchedulerType, TrainingArguments
 
-from lightweight import arguments, plan, targets
+from lightweight import arguments, targets
+from lightweight.forecast import plan
+from lightweight.forecast.plan import ForecastError
 from lightweight.methods import METHODS, Method, MethodError
 from lightweight.models import OPT_TINY
-from lightweight.plan import ForecastError
 from lightweight.trial import Trial
 
 FIELDS = [field.name for field in dataclasses.fields(TrainingArguments)]

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightweight import isolation, ranks, record
+from lightweight import record
 from lightweight.__main__ import main
-from lightweight.process import redirect_output
+from lightweight.child import owner
+from lightweight.child.process import redirect_output
+from lightweight.training import ranks
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink")
 """Audit events of what changes names, besides `open` for writing: https://docs.python.org/3/library/audit_events.html"""
@@ -82,9 +84,9 @@ def run(given: list[str], folder: Path, kill: Kill | None = None, *, world_size:
         log.unlink(missing_ok=True)
         environment = ranks.environment(rank, world_size, store and store.port)
         killed = kill if rank == (world_size - 1 if kill and kill.at is not None and kill.at % 2 else 0) else None
-        processes.append(isolation._forkserver.Process(target=_run, args=(given, log, environment, killed)))
+        processes.append(owner._forkserver.Process(target=_run, args=(given, log, environment, killed)))
     for process in processes:
-        isolation._start(process, 60)
+        owner._start(process, 60)
     while any(process.is_alive() for process in processes):
         for process in processes:
             process.join(0.05)
