@@ -17,12 +17,14 @@ looked for, before one of these fixtures or an option of lightweight's is used. 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
 from lightweight.session import options, xdist_bridge
+from lightweight.session.fixtures import FIXTURES, uses
+from lightweight.session.fixtures import NOT_RUN as NOT_RUN
 
 # pytest finds these hooks here
 from lightweight.session.xdist_bridge import pytest_cmdline_main, pytest_xdist_auto_num_workers  # noqa: F401
@@ -40,10 +42,6 @@ if TYPE_CHECKING:
     from lightweight.session.laboratory import PRECISION as PRECISION
     from lightweight.session.laboratory import Laboratory as Laboratory
     from lightweight.trial import Outcome
-
-TRAINING_FIXTURES = ("train", "outcome_of", "speedup")
-FIXTURES = (*TRAINING_FIXTURES, "forecast_of")
-NOT_RUN = "not run: "
 
 
 def __getattr__(name: str) -> Any:
@@ -148,26 +146,6 @@ class Door:
         if self._laboratory is not None:
             self._laboratory.take_unreported()  # before pytest-benchmark writes the record
         yield
-
-
-def uses(node: pytest.Item, names: Sequence[str]) -> bool:
-    """Whether a test uses one of lightweight's fixtures `names`, and not another's of that name."""
-    if not any(name in getattr(node, "fixturenames", ()) for name in names):
-        return False
-    definitions = getattr(getattr(node, "_fixtureinfo", None), "name2fixturedefs", None)
-    if definitions is None:  # a pytest that keeps them elsewhere
-        return True
-    return any(_is_ours(name, definitions.get(name, ())) for name in names)
-
-
-def _is_ours(name: str, definitions: Sequence[Any]) -> bool:
-    """Of the definitions of a fixture the last one is used, and one before it where that asks for it by name."""
-    for definition in reversed(definitions):
-        if getattr(definition.func, "__module__", None) == __name__:
-            return True
-        if name not in definition.argnames:
-            return False
-    return False
 
 
 @pytest.fixture

@@ -51,17 +51,17 @@ COMPILE_STEPS = 6_000
 NOTHING = Parts(packing=False, attention=False, loss="model", lean=False)
 """A step of the model's own."""
 
-STATE_NAME = "captured_step.pt"
+CAPTURED_STATE = "captured_step.pt"
 """The file of a checkpoint that holds what `_Optimizer.state` gives."""
 
 
-def prepare(trial: Trial, trainer: Trainer, rows: Sequence[Row], meter: Meter) -> Job | None:
+def prepare(trial: Trial, trainer: Trainer, rows: Sequence[Row], meter: Meter) -> CapturedTraining | None:
     """A trial's job, ready to be trained; None, and nothing changed, where the Trainer must run the steps."""
-    job = Job(trial, trainer, rows, meter)
+    job = CapturedTraining(trial, trainer, rows, meter)
     return job if job.prepare() else None
 
 
-class Job:
+class CapturedTraining:
     """A trial's training by the captured step: `prepare` once, then `train`.
 
     Raises MethodError where the method asks for something that only the Trainer does.
@@ -180,14 +180,14 @@ class Job:
         if isinstance(self.network, peft.PeftModel):
             with self._optimizer.masters_in_place():
                 trainer.save_model(str(folder), _internal_call=True)
-        torch.save(self._optimizer.state(), folder / STATE_NAME)
+        torch.save(self._optimizer.state(), folder / CAPTURED_STATE)
         for callback in (*trainer.callback_handler.callbacks, trainer.control):
             if isinstance(callback, ExportableState):
                 kept[type(callback).__name__] = callback.state()
         state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
     def _load(self, checkpoint: Path) -> None:
-        self._optimizer.load(torch.load(checkpoint / STATE_NAME, map_location="cpu", weights_only=True))
+        self._optimizer.load(torch.load(checkpoint / CAPTURED_STATE, map_location="cpu", weights_only=True))
         self.trainer._load_rng_state(str(checkpoint))
 
     # Before the first step

@@ -113,7 +113,7 @@ def run(
     try:
         device = _begin(trial, folder, environment or {})
         meter = Meter(device, start_seconds=time.monotonic() - started)
-        outcome: Outcome = _train(trial, device, folder, meter, _Owner(connection, meter, tells_steps))
+        outcome: Outcome = _train(trial, device, folder, meter, _OwnersEnd(connection, meter, tells_steps))
     except _OwnerGoneError:
         return
     except Exception as error:
@@ -138,7 +138,7 @@ def _begin(trial: Trial, folder: Path, environment: Mapping[str, str]) -> torch.
     return take_device(trial)
 
 
-def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner: _Owner) -> Completed:
+def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner: _OwnersEnd) -> Completed:
     transformers.utils.logging.disable_progress_bar()
     owner.enter("build")
     trainer, train_rows, heldout = set_up(trial, device, meter, owner, folder)
@@ -174,7 +174,7 @@ def set_up(
             _cap_memory(trial)
         step = trial.method.captured_step
         if step is not None and step.attention == "sdpa":
-            attention.start_quickly()
+            attention.disable_cudnn()
         if step is not None and step.graph and device.type == "cuda":
             frozen.start_quickly()
         transformers.set_seed(trial.seed)
@@ -249,7 +249,7 @@ def train(
 def _check_kind(trial: Trial, checkpoint: Path, *, is_captured: bool) -> None:
     """Raise MethodError where a checkpoint is of the other step than the one that would go on: their optimizers' states
     differ, and on another machine the check of the captured step may have come out otherwise."""
-    if (checkpoint / step.STATE_NAME).is_file() != is_captured:
+    if (checkpoint / step.CAPTURED_STATE).is_file() != is_captured:
         now, then = ("captured step", "Trainer") if is_captured else ("Trainer", "captured step")
         raise methods.MethodError(
             f"--resume: {trial.name}: {checkpoint} was saved by the {then}, and here the {now} runs the steps: "
@@ -352,7 +352,7 @@ class _OwnerGoneError(Exception):
     """The process that owns this trial has closed its end of the pipe."""
 
 
-class _Owner:
+class _OwnersEnd:
     """The trial's owner at the other end of the pipe."""
 
     def __init__(self, connection: Connection, meter: Meter, tells_steps: bool) -> None:

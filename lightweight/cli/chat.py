@@ -129,7 +129,7 @@ def _base(folder: Path, dtype: torch.dtype, device: torch.device, progress: Call
     entry = record.document(folder / RECORD_NAME)["outcomes"][0]
     found, _ = models.find(models.named(str(config.base_model_name_or_path)), entry["weights"])
     quantization = entry["quantization"] and AutoQuantizationConfig.from_dict(dict(entry["quantization"]))
-    if found.is_written:
+    if found.is_loadable:
         return models.load(found, dtype, device, quantization)
     with tempfile.TemporaryDirectory() as scratch:
         progress(f"{found.name}: writing its weights")

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 MANIFEST_NAME = "manifest.json"
-STATE_NAME = "trainer_state.json"
+TRAINER_STATE = "trainer_state.json"
 """What the Trainer, and the captured step like it, keeps of its own state."""
 
 KEPT = 2
@@ -133,7 +133,7 @@ def step_of(checkpoint: Path) -> int:
 
 def _wrong_step(checkpoint: Path) -> str | None:
     """A whole checkpoint under another one's name is not where that one would go on."""
-    step = json.loads((checkpoint / STATE_NAME).read_text("utf-8"))["global_step"]
+    step = json.loads((checkpoint / TRAINER_STATE).read_text("utf-8"))["global_step"]
     return None if step == step_of(checkpoint) else f"it was saved after step {step}"
 
 

@@ -360,7 +360,7 @@ def _forecasts(
     device: Device,
     without: Sequence[str],
     progress: Callable[[str], None],
-) -> list[plan.Row]:
+) -> list[plan.PlanRow]:
     """A row for each of the suite's methods that can be forecast, but those called `without`."""
     candidates = [
         method for method in methods.METHODS.values() if method.captured_step is None and method.name not in without
@@ -415,7 +415,7 @@ def _check_same(trial: Trial, before: Interrupted | None, output: Output) -> Non
 
 def _written(model: Model, output: Output, seed: int, settings: Mapping[str, Any]) -> Model:
     """The model with its weights in a folder; one that had to be made stays until the job has ended."""
-    if model.is_written:
+    if model.is_loadable:
         return model
     if checkpoints.problem(output.base) is not None:
         models.write(model, output.unfinished / "base", seed)

@@ -21,7 +21,7 @@ from lightweight.targets import Capability, MiB
 
 aten = torch.ops.aten
 
-Padding = Literal["padded", "full"]
+BatchKind = Literal["padded", "full"]
 """Whether a batch holds a row shorter than the others: only then do models build an attention mask, and the mask
 decides which attention kernel runs."""
 
@@ -59,7 +59,7 @@ class CudaRules:
     `padding` says what the batches are like, which fake tensors cannot.
     """
 
-    def __init__(self, capability: Capability, padding: Padding = "padded") -> None:
+    def __init__(self, capability: Capability, padding: BatchKind = "padded") -> None:
         self.capability = capability
         self.padding = padding
 

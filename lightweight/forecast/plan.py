@@ -22,7 +22,7 @@ from lightweight.record import Entry, seconds_per_token
 from lightweight.targets import CONTEXT_BYTES, NATIVE, Capability, GiB, MiB, Target
 from lightweight.trial import MAX_LENGTH, Trial
 
-Row = dict[str, Any]
+PlanRow = dict[str, Any]
 """One model x method x target as JSON: `model`, `method`, `target`, `forecast_allocated_bytes`,
 `forecast_reserved_bytes`, `budget_bytes`, `phase` and `verdict` as in Forecast, each of one GPU; `gpus`, how many share
 the trial; `passes` of `batch_size` sequences are an optimizer step of one GPU, and `accumulation` is the
@@ -114,7 +114,7 @@ def plan(
     measured: Sequence[Entry] = (),
     progress: Callable[[str], None] = lambda text: None,
     failed: Callable[[ForecastError], None] = lambda error: None,
-) -> list[Row]:
+) -> list[PlanRow]:
     """A row for every model x method x target. Raises ModelError, and ForecastError where nothing can be forecast and
     that is known before anything is traced.
 
@@ -142,7 +142,7 @@ def plan(
     rows = []
     for i, _ in enumerate(models):
         for target in targets:
-            of_target: list[tuple[Row, Method]] = []
+            of_target: list[tuple[PlanRow, Method]] = []
             for j, _ in enumerate(methods):
                 cell, row = cells[i, j], None
                 try:
@@ -206,7 +206,7 @@ def fewest_gpus(fits: Callable[[int], Forecast], sequences: int) -> int | None:
     return counts[index] if index < len(counts) else None
 
 
-def _row(cell: _Cell, target: Target, gpus: int, *, max_batch: bool, fewest: bool) -> tuple[Row, Method]:
+def _row(cell: _Cell, target: Target, gpus: int, *, max_batch: bool, fewest: bool) -> tuple[PlanRow, Method]:
     """A row, and the method with the passes it is about. Raises ForecastError."""
     reason = None
     if cell.method.uses_bf16 and not target.bf16:
@@ -232,7 +232,7 @@ def _row(cell: _Cell, target: Target, gpus: int, *, max_batch: bool, fewest: boo
     return row, method
 
 
-def _row_without(cell: _Cell, target: Target, gpus: int, reason: str) -> Row:
+def _row_without(cell: _Cell, target: Target, gpus: int, reason: str) -> PlanRow:
     """The row of what cannot be forecast."""
     unknown = ("forecast_allocated_bytes", "forecast_reserved_bytes", "paged_bytes", "parameters")
     return {
@@ -244,7 +244,7 @@ def _row_without(cell: _Cell, target: Target, gpus: int, reason: str) -> Row:
     }
 
 
-def _shape(cell: _Cell, method: Method, target: Target, gpus: int) -> Row:
+def _shape(cell: _Cell, method: Method, target: Target, gpus: int) -> PlanRow:
     on_rank = method.on_rank(gpus)
     return {
         "model": cell.model.name,
@@ -276,7 +276,7 @@ def _fewest(cell: _Cell, target: Target, gpus: int, found: Forecast) -> int | No
         return gpus if found.verdict == "fits" else None
 
 
-def _choose(rows: Sequence[tuple[Row, Method]], target: Target, measured: Sequence[Entry]) -> None:
+def _choose(rows: Sequence[tuple[PlanRow, Method]], target: Target, measured: Sequence[Entry]) -> None:
     """Mark the fastest of the methods that fit: by measured step times where one device has those of all of them, else
     by what is expected."""
     fitting = [(row, method) for row, method in rows if row["verdict"] == "fits"]
@@ -292,7 +292,9 @@ def _choose(rows: Sequence[tuple[Row, Method]], target: Target, measured: Sequen
     fastest[0]["chosen"] = True
 
 
-def _measured(rows: Sequence[Row], target: Target, measured: Sequence[Entry]) -> tuple[str | None, dict[str, float]]:
+def _measured(
+    rows: Sequence[PlanRow], target: Target, measured: Sequence[Entry]
+) -> tuple[str | None, dict[str, float]]:
     """The device that all of `rows` were measured on, and the median seconds a token of each there, by method: the
     target's own card before others, and of others the one measured last."""
     of_devices: dict[str, list[Entry]] = {}
@@ -316,7 +318,7 @@ def _median_seconds(entries: Sequence[Entry]) -> dict[str, float]:
     return {method: statistics.median(values) for method, values in by_method.items()}
 
 
-def _is_of(entry: Entry, row: Row) -> bool:
+def _is_of(entry: Entry, row: PlanRow) -> bool:
     """Whether a stored trial is what `row` is about, on whatever device and under whatever budget."""
     arguments = entry.get("training_arguments") or {}
     shape = (
@@ -329,13 +331,13 @@ def _is_of(entry: Entry, row: Row) -> bool:
     return alike and (entry["model"], entry["method"]) == (row["model"], row["method"])
 
 
-def each_target_has_a_method(rows: Sequence[Row]) -> bool:
+def each_target_has_a_method(rows: Sequence[PlanRow]) -> bool:
     """Whether for every model and target some method fits."""
     cells = {(row["model"], row["target"]) for row in rows}
     return cells == {(row["model"], row["target"]) for row in rows if row["chosen"]}
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[PlanRow]) -> str:
     """What a person reads: the peak of each method by cause, and each target's verdicts and choice."""
     parts = []
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -344,7 +346,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def _causes(rows: Sequence[Row]) -> str:
+def _causes(rows: Sequence[PlanRow]) -> str:
     """The bytes of every method, once for all targets with the same kernels."""
     known = [row for row in rows if row["verdict"] != "cannot_be_forecast"]
     first = rows[0]
@@ -377,11 +379,11 @@ STEP = "passes x rows"
 """The column of what one GPU does in an optimizer step."""
 
 
-def _step(row: Row) -> str:
+def _step(row: PlanRow) -> str:
     return f"{row['passes']} x {row['batch_size']}"
 
 
-def _verdicts(rows: Sequence[Row]) -> str:
+def _verdicts(rows: Sequence[PlanRow]) -> str:
     headers = ["target", "method", STEP, "verdict", "reserved", "budget", "margin", "peak in"]
     asked = {key: title for key, title in EXTRAS.items() if key in rows[0]}
     lines = []
@@ -407,7 +409,7 @@ def _verdicts(rows: Sequence[Row]) -> str:
     return "\n\n".join([table, *_notes(rows)])
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
+def _notes(rows: Sequence[PlanRow]) -> list[str]:
     notes = [
         f"The budget is the card's memory less {CONTEXT_BYTES // MiB} MiB for a CUDA context; the margin is what of it "
         "the allocator would not reserve."

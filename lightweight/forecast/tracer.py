@@ -39,7 +39,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightweight import corpus, models
 from lightweight.forecast.allocator import CachingAllocator, OutOfBudgetError
-from lightweight.forecast.cuda_rules import CudaRules, Padding
+from lightweight.forecast.cuda_rules import BatchKind, CudaRules
 from lightweight.forecast.fake_ranks import rank_zero_of
 from lightweight.methods import MethodError
 from lightweight.targets import CONTEXT_BYTES, HOPPER, Capability, Device
@@ -208,17 +208,17 @@ def trace_on(trial: Trial, device: Device) -> Trace:
     return trace(trial, device.capability or trial.target.capability, paddings)
 
 
-def _paddings(trial: Trial) -> tuple[Padding, ...]:
-    if not trial.model.is_written or not trial.corpus.train:
+def _paddings(trial: Trial) -> tuple[BatchKind, ...]:
+    if not trial.model.is_loadable or not trial.corpus.train:
         return "full", "padded"
     tokenizer = models.load_tokenizer(trial.model)
     rows = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.train]
     full = sum(all(row["attention_mask"]) for row in rows)
-    padded: tuple[Padding, ...] = ("padded",) if full < len(rows) else ()
+    padded: tuple[BatchKind, ...] = ("padded",) if full < len(rows) else ()
     return ("full", *padded) if full >= min(trial.method.sequences_per_pass, len(rows)) else padded
 
 
-def trace(trial: Trial, capability: Capability = HOPPER, paddings: tuple[Padding, ...] = ("full", "padded")) -> Trace:
+def trace(trial: Trial, capability: Capability = HOPPER, paddings: tuple[BatchKind, ...] = ("full", "padded")) -> Trace:
     """Trace a trial on a GPU of this compute capability, its batches of the kinds in `paddings`.
 
     The peak comes once the optimizer has its state and, where a step has several forward passes, once there are
@@ -265,7 +265,9 @@ def _settled(trial: Trial, config: PretrainedConfig) -> QuantizationConfigMixin 
     return models.settle_quantization(trial.model, config, trial.method, sharded=trial.is_sharded)
 
 
-def _trace(trial: Trial, capability: Capability, paddings: tuple[Padding, ...], network: Any, vocabulary: int) -> Trace:
+def _trace(
+    trial: Trial, capability: Capability, paddings: tuple[BatchKind, ...], network: Any, vocabulary: int
+) -> Trace:
     dtype = getattr(torch, trial.method.weights_dtype)
     rules = CudaRules(capability)
     mode: Any = FakeTensorMode(allow_non_fake_inputs=True)
@@ -590,7 +592,7 @@ def _quantize(weight: Any, dtype: torch.dtype, tracer: _Tracer) -> nn.Parameter:
     return quantized  # type: ignore[no-any-return]
 
 
-def _train(network: Any, trial: Trial, paddings: tuple[Padding, ...], tracer: _Tracer) -> None:
+def _train(network: Any, trial: Trial, paddings: tuple[BatchKind, ...], tracer: _Tracer) -> None:
     """Let the Trainer train `network` on batches of the kinds in `paddings`. Raises _TracedError when done."""
     method = trial.method.on_rank(trial.world_size)
     arguments = method.training_arguments
@@ -603,7 +605,7 @@ def _train(network: Any, trial: Trial, paddings: tuple[Padding, ...], tracer: _T
     else:
         steps = [[kind] for kind in (paddings[0], *paddings)]
     trial = replace(trial, max_steps=len(steps), device_index=None)
-    owner = _Owner(len(steps), tracer, begin_in_the_middle=accumulates)
+    owner = _TracedRounds(len(steps), tracer, begin_in_the_middle=accumulates)
     overrides = {
         "gradient_accumulation_steps": len(steps[0]),
         "logging_nan_inf_filter": False,  # it reads the loss, and a fake one has no value
@@ -648,7 +650,7 @@ class _TracedError(Exception):
     """Every step there is to trace has been traced."""
 
 
-class _Owner:
+class _TracedRounds:
     """The owner of the traced training, which ends it after the last step."""
 
     def __init__(self, steps: int, tracer: _Tracer, begin_in_the_middle: bool) -> None:

@@ -29,11 +29,11 @@ from lightweight.forecast import tracer
 from lightweight.forecast.tracer import Forecast, ForecastError
 from lightweight.methods import Method
 from lightweight.models import Model
-from lightweight.plugin import FIXTURES, NOT_RUN, TRAINING_FIXTURES, uses
 from lightweight.record import BASELINE, Speedup
 from lightweight.report import report
 from lightweight.session import options, xdist_bridge
 from lightweight.session.alternation import alternate, trial_of_rounds
+from lightweight.session.fixtures import FIXTURES, NOT_RUN, TRAINING_FIXTURES, uses
 from lightweight.session.gatekeeper import limits
 from lightweight.session.options import CPU_EPOCHS, CUDA_EPOCHS, TRUE_SIZES, TWINS
 from lightweight.targets import CPU, NATIVE, T4, Device, GiB, Target
@@ -296,7 +296,7 @@ class Laboratory:
         """`trial` with its model's weights in a folder, written once a session where there is none. Raises HelperError
         where that fails."""
         model = trial.model
-        if model.is_written:
+        if model.is_loadable:
             return trial
         written = self._written.get(model.name)
         if written is None or not Path(written.location or "").is_dir():

@@ -348,7 +348,7 @@ def test_rows_that_the_trainer_draws_otherwise_are_its_own_to_train(prepare, oth
 def test_what_several_ranks_share_is_not_left_to_the_trainer(prepare, monkeypatch):
     trainer, rows, meter, trial = prepare("opt", method())
     monkeypatch.setattr(captured_step.Reference, "draws", lambda reference, passes: False)
-    job = captured_step.Job(dataclasses.replace(trial, world_size=2), trainer, rows, meter)
+    job = captured_step.CapturedTraining(dataclasses.replace(trial, world_size=2), trainer, rows, meter)
     with pytest.raises(ranks.RanksError, match="train it on one rank"):
         job.prepare()
 
@@ -359,7 +359,7 @@ def test_weights_are_bit_for_bit_and_in_their_own_format_after_a_step_that_is_wi
     trainer, rows, meter, trial = prepare("opt", step, dtype)
     before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     trainer.label_smoother = LabelSmoother(0.9)
-    assert captured_step.Job(trial, trainer, rows, meter).prepare() is False
+    assert captured_step.CapturedTraining(trial, trainer, rows, meter).prepare() is False
     for name, weight in trainer.model.named_parameters():
         assert weight.dtype == dtype and torch.equal(weight, before[name]), name
         assert weight.grad is None
@@ -373,7 +373,7 @@ def test_the_comparison_leaves_no_trace_in_what_is_trained(prepare, monkeypatch)
         trainer, rows, meter, trial = prepare("opt", dropping)
         trial = dataclasses.replace(trial, max_steps=20)
         state = torch.get_rng_state()
-        job = captured_step.Job(trial, trainer, rows, meter)
+        job = captured_step.CapturedTraining(trial, trainer, rows, meter)
         assert job.prepare()
         assert torch.equal(torch.get_rng_state(), state)
         job.train()
@@ -399,7 +399,7 @@ def test_as_many_dialogues_are_compared_as_the_trainers_step_has_memory_for(prep
     monkeypatch.setattr(captured_step.Reference, "_gradients", short_of_memory)
     drops_a_weight(monkeypatch)
     trainer, rows, meter, trial = prepare("opt", method())
-    assert captured_step.Job(trial, trainer, rows, meter).prepare()
+    assert captured_step.CapturedTraining(trial, trainer, rows, meter).prepare()
     assert seen and max(seen) <= fits
     assert "loss given up" in meter.facts["capture_note"]
 
@@ -411,7 +411,7 @@ def test_out_of_memory_of_what_was_asked_for_is_that(prepare, monkeypatch):
     trainer, rows, meter, trial = prepare("opt", method())
     monkeypatch.setattr(captured_step, "linear_cross_entropy", short_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        captured_step.Job(trial, trainer, rows, meter).prepare()
+        captured_step.CapturedTraining(trial, trainer, rows, meter).prepare()
 
 
 @pytest.mark.parametrize(
@@ -421,7 +421,7 @@ def test_out_of_memory_of_what_was_asked_for_is_that(prepare, monkeypatch):
 def test_half_precision_rounds_but_gives_nothing_up(prepare, architecture, adapter, precision):
     step = dataclasses.replace(method(adapter), weights_dtype=precision)
     trainer, rows, meter, trial = prepare(architecture, step, getattr(torch, precision))
-    job = captured_step.Job(trial, trainer, rows, meter)
+    job = captured_step.CapturedTraining(trial, trainer, rows, meter)
     assert job.prepare()
     assert "given up" not in meter.facts["capture_note"]
     assert job.parts.packing
@@ -431,7 +431,7 @@ def test_a_state_that_half_precision_would_hide_is_found(prepare):
     """Its share in a gradient is less than what bf16 rounds; that it is not 0 tells."""
     step = dataclasses.replace(method(), weights_dtype="bfloat16")
     trainer, rows, meter, trial = prepare("mamba", step, torch.bfloat16)
-    assert captured_step.Job(trial, trainer, rows, meter).prepare()
+    assert captured_step.CapturedTraining(trial, trainer, rows, meter).prepare()
     assert "packing given up: " in meter.facts["capture_note"]
     assert "of a dialogue's gradient is another's in its row" in meter.facts["capture_note"]
 
@@ -447,7 +447,9 @@ def test_a_state_that_half_precision_would_hide_is_found(prepare):
 )
 def test_what_half_precision_would_hide_is_found(prepare, monkeypatch, architecture, further, given_up):
     monkeypatch.setitem(CONFIGS, architecture, CONFIGS[architecture] | further)
-    monkeypatch.setattr(captured_step.Job, "_allowed", Tolerance(loss=1, gradient=1e3, tensor=1e3, floor=1))
+    monkeypatch.setattr(
+        captured_step.CapturedTraining, "_allowed", Tolerance(loss=1, gradient=1e3, tensor=1e3, floor=1)
+    )
     _, note = run(*prepare(architecture, method(bf16=True)))
     assert f"; {given_up} given up: " in note
 

@@ -74,8 +74,8 @@ def test_buffers_hold_each_token_its_position_and_what_it_weighs():
     ids, positions, dialogues = (each[0, 0] for each in (buffers.input_ids, buffers.position_ids, buffers.dialogues))
     assert ids[:9].tolist() == [300, 301, 302, 303, 304, 100, 101, 102, 103]
     assert positions[:9].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
-    assert dialogues.tolist() == [0] * 5 + [3] * 4 + [packing.PADDING] * 7
-    assert buffers.dialogues[1, 1].tolist() == [packing.PADDING] * TIME
+    assert dialogues.tolist() == [0] * 5 + [3] * 4 + [packing.NO_DIALOGUE] * 7
+    assert buffers.dialogues[1, 1].tolist() == [packing.NO_DIALOGUE] * TIME
     assert buffers.attention_mask[0, 1].tolist() == ROWS[2]["attention_mask"]
     assert buffers.count.item() == 17
     predicted = []

@@ -80,7 +80,7 @@ def trained(trial, folder):
     if trial.method.captured_step is None:
         trainer.train()
     else:
-        job = captured_step.Job(trial, trainer, rows, meter)
+        job = captured_step.CapturedTraining(trial, trainer, rows, meter)
         job.prepare()
         job.train()
     return trainer, meter, owner
@@ -140,7 +140,7 @@ def trial(written, dialogues):
 
 def job_of(trial, folder):
     trainer, rows, meter, _ = prepared(trial, folder)
-    job = captured_step.Job(trial, trainer, rows, meter)
+    job = captured_step.CapturedTraining(trial, trainer, rows, meter)
     job.prepare()
     return job
 
@@ -306,7 +306,7 @@ def test_a_rehearsal_leaves_no_trace_in_what_is_trained(trial, tmp_path, steps):
     losses = []
     for index, rehearses in enumerate((False, True)):
         trainer, rows, meter, _ = prepared(trial, tmp_path / str(index))
-        job = captured_step.Job(trial, trainer, rows, meter)
+        job = captured_step.CapturedTraining(trial, trainer, rows, meter)
         job.prepare()
         if rehearses:
             with job._optimizer.rehearsing():
@@ -344,7 +344,7 @@ def test_a_model_whose_logits_are_more_than_its_heads_keeps_its_own_loss(trial, 
         return output
 
     trainer.model.get_base_model().forward = capped
-    job = captured_step.Job(trial, trainer, rows, meter)
+    job = captured_step.CapturedTraining(trial, trainer, rows, meter)
     job.prepare()
     assert job.parts.loss != "chunked"
     assert "loss given up: its head is not the last thing it does" in meter.facts["capture_note"]
@@ -360,7 +360,7 @@ def test_an_optimizer_that_only_the_trainer_runs_is_refused_in_one_line(trial, t
     trainer, rows, meter, _ = prepared(trial, tmp_path)
     trainer.args.optim = "sgd"  # past the check of the trial's own arguments
     with pytest.raises(ValueError, match="runs torch's AdamW, and `optim` asks for SGD: leave it out") as raised:
-        captured_step.Job(trial, trainer, rows, meter)
+        captured_step.CapturedTraining(trial, trainer, rows, meter)
     assert "\n" not in str(raised.value)
 
 
@@ -451,14 +451,14 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", StandInGraph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(captured_step, "_on_a_side_stream", contextlib.nullcontext)
-    step = captured_step.Job._step
+    step = captured_step.CapturedTraining._step
 
     def watched(job, buffers):
         if StandInGraph.recording is not None:
             StandInGraph.recording.again = lambda: step(job, buffers)
         step(job, buffers)
 
-    monkeypatch.setattr(captured_step.Job, "_step", watched)
+    monkeypatch.setattr(captured_step.CapturedTraining, "_step", watched)
 
 
 def test_replays_train_as_the_steps_they_recorded_in_every_shape(trial, tmp_path, graphs, monkeypatch):
@@ -466,7 +466,7 @@ def test_replays_train_as_the_steps_they_recorded_in_every_shape(trial, tmp_path
     trial = replace(trial, epochs=2)
     _, expected, _ = trained(trial, tmp_path / "uncaptured")
     trainer, rows, meter, _ = prepared(trial, tmp_path / "captured")
-    job = captured_step.Job(trial, trainer, rows, meter)
+    job = captured_step.CapturedTraining(trial, trainer, rows, meter)
     job.prepare()
     with job._optimizer.rehearsing():
         job.captured = job._capture()

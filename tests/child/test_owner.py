@@ -395,7 +395,7 @@ def run_within_a_limit(*arguments) -> None:
     """`worker.run`, with an allocation in the second step beyond what `ulimit -v` allows."""
     import resource
 
-    original = worker._Owner.step_ended
+    original = worker._OwnersEnd.step_ended
 
     def greedy(owner) -> None:
         original(owner)
@@ -403,7 +403,7 @@ def run_within_a_limit(*arguments) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
         torch.empty(2**32)
 
-    worker._Owner.step_ended = greedy
+    worker._OwnersEnd.step_ended = greedy
     RUN(*arguments)
 
 

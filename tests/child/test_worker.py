@@ -118,7 +118,7 @@ def test_the_hosts_memory_that_runs_out_is_told_from_the_devices(trial):
 
 def test_a_training_that_goes_on_after_its_last_round_is_one_clear_line():
     here, there = Pipe()
-    owner = worker._Owner(here, Meter(CPU, 0.0), tells_steps=False)
+    owner = worker._OwnersEnd(here, Meter(CPU, 0.0), tells_steps=False)
     there.send("finish")
     with pytest.raises(RuntimeError, match="training goes on after step 0, the last of its trial") as raised:
         owner.await_request("round")
