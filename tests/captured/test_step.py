@@ -9,6 +9,7 @@ import torch
 from training.test_stock import Unattended
 
 from lightweight import corpus, models, record, targets
+from lightweight.captured import optimizer as optimizer_module
 from lightweight.captured import packing
 from lightweight.captured import step as captured_step
 from lightweight.child import owner, worker
@@ -392,7 +393,7 @@ def test_a_data_seed_orders_captured_steps_as_the_trainers(trial, tmp_path):
 def test_the_schedule_does_not_move_on_a_skipped_step(trial, tmp_path):
     job = job_of(trial, tmp_path)
     optimizer = job._optimizer
-    rates = captured_step._learning_rates(trial, job.trainer)
+    rates = optimizer_module._learning_rates(trial, job.trainer)
     assert rates == pytest.approx([5e-5 * (1 - step / trial.steps) for step in range(trial.steps)])
     for skipped, taken in ((0.0, 1), (1.0, 1), (0.0, 2)):
         optimizer._adamw.found_inf = torch.tensor([skipped])
