@@ -38,15 +38,6 @@ pytestmark = pytest.mark.usefixtures("without_gpu")
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory) -> Path:
-    """A folder with a micro model, dropout on, so that random numbers matter."""
-    model, _ = models.find(replace(MICRO, architecture=MICRO.architecture | {"dropout": 0.1}))
-    folder = tmp_path_factory.mktemp("base")
-    models.write(model, folder, seed=0)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def dialogues(tmp_path_factory) -> Path:
     """20 pairs to train on, in ten steps an epoch at two a step."""
     path = tmp_path_factory.mktemp("dialogues") / "corpus.json"

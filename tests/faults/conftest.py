@@ -3,13 +3,12 @@ tried and survived."""
 
 import json
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tabulate import tabulate
 
-from conftest import MICRO, turns
+from conftest import turns
 from lightweight import models
 
 TRIED, SURVIVED = Counter(), Counter()
@@ -61,15 +60,6 @@ def constant(name):
 STOCK, CAPTURED = constant("baseline"), constant("lora-captured")
 """
 """With a constant rate a step too many is seen in the weights."""
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory) -> Path:
-    """A folder with a micro model, dropout on, so that random numbers matter."""
-    model, _ = models.find(replace(MICRO, architecture=MICRO.architecture | {"dropout": 0.1}))
-    folder = tmp_path_factory.mktemp("base")
-    models.write(model, folder, seed=0)
-    return folder
 
 
 @pytest.fixture(scope="session")
