@@ -154,7 +154,7 @@ def neox(tmp_path) -> str:
 
 def test_a_method_that_cannot_be_forecast_is_a_line_among_the_others(capsys, neox, tmp_path):
     asked = [neox, "--target", "t4", "--target", "l4", "--max-length", "32", "--max-batch", "--batch-size", "2"]
-    methods = ["--method", "test_plan:Q_LORA", "--method", "baseline", "--method", "lora-captured"]
+    methods = ["--method", "forecast.test_plan:Q_LORA", "--method", "baseline", "--method", "lora-captured"]
     status = main(["plan", *asked, *methods, "--format", "json"])
     printed = capsys.readouterr().out
     found = json.loads(printed)
@@ -178,7 +178,7 @@ def test_the_table_says_why_a_method_cannot_be_forecast_and_the_rest(capsys, neo
         "--max-length",
         "32",
         "--method",
-        "test_plan:Q_LORA",
+        "forecast.test_plan:Q_LORA",
         "--method",
         "baseline",
     ]
@@ -203,7 +203,7 @@ def test_two_methods_of_one_name_are_refused(capsys, monkeypatch, tmp_path):
 
 
 def test_status_is_1_where_no_method_can_be_forecast(capsys, neox):
-    assert main(["plan", neox, "--method", "test_plan:Q_LORA"]) == 1
+    assert main(["plan", neox, "--method", "forecast.test_plan:Q_LORA"]) == 1
     assert "M parameters" not in (printed := capsys.readouterr().out)
     assert printed.count("cannot be forecast") == len(targets.TARGETS) - 1, "native has no amount"
 
