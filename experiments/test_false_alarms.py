@@ -24,14 +24,16 @@ from typing import Any
 import pytest
 import torch
 
-from lightweight import isolation, ratio, record, worker
-from lightweight.alternate import log_ratio, share_cores, trial_of_rounds
-from lightweight.isolation import Child
-from lightweight.meter import Meter
+from lightweight import record
+from lightweight.child import owner, worker
+from lightweight.child.owner import Child
 from lightweight.methods import BASELINE
 from lightweight.models import OPT_TINY
 from lightweight.plugin import PRECISION, Laboratory
+from lightweight.session.alternation import log_ratio, share_cores, trial_of_rounds
+from lightweight.training.meter import Meter
 from lightweight.trial import Trial
+from lightweight.verdict import ratio
 
 SERIES = Path(__file__).parent / "series"
 
@@ -111,7 +113,7 @@ def _taken(laboratory: Laboratory, trial: Trial) -> tuple[float, float]:
     """The seconds that 50 rounds take, and those of their steps."""
     folder = laboratory.folder / f"share-{time.monotonic_ns()}"
     folder.mkdir()
-    with isolation.Child(trial, folder) as child:
+    with owner.Child(trial, folder) as child:
 
         def now() -> tuple[float, float]:
             if trial.device_index is not None:

@@ -1,7 +1,8 @@
 """Does the forecast say what happens? Peaks forecast without a GPU, beside peaks measured on one.
 
 The frontier of a T4 is asserted by forecast on every machine, for the true sizes. The cells are measured where there is
-CUDA; `experiments/records/h200-forecast.json` is such a run, and tests/test_forecast.py compares with it anywhere.
+CUDA; `experiments/records/h200-forecast.json` is such a run, and tests/forecast/test_tracer.py compares with it
+anywhere.
 """
 
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lightweight.forecast import Forecast
+from lightweight.forecast.tracer import Forecast
 from lightweight.methods import BASELINE, LORA, QLORA, Method
 from lightweight.models import SMOLLM2_135M, Model
 from lightweight.plugin import ForecastOf, Train

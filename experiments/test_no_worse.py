@@ -2,8 +2,8 @@
 
 The English half of the corpus through the baseline, the adapters and their captured twins, several seeds each, a
 seed's pairs in the same order for every method. Asserted is non-inferiority: the one-sided 95 % upper bound of the
-held-out loss over the baseline's of the same seed is below a margin (lightweight/no_worse.py says which and why).
-Beside it stands the loss on plain English that is not from the corpus, before and after.
+held-out loss over the baseline's of the same seed is below a margin (lightweight/verdict/noninferiority.py says which
+and why). Beside it stands the loss on plain English that is not from the corpus, before and after.
 
 It runs where a model with real weights is named: `pytest experiments --model smollm2-135m`.
 """
@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from lightweight import corpus, no_worse
+from lightweight import corpus
 from lightweight.methods import BASELINE, BASELINE_CAPTURED, LORA, LORA_CAPTURED, QLORA, QLORA_CAPTURED, Method
 from lightweight.plugin import NOT_RUN, Laboratory, Train
 from lightweight.trial import Completed
+from lightweight.verdict import noninferiority
 
 ELSEWHERE = Path(__file__).parent / "elsewhere.txt"
 
@@ -66,7 +67,7 @@ def at_rate(method: Method, learning_rate: float) -> Method:
 NO_WORSE = (BASELINE_CAPTURED, LORA, QLORA, LORA_CAPTURED, QLORA_CAPTURED)
 OTHER_RATES = (LORA_CAPTURED, at_rate(BASELINE_CAPTURED, 2e-4))  # captured, since they take seconds
 
-Difference = Callable[[Method], no_worse.Estimate]
+Difference = Callable[[Method], noninferiority.Estimate]
 
 
 @pytest.fixture
@@ -93,11 +94,11 @@ def difference(
         assert loss is not None
         return loss
 
-    def measure(method: Method) -> no_worse.Estimate:
+    def measure(method: Method) -> noninferiority.Estimate:
         first, *others = settings.seeds  # the first is timed: pytest-benchmark stores no run in which nothing was
         losses = [heldout_loss(train, method, first), *(heldout_loss(outcome_of, method, seed) for seed in others)]
         baseline = [heldout_loss(outcome_of, BASELINE, seed) for seed in settings.seeds]
-        return no_worse.over_seeds([loss - of for loss, of in zip(losses, baseline, strict=True)])
+        return noninferiority.over_seeds([loss - of for loss, of in zip(losses, baseline, strict=True)])
 
     return measure
 
@@ -110,7 +111,7 @@ def test_no_worse_than_the_baseline(
         rates = SETTINGS[laboratory.has_cuda].adapter_rates
         variant = at_rate(variant, rates[variant.name.removesuffix("-captured")])
     found = difference(variant)
-    assert no_worse.verdict(found) == "no worse", f"{model} x {variant.name}: {found} nats over the baseline"
+    assert noninferiority.verdict(found) == "no worse", f"{model} x {variant.name}: {found} nats over the baseline"
 
 
 @pytest.mark.needs_cuda  # for the time it takes
@@ -121,9 +122,9 @@ def test_the_rates_are_fair_to_both_sides(difference: Difference, model: str, va
     found = difference(variant)
     told = f"{model} x {variant.name}: {found} nats over the baseline"
     if variant.adapter is not None:
-        assert no_worse.verdict(found) == "worse", told
+        assert noninferiority.verdict(found) == "worse", told
     else:
-        assert found.low > -no_worse.MARGIN, told
+        assert found.low > -noninferiority.MARGIN, told
 
 
 def _in_steps_of(settings: Settings, method: Method) -> Method:

@@ -17,9 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightweight import __version__, checkpoints, gate, models, names, record, report, targets
-from lightweight.limits import LIMITS, Limits
-from lightweight.output import Output
+from lightweight import __version__, models, names, record, targets
+from lightweight.cli import checkpoints
+from lightweight.cli.output import Output
+from lightweight.report import report
+from lightweight.verdict import gate
+from lightweight.verdict.limits import LIMITS, Limits
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -155,7 +158,8 @@ def _plan(options: argparse.Namespace) -> int:
                 raise ValueError(f"target {target.name!r} has no amount of memory to plan for: name a card, or 16GiB")
         measured = record.load(options.record)
 
-        from lightweight import forecast, methods, plan  # torch takes seconds, and names have been checked
+        from lightweight import methods
+        from lightweight.forecast import plan, tracer  # torch takes seconds, and names have been checked
         from lightweight.trial import MAX_LENGTH
 
         stock = [method.name for method in methods.METHODS.values() if method.captured_step is None]
@@ -177,7 +181,7 @@ def _plan(options: argparse.Namespace) -> int:
             progress=_show,
             failed=_show_traceback if options.traceback else lambda error: None,
         )
-    except (forecast.ForecastError, models.ModelError) as error:
+    except (tracer.ForecastError, models.ModelError) as error:
         return _refuse(error)
     finally:
         _show("")
@@ -267,16 +271,16 @@ def _how_to_go_on(output: Output, options: argparse.Namespace) -> str:
 
 
 def _train_job(options: argparse.Namespace) -> int:
-    from lightweight import job  # torch takes seconds
+    from lightweight.cli import train  # torch takes seconds
 
     _quiet()
-    names = [field.name for field in dataclasses.fields(job.Job)]
+    names = [field.name for field in dataclasses.fields(train.Job)]
     try:
-        outcome = job.run(job.Job(**{name: getattr(options, name) for name in names}), progress=_show)
-    except job.NothingFitsError as error:
+        outcome = train.run(train.Job(**{name: getattr(options, name) for name in names}), progress=_show)
+    except train.NothingFitsError as error:
         _refuse(error)
         return 1
-    except job.REFUSALS as error:
+    except train.REFUSALS as error:
         return _refuse(error)
     return 0 if outcome.kind == "completed" else 1
 
@@ -327,7 +331,7 @@ def _chat(options: argparse.Namespace) -> int:
     except ValueError as error:
         return _refuse(error)
 
-    from lightweight import chat  # torch takes seconds
+    from lightweight.cli import chat  # torch takes seconds
 
     _quiet()
     try:

@@ -112,7 +112,7 @@ class Model:
     weights_file: str | None = None
 
     @property
-    def is_written(self) -> bool:
+    def is_loadable(self) -> bool:
         """Whether `location` can be loaded as it is."""
         return self.location is not None and self.gguf_file is None
 
@@ -417,7 +417,7 @@ def configuration(model: Model) -> PretrainedConfig:
 
 
 def configuration_beside_weights(model: Model) -> PretrainedConfig:
-    """The configuration of a model that `is_written`. Raises ModelError."""
+    """The configuration of a model that `is_loadable`. Raises ModelError."""
     assert model.location is not None
     return _read_configuration(model, model.location)
 

@@ -17,39 +17,37 @@ looked for, before one of these fixtures or an option of lightweight's is used. 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
-from lightweight import options, xdist_bridge
+from lightweight.session import options, xdist_bridge
+from lightweight.session.fixtures import FIXTURES, uses
+from lightweight.session.fixtures import NOT_RUN as NOT_RUN
 
 # pytest finds these hooks here
-from lightweight.xdist_bridge import pytest_cmdline_main, pytest_xdist_auto_num_workers  # noqa: F401
+from lightweight.session.xdist_bridge import pytest_cmdline_main, pytest_xdist_auto_num_workers  # noqa: F401
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-    from lightweight import isolation
-    from lightweight.forecast import Forecast
-    from lightweight.laboratory import CPU_STEPS as CPU_STEPS
-    from lightweight.laboratory import CUDA_STEPS as CUDA_STEPS
-    from lightweight.laboratory import PRECISION as PRECISION
-    from lightweight.laboratory import Laboratory as Laboratory
+    from lightweight.child import owner
+    from lightweight.forecast.tracer import Forecast
     from lightweight.methods import Method
     from lightweight.models import Model
     from lightweight.record import Speedup
+    from lightweight.session.laboratory import CPU_STEPS as CPU_STEPS
+    from lightweight.session.laboratory import CUDA_STEPS as CUDA_STEPS
+    from lightweight.session.laboratory import PRECISION as PRECISION
+    from lightweight.session.laboratory import Laboratory as Laboratory
     from lightweight.trial import Outcome
-
-TRAINING_FIXTURES = ("train", "outcome_of", "speedup")
-FIXTURES = (*TRAINING_FIXTURES, "forecast_of")
-NOT_RUN = "not run: "
 
 
 def __getattr__(name: str) -> Any:
     """What tests import from here and `laboratory` has, which takes long to import."""
     if name in ("CPU_STEPS", "CUDA_STEPS", "PRECISION", "Laboratory"):
-        from lightweight import laboratory
+        from lightweight.session import laboratory
 
         return getattr(laboratory, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -105,7 +103,7 @@ class Door:
     def open(self) -> Laboratory:
         """The session's laboratory, whose hooks are called from now on."""
         if self._laboratory is None:
-            from lightweight import gatekeeper, laboratory
+            from lightweight.session import gatekeeper, laboratory
 
             xdist_bridge.take_place(self.config)
             self._laboratory = laboratory.Laboratory(self.config)
@@ -150,26 +148,6 @@ class Door:
         yield
 
 
-def uses(node: pytest.Item, names: Sequence[str]) -> bool:
-    """Whether a test uses one of lightweight's fixtures `names`, and not another's of that name."""
-    if not any(name in getattr(node, "fixturenames", ()) for name in names):
-        return False
-    definitions = getattr(getattr(node, "_fixtureinfo", None), "name2fixturedefs", None)
-    if definitions is None:  # a pytest that keeps them elsewhere
-        return True
-    return any(_is_ours(name, definitions.get(name, ())) for name in names)
-
-
-def _is_ours(name: str, definitions: Sequence[Any]) -> bool:
-    """Of the definitions of a fixture the last one is used, and one before it where that asks for it by name."""
-    for definition in reversed(definitions):
-        if getattr(definition.func, "__module__", None) == __name__:
-            return True
-        if name not in definition.argnames:
-            return False
-    return False
-
-
 @pytest.fixture
 def laboratory(request: pytest.FixtureRequest) -> Laboratory:
     """The session's trials: its target, its models, and what has been trained so far."""
@@ -183,7 +161,8 @@ def train(request: pytest.FixtureRequest, laboratory: Laboratory, benchmark: Ben
     """Train a cell, an epoch a round of pytest-benchmark, and return its Outcome."""
 
     def run(model: str | Model, method: str | Method, **changes: Any) -> Outcome:
-        from lightweight import record, report
+        from lightweight import record
+        from lightweight.report import report
 
         trial = laboratory.trial(model, method, **changes)
         benchmark.group = f"{trial.model.name} on {report.card(record.settings(trial))}"
@@ -241,7 +220,7 @@ def speedup(request: pytest.FixtureRequest, laboratory: Laboratory) -> MeasureSp
     return measure
 
 
-def _time_rounds(benchmark: BenchmarkFixture, child: isolation.Child) -> None:
+def _time_rounds(benchmark: BenchmarkFixture, child: owner.Child) -> None:
     """Let pytest-benchmark time the rounds. Those after an early end take no time and are no rounds: they are dropped;
     the one in which the trial ended stays, so that the row is there."""
     try:

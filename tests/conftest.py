@@ -4,12 +4,13 @@ import gc
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-import lightweight.laboratory  # noqa: F401  pytester unloads what its runs import, and children pickle by its names
+import lightweight.session.laboratory  # noqa: F401  pytester unloads what its runs import, and children pickle by its names
 from lightweight import corpus, models
 from lightweight.corpus import Corpus
 from lightweight.models import Model
@@ -79,6 +80,15 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     path = tmp_path_factory.mktemp("corpus") / "corpus.json"
     path.write_text(json.dumps(turns(24)), "utf-8")
     return corpus.load(path)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a micro model, dropout on, so that random numbers matter."""
+    model, _ = models.find(replace(MICRO, architecture=MICRO.architecture | {"dropout": 0.1}))
+    folder = tmp_path_factory.mktemp("base")
+    models.write(model, folder, seed=0)
+    return folder
 
 
 @pytest.fixture(scope="session")

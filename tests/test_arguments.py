@@ -4,11 +4,13 @@ import re
 import pytest
 from transformers import SchedulerType, TrainingArguments
 
-from lightweight import arguments, options, plan, targets
+from lightweight import arguments, targets
 from lightweight.__main__ import main
+from lightweight.forecast import plan
+from lightweight.forecast.plan import ForecastError
 from lightweight.methods import METHODS, Method, MethodError
 from lightweight.models import OPT_TINY
-from lightweight.plan import ForecastError
+from lightweight.session import options
 from lightweight.trial import Trial
 
 FIELDS = [field.name for field in dataclasses.fields(TrainingArguments)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-MODULES = sorted((Path(__file__).parents[1] / "lightweight").glob("*.py"))
+MODULES = sorted((Path(__file__).parents[1] / "lightweight").rglob("*.py"))
 
 THEIR_HOOKS = ("pytest_", "on_")
 """Names that pytest's and the Trainer's documentation explain."""

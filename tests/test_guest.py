@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from conftest import MICRO, turns
-from lightweight import options, ratio
+from lightweight.session import options
+from lightweight.verdict import ratio
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,7 +46,7 @@ def test_an_unrelated_test_imports_nothing_that_takes_long(run):
         test_other="""
 def test_other():
     import sys
-    heavy = {"torch", "transformers", "peft", "numpy", "scipy", "matplotlib", "lightweight.laboratory"}
+    heavy = {"torch", "transformers", "peft", "numpy", "scipy", "matplotlib", "lightweight.session.laboratory"}
     assert not heavy & set(sys.modules)
 """
     )
@@ -138,7 +139,7 @@ def test_what_help_says_of_other_modules_is_so():
 
 def test_an_option_that_others_register_late_is_not_lost(run):
     """pytest keeps what is registered to itself; where it could not be seen, the long name is still there."""
-    hides = LOADS + "\nfrom lightweight import options\noptions._taken = lambda parser: set()\n"
+    hides = LOADS + "\nfrom lightweight.session import options\noptions._taken = lambda parser: set()\n"
     theirs = "\ndef pytest_addoption(parser):\n    parser.addoption('--seed', default='theirs')\n"
     done = run("--lightweight-seed=3", conftest=hides + theirs, test_other="def test_other(): pass\n")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -232,7 +233,7 @@ def test_a_package_that_touches_cuda_is_named_and_children_start_anew(run, tmp_p
     (told / "METADATA").write_text("Metadata-Version: 2.1\nName: torchao\nVersion: 0.18.0\n")
     (tmp_path / "torchao" / "__init__.py").write_text(TORCHAO)
     (tmp_path / "torchao" / "device.py").write_text(
-        "import sys, torch\nif 'lightweight.nursery' in sys.modules:\n    torch.cuda._initialized = True\n"
+        "import sys, torch\nif 'lightweight.child.nursery' in sys.modules:\n    torch.cuda._initialized = True\n"
     )
     done = run("-s", test_cell=CELL)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -3,11 +3,12 @@ import subprocess
 import sys
 
 import pytest
-from test_gate import cell, speedup
-from test_report import entry, forecast
+from report.test_report import entry, forecast
+from verdict.test_gate import cell, speedup
 
-from lightweight import __version__, record, report
+from lightweight import __version__, record
 from lightweight.__main__ import main
+from lightweight.report import report
 
 
 @pytest.fixture

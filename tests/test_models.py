@@ -59,7 +59,7 @@ def test_twins_have_the_classes_and_quirks_of_the_true_sizes(twin, true):
 
 def test_random_weights_follow_the_seed_and_store_as_float16(tmp_path):
     found, note = models.find(MICRO)
-    assert (found.weights, note, found.is_written) == ("random", None, False)
+    assert (found.weights, note, found.is_loadable) == ("random", None, False)
     once, again, other = (
         models.load(models.write(found, tmp_path / str(index), seed), torch.float32, CPU, None).state_dict()
         for index, seed in enumerate((0, 0, 1))
@@ -72,7 +72,7 @@ def test_random_weights_follow_the_seed_and_store_as_float16(tmp_path):
 def test_a_local_folder_is_pretrained(weights_folder):
     found, note = models.find(models.named(str(weights_folder)))
     assert (found.weights, found.location, note) == ("pretrained", str(weights_folder), None)
-    assert found.is_written
+    assert found.is_loadable
     assert models.load(found, torch.float32, CPU, None).config.hidden_size == 32
     assert models.load_tokenizer(found).eos_token_id == 1
 
@@ -121,10 +121,10 @@ def test_a_gguf_file_is_turned_into_safetensors(tmp_path):
     writer.close()
 
     found, _ = models.find(models.named(str(folder)))
-    assert (found.weights, found.gguf_file, found.is_written) == ("pretrained", "tiny.gguf", False)
+    assert (found.weights, found.gguf_file, found.is_loadable) == ("pretrained", "tiny.gguf", False)
     assert found.weights_file == "tiny.gguf"
     written = models.write(found, tmp_path / "written", seed=0)
-    assert written.is_written
+    assert written.is_loadable
     assert written.weights_file == "tiny.gguf"  # these are still the weights of that file
     loaded = models.load(written, torch.float32, CPU, None)
     assert torch.equal(loaded.lm_head.weight, network.lm_head.weight)

@@ -13,9 +13,11 @@ import matplotlib.figure  # noqa: F401  pytester unloads what its runs import, a
 import pytest
 
 from conftest import MICRO, turns
-from lightweight import isolation, laboratory, limits
-from lightweight.process import CAN_PIN
+from lightweight.child import owner
+from lightweight.child.process import CAN_PIN
+from lightweight.session import laboratory
 from lightweight.targets import Device
+from lightweight.verdict import limits
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
 
@@ -36,7 +38,7 @@ CELLS = f"""
 OUT_OF_MEMORY = """
     '''A child that ends as one does on a GPU; a CPU has no allocator that could.'''
     import pytest
-    from lightweight import worker
+    from lightweight.child import worker
     from lightweight.trial import Measurements, OutOfMemory
 
     def run(connection, trial, folder, started, *_):
@@ -141,7 +143,7 @@ def test_a_run_whose_only_cell_ends_out_of_memory_is_recorded(project):
     @pytest.fixture(autouse=True)
     def child(monkeypatch):
         import children
-        from lightweight import worker
+        from lightweight.child import worker
         monkeypatch.setattr(worker, "run", children.run)
     """
     )
@@ -193,8 +195,8 @@ def test_what_did_not_complete_is_not_ranked_among_what_did(project):
         + """
     @pytest.fixture(autouse=True)
     def killer(monkeypatch):
-        from lightweight import isolation
-        begin = isolation.Child.round
+        from lightweight.child import owner
+        begin = owner.Child.round
 
         def round(child):
             if child.trial.method.name == "baseline" and child.outcome is None:
@@ -202,7 +204,7 @@ def test_what_did_not_complete_is_not_ranked_among_what_did(project):
                 os.kill(child.pids[0], signal.SIGKILL)
             return begin(child)
 
-        monkeypatch.setattr(isolation.Child, "round", round)
+        monkeypatch.setattr(owner.Child, "round", round)
     """
     )
     result, _ = run_json(project)
@@ -398,7 +400,7 @@ def test_more_ranks_than_gpus_are_refused_before_any_model_is_built(project, mon
     project.makepyfile(CELLS)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr(isolation, "call_within", lambda *_: Device(name="H100", total_bytes=2**36, capability=(9, 0)))
+    monkeypatch.setattr(owner, "call_within", lambda *_: Device(name="H100", total_bytes=2**36, capability=(9, 0)))
     result = project.runpytest("--gpus-per-trial=3")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     (line,) = [line for line in result.stderr.lines if line.strip()]
@@ -628,7 +630,8 @@ def test_a_higher_loss_a_cell_that_is_gone_and_nothing_to_compare_with_fail_the_
 
 CHEAP_CELLS = """
     import pytest
-    from lightweight import laboratory, trial
+    from lightweight import trial
+    from lightweight.session import laboratory
 
     @pytest.mark.shown_as("ladder")
     @pytest.mark.parametrize("model", ["opt-tiny", "gpt-neo-tiny"])
@@ -708,8 +711,8 @@ def test_a_baseline_out_of_memory_has_no_speedup_over_it(project):
     @pytest.fixture(autouse=True)
     def child(monkeypatch, request):
         import children
-        from lightweight import isolation, worker
-        enter = isolation.Child.__enter__
+        from lightweight.child import owner, worker
+        enter = owner.Child.__enter__
 
         def choose(child):
             with monkeypatch.context() as patch:
@@ -717,7 +720,7 @@ def test_a_baseline_out_of_memory_has_no_speedup_over_it(project):
                     patch.setattr(worker, "run", children.run)
                 return enter(child)
 
-        monkeypatch.setattr(isolation.Child, "__enter__", choose)
+        monkeypatch.setattr(owner.Child, "__enter__", choose)
     """
     )
     project.syspathinsert()
@@ -821,13 +824,14 @@ def test_a_test_that_is_run_again_is_trained_again_and_has_the_row_of_the_last_t
     @pytest.fixture(autouse=True)
     def kill_the_first(monkeypatch, request):
         import os, signal
-        from lightweight import isolation, laboratory
+        from lightweight.child import owner
+        from lightweight.session import laboratory
         from lightweight.plugin import Laboratory
 
         def kill(laboratory, trial, step, loss):
             if step == 3 and not hasattr(request.config, "killed"):
                 request.config.killed = True
-                os.kill(next(iter(isolation._living)).pid, signal.SIGKILL)
+                os.kill(next(iter(owner._living)).pid, signal.SIGKILL)
 
         monkeypatch.setattr(Laboratory, "_show_step", kill)
     """

@@ -97,7 +97,7 @@ def test_what_initialises_cuda_is_named_and_an_open_device_is_not_that(tmp_path,
     """The innermost module whose import does. NVML, too, opens the driver's devices."""
     import torch
 
-    from lightweight import nursery
+    from lightweight.child import nursery
 
     monkeypatch.setattr(torch.cuda, "_initialized", False)
     (tmp_path / "outer_one.py").write_text("import inner_one\n")

@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import SchedulerType
 
-from lightweight import no_worse, record, targets
+from lightweight import record, targets
 from lightweight.methods import LORA, QLORA, QLORA_CAPTURED, CapturedStep
 from lightweight.record import RecordError
 from lightweight.targets import Device
 from lightweight.trial import Completed, Crashed, Diverged, Measurements, OutOfMemory, TimedOut, Trial
+from lightweight.verdict import noninferiority
 
 H200 = Device(name="NVIDIA H200", total_bytes=150_109_880_320, capability=(9, 0), driver="580")
 MEASURED = Measurements(train_loss=(3.0, 2.0), step_seconds=(0.2, 0.1), phase_seconds={"train": 0.3, "evaluate": 9.0})
@@ -279,7 +280,7 @@ def test_what_says_when_entries_are_alike_is_one_list(trial):
     known = set(record.settings(trial)) | {"device"}
     assert set(record.BASELINE_SHARES) < set(record.SAME_CELL) < set(record.SAME_TRIAL) <= known
     assert set(record.SAME_TRIAL) - set(record.SAME_BUT_RANKS) == {"world_size"}
-    assert set(no_worse.SAME_JOB) - set(record.SAME_TRIAL) == {"elsewhere_digest"}
+    assert set(noninferiority.SAME_JOB) - set(record.SAME_TRIAL) == {"elsewhere_digest"}
 
 
 def test_a_speedup_is_put_into_the_trial_it_is_of_among_namesakes(trial):

@@ -10,9 +10,13 @@ from typing import get_args
 
 import pytest
 
-from lightweight import __main__, alternate, forecast, gate, models, page, ratio, record, report, schema, trial
+from lightweight import __main__, models, record, schema, trial
+from lightweight.forecast import tracer
 from lightweight.methods import Precision
 from lightweight.record import RecordError
+from lightweight.report import page, report
+from lightweight.session import alternation
+from lightweight.verdict import gate, ratio
 
 RECORDS = sorted((Path(__file__).parent.parent / "experiments" / "records").glob("*.json"))
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\u202eevil\nsecond line\ud800"
@@ -28,10 +32,10 @@ def test_the_words_are_those_that_the_modules_write():
     assert set(schema.PHASES) == set(get_args(trial.Phase))
     assert set(schema.WEIGHTS) == set(get_args(models.Weights))
     assert set(schema.PRECISIONS) == set(get_args(Precision))
-    assert set(schema.PAIRINGS) == set(get_args(alternate.Pairing))
+    assert set(schema.PAIRINGS) == set(get_args(alternation.Pairing))
     assert record.ONE_AFTER_THE_OTHER in schema.PAIRINGS
     assert set(schema.GATE_VERDICTS) == set(get_args(ratio.Verdict))
-    assert set(schema.FORECAST_VERDICTS) == set(get_args(forecast.Verdict))
+    assert set(schema.FORECAST_VERDICTS) == set(get_args(tracer.Verdict))
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)

@@ -7,14 +7,14 @@ import re
 import signal
 import subprocess
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tabulate import tabulate
 
-from conftest import MICRO, turns
-from lightweight import checkpoints, models
+from conftest import turns
+from lightweight import models
+from lightweight.cli import checkpoints
 
 TRIED, SURVIVED = Counter(), Counter()
 
@@ -117,15 +117,6 @@ def hear_signals():
     yield
     for number, found in before.items():
         signal.signal(number, found)
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory) -> Path:
-    """A folder with a micro model, dropout on, so that random numbers matter."""
-    model, _ = models.find(replace(MICRO, architecture=MICRO.architecture | {"dropout": 0.1}))
-    folder = tmp_path_factory.mktemp("base")
-    models.write(model, folder, seed=0)
-    return folder
 
 
 @pytest.fixture(scope="session")

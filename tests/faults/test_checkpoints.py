@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from faults.harness import result
-from lightweight import checkpoints
 from lightweight.__main__ import main
+from lightweight.cli import checkpoints
 
 METHODS_TRIED = ("constant:STOCK", "constant:CAPTURED")
 

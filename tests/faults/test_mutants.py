@@ -19,8 +19,8 @@ from faults.harness import outcome_of, result, steers
 from faults.mutants import STEERING
 from lightweight import models
 from lightweight.__main__ import main
-from lightweight.limits import LIMITS
-from lightweight.output import MARK
+from lightweight.cli.output import MARK
+from lightweight.verdict.limits import LIMITS
 
 RECORDS = sorted((Path(models.__file__).parents[1] / "experiments" / "records").glob("*.json"))
 

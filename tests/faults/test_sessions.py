@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from test_session_faults import left, outcomes, project, wait_for  # noqa: F401  # a fixture among them
+from session.test_session_faults import left, outcomes, project, wait_for  # noqa: F401  # a fixture among them
 
 import lightweight
 from conftest import MICRO
@@ -17,7 +17,7 @@ from conftest import MICRO
 CELLS = f"""
 import os, signal
 import pytest
-from lightweight import isolation
+from lightweight.child import owner
 from lightweight.models import Model
 
 MODELS = {{name: Model(name=name, architecture={MICRO.architecture!r}) for name in ("first", "second")}}
@@ -26,7 +26,7 @@ MODELS = {{name: Model(name=name, architecture={MICRO.architecture!r}) for name 
 def fault(monkeypatch, request):
     if request.node.name != "test_at_hand":
         return
-    enter, begin, done = isolation.Child.__init__, isolation._Process.__init__, []
+    enter, begin, done = owner.Child.__init__, owner._Process.__init__, []
 
     def act(process):
         if not done:
@@ -48,11 +48,11 @@ def fault(monkeypatch, request):
 
     def beginning(process, *arguments):
         begin(process, *arguments)
-        if "PHASE" == "helper" and type(process) is isolation._Process:
+        if "PHASE" == "helper" and type(process) is owner._Process:
             act(process)
 
-    monkeypatch.setattr(isolation.Child, "__init__", entering)
-    monkeypatch.setattr(isolation._Process, "__init__", beginning)
+    monkeypatch.setattr(owner.Child, "__init__", entering)
+    monkeypatch.setattr(owner._Process, "__init__", beginning)
 
 def test_before(train):
     assert train(MODELS["first"], "baseline").kind == "completed"
@@ -84,7 +84,7 @@ class Fault:
 
 
 ENDS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
-CHILD, SERVER, ITSELF = "process.pid", "isolation._server_pid()", "os.getpid()"
+CHILD, SERVER, ITSELF = "process.pid", "owner._server_pid()", "os.getpid()"
 FAULTS = [
     *(Fault("child", CHILD, number, phase) for number in (signal.SIGKILL, signal.SIGSTOP) for phase in PHASES),
     *(

@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from faults.harness import outcome_of, result, steers
 from faults.mutants import STEERING
-from lightweight import checkpoints, job, worker
 from lightweight.__main__ import main
-from lightweight.output import Output
+from lightweight.child import worker
+from lightweight.cli import checkpoints
+from lightweight.cli import train as job
+from lightweight.cli.output import Output
 
 
 @pytest.fixture

@@ -1,0 +1,239 @@
+"""Which token of an optimizer step lies where: several dialogues in one row, in static buffers of a few shapes.
+
+Exact: a dialogue's tokens keep their order and their positions from 0, attention sees only its own
+(`attention.packed`), and every answer token keeps its weight in the loss, whichever row and pass it comes to lie in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from lightweight.corpus import IGNORED
+from lightweight.training.stock import Row
+
+BUCKET_STEPS = 200
+"""Optimizer steps that a further static shape must serve: capturing it takes some three uncaptured steps, 0.2 to 0.5 s,
+and a row less saves 1 to 4 ms a step."""
+
+ANSWER_BLOCK = 64
+"""Room for answers comes in multiples of this, the height of a matrix unit's tile."""
+
+NO_DIALOGUE = -1
+"""The dialogue number of tokens that belong to none."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One optimizer step: `rows[i]` are the numbers of the dialogues in row i, one behind the other. `weights` has for
+    each dialogue what one of its answer tokens weighs in the step's loss. Of the whole step, `answers` counts the
+    tokens that are predicted, and `tokens` all of its dialogues'."""
+
+    rows: list[list[int]]
+    weights: dict[int, float]
+    answers: int
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The static shape of a step: `passes` of `rows` x `time` tokens, with room for `answers` answer tokens in each."""
+
+    passes: int
+    rows: int
+    time: int
+    answers: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a step of this shape computes, padding included."""
+        return self.passes * self.rows * self.time
+
+
+def answer_tokens(row: Row) -> int:
+    """Tokens of `row` that are predicted; its first one has nothing before it to be predicted from."""
+    return sum(label != IGNORED for label in row["labels"][1:])
+
+
+def one_a_row(passes: list[list[int]], rows: Sequence[Row], *, over_step: bool) -> Layout:
+    """The Trainer's own layout of a step of `passes`, each the numbers of its dialogues.
+
+    `over_step`: the loss is the mean over the answer tokens of the whole step; else, for models that do not take the
+    number of tokens from the Trainer, it is the mean over passes of each one's mean.
+    """
+    weights: dict[int, float] = {}
+    in_pass = [sum(answer_tokens(rows[number]) for number in numbers) for numbers in passes]
+    for numbers, tokens in zip(passes, in_pass, strict=True):
+        share = 1 / max(1, sum(in_pass)) if over_step else 1 / max(1, tokens) / len(passes)
+        weights |= dict.fromkeys(numbers, share)
+    tokens = sum(sum(rows[number]["attention_mask"]) for numbers in passes for number in numbers)
+    return Layout([[number] for numbers in passes for number in numbers], weights, sum(in_pass), tokens)
+
+
+def packed(layout: Layout, rows: Sequence[Row]) -> Layout:
+    """`layout` in as few rows as first fit, longest first, finds."""
+    width = len(rows[0]["input_ids"])
+    lengths = {number: sum(rows[number]["attention_mask"]) for number in layout.weights}
+    filled: list[list[int]] = []
+    left: list[int] = []
+    for number in sorted(lengths, key=lambda number: -lengths[number]):
+        index = next((i for i, room in enumerate(left) if room >= lengths[number]), None)
+        if index is None:
+            filled.append([])
+            left.append(width)
+            index = -1
+        filled[index].append(number)
+        left[index] -= lengths[number]
+    return replace(layout, rows=filled)
+
+
+def share(layout: Layout, rank: int, world_size: int) -> Layout:
+    """The rows of `layout` that `rank` computes, or one that holds nothing where there are none for it; what a token
+    weighs in the step's loss stays as it is."""
+    rows = layout.rows[rank::world_size] or [[]]
+    return replace(layout, rows=rows, weights={number: layout.weights[number] for row in rows for number in row})
+
+
+def shapes(layouts: Sequence[Layout], rows: Sequence[Row], rows_per_pass: int, most: int | None) -> dict[int, Shape]:
+    """The static shapes for a job's `layouts`: number of rows in a step -> the shape it runs in.
+
+    A further shape is made for smaller steps where at least BUCKET_STEPS of them use it, and at most `most` in all.
+    """
+    sizes = sorted(len(layout.rows) for layout in layouts)
+    largest: list[int] = []  # of each bucket
+    served = 0
+    for index, size in enumerate(sizes):
+        served += 1
+        is_last = index + 1 == len(sizes)
+        if is_last or (sizes[index + 1] != size and served >= BUCKET_STEPS):
+            largest.append(size)
+            served = 0
+    if most is not None:
+        largest = largest[-most:]
+    passes: dict[int, tuple[int, int]] = {}
+    for size in set(sizes):
+        bucket = next(bound for bound in largest if bound >= size)
+        count = -(-bucket // rows_per_pass)
+        passes[size] = count, -(-bucket // count)
+    return _with_answers(layouts, rows, passes)
+
+
+def exact_shapes(layouts: Sequence[Layout], rows: Sequence[Row], rows_per_pass: int) -> dict[int, Shape]:
+    """As `shapes`, but each step in passes of its own: the Trainer's, where `layouts` have one dialogue a row."""
+    sizes = {len(layout.rows) for layout in layouts}
+    return _with_answers(layouts, rows, {size: (-(-size // rows_per_pass), min(size, rows_per_pass)) for size in sizes})
+
+
+def holding(layout: Layout, rows: Sequence[Row], shapes: Iterable[Shape]) -> Shape | None:
+    """The smallest of `shapes` with room for the rows of `layout`, and with room for its answers; None where its rows
+    are too many."""
+    large_enough = [shape for shape in shapes if shape.passes * shape.rows >= len(layout.rows)]
+    if not large_enough:
+        return None
+    shape = min(large_enough, key=lambda shape: shape.passes * shape.rows)
+    return replace(shape, answers=max(shape.answers, _room(_most_answers(layout, rows, shape.rows))))
+
+
+def _with_answers(
+    layouts: Sequence[Layout], rows: Sequence[Row], passes: dict[int, tuple[int, int]]
+) -> dict[int, Shape]:
+    """`passes` and the rows in each, by number of rows in a step, as shapes with room for every layout's answers."""
+    answers = dict.fromkeys(passes.values(), 1)
+    for layout in layouts:
+        shape = passes[len(layout.rows)]
+        answers[shape] = max(answers[shape], _most_answers(layout, rows, shape[1]))
+    time = len(rows[0]["input_ids"])
+    return {size: Shape(*shape, time=time, answers=_room(answers[shape])) for size, shape in passes.items()}
+
+
+def _most_answers(layout: Layout, rows: Sequence[Row], size: int) -> int:
+    """Answer tokens of that pass of `size` rows that has most of them."""
+    return max(
+        sum(answer_tokens(rows[number]) for numbers in of_pass for number in numbers)
+        for of_pass in _split(layout.rows, size)
+    )
+
+
+def _room(answers: int) -> int:
+    return -(-answers // ANSWER_BLOCK) * ANSWER_BLOCK
+
+
+def _split(rows: list[list[int]], size: int) -> list[list[list[int]]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+class Buffers:
+    """What a step of one static shape reads, at fixed places on the device.
+
+    `input_ids`, `attention_mask`, `position_ids`, `dialogues`, `labels`: [passes, rows, time]. `answers`, `targets`,
+    `weights`: [passes, answers] - the flat place in [rows x time] an answer token is predicted at, the token, and what
+    it weighs in the loss; 0 where there is none. `count`: answer tokens of the step.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        self._whole, self._fractions = self._allocate(device)
+        tokens, answers = self._views(self._whole)
+        self.input_ids, self.attention_mask, self.position_ids, self.dialogues, self.labels = tokens.unbind(0)
+        self.answers, self.targets = answers.unbind(0)
+        self.weights, self.count = self._fractions[:-1].view(shape.passes, shape.answers), self._fractions[-1]
+
+    def fill(self, layout: Layout, rows: Sequence[Row]) -> None:
+        """Put one optimizer step in, without waiting for the device."""
+        shape = self.shape
+        whole, fractions = self._allocate(torch.device("cpu"))
+        tokens, answers = self._views(whole)
+        ids, mask, positions, dialogues, labels = tokens.unbind(0)
+        places, targets = answers.unbind(0)
+        weights = fractions[:-1].view(shape.passes, shape.answers)
+        dialogues.fill_(NO_DIALOGUE)
+        labels.fill_(IGNORED)
+        positions[:] = torch.arange(shape.time)
+        for index, numbers_of_rows in enumerate(_split(layout.rows, shape.rows)):
+            taken = 0
+            for line, numbers in enumerate(numbers_of_rows):
+                start = 0
+                for number in numbers:
+                    row = rows[number]
+                    length = sum(row["attention_mask"])
+                    span = slice(start, start + length)
+                    ids[index, line, span] = torch.tensor(row["input_ids"][:length])
+                    positions[index, line, span] = torch.arange(length)
+                    dialogues[index, line, span] = number
+                    mask[index, line, span] = 1
+                    own = torch.tensor(row["labels"][:length])
+                    own[0] = IGNORED  # nothing before it, and certainly not the dialogue before it
+                    labels[index, line, span] = own
+                    at = (own != IGNORED).nonzero().squeeze(1)
+                    room = slice(taken, taken + len(at))
+                    places[index, room] = line * shape.time + start + at - 1
+                    targets[index, room] = own[at]
+                    weights[index, room] = layout.weights[number]
+                    taken += len(at)
+                    start += length
+                if len(numbers) == 1:  # a row as the tokenizer padded it
+                    ids[index, line] = torch.tensor(row["input_ids"])
+                positions[index, line, start:] = torch.arange(shape.time - start)
+        fractions[-1] = layout.answers
+        if self.device.type == "cuda":  # torch keeps pinned memory until the copy out of it has run
+            whole, fractions = whole.pin_memory(), fractions.pin_memory()
+        self._whole.copy_(whole, non_blocking=True)
+        self._fractions.copy_(fractions, non_blocking=True)
+
+    def _allocate(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = self.shape
+        whole = shape.passes * (5 * shape.rows * shape.time + 2 * shape.answers)
+        return (
+            torch.zeros(whole, dtype=torch.int64, device=device),
+            torch.zeros(shape.passes * shape.answers + 1, device=device),
+        )
+
+    def _views(self, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = self.shape
+        split = 5 * shape.passes * shape.rows * shape.time
+        return (
+            whole[:split].view(5, shape.passes, shape.rows, shape.time),
+            whole[split:].view(2, shape.passes, shape.answers),
+        )

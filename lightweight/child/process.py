@@ -1,0 +1,66 @@
+"""What a child does to itself before it imports what it will run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+CAN_PIN = hasattr(os, "sched_setaffinity")
+"""Whether this system keeps a process on a core when asked; macOS does not."""
+
+_gpus_are_chosen = False
+
+
+def see_gpus(first: int, count: int) -> None:
+    """Leave this process only the `count` GPUs from number `first` on among the visible ones, before CUDA is
+    initialised: one rank, one GPU, where the Trainer would spread over every GPU it sees, and none on the CPU. Does so
+    once a process."""
+    global _gpus_are_chosen
+    if _gpus_are_chosen:
+        return
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    chosen = [visible[index] if visible else str(index) for index in range(first, first + count)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
+    _gpus_are_chosen = True
+
+
+def log_of(rank: int, folder: Path) -> Path:
+    """Where what the libraries of `rank` write goes."""
+    return folder / (f"log-{rank}" if rank else "log")
+
+
+def lead_a_group() -> None:
+    """Make this process the leader of a session and group of its own: whoever ends it ends what it started as well, and
+    a terminal's Ctrl-C reaches its owner alone, which then ends it."""
+    with suppress(OSError):  # it leads one already
+        os.setsid()
+
+
+def redirect_output(path: Path) -> None:
+    """Send this process's stdout and stderr, file descriptors included, to `path`."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def run_fresh(connection: Connection, pickled: bytes, gpus: tuple[int, int] | None) -> None:
+    """In an interpreter that has imported nothing yet: `function(connection, *args)`, both `pickled`, since unpickling
+    them imports what may touch CUDA. `gpus` are the first one and how many this process is to see."""
+    lead_a_group()
+    if gpus is not None:
+        see_gpus(*gpus)
+    from lightweight import preload  # noqa: F401  # before anything else of what follows
+
+    function, args = pickle.loads(pickled)
+    function(connection, *args)
+
+
+def tell_culprit(connection: Connection) -> None:
+    """In a child of the forkserver: send the name of the module that has touched the GPU there, or None."""
+    from lightweight.child import nursery
+
+    connection.send(nursery.culprit)

@@ -1,0 +1,410 @@
+"""Inside the child: one trial from its first allocation to its outcome.
+
+Requests come and reports go over a pipe; stdout and stderr belong to the libraries and go into a log file, whose end
+becomes a crash's last words. Imports no pytest, no plugin and no report.
+"""
+
+from __future__ import annotations
+
+import errno
+import faulthandler
+import gc
+import os
+import re
+import resource
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, which imports peft
+
+import torch
+import transformers
+
+from lightweight import corpus, methods, models
+from lightweight.captured import attention, frozen, step
+from lightweight.child import host_memory, unsloth
+from lightweight.child.process import lead_a_group, log_of, redirect_output, see_gpus
+from lightweight.targets import Device, GiB, MiB
+from lightweight.training import ranks, stock
+from lightweight.training.meter import DivergedError, Meter
+from lightweight.training.stock import Request, Rounds, Row
+from lightweight.trial import Completed, Crashed, Diverged, Measurements, Outcome, OutOfMemory, Phase, Trial
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Built, evaluated, and the training set up; the first round may be asked for."""
+
+    measured: Measurements
+
+
+@dataclass(frozen=True)
+class Step:
+    """Optimizer step `step` (from 1) has ended; `loss` is the newest one known."""
+
+    step: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Entered:
+    """The trial entered a phase."""
+
+    phase: Phase
+
+
+@dataclass(frozen=True)
+class RoundEnded:
+    """The round asked for has ended and the device is idle."""
+
+    measured: Measurements
+
+
+Report = Ready | Step | Entered | RoundEnded | Outcome
+
+
+def describe_device(index: int) -> Device:
+    """The GPU at `index` among the visible ones. Initialises CUDA, so only a child may call it."""
+    import pynvml
+
+    properties = torch.cuda.get_device_properties(index)
+    pynvml.nvmlInit()
+    driver = pynvml.nvmlSystemGetDriverVersion()
+    pynvml.nvmlShutdown()
+    return Device(
+        name=properties.name,
+        total_bytes=properties.total_memory,
+        capability=(properties.major, properties.minor),
+        driver=driver,
+    )
+
+
+def take_device(trial: Trial) -> torch.device:
+    """The device of this process's rank of `trial`, from now on CUDA's current one."""
+    if trial.device_index is None:
+        return torch.device("cpu")
+    device = torch.device("cuda", ranks.local_rank())
+    if trial.world_size > 1:
+        torch.cuda.set_device(device)
+    return device
+
+
+def run(
+    connection: Connection,
+    trial: Trial,
+    folder: Path,
+    started: float,
+    environment: Mapping[str, str] | None = None,
+    tells_steps: bool = True,
+) -> None:
+    """Run `trial`, or one rank of it, answering requests on `connection`; the last report is the Outcome.
+
+    `folder` exists and is the trial's own; `started` is the owner's `time.monotonic()` when it started this process.
+    `environment` says which rank this is, where there are several. Steps are reported where it `tells_steps`. SIGUSR1
+    has it write where it is into its log.
+    """
+    meter = None
+    try:
+        device = _begin(trial, folder, environment or {})
+        meter = Meter(device, start_seconds=time.monotonic() - started)
+        outcome: Outcome = _train(trial, device, folder, meter, _OwnersEnd(connection, meter, tells_steps))
+    except _OwnerGoneError:
+        return
+    except Exception as error:
+        with suppress(OSError):  # the disk of its log may be full
+            traceback.print_exc()
+        outcome = failure(error, trial, meter, folder)
+    with suppress(OSError):
+        connection.send(outcome)
+
+
+def _begin(trial: Trial, folder: Path, environment: Mapping[str, str]) -> torch.device:
+    """Make this process a rank of `trial`, its output going to a log in `folder`; the rank's device."""
+    lead_a_group()
+    os.environ.update(environment)
+    redirect_output(log_of(ranks.rank(), folder))
+    faulthandler.register(signal.SIGUSR1, all_threads=False)
+    see_gpus(*((0, 0) if trial.device_index is None else (trial.device_index, trial.world_size)))
+    gc.freeze()  # what the forkserver has imported is never garbage, and looking through it falls into single rounds
+    if trial.threads is not None:
+        torch.set_num_threads(trial.threads)
+    ranks.share_threads()
+    return take_device(trial)
+
+
+def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner: _OwnersEnd) -> Completed:
+    transformers.utils.logging.disable_progress_bar()
+    owner.enter("build")
+    trainer, train_rows, heldout = set_up(trial, device, meter, owner, folder)
+    train(trial, trainer, train_rows, heldout, meter, owner.enter)
+    owner.await_request("finish")
+    owner.enter("evaluate")
+    evaluate(trainer, heldout, meter)
+    owner.enter("save")
+    with meter.during("save"):
+        trainer.save_model(str(folder / "saved"))
+        ranks.wait_for_all()  # a rank that ends takes along what the first one is still gathering from it
+    if ranks.is_first():
+        meter.facts["saved_bytes"] = sum(file.stat().st_size for file in (folder / "saved").iterdir())
+    return Completed(measured=meter.measurements())
+
+
+class Heldout(NamedTuple):
+    """Rows that nothing is trained on: the corpus's pairs, and plain text from elsewhere."""
+
+    pairs: list[Row]
+    elsewhere: list[Row]
+
+
+def set_up(
+    trial: Trial, device: torch.device, meter: Meter, rounds: Rounds, folder: Path, **overrides: Any
+) -> tuple[transformers.Trainer, list[Row], Heldout]:
+    """Everything before the first step: the Trainer over the trial's network, its training rows and what is held out.
+
+    `overrides` are TrainingArguments, as for `stock.make_trainer`.
+    """
+    with meter.during("build"):
+        if device.type == "cuda":
+            _cap_memory(trial)
+        step = trial.method.captured_step
+        if step is not None and step.attention == "sdpa":
+            attention.disable_cudnn()
+        if step is not None and step.graph and device.type == "cuda":
+            frozen.start_quickly()
+        transformers.set_seed(trial.seed)
+        network = build(trial, device)
+        tokenizer = models.load_tokenizer(trial.model)
+        train_rows = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.train]
+        heldout_rows = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.heldout]
+        heldout = Heldout(heldout_rows, corpus.encode_text(trial.corpus.elsewhere or "", tokenizer, trial.max_length))
+        models.check_rows(trial.model, network.config, [*train_rows, *heldout_rows, *heldout.elsewhere])
+        ranks.meet(cpu=device.type == "cpu")
+        trainer = stock.make_trainer(trial, network, train_rows, meter, rounds, folder, **overrides)
+    ends = (corpus.IGNORED, tokenizer.eos_token_id)
+    meter.facts = {
+        "parameters": models.count_parameters(network),
+        "trainable_parameters": models.count_parameters(network, trainable=True),
+        "adapted_layers": methods.adapted_layers(network),
+        "base_quantization": models.quantization_of(network),
+        "truncated_sequences": sum(row["labels"][-1] not in ends for row in train_rows),
+    }
+    return trainer, train_rows, heldout
+
+
+def evaluate(trainer: transformers.Trainer, heldout: Heldout, meter: Meter) -> None:
+    """Add the losses on what is held out, as they are now, to the meter's."""
+    with meter.during("evaluate"):
+        meter.heldout_losses.append(stock.heldout_loss(trainer, heldout.pairs))
+        if heldout.elsewhere:
+            meter.elsewhere_losses.append(stock.heldout_loss(trainer, heldout.elsewhere))
+
+
+def train(
+    trial: Trial,
+    trainer: transformers.Trainer,
+    rows: Sequence[Row],
+    heldout: Heldout,
+    meter: Meter,
+    enter: Callable[[Phase], None],
+    checkpoint: Path | None = None,
+) -> None:
+    """Evaluate, and train the whole job, by the Trainer or by the captured step as the method says, where that is the
+    Trainer's step; from `checkpoint` on, where there is one, which has been evaluated. `enter` is told of every phase.
+    """
+
+    def begin() -> None:
+        if checkpoint is None:
+            enter("evaluate")
+            evaluate(trainer, heldout, meter)
+        meter.begin_training()
+        enter("train" if trial.method.captured_step is None else "capture")
+
+    if trial.method.captured_step is None:
+        if trial.is_sharded:  # no rank has the network until the Trainer has dealt it out
+            trainer.callback_handler.callbacks.insert(0, _Begin(begin, meter))
+        else:
+            begin()
+        with meter.during("train"):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    else:
+        begin()
+        with meter.during("capture"):
+            job = step.prepare(trial, trainer, rows, meter)
+        if checkpoint is not None:
+            _check_kind(trial, checkpoint, is_captured=job is not None)
+        enter("train")
+        with meter.during("train"):
+            if job is not None:
+                job.train(checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    meter.end_training()
+
+
+def _check_kind(trial: Trial, checkpoint: Path, *, is_captured: bool) -> None:
+    """Raise MethodError where a checkpoint is of the other step than the one that would go on: their optimizers' states
+    differ, and on another machine the check of the captured step may have come out otherwise."""
+    if (checkpoint / step.CAPTURED_STATE).is_file() != is_captured:
+        now, then = ("captured step", "Trainer") if is_captured else ("Trainer", "captured step")
+        raise methods.MethodError(
+            f"--resume: {trial.name}: {checkpoint} was saved by the {then}, and here the {now} runs the steps: "
+            "resume where it was begun, or start again with --overwrite and without --resume"
+        )
+
+
+class _Begin(transformers.TrainerCallback):
+    """Calls `begin` when the Trainer has everything in its place, before the first step."""
+
+    def __init__(self, begin: Callable[[], None], meter: Meter) -> None:
+        self._begin, self._meter = begin, meter
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        with self._meter.waiting():  # it has phases of its own
+            self._begin()
+        self._meter.phase = "train"
+
+
+def build(trial: Trial, device: torch.device) -> torch.nn.Module:
+    """The network of a trial on `device`, quantized and with its adapter on; for a captured step without peft's upcasts
+    to fp32, unless it asks for them. One that is going to be sharded stays in the host's memory until then, but for
+    4-bit weights, which are made on the device. Raises ModelError and MethodError, and TypeError for bf16 on a target
+    without it."""
+    method, step = trial.running_method, trial.method.captured_step
+    quantization = models.settle_quantization(
+        trial.model, models.configuration_beside_weights(trial.model), method, sharded=trial.is_sharded
+    )
+    if method.library == "unsloth":
+        return unsloth.build(trial, device, quantization)
+    if trial.is_sharded and quantization is None:
+        device = torch.device("cpu")
+    network = models.load(trial.model, getattr(torch, method.weights_dtype), device, quantization)
+    network = method.adapt(network, upcast=step is None or step.upcast)
+    if device.type == "cpu":
+        for module in network.modules():
+            # Where the CPU has AVX512-BF16, bitsandbytes repacks 4-bit weights at the first evaluation, and what it
+            # repacked can no longer be trained (0.50, Linear4bit.forward).
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    if not trial.target.bf16:
+        for name, tensor in network.state_dict().items():
+            if tensor.dtype == torch.bfloat16:
+                raise TypeError(f"{name} is bfloat16, which target {trial.target.name} does not have: use float16")
+    return network  # type: ignore[no-any-return]
+
+
+def _cap_memory(trial: Trial) -> None:
+    """Let the allocator reserve no more than the target has; before the first allocation."""
+    properties = torch.cuda.get_device_properties()
+    if trial.target.emulated_on(properties.name):
+        assert trial.target.budget_bytes is not None
+        total_bytes = torch.cuda.mem_get_info()[1]  # what the allocator multiplies the fraction with
+        torch.cuda.set_per_process_memory_fraction(trial.target.budget_bytes / total_bytes)
+
+
+def failure(error: Exception, trial: Trial, meter: Meter | None, folder: Path) -> OutOfMemory | Diverged | Crashed:
+    """How a trial in `folder` ended that raised `error`; `meter` is None where it had not got as far as having one."""
+    phase: Phase = "start" if meter is None else meter.phase
+    measured = Measurements() if meter is None else meter.measurements()
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    match error:
+        case DivergedError():
+            return Diverged(step=error.step, reason=str(error), measured=measured)
+        case torch.OutOfMemoryError() if meter is not None and _allocator_ran_out():
+            meter.read_device()
+            meter.end_training()
+            return OutOfMemory(
+                phase=phase,
+                requested_bytes=_requested_bytes(str(error)),
+                budget_bytes=trial.target.budget_bytes or torch.cuda.get_device_properties().total_memory,
+                reason=reason,
+                measured=meter.measurements(),
+            )
+    if host_memory.ran_out(error):
+        return host_memory.outcome(phase, reason, measured)
+    if (full := _full_disk(error, folder)) is not None:
+        reason += f"; {full}"
+    return Crashed(phase=phase, reason=reason, details=traceback.format_exc(), measured=measured)
+
+
+def _full_disk(error: Exception, folder: Path) -> str | None:
+    """Which disk has no room for what a trial writes into `folder`, and the mend; None where `error` is another one.
+    safetensors and torch have messages alone for it, and some of torch's do not say why."""
+    number, said = getattr(error, "errno", None), str(error)
+    if number == errno.EFBIG or os.strerror(errno.EFBIG) in said:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        return f"a file in the scratch folder {folder} may have {limit} bytes by the limit of ulimit -f: raise it"
+    is_told = any(number == each or os.strerror(each) in said for each in (errno.ENOSPC, errno.EDQUOT))
+    try:
+        usage = shutil.disk_usage(folder)
+        if not is_told and (usage.free >= MiB or number is not None or "writ" not in said):
+            return None
+    except OSError:  # it is gone, and so nothing is known of its disk
+        return None
+    disk = next(path for path in (folder, *folder.parents) if path.is_mount())
+    return (
+        f"the scratch folder {folder} is on a disk that is full, {disk} with {usage.free / MiB:.0f} MiB of "
+        f"{usage.total / MiB:.0f} free: free some space, or let TMPDIR name a larger one"
+    )
+
+
+def _allocator_ran_out() -> bool:
+    """Whether torch's caching allocator itself counted an out-of-memory on the trial's device."""
+    return bool(torch.cuda.is_initialized() and torch.cuda.memory_stats().get("num_ooms", 0) >= 1)
+
+
+def _requested_bytes(message: str) -> int | None:
+    """'Tried to allocate 394.00 MiB' in bytes; torch offers the figure nowhere but in its message."""
+    units = {"bytes": 1, "KiB": 2**10, "MiB": MiB, "GiB": GiB}
+    found = re.search(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", message)
+    return round(float(found[1]) * units[found[2]]) if found else None
+
+
+class _OwnerGoneError(Exception):
+    """The process that owns this trial has closed its end of the pipe."""
+
+
+class _OwnersEnd:
+    """The trial's owner at the other end of the pipe."""
+
+    def __init__(self, connection: Connection, meter: Meter, tells_steps: bool) -> None:
+        self.connection, self.meter, self.tells_steps = connection, meter, tells_steps
+
+    def report(self, report: Report) -> None:
+        try:
+            self.connection.send(report)
+        except OSError as error:
+            raise _OwnerGoneError from error
+
+    def enter(self, phase: Phase) -> None:
+        self.report(Entered(phase))
+
+    def await_request(self, request: Request) -> None:
+        while (received := self._receive()) != request:
+            if received != "round":
+                raise RuntimeError(f"training goes on after step {self.meter.steps}, the last of its trial")
+            self.round_ended()  # the method has ended training early: what is left of the job is nothing
+
+    def _receive(self) -> Any:
+        with self.meter.waiting():
+            try:
+                return self.connection.recv()
+            except (EOFError, OSError) as error:
+                raise _OwnerGoneError from error
+
+    def training_began(self) -> None:
+        self.report(Ready(self.meter.measurements()))
+
+    def step_ended(self) -> None:
+        if self.tells_steps:
+            self.report(Step(self.meter.steps, self.meter.latest_loss))
+
+    def round_ended(self) -> None:
+        self.report(RoundEnded(self.meter.measurements()))

@@ -1,0 +1,1 @@
+"""What does a command of `lightweight` do besides reading records: train, save, chat, write a model card?"""

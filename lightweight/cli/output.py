@@ -1,0 +1,357 @@
+"""Where a job's result goes: under its own name it is whole, or not there.
+
+Until it is, everything lies in the sibling `DIR.partial`, which is one job's alone: it holds a lock on the file MARK
+there. What is being written lies in `DIR.partial/unfinished`. Once it is whole and synced, a rename makes it a
+checkpoint, the base weights or the result, and another rename puts the result in its place. So the next job finds
+either the whole or nothing, whatever ended this one. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightweight.cli import checkpoints
+from lightweight.cli.checkpoints import step_of
+from lightweight.targets import GiB, MiB
+
+RECORD_NAME = "record.json"
+"""What every result has: its trial as `lightweight report` reads it."""
+
+MARK = "lightweight.lock"
+"""Says that `DIR.partial` is of `lightweight train`; locked while a training writes there, and naming its process."""
+
+UNLOCKABLE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+"""What a file system answers that has no locks, such as Lustre without its option `flock`."""
+
+LONGEST_NAMES = ("f" * 32, "f" * 96)
+"""Of a folder below `unfinished` and a file in it, with room: a tracker's names are the longest."""
+
+
+class OutputError(ValueError):
+    """An output folder that cannot be used. The message names it and the mend."""
+
+
+class Interrupted(NamedTuple):
+    """What an interrupted job has left in `place`: its `settings`, and either a whole `checkpoint` or its `finished`
+    result, as the entry of its record. `passed_over`: a line for each newer checkpoint, none of them whole."""
+
+    place: Path
+    settings: dict[str, Any]
+    checkpoint: Path | None = None
+    finished: dict[str, Any] | None = None
+    passed_over: Sequence[str] = ()
+
+
+class Output:
+    """The place of a result, `folder`, and the work that leads to it, in `partial` beside it.
+
+    `claim` comes first and `release` last, both in one process, which holds the lock in between.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock: int | None = None
+        self._overwrite = False
+
+    @property
+    def partial(self) -> Path:
+        """What is not in its place yet."""
+        return self.folder.with_name(f"{self.folder.name}.partial")
+
+    @property
+    def unfinished(self) -> Path:
+        """What is being written, and is not whole yet."""
+        return self.partial / "unfinished"
+
+    @property
+    def base(self) -> Path:
+        """Base weights that had to be made."""
+        return self.partial / "base"
+
+    @property
+    def result(self) -> Path:
+        """The whole result, on its way to `folder`."""
+        return self.partial / "result"
+
+    @property
+    def replaced(self) -> Path:
+        """The model that lay in `folder` before, while the result takes its place."""
+        return self.partial / "replaced"
+
+    @property
+    def rescued(self) -> Path:
+        """Trained weights to which something that belongs beside them could not be written."""
+        return self.partial / "rescued"
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint, by its name alone: `interrupted` knows which one is whole."""
+        return next(iter(checkpoints.all_in(self.partial)), None)
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether there is something to go on with."""
+        return self.checkpoint is not None or self.result.exists()
+
+    # Before training
+
+    def claim(self, *, resume: bool, overwrite: bool) -> None:
+        """Lock `partial` and make it ready to be written into, empty unless there is something to `resume`, having
+        tried that a result can be put into its place. Raises OutputError, having changed nothing but what a crash had
+        left half done."""
+        self._overwrite = overwrite
+        try:
+            self._check_place(resume)
+            self._take_lock()
+            try:
+                self._recover()
+                self._check_place(resume)
+                if not (resume or overwrite):
+                    self._check_nothing_left()
+                _remove_all(self.unfinished if resume and self.can_resume else self.partial)
+                self._try_to_write()
+                self._try_to_rename()
+            except BaseException:
+                self.release()
+                raise
+        except OSError as error:
+            raise OutputError(
+                f"--output {self.folder}: cannot be written ({error.strerror}): give a folder that can"
+            ) from error
+
+    def _check_place(self, resume: bool) -> None:
+        """Raise OutputError where `folder` or `partial` is something that training must leave alone."""
+        if self.folder.name in ("", ".."):
+            raise OutputError(f"--output {self.folder}: is no name of a folder: give one that does not exist yet")
+        for path in (self.folder, self.partial):
+            if path.is_symlink():
+                raise OutputError(f"--output {self.folder}: {path} is a link: give the folder itself, or another one")
+        ours = (self.partial / MARK).is_file()
+        if os.path.lexists(self.partial) and not ours and not _is_empty(self.partial):
+            raise OutputError(
+                f"--output {self.folder}: {self.partial} is not of this version of `lightweight train`: move it away, "
+                "or give another folder"
+            )
+        cut_off = ours and _is_empty(self.folder)  # where `_try_to_rename` was killed
+        if os.path.lexists(self.folder) and not cut_off:
+            self._check_taken(resume)
+
+    def _check_nothing_left(self) -> None:
+        """Raise OutputError where another job has left something that was trained."""
+        for path in (self.result, self.rescued):
+            if path.exists():
+                raise OutputError(
+                    f"--output {self.folder}: {path} has been trained and is not in its place yet: --resume goes on "
+                    "with it, --overwrite starts anew"
+                )
+        if self.checkpoint is not None:
+            raise OutputError(
+                f"--output {self.folder}: an interrupted job has got to step {step_of(self.checkpoint)} there: "
+                "--resume goes on with it, --overwrite starts anew"
+            )
+
+    def _check_taken(self, resume: bool) -> None:
+        """Raise OutputError where what is in `folder` can be neither gone on with nor replaced."""
+        is_model = entry_in(self.folder) is not None
+        if not self._overwrite and not (resume and is_model):
+            raise OutputError(
+                f"--output {self.folder}: already exists: give another folder, or --overwrite to replace it"
+            )
+        if not is_model and not _is_empty(self.folder):
+            raise OutputError(
+                f"--output {self.folder}: holds something else than a trained model: --overwrite replaces only "
+                f"a folder with {RECORD_NAME}; remove it yourself or give another"
+            )
+
+    def _take_lock(self) -> None:
+        self.partial.mkdir(parents=True, exist_ok=True)
+        mark = self.partial / MARK
+        descriptor = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            process = os.read(descriptor, 20).decode(errors="replace").strip() or "another one"
+            os.close(descriptor)
+            raise OutputError(
+                f"--output {self.folder}: process {process} is training there: wait for it, or give another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in UNLOCKABLE:
+                os.close(descriptor)
+                raise
+        if not mark.exists() or not os.path.samestat(os.fstat(descriptor), mark.stat()):
+            os.close(descriptor)  # the one that held it has just ended, and has removed it
+            self._take_lock()
+            return
+        os.truncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+        self._lock = descriptor
+
+    def _recover(self) -> None:
+        """Put things right where another job was killed between the two renames of `publish`."""
+        if not self.replaced.exists():
+            return
+        if not os.path.lexists(self.folder) or _is_empty(self.folder):
+            self.replaced.rename(self.folder)
+        elif not self.result.exists():  # it is in its place
+            shutil.rmtree(self.replaced)
+        else:
+            raise OutputError(
+                f"--output {self.folder}: {self.replaced} is the model that was there before: move one of them away"
+            )
+
+    def _try_to_write(self) -> None:
+        folder = self.unfinished / LONGEST_NAMES[0]
+        folder.mkdir(parents=True)
+        (folder / LONGEST_NAMES[1]).write_bytes(bytes(4096))
+        shutil.rmtree(folder)
+
+    def _try_to_rename(self) -> None:
+        """Rename as `publish` will: a mount point, a lower layer of an overlay or a sticky folder does not let it."""
+        try:
+            if os.path.lexists(self.folder) and not _is_empty(self.folder):
+                self.folder.rename(self.replaced)
+                self.replaced.rename(self.folder)
+                return
+            was_there = self.folder.exists()
+            probe = self.unfinished / "probe"
+            probe.mkdir()
+            probe.rename(self.folder)
+            if not was_there:
+                self.folder.rmdir()
+        except OSError as error:
+            raise OutputError(
+                f"--output {self.folder}: no folder can be renamed to that ({error.strerror}), as where a disk is "
+                "mounted: give a folder inside it"
+            ) from error
+
+    def interrupted(self) -> Interrupted | None:
+        """What can be gone on with; None where nothing is left. Raises OutputError where nothing left is whole."""
+        for place in (self.result, *(() if self._overwrite else (self.folder,))):
+            if (entry := entry_in(place)) is not None:
+                return Interrupted(place, entry, finished=entry)
+        checkpoint, passed_over = checkpoints.newest(self.partial)
+        if checkpoint is not None and (manifest := checkpoints.read(checkpoint)) is not None:
+            return Interrupted(self.partial, manifest.job, checkpoint, passed_over=passed_over)
+        if passed_over:
+            raise OutputError(
+                f"--output {self.folder}: {'; '.join(passed_over)}: no checkpoint is left to go on with: start anew "
+                "with --overwrite, without --resume"
+            )
+        return None
+
+    def require(self, needed: int) -> None:
+        """Raise OutputError where less than `needed` bytes are free."""
+        free = shutil.disk_usage(self.partial).free
+        if free < needed:
+            raise OutputError(
+                f"--output {self.folder}: {_size(free)} free, and checkpoints and result need {_size(needed)}: "
+                "free some space or give a folder on another disk"
+            )
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more can be written."""
+        return shutil.disk_usage(self.partial).free < MiB
+
+    # While it trains, and afterwards
+
+    def keep_base(self, job: Mapping[str, Any]) -> None:
+        """Make `unfinished/base`, which `job` needs, the base weights, whole."""
+        checkpoints.seal(self.unfinished / "base", job)
+        if self.base.exists():
+            shutil.rmtree(self.base)
+        (self.unfinished / "base").rename(self.base)
+
+    @contextlib.contextmanager
+    def completing(self) -> Iterator[Path]:
+        """Inside, `unfinished/result` holds trained weights and gets what belongs beside them. Then it is the result,
+        whole; where something fails it is `rescued`."""
+        unfinished = self.unfinished / "result"
+        try:
+            yield unfinished
+            checkpoints.sync_all(unfinished)
+        except BaseException:
+            shutil.rmtree(self.rescued, ignore_errors=True)
+            unfinished.rename(self.rescued)
+            raise
+        shutil.rmtree(self.result, ignore_errors=True)
+        unfinished.rename(self.result)
+
+    def publish(self) -> None:
+        """Put the result into its place, if it is not there. Raises OutputError where that fails: the result then
+        stays where it is."""
+        if not self.result.exists():
+            return
+        for path in self.partial.iterdir():
+            if path not in (self.result, self.partial / MARK):
+                _remove(path)  # the result is all that is still needed
+        try:
+            if os.path.lexists(self.folder) and not _is_empty(self.folder):
+                self._check_taken(resume=False)  # it may have come while this trained
+                self.folder.rename(self.replaced)
+            self.result.rename(self.folder)
+        except (OSError, OutputError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "something else has come there"
+            raise OutputError(
+                f"--output {self.folder}: cannot be put there ({reason}): what was trained lies whole in "
+                f"{self.result}: move it, or make room and go on with --resume"
+            ) from error
+        checkpoints.sync(self.folder.parent)
+        shutil.rmtree(self.replaced, ignore_errors=True)
+
+    def release(self) -> None:
+        """Unlock `partial`, having removed it unless there is something in it to go on with."""
+        if self._lock is None:
+            return
+        if self.replaced.exists() and not os.path.lexists(self.folder):
+            self.replaced.rename(self.folder)
+        _remove(self.unfinished)
+        if not (self.can_resume or self.rescued.exists() or self.replaced.exists()):
+            _remove_all(self.partial)
+            with contextlib.suppress(OSError):  # a mount point, or what another user has put there
+                (self.partial / MARK).unlink()
+                self.partial.rmdir()
+        os.close(self._lock)
+        self._lock = None
+
+
+def entry_in(folder: Path) -> dict[str, Any] | None:
+    """The record of the model that `lightweight train` left in `folder`; None where it left none."""
+    try:
+        found = json.loads((folder / RECORD_NAME).read_text("utf-8"))
+        (entry,) = found["outcomes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return entry if isinstance(entry, dict) and entry.get("outcome") == "completed" else None
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+def _remove_all(folder: Path) -> None:
+    """Remove what is in `folder`, if it is there, but for MARK."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.name != MARK:
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _size(count: int) -> str:
+    return f"{count / GiB:.2f} GiB" if count >= GiB else f"{count / MiB:.0f} MiB"

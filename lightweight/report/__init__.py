@@ -1,0 +1,1 @@
+"""How are saved records read as tables, pictures and a page? No torch here."""

@@ -1,0 +1,193 @@
+"""What can be said on pytest's command line, in words that leave other people's options alone.
+
+Every option has a long name, `--lightweight-model`, that is nobody else's, and a short one, `--model`, where nobody
+else has an option of that name: another plugin's or conftest's goes before ours, whichever was loaded first.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightweight import models, names, targets
+from lightweight.verdict.limits import LIMITS, Limit
+
+TRUE_SIZES = ("opt-350m", "gpt-neo-1.3b")
+TWINS = ("opt-tiny", "gpt-neo-tiny")
+CUDA_EPOCHS = 10  # the original job
+CPU_EPOCHS = 2  # enough for the loss of a twin to fall, and for the suite to end within minutes on two cores
+CAP = 128
+"""Pairs of rounds at most; `ratio.CAP`, which is not imported to say so."""
+LONG = "--lightweight-"
+
+
+@dataclass(frozen=True)
+class Option:
+    """`--name` with its help, in which % is a plain character, and argparse's other `settings`."""
+
+    name: str
+    help: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What its value is asked for by."""
+        return self.name.replace("-", "_")
+
+
+def _of_limit(limit: Limit) -> Option:
+    words = f"with --benchmark-compare: fail where {limit.of} ({limit.default} if nothing is said)"
+    settings = {"metavar": limit.metavar, "nargs": "?", "const": limit.default}
+    return Option(limit.name.replace("_", "-"), words, settings)
+
+
+OPTIONS = (
+    Option(
+        "model",
+        "a model to train, repeatable: a known name, a hub id or a local folder; tests of other models are deselected "
+        f"(default: {', '.join(TRUE_SIZES)}; without CUDA: {', '.join(TWINS)})",
+        {"action": "append", "metavar": "NAME"},
+    ),
+    Option(
+        "method",
+        "a method to train with, repeatable: baseline, lora, qlora, each also as NAME-captured, or package.module:NAME "
+        "(default: all)",
+        {"action": "append", "metavar": "NAME"},
+    ),
+    Option(
+        "target",
+        "the card whose memory trials get: t4 and other cards by name, or an amount such as 16GiB (default: t4 where "
+        "the GPU has at least as much, else native)",
+        {"metavar": "NAME"},
+    ),
+    Option(
+        "gpus-per-trial",
+        "train every trial on N ranks, one on each of N GPUs, or N processes on a CPU (default: 1)",
+        {"type": int, "default": 1, "metavar": "N"},
+    ),
+    Option("corpus", "the dialogues to train on (default: corpus.json)", {"type": Path, "metavar": "PATH"}),
+    Option(
+        "weights",
+        "where weights come from (default: pretrained where they can be had, else random)",
+        {"choices": ("pretrained", "random")},
+    ),
+    Option("seed", "seed of every trial (default: 0)", {"type": int, "default": 0, "metavar": "N"}),
+    Option(
+        "epochs",
+        f"passes over the training pairs (default: {CUDA_EPOCHS}; without CUDA: {CPU_EPOCHS})",
+        {"type": int, "metavar": "N"},
+    ),
+    Option(
+        "pairs",
+        "at most N pairs of rounds for a speedup, a multiple of 4; fewer as soon as its verdict is clear "
+        f"(default: {CAP})",
+        {"type": int, "default": CAP, "metavar": "N"},
+    ),
+    *map(_of_limit, LIMITS),
+    Option(
+        "missing",
+        "with a limit: what becomes of a stored cell that this run was asked for and has not (default: fail)",
+        {"choices": ("pass", "fail"), "default": "fail"},
+    ),
+    Option(
+        "require-match",
+        "with --benchmark-compare: fail where no stored run has a cell of this one under the same conditions",
+        {"action": "store_true", "default": False},
+    ),
+    Option(
+        "undecided",
+        "what becomes of a speedup that noise leaves open after --pairs (default: pass)",
+        {"choices": ("pass", "fail"), "default": "pass"},
+    ),
+    Option(
+        "report",
+        "write what was found as one page of pictures and tables, or as markdown where PATH ends in .md; with "
+        "--benchmark-compare beside the stored runs",
+        {"type": Path, "metavar": "PATH"},
+    ),
+    Option(
+        "false-alarms",
+        "also count the gate's false alarms on N gates (200 if nothing is said) and its misses on half as many; takes "
+        "an hour on a CPU",
+        {"nargs": "?", "type": int, "const": 200, "metavar": "N"},
+    ),
+    Option(
+        "trial-timeout",
+        "a trial that reports nothing, not even a step, for this long has timed out (default: 600)",
+        {"type": float, "default": 600.0, "metavar": "SECONDS"},
+    ),
+)
+
+
+def register(parser: pytest.Parser) -> None:
+    """Add the options to `parser` at the last moment: just before it reads the command line for good, when every other
+    plugin and conftest has added its own."""
+    original = getattr(parser, "parse", None)
+    if original is None:  # a pytest that reads it by another name
+        _add(parser)
+        return
+
+    def parse(*args: Any, **kwargs: Any) -> Any:
+        del parser.parse  # which hides pytest's own
+        _add(parser)
+        return original(*args, **kwargs)
+
+    parser.parse = parse  # type: ignore[method-assign]
+
+
+def value(config: pytest.Config, key: str) -> Any:
+    """What `config`'s command line says for the option asked for by `key`, under whichever of its names."""
+    return getattr(config.option, key if not hasattr(config.option, _own(key)) else _own(key))
+
+
+def are_given(config: pytest.Config) -> bool:
+    """Whether the command line says anything of lightweight's."""
+    return any(value(config, option.key) != option.settings.get("default") for option in OPTIONS)
+
+
+def check_names(config: pytest.Config) -> None:
+    """Whether there are such models, methods and targets, before anything that takes long is imported to use them.
+    Raises pytest.UsageError."""
+    checks = (
+        ("model", "", models.named),
+        ("method", "--method: ", names.check_method),
+        ("target", "--target: ", targets.named),
+    )
+    for key, place, check in checks:
+        said = value(config, key) or ()
+        try:
+            for name in (said,) if isinstance(said, str) else said:
+                check(name)
+        except ValueError as error:
+            raise pytest.UsageError(f"{place}{error}") from None
+
+
+def _own(key: str) -> str:
+    return f"lightweight_{key}"
+
+
+def _add(parser: pytest.Parser) -> None:
+    group = parser.getgroup("lightweight", "fine-tuning experiments")
+    taken = _taken(parser)
+    for option in OPTIONS:
+        settings: dict[str, Any] = {**option.settings, "help": option.help.replace("%", "%%")}
+        if f"--{option.name}" not in taken and option.key not in taken:
+            try:
+                group.addoption(f"--{option.name}", LONG + option.name, dest=option.key, **settings)
+                continue
+            except (ValueError, argparse.ArgumentError):  # taken all the same
+                pass
+        group.addoption(LONG + option.name, dest=_own(option.key), **settings)
+
+
+def _taken(parser: pytest.Parser) -> set[str]:
+    """Names and destinations of everybody's options, as far as pytest lets them be seen."""
+    groups: Sequence[Any] = [*getattr(parser, "_groups", ()), getattr(parser, "_anonymous", None)]
+    options = [option for group in groups for option in getattr(group, "options", ())]
+    names = {name for option in options for name in getattr(option, "names", tuple)()}
+    return names | {getattr(option, "dest", "") for option in options}

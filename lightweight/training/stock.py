@@ -1,0 +1,311 @@
+"""Rounds with HF `Trainer`: what is timed is the Trainer people use, not a rewrite of it.
+
+The Trainer owns its loop. A callback waits for a request at the beginning of every epoch and reports at its end, so
+that an epoch is a round and training goes on from round to round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+from lightweight.preload import peft  # isort: skip  # before Trainer, which imports peft
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import LabelSmoother
+
+from lightweight.corpus import IGNORED
+from lightweight.methods import MethodError
+from lightweight.models import reason
+from lightweight.training import ranks
+from lightweight.training.meter import Meter
+from lightweight.trial import Trial
+
+Row = dict[str, list[int]]
+"""`input_ids`, `attention_mask` and `labels`, each [time]."""
+
+TOKENS = "tokens"
+"""The key of a batch under which it carries how many tokens it has, real ones and all of them, as two integers: asking
+a tensor would wait for the device."""
+
+Request = Literal["round", "finish"]
+
+
+class Rounds(Protocol):
+    """The owner of the trial, as seen from inside: it asks, one request after the other, and is told."""
+
+    def training_began(self) -> None:
+        """Everything before the first step is done."""
+
+    def await_request(self, request: Request) -> None:
+        """Return when `request` has been asked for."""
+
+    def step_ended(self) -> None:
+        """An optimizer step has ended; the device may still be at it."""
+
+    def round_ended(self) -> None:
+        """A round has ended and the device is idle."""
+
+
+def make_trainer(
+    trial: Trial,
+    model: torch.nn.Module,
+    rows: Sequence[Row],
+    meter: Meter,
+    rounds: Rounds,
+    folder: Path,
+    **overrides: Any,
+) -> Trainer:
+    """The Trainer of a trial over the training rows, on this process's rank of it. `overrides` are TrainingArguments
+    that go before the suite's own: what is logged and saved on the way, nothing of what is trained. Raises RanksError
+    for a model whose loss several ranks would weigh otherwise than one, and MethodError for what TrainingArguments
+    refuse."""
+    arguments: dict[str, Any] = {
+        "output_dir": str(folder),
+        "num_train_epochs": trial.epochs,
+        "max_steps": -1 if trial.max_steps is None else trial.max_steps,
+        "seed": trial.seed,
+        "use_cpu": trial.device_index is None,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    if trial.is_sharded:
+        arguments |= ranks.SHARDED
+    # As the method has them: what its device cannot do, accelerate leaves out, and a forecast is of another device.
+    own = dict(trial.method.on_rank(trial.world_size).training_arguments)
+    if trial.device_index is None:
+        own.pop("tf32", None)  # which TrainingArguments refuse on a CPU, also for a forecast
+    try:
+        training_arguments = TrainingArguments(**own | arguments | overrides)
+        Trainer.get_optimizer_cls_and_kwargs(training_arguments, cast("Any", model))  # whose package may be missing
+    except (ImportError, TypeError, ValueError) as error:
+        raise MethodError(f"method {trial.method.name}: TrainingArguments refuse it: {reason(error)}") from error
+    kind = _MeasuredTrainer if trial.world_size == 1 else _RankTrainer
+    trainer = kind(
+        model=model,
+        args=training_arguments,
+        data_collator=_collate,
+        train_dataset=list(rows),
+        callbacks=[_RoundBoundary(meter, rounds)],
+        meter=meter,
+        step=trial.method.sequences_per_step,
+    )
+    if trial.world_size > 1 and not trainer.model_accepts_loss_kwargs:
+        raise ranks.RanksError(
+            f"model {trial.model.name}: its loss is the mean over a rank's own tokens, not over a step's, so that of "
+            "several ranks would be another one: train it on one"
+        )
+    return trainer
+
+
+def heldout_loss(trainer: Trainer, rows: Sequence[Row]) -> float:
+    """Mean cross-entropy (nats a token) of each next token over the answers of `rows`, under the trainer's own
+    autocast.
+
+    From the logits alone, in fp32: the network's own loss may hold more (a router's balance, an adapter's penalty), and
+    is of the same token instead of the next one where the architecture shifts no labels (BART as a decoder). Weighted
+    by tokens, unlike `Trainer.evaluate`, which averages batches and so depends on the batch size. Raises TypeError for
+    a network that gives no logits.
+    """
+    model = trainer.model
+    assert model is not None
+    model.eval()
+    batch_size = trainer.args.per_device_train_batch_size
+    total, tokens = 0.0, 0
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        for start in range(0, len(rows), batch_size):
+            ids, mask, labels = (
+                torch.tensor([row[name] for row in rows[start : start + batch_size]], device=trainer.args.device)
+                for name in ("input_ids", "attention_mask", "labels")
+            )
+            # Without labels, where a peer would give a loss in the place of logits.
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            if not isinstance(logits, torch.Tensor):
+                raise TypeError(f"{type(model).__name__} gives no logits, which a held-out loss is computed from")
+            summed, predicted = _next_token_losses(logits, labels)
+            total += summed
+            tokens += predicted
+    return total / tokens
+
+
+def _next_token_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
+    """The sum of the cross-entropies of what `labels`, [rows, time], predict, and of how many tokens that is. `logits`,
+    [rows, at least time, vocabulary], begin earlier where an adapter puts virtual tokens before the row."""
+    logits, targets = logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for row, targets_of_row in zip(logits, targets, strict=True):  # one by one: fp32 copies are large
+        answered = targets_of_row != IGNORED
+        total += cross_entropy(row[answered].float(), targets_of_row[answered], reduction="sum")
+    return float(total), int((targets != IGNORED).sum())
+
+
+def _collate(rows: list[Row]) -> dict[str, Any]:
+    """The batch of `rows`, which knows its tokens. A row without an answer, which only fills a rank's pass, has no real
+    ones; a network that takes no mask has no padding."""
+    batch: dict[str, Any] = default_data_collator(rows)
+    padded = batch["input_ids"].numel()
+    real = padded
+    if "attention_mask" in batch:
+        has_answer = (batch["labels"] != IGNORED).any(1, keepdim=True)
+        real = int((batch["attention_mask"] * has_answer).sum())
+    return batch | {TOKENS: (real, padded)}
+
+
+class _NextTokenSmoother(LabelSmoother):
+    """Label smoothing of the next token, as every network here predicts it. The Trainer tells by the network's class
+    whether labels are to be shifted, and takes FSDP2's class, or a prompt's, for a network whose are not."""
+
+    def __call__(
+        self, model_output: Any, labels: torch.Tensor, shift_labels: bool = True, num_items_in_batch: Any = None
+    ) -> Any:
+        """`labels`: [rows, time]; logits are cut to them where virtual tokens come before the row."""
+        logits = model_output["logits"][:, -labels.shape[1] :]
+        return super().__call__({"logits": logits}, labels, True, num_items_in_batch)  # type: ignore[no-untyped-call]
+
+
+class _MeasuredTrainer(Trainer):
+    """The Trainer, telling the meter where it is and which losses it saw. `step`: sequences of an optimizer step."""
+
+    def __init__(self, *, meter: Meter, step: int, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._meter, self.sequences_per_step = meter, step
+        if self.label_smoother is not None:
+            self.label_smoother = _NextTokenSmoother(epsilon=self.args.label_smoothing_factor)
+
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        self._meter.phase = "forward"
+        loss = super().compute_loss(*arguments, **options)
+        self._meter.phase = "backward"
+        return loss
+
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        """Nothing, after the last step: the Trainer, resumed there in the middle of an epoch, would take another."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*arguments, **options)  # type: ignore[no-untyped-call]
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
+    ) -> torch.Tensor:
+        real, padded = inputs.pop(TOKENS, (0, 0))  # a forecast's batches have none
+        loss = super().training_step(model, inputs, *arguments, **options)
+        of_all, *tokens = self._over_ranks(loss, real, padded)
+        self._meter.add_loss(of_all)
+        self._meter.add_tokens(*tokens)
+        return loss
+
+    def _over_ranks(self, loss: torch.Tensor, real: int, padded: int) -> Any:
+        """Loss, real tokens and all tokens of a pass."""
+        return loss, real, padded
+
+
+class _RankTrainer(_MeasuredTrainer):
+    """The Trainer on one of several ranks, whose batches and losses are together those of one."""
+
+    def __init__(self, *, train_dataset: list[Row], **arguments: Any) -> None:
+        nothing = train_dataset[0] | {"labels": [IGNORED] * len(train_dataset[0]["labels"])}
+        super().__init__(train_dataset=[*train_dataset, nothing], **arguments)
+        self._adds_up = False
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            ranks.gather_as_stored(self)
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
+    ) -> torch.Tensor:
+        if not self._adds_up:
+            ranks.add_up_gradients(model)
+            self._adds_up = True
+        return super().training_step(model, inputs, *arguments, **options)
+
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        """This rank's share of the loss. The Trainer's is as many times that as there are ranks, for an average of
+        gradients; fp16 would overflow under a smaller loss scale then, and a step be skipped that one rank takes."""
+        return super().compute_loss(*arguments, **options) / self.args.world_size
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        stack.enter_context(super().compute_loss_context_manager())
+        if self.args.fsdp:  # which else leaves casting to FSDP2; see `gather_as_stored`
+            stack.enter_context(self.accelerator.autocast())
+        return stack
+
+    def _run_epoch(self, model: torch.nn.Module, epoch: int, *arguments: Any, **options: Any) -> None:
+        """With the order of this epoch also where batches are skipped to go on in the middle of one: what accelerate
+        skips them with does not pass the epoch's number on to a sampler that it has wrapped for several ranks."""
+        self._deal.set_epoch(epoch)
+        super()._run_epoch(model, epoch, *arguments, **options)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> ranks.Deal:
+        rows: Any = self.train_dataset
+        self._deal = ranks.Deal(
+            ranks.draws(self, rows[:-1]),
+            step=self.sequences_per_step,
+            batch=self.args.per_device_train_batch_size,
+            world_size=self.args.world_size,
+            nothing=len(rows) - 1,
+        )
+        return self._deal
+
+    def _over_ranks(self, loss: torch.Tensor, real: int, padded: int) -> Any:
+        """Their sums over all ranks, in one message and without waiting for the device."""
+        counts = [torch.full_like(loss, count, dtype=torch.float64) for count in (real, padded)]
+        return self.accelerator.reduce(torch.stack([loss.double(), *counts]), "sum")
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if state_dict is not None and not isinstance(self.model, peft.PeftModel):
+            state_dict = ranks.without_ties(self.model, state_dict)
+        super()._save(output_dir, state_dict)
+
+
+def resume_meter(meter: Meter, checkpoint: Path) -> None:
+    """Give `meter` what was measured when `checkpoint` was saved."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    callbacks: Any = state.stateful_callbacks
+    meter.resume(**callbacks[_RoundBoundary.__name__]["attributes"])
+
+
+class _RoundBoundary(TrainerCallback, ExportableState):
+    def __init__(self, meter: Meter, rounds: Rounds) -> None:
+        self.meter, self.rounds = meter, rounds
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the measurements."""
+        return {"args": {}, "attributes": self.meter.state()}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.rounds.training_began()
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.rounds.await_request("round")
+        self.meter.begin_round()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.meter.phase = "optimizer"
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.meter.end_step()
+        self.meter.phase = "train"
+        self.rounds.step_ended()
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.meter.end_round()
+        self.rounds.round_ended()

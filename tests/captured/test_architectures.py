@@ -1,0 +1,135 @@
+"""Does the captured step train what the Trainer trains, whatever the architecture?
+
+Tiny networks of transformers' causal language models with random weights, each trained by LoRA for four steps in fp32
+without dropout, by the Trainer and by the captured step. CI takes a sample of the kinds, `--every-architecture` all.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, ByT5Tokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lightweight import corpus, methods, models
+from lightweight.child import worker
+from lightweight.cli.train import Unattended
+from lightweight.corpus import Pair
+from lightweight.methods import Method
+from lightweight.targets import CPU
+from lightweight.training.meter import Meter
+from lightweight.trial import Trial
+
+SAMPLE = (
+    *("bart", "bert", "bloom", "cohere", "falcon", "gemma2", "gpt_bigcode", "gpt_neox", "gptj", "granite"),
+    *("llama", "mistral", "mixtral", "mpt", "olmo2", "phi3", "qwen3", "qwen3_next", "recurrent_gemma", "rwkv"),
+)
+"""Own losses and attentions, scaled logits, windows, soft caps, experts, recurrences, position biases."""
+
+RANDOM = ("big_bird",)
+"""What draws the tokens that it looks at: no two runs have the same losses."""
+
+MOST_PARAMETERS = 6_000_000
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "word_embed_proj_dim", "lru_width"), 64),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers"), 4),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "n_inner", "ffn_hidden_size"), 128),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"), 512),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "attention_hidden_size"), 64),
+    **dict.fromkeys(("sliding_window", "attention_window", "window_size"), 32),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "head_dim"), 16),
+    **dict.fromkeys(("state_size", "rotary_dim", "conv_kernel"), 8),
+    **{"vocab_size": 384, "num_key_value_heads": 2, "num_experts_per_tok": 2, "linear_num_value_heads": 4},
+    **{"linear_num_key_heads": 2, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "is_decoder": True},
+}
+"""What makes a network of any kind small, by every name that configurations use for it."""
+
+PAIRS = tuple(
+    Pair(f"What is {n} times {n}?" * (1 + n % 3), f"It is {n * n}, since {'x' * (n % 7)}.") for n in range(20)
+)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    every = metafunc.config.getoption("every_architecture", False)
+    known = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(RANDOM))
+    kinds = known if every else [kind for kind in SAMPLE if kind in CONFIG_MAPPING]
+    if "kind" in metafunc.fixturenames:
+        metafunc.parametrize("kind", kinds)
+
+
+def test_captured_steps_train_what_the_trainer_trains(kind: str, tmp_path: Path) -> None:
+    network = _small(kind)
+    if isinstance(network, str):
+        assert kind not in SAMPLE, network
+        pytest.skip(f"not run: {kind} is not made small: {network}")
+    network.save_pretrained(tmp_path / kind)
+    ByT5Tokenizer().save_pretrained(tmp_path / kind)
+    adapter = replace(methods.LORA.adapter, lora_dropout=0.0)
+    settings = {"per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    stock = Method(name="stock", adapter=adapter, training_arguments=settings)
+    try:
+        losses, _ = _trained(tmp_path, kind, stock)
+    except (methods.MethodError, RuntimeError, ValueError) as error:
+        if kind in SAMPLE:
+            raise
+        pytest.skip(f"not run: {kind} is not trained by the Trainer: {error}")
+    captured, note = _trained(tmp_path, kind, replace(stock, name="captured", step="captured"))
+    assert captured == pytest.approx(losses, abs=1e-4), note
+    assert kind not in SAMPLE or "the Trainer runs the steps" not in note, note
+
+
+def _small(kind: str) -> Any:
+    """A network of that kind, its matrices four times what they are drawn as, so that a wrong context shows in the
+    loss; or why there is none."""
+    config_class = CONFIG_MAPPING[kind]
+    known = {*inspect.signature(config_class.__init__).parameters}
+    known |= {name for base in config_class.__mro__ for name in getattr(base, "__annotations__", {})}
+    wanted = {name: value for name, value in SMALL.items() if name in known}
+    ids = torch.arange(3, 23).unsqueeze(0)
+    problem = "no size was found"
+    for left_out in ((), ("bos_token_id",), ("head_dim",)):
+        try:
+            config = config_class(**{name: value for name, value in wanted.items() if name not in left_out})
+            with torch.device("meta"):
+                size = models.count_parameters(AutoModelForCausalLM.from_config(config))
+            if size > MOST_PARAMETERS:
+                return f"{size} parameters"
+            transformers.set_seed(0)
+            network = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            with torch.no_grad():
+                for weight in network.parameters():
+                    if weight.dim() >= 2:
+                        weight.mul_(4.0)
+                logits = network(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            if logits.shape[:2] == ids.shape and logits.isfinite().all():
+                return network
+            problem = "its logits are not those of each token"
+        except Exception as error:  # of any kind: what a configuration refuses is not what is asked here
+            problem = f"{type(error).__name__}: {error}"
+    return problem
+
+
+def _trained(root: Path, kind: str, method: Method) -> tuple[list[float], str]:
+    """The losses of four steps without dropout, and the note of a captured step."""
+    model, _ = models.find(models.named(str(root / kind)), "pretrained")
+    data = corpus.Corpus(train=PAIRS[:16], heldout=PAIRS[16:], digest="")
+    trial = Trial(model=model, method=method, target=CPU, corpus=data, max_steps=4, max_length=256)
+    meter = Meter(torch.device("cpu"), start_seconds=0.0)
+    trainer, rows, heldout = worker.set_up(trial, meter.device, meter, Unattended(), root / "run")
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
+    worker.train(trial, trainer, rows, heldout, meter, lambda phase: None)
+    return list(meter.train_loss), str(meter.facts.get("capture_note"))

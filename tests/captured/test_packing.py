@@ -1,0 +1,107 @@
+import pytest
+import torch
+
+from lightweight.captured import packing
+from lightweight.captured.packing import Buffers, Layout, Shape
+from lightweight.corpus import IGNORED
+
+TIME = 16
+
+
+def row(prompt, answer):
+    """`prompt` and `answer` tokens, padded on the right: the token at place i is 100 x answer tokens + i."""
+    length = prompt + answer
+    ids = [100 * answer + place for place in range(length)]
+    padding = [0] * (TIME - length)
+    return {
+        "input_ids": ids + padding,
+        "attention_mask": [1] * length + padding,
+        "labels": [IGNORED] * prompt + ids[prompt:] + [IGNORED] * len(padding),
+    }
+
+
+ROWS = [row(2, 3), row(4, 8), row(1, 5), row(3, 1), row(6, 10), row(2, 2)]
+
+
+def test_a_steps_tokens_weigh_alike_over_all_its_passes():
+    layout = packing.one_a_row([[0, 1], [3]], ROWS, over_step=True)
+    assert layout.rows == [[0], [1], [3]]
+    assert layout.answers == 12
+    assert layout.weights == pytest.approx({0: 1 / 12, 1: 1 / 12, 3: 1 / 12})
+
+
+def test_or_each_pass_weighs_alike_where_the_model_takes_its_own_mean():
+    layout = packing.one_a_row([[0, 1], [3]], ROWS, over_step=False)
+    assert layout.weights == pytest.approx({0: 1 / 22, 1: 1 / 22, 3: 1 / 2})
+
+
+def test_every_dialogue_is_packed_once_and_no_row_overflows():
+    layout = packing.packed(packing.one_a_row([list(range(6))], ROWS, over_step=True), ROWS)
+    assert sorted(number for numbers in layout.rows for number in numbers) == list(range(6))
+    lengths = [sum(sum(ROWS[number]["attention_mask"]) for number in numbers) for numbers in layout.rows]
+    assert max(lengths) <= TIME
+    assert len(layout.rows) == 3  # 16, 12 + 4, 6 + 5 + 4: 47 tokens need no fewer
+    assert set(layout.weights) == set(range(6))
+
+
+def layouts(*sizes):
+    return [Layout([[0]] * size, {0: 1.0}, 3 * size) for size in sizes]
+
+
+def test_a_smaller_shape_is_made_only_where_enough_steps_use_it(monkeypatch):
+    monkeypatch.setattr(packing, "BUCKET_STEPS", 3)
+    sizes = [8] * 5 + [6, 6, 5] + [2]
+    found = packing.shapes(layouts(*sizes), ROWS, 8, most=None)
+    assert {size: shape.rows for size, shape in found.items()} == {2: 6, 5: 6, 6: 6, 8: 8}
+    found = packing.shapes(layouts(*sizes), ROWS, 8, most=1)
+    assert {shape.rows for shape in found.values()} == {8}
+
+
+def test_rows_are_spread_over_as_few_passes_as_hold_them():
+    (shape,) = packing.shapes(layouts(5), ROWS, 2, most=None).values()
+    assert (shape.passes, shape.rows, shape.time) == (3, 2, TIME)
+    assert shape.answers == packing.ANSWER_BLOCK  # six are needed
+
+
+def test_buffers_hold_each_token_its_position_and_what_it_weighs():
+    layout = Layout([[1, 0], [2], [3]], {0: 0.5, 1: 0.25, 2: 0.125, 3: 1.0}, 17)
+    with pytest.raises(RuntimeError):  # 17 tokens do not fit
+        Buffers(Shape(2, 2, TIME, 64), torch.device("cpu")).fill(layout, ROWS)
+    layout = Layout([[0, 3], [2], [1]], layout.weights, 17)
+    buffers = Buffers(Shape(passes=2, rows=2, time=TIME, answers=64), torch.device("cpu"))
+    buffers.fill(Layout([[4]] * 4, {4: 9.0}, 40), ROWS)  # what was there before must go
+    buffers.fill(layout, ROWS)
+    ids, positions, dialogues = (each[0, 0] for each in (buffers.input_ids, buffers.position_ids, buffers.dialogues))
+    assert ids[:9].tolist() == [300, 301, 302, 303, 304, 100, 101, 102, 103]
+    assert positions[:9].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert dialogues.tolist() == [0] * 5 + [3] * 4 + [packing.NO_DIALOGUE] * 7
+    assert buffers.dialogues[1, 1].tolist() == [packing.NO_DIALOGUE] * TIME
+    assert buffers.attention_mask[0, 1].tolist() == ROWS[2]["attention_mask"]
+    assert buffers.count.item() == 17
+    predicted = []
+    for index in range(2):
+        flat = buffers.input_ids[index].flatten()
+        for place, target, weight in zip(
+            buffers.answers[index], buffers.targets[index], buffers.weights[index], strict=True
+        ):
+            if weight:
+                assert flat[place + 1] == target
+                predicted.append((target.item(), weight.item()))
+    assert sorted(predicted) == sorted(
+        (label, layout.weights[number])
+        for number in range(4)
+        for label in ROWS[number]["labels"][1:]
+        if label != IGNORED
+    )
+
+
+def test_a_dialogues_first_token_is_never_predicted_from_the_one_before_it():
+    rows = [row(2, 3), row(0, 4)]
+    layout = packing.packed(packing.one_a_row([[0, 1]], rows, over_step=True), rows)
+    assert layout.rows == [[0, 1]]
+    buffers = Buffers(Shape(passes=1, rows=1, time=TIME, answers=64), torch.device("cpu"))
+    buffers.fill(layout, rows)
+    assert layout.answers == 6
+    assert (buffers.weights > 0).sum() == 6
+    assert 400 not in buffers.targets[buffers.weights > 0].tolist()
+    assert buffers.labels[0, 0, 5] == IGNORED

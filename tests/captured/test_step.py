@@ -1,0 +1,499 @@
+import contextlib
+import copy
+import functools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from training.test_stock import Unattended
+
+from lightweight import corpus, models, record, targets
+from lightweight.captured import optimizer as optimizer_module
+from lightweight.captured import packing
+from lightweight.captured import step as captured_step
+from lightweight.child import owner, worker
+from lightweight.corpus import Corpus
+from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, QLORA, CapturedStep, Method
+from lightweight.models import GPT_NEO_TINY, OPT_TINY, Model
+from lightweight.preload import peft
+from lightweight.training import stock
+from lightweight.training.meter import Meter
+from lightweight.trial import MAX_LENGTH, Trial
+
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
+CPU = torch.device("cpu")
+
+LLAMA_TINY = Model(
+    name="llama-tiny",
+    architecture={
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 384,
+        "max_position_embeddings": 512,
+    },
+)
+# Its local layers look back over less than a row; dropout off, so that two ways of computing the same can be compared.
+NO_DROPOUT = {
+    "opt-tiny": {"dropout": 0.0, "num_hidden_layers": 2},
+    "gpt-neo-tiny": {},
+    "llama-tiny": {},
+}
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """The tiny models without dropout, their random weights written."""
+    found = {}
+    for model in (OPT_TINY, GPT_NEO_TINY, LLAMA_TINY):
+        still = replace(model, architecture=model.architecture | NO_DROPOUT[model.name])
+        found[model.name] = models.write(models.find(still)[0], tmp_path_factory.mktemp(model.name), seed=0)
+    return found
+
+
+@pytest.fixture(scope="session")
+def dialogues(small_corpus) -> Corpus:
+    """36 dialogues of very different lengths to train on, so that packing has something to do."""
+    pairs = [
+        replace(pair, answer=" ".join([pair.answer] * (1 + index % 5)))
+        for index, pair in enumerate(small_corpus.train + small_corpus.train[:16])
+    ]
+    return replace(small_corpus, train=tuple(pairs))
+
+
+def prepared(trial, folder):
+    tokenizer = models.load_tokenizer(trial.model)
+    rows = [corpus.encode(pair, tokenizer, MAX_LENGTH) for pair in trial.corpus.train]
+    meter, owner = Meter(CPU, 0.0), Unattended()
+    torch.manual_seed(trial.seed)
+    trainer = stock.make_trainer(trial, worker.build(trial, CPU), rows, meter, owner, folder)
+    return trainer, rows, meter, owner
+
+
+def trained(trial, folder):
+    """Train `trial` whole, however its method runs its steps."""
+    trainer, rows, meter, owner = prepared(trial, folder)
+    if trial.method.captured_step is None:
+        trainer.train()
+    else:
+        job = captured_step.CapturedTraining(trial, trainer, rows, meter)
+        job.prepare()
+        job.train()
+    return trainer, meter, owner
+
+
+def without_dropout(method: Method) -> Method:
+    adapter = copy.deepcopy(method.adapter)
+    if adapter is not None:
+        adapter.lora_dropout = 0.0
+    return replace(method, adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "size", "accumulation"),
+    [
+        pytest.param(model, method, size, 8 // size, id=f"{model}-{method.name}-{size}")
+        for model in ("opt-tiny", "gpt-neo-tiny", "llama-tiny")
+        for method, size in ((BASELINE, 8), (BASELINE, 2), (LORA, 8), (LORA, 2))
+        if model == "opt-tiny" or (method is LORA) == (size == 2)
+    ],
+)
+def test_twenty_captured_steps_have_the_trainers_losses(
+    written, dialogues, tmp_path, model, method, size, accumulation
+):
+    """36 dialogues in steps of 8: every fifth step is short, and with accumulation it has two passes of four."""
+    arguments = {
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": accumulation,
+        "learning_rate": 1e-3,  # so that a wrong step shows in the next loss
+    }
+    method = replace(without_dropout(method), training_arguments=arguments)
+    trial = Trial(model=written[model], method=method, target=targets.CPU, corpus=dialogues, epochs=4, max_length=128)
+    assert trial.steps == 20
+    folders = [tmp_path / name for name in ("stock", "captured")]
+    theirs, their_meter, _ = trained(trial, folders[0])
+    ours, our_meter, owner = trained(replace(trial, method=replace(method, step="captured")), folders[1])
+    assert our_meter.facts["capture_note"].startswith("packing makes")
+    assert (owner.steps, owner.rounds) == (20, 4)
+    expected = their_meter.measurements().train_loss
+    assert our_meter.measurements().train_loss == pytest.approx(expected, abs=2e-4)
+    assert max(expected) - min(expected) > (0.3 if method.adapter is None else 3e-3)  # there was something to follow
+    after = dict(theirs.model.named_parameters())
+    for name, parameter in ours.model.named_parameters():
+        assert torch.allclose(parameter, after[name], atol=2e-3), name
+
+
+@pytest.fixture
+def trial(written, dialogues):
+    return Trial(
+        model=written["opt-tiny"],
+        method=replace(LORA, step="captured", training_arguments={"per_device_train_batch_size": 8}),
+        target=targets.CPU,
+        corpus=dialogues,
+        epochs=1,
+    )
+
+
+def job_of(trial, folder):
+    trainer, rows, meter, _ = prepared(trial, folder)
+    job = captured_step.CapturedTraining(trial, trainer, rows, meter)
+    job.prepare()
+    return job
+
+
+def gradients(job, layout):
+    """What one step's backward pass leaves on the trained weights, and its loss, before anything is clipped."""
+    found = {}
+
+    def keep():
+        found.update({n: p.grad.clone() for n, p in job.network.named_parameters() if p.grad is not None})
+
+    job._optimizer.step = keep
+    job._run(layout)
+    return found, job.loss.item()
+
+
+@pytest.mark.parametrize("model", ["opt-tiny", "gpt-neo-tiny", "llama-tiny"])
+def test_packed_rows_have_the_loss_and_gradients_of_rows_of_one_dialogue(trial, written, tmp_path, model):
+    method = replace(without_dropout(BASELINE), step=CapturedStep())
+    trial = replace(trial, model=written[model], method=method)
+    packs = job_of(trial, tmp_path / "packs")
+    alone = job_of(replace(trial, method=replace(method, step=CapturedStep(packing=False))), tmp_path / "alone")
+    assert packs.parts.packing and not alone.parts.packing
+    packed, unpacked = packs.epochs[0][0], alone.epochs[0][0]
+    assert len(packed.rows) < len(unpacked.rows) == 8
+    assert max(len(row) for row in packed.rows) > 1
+    (ours, loss), (expected, expected_loss) = gradients(packs, packed), gradients(alone, unpacked)
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    assert ours.keys() == expected.keys()
+    for name, gradient in ours.items():
+        assert torch.allclose(gradient, expected[name], atol=1e-5), name
+
+
+def test_packing_is_left_out_where_it_saves_no_rows(trial, tmp_path):
+    long = tuple(replace(pair, answer=pair.answer * 20) for pair in trial.corpus.train)
+    job = job_of(replace(trial, corpus=replace(trial.corpus, train=long)), tmp_path)
+    assert not job.parts.packing
+    assert job.meter.facts["capture_note"].startswith("packing would make 36 rows of 36")
+
+
+@pytest.mark.parametrize(
+    "switched",
+    [
+        {"loss": "model"},
+        {"lean": False},
+        {"attention": "model", "packing": False},
+        {"attention": "model", "loss": "model", "packing": False, "lean": False},
+    ],
+)
+def test_each_part_can_be_switched_off_without_another_loss(trial, tmp_path, switched):
+    method = without_dropout(trial.method)
+    losses = []
+    for index, step in enumerate((CapturedStep(), CapturedStep(**switched))):
+        _, meter, _ = trained(replace(trial, method=replace(method, step=step)), tmp_path / str(index))
+        losses.append(meter.measurements().train_loss)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("model", ["opt-tiny", "gpt-neo-tiny", "llama-tiny"])
+def test_layers_computed_twice_train_the_same(trial, written, tmp_path, model):
+    """Gradient checkpointing, the mask of packed rows and all."""
+    losses = []
+    for index, twice in enumerate((False, True)):
+        arguments = {"gradient_checkpointing": twice, "learning_rate": 1e-3}
+        method = replace(without_dropout(trial.method), training_arguments=arguments)
+        trainer, meter, _ = trained(replace(trial, model=written[model], method=method), tmp_path / str(index))
+        assert trainer.model.is_gradient_checkpointing == twice
+        losses.append(meter.measurements().train_loss)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_captured_cell_completes_in_a_child_and_its_record_says_how_it_ran(trial, folder):
+    small = replace(trial, method=LORA_CAPTURED)
+    with owner.Child(small, folder) as child:
+        outcome = child.finish()
+    assert outcome.kind == "completed", outcome.details
+    entry = record.entry(small, outcome, targets.Device(name="a CPU"), None)
+    assert (entry["captured"], entry["compiled"], entry["steps"]) == (False, False, 5)
+    assert "no GPU" in entry["capture_note"]
+    assert (entry["precision"], entry["weights_dtype"]) == ("fp32", "float32")
+    assert entry["captured_step"]["attention"] == "sdpa"
+    assert entry["phase_seconds"]["capture"] > 0
+    assert json.loads(json.dumps(entry, allow_nan=False)) == entry
+
+
+def test_a_seed_gives_the_same_run_twice_and_another_seed_another(trial, tmp_path):
+    """With dropout, in the adapter and in the model."""
+    assert trial.method.adapter.lora_dropout == 0.1
+    losses = []
+    for index, seed in enumerate((0, 0, 1)):
+        _, meter, _ = trained(replace(trial, seed=seed), tmp_path / str(index))
+        losses.append(meter.measurements().train_loss)
+    assert losses[0] == losses[1]
+    assert losses[0] != pytest.approx(losses[2], abs=1e-4)
+
+
+def test_dropout_is_the_methods(trial, tmp_path):
+    losses = []
+    for index, method in enumerate((trial.method, without_dropout(trial.method))):
+        # B starts at zero, so that A's dropout shows from the second step on
+        _, meter, _ = trained(
+            replace(trial, method=replace(method, training_arguments={"learning_rate": 1e-2})), tmp_path / str(index)
+        )
+        losses.append(meter.measurements().train_loss)
+    assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-5)
+    assert losses[0][1:] != pytest.approx(losses[1][1:], abs=1e-5)
+
+
+@pytest.mark.parametrize("method", [LORA, QLORA], ids=["lora", "qlora"])
+def test_what_a_captured_run_saves_peft_loads(trial, tmp_path, method):
+    method = replace(method, step="captured", weights_dtype="half", training_arguments={"learning_rate": 1e-3})
+    trial = replace(trial, method=method)
+    trainer, _, _ = trained(trial, tmp_path / "run")
+    trainer.save_model(str(tmp_path / "saved"))
+    base = models.load(trial.model, torch.float32, CPU, trial.running_method.quantization)
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # as worker.build does, for the same arithmetic
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "saved")
+    ids = torch.arange(10).unsqueeze(0)
+    with torch.no_grad():
+        ours, theirs = (network.eval()(input_ids=ids).logits for network in (trainer.model, loaded))
+        with loaded.disable_adapter():
+            bare = loaded(input_ids=ids).logits
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert not torch.allclose(theirs, bare, atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(8, 1), (4, 2)])
+def test_half_precision_weights_are_trained_by_fp32_masters_and_saved_in_fp32(trial, tmp_path, size, accumulation):
+    """At a rate at which bf16 weights by themselves would stand still."""
+    method = replace(
+        without_dropout(BASELINE),
+        step="captured",
+        weights_dtype="bfloat16",
+        training_arguments={
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": accumulation,
+            "learning_rate": 1e-5,
+            "lr_scheduler_type": "constant",
+        },
+    )
+    trial = replace(trial, method=method, max_steps=4, max_length=64)
+    before = {name: p.detach().clone() for name, p in worker.build(trial, CPU).named_parameters()}
+    assert {p.dtype for p in before.values()} == {torch.bfloat16}
+    trainer, meter, _ = trained(trial, tmp_path / "half")
+    name = "model.decoder.layers.0.fc1.weight"
+    after = dict(trainer.model.named_parameters())[name]
+    assert after.dtype == torch.float32
+    moved = (after - before[name].float()).abs()
+    assert 1e-6 < moved.max() <= 4.4e-5  # four steps of at most the rate
+    assert (moved > 0).float().mean() > 0.9
+    whole = replace(method, weights_dtype="float32", step="captured")
+    _, expected, _ = trained(replace(trial, method=whole), tmp_path / "whole")
+    assert meter.measurements().train_loss == pytest.approx(expected.measurements().train_loss, rel=1e-2)
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_a_rehearsal_leaves_no_trace_in_what_is_trained(trial, tmp_path, steps):
+    """Capturing runs whole steps first; on a GPU nobody would see what they did. Also in a job shorter than that."""
+    method = replace(trial.method, training_arguments={"learning_rate": 1e-2})
+    trial = replace(trial, max_steps=steps, method=method)
+    losses = []
+    for index, rehearses in enumerate((False, True)):
+        trainer, rows, meter, _ = prepared(trial, tmp_path / str(index))
+        job = captured_step.CapturedTraining(trial, trainer, rows, meter)
+        job.prepare()
+        if rehearses:
+            with job._optimizer.rehearsing():
+                for _ in range(4):
+                    job._run(job.epochs[0][0])
+        job.train()
+        losses.append(meter.measurements().train_loss)
+    assert losses[0] == losses[1]
+
+
+def test_what_prevents_a_capture_is_named_with_its_module(trial, tmp_path):
+    job = job_of(trial, tmp_path)
+    layer = job.model.model.decoder.layers[1]
+
+    def waits(*_):
+        raise RuntimeError("called a synchronizing CUDA operation\nand more")
+
+    step = lambda: job._run(job.epochs[0][0])  # noqa: E731
+    assert captured_step.what_cannot_be_captured(job.network, step) is None
+    handle = layer.fc1.register_forward_pre_hook(waits)
+    found = captured_step.what_cannot_be_captured(job.network, step)
+    assert found == "base_model.model.model.decoder.layers.1.fc1 (Linear): called a synchronizing CUDA operation"
+    handle.remove()
+    assert captured_step.what_cannot_be_captured(job.network, step) is None
+
+
+def test_a_model_whose_logits_are_more_than_its_heads_keeps_its_own_loss(trial, tmp_path):
+    trainer, rows, meter, _ = prepared(trial, tmp_path)
+    forward = trainer.model.get_base_model().forward
+
+    @functools.wraps(forward)  # the Trainer looks at its arguments' names
+    def capped(*arguments, **options):
+        output = forward(*arguments, **options)
+        output.logits = 2.0 * torch.tanh(output.logits / 2.0)
+        return output
+
+    trainer.model.get_base_model().forward = capped
+    job = captured_step.CapturedTraining(trial, trainer, rows, meter)
+    job.prepare()
+    assert job.parts.loss != "chunked"
+    assert "loss given up: its head is not the last thing it does" in meter.facts["capture_note"]
+
+
+def test_on_a_cpu_the_record_says_that_nothing_was_captured(trial, tmp_path):
+    facts = job_of(trial, tmp_path).meter.facts
+    assert (facts["captured"], facts["compiled"]) == (False, False)
+    assert facts["capture_note"].endswith("no GPU: the same step without a graph")
+
+
+def test_an_optimizer_that_only_the_trainer_runs_is_refused_in_one_line(trial, tmp_path):
+    trainer, rows, meter, _ = prepared(trial, tmp_path)
+    trainer.args.optim = "sgd"  # past the check of the trial's own arguments
+    with pytest.raises(ValueError, match="runs torch's AdamW, and `optim` asks for SGD: leave it out") as raised:
+        captured_step.CapturedTraining(trial, trainer, rows, meter)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_tokens_of_a_captured_step_are_its_dialogues_and_the_rows_that_it_runs(trial, tmp_path, packing):
+    trial = replace(trial, method=replace(trial.method, step=CapturedStep(packing=packing)))
+    theirs = replace(trial, method=replace(trial.method, step="trainer"))
+    _, expected, _ = trained(theirs, tmp_path / "stock")
+    _, meter, _ = trained(trial, tmp_path / "captured")
+    ours, stocks = meter.measurements(), expected.measurements()
+    assert ours.step_tokens == stocks.step_tokens
+    assert len(ours.step_tokens) == trial.steps
+    assert min(ours.step_tokens) > 0
+    if packing:
+        assert sum(ours.step_padded_tokens) < sum(stocks.step_padded_tokens)
+    assert all(real <= padded for real, padded in zip(ours.step_tokens, ours.step_padded_tokens, strict=True))
+
+
+def test_a_data_seed_orders_captured_steps_as_the_trainers(trial, tmp_path):
+    arguments = {"per_device_train_batch_size": 8, "data_seed": 5, "learning_rate": 1e-3}
+    method = replace(without_dropout(trial.method), training_arguments=arguments)
+    losses = []
+    for step in ("trainer", "captured"):
+        _, meter, _ = trained(replace(trial, method=replace(method, step=step)), tmp_path / step)
+        losses.append(meter.measurements().train_loss)
+    assert losses[1] == pytest.approx(losses[0], abs=2e-4)
+
+
+def test_the_schedule_does_not_move_on_a_skipped_step(trial, tmp_path):
+    job = job_of(trial, tmp_path)
+    optimizer = job._optimizer
+    rates = optimizer_module._learning_rates(trial, job.trainer)
+    assert rates == pytest.approx([5e-5 * (1 - step / trial.steps) for step in range(trial.steps)])
+    for skipped, taken in ((0.0, 1), (1.0, 1), (0.0, 2)):
+        optimizer._adamw.found_inf = torch.tensor([skipped])
+        optimizer._count_step(optimizer._adamw)
+        assert optimizer._taken.item() == taken
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps", "compiled"),
+    [(None, 5_999, False), (None, 6_000, True), (True, 1, True), (False, 1_000_000, False)],
+)
+def test_a_job_is_compiled_where_it_is_long_enough_or_asked_for(asked, steps, compiled):
+    assert captured_step.compiles(CapturedStep(compile=asked), steps) == compiled
+
+
+def test_a_loss_scale_changes_no_step_and_skips_one_that_overflows(trial, tmp_path):
+    """As fp16 has it on a GPU: fused AdamW takes the scale and whether something overflowed, all on the device."""
+    trial = replace(trial, method=without_dropout(trial.method))
+    plain, scaled = (job_of(trial, tmp_path / name) for name in ("plain", "scaled"))
+    scaled._optimizer._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for layout in plain.epochs[0][:3]:
+        plain._run(layout)
+        scaled._run(layout)
+    before = [weight.detach().clone() for weight in scaled._optimizer.weights]
+    for found, expected in zip(before, plain._optimizer.weights, strict=True):
+        assert torch.allclose(found, expected, atol=1e-6)
+    scaled._optimizer._scaler.update(float("inf"))
+    scaled._run(plain.epochs[0][3])
+    assert all(torch.equal(*pair) for pair in zip(before, scaled._optimizer.weights, strict=True))
+    assert scaled._optimizer._taken.item() == 3
+
+
+class StandInGraph:
+    """A CUDA graph as the job sees it: what ran while it was recorded runs again over the same buffers."""
+
+    recording = None
+
+    def replay(self):
+        self.again()
+
+    def pool(self):
+        return "pool"
+
+
+@contextlib.contextmanager
+def recording(graph, pool=None, capture_error_mode="global"):
+    StandInGraph.recording = graph
+    graph.in_pool = pool
+    yield
+    StandInGraph.recording = None
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Everything of CUDA graphs but CUDA."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandInGraph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(captured_step, "_on_a_side_stream", contextlib.nullcontext)
+    step = captured_step.CapturedTraining._step
+
+    def watched(job, buffers):
+        if StandInGraph.recording is not None:
+            StandInGraph.recording.again = lambda: step(job, buffers)
+        step(job, buffers)
+
+    monkeypatch.setattr(captured_step.CapturedTraining, "_step", watched)
+
+
+def test_replays_train_as_the_steps_they_recorded_in_every_shape(trial, tmp_path, graphs, monkeypatch):
+    monkeypatch.setattr(packing, "BUCKET_STEPS", 1)
+    trial = replace(trial, epochs=2)
+    _, expected, _ = trained(trial, tmp_path / "uncaptured")
+    trainer, rows, meter, _ = prepared(trial, tmp_path / "captured")
+    job = captured_step.CapturedTraining(trial, trainer, rows, meter)
+    job.prepare()
+    with job._optimizer.rehearsing():
+        job.captured = job._capture()
+    assert job.captured
+    shapes = list(job._graphs)
+    assert len(shapes) > 1 and set(shapes) == set(job._shapes.values())
+    assert shapes[0].rows == max(shape.rows for shape in shapes)  # memory is laid out by the largest
+    assert [graph.in_pool for graph in job._graphs.values()] == [None] + ["pool"] * (len(shapes) - 1)
+    job.train()
+    assert meter.measurements().train_loss == expected.measurements().train_loss
+
+
+def test_out_of_memory_in_a_capture_is_that_and_any_other_failure_a_note(trial, tmp_path, graphs, monkeypatch):
+    job = job_of(trial, tmp_path)
+
+    @contextlib.contextmanager
+    def failing(graph, pool=None, capture_error_mode="global"):
+        yield
+        raise error from None
+
+    monkeypatch.setattr(torch.cuda, "graph", failing)
+    with job._optimizer.rehearsing():
+        error = RuntimeError("operation not permitted when stream is capturing\nand more")
+        assert job._capture() is False
+        assert job.notes[-1] == "uncaptured: OPTForCausalLM: operation not permitted when stream is capturing"
+        error = RuntimeError("capture was invalidated")
+        error.__context__ = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        with pytest.raises(torch.OutOfMemoryError, match=r"1\.00 GiB"):
+            job._capture()

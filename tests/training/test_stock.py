@@ -1,0 +1,276 @@
+from dataclasses import replace
+from importlib.util import find_spec
+
+import peft
+import pytest
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+
+from lightweight import corpus, models, targets
+from lightweight.child import worker
+from lightweight.corpus import IGNORED
+from lightweight.methods import BASELINE, QLORA, Method, MethodError
+from lightweight.training import ranks, stock
+from lightweight.training.meter import Meter
+from lightweight.trial import Trial
+
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
+CPU = torch.device("cpu")
+
+
+class Unattended:
+    """An owner that asks for everything at once and keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.requests: list[str] = []
+        self.steps = self.rounds = 0
+
+    def training_began(self) -> None:
+        self.requests.append("begin")
+
+    def await_request(self, request: str) -> None:
+        self.requests.append(request)
+
+    def step_ended(self) -> None:
+        self.steps += 1
+
+    def round_ended(self) -> None:
+        self.rounds += 1
+
+
+@pytest.fixture
+def trial(micro, small_corpus):
+    return Trial(model=micro, method=BASELINE, target=targets.CPU, corpus=small_corpus, epochs=2)
+
+
+def prepare(trial, folder, network=None, **overrides):
+    tokenizer = models.load_tokenizer(trial.model)
+    rows = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.train]
+    meter, owner = Meter(CPU, 0.0), Unattended()
+    network = network or worker.build(trial, CPU)
+    trainer = stock.make_trainer(trial, network, rows, meter, owner, folder, **overrides)
+    return trainer, rows, meter, owner
+
+
+def test_a_round_is_an_epoch_and_training_goes_on_from_round_to_round(trial, folder):
+    trainer, _, meter, owner = prepare(trial, folder)
+    trainer.train()
+    assert owner.requests == ["begin", "round", "round"]
+    assert (owner.rounds, owner.steps) == (2, trial.steps) == (2, 6)
+    losses = meter.measurements().train_loss
+    assert len(losses) == 6
+    assert trainer.state.global_step == 6
+    assert losses[-1] < losses[0]
+
+
+def test_losses_are_those_the_trainer_itself_logs(trial, folder):
+    trainer, _, meter, _ = prepare(trial, folder, logging_strategy="steps", logging_steps=1)
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert meter.measurements().train_loss == pytest.approx(logged, abs=1e-3)
+
+
+def test_accumulated_steps_have_the_loss_of_one_large_batch(trial, folder):
+    whole, split = (
+        Method(name="m", training_arguments={"per_device_train_batch_size": size, "gradient_accumulation_steps": times})
+        for size, times in ((8, 1), (2, 4))
+    )
+    losses = []
+    for method in (whole, split):
+        trainer, _, meter, _ = prepare(replace(trial, method=method), folder)
+        trainer.train()
+        losses.append(meter.measurements().train_loss)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_the_order_of_pairs_is_the_seeds_whatever_the_method(trial, folder):
+    orders = {}
+    for method in (BASELINE, QLORA):
+        for seed in (0, 1):
+            trainer, *_ = prepare(replace(trial, method=method, seed=seed), folder)
+            loader = trainer.get_train_dataloader()
+            orders[method.name, seed] = [number for batch in loader.batch_sampler for number in batch]
+    assert orders["baseline", 0] == orders["qlora", 0] != orders["baseline", 1] == orders["qlora", 1]
+    assert sorted(orders["baseline", 0]) == list(range(20))
+
+
+def test_max_steps_cut_the_job_short(trial, folder):
+    trainer, _, _, owner = prepare(replace(trial, max_steps=4), folder)
+    trainer.train()
+    assert (owner.steps, owner.rounds) == (4, 2)
+
+
+def test_heldout_loss_is_the_mean_over_answer_tokens_whatever_the_batch(trial, folder):
+    trainer, rows, _, _ = prepare(trial, folder)
+    rows = rows[:5]
+    ids, labels = (torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels"))
+    mask = torch.tensor([row["attention_mask"] for row in rows])
+    with torch.no_grad():
+        logits = trainer.model.eval()(input_ids=ids, attention_mask=mask).logits
+    expected = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED).item()
+    for batch_size in (1, 2, 8):
+        trainer.args.per_device_train_batch_size = batch_size
+        assert stock.heldout_loss(trainer, rows) == pytest.approx(expected, abs=1e-5)
+
+
+def by_hand(network, rows):
+    """Cross-entropy of each next token of an answer, row by row, from the logits of the row alone."""
+    losses = []
+    for row in rows:
+        ids, mask, labels = (torch.tensor([row[name]]) for name in ("input_ids", "attention_mask", "labels"))
+        with torch.no_grad():
+            logits = network.eval()(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -ids.shape[1] :]
+        for place, token in enumerate(labels[0, 1:].tolist()):
+            if token != IGNORED:
+                losses.append(-logits[0, place].log_softmax(-1)[token].item())
+    return sum(losses) / len(losses)
+
+
+def own_loss(network, rows):
+    batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+    with torch.no_grad():
+        return network.eval()(**batch, use_cache=False).loss.item()
+
+
+def small(kind, **settings):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    config = transformers.AutoConfig.for_model(kind, **sizes, **heads, **settings)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def test_heldout_loss_has_no_router_loss(trial, folder):
+    network = small("mixtral", num_local_experts=4, router_aux_loss_coef=0.5, output_router_logits=True)
+    trainer, rows, _, _ = prepare(trial, folder, network)
+    expected = by_hand(network, rows[:5])
+    assert stock.heldout_loss(trainer, rows[:5]) == pytest.approx(expected, abs=1e-4)
+    assert own_loss(network, rows[:5]) > expected + 0.5
+
+
+@pytest.mark.parametrize("kind", ["bart", "mbart"])
+def test_heldout_loss_is_of_the_next_token_where_the_network_shifts_no_labels(trial, folder, kind):
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 64}
+    config = transformers.AutoConfig.for_model(kind, vocab_size=384, is_decoder=True, **sizes)
+    config.is_encoder_decoder = False
+    network = transformers.AutoModelForCausalLM.from_config(config)
+    trainer, rows, _, _ = prepare(trial, folder, network)
+    assert stock.heldout_loss(trainer, rows[:5]) == pytest.approx(by_hand(network, rows[:5]), abs=1e-4)
+
+
+ADAPTERS = {
+    "adalora": peft.AdaLoraConfig(
+        task_type="CAUSAL_LM",
+        init_r=8,
+        target_r=4,
+        tinit=1,
+        tfinal=1,
+        total_step=10,
+        target_modules=["q_proj"],
+    ),
+    "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8),
+    "p-tuning": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=8, encoder_hidden_size=16),
+    "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_heldout_loss_is_cross_entropy_whatever_the_adapter_adds(trial, folder, name):
+    trial = replace(trial, max_length=64, method=Method(name=name, adapter=ADAPTERS[name]))
+    trainer, rows, _, _ = prepare(trial, folder, Method(name=name, adapter=ADAPTERS[name]).adapt(small("llama")))
+    found = stock.heldout_loss(trainer, rows[:5])
+    assert found == pytest.approx(by_hand(trainer.model, rows[:5]), abs=1e-4)
+    if name == "adalora":  # which changes nothing yet, and adds its penalty to the network's own loss
+        assert found == pytest.approx(by_hand(small("llama"), rows[:5]), abs=1e-4)
+        assert own_loss(trainer.model, rows[:5]) > found + 0.1
+
+
+def test_a_network_without_logits_has_no_heldout_loss(trial, folder):
+    trainer, rows, _, _ = prepare(trial, folder)
+    forward = trainer.model.forward
+    trainer.model.forward = lambda **inputs: forward(**inputs) | {"logits": None}
+    with pytest.raises(TypeError, match="gives no logits"):
+        stock.heldout_loss(trainer, rows)
+
+
+@pytest.mark.parametrize("name", [None, "prompt"])
+def test_smoothed_labels_are_those_of_the_next_token_also_behind_virtual_ones(trial, folder, name):
+    adapter = ADAPTERS.get(name)
+    arguments = {"label_smoothing_factor": 0.3, "per_device_train_batch_size": 32}
+    method = Method(name="smooth", adapter=adapter, training_arguments=arguments)
+    trial = replace(trial, method=method, max_steps=1, max_length=64)
+    trainer, rows, meter, _ = prepare(trial, folder, method.adapt(small("llama")))
+    batch = {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "attention_mask")}
+    labels = torch.tensor([row["labels"] for row in rows])[:, 1:]
+    with torch.no_grad():
+        logits = trainer.model(**batch, use_cache=False).logits[:, -64:-1]
+    expected = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, label_smoothing=0.3)
+    trainer.train()
+    assert meter.measurements().train_loss[0] == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_a_methods_data_seed_orders_the_pairs(trial, folder):
+    def order(**arguments):
+        method = replace(BASELINE, training_arguments=arguments)
+        trainer, *_ = prepare(replace(trial, method=method), folder)
+        drawn = list(ranks.draws(trainer, trainer.train_dataset))
+        assert drawn == [number for batch in trainer.get_train_dataloader().batch_sampler for number in batch]
+        return drawn
+
+    assert order(data_seed=1) == order(data_seed=1) != order()
+
+
+def test_what_training_arguments_refuse_is_one_of_the_methods_errors(trial, folder):
+    method = replace(BASELINE, training_arguments={"torch_empty_cache_steps": -1})
+    with pytest.raises(MethodError, match=r"method baseline: TrainingArguments refuse it: .*bigger than 0"):
+        prepare(replace(trial, method=method), folder)
+
+
+@pytest.mark.skipif(find_spec("galore_torch") is not None, reason="needs an optimizer whose package is missing")
+def test_an_optimizer_whose_package_is_missing_is_one_of_the_methods_errors(trial, folder):
+    method = replace(BASELINE, training_arguments={"optim": "galore_adamw", "optim_target_modules": ["q_proj"]})
+    with pytest.raises(MethodError, match=r"method baseline: TrainingArguments refuse it: .*galore_torch") as raised:
+        prepare(replace(trial, method=method), folder)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("size", [2, 8, 64])
+def test_tokens_are_those_that_each_step_really_sees(trial, folder, size):
+    """20 pairs: 64 a step see no more than 20, and the third step of 8 sees 4."""
+    arguments = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size or 1}
+    trial = replace(trial, method=replace(BASELINE, training_arguments=arguments))
+    trainer, rows, meter, _ = prepare(trial, folder)
+    trainer.train()
+    measured = meter.measurements()
+    assert len(measured.step_tokens) == trial.steps
+    assert sum(measured.step_tokens) == 2 * sum(sum(row["attention_mask"]) for row in rows)
+    of_epoch = [20 * 256] if size == 64 else [8 * 256, 8 * 256, 4 * 256]
+    assert measured.step_padded_tokens == tuple(of_epoch * 2)
+
+
+def test_qlora_trains_its_adapter_alone_and_after_an_evaluation_too(trial, folder):
+    trainer, rows, meter, _ = prepare(replace(trial, method=QLORA), folder)
+    frozen = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    trained = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    stock.heldout_loss(trainer, rows)
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert all(torch.equal(after[name], tensor) for name, tensor in frozen.items())
+    assert any(not torch.equal(after[name], tensor) for name, tensor in trained.items())
+    assert len(meter.measurements().train_loss) == 6
+
+
+def test_the_meter_knows_forward_backward_and_optimizer(trial, folder):
+    trainer, _, meter, _ = prepare(replace(trial, max_steps=1), folder)
+    trainer.create_optimizer()
+    seen = []
+    trainer.model.register_forward_pre_hook(lambda *_: seen.append(meter.phase))
+    next(trainer.model.parameters()).register_hook(lambda _: seen.append(meter.phase))
+    trainer.optimizer.register_step_pre_hook(lambda *_: seen.append(meter.phase))
+    trainer.train()
+    assert seen == ["forward", "backward", "optimizer"]
