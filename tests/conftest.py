@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,18 @@ def garbage_is_of_the_test() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def hear_signals() -> Iterator[None]:
+    """Also where a shell has started the tests in the background, and has them ignore some."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, found in before.items():
+        if found == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    yield
+    for number, found in before.items():
+        signal.signal(number, found)
 
 
 @pytest.fixture

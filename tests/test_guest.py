@@ -41,14 +41,16 @@ def run(tmp_path):
     return run
 
 
-def test_an_unrelated_test_imports_nothing_that_takes_long(run):
+def test_an_unrelated_test_imports_nothing_that_takes_long(run, monkeypatch):
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # other plugins import what they like
     done = run(
+        *("-p", "pytest_benchmark.plugin", "-p", "xdist.plugin"),
         test_other="""
 def test_other():
     import sys
     heavy = {"torch", "transformers", "peft", "numpy", "scipy", "matplotlib", "lightweight.session.laboratory"}
     assert not heavy & set(sys.modules)
-"""
+""",
     )
     assert done.returncode == 0, done.stdout
 

@@ -756,7 +756,8 @@ OWN_METHODS = """
 
     NAMESAKE = replace(LORA, adapter=peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
     SAME = replace(LORA)
-    CLOSURE = replace(LORA, name="closure", training_arguments={"lr_scheduler_kwargs": {"by": lambda step: 1.0}})
+    ADAPTER = peft.LoraConfig(task_type="CAUSAL_LM", rank_pattern={"by": lambda: 4})
+    CLOSURE = replace(LORA, name="closure", adapter=ADAPTER)
 """
 
 
@@ -766,7 +767,7 @@ OWN_METHODS = """
         ("NAMESAKE", "two different methods are called 'lora' (their adapter differ): give one another name: *"),
         (
             "CLOSURE",
-            "method closure: its training_arguments['lr_scheduler_kwargs'] cannot be sent to a child process *",
+            "method closure: its adapter.rank_pattern cannot be sent to a child process *",
         ),
     ],
 )

@@ -140,7 +140,7 @@ def test_every_generated_table_is_that_of_the_committed_records():
 def test_no_table_of_a_page_is_left_out_by_regenerate():
     script = (ROOT / "docs" / "regenerate").read_text("utf-8")
     for page in PAGES:
-        if re.search(r"<!-- [\w-]+: begin -->", page.read_text("utf-8")):
+        if re.search(r"<!-- (?!faults)[\w-]+: begin -->", page.read_text("utf-8")):  # a record has none of faults
             assert f"tables {page.relative_to(ROOT)} " in script
 
 

@@ -566,6 +566,7 @@ def _start(process: BaseProcess, seconds: float) -> None:
             except (EOFError, ConnectionError):  # the forkserver has died since it was last asked
                 if expired.is_set():
                     raise
+                _kill_server()  # one that is still dying would be asked again
                 process.start()
         _answered = _server_pid()
     except (EOFError, ConnectionError) as error:

@@ -220,6 +220,7 @@ class _RankTrainer(_MeasuredTrainer):
         nothing = train_dataset[0] | {"labels": [IGNORED] * len(train_dataset[0]["labels"])}
         super().__init__(train_dataset=[*train_dataset, nothing], **arguments)
         self._adds_up = False
+        self._deal: ranks.Deal | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -249,19 +250,20 @@ class _RankTrainer(_MeasuredTrainer):
     def _run_epoch(self, model: torch.nn.Module, epoch: int, *arguments: Any, **options: Any) -> None:
         """With the order of this epoch also where batches are skipped to go on in the middle of one: what accelerate
         skips them with does not pass the epoch's number on to a sampler that it has wrapped for several ranks."""
-        self._deal.set_epoch(epoch)
+        if self._deal is not None:  # a trace deals no rows
+            self._deal.set_epoch(epoch)
         super()._run_epoch(model, epoch, *arguments, **options)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> ranks.Deal:
         rows: Any = self.train_dataset
-        self._deal = ranks.Deal(
+        self._deal = deal = ranks.Deal(
             ranks.draws(self, rows[:-1]),
             step=self.sequences_per_step,
             batch=self.args.per_device_train_batch_size,
             world_size=self.args.world_size,
             nothing=len(rows) - 1,
         )
-        return self._deal
+        return deal
 
     def _over_ranks(self, loss: torch.Tensor, real: int, padded: int) -> Any:
         """Their sums over all ranks, in one message and without waiting for the device."""

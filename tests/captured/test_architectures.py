@@ -66,6 +66,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("kind", kinds)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # gpt_bigcode's own
 def test_captured_steps_train_what_the_trainer_trains(kind: str, tmp_path: Path) -> None:
     network = _small(kind)
     if isinstance(network, str):

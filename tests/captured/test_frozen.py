@@ -42,7 +42,7 @@ def build(name, folder, dropout=0.0, targets="all-linear", four_bit=False):
 
 
 def loss_and_gradients(network):
-    ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(3)).to(network.device)
     loss = network(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     gradients = {name: p.grad for name, p in network.named_parameters() if p.requires_grad}

@@ -3,8 +3,8 @@ tried and survived; `--faults-into docs/faults.md` also writes that between the 
 
 import datetime
 import json
+import os
 import re
-import signal
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -13,8 +13,6 @@ import pytest
 from tabulate import tabulate
 
 from conftest import turns
-from lightweight import models
-from lightweight.cli import checkpoints
 
 TRIED, SURVIVED = Counter(), Counter()
 
@@ -107,18 +105,6 @@ STOCK, CAPTURED = constant("baseline"), constant("lora-captured")
 """With a constant rate a step too many is seen in the weights."""
 
 
-@pytest.fixture(autouse=True)
-def hear_signals():
-    """Also where a shell has started the tests in the background, and has them ignore SIGINT."""
-    before = {number: signal.getsignal(number) for number in checkpoints.SIGNALS}
-    for number, found in before.items():
-        if found == signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
-    yield
-    for number, found in before.items():
-        signal.signal(number, found)
-
-
 @pytest.fixture(scope="session")
 def dialogues(tmp_path_factory) -> Path:
     """8 pairs to train on, four steps an epoch at two a step."""
@@ -132,7 +118,7 @@ def given(without_gpu, base, dialogues, tmp_path, monkeypatch):
     """The command of a job of seven steps, which ends within an epoch and has checkpoints after 3, 6 and 7."""
     (tmp_path / "constant.py").write_text(METHODS)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(models.__file__).parents[1]}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
 
     def arguments(output: Path, *more: str, method: str = "constant:STOCK") -> list[str]:
         job = f"train --model {base} --corpus {dialogues} --output {output} --method {method}"

@@ -6,12 +6,10 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from session.test_session_faults import left, outcomes, project, wait_for  # noqa: F401  # a fixture among them
 
-import lightweight
 from conftest import MICRO
 
 CELLS = f"""
@@ -108,7 +106,6 @@ def test_nothing_is_lost(project, fault, tried):  # noqa: F811
     cells = CELLS.replace("WHOM", fault.whom).replace("NUMBER", str(int(fault.number))).replace("PHASE", fault.phase)
     (project / "test_cells.py").write_text(cells)
     environment = {**os.environ, "TMPDIR": str(project / "scratch"), "MARK": str(project)}
-    environment["PYTHONPATH"] = str(Path(lightweight.__file__).parents[1])
     command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider", "--epochs=2"]
     command += [
         "--benchmark-json=out.json",

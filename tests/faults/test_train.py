@@ -178,7 +178,7 @@ def test_weights_that_are_no_numbers_are_told_as_such_and_not_as_a_learning_rate
 
 def test_settings_of_answers_that_cannot_be_used_are_one_line(given, tmp_path, capfd):
     assert main(given(tmp_path / "a")) == 0
-    (tmp_path / "a" / "generation_config.json").write_text('{"output_hidden_states": "x"}')
+    (tmp_path / "a" / "generation_config.json").write_text('{"num_beams": "x"}')
     found = outcome_of(["chat", str(tmp_path / "a"), "--prompt", "x"], capfd)
     assert found.is_a_line and "generation_config.json" in found.err, found
 
