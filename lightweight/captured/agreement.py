@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal
-from unittest import mock
 
 from lightweight.preload import peft  # isort: skip  # noqa: F401  # before Trainer, which imports peft
 
@@ -28,6 +27,8 @@ from transformers import Trainer
 
 from lightweight.captured import dropout
 from lightweight.captured.packing import Layout
+from lightweight.internals import accelerate as accelerate_internals
+from lightweight.internals import transformers as transformers_internals
 from lightweight.training import ranks
 from lightweight.training.stock import Row
 
@@ -59,13 +60,13 @@ class Parts:
         """This, and what is left of it where parts are given up, fewest first. `losses` are to be tried in this order,
         its own first."""
         rows = [(self.packing, self.attention), (False, self.attention), (False, False)]
-        found = [
+        candidates = [
             replace(self, packing=packing, attention=attention, loss=loss, lean=lean)
             for loss in losses
             for lean in dict.fromkeys((self.lean, False))
             for packing, attention in dict.fromkeys(rows)
         ]
-        return sorted(found, key=lambda rest: len(self.given_up(rest)))
+        return sorted(candidates, key=lambda rest: len(self.given_up(rest)))
 
 
 class PartError(NotImplementedError):
@@ -231,9 +232,9 @@ class Reference:
     def gradients(self, sample: Sample) -> tuple[Sample, Gradients]:
         """The Trainer's loss and gradients of as many of the sample's dialogues as there is memory for, and those.
         Raises torch.OutOfMemoryError where it is not enough for one."""
-        while (found := self._where_it_fits(sample)) is None:
+        while (gradients := self._where_it_fits(sample)) is None:
             sample = sample.first(sample.size // 2)
-        return sample, found
+        return sample, gradients
 
     def _where_it_fits(self, sample: Sample) -> Gradients | None:
         """Under the first scale that leaves them finite, or the last; None where a rank has not enough memory."""
@@ -248,10 +249,10 @@ class Reference:
             forget(self._model)
             if own is None or ran_out:
                 return None
-            found = own.over_ranks(trained(self._model))
-            if bool(torch.stack([gradient.float().norm() for gradient in found.of.values()]).isfinite().all()):
+            gradients = own.over_ranks(trained(self._model))
+            if bool(torch.stack([gradient.float().norm() for gradient in gradients.of.values()]).isfinite().all()):
                 break
-        return found
+        return gradients
 
     def _gradients(self, sample: Sample, scale: float) -> Gradients:
         trainer = self._trainer
@@ -263,9 +264,8 @@ class Reference:
         scaler = torch.amp.GradScaler(trainer.args.device.type, init_scale=scale, enabled=scale != 1)
         loss = torch.zeros((), device=trainer.args.device)
         with (
-            mock.patch.object(trainer.accelerator, "scaler", scaler),
-            # in training it is inside the network that accelerate prepares
-            mock.patch.object(trainer, "compute_loss_context_manager", trainer.accelerator.autocast),
+            accelerate_internals.losses_scaled_by(trainer, scaler),
+            transformers_internals.losses_computed_in(trainer, trainer.accelerator.autocast),
         ):
             for batch in batches:
                 # of the Trainer itself: what the suite adds to it counts the loss as one of the job's
@@ -350,12 +350,12 @@ def search(
     far it was off beside what is left."""
     measure = functools.cache(measure)
     candidates = parts.fewer(losses)
-    found = next((rest for rest in candidates if measure(rest).within(allowed)), None)
-    if found is None:
+    agreeing = next((rest for rest in candidates if measure(rest).within(allowed)), None)
+    if agreeing is None:
         return None, [f"the Trainer runs the steps, since no captured one is its: {measure(candidates[-1])}"]
     notes = []
-    for name in parts.given_up(found):
+    for name in parts.given_up(agreeing):
         restored: dict[str, Any] = {name: getattr(parts, name)}
         also = " and with it packing" if name == "attention" and parts.packing else ""
-        notes.append(f"{name}{also} given up: {measure(replace(found, **restored))}")
-    return found, notes
+        notes.append(f"{name}{also} given up: {measure(replace(agreeing, **restored))}")
+    return agreeing, notes

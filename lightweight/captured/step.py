@@ -35,6 +35,7 @@ from lightweight.captured.cross_entropy import linear_cross_entropy
 from lightweight.captured.frozen import Lean, compiling
 from lightweight.captured.optimizer import Optimizer, adamw_of
 from lightweight.captured.packing import Buffers, Layout, Shape
+from lightweight.internals import transformers as transformers_internals
 from lightweight.methods import CapturedStep
 from lightweight.training import ranks
 from lightweight.training.meter import Meter
@@ -174,13 +175,13 @@ class CapturedTraining:
         kept: Any = state.stateful_callbacks
         folder = Path(str(trainer.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         folder.mkdir(exist_ok=True)
-        trainer._save_rng_state(str(folder))
+        transformers_internals.save_random_numbers(trainer, folder)
         ranks.wait_for_all()
         if not ranks.is_first():
             return
         if isinstance(self.network, peft.PeftModel):
             with self._optimizer.masters_in_place():
-                trainer.save_model(str(folder), _internal_call=True)
+                transformers_internals.save_in_checkpoint(trainer, folder)
         torch.save(self._optimizer.state(), folder / CAPTURED_STATE)
         for callback in (*trainer.callback_handler.callbacks, trainer.control):
             if isinstance(callback, ExportableState):
@@ -189,7 +190,7 @@ class CapturedTraining:
 
     def _load(self, checkpoint: Path) -> None:
         self._optimizer.load(torch.load(checkpoint / CAPTURED_STATE, map_location="cpu", weights_only=True))
-        self.trainer._load_rng_state(str(checkpoint))
+        transformers_internals.load_random_numbers(self.trainer, checkpoint)
 
     # Before the first step
 
@@ -523,7 +524,7 @@ class CapturedTraining:
         """Compile the layers one by one: they are alike, so that what one of them costs serves all."""
         if not self.compiled or self._compiled_layers:
             return
-        names = set(self.model._no_split_modules or ())
+        names = transformers_internals.layers_not_split(self.model)
         self._compiled_layers = [module for module in self.model.modules() if type(module).__name__ in names]
         for layer in self._compiled_layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)

@@ -15,8 +15,9 @@ from transformers import PretrainedConfig
 
 from lightweight import models
 from lightweight.corpus import Corpus
-from lightweight.forecast import tracer
-from lightweight.forecast.tracer import Cause, Forecast, ForecastError
+from lightweight.forecast import replay, tracer
+from lightweight.forecast.replay import Cause, Forecast
+from lightweight.forecast.tracer import ForecastError
 from lightweight.methods import Method
 from lightweight.models import Model, ModelError
 from lightweight.record import Entry, are_alike, method_digest, seconds_per_token
@@ -55,7 +56,7 @@ class _Cell:
     max_length: int
     is_given: bool
     progress: Callable[[str], None]
-    _traces: dict[tuple[int, int, int, Capability], tracer.Trace] = field(default_factory=dict)
+    _traces: dict[tuple[int, int, int, Capability], replay.Trace] = field(default_factory=dict)
 
     def trial(self, method: Method, gpus: int) -> Trial:
         """Raises ValueError where a step has fewer sequences than `gpus`."""
@@ -87,7 +88,7 @@ class _Cell:
             shared = f" on {gpus} GPUs" if gpus > 1 else ""
             self.progress(f"{trial.name}: tracing a batch of {rows} x {self.max_length}{shared}")
             self._traces[key] = tracer.trace(trial, target.capability)
-        return tracer.within(self._traces[key], target.budget_bytes)
+        return replay.within(self._traces[key], target.budget_bytes)
 
     def advised(self, gpus: int, target: Target) -> tuple[Method, Forecast]:
         """The method with the most sequences a pass that fit, of the same optimizer step, and its forecast: its own
@@ -206,7 +207,7 @@ def largest_batch(fits: Callable[[int], Forecast], first: int) -> int:
         elif len(held) % 2 or high > LARGEST_BATCH:
             near, far = sorted(held, key=lambda batch: abs(batch - (low or high)))[:2]
             slope = (held[near] - held[far]) / (near - far)
-            room = (found.budget_bytes or 0) * (1 - tracer.MARGIN) - held[near]
+            room = (found.budget_bytes or 0) * (1 - replay.MARGIN) - held[near]
             guess = int(near + room / max(slope, 1.0))
         else:
             guess = (low + high) // 2
@@ -382,7 +383,7 @@ def _causes(rows: Sequence[PlanRow]) -> str:
     )
     if not known:
         return title
-    causes = [cause for cause in tracer.CAUSES if cause != "gathered" or first["gpus"] > 1]
+    causes = [cause for cause in replay.CAUSES if cause != "gathered" or first["gpus"] > 1]
     paged = any(row["paged_bytes"] for row in known)
     peaks: dict[tuple[Any, ...], list[str]] = {}
     for row in known:
