@@ -49,7 +49,7 @@ _asked_for: dict[object, tuple[Any, tuple[object, ...], dict[str, Any]]] | None 
 _started: Future[None] | None = None
 
 
-def start_quickly() -> None:
+def warm_up() -> None:
     """Start Triton in a thread, beside whatever else there is to be done: what it reads, hashes and builds for itself
     takes a second of a process's first kernel."""
     global _started

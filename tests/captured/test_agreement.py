@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
 from transformers.trainer_pt_utils import LabelSmoother
 
 from lightweight import corpus, targets
-from lightweight.captured import agreement, attention, frozen
+from lightweight.captured import agreement, attention, passes, projections
 from lightweight.captured import step as captured_step
 from lightweight.captured.agreement import Deviation, Gradients, Parts, Sample, Tolerance
 from lightweight.captured.packing import Buffers
@@ -260,29 +260,29 @@ def looks_ahead(monkeypatch):
 
 
 def drops_a_weight(monkeypatch):
-    real = captured_step.linear_cross_entropy
+    real = passes.linear_cross_entropy
 
     def wrong(hidden, head, bias, tokens, weights):
         return real(hidden, head, bias, tokens, torch.cat([torch.zeros(1), weights[1:]]))
 
-    monkeypatch.setattr(captured_step, "linear_cross_entropy", wrong)
+    monkeypatch.setattr(passes, "linear_cross_entropy", wrong)
 
 
 def halves_a_gradient(monkeypatch):
-    real = frozen._adapter_backward
+    real = projections._adapter_backward
 
     def wrong(*arguments):
         a, b = real(*arguments)
         return a / 2, b
 
-    monkeypatch.setattr(frozen, "_adapter_backward", wrong)
+    monkeypatch.setattr(projections, "_adapter_backward", wrong)
 
 
 def raises(monkeypatch):
     def wrong(*_):
         raise IndexError("index 256 is out of bounds\nand more")
 
-    monkeypatch.setattr(frozen._Family, "project", wrong)
+    monkeypatch.setattr(projections.Family, "project", wrong)
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ def test_out_of_memory_of_what_was_asked_for_is_that(prepare, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     trainer, rows, meter, trial = prepare("opt", method())
-    monkeypatch.setattr(captured_step, "linear_cross_entropy", short_of_memory)
+    monkeypatch.setattr(passes, "linear_cross_entropy", short_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         captured_step.CapturedTraining(trial, trainer, rows, meter).prepare()
 
