@@ -18,17 +18,18 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal
-from unittest import mock
 
 from lightweight.preload import peft  # isort: skip  # noqa: F401  # before Trainer, which imports peft
 
 import numpy
 import torch
-from bitsandbytes.nn.modules import Linear4bit
 from transformers import Trainer
 
 from lightweight.captured import dropout
 from lightweight.captured.packing import Layout
+from lightweight.internals import accelerate as accelerate_internals
+from lightweight.internals import bitsandbytes as bitsandbytes_internals
+from lightweight.internals import transformers as transformers_internals
 from lightweight.training import ranks
 from lightweight.training.stock import Row
 
@@ -60,13 +61,13 @@ class Parts:
         """This, and what is left of it where parts are given up, fewest first. `losses` are to be tried in this order,
         its own first."""
         rows = [(self.packing, self.attention), (False, self.attention), (False, False)]
-        found = [
+        candidates = [
             replace(self, packing=packing, attention=attention, loss=loss, lean=lean)
             for loss in losses
             for lean in dict.fromkeys((self.lean, False))
             for packing, attention in dict.fromkeys(rows)
         ]
-        return sorted(found, key=lambda rest: len(self.given_up(rest)))
+        return sorted(candidates, key=lambda rest: len(self.given_up(rest)))
 
 
 class PartError(NotImplementedError):
@@ -169,6 +170,17 @@ a thousandfold from layer to layer. That of gpt-neo-1.3b does, whose attention d
 embeddings to fp16 turns half of its gradient, and to fp32 2e-4 of it (CPU, torch 2.13)."""
 
 
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What the Trainer makes of `sample`, in half precision or in fp32 in its place, and what is `allowed` to another
+    way of computing it."""
+
+    sample: Sample
+    gradients: Gradients
+    allowed: Tolerance
+    in_fp32: bool = False
+
+
 @dataclass(frozen=True)
 class Deviation:
     """How far a captured step is from the Trainer's: relative, as in `Tolerance`, beside what is `allowed`. `error` is
@@ -244,19 +256,18 @@ class Reference:
     def gradients(self, sample: Sample) -> tuple[Sample, Gradients]:
         """The Trainer's loss and gradients of as many of the sample's dialogues as there is memory for, and those.
         Raises torch.OutOfMemoryError where it is not enough for one."""
-        while (found := self._where_it_fits(sample)) is None:
+        while (gradients := self._where_it_fits(sample)) is None:
             sample = sample.first(sample.size // 2)
-        return sample, found
+        return sample, gradients
 
     def in_fp32(self, sample: Sample) -> Gradients | None:
         """As `gradients`, of the whole sample and with fp32 in the place of halves, from the weights as they are now.
-        None where a rank has not enough memory, or weights are in a format that cannot be computed with like that."""
+        None where a rank cannot: there is not enough memory, or the network has to be in half precision."""
         own = None
-        with contextlib.suppress(torch.OutOfMemoryError, PartError), in_fp32(self._trainer):
-            try:
-                own = self._gradients(sample, 1.0)
-            finally:
-                drop_gradients(self._model)  # before weights are halves again
+        with contextlib.suppress(PartError, torch.OutOfMemoryError), in_fp32(self._model):
+            with contextlib.suppress(Exception):  # of any model's code
+                own = self._gradients(sample, 1.0, autocast=contextlib.nullcontext)
+            drop_gradients(self._model)  # before weights are halves again
         (lacks,) = ranks.any_says(own is None, device=self._trainer.args.device)
         return None if own is None or lacks else own.over_ranks(trained(self._model))
 
@@ -273,12 +284,12 @@ class Reference:
             drop_gradients(self._model)
             if own is None or ran_out:
                 return None
-            found = own.over_ranks(trained(self._model))
-            if bool(torch.stack([gradient.float().norm() for gradient in found.of.values()]).isfinite().all()):
+            gradients = own.over_ranks(trained(self._model))
+            if bool(torch.stack([gradient.float().norm() for gradient in gradients.of.values()]).isfinite().all()):
                 break
-        return found
+        return gradients
 
-    def _gradients(self, sample: Sample, scale: float) -> Gradients:
+    def _gradients(self, sample: Sample, scale: float, autocast: Callable[[], Any] | None = None) -> Gradients:
         trainer = self._trainer
         shares = [numbers[ranks.rank() :: ranks.world_size()] for numbers in sample.passes]
         batches, items = trainer.get_batch_samples(
@@ -288,9 +299,8 @@ class Reference:
         scaler = torch.amp.GradScaler(trainer.args.device.type, init_scale=scale, enabled=scale != 1)
         loss = torch.zeros((), device=trainer.args.device)
         with (
-            mock.patch.object(trainer.accelerator, "scaler", scaler),
-            # in training it is inside the network that accelerate prepares
-            mock.patch.object(trainer, "compute_loss_context_manager", trainer.accelerator.autocast),
+            accelerate_internals.losses_scaled_by(trainer, scaler),
+            transformers_internals.losses_computed_in(trainer, autocast or trainer.accelerator.autocast),
         ):
             for batch in batches:
                 # of the Trainer itself: what the suite adds to it counts the loss as one of the job's
@@ -323,28 +333,22 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 @contextlib.contextmanager
-def in_fp32(trainer: Trainer) -> Iterator[None]:
-    """Inside, the Trainer's network computes in fp32 what it computes in half precision outside. Every half is a number
-    of fp32 too, so that nothing is lost on the way there and back. Raises PartError for weights of other formats, but
-    for bitsandbytes' 4 bits, which are dequantized to fp32 inside."""
-    network: Any = trainer.model
+def in_fp32(network: torch.nn.Module) -> Iterator[None]:
+    """Inside, `network` computes in fp32 what it computes in half precision outside, autocast aside. Every half is a
+    number of fp32 too, so that nothing is lost on the way there and back. Raises PartError for weights of other
+    formats, but for bitsandbytes' 4 bits, which are dequantized to fp32 inside."""
     matmul = torch.backends.cuda.matmul
     with contextlib.ExitStack() as undo:
         undo.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
         matmul.fp32_precision = "ieee"
-        undo.enter_context(mock.patch.object(trainer.accelerator, "autocast", contextlib.nullcontext))
-        packed = set()
-        for module in network.modules():
-            if isinstance(module, Linear4bit):
-                packed.add(module.weight)
-                undo.enter_context(mock.patch.object(module, "compute_dtype", torch.float32))
-                state: Any = getattr(module.weight, "quant_state", None)
-                undo.enter_context(mock.patch.object(state, "dtype", torch.float32))
+        packed = undo.enter_context(bitsandbytes_internals.dequantized_to_fp32(network))
         for name, tensor in chain(network.named_parameters(), network.named_buffers()):
-            if tensor.dtype in HALVES and tensor not in packed:
+            if tensor in packed:
+                continue
+            if tensor.dtype in HALVES:
                 undo.callback(_cast, tensor, tensor.dtype)
                 _cast(tensor, torch.float32)
-            elif isinstance(tensor, torch.nn.Parameter) and tensor.dtype != torch.float32 and tensor not in packed:
+            elif isinstance(tensor, torch.nn.Parameter) and tensor.dtype != torch.float32:
                 raise PartError(f"{name} is {tensor.dtype}")
         yield
 
@@ -411,12 +415,12 @@ def search(
     far it was off beside what is left."""
     measure = functools.cache(measure)
     candidates = parts.fewer(losses)
-    found = next((rest for rest in candidates if measure(rest).is_rounding), None)
-    if found is None:
+    agreeing = next((rest for rest in candidates if measure(rest).is_rounding), None)
+    if agreeing is None:
         return None, [f"the Trainer runs the steps, since no captured one is its: {measure(candidates[-1])}"]
     notes = []
-    for name in parts.given_up(found):
+    for name in parts.given_up(agreeing):
         restored: dict[str, Any] = {name: getattr(parts, name)}
         also = " and with it packing" if name == "attention" and parts.packing else ""
-        notes.append(f"{name}{also} given up: {measure(replace(found, **restored))}")
-    return found, notes
+        notes.append(f"{name}{also} given up: {measure(replace(agreeing, **restored))}")
+    return agreeing, notes

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
 from transformers.trainer_pt_utils import LabelSmoother
 
 from lightweight import corpus, targets
-from lightweight.captured import agreement, attention, frozen
+from lightweight.captured import agreement, attention, passes, projections
 from lightweight.captured import step as captured_step
 from lightweight.captured.agreement import Deviation, Gradients, Parts, Sample, Tolerance
 from lightweight.captured.packing import Buffers
@@ -271,29 +271,29 @@ def looks_ahead(monkeypatch):
 
 
 def drops_a_weight(monkeypatch):
-    real = captured_step.linear_cross_entropy
+    real = passes.linear_cross_entropy
 
     def wrong(hidden, head, bias, tokens, weights):
         return real(hidden, head, bias, tokens, torch.cat([torch.zeros(1), weights[1:]]))
 
-    monkeypatch.setattr(captured_step, "linear_cross_entropy", wrong)
+    monkeypatch.setattr(passes, "linear_cross_entropy", wrong)
 
 
 def halves_a_gradient(monkeypatch):
-    real = frozen._adapter_backward
+    real = projections._adapter_backward
 
     def wrong(*arguments):
         a, b = real(*arguments)
         return a / 2, b
 
-    monkeypatch.setattr(frozen, "_adapter_backward", wrong)
+    monkeypatch.setattr(projections, "_adapter_backward", wrong)
 
 
 def raises(monkeypatch):
     def wrong(*_):
         raise IndexError("index 256 is out of bounds\nand more")
 
-    monkeypatch.setattr(frozen._Family, "project", wrong)
+    monkeypatch.setattr(projections.Family, "project", wrong)
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_out_of_memory_of_what_was_asked_for_is_that(prepare, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     trainer, rows, meter, trial = prepare("opt", method())
-    monkeypatch.setattr(captured_step, "linear_cross_entropy", short_of_memory)
+    monkeypatch.setattr(passes, "linear_cross_entropy", short_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         captured_step.CapturedTraining(trial, trainer, rows, meter).prepare()
 
@@ -451,6 +451,35 @@ def test_half_precision_rounds_but_gives_nothing_up(prepare, architecture, adapt
     assert job.prepare()
     assert "given up" not in meter.facts["capture_note"]
     assert job.parts.packing
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_what_passes_for_the_rounding_of_a_half_is_found_in_fp32(prepare, monkeypatch, architecture):
+    halves_a_gradient(monkeypatch)
+    step = dataclasses.replace(method(lora()), weights_dtype="bfloat16")
+    trainer, rows, meter, trial = prepare(architecture, step, torch.bfloat16)
+    assert captured_step.CapturedTraining(trial, trainer, rows, meter).prepare()
+    assert "lean given up: " in meter.facts["capture_note"]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("none left"), RuntimeError("no kernel for fp32")])
+def test_where_fp32_cannot_be_had_halves_are_compared(prepare, monkeypatch, error):
+    gradients = captured_step.Reference._gradients
+    asked = []
+
+    def short(reference, sample, scale, autocast=None):
+        asked.append(next(reference._model.parameters()).dtype)
+        if autocast is not None:
+            raise error
+        return gradients(reference, sample, scale)
+
+    monkeypatch.setattr(captured_step.Reference, "_gradients", short)
+    step = dataclasses.replace(method(lora()), weights_dtype="bfloat16")
+    trainer, rows, meter, trial = prepare("opt", step, torch.bfloat16)
+    job = captured_step.CapturedTraining(trial, trainer, rows, meter)
+    assert job.prepare()
+    assert asked == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert "given up" not in meter.facts["capture_note"] and job.parts.lean
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
