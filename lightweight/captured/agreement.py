@@ -29,6 +29,7 @@ from lightweight.captured import dropout
 from lightweight.captured.packing import Layout
 from lightweight.internals import accelerate as accelerate_internals
 from lightweight.internals import bitsandbytes as bitsandbytes_internals
+from lightweight.internals import torch as torch_internals
 from lightweight.internals import transformers as transformers_internals
 from lightweight.training import ranks
 from lightweight.training.stock import Row
@@ -299,6 +300,7 @@ class Reference:
         scaler = torch.amp.GradScaler(trainer.args.device.type, init_scale=scale, enabled=scale != 1)
         loss = torch.zeros((), device=trainer.args.device)
         with (
+            torch_internals.no_hooks_left(),
             accelerate_internals.losses_scaled_by(trainer, scaler),
             transformers_internals.losses_computed_in(trainer, autocast or trainer.accelerator.autocast),
         ):

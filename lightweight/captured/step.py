@@ -44,6 +44,7 @@ from lightweight.captured.fused import compiling
 from lightweight.captured.optimizer import Optimizer, adamw_of
 from lightweight.captured.packing import Buffers, Layout, Shape
 from lightweight.captured.passes import NOTHING, Passes
+from lightweight.internals import torch as torch_internals
 from lightweight.internals import transformers as transformers_internals
 from lightweight.methods import CapturedStep
 from lightweight.training import ranks
@@ -384,7 +385,8 @@ class CapturedTraining:
         training would run out of memory as well, since it holds more."""
         problem = None
         try:
-            act()
+            with torch_internals.no_hooks_left():
+                act()
         except torch.OutOfMemoryError:
             if asked_for:
                 raise

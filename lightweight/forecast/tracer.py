@@ -29,6 +29,7 @@ from lightweight.forecast.cuda_rules import BatchKind, CudaRules
 from lightweight.forecast.fake_ranks import rank_zero_of
 from lightweight.forecast.recorder import Recorder, seeing_libraries
 from lightweight.forecast.replay import Trace
+from lightweight.internals import torch as torch_internals
 from lightweight.internals.torch import FAKE_TENSOR_LOGGER, FakeTensorMode
 from lightweight.methods import MethodError
 from lightweight.targets import Capability, Device
@@ -119,7 +120,8 @@ def _trace(
             try:
                 skeleton.materialise(network, dtype, recorder)
                 parameters, trainable = (models.count_parameters(network, trainable=only) for only in (False, True))
-                steps.train(network, trial, paddings, recorder)
+                with torch_internals.no_hooks_left():
+                    steps.train(network, trial, paddings, recorder)
             except steps.AllTracedError:
                 pass
             except skeleton.UntraceableError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -27,7 +28,19 @@ __all__ = ["FakeTensor", "FakeTensorMode", "in_kernel_invocation_manager", "no_d
 
 aten = torch.ops.aten
 
-# What a module, a storage, an operator keeps to itself
+# What a module, a storage, an operator, a pass keeps to itself
+
+
+@contextmanager
+def no_hooks_left() -> Iterator[None]:
+    """Where an exception leaves this, it takes no checkpointed layer's hook along. torch before 2.13 has the hook in
+    place for as long as the exception's traceback lives, and takes every later pass of the process for a part of that
+    layer. torch/utils/checkpoint.py, `checkpoint`."""
+    try:
+        yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 def pin(network: Any) -> None:

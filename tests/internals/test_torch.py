@@ -21,6 +21,24 @@ def test_a_storage_is_told_from_another_by_its_address():
     assert len(addresses) == 2
 
 
+def test_a_layer_that_failed_leaves_no_hook_to_the_passes_after_it():
+    """As torch 2.11 checkpoints a layer: what suspends the hook lives in the frame of the one that failed."""
+
+    def checkpointed():
+        generator = torch.utils.checkpoint._checkpoint_without_reentrant_generator(fail)
+        next(generator)
+        fail()
+
+    def fail():
+        raise RuntimeError("in a layer")
+
+    with pytest.raises(RuntimeError, match="in a layer") as kept, torch_internals.no_hooks_left():
+        checkpointed()
+    x = torch.ones(2, requires_grad=True)
+    (x * x).sum().backward()
+    assert kept.value.__traceback__ is not None and torch.equal(x.grad, torch.full((2,), 2.0))
+
+
 def test_a_schema_says_what_an_operator_takes_and_whether_it_writes():
     schema = torch_internals.schema(aten.add_.Tensor)
     assert schema.is_mutable and [argument.name for argument in schema.arguments] == ["self", "other", "alpha"]
