@@ -114,7 +114,7 @@ def _small(kind: str) -> Any:
             if logits.shape[:2] == ids.shape and logits.isfinite().all():
                 return network
             problem = "its logits are not those of each token"
-        except Exception as error:  # of any kind: what a configuration refuses is not what is asked here
+        except Exception as error:  # noqa: BLE001  what a configuration refuses, and how, is not asked here
             problem = f"{type(error).__name__}: {error}"
     return problem
 

@@ -125,7 +125,7 @@ def test_lean_layers_keep_less(name, share, tmp_path):
     assert kept_bytes(network) == before
 
 
-def test_what_is_not_plain_lora_is_left_alone(tmp_path):
+def test_what_is_not_plain_lora_is_left_alone():
     model = AutoModelForCausalLM.from_config(CONFIGS["llama"])
     assert not Lean(model).changed  # everything is trained
     adapter = peft.LoraConfig(task_type="CAUSAL_LM", use_dora=True, target_modules="all-linear")

@@ -95,7 +95,7 @@ def signal_at(monkeypatch):
 
 @pytest.mark.parametrize("method", ["baseline", "lora", "baseline-captured", "lora-captured"])
 @pytest.mark.parametrize("step", [7, 10])
-def test_an_interrupted_job_resumes_to_the_same_bits(train, out, signal_at, monkeypatch, capsys, method, step):
+def test_an_interrupted_job_resumes_to_the_same_bits(train, out, signal_at, capsys, method, step):
     """In the middle of an epoch and at its end; with dropout."""
     assert train("whole", method=method) == 0
     signal_at(step)
@@ -449,7 +449,7 @@ def test_a_learning_rate_that_is_none_is_one_line(train, out, capsys, rate):
     assert not out.exists()
 
 
-def test_an_adapter_on_random_weights_finds_them_again(dialogues, out, capsys):
+def test_an_adapter_on_random_weights_finds_them_again(dialogues, out):
     given = f"train --model opt-tiny --corpus {dialogues} --output {out / 'a'} --max-steps 2 --seed 3 --max-length 64"
     assert main([*given.split(), "--method", "lora"]) == 0
     assert not list(out.glob("*.partial"))
@@ -574,7 +574,7 @@ def test_a_tracker_is_told_the_losses_of_both_kinds_of_steps(train, out, method)
     assert told["train/epoch", 20] == 2
 
 
-def test_another_job_is_not_resumed(train, out, signal_at, monkeypatch, capsys):
+def test_another_job_is_not_resumed(train, out, signal_at, capsys):
     signal_at(4)
     assert train("a") == 130
     capsys.readouterr()
@@ -620,7 +620,7 @@ def test_what_would_train_something_else_is_refused_in_a_line(train, tmp_path, c
     assert not (tmp_path / "out" / "refused").exists()
 
 
-def test_weights_from_fewer_bits_are_said_in_record_and_card(base, tmp_path):
+def test_weights_from_fewer_bits_are_said_in_record_and_card(base):
     model = replace(models.named(str(base)), weights="pretrained", weights_file="tiny.Q4_1.gguf")
     entry = {"model": "m", "weights": model.weights, "weights_file": model.weights_file}
     entry |= {

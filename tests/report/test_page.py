@@ -259,7 +259,7 @@ def file(document, tmp_path_factory):
 
 
 @pytest.fixture
-def opened(browser, request):
+def opened(browser):
     """Open a file as a person does; fails where the page says anything on its console or asks the network."""
     said, contexts = [], []
 
