@@ -56,7 +56,7 @@ def sound():
         *[("peak_allocated_bytes", value) for value in (-1, 1.5, True, 10**30, "many", [1])],
         *[("world_size", value) for value in (0, -3, None, 1.0, True)],
         *[("model", value) for value in (["opt"], 3, "", " ", None, "m" * 5000)],
-        *[("outcome", value) for value in ("finished", None, ["completed"], {})],
+        *[("outcome", value) for value in ("finished", None, ["completed"], {})],  # type: ignore[var-annotated]
         *[("phase", "lunch"), ("precision", "fp8"), ("weights", "borrowed"), ("seed", -1), ("seed", 0.5)],
         *[("steady_step_seconds", value) for value in (0, -1, float("nan"), float("inf"), 1e300, "fast")],
         *[("heldout_loss_after", value) for value in (float("nan"), 1e300, "3.1", True)],

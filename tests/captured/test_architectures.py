@@ -74,7 +74,7 @@ def test_captured_steps_train_what_the_trainer_trains(kind: str, tmp_path: Path)
         pytest.skip(f"not run: {kind} is not made small: {network}")
     network.save_pretrained(tmp_path / kind)
     ByT5Tokenizer().save_pretrained(tmp_path / kind)
-    adapter = replace(methods.LORA.adapter, lora_dropout=0.0)
+    adapter = replace(methods.LORA.adapter, lora_dropout=0.0)  # type: ignore[call-arg]
     settings = {"per_device_train_batch_size": 4, "learning_rate": 1e-3}
     stock = Method(name="stock", adapter=adapter, training_arguments=settings)
     try:

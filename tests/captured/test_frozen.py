@@ -1,12 +1,15 @@
+from typing import Any
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTNeoConfig, LlamaConfig, OPTConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTNeoConfig, OPTConfig
+from transformers.models.llama import LlamaConfig
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from lightweight.captured.frozen import Lean
 from lightweight.preload import peft
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "max_position_embeddings": 64}
+SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "max_position_embeddings": 64}
 CONFIGS = {
     "gpt-neo": GPTNeoConfig(num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], **SMALL),
     "opt": OPTConfig(

@@ -198,7 +198,7 @@ def test_the_old_model_goes_only_when_the_new_one_is_there(tmp_path, monkeypatch
     for last in range(1, 7):
         at = tmp_path / str(last)
         model(at / "a", "old")
-        done = []
+        done: list[int] = []
 
         def killed(self: Path, target: Path, done=done, last=last) -> Path:
             done.append(1)

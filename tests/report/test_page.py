@@ -48,7 +48,7 @@ class Tags(HTMLParser):
 
     def __init__(self, document):
         super().__init__()
-        self.tags = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.feed(document)
         self.ids = [attributes["id"] for _, attributes in self.tags if "id" in attributes]
         self.links = [attributes["href"] for tag, attributes in self.tags if tag == "a"]

@@ -346,7 +346,7 @@ def run_and_stop_in_save(connection, trial, folder, started, environment, *rest)
             os.kill(os.getpid(), signal.SIGSTOP)
         return save(trainer, *arguments, **keywords)
 
-    transformers.Trainer.save_model = stop
+    transformers.Trainer.save_model = stop  # type: ignore[assignment]
     RUN(connection, trial, folder, started, environment, *rest)
 
 
