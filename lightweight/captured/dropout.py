@@ -36,7 +36,7 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0.0,  # noqa: ARG001  named as torch names it
     *arguments: Any,
     **options: Any,
 ) -> torch.Tensor:

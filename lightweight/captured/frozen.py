@@ -323,7 +323,7 @@ def _add_adapter_(
     return inner, mask
 
 
-def _adapter_backward(
+def _adapter_backward(  # noqa: PLR0913  the tensors of one formula
     grad: torch.Tensor,
     inner: torch.Tensor,
     x: torch.Tensor,
@@ -447,7 +447,7 @@ def _add_norm(
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913  autograd takes tensors one by one
         ctx: Any,
         branch: torch.Tensor,
         past: torch.Tensor,

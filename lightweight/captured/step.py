@@ -313,7 +313,7 @@ class CapturedTraining:
         ids = torch.arange(1, 9, device=self.device).unsqueeze(0)
         logits: list[torch.Tensor] = []
 
-        def enlarge(module: torch.nn.Module, arguments: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        def enlarge(_: torch.nn.Module, __: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
             logits.append(output * (100 / output.abs().max()))
             return logits[0]
 
@@ -360,7 +360,7 @@ class CapturedTraining:
         buffers.fill(layout, self.rows)
         embedded: list[torch.Tensor] = []
 
-        def begin_here(module: torch.nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        def begin_here(_: torch.nn.Module, __: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             embedded.append(output.detach().requires_grad_())
             return embedded[-1].clone()  # some networks write into what they embedded
 
@@ -410,7 +410,7 @@ class CapturedTraining:
             problem = "out of memory"
         except PartError as error:
             problem = str(error)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  of any kind: the part is switched off, and the note says why
             problem = f"its step fails ({type(error).__name__}: {_first_line(error)[:160]})"
         if problem is not None:
             agreement.forget(self.network)
