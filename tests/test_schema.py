@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 
 from lightweight import __main__, models, record, schema, trial
-from lightweight.forecast import tracer
+from lightweight.forecast import replay
 from lightweight.methods import Precision
 from lightweight.record import RecordError
 from lightweight.report import page, report
@@ -35,7 +35,7 @@ def test_the_words_are_those_that_the_modules_write():
     assert set(schema.PAIRINGS) == set(get_args(alternation.Pairing))
     assert record.ONE_AFTER_THE_OTHER in schema.PAIRINGS
     assert set(schema.GATE_VERDICTS) == set(get_args(ratio.Verdict))
-    assert set(schema.FORECAST_VERDICTS) == set(get_args(tracer.Verdict))
+    assert set(schema.FORECAST_VERDICTS) == set(get_args(replay.Verdict))
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
