@@ -43,7 +43,7 @@ def check_head(model: Any, autocast: Autocast) -> None:
     ids = _tokens(model)
     enlarged: list[torch.Tensor] = []
 
-    def enlarge(module: torch.nn.Module, arguments: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+    def enlarge(_: torch.nn.Module, __: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         enlarged.append(output * (100 / output.abs().max()))
         return enlarged[0]
 
@@ -70,7 +70,7 @@ def check_dialogues_are_apart(
     """
     embedded: list[torch.Tensor] = []
 
-    def begin_here(module: torch.nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    def begin_here(_: torch.nn.Module, __: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         embedded.append(output.detach().requires_grad_())
         return embedded[-1].clone()  # some networks write into what they embedded
 

@@ -121,7 +121,7 @@ def _add_norm(
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913  autograd takes tensors one by one
         ctx: Any,
         branch: torch.Tensor,
         past: torch.Tensor,

@@ -393,7 +393,7 @@ class CapturedTraining:
             problem = "out of memory"
         except PartError as error:
             problem = str(error)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  of any kind: the part is switched off, and the note says why
             problem = f"its step fails ({type(error).__name__}: {first_line(error)[:160]})"
         agreement.drop_gradients(self.network)
         (any_failed,) = ranks.any_says(problem is not None, device=self.device)

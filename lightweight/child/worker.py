@@ -118,7 +118,7 @@ def run(
         outcome: Outcome = _train(trial, device, folder, meter, _OwnersEnd(connection, meter, tells_steps))
     except _OwnerGoneError:
         return
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  it is the outcome
         with suppress(OSError):  # the disk of its log may be full
             traceback.print_exc()
         outcome = failure(error, trial, meter, folder)

@@ -106,7 +106,7 @@ class _Cell:
         return smaller[index], self.forecast(smaller[index], gpus, target)
 
 
-def plan(
+def plan(  # noqa: PLR0913  the options of one command
     models: Sequence[Model],
     methods: Sequence[Method],
     targets: Sequence[Target],

@@ -189,7 +189,7 @@ def _module_names(network: nn.Module) -> Iterator[list[str]]:
     def enter(module: nn.Module, _: Any) -> None:
         entered.append(names.get(id(module), type(module).__name__))
 
-    def leave(module: nn.Module, _: Any, __: Any) -> None:
+    def leave(*_: Any) -> None:
         entered.pop()
 
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]

@@ -280,7 +280,7 @@ def without_dropout() -> Iterator[None]:
         key: Tensor,
         value: Tensor,
         attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
+        dropout_p: float = 0.0,  # noqa: ARG001  named as torch names it
         *arguments: Any,
         **options: Any,
     ) -> Tensor:

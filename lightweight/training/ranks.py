@@ -140,7 +140,7 @@ def of_first(act: Callable[[], T]) -> T:
     if is_first():
         try:
             result_and_error[0] = act()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  every rank raises it
             result_and_error[1] = error
     distributed.broadcast_object_list(result_and_error)
     result, raised = result_and_error

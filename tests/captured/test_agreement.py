@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 from contextlib import nullcontext
+from typing import Any
 
 import peft
 import pytest
@@ -35,7 +36,7 @@ WIDE = ANY | {
     "num_key_value_heads": 1,
     "max_position_embeddings": 128,
 }
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "llama": WIDE,
     "opt": ANY
     | {
@@ -118,7 +119,7 @@ CONFIGS = {
 def lora(**settings):
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
-        **{"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear"} | settings,
+        **{"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear", **settings},
     )
 
 

@@ -2,7 +2,9 @@ import contextlib
 import copy
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -91,7 +93,7 @@ def trained(trial, folder):
 def without_dropout(method: Method) -> Method:
     adapter = copy.deepcopy(method.adapter)
     if adapter is not None:
-        adapter.lora_dropout = 0.0
+        adapter.lora_dropout = 0.0  # type: ignore[attr-defined]
     return replace(method, adapter=adapter)
 
 
@@ -218,7 +220,7 @@ def test_a_captured_cell_completes_in_a_child_and_its_record_says_how_it_ran(tri
     small = replace(trial, method=LORA_CAPTURED)
     with owner.Child(small, folder) as child:
         outcome = child.finish()
-    assert outcome.kind == "completed", outcome.details
+    assert outcome.kind == "completed", outcome
     entry = record.entry(small, outcome, targets.Device(name="a CPU"), None)
     assert (entry["captured"], entry["compiled"], entry["steps"]) == (False, False, 5)
     assert "no GPU" in entry["capture_note"]
@@ -260,7 +262,7 @@ def test_what_a_captured_run_saves_peft_loads(trial, tmp_path, method):
     base = models.load(trial.model, torch.float32, CPU, trial.running_method.quantization)
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # as worker.build does, for the same arithmetic
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # as worker.build does, for the same arithmetic
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "saved")
     ids = torch.arange(10).unsqueeze(0)
     with torch.no_grad():
@@ -430,7 +432,8 @@ def test_a_loss_scale_changes_no_step_and_skips_one_that_overflows(trial, tmp_pa
 class StandInGraph:
     """A CUDA graph as the job sees it: what ran while it was recorded runs again over the same buffers."""
 
-    recording = None
+    recording: Any = None
+    again: Callable[[], None]
 
     def replay(self):
         self.again()
@@ -476,7 +479,7 @@ def test_replays_train_as_the_steps_they_recorded_in_every_shape(trial, tmp_path
     shapes = list(job._graphs)
     assert len(shapes) > 1 and set(shapes) == set(job._shapes.values())
     assert shapes[0].rows == max(shape.rows for shape in shapes)  # memory is laid out by the largest
-    assert [graph.in_pool for graph in job._graphs.values()] == [None] + ["pool"] * (len(shapes) - 1)
+    assert [graph.in_pool for graph in job._graphs.values()] == [None] + ["pool"] * (len(shapes) - 1)  # type: ignore[attr-defined]
     job.train()
     assert meter.measurements().train_loss == expected.measurements().train_loss
 

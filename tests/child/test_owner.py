@@ -403,7 +403,7 @@ def run_within_a_limit(*arguments) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
         torch.empty(2**32)
 
-    worker._OwnersEnd.step_ended = greedy
+    worker._OwnersEnd.step_ended = greedy  # type: ignore[assignment]
     RUN(*arguments)
 
 
@@ -446,7 +446,7 @@ def run_and_stop_early(*arguments) -> None:
         control.should_training_stop |= state.global_step == 2
         return control
 
-    transformers.trainer_callback.DefaultFlowCallback.on_step_end = stop
+    transformers.trainer_callback.DefaultFlowCallback.on_step_end = stop  # type: ignore[assignment]
     RUN(*arguments)
 
 

@@ -61,7 +61,7 @@ def held_by_rank(rank, of, folder):
     """What a real rank holds of weights and of optimizer state after a step, the others on the same machine."""
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": of.world_size, "LOCAL_WORLD_SIZE": of.world_size}
     os.environ.update({name: str(value) for name, value in variables.items()} | ON_A_CPU)
-    store = distributed.FileStore(str(folder / "store"), of.world_size)
+    store = distributed.FileStore(str(folder / "store"), of.world_size)  # type: ignore[attr-defined]
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=of.world_size)
     row = {name: [1] * of.max_length for name in ("input_ids", "attention_mask", "labels")}
     network = AutoModelForCausalLM.from_config(models.configuration(of.model), dtype=torch.float32)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -143,7 +144,7 @@ NEOX = {"model_type": "gpt_neox", "hidden_size": 32, "num_attention_heads": 2, "
 }
 
 
-Q_LORA = replace(LORA, name="q-lora", adapter=replace(LORA.adapter, target_modules=["q_proj"]))
+Q_LORA = replace(LORA, name="q-lora", adapter=replace(LORA.adapter, target_modules=["q_proj"]))  # type: ignore[call-arg]
 
 
 @pytest.fixture
@@ -484,7 +485,8 @@ def test_expected_cost_orders_methods_as_they_were_measured():
 
 def test_the_docs_show_what_the_command_prints(capsys, monkeypatch):
     """Where the cards' kernels are alike: this model's attention is matrix products."""
-    traces, trace = {}, tracer.trace
+    traces: dict[Any, Any] = {}
+    trace = tracer.trace
 
     def traced_once(trial, _):
         key = trial.name, trial.method.passes_per_step

@@ -14,7 +14,7 @@ def handmade(*events):
         parameters=1,
         trainable_parameters=1,
         events=numbered,
-        causes=dict.fromkeys({name for name, _ in numbered}, "activations") | {0: "weights"},
+        causes=dict.fromkeys({name for name, _ in numbered}, "activations") | {0: "weights"},  # type: ignore[arg-type]
         phases=[(0, "build"), (1, "forward"), (1 + len(forward), "backward")],
     )
 

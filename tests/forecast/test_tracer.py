@@ -220,7 +220,7 @@ def test_the_state_of_quantized_weights_is_what_bitsandbytes_makes_of_them_on_th
         held = list(bitsandbytes_functional.name2qmap.values())
     for layer in network.modules():
         if isinstance(layer, Linear4bit):
-            state = layer.weight.quant_state
+            state = layer.weight.quant_state  # type: ignore[attr-defined]
             held += [*vars(state).values(), *(vars(state.state2).values() if double else ())]
     peak = trace(trial(OPT_TINY, replace(QLORA, quantization=quantization), max_length=16)).replay()
     assert peak.by_cause["quantization state"] == blocks(t for t in held if isinstance(t, torch.Tensor))
@@ -285,7 +285,7 @@ MIXTRAL = {
         ),
         (
             OPT_TINY,
-            replace(LORA, adapter=replace(LORA.adapter, target_modules=["nothing"])),
+            replace(LORA, adapter=replace(LORA.adapter, target_modules=["nothing"])),  # type: ignore[call-arg]
             ("lora", "cannot be built"),
         ),
     ],
@@ -444,4 +444,4 @@ def test_out_of_memory_is_an_answer_where_it_was_forecast(verdict, ends, micro, 
         try_to_forecast=lambda of: of.method.step == "trainer" and verdict and SimpleNamespace(verdict=verdict),
     )
     with nullcontext() if ends is None else pytest.raises(ends[0], match=ends[1]):
-        training_experiment.test_training(lambda *_: ran_out, laboratory, "opt-tiny", "lora-captured")
+        training_experiment.test_training(lambda *_: ran_out, laboratory, "opt-tiny", "lora-captured")  # type: ignore[arg-type]

@@ -44,9 +44,9 @@ def layer(double=False):
 def test_a_plain_parameter_carries_what_a_packed_weight_does():
     theirs = layer(double=True)
     packed, state = bitsandbytes_internals.packed_like(theirs.weight, torch.ones(64, 64))
-    assert type(packed) is torch.nn.Parameter and packed.shape == theirs.weight.shape and packed.bnb_quantized
-    assert any(tensor is packed.quant_state.absmax for tensor in state)
-    assert any(tensor is packed.quant_state.state2.absmax for tensor in state)
+    assert type(packed) is torch.nn.Parameter and packed.shape == theirs.weight.shape and packed.bnb_quantized  # type: ignore[attr-defined]
+    assert any(tensor is packed.quant_state.absmax for tensor in state)  # type: ignore[attr-defined]
+    assert any(tensor is packed.quant_state.state2.absmax for tensor in state)  # type: ignore[attr-defined]
     theirs.weight = packed
     x = torch.linspace(-1, 1, 64).unsqueeze(0)
     assert torch.allclose(theirs(x), x.sum().expand(1, 64), atol=1e-4)
@@ -71,11 +71,11 @@ def test_layers_have_the_switch_that_would_repack_them():
 
 def test_a_4_bit_layer_computes_in_fp32_for_a_while_and_dequantizes_to_it():
     theirs = Linear4bit(64, 64, bias=False, compute_dtype=torch.float16).to("cpu")
-    theirs.weight.quant_state.dtype = torch.float16
+    theirs.weight.quant_state.dtype = torch.float16  # type: ignore[attr-defined]
     with bitsandbytes_internals.dequantized_to_fp32(torch.nn.Sequential(theirs)) as packed:
         assert packed == {theirs.weight} and theirs.compute_dtype == torch.float32
-        whole = functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)
+        whole = functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)  # type: ignore[attr-defined]
         assert whole.dtype == torch.float32
         x = torch.linspace(-1, 1, 64).unsqueeze(0)
         assert torch.allclose(theirs(x), x @ whole.T, atol=1e-5)
-    assert (theirs.compute_dtype, theirs.weight.quant_state.dtype) == (torch.float16, torch.float16)
+    assert (theirs.compute_dtype, theirs.weight.quant_state.dtype) == (torch.float16, torch.float16)  # type: ignore[attr-defined]

@@ -134,7 +134,7 @@ def mesh():
 
 def test_fsdp_shards_over_the_mesh_that_is_said_and_every_part_of_that_is_seen(mesh):
     """Weights are freed and restored by resizing, operators of its own write what is sent, and DTensor tries shapes."""
-    resized, tried, written = [], [], []
+    resized, tried, written = [], [], []  # type: ignore[var-annotated]
 
     class Mode(torch_internals.DispatchMode):
         def __torch_dispatch__(self, operator, types, arguments=(), options=None):
@@ -153,7 +153,7 @@ def test_fsdp_shards_over_the_mesh_that_is_said_and_every_part_of_that_is_seen(m
         torch_internals.shapes_propagated_in(trying),
     ):
         fully_shard(network)
-        assert network.weight.device_mesh is mesh
+        assert network.weight.device_mesh is mesh  # type: ignore[attr-defined]
         with Mode():
             network(torch.ones(1, 4)).sum().backward()
         _ = network.weight + network.weight

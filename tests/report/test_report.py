@@ -119,7 +119,7 @@ LADDER = [
         steady_step_seconds=seconds,
         captured_step=step,
         adapter=adapter,
-        test=f"experiments/test_speed.py::test_any_name[{method}]",
+        test=f"experiments/test_captured_step.py::test_any_name[{method}]",
         shown_as="ladder",
     )
     for method, seconds, step, adapter in (

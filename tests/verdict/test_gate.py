@@ -2,6 +2,7 @@ import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def speedup(center, *, pairs=12, noise=0.005, seed=0, **changes):
     """As JSON: pairs around `center` times as fast."""
     logs = [float(log) for log in np.random.default_rng(seed).normal(math.log(center), noise, pairs)]
     found = ratio.interval(logs)
-    numbers = {"ratio": found.ratio, "low": found.low, "high": found.high}
+    numbers: dict[str, Any] = {"ratio": found.ratio, "low": found.low, "high": found.high}
     return (
         json.loads(
             json.dumps(
@@ -513,7 +514,8 @@ def test_a_limit_may_be_lifted_and_a_bad_one_is_told(tmp_path, capsys):
 
 def test_every_default_says_where_it_comes_from():
     """What the committed records of equal trials differ in is well below the defaults, and what matters above."""
-    losses, steps = {}, {}
+    losses: dict[Any, list[float]] = {}
+    steps: dict[Any, list[float]] = {}
     for path in RECORDS.glob("*.json"):
         for e in record.run(path).entries:
             if e["outcome"] == "completed" and e["heldout_loss_after"] is not None:
