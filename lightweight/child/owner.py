@@ -566,7 +566,7 @@ def _start(process: BaseProcess, seconds: float) -> None:
             except (EOFError, ConnectionError):  # the forkserver has died since it was last asked
                 if expired.is_set():
                     raise
-                _kill_server()  # one that is still dying would be asked again
+                _replace_server()
                 process.start()
         _answered = _server_pid()
     except (EOFError, ConnectionError) as error:
@@ -604,6 +604,20 @@ def _kill_server() -> None:
         since = reaper.since(server)
         kill(server, since)
         _wait_until(lambda: not is_running(server, since), STATUS_SECONDS)
+
+
+def _replace_server() -> None:
+    """Kill the forkserver and start another. multiprocessing does so once the kernel gives up the dead one, which it
+    holds until the last of its threads is gone; until then the dead one would be asked again."""
+    if (dead := _server_pid()) is None:
+        return
+    _kill_server()
+
+    def is_replaced() -> bool:
+        forkserver.ensure_running()
+        return _server_pid() != dead
+
+    _wait_until(is_replaced, STATUS_SECONDS)
 
 
 def _wait_until(is_true: Callable[[], bool], seconds: float) -> None:

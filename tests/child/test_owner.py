@@ -361,6 +361,21 @@ def test_a_forkserver_that_is_gone_or_stopped_costs_no_trial_and_leaves_no_proce
         assert isinstance(child.finish(), Completed)
 
 
+def test_a_forkserver_that_is_dead_and_not_given_up_by_the_kernel_is_replaced(folder, monkeypatch):
+    """As one is of which a thread still lives: `waitpid` tells multiprocessing nothing of it yet."""
+    owner.call(int, folder)
+    server = owner._server_pid()
+    given_up = time.monotonic() + 0.5
+
+    def waitpid(pid: int, options: int, waitpid=os.waitpid) -> tuple[int, int]:
+        return (0, 0) if pid == server and time.monotonic() < given_up else waitpid(pid, options)
+
+    monkeypatch.setattr(os, "waitpid", waitpid)
+    os.kill(server, signal.SIGKILL)
+    assert owner.call(int, folder) == 0
+    assert owner._server_pid() != server
+
+
 def test_a_forkserver_that_does_not_start_a_child_in_time_is_replaced(trial, tmp_path):
     for name in "abc":
         (tmp_path / name).mkdir()
