@@ -317,7 +317,7 @@ def failure(error: Exception, trial: Trial, meter: Meter | None, folder: Path) -
     match error:
         case DivergedError():
             return Diverged(step=error.step, reason=str(error), measured=measured)
-        case torch.OutOfMemoryError() if meter is not None and _allocator_ran_out():
+        case torch.OutOfMemoryError() if meter is not None and _allocator_ran_out(meter.device):
             meter.read_device()
             meter.end_training()
             return OutOfMemory(
@@ -355,9 +355,9 @@ def _full_disk(error: Exception, folder: Path) -> str | None:
     )
 
 
-def _allocator_ran_out() -> bool:
-    """Whether torch's caching allocator itself counted an out-of-memory on the trial's device."""
-    return bool(torch.cuda.is_initialized() and torch.cuda.memory_stats().get("num_ooms", 0) >= 1)
+def _allocator_ran_out(device: torch.device) -> bool:
+    """Whether torch's caching allocator itself counted an out-of-memory on `device`, the trial's."""
+    return device.type == "cuda" and bool(torch.cuda.memory_stats(device).get("num_ooms", 0) >= 1)
 
 
 def _requested_bytes(message: str) -> int | None:

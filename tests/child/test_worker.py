@@ -102,8 +102,14 @@ def test_the_request_is_read_from_torchs_message(message, expected):
     assert worker._requested_bytes(message) == expected
 
 
-def test_an_out_of_memory_that_the_allocator_did_not_count_is_a_crash(trial):
+def test_an_out_of_memory_that_the_allocator_did_not_count_is_a_crash(trial, monkeypatch):
     """On a GPU tests/child/test_owner.py shows the counted one."""
+
+    def memory_stats(*_: object) -> None:
+        raise RuntimeError("invalid argument")  # torch's, where CUDA was initialised and its devices were hidden since
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_stats", memory_stats)
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
     outcome = worker.failure(error, trial, Meter(CPU, 0.0), Path())
     assert isinstance(outcome, Crashed)

@@ -316,7 +316,7 @@ def run_out_of_memory() -> None:
         assert function is plan.plan and gpus == 2
         return [{"chosen": True, "method": "lora", "gpus": 2, "accumulation": 1, "forecast_reserved_bytes": 2**30}]
 
-    worker._allocator_ran_out = lambda: True
+    worker._allocator_ran_out = lambda device: True
     owner.call = planned
     train_command.Unattended.await_request = runs_out
 

@@ -238,7 +238,7 @@ class Full(Trial):
     @property
     def running_method(self) -> Method:
         if os.environ.get("RANK") == "1":
-            worker._allocator_ran_out = lambda: True  # a CPU has no allocator that could
+            worker._allocator_ran_out = lambda device: True  # a CPU has no allocator that could
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 394.00 MiB.")
         return super().running_method
 
