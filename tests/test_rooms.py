@@ -78,3 +78,14 @@ def test_of_the_top_modules_the_entrances_alone_import_rooms_and_the_plugin_alon
     tops = {file.stem: imported_by(file) for file in PACKAGE.glob("*.py")}
     assert {name for name, of in tops.items() if of & ABOVE_INTERNALS} == ENTRANCES
     assert {name for name, of in tops.items() if of & PYTEST} == {"plugin"}
+
+
+def test_what_is_private_to_pytest_is_reached_by_the_session_and_the_plugin_alone():
+    """A child imports none of it, and a module of `internals` imports the library that it is named after."""
+    users = set()
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightweight.internals"):
+                modules = {(node.module or "").rpartition(".")[2], *(name.name for name in node.names)}
+                users |= {file.relative_to(PACKAGE).parts[0]} if modules & PYTEST else set()
+    assert users == {"session", "plugin.py"}

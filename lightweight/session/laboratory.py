@@ -27,6 +27,7 @@ from lightweight import corpus, methods, models, names, record, targets
 from lightweight.child import owner, worker
 from lightweight.forecast import tracer
 from lightweight.forecast.tracer import Forecast, ForecastError
+from lightweight.internals import pytest_benchmark
 from lightweight.methods import Method
 from lightweight.models import Model
 from lightweight.record import BASELINE, Speedup
@@ -275,7 +276,7 @@ class Laboratory:
             if self.gpus < mark.args[0]:
                 pytest.skip(f"{NOT_RUN}needs {mark.args[0]} GPUs")
         # A test that is run again finds anew what it has found before.
-        xdist_bridge.forget_row(self.config, item.nodeid)
+        pytest_benchmark.forget_row(self.config, item.nodeid)
         self._outcomes = {key: found for key, found in self._outcomes.items() if found[0] != item.nodeid}
 
     # Training
@@ -649,7 +650,7 @@ class Laboratory:
         while self._begun:
             self._take(self._begun.popitem()[1])
         if self.entries or self.forecasts:
-            xdist_bridge.save_without_rows(self.config)
+            pytest_benchmark.save_without_rows(self.config)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write the report, in the process that has everybody's cells."""
