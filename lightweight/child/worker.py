@@ -32,6 +32,8 @@ from lightweight import corpus, methods, models
 from lightweight.captured import attention, frozen, step
 from lightweight.child import host_memory, unsloth
 from lightweight.child.process import lead_a_group, log_of, redirect_output, see_gpus
+from lightweight.internals.bitsandbytes import stay_trainable_on_cpu
+from lightweight.internals.transformers import call_first
 from lightweight.targets import Device, GiB, MiB
 from lightweight.training import ranks, stock
 from lightweight.training.meter import DivergedError, Meter
@@ -229,7 +231,7 @@ def train(
 
     if trial.method.captured_step is None:
         if trial.is_sharded:  # no rank has the network until the Trainer has dealt it out
-            trainer.callback_handler.callbacks.insert(0, _Begin(begin, meter))
+            call_first(trainer, _Begin(begin, meter))
         else:
             begin()
         with meter.during("train"):
@@ -288,11 +290,7 @@ def build(trial: Trial, device: torch.device) -> torch.nn.Module:
     network = models.load(trial.model, getattr(torch, method.weights_dtype), device, quantization)
     network = method.adapt(network, upcast=step is None or step.upcast)
     if device.type == "cpu":
-        for module in network.modules():
-            # Where the CPU has AVX512-BF16, bitsandbytes repacks 4-bit weights at the first evaluation, and what it
-            # repacked can no longer be trained (0.50, Linear4bit.forward).
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+        stay_trainable_on_cpu(network)
     if not trial.target.bf16:
         for name, tensor in network.state_dict().items():
             if tensor.dtype == torch.bfloat16:

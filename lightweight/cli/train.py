@@ -24,11 +24,11 @@ from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, 
 
 import torch
 from accelerate.utils import gather_object
+from transformers import PrinterCallback
 from transformers.integrations import integration_utils
-from transformers.trainer_callback import PrinterCallback
 
 from lightweight import corpus, methods, models, record, targets
-from lightweight.child import owner, worker
+from lightweight.child import helper, worker
 from lightweight.child.process import see_gpus
 from lightweight.cli import checkpoints
 from lightweight.cli.callbacks import Checkpoints, Progress
@@ -36,6 +36,7 @@ from lightweight.cli.checkpoints import Interruption, step_of
 from lightweight.cli.model_card import model_card
 from lightweight.cli.output import RECORD_NAME, Interrupted, Output, OutputError
 from lightweight.forecast import plan, tracer
+from lightweight.internals.transformers import draw_curves_in
 from lightweight.methods import Method, MethodError
 from lightweight.models import Model
 from lightweight.names import one_line
@@ -188,9 +189,7 @@ def _train(
             # A new checkpoint, and the result, which is smaller, are whole before an older one goes.
             more = checkpoints.KEPT + 1 - len(checkpoints.all_in(output.partial)[: checkpoints.KEPT])
             ranks.of_first(lambda: output.require(more * checkpoint_bytes + BESIDES_BYTES))
-            for callback in trainer.callback_handler.callbacks:
-                if isinstance(callback, integration_utils.TensorBoardCallback) and callback.logging_dir is None:
-                    callback.logging_dir = str(output.partial / "runs")  # one curve, also of a job that is resumed
+            draw_curves_in(trainer, output.partial / "runs")  # one curve, also of a job that is resumed
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(saving)
             trainer.add_callback(bar)
@@ -372,7 +371,7 @@ def _forecasts(
             return plan.plan([model], candidates, [target], progress=progress, **wanted)
         # A forecast of one of several ranks plays that it is one, which a process that is one cannot.
         with tempfile.TemporaryDirectory() as folder:
-            return owner.call(plan.plan, Path(folder), [model], candidates, [target], **wanted)
+            return helper.call(plan.plan, Path(folder), [model], candidates, [target], **wanted)
     finally:
         progress("")
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from conftest import MICRO, torchruns, torchruns_store, turns
 from lightweight import methods, models, record, targets
 from lightweight.__main__ import main
-from lightweight.child import owner, worker
+from lightweight.child import forkserver, helper, worker
 from lightweight.child.process import redirect_output
 from lightweight.cli import chat
 from lightweight.cli import train as train_command
@@ -127,8 +127,8 @@ def command(given: list[str], log: Path) -> None:
 
 def test_sigterm_ends_a_process_with_a_checkpoint_and_status_130(base, dialogues, out, tmp_path):
     given = arguments(base, dialogues, out / "a", "--epochs", "10000", "--save-steps", "3")
-    process = owner._forkserver.Process(target=command, args=(given, tmp_path / "log"))
-    owner._start(process, 60)
+    process = forkserver.context.Process(target=command, args=(given, tmp_path / "log"))
+    assert forkserver.start(process, 60) is None
     deadline = time.monotonic() + 60
     while Output(out / "a").checkpoint is None:
         assert process.is_alive() and time.monotonic() < deadline, (tmp_path / "log").read_text()
@@ -164,11 +164,11 @@ def on_two_ranks(given: list[str], folder: Path, *prepare: Callable[[], None]) -
     said together."""
     store, logs = torchruns_store(), [folder / f"log-{rank}" for rank in range(2)]
     processes = [
-        owner._forkserver.Process(target=command_on_rank, args=(given, log, torchruns(rank, 2, store.port), prepared))
+        forkserver.context.Process(target=command_on_rank, args=(given, log, torchruns(rank, 2, store.port), prepared))
         for rank, (log, prepared) in enumerate(zip(logs, prepare or (nothing, nothing), strict=True))
     ]
     for process in processes:
-        owner._start(process, 60)
+        assert forkserver.start(process, 60) is None
     for process in processes:
         process.join(60)
         process.kill()
@@ -317,7 +317,7 @@ def run_out_of_memory() -> None:
         return [{"chosen": True, "method": "lora", "gpus": 2, "accumulation": 1, "forecast_reserved_bytes": 2**30}]
 
     worker._allocator_ran_out = lambda device: True
-    owner.call = planned
+    helper.call = planned
     train_command.Unattended.await_request = runs_out
 
 
