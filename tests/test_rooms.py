@@ -15,12 +15,13 @@ ROOMS = sorted(file.parent.name for file in PACKAGE.glob("*/__init__.py"))
 
 PYTEST = {"pytest", "_pytest", "pytest_benchmark", "xdist"}
 NETWORKS = {"torch", "transformers", "peft", "accelerate", "bitsandbytes"}
-ABOVE_INTERNALS = set(ROOMS) - {"internals"}
+UNDER_THE_TOP = {"internals", "models"}
 ENTRANCES = {"plugin", "__main__"}
 ABOVE = {"report", "session", "cli"} | ENTRANCES
 TRAINING = {"training", "captured", "child", "forecast"}
 
 FORBIDDEN = {
+    "models": ABOVE | PYTEST | TRAINING | {"verdict", "record", "trial", "corpus"},
     "internals": ABOVE | TRAINING | {"verdict", "record", "trial", "targets", "preload", "corpus", "methods", "models"},
     "training": ABOVE | PYTEST | {"verdict", "record", "child", "captured", "forecast"},
     "captured": ABOVE | PYTEST | {"verdict", "record", "child", "forecast"},
@@ -76,7 +77,7 @@ def test_of_the_verdicts_the_gate_alone_uses_the_report():
 
 def test_of_the_top_modules_the_entrances_alone_import_rooms_and_the_plugin_alone_pytest():
     tops = {file.stem: imported_by(file) for file in PACKAGE.glob("*.py")}
-    assert {name for name, of in tops.items() if of & ABOVE_INTERNALS} == ENTRANCES
+    assert {name for name, of in tops.items() if of & (set(ROOMS) - UNDER_THE_TOP)} == ENTRANCES
     assert {name for name, of in tops.items() if of & PYTEST} == {"plugin"}
 
 
