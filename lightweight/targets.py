@@ -14,6 +14,12 @@ from lightweight import names
 MiB = 2**20
 GiB = 2**30
 
+
+def size(count: int) -> str:
+    """Bytes as a person says them."""
+    return f"{count / GiB:.2f} GiB" if count >= GiB else f"{count / MiB:.0f} MiB"
+
+
 Capability = tuple[int, int]
 """CUDA's compute capability, major and minor: which kernels a card can run."""
 

@@ -288,9 +288,9 @@ class _Rank(Handle):
             return ""
         deadline = time.monotonic() + ANSWER_SECONDS
         while time.monotonic() < deadline:
-            said = self._log.read_bytes()[before:].decode(errors="replace")
-            if said.endswith("\n") and said.count("\n") > 1:
-                return said
+            calls = self._log.read_bytes()[before:].decode(errors="replace")
+            if calls.endswith("\n") and calls.count("\n") > 1:
+                return calls
             time.sleep(ANSWER_SECONDS / 20)
         return ""
 

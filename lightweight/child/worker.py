@@ -117,7 +117,7 @@ def run(
     try:
         device = _begin(trial, folder, environment or {})
         meter = Meter(device, start_seconds=time.monotonic() - started)
-        outcome: Outcome = _train(trial, device, folder, meter, _OwnersEnd(connection, meter, tells_steps))
+        outcome: Outcome = _complete(trial, device, folder, meter, _OwnersEnd(connection, meter, tells_steps))
     except _OwnerGoneError:
         return
     except Exception as error:
@@ -142,7 +142,8 @@ def _begin(trial: Trial, folder: Path, environment: Mapping[str, str]) -> torch.
     return take_device(trial)
 
 
-def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner: _OwnersEnd) -> Completed:
+def _complete(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner: _OwnersEnd) -> Completed:
+    """Train `trial` at its owner's pace, evaluate it and save it."""
     transformers.utils.logging.disable_progress_bar()
     owner.enter("build")
     trainer, train_rows, heldout = set_up(trial, device, meter, owner, folder)
@@ -335,14 +336,14 @@ def failure(error: Exception, trial: Trial, meter: Meter | None, folder: Path) -
 def _full_disk(error: Exception, folder: Path) -> str | None:
     """Which disk has no room for what a trial writes into `folder`, and the mend; None where `error` is another one.
     safetensors and torch have messages alone for it, and some of torch's do not say why."""
-    number, said = getattr(error, "errno", None), str(error)
-    if number == errno.EFBIG or os.strerror(errno.EFBIG) in said:
+    number, message = getattr(error, "errno", None), str(error)
+    if number == errno.EFBIG or os.strerror(errno.EFBIG) in message:
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         return f"a file in the scratch folder {folder} may have {limit} bytes by the limit of ulimit -f: raise it"
-    is_told = any(number == each or os.strerror(each) in said for each in (errno.ENOSPC, errno.EDQUOT))
+    is_told = any(number == each or os.strerror(each) in message for each in (errno.ENOSPC, errno.EDQUOT))
     try:
         usage = shutil.disk_usage(folder)
-        if not is_told and (usage.free >= MiB or number is not None or "writ" not in said):
+        if not is_told and (usage.free >= MiB or number is not None or "writ" not in message):
             return None
     except OSError:  # it is gone, and so nothing is known of its disk
         return None
@@ -361,8 +362,8 @@ def _allocator_ran_out(device: torch.device) -> bool:
 def _requested_bytes(message: str) -> int | None:
     """'Tried to allocate 394.00 MiB' in bytes; torch offers the figure nowhere but in its message."""
     units = {"bytes": 1, "KiB": 2**10, "MiB": MiB, "GiB": GiB}
-    found = re.search(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", message)
-    return round(float(found[1]) * units[found[2]]) if found else None
+    amount = re.search(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", message)
+    return round(float(amount[1]) * units[amount[2]]) if amount else None
 
 
 class _OwnerGoneError(Exception):

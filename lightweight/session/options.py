@@ -150,9 +150,9 @@ def check_names(config: pytest.Config) -> None:
         ("target", "--target: ", targets.named),
     )
     for key, place, check in checks:
-        said = value(config, key) or ()
+        given = value(config, key) or ()
         try:
-            for name in (said,) if isinstance(said, str) else said:
+            for name in (given,) if isinstance(given, str) else given:
                 check(name)
         except ValueError as error:
             raise pytest.UsageError(f"{place}{error}") from None
