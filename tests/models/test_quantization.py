@@ -134,7 +134,8 @@ def test_the_scales_of_fp8_weights_are_not_dropped(weights_folder, without_gpu):
     try:
         settled = models.settle_quantization(found, models.configuration(found), LORA)
     except ModelError as error:  # so up to transformers 5.17
-        assert "by fp8, which transformers cannot train" in str(error)
+        if "by fp8, which transformers cannot train" not in str(error):
+            raise
         pytest.skip("this transformers does not train on FP8 weights")
     loaded = models.load(found, torch.float32, CPU, settled).state_dict()
     for name, tensor in theirs.items():
