@@ -70,7 +70,7 @@ def start(process: BaseProcess, seconds: float) -> Crashed | TimedOut | None:
             except (EOFError, ConnectionError):  # the forkserver has died since it was last asked
                 if expired.is_set():
                     raise
-                _replace()
+                _replace(seconds)
                 process.start()
         _answered = forkserver_pid()
     except (EOFError, ConnectionError):
@@ -105,9 +105,9 @@ def kill() -> None:
         wait_until(lambda: not reaper.is_running(server, since), STATUS_SECONDS)
 
 
-def _replace() -> None:
-    """Kill the forkserver and start another. multiprocessing does so once the kernel gives up the dead one, which it
-    holds until the last of its threads is gone; until then the dead one would be asked again."""
+def _replace(seconds: float) -> None:
+    """Kill the forkserver and start another, within `seconds`. multiprocessing does so once the kernel gives up the
+    dead one, which it holds until the last of its threads is gone; until then the dead one would be asked again."""
     if (dead := forkserver_pid()) is None:
         return
     kill()
@@ -116,7 +116,7 @@ def _replace() -> None:
         forkserver.ensure_running()
         return forkserver_pid() != dead
 
-    wait_until(is_replaced, STATUS_SECONDS)
+    wait_until(is_replaced, seconds)
 
 
 def wait_until(is_true: Callable[[], bool], seconds: float) -> None:
