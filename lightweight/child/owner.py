@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Self
 
-from lightweight.child import helper, unsloth, worker
+from lightweight.child import failure, helper, unsloth, worker
 from lightweight.child.forkserver import STATUS_SECONDS
 from lightweight.child.handle import ChildError, Handle
 from lightweight.child.helper import SILENCE_SECONDS
@@ -89,7 +89,7 @@ class Child:
         except ChildError as error:
             self.outcome = error.outcome
         except OSError as error:  # its folder is gone, its disk is full, or the system has no process left
-            self.outcome = worker.failure(error, self.trial, None, self._folder)
+            self.outcome = failure.outcome_of(error, self.trial, None, self._folder)
         except BaseException:
             self._stop()
             raise

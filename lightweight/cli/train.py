@@ -24,7 +24,7 @@ from transformers import PrinterCallback, Trainer
 from transformers.integrations import integration_utils
 
 from lightweight import corpus, methods, models, record, targets
-from lightweight.child import worker
+from lightweight.child import failure, worker
 from lightweight.child.process import see_gpus
 from lightweight.cli import checkpoints
 from lightweight.cli.callbacks import Checkpoints, Progress
@@ -166,7 +166,7 @@ def _carry_out(
             worker.evaluate(trainer, heldout, meter)
             return _save(trial, trainer, meter, device, output)
     except Exception as error:
-        failed = worker.failure(error, trial, meter, output.unfinished)
+        failed = failure.outcome_of(error, trial, meter, output.unfinished)
         if isinstance(failed, Crashed):
             raise
     _tell(failed, trial, job, device, progress)

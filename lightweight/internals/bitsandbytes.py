@@ -29,7 +29,7 @@ def count_elements(parameter: torch.nn.Parameter) -> int:
     return parameter.numel() if state is None else int(state.shape.numel())
 
 
-def stay_trainable_on_cpu(network: torch.nn.Module) -> None:
+def never_repack(network: torch.nn.Module) -> None:
     """Where the CPU has AVX512-BF16, 4-bit weights are repacked at the first evaluation, and what was repacked can no
     longer be trained (Linear4bit.forward); have that not happen."""
     for module in network.modules():

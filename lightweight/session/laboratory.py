@@ -24,7 +24,7 @@ from typing import Any, TypedDict
 import pytest
 
 from lightweight import corpus, methods, models, names, record, targets
-from lightweight.child import forkserver, handle, helper, owner, reaper, worker
+from lightweight.child import failure, forkserver, handle, helper, owner, reaper, worker
 from lightweight.forecast import tracer
 from lightweight.forecast.tracer import Forecast, ForecastError
 from lightweight.internals import pytest_benchmark
@@ -486,7 +486,7 @@ class Laboratory:
         except handle.ChildError:
             raise
         except Exception as error:
-            raise handle.ChildError(worker.failure(error, trial, None, self.folder)) from error  # type: ignore[arg-type]
+            raise handle.ChildError(failure.outcome_of(error, trial, None, self.folder)) from error  # type: ignore[arg-type]
         if culprit is not None and not self._told_of_culprit:
             self._told_of_culprit = True
             told = f"{culprit} initialises CUDA when it is imported: children start in fresh interpreters"

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from conftest import torchruns, torchruns_store, turns
 from lightweight import models, record
 from lightweight.__main__ import main
-from lightweight.child import forkserver, helper, worker
+from lightweight.child import failure, forkserver, helper, worker
 from lightweight.child.process import redirect_output
 from lightweight.cli import chat
 from lightweight.cli import train as train_command
@@ -315,7 +315,7 @@ def run_out_of_memory() -> None:
         assert function is plan.plan and gpus == 2
         return [{"chosen": True, "method": "lora", "gpus": 2, "accumulation": 1, "forecast_reserved_bytes": 2**30}]
 
-    worker._allocator_ran_out = lambda device: True
+    failure._allocator_ran_out = lambda device: True
     helper.call = planned
     train_command.Unattended.await_request = runs_out
 
@@ -436,7 +436,7 @@ def test_out_of_memory_is_one_line_that_names_what_fits(train, out, monkeypatch,
     def runs_out(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 394.00 MiB.")
 
-    monkeypatch.setattr(worker, "_allocator_ran_out", lambda: True)
+    monkeypatch.setattr(failure, "_allocator_ran_out", lambda device: True)
     monkeypatch.setattr(train_command.Unattended, "await_request", runs_out)
     assert train("a", "--target", "16GiB") == 1
     error = capsys.readouterr().err

@@ -33,5 +33,5 @@ def test_no_layer_is_repacked_on_a_cpu():
     layer = LAYERS["Linear4bit"]()
     assert hasattr(layer, "support_avx512bf16_for_cpu")
     layer.support_avx512bf16_for_cpu = True
-    internals.stay_trainable_on_cpu(torch.nn.Sequential(layer))
+    internals.never_repack(torch.nn.Sequential(layer))
     assert not layer.support_avx512bf16_for_cpu

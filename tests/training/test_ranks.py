@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler
 
 from conftest import torchruns
 from lightweight import models, targets
-from lightweight.child import worker
+from lightweight.child import failure, worker
 from lightweight.child.owner import Child
 from lightweight.internals.multiprocessing import forkserver_pid
 from lightweight.methods import BASELINE, METHODS, QLORA, Method
@@ -239,7 +239,7 @@ class Full(Trial):
     @property
     def running_method(self) -> Method:
         if os.environ.get("RANK") == "1":
-            worker._allocator_ran_out = lambda device: True  # a CPU has no allocator that could
+            failure._allocator_ran_out = lambda device: True  # a CPU has no allocator that could
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 394.00 MiB.")
         return super().running_method
 
