@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lightweight import __version__, schema
 
 if TYPE_CHECKING:  # a record is read without torch
-    from lightweight.forecast.tracer import Forecast
+    from lightweight.forecast.replay import Forecast
     from lightweight.methods import Method
     from lightweight.targets import Device
     from lightweight.trial import Outcome, Trial

@@ -15,6 +15,7 @@ ROOMS = sorted(file.parent.name for file in PACKAGE.glob("*/__init__.py"))
 
 PYTEST = {"pytest", "_pytest", "pytest_benchmark", "xdist"}
 NETWORKS = {"torch", "transformers", "peft", "accelerate", "bitsandbytes"}
+TOPS = {file.stem for file in PACKAGE.glob("*.py")}
 UNDER_THE_TOP = {"internals", "models"}
 ENTRANCES = {"plugin", "__main__"}
 ABOVE = {"report", "session", "cli"} | ENTRANCES
@@ -22,13 +23,13 @@ TRAINING = {"training", "captured", "child", "forecast"}
 
 FORBIDDEN = {
     "models": ABOVE | PYTEST | TRAINING | {"verdict", "record", "trial", "corpus"},
-    "internals": ABOVE | TRAINING | {"verdict", "record", "trial", "targets", "preload", "corpus", "methods", "models"},
+    "internals": (set(ROOMS) - {"internals"}) | TOPS,
     "training": ABOVE | PYTEST | {"verdict", "record", "child", "captured", "forecast"},
     "captured": ABOVE | PYTEST | {"verdict", "record", "child", "forecast"},
     "child": ABOVE | PYTEST | {"verdict", "record", "forecast"},
     "forecast": ABOVE | PYTEST | {"verdict", "child", "captured"},
-    "verdict": ENTRANCES | NETWORKS | PYTEST | TRAINING | {"session", "cli"},
-    "report": ENTRANCES | NETWORKS | PYTEST | TRAINING | {"session", "cli"},
+    "verdict": ENTRANCES | NETWORKS | PYTEST | TRAINING | {"session", "cli", "internals"},
+    "report": ENTRANCES | NETWORKS | PYTEST | TRAINING | {"session", "cli", "internals"},
     "session": ENTRANCES | {"cli"},
     "cli": ENTRANCES | PYTEST | {"session", "report", "verdict"},
 }
@@ -90,3 +91,8 @@ def test_what_is_private_to_pytest_is_reached_by_the_session_and_the_plugin_alon
                 modules = {(node.module or "").rpartition(".")[2], *(name.name for name in node.names)}
                 users |= {file.relative_to(PACKAGE).parts[0]} if modules & PYTEST else set()
     assert users == {"session", "plugin.py"}
+
+
+def test_of_the_internals_those_of_pytests_plugins_alone_import_pytest():
+    files = {file.stem for file in (PACKAGE / "internals").glob("*.py") if imported_by(file) & PYTEST}
+    assert files <= {"pytest", "pytest_benchmark", "xdist"}

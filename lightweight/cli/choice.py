@@ -90,7 +90,7 @@ def _forecasts(
         method for method in methods.METHODS.values() if method.captured_step is None and method.name not in without
     ]
     if target.total_bytes is None:  # the card as it is
-        target = replace(target, total_bytes=device.total_bytes, capability=device.capability or target.capability)
+        target = replace(target, total_bytes=device.total_bytes)
     wanted: dict[str, Any] = {"batch_size": job.batch_size, "max_length": job.max_length, "gpus": ranks.world_size()}
     try:
         if ranks.world_size() == 1:

@@ -218,8 +218,8 @@ def _check_tracker(name: str) -> None:
 
 def _target(name: str | None, device: Device, on_gpu: bool) -> Target:
     if name is None:
-        return NATIVE if on_gpu else CPU
-    target = targets.named(name)
+        return NATIVE.on(device) if on_gpu else CPU
+    target = targets.named(name).on(device)
     if on_gpu and target.emulated_on(device.name) and (target.total_bytes or 0) > (device.total_bytes or 0):
         raise JobError(f"--target {name}: has more memory than {device.name}: choose a smaller target or leave it out")
     return target

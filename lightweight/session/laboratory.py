@@ -25,8 +25,9 @@ import pytest
 
 from lightweight import corpus, methods, models, names, record, targets
 from lightweight.child import failure, forkserver, handle, helper, owner, reaper, worker
-from lightweight.forecast import tracer
-from lightweight.forecast.tracer import Forecast, ForecastError
+from lightweight.forecast import replay, tracer
+from lightweight.forecast.replay import Forecast
+from lightweight.forecast.tracer import ForecastError
 from lightweight.internals import pytest_benchmark
 from lightweight.methods import Method
 from lightweight.models import Model
@@ -72,7 +73,7 @@ class Laboratory:
         self._is_stored = any(config.getoption(option, None) for option in stores)
         self._begun: dict[str, Shipped] = {}
         self._outcomes: dict[str, tuple[str, Outcome]] = {}  # each with the test that found it
-        self._traces: dict[str, tracer.Trace] = {}
+        self._traces: dict[str, replay.Trace] = {}
         self._models: dict[str, Model] = {}
         self._written: dict[str, Model] = {}
         self._folder: Path | None = None
@@ -136,7 +137,8 @@ class Laboratory:
         card_bytes = self.device.total_bytes
         assert card_bytes is not None and T4.total_bytes is not None
         if name is None:
-            return T4 if card_bytes >= T4.total_bytes or not T4.emulated_on(self.device.name) else NATIVE
+            suffices = card_bytes >= T4.total_bytes or not T4.emulated_on(self.device.name)
+            return T4 if suffices else NATIVE.on(self.device)
         try:
             target = targets.named(name)
         except ValueError as error:
@@ -146,7 +148,7 @@ class Laboratory:
                 f"--target {name}: needs {(target.total_bytes or 0) / GiB:.1f} GiB and {self.device.name} has "
                 f"{card_bytes / GiB:.1f} GiB; choose a smaller target or native"
             )
-        return target
+        return target.on(self.device)
 
     @cached_property
     def gpus(self) -> int:
@@ -323,7 +325,7 @@ class Laboratory:
             self._show(f"{trial.name}: forecasting its memory")
             seconds = self.option("trial_timeout")
             self._traces[key] = helper.call_within(seconds, tracer.trace_on, self.folder, trial, self.device)
-        return tracer.of_trial(self._traces[key], trial, self.device)
+        return replay.of_trial(self._traces[key], trial, self.device)
 
     def record_forecast(self, item: pytest.Item, trial: Trial) -> Forecast:
         """The forecast of `trial`, recorded with `item`. Raises ForecastError."""

@@ -12,6 +12,7 @@ from lightweight import corpus, models, record, targets
 from lightweight.captured import optimizer as optimizer_module
 from lightweight.captured import packing
 from lightweight.captured import step as captured_step
+from lightweight.captured.capture import what_cannot_be_captured
 from lightweight.child import owner, worker
 from lightweight.corpus import Corpus
 from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, QLORA, CapturedStep, Method
@@ -49,11 +50,11 @@ NO_DROPOUT = {
 @pytest.fixture(scope="session")
 def written(tmp_path_factory):
     """The tiny models without dropout, their random weights written."""
-    found = {}
+    of_names = {}
     for model in (OPT_TINY, GPT_NEO_TINY, LLAMA_TINY):
         still = replace(model, architecture=model.architecture | NO_DROPOUT[model.name])
-        found[model.name] = models.write(models.find(still)[0], tmp_path_factory.mktemp(model.name), seed=0)
-    return found
+        of_names[model.name] = models.write(models.find(still)[0], tmp_path_factory.mktemp(model.name), seed=0)
+    return of_names
 
 
 @pytest.fixture(scope="session")
@@ -326,12 +327,12 @@ def test_what_prevents_a_capture_is_named_with_its_module(trial, tmp_path):
         raise RuntimeError("called a synchronizing CUDA operation\nand more")
 
     step = lambda: job._run(job.epochs[0][0])  # noqa: E731
-    assert captured_step.what_cannot_be_captured(job.network, step) is None
+    assert what_cannot_be_captured(job.network, step) is None
     handle = layer.fc1.register_forward_pre_hook(waits)
-    found = captured_step.what_cannot_be_captured(job.network, step)
+    found = what_cannot_be_captured(job.network, step)
     assert found == "base_model.model.model.decoder.layers.1.fc1 (Linear): called a synchronizing CUDA operation"
     handle.remove()
-    assert captured_step.what_cannot_be_captured(job.network, step) is None
+    assert what_cannot_be_captured(job.network, step) is None
 
 
 def test_a_model_whose_logits_are_more_than_its_heads_keeps_its_own_loss(trial, tmp_path):
@@ -451,7 +452,7 @@ def graphs(monkeypatch):
     """Everything of CUDA graphs but CUDA."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", StandInGraph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
-    monkeypatch.setattr(captured_step, "_on_a_side_stream", contextlib.nullcontext)
+    monkeypatch.setattr(captured_step, "on_a_side_stream", contextlib.nullcontext)
     step = captured_step.CapturedTraining._step
 
     def watched(job, buffers):

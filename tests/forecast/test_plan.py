@@ -12,10 +12,11 @@ from conftest import MICRO
 from lightweight import record, targets
 from lightweight.__main__ import main
 from lightweight.forecast import plan, tracer
-from lightweight.forecast.tracer import MARGIN, ForecastError, Trace
+from lightweight.forecast.replay import MARGIN, Trace
+from lightweight.forecast.tracer import ForecastError
 from lightweight.methods import BASELINE, LORA, QLORA
 from lightweight.models import OPT_TINY
-from lightweight.targets import CONTEXT_BYTES, MiB, Target
+from lightweight.targets import CONTEXT_BYTES, HOPPER, MiB, Target
 
 KEYS = {
     *("model", "method", "target", "forecast_allocated_bytes", "forecast_reserved_bytes", "budget_bytes"),
@@ -232,7 +233,7 @@ def test_what_no_method_can_be_forecast_of_is_known_before_anything_is_traced(mo
 
 
 def card(mib):
-    return Target(name="card", total_bytes=round(mib * MiB) + CONTEXT_BYTES)
+    return Target(name="card", capability=HOPPER, total_bytes=round(mib * MiB) + CONTEXT_BYTES)
 
 
 @pytest.fixture

@@ -1,37 +1,103 @@
-"""What is private to bitsandbytes is still there."""
+from contextlib import contextmanager
 
 import pytest
 import torch
+from bitsandbytes import functional, nn
+from bitsandbytes.nn import Linear4bit
+from bitsandbytes.optim import PagedAdamW8bit
+from bitsandbytes.optim.optimizer import GlobalOptimManager
 
-from lightweight.internals import bitsandbytes as internals
-from lightweight.preload import peft  # noqa: F401  # before what may ask for the GPU
+from lightweight.internals import bitsandbytes as bitsandbytes_internals
+from lightweight.internals.torch import FakeTensorMode
 
-import bitsandbytes  # isort: skip
+
+def test_paged_state_is_asked_for_from_the_size_on_that_is_said_and_nothing_is_left_behind():
+    """As `get_state_buffer` itself has it, whose GPU pages cannot be had here."""
+    paged, on_the_host = [], []
+
+    @contextmanager
+    def host():
+        on_the_host.append(1)
+        yield
+
+    def page(shape, dtype):
+        paged.append((shape, dtype))
+        return torch.zeros(shape, dtype=dtype)
+
+    before = GlobalOptimManager._instance, dict(functional.name2qmap)
+    with FakeTensorMode(), bitsandbytes_internals.as_on_a_gpu(page, host):
+        for elements in (bitsandbytes_internals.PAGED_ELEMENTS - 1, bitsandbytes_internals.PAGED_ELEMENTS):
+            weight = torch.nn.Parameter(torch.zeros(elements))
+            optimizer = PagedAdamW8bit([weight])
+            weight.grad = torch.zeros_like(weight)
+            optimizer.init_state(optimizer.param_groups[0], weight, 0, 0)
+        assert functional.get_paged(2, 3).shape == (2, 3)
+    assert [shape for shape, _ in paged] == [(bitsandbytes_internals.PAGED_ELEMENTS,)] * 2 + [(2, 3)]
+    assert paged[0][1] == torch.uint8 and on_the_host
+    assert (GlobalOptimManager._instance, dict(functional.name2qmap)) == before
+
+
+def layer(double=False):
+    made = Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, compress_statistics=double)
+    return made.to("cpu")
+
+
+def test_a_plain_parameter_carries_what_a_packed_weight_does():
+    theirs = layer(double=True)
+    packed, state = bitsandbytes_internals.packed_like(theirs.weight, torch.ones(64, 64))
+    assert type(packed) is torch.nn.Parameter and packed.shape == theirs.weight.shape and packed.bnb_quantized
+    assert any(tensor is packed.quant_state.absmax for tensor in state)
+    assert any(tensor is packed.quant_state.state2.absmax for tensor in state)
+    theirs.weight = packed
+    x = torch.linspace(-1, 1, 64).unsqueeze(0)
+    assert torch.allclose(theirs(x), x.sum().expand(1, 64), atol=1e-4)
+
+
+def test_a_layer_gives_its_weight_the_state_back_that_sharding_loses():
+    theirs = layer()
+    theirs.weight = bitsandbytes_internals.packed_like(theirs.weight, torch.ones(64, 64))[0]
+    bitsandbytes_internals.keep_state(theirs)
+    theirs.weight = torch.nn.Parameter(theirs.weight.data, requires_grad=False)
+    x = torch.linspace(-1, 1, 64).unsqueeze(0)
+    assert torch.allclose(theirs(x), x.sum().expand(1, 64), atol=1e-4)
+
+
+def test_layers_have_the_switch_that_would_repack_them():
+    theirs = layer()
+    theirs.support_avx512bf16_for_cpu = True
+    bitsandbytes_internals.never_repack(torch.nn.Sequential(theirs))
+    assert theirs.support_avx512bf16_for_cpu is False
+    assert hasattr(Linear4bit(2, 2), "support_avx512bf16_for_cpu")
+
+
+def test_a_4_bit_layer_computes_in_fp32_for_a_while_and_dequantizes_to_it():
+    theirs = Linear4bit(64, 64, bias=False, compute_dtype=torch.float16).to("cpu")
+    theirs.weight.quant_state.dtype = torch.float16
+    with bitsandbytes_internals.dequantized_to_fp32(torch.nn.Sequential(theirs)) as packed:
+        assert packed == {theirs.weight} and theirs.compute_dtype == torch.float32
+        whole = functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)
+        assert whole.dtype == torch.float32
+        x = torch.linspace(-1, 1, 64).unsqueeze(0)
+        assert torch.allclose(theirs(x), x @ whole.T, atol=1e-5)
+    assert (theirs.compute_dtype, theirs.weight.quant_state.dtype) == (torch.float16, torch.float16)
+
 
 LAYERS = {
-    "Linear4bit": lambda: bitsandbytes.nn.Linear4bit(64, 32, bias=False, quant_type="nf4"),
-    "Linear8bitLt": lambda: bitsandbytes.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False),
+    "Linear4bit": lambda: nn.Linear4bit(64, 32, bias=False, quant_type="nf4"),
+    "Linear8bitLt": lambda: nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False),
 }
 
 
 def test_its_packed_layers_have_these_names():
-    assert set(internals.LAYERS) == LAYERS.keys()
-    assert all(hasattr(bitsandbytes.nn, name) for name in internals.LAYERS)
+    assert set(bitsandbytes_internals.LAYERS) == LAYERS.keys()
+    assert all(hasattr(nn, name) for name in bitsandbytes_internals.LAYERS)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_layer_whose_weight_has_not_been_packed_is_told_from_one_whose_weight_has(kind):
     network = torch.nn.Sequential(torch.nn.Linear(4, 4), LAYERS[kind]())
-    assert list(internals.layers_without_scales(network)) == ["1"]
+    assert list(bitsandbytes_internals.layers_without_scales(network)) == ["1"]
     network[1].to("cpu")  # packs it
-    assert list(internals.layers_without_scales(network)) == []
-    assert internals.count_elements(network[1].weight) == 64 * 32
-    assert internals.count_elements(network[0].weight) == 16
-
-
-def test_no_layer_is_repacked_on_a_cpu():
-    layer = LAYERS["Linear4bit"]()
-    assert hasattr(layer, "support_avx512bf16_for_cpu")
-    layer.support_avx512bf16_for_cpu = True
-    internals.never_repack(torch.nn.Sequential(layer))
-    assert not layer.support_avx512bf16_for_cpu
+    assert list(bitsandbytes_internals.layers_without_scales(network)) == []
+    assert bitsandbytes_internals.count_elements(network[1].weight) == 64 * 32
+    assert bitsandbytes_internals.count_elements(network[0].weight) == 16
