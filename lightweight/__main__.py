@@ -272,12 +272,13 @@ def _how_to_go_on(output: Output, options: argparse.Namespace) -> str:
 
 def _train_job(options: argparse.Namespace) -> int:
     from lightweight.cli import train  # torch takes seconds
+    from lightweight.cli.job import Job, NothingFitsError
 
     _quiet()
-    names = [field.name for field in dataclasses.fields(train.Job)]
+    names = [field.name for field in dataclasses.fields(Job)]
     try:
-        outcome = train.run(train.Job(**{name: getattr(options, name) for name in names}), progress=_show)
-    except train.NothingFitsError as error:
+        outcome = train.run(Job(**{name: getattr(options, name) for name in names}), progress=_show)
+    except NothingFitsError as error:
         _refuse(error)
         return 1
     except train.REFUSALS as error:
@@ -335,13 +336,13 @@ def _chat(options: argparse.Namespace) -> int:
 
     _quiet()
     try:
-        found = chat.load(options.folder, progress=_show)
+        model = chat.load(options.folder, progress=_show)
         _show("")
         how = {"max_tokens": options.max_tokens, "temperature": options.temperature}
         if options.prompt is None:
-            chat.talk(found, **how)
+            chat.talk(model, **how)
         else:
-            found.answer(options.prompt, show=True, **how)
+            model.answer(options.prompt, show=True, **how)
     except chat.REFUSALS as error:
         return _refuse(error)
     except KeyboardInterrupt:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
+from lightweight.internals import pytest_benchmark
 from lightweight.session import options, xdist_bridge
 from lightweight.session.fixtures import FIXTURES, uses
 from lightweight.session.fixtures import NOT_RUN as NOT_RUN
@@ -169,7 +170,7 @@ def train(request: pytest.FixtureRequest, laboratory: Laboratory, benchmark: Ben
         try:
             outcome = laboratory.run(request.node, trial, lambda child: _time_rounds(benchmark, child))
         except BaseException:
-            benchmark.has_error = True  # a row without an outcome
+            pytest_benchmark.leave_out(benchmark)  # a row without an outcome
             raise
         benchmark.extra_info |= {
             "model": trial.model.name,
@@ -179,8 +180,8 @@ def train(request: pytest.FixtureRequest, laboratory: Laboratory, benchmark: Ben
             "steps_per_round": trial.steps_per_epoch,
             "device_seconds": _by_round(outcome.measured.step_seconds, trial.steps_per_epoch),
         }
-        if benchmark.stats is not None and outcome.kind != "completed":
-            benchmark.stats.name += f" [{outcome.kind.replace('_', ' ')}]"
+        if outcome.kind != "completed":
+            pytest_benchmark.add_to_name(benchmark, f" [{outcome.kind.replace('_', ' ')}]")
         return outcome
 
     return run
@@ -226,11 +227,9 @@ def _time_rounds(benchmark: BenchmarkFixture, child: owner.Child) -> None:
     try:
         benchmark.pedantic(child.round, rounds=child.trial.rounds, iterations=1)
     except BaseException:
-        # It leaves out rows of what failed, but does not count an interruption, and cannot save a row without data.
-        benchmark.has_error = True
+        pytest_benchmark.leave_out(benchmark)
         raise
-    if benchmark.stats is not None:
-        del benchmark.stats.stats.data[max(1, child.rounds_done) :]
+    pytest_benchmark.keep_rounds(benchmark, max(1, child.rounds_done))
 
 
 def _by_round(step_seconds: tuple[float, ...], steps_per_round: int) -> list[float]:

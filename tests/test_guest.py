@@ -141,7 +141,7 @@ def test_what_help_says_of_other_modules_is_so():
 
 def test_an_option_that_others_register_late_is_not_lost(run):
     """pytest keeps what is registered to itself; where it could not be seen, the long name is still there."""
-    hides = LOADS + "\nfrom lightweight.session import options\noptions._taken = lambda parser: set()\n"
+    hides = LOADS + "\nfrom lightweight.session import options\noptions.taken_names = lambda parser: set()\n"
     theirs = "\ndef pytest_addoption(parser):\n    parser.addoption('--seed', default='theirs')\n"
     done = run("--lightweight-seed=3", conftest=hides + theirs, test_other="def test_other(): pass\n")
     assert done.returncode == 0, done.stdout + done.stderr

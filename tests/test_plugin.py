@@ -13,7 +13,7 @@ import matplotlib.figure  # noqa: F401  pytester unloads what its runs import, a
 import pytest
 
 from conftest import MICRO, turns
-from lightweight.child import owner
+from lightweight.child import helper
 from lightweight.child.process import CAN_PIN
 from lightweight.session import laboratory
 from lightweight.targets import Device
@@ -400,7 +400,7 @@ def test_more_ranks_than_gpus_are_refused_before_any_model_is_built(project, mon
     project.makepyfile(CELLS)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr(owner, "call_within", lambda *_: Device(name="H100", total_bytes=2**36, capability=(9, 0)))
+    monkeypatch.setattr(helper, "call_within", lambda *_: Device(name="H100", total_bytes=2**36, capability=(9, 0)))
     result = project.runpytest("--gpus-per-trial=3")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     (line,) = [line for line in result.stderr.lines if line.strip()]
@@ -825,14 +825,14 @@ def test_a_test_that_is_run_again_is_trained_again_and_has_the_row_of_the_last_t
     @pytest.fixture(autouse=True)
     def kill_the_first(monkeypatch, request):
         import os, signal
-        from lightweight.child import owner
+        from lightweight.child import handle
         from lightweight.session import laboratory
         from lightweight.plugin import Laboratory
 
         def kill(laboratory, trial, step, loss):
             if step == 3 and not hasattr(request.config, "killed"):
                 request.config.killed = True
-                os.kill(next(iter(owner._living)).pid, signal.SIGKILL)
+                os.kill(next(iter(handle._living)).pid, signal.SIGKILL)
 
         monkeypatch.setattr(Laboratory, "_show_step", kill)
     """

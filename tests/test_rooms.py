@@ -16,13 +16,14 @@ ROOMS = sorted(file.parent.name for file in PACKAGE.glob("*/__init__.py"))
 PYTEST = {"pytest", "_pytest", "pytest_benchmark", "xdist"}
 NETWORKS = {"torch", "transformers", "peft", "accelerate", "bitsandbytes"}
 TOPS = {file.stem for file in PACKAGE.glob("*.py")}
-ABOVE_INTERNALS = set(ROOMS) - {"internals"}
+UNDER_THE_TOP = {"internals", "models"}
 ENTRANCES = {"plugin", "__main__"}
 ABOVE = {"report", "session", "cli"} | ENTRANCES
 TRAINING = {"training", "captured", "child", "forecast"}
 
 FORBIDDEN = {
-    "internals": ABOVE_INTERNALS | TOPS,
+    "models": ABOVE | PYTEST | TRAINING | {"verdict", "record", "trial", "corpus"},
+    "internals": (set(ROOMS) - {"internals"}) | TOPS,
     "training": ABOVE | PYTEST | {"verdict", "record", "child", "captured", "forecast"},
     "captured": ABOVE | PYTEST | {"verdict", "record", "child", "forecast"},
     "child": ABOVE | PYTEST | {"verdict", "record", "forecast"},
@@ -77,10 +78,21 @@ def test_of_the_verdicts_the_gate_alone_uses_the_report():
 
 def test_of_the_top_modules_the_entrances_alone_import_rooms_and_the_plugin_alone_pytest():
     tops = {file.stem: imported_by(file) for file in PACKAGE.glob("*.py")}
-    assert {name for name, of in tops.items() if of & ABOVE_INTERNALS} == ENTRANCES
+    assert {name for name, of in tops.items() if of & (set(ROOMS) - UNDER_THE_TOP)} == ENTRANCES
     assert {name for name, of in tops.items() if of & PYTEST} == {"plugin"}
+
+
+def test_what_is_private_to_pytest_is_reached_by_the_session_and_the_plugin_alone():
+    """A child imports none of it, and a module of `internals` imports the library that it is named after."""
+    users = set()
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightweight.internals"):
+                modules = {(node.module or "").rpartition(".")[2], *(name.name for name in node.names)}
+                users |= {file.relative_to(PACKAGE).parts[0]} if modules & PYTEST else set()
+    assert users == {"session", "plugin.py"}
 
 
 def test_of_the_internals_those_of_pytests_plugins_alone_import_pytest():
     files = {file.stem for file in (PACKAGE / "internals").glob("*.py") if imported_by(file) & PYTEST}
-    assert files <= {"pytest_benchmark", "xdist"}
+    assert files <= {"pytest", "pytest_benchmark", "xdist"}

@@ -44,7 +44,7 @@ def limit() -> Limit:
             text = _read(folder / name).strip()
             if text.isdigit() and int(text) < UNLIMITED:
                 limits.append(Limit(int(text), "the memory limit of its cgroup"))
-    return min(limits, key=lambda found: found.bytes)
+    return min(limits, key=lambda each: each.bytes)
 
 
 def ran_out(error: BaseException) -> bool:
@@ -59,12 +59,12 @@ def ran_out(error: BaseException) -> bool:
 
 def outcome(phase: Phase, reason: str, measured: Measurements) -> OutOfMemory:
     """How a trial ended for which the host's memory did not suffice; `reason` is completed by the limit in force."""
-    found = limit()
+    least = limit()
     return OutOfMemory(
         phase=phase,
         requested_bytes=None,
-        budget_bytes=found.bytes,
-        reason=f"{reason}; the host's memory: {found.what} is {found.bytes / GiB:.2f} GiB",
+        budget_bytes=least.bytes,
+        reason=f"{reason}; the host's memory: {least.what} is {least.bytes / GiB:.2f} GiB",
         measured=measured,
     )
 

@@ -115,6 +115,10 @@ class Reaper:
                     self._process = None
 
 
+own = Reaper()
+"""Ends what this process has started, and removes its folders, if it cannot do so itself."""
+
+
 class _Unwaited(subprocess.Popen):  # type: ignore[type-arg]
     """A process that ends by itself once its pipe is closed, so that losing sight of it is nothing to warn of."""
 

@@ -6,13 +6,9 @@ becomes a crash's last words. Imports no pytest, no plugin and no report.
 
 from __future__ import annotations
 
-import errno
 import faulthandler
 import gc
 import os
-import re
-import resource
-import shutil
 import signal
 import time
 import traceback
@@ -30,13 +26,16 @@ import transformers
 
 from lightweight import corpus, methods, models
 from lightweight.captured import attention, fused, step
-from lightweight.child import host_memory, unsloth
+from lightweight.child import unsloth
+from lightweight.child.failure import outcome_of
 from lightweight.child.process import lead_a_group, log_of, redirect_output, see_gpus
-from lightweight.targets import Device, GiB, MiB
+from lightweight.internals.bitsandbytes import never_repack
+from lightweight.internals.transformers import call_first
+from lightweight.targets import Device
 from lightweight.training import ranks, stock
-from lightweight.training.meter import DivergedError, Meter
+from lightweight.training.meter import Meter
 from lightweight.training.stock import Request, Rounds, Row
-from lightweight.trial import Completed, Crashed, Diverged, Measurements, Outcome, OutOfMemory, Phase, Trial
+from lightweight.trial import Completed, Measurements, Outcome, Phase, Trial
 
 
 @dataclass(frozen=True)
@@ -115,13 +114,13 @@ def run(
     try:
         device = _begin(trial, folder, environment or {})
         meter = Meter(device, start_seconds=time.monotonic() - started)
-        outcome: Outcome = _train(trial, device, folder, meter, _OwnersEnd(connection, meter, tells_steps))
+        outcome: Outcome = _complete(trial, device, folder, meter, _OwnersEnd(connection, meter, tells_steps))
     except _OwnerGoneError:
         return
     except Exception as error:  # noqa: BLE001  it is the outcome
         with suppress(OSError):  # the disk of its log may be full
             traceback.print_exc()
-        outcome = failure(error, trial, meter, folder)
+        outcome = outcome_of(error, trial, meter, folder)
     with suppress(OSError):
         connection.send(outcome)
 
@@ -140,7 +139,8 @@ def _begin(trial: Trial, folder: Path, environment: Mapping[str, str]) -> torch.
     return take_device(trial)
 
 
-def _train(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner: _OwnersEnd) -> Completed:
+def _complete(trial: Trial, device: torch.device, folder: Path, meter: Meter, owner: _OwnersEnd) -> Completed:
+    """Train `trial` at its owner's pace, evaluate it and save it."""
     transformers.utils.logging.disable_progress_bar()
     owner.enter("build")
     trainer, train_rows, heldout = set_up(trial, device, meter, owner, folder)
@@ -229,7 +229,7 @@ def train(
 
     if trial.method.captured_step is None:
         if trial.is_sharded:  # no rank has the network until the Trainer has dealt it out
-            trainer.callback_handler.callbacks.insert(0, _Begin(begin, meter))
+            call_first(trainer, _Begin(begin, meter))
         else:
             begin()
         with meter.during("train"):
@@ -288,11 +288,7 @@ def build(trial: Trial, device: torch.device) -> torch.nn.Module:
     network = models.load(trial.model, getattr(torch, method.weights_dtype), device, quantization)
     network = method.adapt(network, upcast=step is None or step.upcast)
     if device.type == "cpu":
-        for module in network.modules():
-            # Where the CPU has AVX512-BF16, bitsandbytes repacks 4-bit weights at the first evaluation, and what it
-            # repacked can no longer be trained (0.50, Linear4bit.forward).
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+        never_repack(network)
     if not trial.target.bf16:
         for name, tensor in network.state_dict().items():
             if tensor.dtype == torch.bfloat16:
@@ -307,64 +303,6 @@ def _cap_memory(trial: Trial) -> None:
         assert trial.target.budget_bytes is not None
         total_bytes = torch.cuda.mem_get_info()[1]  # what the allocator multiplies the fraction with
         torch.cuda.set_per_process_memory_fraction(trial.target.budget_bytes / total_bytes)
-
-
-def failure(error: Exception, trial: Trial, meter: Meter | None, folder: Path) -> OutOfMemory | Diverged | Crashed:
-    """How a trial in `folder` ended that raised `error`; `meter` is None where it had not got as far as having one."""
-    phase: Phase = "start" if meter is None else meter.phase
-    measured = Measurements() if meter is None else meter.measurements()
-    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-    match error:
-        case DivergedError():
-            return Diverged(step=error.step, reason=str(error), measured=measured)
-        case torch.OutOfMemoryError() if meter is not None and _allocator_ran_out():
-            meter.read_device()
-            meter.end_training()
-            return OutOfMemory(
-                phase=phase,
-                requested_bytes=_requested_bytes(str(error)),
-                budget_bytes=trial.target.budget_bytes or torch.cuda.get_device_properties().total_memory,
-                reason=reason,
-                measured=meter.measurements(),
-            )
-    if host_memory.ran_out(error):
-        return host_memory.outcome(phase, reason, measured)
-    if (full := _full_disk(error, folder)) is not None:
-        reason += f"; {full}"
-    return Crashed(phase=phase, reason=reason, details=traceback.format_exc(), measured=measured)
-
-
-def _full_disk(error: Exception, folder: Path) -> str | None:
-    """Which disk has no room for what a trial writes into `folder`, and the mend; None where `error` is another one.
-    safetensors and torch have messages alone for it, and some of torch's do not say why."""
-    number, said = getattr(error, "errno", None), str(error)
-    if number == errno.EFBIG or os.strerror(errno.EFBIG) in said:
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-        return f"a file in the scratch folder {folder} may have {limit} bytes by the limit of ulimit -f: raise it"
-    is_told = any(number == each or os.strerror(each) in said for each in (errno.ENOSPC, errno.EDQUOT))
-    try:
-        usage = shutil.disk_usage(folder)
-        if not is_told and (usage.free >= MiB or number is not None or "writ" not in said):
-            return None
-    except OSError:  # it is gone, and so nothing is known of its disk
-        return None
-    disk = next(path for path in (folder, *folder.parents) if path.is_mount())
-    return (
-        f"the scratch folder {folder} is on a disk that is full, {disk} with {usage.free / MiB:.0f} MiB of "
-        f"{usage.total / MiB:.0f} free: free some space, or let TMPDIR name a larger one"
-    )
-
-
-def _allocator_ran_out() -> bool:
-    """Whether torch's caching allocator itself counted an out-of-memory on the trial's device."""
-    return bool(torch.cuda.is_initialized() and torch.cuda.memory_stats().get("num_ooms", 0) >= 1)
-
-
-def _requested_bytes(message: str) -> int | None:
-    """'Tried to allocate 394.00 MiB' in bytes; torch offers the figure nowhere but in its message."""
-    units = {"bytes": 1, "KiB": 2**10, "MiB": MiB, "GiB": GiB}
-    found = re.search(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", message)
-    return round(float(found[1]) * units[found[2]]) if found else None
 
 
 class _OwnerGoneError(Exception):

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lightweight.cli import checkpoints
 from lightweight.cli.checkpoints import Interruption
+from lightweight.internals.transformers import bar_of, begin_bar_at
 from lightweight.training import ranks
 
 PROGRESS_SECONDS = 10.0
@@ -62,9 +62,8 @@ class Progress(ProgressCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         super().on_train_begin(args, state, control)  # type: ignore[no-untyped-call]
-        if self.training_bar is not None:
-            bar = self.training_bar
-            bar.initial = bar.n = bar.last_print_n = self.current_step = state.global_step  # for the time that is left
+        if (bar := bar_of(self)) is not None:
+            begin_bar_at(self, state.global_step)
             if not sys.stderr.isatty():
                 bar.mininterval = PROGRESS_SECONDS
 
@@ -76,10 +75,10 @@ class Progress(ProgressCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}", refresh=False)
+        if (bar := bar_of(self)) is not None and logs and "loss" in logs:
+            bar.set_postfix_str(f"loss {logs['loss']:.4f}", refresh=False)
 
     def close(self) -> None:
         """End the line of a training that did not get to its end."""
-        if self.training_bar is not None:
-            self.training_bar.close()
+        if (bar := bar_of(self)) is not None:
+            bar.close()

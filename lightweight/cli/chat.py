@@ -105,8 +105,8 @@ def _refused(folder: Path, what: str) -> Iterator[None]:
     except Exception as error:
         if models.ran_out(error):
             raise
-        said = f"{folder}: {what} cannot be used ({models.reason(error)})"
-        raise ChatError(f"{said}: give a whole folder that `lightweight train` wrote") from error
+        problem = f"{folder}: {what} cannot be used ({models.reason(error)})"
+        raise ChatError(f"{problem}: give a whole folder that `lightweight train` wrote") from error
 
 
 def _adapted(folder: Path, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None]) -> Any:
@@ -133,13 +133,13 @@ def _base(folder: Path, dtype: torch.dtype, device: torch.device, progress: Call
     """The network under the adapter in `folder`, quantized as it was when the adapter was trained."""
     config = peft.PeftConfig.from_pretrained(str(folder))
     entry = record.document(folder / RECORD_NAME)["outcomes"][0]
-    found, _ = models.find(models.named(str(config.base_model_name_or_path)), entry["weights"])
+    base, _ = models.find(models.named(str(config.base_model_name_or_path)), entry["weights"])
     quantization = entry["quantization"] and AutoQuantizationConfig.from_dict(dict(entry["quantization"]))
-    if found.is_loadable:
-        return models.load(found, dtype, device, quantization)
+    if base.is_loadable:
+        return models.load(base, dtype, device, quantization)
     with tempfile.TemporaryDirectory() as scratch:
-        progress(f"{found.name}: writing its weights")
-        return models.load(models.write(found, Path(scratch), entry["seed"]), dtype, device, quantization)
+        progress(f"{base.name}: writing its weights")
+        return models.load(models.write(base, Path(scratch), entry["seed"]), dtype, device, quantization)
 
 
 def talk(chat: Chat, *, max_tokens: int, temperature: float) -> None:

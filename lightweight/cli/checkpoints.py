@@ -61,26 +61,26 @@ def problem(folder: Path) -> str | None:
     manifest = read(folder)
     if manifest is None:
         return f"its {MANIFEST_NAME} is missing or damaged"
-    found = {str(path.relative_to(folder)): path for path in _files(folder)}
+    there = {str(path.relative_to(folder)): path for path in _files(folder)}
     for name, (size, digest) in manifest.files.items():
-        if name not in found:
+        if name not in there:
             return f"{name} is missing"
-        if found[name].stat().st_size != size:
-            return f"{name} has {found[name].stat().st_size} bytes of {size}"
-        if _measured(found[name])[1] != digest:
+        if there[name].stat().st_size != size:
+            return f"{name} has {there[name].stat().st_size} bytes of {size}"
+        if _measured(there[name])[1] != digest:
             return f"{name} has changed since it was saved"
-    added = sorted(name for name in found if name not in manifest.files and not Path(name).name.startswith("."))
+    added = sorted(name for name in there if name not in manifest.files and not Path(name).name.startswith("."))
     return f"{added[0]} was not saved with it" if added else None
 
 
 def read(folder: Path) -> Manifest | None:
     """The manifest of `folder`, where it can be read and says what was written."""
     try:
-        found = json.loads((folder / MANIFEST_NAME).read_text("utf-8"))
-        if found.pop("sha256") != _digest(found):
+        content = json.loads((folder / MANIFEST_NAME).read_text("utf-8"))
+        if content.pop("sha256") != _digest(content):
             return None
-        files = {str(name): (int(size), str(digest)) for name, (size, digest) in found["files"].items()}
-        return Manifest(dict(found["job"]), files) if files else None
+        files = {str(name): (int(size), str(digest)) for name, (size, digest) in content["files"].items()}
+        return Manifest(dict(content["job"]), files) if files else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
@@ -119,8 +119,8 @@ def _measured(path: Path) -> tuple[int, str]:
 
 def all_in(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, whole or not, the newest first."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]{1,15}", path.name)]
-    return sorted(found, key=step_of, reverse=True)
+    checkpoints = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]{1,15}", path.name)]
+    return sorted(checkpoints, key=step_of, reverse=True)
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
@@ -172,14 +172,14 @@ class Shelf:
 def signals_to(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
     """Inside, SIGNALS come to `handler`. What the parent has had ignored, such as SIGHUP under nohup, stays so."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    taken = {number: found for number, found in before.items() if found not in (signal.SIG_IGN, None)}
+    taken = {number: former for number, former in before.items() if former not in (signal.SIG_IGN, None)}
     for number in taken:
         signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, found in taken.items():
-            signal.signal(number, found)
+        for number, former in taken.items():
+            signal.signal(number, former)
 
 
 class Interruption:

@@ -36,7 +36,7 @@ def model_card(entry: Entry, base_model: str | None) -> ModelCard:
         "held out, before training": entry["heldout_loss_before"],
         "held out, after training": entry["heldout_loss_after"],
     }
-    versions = {name: found for name, found in entry["versions"].items() if found and not name.startswith("pytest")}
+    packages = {name: of for name, of in entry["versions"].items() if of and not name.startswith("pytest")}
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {_cell(entry['model'])}, fine-tuned by {_cell(entry['method'])}",
@@ -48,28 +48,28 @@ def model_card(entry: Entry, base_model: str | None) -> ModelCard:
         "`lightweight chat` with this folder answers prompts."
         + (" `PeftModel.from_pretrained(base, folder)` puts the adapter on its base model." if adapted else ""),
         "## Versions",
-        _table("package", "version", versions),
+        _table("package", "version", packages),
     ]
     return ModelCard("\n\n".join(parts) + "\n")
 
 
 def _method(entry: Entry) -> str:
     """The method in a line: its name, adapter, quantization, precision and training arguments."""
-    said = [f"{entry['method']}: {entry['precision']}"]
+    parts = [f"{entry['method']}: {entry['precision']}"]
     if adapter := entry["adapter"]:
         rank = f" r={adapter['r']}" if "r" in adapter else ""
         layers = entry.get("adapted_layers") or adapter.get("target_modules")
-        said.append(f"{adapter['peft_type']}{rank} on {_names(layers)}")
+        parts.append(f"{adapter['peft_type']}{rank} on {_names(layers)}")
     else:
-        said.append("all parameters")
+        parts.append("all parameters")
     quantization = entry["quantization"] or {"quant_method": entry.get("base_quantization")}
     if quantization["quant_method"]:
-        said.append(f"base quantized by {quantization['quant_method']}")
-    said += [f"{name}={value}" for name, value in entry["training_arguments"].items()]
+        parts.append(f"base quantized by {quantization['quant_method']}")
+    parts += [f"{name}={value}" for name, value in entry["training_arguments"].items()]
     if entry["captured_step"]:
         note = "" if entry.get("captured") else entry.get("capture_note")  # where other steps ran than were asked for
-        said.append("captured step" + (f" ({note})" if note else ""))
-    return ", ".join(said)
+        parts.append("captured step" + (f" ({note})" if note else ""))
+    return ", ".join(parts)
 
 
 def _names(modules: object) -> str:

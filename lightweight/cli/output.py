@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from lightweight.cli import checkpoints
 from lightweight.cli.checkpoints import step_of
-from lightweight.targets import GiB, MiB
+from lightweight.targets import MiB, size
 
 RECORD_NAME = "record.json"
 """What every result has: its trial as `lightweight report` reads it."""
@@ -253,7 +253,7 @@ class Output:
         free = shutil.disk_usage(self.partial).free
         if free < needed:
             raise OutputError(
-                f"--output {self.folder}: {_size(free)} free, and checkpoints and result need {_size(needed)}: "
+                f"--output {self.folder}: {size(free)} free, and checkpoints and result need {size(needed)}: "
                 "free some space or give a folder on another disk"
             )
 
@@ -327,8 +327,8 @@ class Output:
 def entry_in(folder: Path) -> dict[str, Any] | None:
     """The record of the model that `lightweight train` left in `folder`; None where it left none."""
     try:
-        found = json.loads((folder / RECORD_NAME).read_text("utf-8"))
-        (entry,) = found["outcomes"]
+        record = json.loads((folder / RECORD_NAME).read_text("utf-8"))
+        (entry,) = record["outcomes"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return entry if isinstance(entry, dict) and entry.get("outcome") == "completed" else None
@@ -351,7 +351,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _size(count: int) -> str:
-    return f"{count / GiB:.2f} GiB" if count >= GiB else f"{count / MiB:.0f} MiB"

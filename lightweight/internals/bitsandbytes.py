@@ -20,6 +20,12 @@ bitsandbytes/optim/optimizer.py, `get_state_buffer`."""
 PACKING = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
 """What a 4-bit weight carries of how it was packed. bitsandbytes/nn/modules.py, `Params4bit`."""
 
+LAYERS = ("Linear4bit", "Linear8bitLt")
+"""Its layers with packed weights, by name: to compare types would import the package where nothing is quantized."""
+
+STATES = ("quant_state", "SCB")
+"""What a packed weight of either kind carries beside its bits."""
+
 
 @contextmanager
 def as_on_a_gpu(
@@ -96,3 +102,16 @@ def dequantized_to_fp32(network: nn.Module) -> Iterator[set[nn.Parameter]]:
             undo.enter_context(mock.patch.object(layer, "compute_dtype", torch.float32))
             undo.enter_context(mock.patch.object(layer.weight.quant_state, "dtype", torch.float32))
         yield {layer.weight for layer in layers}
+
+
+def layers_without_scales(network: torch.nn.Module) -> Iterator[str]:
+    """Names of the layers that are of a packed kind and whose weight is not packed."""
+    for name, module in network.named_modules():
+        if type(module).__name__ in LAYERS and all(getattr(module.weight, state, None) is None for state in STATES):
+            yield name
+
+
+def count_elements(parameter: torch.nn.Parameter) -> int:
+    """The numbers that a parameter stands for, of which a 4-bit weight packs two in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())

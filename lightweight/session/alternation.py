@@ -92,10 +92,10 @@ def alternate(
     the device to itself, one after the other.
     """
     with start(baseline) as first, start(method) as second:
-        found = _pairs(first, second, is_enough, ratio.looks(cap))
-    if found.ended is not None and isinstance(found.ended[1], OutOfMemory):
+        alternation = _pairs(first, second, is_enough, ratio.looks(cap))
+    if alternation.ended is not None and isinstance(alternation.ended[1], OutOfMemory):
         return _in_turn(baseline, method, start, min(cap, IN_TURN_PAIRS))
-    return found
+    return alternation
 
 
 def seconds_per_token(*children: Child) -> tuple[float, ...]:
@@ -201,13 +201,13 @@ def _pairs(
         child.round()  # to warm up
     for look in schedule:
         while len(log_ratios) < look:
-            found = log_ratio(baseline, method, len(log_ratios))
+            newest = log_ratio(baseline, method, len(log_ratios))
             for child in (baseline, method):
                 if child.outcome is not None:
                     return Alternation(
                         log_ratios=tuple(log_ratios), pairing=pairing, ended=(child.trial, child.outcome)
                     )
-            log_ratios.append(found)
+            log_ratios.append(newest)
         if is_enough(log_ratios):
             break
     return Alternation(log_ratios=tuple(log_ratios), pairing=pairing)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from lightweight.internals.pytest import fixture_definitions
+
 PLUGIN = "lightweight.plugin"
 """The module that defines the fixtures."""
 TRAINING_FIXTURES = ("train", "outcome_of", "speedup")
@@ -19,8 +21,8 @@ def uses(node: pytest.Item, names: Sequence[str]) -> bool:
     """Whether a test uses one of lightweight's fixtures `names`, and not another's of that name."""
     if not any(name in getattr(node, "fixturenames", ()) for name in names):
         return False
-    definitions = getattr(getattr(node, "_fixtureinfo", None), "name2fixturedefs", None)
-    if definitions is None:  # a pytest that keeps them elsewhere
+    definitions = fixture_definitions(node)
+    if definitions is None:  # nothing says whose they are
         return True
     return any(_is_ours(name, definitions.get(name, ())) for name in names)
 

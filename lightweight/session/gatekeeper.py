@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lightweight import models, record
-from lightweight.session import options, xdist_bridge
+from lightweight.internals import pytest_benchmark, xdist
+from lightweight.session import options
 from lightweight.verdict import gate
 from lightweight.verdict.limits import LIMITS, Limits
 
@@ -35,7 +36,7 @@ class Gatekeeper:
         elif self.compares:
             laboratory.runs, self.problems = gate.load(self._stored_files())
             # pytest-benchmark takes a path: times are compared with the run that ratios are compared with, or not
-            xdist_bridge.compare_with(self.config, self._newest_alike())
+            pytest_benchmark.compare_with(self.config, self._newest_alike())
         elif laboratory.limits.ask or laboratory.limits.require_match:
             given = [limit.flag for limit in LIMITS if getattr(laboratory.limits, limit.name) is not None]
             given += ["--require-match"] * laboratory.limits.require_match
@@ -44,18 +45,15 @@ class Gatekeeper:
             )
 
     def _stored_files(self) -> list[Path]:
-        from pytest_benchmark.storage.file import FileStorage
-
         storage = self.config.getoption("benchmark_storage")
         named = self.config.getoption("benchmark_compare")
         if "://" in storage and not storage.startswith("file://"):
             raise pytest.UsageError(f"--benchmark-storage {storage}: --benchmark-compare reads stored files only")
-        files = FileStorage(storage.removeprefix("file://"), logger=None)
+        folder = storage.removeprefix("file://")
         try:
-            found = files.query("*/[0-9][0-9][0-9][0-9]_" if named is True else named)
+            return list(map(Path, pytest_benchmark.stored_files(folder, None if named is True else named)))
         except ValueError as error:
             raise pytest.UsageError(f"--benchmark-compare: {error}") from None
-        return [Path(path) for path in found]
 
     def _newest_alike(self) -> str | None:
         """The newest run on this device and target; what else tells two runs apart shows only in their cells."""
@@ -92,7 +90,7 @@ class Gatekeeper:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        self.deselected |= set(getattr(node, "workeroutput", {}).get("lightweight_deselected", ()))
+        self.deselected |= set(xdist.told_by_worker(node, "lightweight_deselected") or ())
 
     def _was_asked_for(self, then: record.Entry) -> bool:
         """Whether options, paths and selections of tests leave `then` in; what was cut short had been asked for."""
@@ -145,18 +143,17 @@ class Gatekeeper:
         return ("", 1.0) if any(map(_did_not_complete, benchmarks)) else None
 
     def _is_alike(self, row: dict[str, Any]) -> bool:
-        told = row["extra_info"]
+        labels = row["extra_info"]
         cells = [
             entry
             for entry in self.laboratory.entries
-            if all(entry[key] == told.get(key) for key in ("model", "method", "target"))
+            if all(entry[key] == labels.get(key) for key in ("model", "method", "target"))
         ]
         runs = [run for run in self.laboratory.runs if str(run.path).endswith(row["path"])]
-        return "outcome" not in told or any(gate.stored(cell, runs) for cell in cells)
+        return "outcome" not in labels or any(gate.stored(cell, runs) for cell in cells)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if hasattr(self.config, "workeroutput"):
-            self.config.workeroutput["lightweight_deselected"] = sorted(self.deselected)
+        if xdist.tell_controller(self.config, "lightweight_deselected", sorted(self.deselected)):
             return
         if self.compares and self.comparison.failures and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

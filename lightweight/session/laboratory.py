@@ -24,10 +24,11 @@ from typing import Any, TypedDict
 import pytest
 
 from lightweight import corpus, methods, models, names, record, targets
-from lightweight.child import owner, worker
+from lightweight.child import failure, forkserver, handle, helper, owner, reaper, worker
 from lightweight.forecast import replay, tracer
 from lightweight.forecast.replay import Forecast
 from lightweight.forecast.tracer import ForecastError
+from lightweight.internals import pytest_benchmark
 from lightweight.methods import Method
 from lightweight.models import Model
 from lightweight.record import BASELINE, Speedup
@@ -118,8 +119,8 @@ class Laboratory:
             machine = self.config.hook.pytest_benchmark_generate_machine_info(config=self.config)
             return Device(name=machine["cpu"].get("brand_raw") or machine["machine"])
         try:
-            return owner.call_within(self.option("trial_timeout"), worker.describe_device, self.folder, 0)
-        except owner.HelperError as error:
+            return helper.call_within(self.option("trial_timeout"), worker.describe_device, self.folder, 0)
+        except handle.ChildError as error:
             raise pytest.UsageError(f"the GPU cannot be described: {error}") from None
 
     @cached_property
@@ -192,8 +193,8 @@ class Laboratory:
         """The session's scratch folder; removed when the session ends, and made anew where somebody has removed it."""
         if self._folder is None or not self._folder.is_dir():
             if self._folder is not None:
-                owner.reaper.remove_folder(self._folder)
-            self._folder = owner.reaper.make_folder()
+                reaper.own.remove_folder(self._folder)
+            self._folder = reaper.own.make_folder()
         return self._folder
 
     def takes_long(self, model: str) -> bool:
@@ -277,7 +278,7 @@ class Laboratory:
             if self.gpus < mark.args[0]:
                 pytest.skip(f"{NOT_RUN}needs {mark.args[0]} GPUs")
         # A test that is run again finds anew what it has found before.
-        xdist_bridge.forget_row(self.config, item.nodeid)
+        pytest_benchmark.forget_row(self.config, item.nodeid)
         self._outcomes = {key: found for key, found in self._outcomes.items() if found[0] != item.nodeid}
 
     # Training
@@ -295,7 +296,7 @@ class Laboratory:
         return Trial(model=self._find(_model(model)), method=_method(method), **settings | changes)
 
     def located(self, trial: Trial) -> Trial:
-        """`trial` with its model's weights in a folder, written once a session where there is none. Raises HelperError
+        """`trial` with its model's weights in a folder, written once a session where there is none. Raises ChildError
         where that fails."""
         model = trial.model
         if model.is_loadable:
@@ -307,10 +308,10 @@ class Laboratory:
             shutil.rmtree(folder, ignore_errors=True)  # what a helper that was killed has left
             seconds, seed = self.option("trial_timeout"), self.option("seed")
             try:
-                written = owner.call_within(seconds, models.write, self.folder, model, folder, seed)
-            except owner.HelperError as error:
+                written = helper.call_within(seconds, models.write, self.folder, model, folder, seed)
+            except handle.ChildError as error:
                 reason = f"writing the weights: {error.outcome.reason}"
-                raise owner.HelperError(dataclasses.replace(error.outcome, reason=reason)) from None
+                raise handle.ChildError(dataclasses.replace(error.outcome, reason=reason)) from None
             self._written[model.name] = written
         return dataclasses.replace(trial, model=written)
 
@@ -323,7 +324,7 @@ class Laboratory:
         if key not in self._traces:
             self._show(f"{trial.name}: forecasting its memory")
             seconds = self.option("trial_timeout")
-            self._traces[key] = owner.call_within(seconds, tracer.trace_on, self.folder, trial, self.device)
+            self._traces[key] = helper.call_within(seconds, tracer.trace_on, self.folder, trial, self.device)
         return replay.of_trial(self._traces[key], trial, self.device)
 
     def record_forecast(self, item: pytest.Item, trial: Trial) -> Forecast:
@@ -354,7 +355,7 @@ class Laboratory:
                 if rounds is not None:
                     rounds(child)
                 outcome = child.finish()
-        except owner.HelperError as error:
+        except handle.ChildError as error:
             outcome = error.outcome
         except BaseException as error:
             self._record(item, trial, self._cut_short(error, child))
@@ -417,7 +418,7 @@ class Laboratory:
             self._tell_begun(item, speedups=[(of, dataclasses.asdict(died))])
             try:
                 found = self._alternate(trial, baseline, entry, found)
-            except owner.HelperError as error:
+            except handle.ChildError as error:
                 found = dataclasses.replace(found, reason=str(error))
             except BaseException as error:
                 found = dataclasses.replace(found, reason=self._cut_short(error, None).reason)  # type: ignore[union-attr]
@@ -479,15 +480,15 @@ class Laboratory:
 
     @contextmanager
     def _child(self, trial: Trial, *callbacks: Callable[..., None]) -> Iterator[owner.Child]:
-        """The child of `trial`. Raises HelperError where what it needs cannot be made."""
+        """The child of `trial`. Raises ChildError where what it needs cannot be made."""
         try:
             located = self.located(trial)
             folder = Path(tempfile.mkdtemp(dir=self.folder))
-            culprit = owner.culprit()
-        except owner.HelperError:
+            culprit = helper.culprit()
+        except handle.ChildError:
             raise
         except Exception as error:
-            raise owner.HelperError(worker.failure(error, trial, None, self.folder)) from error  # type: ignore[arg-type]
+            raise handle.ChildError(failure.outcome_of(error, trial, None, self.folder)) from error  # type: ignore[arg-type]
         if culprit is not None and not self._told_of_culprit:
             self._told_of_culprit = True
             told = f"{culprit} initialises CUDA when it is imported: children start in fresh interpreters"
@@ -575,7 +576,7 @@ class Laboratory:
 
         def expire() -> None:
             self._is_expired = True
-            owner.kill_all()
+            handle.kill_all()
             timers.append(threading.Timer(GRACE_SECONDS, _end_process, (item, settings)))
             timers[-1].daemon = True
             timers[-1].start()
@@ -638,7 +639,7 @@ class Laboratory:
                 "node", None
             )  # records are committed and shared; whose machine it was is nobody's business
             machine_info["gpu"] = dataclasses.asdict(self.device) if self.has_cuda else None
-            machine_info["glibc_tunables"] = owner.tunables()
+            machine_info["glibc_tunables"] = forkserver.tunables()
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
@@ -651,7 +652,7 @@ class Laboratory:
         while self._begun:
             self._take(self._begun.popitem()[1])
         if self.entries or self.forecasts:
-            xdist_bridge.save_without_rows(self.config)
+            pytest_benchmark.save_without_rows(self.config)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write the report, in the process that has everybody's cells."""
@@ -672,7 +673,7 @@ class Laboratory:
 
     def pytest_unconfigure(self) -> None:
         if self._folder is not None:
-            owner.reaper.remove_folder(self._folder)
+            reaper.own.remove_folder(self._folder)
 
 
 class Shipped(TypedDict):

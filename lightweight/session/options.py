@@ -7,7 +7,7 @@ else has an option of that name: another plugin's or conftest's goes before ours
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from lightweight import models, names, targets
+from lightweight.internals.pytest import before_parsing, taken_names
 from lightweight.verdict.limits import LIMITS, Limit
 
 TRUE_SIZES = ("opt-350m", "gpt-neo-1.3b")
@@ -127,17 +128,7 @@ OPTIONS = (
 def register(parser: pytest.Parser) -> None:
     """Add the options to `parser` at the last moment: just before it reads the command line for good, when every other
     plugin and conftest has added its own."""
-    original = getattr(parser, "parse", None)
-    if original is None:  # a pytest that reads it by another name
-        _add(parser)
-        return
-
-    def parse(*args: Any, **kwargs: Any) -> Any:
-        del parser.parse  # which hides pytest's own
-        _add(parser)
-        return original(*args, **kwargs)
-
-    parser.parse = parse  # type: ignore[method-assign]
+    before_parsing(parser, lambda: _add(parser))
 
 
 def value(config: pytest.Config, key: str) -> Any:
@@ -159,9 +150,9 @@ def check_names(config: pytest.Config) -> None:
         ("target", "--target: ", targets.named),
     )
     for key, place, check in checks:
-        said = value(config, key) or ()
+        given = value(config, key) or ()
         try:
-            for name in (said,) if isinstance(said, str) else said:
+            for name in (given,) if isinstance(given, str) else given:
                 check(name)
         except ValueError as error:
             raise pytest.UsageError(f"{place}{error}") from None
@@ -173,7 +164,7 @@ def _own(key: str) -> str:
 
 def _add(parser: pytest.Parser) -> None:
     group = parser.getgroup("lightweight", "fine-tuning experiments")
-    taken = _taken(parser)
+    taken = taken_names(parser)
     for option in OPTIONS:
         settings: dict[str, Any] = {**option.settings, "help": option.help.replace("%", "%%")}
         if f"--{option.name}" not in taken and option.key not in taken:
@@ -183,11 +174,3 @@ def _add(parser: pytest.Parser) -> None:
             except (ValueError, argparse.ArgumentError):  # taken all the same
                 pass
         group.addoption(LONG + option.name, dest=_own(option.key), **settings)
-
-
-def _taken(parser: pytest.Parser) -> set[str]:
-    """Names and destinations of everybody's options, as far as pytest lets them be seen."""
-    groups: Sequence[Any] = [*getattr(parser, "_groups", ()), getattr(parser, "_anonymous", None)]
-    options = [option for group in groups for option in getattr(group, "options", ())]
-    names = {name for option in options for name in getattr(option, "names", tuple)()}
-    return names | {getattr(option, "dest", "") for option in options}

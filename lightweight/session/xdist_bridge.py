@@ -5,8 +5,7 @@ pytest-xdist, pytest-benchmark switches itself off; here it is kept on in the wo
 controller on the test's report, and the controller saves and shows all rows as if it had timed them. So a worker that
 dies loses the test it ran and nothing else.
 
-What is private to pytest-benchmark and to pytest-xdist is touched in this module alone: `BENCHMARK_SESSION` names it,
-`_benchmark_session` checks it, and the tests run against the versions in constraints.txt.
+What is private to either is reached through `lightweight.internals`.
 """
 
 from __future__ import annotations
@@ -15,17 +14,14 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Generator
-from importlib.metadata import version
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lightweight.child.process import CAN_PIN
+from lightweight.internals import pytest_benchmark, xdist
+from lightweight.internals.pytest import rename
 from lightweight.session import options
-
-BENCHMARK_SESSION = ("benchmarks", "compare", "disabled", "only")
-"""Attributes of pytest-benchmark's session that are read and set."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -53,7 +49,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 def connect(config: pytest.Config) -> None:
     """In `pytest_configure`, before pytest-benchmark's own: prepare to keep it on here, and to gather rows."""
     if hasattr(config, "workerinput"):
-        config.option.loadgroup = config.workerinput["lightweight_loadgroup"]
+        xdist.keep_groups(config, config.workerinput["lightweight_loadgroup"])
         config.pluginmanager.register(_Worker(config), "lightweight-xdist-side")
     elif hands_out(config):
         config.pluginmanager.register(_Controller(config), "lightweight-xdist-side")
@@ -82,34 +78,6 @@ def is_shipped(report: pytest.TestReport) -> bool:
     return hasattr(report, "lightweight_begun") or any(getattr(report, "lightweight", {}).values())
 
 
-def compare_with(config: pytest.Config, path: str | None) -> None:
-    """Have pytest-benchmark compare with the stored run at `path`, or none, whether or not its session is there yet."""
-    config.option.benchmark_compare = path
-    if hasattr(config, "_benchmarksession"):
-        _benchmark_session(config).compare = path
-
-
-def forget_row(config: pytest.Config, nodeid: str) -> None:
-    """Drop the row of a test, which is run again."""
-    if hasattr(config, "_benchmarksession"):
-        rows = _benchmark_session(config).benchmarks
-        rows[:] = [row for row in rows if row.fullname != nodeid]
-
-
-def save_without_rows(config: pytest.Config) -> None:
-    """Have pytest-benchmark write its JSON also where nothing was timed, as where the first cell was interrupted."""
-    if hasattr(config, "_benchmarksession"):
-        session = _benchmark_session(config)
-        session.benchmarks = _Rows(session.benchmarks)
-
-
-class _Rows(list[Any]):
-    """Rows that are worth saving, even if there are none."""
-
-    def __bool__(self) -> bool:
-        return True
-
-
 def where(config: pytest.Config) -> dict[str, str | None]:
     """Which worker this is, and the number of the GPU it sees, or several with commas, `None` on a CPU; empty where
     there are no workers."""
@@ -128,7 +96,7 @@ def group_by_model(item: pytest.Item, model: str | None) -> None:
         item.add_marker(pytest.mark.xdist_group(model or item.path.name))
 
 
-def tell_begun(item: pytest.Item, told: dict[str, Any]) -> None:
+def tell_begun(item: pytest.Item, begun: dict[str, Any]) -> None:
     """From a worker: what is to be recorded if this worker dies before `item` has ended. It travels on a report of the
     set-up, which pytest-xdist passes on at once and which no reporter shows."""
     if hasattr(item.config, "workerinput"):
@@ -139,7 +107,7 @@ def tell_begun(item: pytest.Item, told: dict[str, Any]) -> None:
             outcome="passed",
             longrepr=None,
             when="setup",
-            lightweight_begun=told,
+            lightweight_begun=begun,
         )
         item.ihook.pytest_runtest_logreport(report=report)
 
@@ -159,15 +127,13 @@ class _Side:
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self) -> None:
         if self._only:
-            self.config.option.benchmark_only = _benchmark_session(self.config).only = True
+            pytest_benchmark.run_only_benchmarks(self.config)
 
     def switch_on(self) -> None:
         """Time, from now on."""
-        if not self._is_on and hasattr(self.config, "_benchmarksession"):
+        if not self._is_on and pytest_benchmark.has_session(self.config):
             self._is_on = True
-            session, option = _benchmark_session(self.config), self.config.getoption
-            session.disabled = option("benchmark_disable") and not option("benchmark_enable")
-            session.xdist_warning = False  # from 5.3 on: it would tell that benchmarks are off
+            pytest_benchmark.switch_on(self.config)
 
 
 class _Worker(_Side):
@@ -184,7 +150,7 @@ class _Worker(_Side):
         from where pytest-xdist 3.8 writes it."""
         for item in items:
             if (suffix := self._suffix(item)) and not item.nodeid.endswith(suffix):
-                item._id = type(item._id).parse(item.nodeid + suffix)
+                rename(item, item.nodeid + suffix)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_collection_finish(self) -> Generator[None, None, None]:
@@ -192,32 +158,23 @@ class _Worker(_Side):
         try:
             yield
         except pytest.UsageError as error:
-            vars(self.config)["workeroutput"]["lightweight_usage_error"] = str(error)
+            xdist.tell_controller(self.config, "lightweight_usage_error", str(error))
             raise
 
     def _suffix(self, item: pytest.Item) -> str:
         groups = {str(mark.args[0] if mark.args else mark.kwargs["name"]) for mark in item.iter_markers("xdist_group")}
-        return f"@{'_'.join(sorted(groups))}" if groups and self.config.option.loadgroup else ""
+        return f"@{'_'.join(sorted(groups))}" if groups and xdist.keeps_groups(self.config) else ""
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        made = yield
-        fixture = getattr(item, "funcargs", {}).get("benchmark")
-        if call.when == "call" and fixture is not None and fixture.stats and not fixture.has_error:
-            vars(made)["lightweight_row"] = self._row(item, fixture.stats)
-        return made
-
-    def _row(self, item: pytest.Item, stats: Any) -> str:
-        """One row as JSON text, in pytest-benchmark's own words."""
-        from pytest_benchmark.utils import safe_dumps
-
-        row = stats.as_dict(include_data=False, stats=False)
-        row |= {"data": stats.stats.data, "iterations": stats.iterations}
-        row["extra_info"] = {**row["extra_info"], **where(self.config)}
-        row["fullname"] = row["fullname"].removesuffix(self._suffix(item))  # which other runs do not have
-        return str(safe_dumps(row))
+        report = yield
+        if call.when == "call" and (row := pytest_benchmark.timed(item)) is not None:
+            row["extra_info"] = {**row["extra_info"], **where(self.config)}
+            row["fullname"] = row["fullname"].removesuffix(self._suffix(item))  # which other runs do not have
+            vars(report)["lightweight_row"] = pytest_benchmark.to_json(row)
+        return report
 
 
 class _Controller(_Side):
@@ -230,7 +187,7 @@ class _Controller(_Side):
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
         """The lowest number on the node's machine that no living worker has: a replacement gets the dead one's."""
-        taken = self._slots[_machine(node)]
+        taken = self._slots[xdist.machine_of(node)]
         slot = next(number for number in range(len(taken) + 1) if number not in taken)
         taken[slot] = node
         node.workerinput["lightweight_slot"] = slot
@@ -238,22 +195,20 @@ class _Controller(_Side):
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        taken = self._slots[_machine(node)]
+        taken = self._slots[xdist.machine_of(node)]
         for slot in [slot for slot, owner in taken.items() if owner is node]:
             del taken[slot]
-        if told := getattr(node, "workeroutput", {}).get("lightweight_usage_error"):
-            raise pytest.UsageError(told)
+        if problem := xdist.told_by_worker(node, "lightweight_usage_error"):
+            raise pytest.UsageError(problem)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
-        return _scheduler(config, log) if config.getoption("dist") == "loadgroup" else None
+        return xdist.group_scheduler(config, log) if config.getoption("dist") == "loadgroup" else None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         text = getattr(report, "lightweight_row", None)
         if text is not None:
-            row = _stats(json.loads(text))
-            forget_row(self.config, row.fullname)
-            _benchmark_session(self.config).benchmarks.append(row)
+            pytest_benchmark.add_row(self.config, json.loads(text))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_benchmark_group_stats(self) -> Generator[None, list[Any], list[Any]]:
@@ -283,55 +238,3 @@ def _take_place(slot: int, count: int) -> None:
         cores = sorted(os.sched_getaffinity(0))
         share = cores[place * len(cores) // places : (place + 1) * len(cores) // places]
         os.sched_setaffinity(0, share or cores)
-
-
-def _machine(node: Any) -> str:
-    spec = node.gateway.spec
-    return "this one" if spec.popen else str(spec.ssh or spec.socket or spec)
-
-
-def _benchmark_session(config: pytest.Config) -> Any:
-    session = getattr(config, "_benchmarksession", None)
-    missing = [name for name in BENCHMARK_SESSION if not hasattr(session, name)]
-    if missing:
-        raise pytest.UsageError(
-            f"pytest-benchmark {version('pytest-benchmark')}: its session has no {missing[0]!r}, through which it is "
-            "kept on under pytest-xdist; install pytest-benchmark==5.3.1, or run without -n and --tx"
-        )
-    return session
-
-
-def _stats(row: dict[str, Any]) -> Any:
-    """pytest-benchmark's row again from what a worker shipped of it."""
-    from pytest_benchmark.stats import Metadata
-
-    data, iterations, options = row.pop("data"), row.pop("iterations"), row.pop("options")
-    fixture = SimpleNamespace(**row | {"cprofile_stats": None, "has_error": False})
-    stats = Metadata(fixture, iterations=iterations, options=options)
-    stats.stats.data += data
-    return stats
-
-
-def _scheduler(config: pytest.Config, log: Any) -> Any:
-    from xdist.scheduler import LoadGroupScheduling
-
-    class Scheduler(LoadGroupScheduling):  # type: ignore[misc]
-        """pytest-xdist's own, which in 3.8 gives the test that a worker died in to the next worker again, and waits for
-        ever where a dead worker's tests were done or a new one has a single test to do (its issues 1323, 1327, 1378).
-        """
-
-        def remove_node(self, node: Any) -> str | None:
-            units = self.assigned_work.pop(node)
-            waiting = [(group, test) for group, unit in units.items() for test, is_done in unit.items() if not is_done]
-            for group, test in waiting[1:]:
-                self.workqueue.setdefault(group, {})[test] = False
-            for other in self.nodes:
-                self._reschedule(other)
-            return waiting[0][1] if waiting else None
-
-        def schedule(self) -> None:
-            super().schedule()
-            for node in self.nodes:  # a second time: gives a worker with one test another one, or says it is the last
-                self._reschedule(node)
-
-    return Scheduler(config, log)

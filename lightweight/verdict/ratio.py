@@ -21,8 +21,8 @@ Practical Markov chain Monte Carlo, Statistical Science 7, 1992, has the initial
 
 What the interval knows is how pairs of rounds scatter. What a process keeps for its whole life, such as where its
 memory lies, is the same in all of its pairs and not in it (Kalibera & Jones, Rigorous benchmarking in reasonable time,
-ISMM 2013); `child/owner.py` keeps that small. Where both sides were measured one after the other, that is most of what
-there is, and the machine's temper in either's minute comes on top: `IN_TURN` adds it.
+ISMM 2013); `child/forkserver.py` keeps that small. Where both sides were measured one after the other, that is most of
+what there is, and the machine's temper in either's minute comes on top: `IN_TURN` adds it.
 """
 
 from __future__ import annotations

@@ -1,13 +1,8 @@
 """Real children, on the GPU where there is one."""
 
-import errno
-import fnmatch
 import os
 import signal
-import subprocess
-import sys
 import time
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,75 +10,12 @@ import pytest
 import torch
 
 from lightweight import models, targets
-from lightweight.child import owner, reaper, worker
+from lightweight.child import helper, owner, worker
 from lightweight.child.owner import Child
 from lightweight.methods import BASELINE, LORA, QLORA, Method
 from lightweight.preload import peft
 from lightweight.targets import MiB, Target
 from lightweight.trial import Completed, Crashed, Diverged, OutOfMemory, TimedOut, Trial
-
-
-@pytest.fixture
-def trial(micro, small_corpus):
-    device_index = 0 if torch.cuda.is_available() else None
-    target = targets.CPU if device_index is None else targets.NATIVE
-    return Trial(model=micro, method=BASELINE, target=target, corpus=small_corpus, epochs=2, device_index=device_index)
-
-
-def fail() -> None:
-    raise ZeroDivisionError("in the child")
-
-
-def shout() -> int:
-    os.write(1, b"a library's noise")
-    return os.getpid()
-
-
-def test_a_call_runs_elsewhere_and_its_noise_goes_to_a_log(folder, capfd):
-    assert owner.call(shout, folder) != os.getpid()
-    assert (folder / "log").read_text() == "a library's noise"
-    assert capfd.readouterr().out == ""
-
-
-def test_a_calls_exception_comes_through(folder):
-    with pytest.raises(ZeroDivisionError, match="in the child"):
-        owner.call(fail, folder)
-
-
-@pytest.mark.parametrize("module", ["pytest", "lightweight.plugin", "lightweight.report.report"])
-def test_a_child_has_imported_no(module, folder):
-    assert module in sys.modules or module == "lightweight.report.report"
-    assert not owner.call(eval, folder, f"{module!r} in __import__('sys').modules")
-
-
-def test_a_child_does_not_run_the_main_script_again(trial, tmp_path, monkeypatch):
-    """Which is pytest's, and multiprocessing would: it imports the script that `__main__` was started from."""
-    script = tmp_path / "script.py"
-    script.write_text("from pathlib import Path; Path(__file__).with_name('ran').touch()")
-    main = types.ModuleType("__main__")
-    main.__file__ = str(script)
-    monkeypatch.setitem(sys.modules, "__main__", main)
-    for name in ("call", "trial"):
-        (tmp_path / name).mkdir()
-    assert owner.call(os.getpid, tmp_path / "call") != os.getpid()
-    with Child(trial, tmp_path / "trial") as child:
-        assert child.outcome is None
-    assert sys.modules["__main__"] is main
-    assert not (tmp_path / "ran").exists()
-
-
-def test_children_have_huge_pages_where_the_kernel_gives_them(folder):
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not setting.exists() or "[madvise]" not in setting.read_text():
-        pytest.skip("the kernel gives huge pages to nobody, or to everybody")
-    told = owner.call(eval, folder, "(b'x' * 2**26, open('/proc/self/smaps_rollup').read())[1]")
-    huge = next(line for line in told.splitlines() if line.startswith("AnonHugePages"))
-    assert int(huge.split()[1]) * 1024 > 2**25
-
-
-@pytest.mark.parametrize("module", ["bitsandbytes", "transformers.trainer", "transformers.models.opt.modeling_opt"])
-def test_a_child_is_born_with(module, folder):
-    assert owner.call(eval, folder, f"{module!r} in __import__('sys').modules")
 
 
 def test_steps_that_nobody_asks_for_are_not_reported(trial, folder, monkeypatch):
@@ -213,7 +145,7 @@ def test_an_exception_in_the_child_is_a_crash_with_its_traceback_and_the_next_tr
     narrow = replace(trial.model, name="narrow", architecture=trial.model.architecture | {"vocab_size": 64})
     (tmp_path / "bad").mkdir()
     (tmp_path / "good").mkdir()
-    written = owner.call(models.write, tmp_path / "bad", narrow, tmp_path / "narrow", 0)
+    written = helper.call(models.write, tmp_path / "bad", narrow, tmp_path / "narrow", 0)
     with Child(replace(trial, model=written), tmp_path / "bad") as child:
         outcome = child.finish()
     assert isinstance(outcome, Crashed)
@@ -233,7 +165,7 @@ def test_out_of_memory_is_an_outcome_with_its_phase_and_the_next_trial_is_untouc
     target = Target(name="small", capability=targets.HOPPER, total_bytes=targets.CONTEXT_BYTES + room_mib * MiB)
     (tmp_path / "large").mkdir()
     (tmp_path / "next").mkdir()
-    written = owner.call(models.write, tmp_path / "large", large, tmp_path / "weights", 0)
+    written = helper.call(models.write, tmp_path / "large", large, tmp_path / "weights", 0)
     with Child(replace(trial, model=written, target=target), tmp_path / "large") as child:
         outcome = child.finish()
     assert isinstance(outcome, OutOfMemory), outcome
@@ -291,7 +223,7 @@ def test_peaks_on_the_host_are_the_trials_own(trial, tmp_path):
     for name, model in (("large", large), ("small", trial.model)):
         (tmp_path / name).mkdir()
         if name == "large":
-            model = owner.call(models.write, tmp_path / name, model, tmp_path / "weights", 0)
+            model = helper.call(models.write, tmp_path / name, model, tmp_path / "weights", 0)
         with Child(replace(trial, model=model, max_steps=1), tmp_path / name) as child:
             outcome = child.finish()
         assert isinstance(outcome, Completed), outcome
@@ -307,79 +239,6 @@ def test_the_saved_adapter_loads_with_peft(trial, folder):
     base = models.load(trial.model, torch.float32, torch.device("cpu"), None)
     loaded = peft.PeftModel.from_pretrained(base, str(Path(folder) / "saved"))
     assert any("lora_" in name for name, _ in loaded.named_parameters())
-
-
-def pause(number: int) -> None:
-    os.kill(os.getpid(), number)
-
-
-@pytest.mark.parametrize(
-    ("number", "kind", "reason"),
-    [
-        (signal.SIGKILL, Crashed, "killed by SIGKILL *"),
-        (signal.SIGSTOP, TimedOut, "a helper process answered nothing for 3 s and was killed"),
-    ],
-)
-def test_a_helper_that_is_killed_or_stopped_has_an_outcome(folder, number, kind, reason):
-    owner.call(int, folder)  # the forkserver is there
-    with pytest.raises(owner.HelperError) as raised:
-        owner.call_within(3.0, pause, folder, int(number))
-    assert isinstance(raised.value.outcome, kind)
-    assert fnmatch.fnmatch(str(raised.value), reason)
-    assert owner.call(int, folder) == 0
-
-
-class OddError(Exception):
-    def __init__(self, one: int, two: int) -> None:
-        super().__init__("odd")
-
-
-def raise_oddly() -> None:
-    raise OddError(1, 2)
-
-
-def test_an_exception_that_cannot_be_sent_is_told_by_its_name(folder):
-    with pytest.raises(RuntimeError, match="OddError: odd"):
-        owner.call(raise_oddly, folder)
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP], ids=lambda number: number.name)
-def test_a_forkserver_that_is_gone_or_stopped_costs_no_trial_and_leaves_no_process(trial, tmp_path, number):
-    for name in "abc":
-        (tmp_path / name).mkdir()
-    with Child(trial, tmp_path / "a", silence_seconds=30) as child:
-        os.kill(owner._server_pid(), number)
-        assert isinstance(child.finish(), Completed)
-    assert not reaper.is_running(child.pids[0], reaper.started(child.pids[0]))  # whoever is to wait for its end now
-    with Child(trial, tmp_path / "b") as child:
-        os.kill(owner._server_pid(), number)
-        os.kill(child.pids[0], signal.SIGKILL)
-        outcome = child.finish()
-    assert isinstance(outcome, Crashed)
-    assert "forkserver" in outcome.reason or outcome.reason.startswith("killed by SIGKILL")
-    with Child(trial, tmp_path / "c") as child:
-        assert isinstance(child.finish(), Completed)
-
-
-def test_a_forkserver_that_does_not_start_a_child_in_time_is_replaced(trial, tmp_path):
-    for name in "abc":
-        (tmp_path / name).mkdir()
-    with Child(trial, tmp_path / "a") as child:
-        assert child.outcome is None
-    os.kill(owner._server_pid(), signal.SIGSTOP)
-    with Child(trial, tmp_path / "b", silence_seconds=2) as child:
-        outcome = child.finish()
-    assert isinstance(outcome, TimedOut)
-    assert outcome.reason == "the forkserver answered nothing for 2 s and was killed"
-    with Child(trial, tmp_path / "c") as child:
-        assert isinstance(child.finish(), Completed)
-
-
-def test_where_multiprocessing_names_no_server_nothing_is_done_about_it(monkeypatch, folder):
-    monkeypatch.setattr(owner, "forkserver", types.SimpleNamespace())
-    owner._kill_server()
-    assert owner._server_pid() is None
-    assert owner.call(int, folder) == 0
 
 
 def test_the_memory_of_the_host_that_runs_out_is_an_outcome_with_the_limit_in_force(trial, folder, monkeypatch):
@@ -418,16 +277,6 @@ def test_a_child_whose_folder_is_gone_says_so(trial, folder):
     assert (outcome.phase, outcome.reason.partition(":")[0]) == ("start", "FileNotFoundError")
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG], ids=errno.errorcode.get)
-def test_a_disk_that_is_full_is_told_with_its_place_and_the_mend(trial, folder, number):
-    for error in (OSError(number, os.strerror(number)), RuntimeError(f"I/O error: {os.strerror(number)}")):
-        reason = worker.failure(error, trial, None, folder).reason
-        assert f"scratch folder {folder}" in reason
-        assert reason.endswith("raise it" if number == errno.EFBIG else "let TMPDIR name a larger one"), reason
-    other = OSError(errno.EACCES, os.strerror(errno.EACCES))
-    assert str(folder) not in worker.failure(other, trial, None, folder).reason
-
-
 def test_training_that_ends_early_completes_with_the_steps_it_took(trial, folder, monkeypatch):
     monkeypatch.setattr(worker, "run", run_and_stop_early)
     with Child(trial, folder) as child:
@@ -448,19 +297,6 @@ def run_and_stop_early(*arguments) -> None:
 
     transformers.trainer_callback.DefaultFlowCallback.on_step_end = stop  # type: ignore[assignment]
     RUN(*arguments)
-
-
-def test_a_long_path_of_temporary_files_is_no_hindrance(tmp_path):
-    program = (
-        "import os\nfrom pathlib import Path\nfrom lightweight.child import owner\n"
-        f"if __name__ == '__main__': print(owner.call(int, Path({str(tmp_path)!r})))"
-    )
-    (tmp_path / "program.py").write_text(program)
-    long = tmp_path / ("x" * 100)
-    long.mkdir()
-    environment = {**os.environ, "TMPDIR": str(long)}
-    done = subprocess.run([sys.executable, tmp_path / "program.py"], env=environment, capture_output=True, text=True)
-    assert done.stdout == "0\n", done.stderr
 
 
 STAND_IN = """

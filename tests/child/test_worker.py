@@ -3,18 +3,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from multiprocessing import Pipe
-from pathlib import Path
 
 import pytest
 import torch
 
 from lightweight import models, targets
-from lightweight.child import host_memory, worker
+from lightweight.child import worker
 from lightweight.cli.train import Unattended
 from lightweight.methods import BASELINE, LORA, QLORA
 from lightweight.models import ModelError
-from lightweight.training.meter import DivergedError, Meter
-from lightweight.trial import Crashed, Diverged, OutOfMemory, Trial
+from lightweight.training.meter import Meter
+from lightweight.trial import Trial
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
 
@@ -40,7 +39,7 @@ def test_a_trial_computes_with_the_threads_it_says_and_never_collects_what_was_i
     had, found = torch.get_num_threads(), []
     gc.unfreeze()  # what every test has frozen
     monkeypatch.setattr(worker, "redirect_output", lambda path: None)
-    monkeypatch.setattr(worker, "_train", lambda *_: found.append((torch.get_num_threads(), gc.get_freeze_count())))
+    monkeypatch.setattr(worker, "_complete", lambda *_: found.append((torch.get_num_threads(), gc.get_freeze_count())))
     _, end = Pipe()
     try:
         for threads in (had + 2, None):
@@ -89,34 +88,6 @@ def test_bf16_weights_on_a_target_without_bf16_are_refused(trial):
         worker.build(late, CPU)
 
 
-@pytest.mark.parametrize(
-    ("message", "expected"),
-    [
-        ("CUDA out of memory. Tried to allocate 64.00 MiB. GPU 0 has", 64 * 2**20),
-        ("CUDA out of memory. Tried to allocate 1.45 GiB. GPU", round(1.45 * 2**30)),
-        ("Tried to allocate 512 bytes.", 512),
-        ("something else", None),
-    ],
-)
-def test_the_request_is_read_from_torchs_message(message, expected):
-    assert worker._requested_bytes(message) == expected
-
-
-def test_an_out_of_memory_that_the_allocator_did_not_count_is_a_crash(trial):
-    """On a GPU tests/child/test_owner.py shows the counted one."""
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
-    outcome = worker.failure(error, trial, Meter(CPU, 0.0), Path())
-    assert isinstance(outcome, Crashed)
-    assert outcome.reason.startswith(type(error).__name__)
-
-
-def test_the_hosts_memory_that_runs_out_is_told_from_the_devices(trial):
-    outcome = worker.failure(MemoryError("host"), trial, Meter(CPU, 0.0), Path())
-    assert isinstance(outcome, OutOfMemory)
-    assert outcome.reason.startswith("MemoryError: host; the host's memory: ")
-    assert outcome.budget_bytes == host_memory.limit().bytes
-
-
 def test_a_training_that_goes_on_after_its_last_round_is_one_clear_line():
     here, there = Pipe()
     owner = worker._OwnersEnd(here, Meter(CPU, 0.0), tells_steps=False)
@@ -124,17 +95,6 @@ def test_a_training_that_goes_on_after_its_last_round_is_one_clear_line():
     with pytest.raises(RuntimeError, match="training goes on after step 0, the last of its trial") as raised:
         owner.await_request("round")
     assert "\n" not in str(raised.value)
-
-
-def test_failures_keep_their_place_and_reason(trial):
-    meter = Meter(CPU, 0.0)
-    meter.phase = "backward"
-    outcome = worker.failure(RuntimeError("CUDA error: device-side assert triggered\nmore"), trial, meter, Path())
-    assert outcome.reason == "RuntimeError: CUDA error: device-side assert triggered"
-    assert outcome.phase == "backward"  # type: ignore[union-attr]
-    diverged = worker.failure(DivergedError(7, float("nan")), trial, meter, Path())
-    assert isinstance(diverged, Diverged)
-    assert (diverged.step, diverged.reason) == (7, "training loss is nan at step 7")
 
 
 def test_what_was_adapted_and_how_weights_are_held_is_in_the_measurements(trial, folder):

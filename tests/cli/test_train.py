@@ -22,10 +22,10 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from conftest import MICRO, torchruns, torchruns_store, turns
-from lightweight import methods, models, record, targets
+from conftest import torchruns, torchruns_store, turns
+from lightweight import models, record
 from lightweight.__main__ import main
-from lightweight.child import owner, worker
+from lightweight.child import failure, forkserver, helper, worker
 from lightweight.child.process import redirect_output
 from lightweight.cli import chat
 from lightweight.cli import train as train_command
@@ -33,7 +33,6 @@ from lightweight.cli.model_card import model_card
 from lightweight.cli.output import Output
 from lightweight.forecast import plan
 from lightweight.preload import peft
-from lightweight.training import ranks
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
 
@@ -128,8 +127,8 @@ def command(given: list[str], log: Path) -> None:
 
 def test_sigterm_ends_a_process_with_a_checkpoint_and_status_130(base, dialogues, out, tmp_path):
     given = arguments(base, dialogues, out / "a", "--epochs", "10000", "--save-steps", "3")
-    process = owner._forkserver.Process(target=command, args=(given, tmp_path / "log"))
-    owner._start(process, 60)
+    process = forkserver.context.Process(target=command, args=(given, tmp_path / "log"))
+    assert forkserver.start(process, 60) is None
     deadline = time.monotonic() + 60
     while Output(out / "a").checkpoint is None:
         assert process.is_alive() and time.monotonic() < deadline, (tmp_path / "log").read_text()
@@ -165,11 +164,11 @@ def on_two_ranks(given: list[str], folder: Path, *prepare: Callable[[], None]) -
     said together."""
     store, logs = torchruns_store(), [folder / f"log-{rank}" for rank in range(2)]
     processes = [
-        owner._forkserver.Process(target=command_on_rank, args=(given, log, torchruns(rank, 2, store.port), prepared))
+        forkserver.context.Process(target=command_on_rank, args=(given, log, torchruns(rank, 2, store.port), prepared))
         for rank, (log, prepared) in enumerate(zip(logs, prepare or (nothing, nothing), strict=True))
     ]
     for process in processes:
-        owner._start(process, 60)
+        assert forkserver.start(process, 60) is None
     for process in processes:
         process.join(60)
         process.kill()
@@ -317,8 +316,8 @@ def run_out_of_memory() -> None:
         assert function is plan.plan and gpus == 2
         return [{"chosen": True, "method": "lora", "gpus": 2, "accumulation": 1, "forecast_reserved_bytes": 2**30}]
 
-    worker._allocator_ran_out = lambda: True
-    owner.call = planned  # type: ignore[assignment]
+    failure._allocator_ran_out = lambda device: True
+    helper.call = planned  # type: ignore[assignment]
     train_command.Unattended.await_request = runs_out
 
 
@@ -329,55 +328,6 @@ def test_out_of_memory_on_two_ranks_is_one_line_that_names_what_fits_on_two(base
     (line,) = told(said)
     assert re.search(r"out of memory on rank [01] in train, where 394 MiB more were asked for, of 15.58 GiB", line)
     assert "--method lora is forecast to fit, with 1.00 GiB" in line
-
-
-def test_on_several_ranks_methods_are_forecast_for_as_many(base, monkeypatch):
-    monkeypatch.setattr(ranks, "world_size", lambda: 2)
-    wanted = train_command.Job(model=str(base), corpus=Path("any"), output=Path("any"), batch_size=2, max_length=64)
-    model, _ = models.find(models.named(str(base)), None)
-    target, device = targets.named("16GiB"), targets.Device(name="cpu")
-    (row,) = train_command._forecasts(wanted, model, target, device, ("lora", "qlora"), lambda text: None)
-    assert (row["method"], row["gpus"], row["batch_size"], row["verdict"]) == ("baseline", 2, 1, "fits")
-
-
-def chosen(monkeypatch, before, *rows, world_size=1):
-    monkeypatch.setattr(ranks, "world_size", lambda: world_size)
-    monkeypatch.setattr(train_command, "_forecasts", lambda *_: list(rows))
-    wanted = train_command.Job(model="micro", corpus=Path("any"), output=Path("any"))
-    return train_command._chosen(wanted, MICRO, targets.T4, targets.Device(name="cpu"), before, lambda text: None)
-
-
-PLANNED = {"method": "lora", "verdict": "fits", "chosen": True, "accumulation": 4, "passes": 4, "batch_size": 2} | {
-    "budget_bytes": 2**34,
-    "forecast_reserved_bytes": 2**30,
-}
-
-
-def test_what_was_planned_is_what_is_trained(monkeypatch, capsys):
-    assert chosen(monkeypatch, {}, PLANNED) == methods.LORA.with_passes(4)
-    assert "method lora in 4 passes of 2 rows a step: 1.00 GiB of t4's 16.00 GiB" in capsys.readouterr().out
-    assert chosen(monkeypatch, {}, PLANNED | {"accumulation": 1}) == methods.LORA
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("passes", [1, 2, 4, 8])
-def test_what_was_planned_is_what_goes_on(monkeypatch, passes, world_size):
-    planned = methods.LORA.with_passes(passes)
-    settings = {"method": "lora", "training_arguments": dict(planned.on_rank(world_size).training_arguments)}
-    resumed = chosen(monkeypatch, settings, world_size=world_size)
-    assert resumed.on_rank(world_size) == planned.on_rank(world_size)
-
-
-def test_where_no_method_can_be_forecast_the_reason_is_told(monkeypatch):
-    nothing = {"method": "lora", "verdict": "cannot_be_forecast", "chosen": False, "reason": "cannot be built: no"}
-    nothing |= {"budget_bytes": 2**34, "forecast_reserved_bytes": None}
-    with pytest.raises(
-        train_command.NothingFitsError, match="no method can be forecast: cannot be built: no: give --method"
-    ):
-        chosen(monkeypatch, {}, nothing)
-    too_much = nothing | {"verdict": "does_not_fit", "forecast_reserved_bytes": 2**35, "method": "baseline"}
-    with pytest.raises(train_command.NothingFitsError, match=r"baseline takes least, 32\.00 GiB"):
-        chosen(monkeypatch, {}, nothing, too_much)
 
 
 def test_a_second_signal_and_one_before_training_stop_at_once(train, out, monkeypatch, capsys):
@@ -487,7 +437,7 @@ def test_out_of_memory_is_one_line_that_names_what_fits(train, out, monkeypatch,
     def runs_out(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 394.00 MiB.")
 
-    monkeypatch.setattr(worker, "_allocator_ran_out", lambda: True)
+    monkeypatch.setattr(failure, "_allocator_ran_out", lambda device: True)
     monkeypatch.setattr(train_command.Unattended, "await_request", runs_out)
     assert train("a", "--target", "16GiB") == 1
     error = capsys.readouterr().err

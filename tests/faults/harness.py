@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from conftest import torchruns, torchruns_store
 from lightweight import record
 from lightweight.__main__ import main
-from lightweight.child import owner
+from lightweight.child import forkserver
 from lightweight.child.process import redirect_output
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink")
@@ -86,9 +86,9 @@ def run(given: list[str], folder: Path, kill: Kill | None = None, *, world_size:
         log.unlink(missing_ok=True)
         environment = {} if store is None else torchruns(rank, world_size, store.port)
         killed = kill if rank == (world_size - 1 if kill and kill.at is not None and kill.at % 2 else 0) else None
-        processes.append(owner._forkserver.Process(target=_run, args=(given, log, environment, killed)))
+        processes.append(forkserver.context.Process(target=_run, args=(given, log, environment, killed)))
     for process in processes:
-        owner._start(process, 60)
+        assert forkserver.start(process, 60) is None
     while any(process.is_alive() for process in processes):
         for process in processes:
             process.join(0.05)

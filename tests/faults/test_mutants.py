@@ -24,7 +24,7 @@ from lightweight.__main__ import main
 from lightweight.cli.output import MARK
 from lightweight.verdict.limits import LIMITS
 
-RECORDS = sorted((Path(models.__file__).parents[1] / "experiments" / "records").glob("*.json"))
+RECORDS = sorted((Path(__file__).parents[2] / "experiments" / "records").glob("*.json"))
 
 LLAMA = {
     **{"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 384},

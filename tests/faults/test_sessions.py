@@ -16,7 +16,8 @@ from conftest import MICRO
 CELLS = f"""
 import os, signal
 import pytest
-from lightweight.child import owner
+from lightweight.child import handle, owner
+from lightweight.internals.multiprocessing import forkserver_pid
 from lightweight.models import Model
 
 MODELS = {{name: Model(name=name, architecture={MICRO.architecture!r}) for name in ("first", "second")}}
@@ -25,7 +26,7 @@ MODELS = {{name: Model(name=name, architecture={MICRO.architecture!r}) for name 
 def fault(monkeypatch, request):
     if request.node.name != "test_at_hand":
         return
-    enter, begin, done = owner.Child.__init__, owner._Process.__init__, []
+    enter, begin, done = owner.Child.__init__, handle.Handle.__init__, []
 
     def act(process):
         if not done:
@@ -47,11 +48,11 @@ def fault(monkeypatch, request):
 
     def beginning(process, *arguments):
         begin(process, *arguments)
-        if "PHASE" == "helper" and type(process) is owner._Process:
+        if "PHASE" == "helper" and type(process) is handle.Handle:
             act(process)
 
     monkeypatch.setattr(owner.Child, "__init__", entering)
-    monkeypatch.setattr(owner._Process, "__init__", beginning)
+    monkeypatch.setattr(handle.Handle, "__init__", beginning)
 
 def test_before(train):
     assert train(MODELS["first"], "baseline").kind == "completed"
@@ -83,7 +84,7 @@ class Fault:
 
 
 ENDS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
-CHILD, SERVER, ITSELF = "process.pid", "owner._server_pid()", "os.getpid()"
+CHILD, SERVER, ITSELF = "process.pid", "forkserver_pid()", "os.getpid()"
 FAULTS = [
     *(Fault("child", CHILD, number, phase) for number in (signal.SIGKILL, signal.SIGSTOP) for phase in PHASES),
     *(

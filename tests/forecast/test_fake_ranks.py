@@ -13,7 +13,7 @@ from torch import distributed
 from transformers import AutoModelForCausalLM
 
 from lightweight import models
-from lightweight.child import owner
+from lightweight.child import helper
 from lightweight.corpus import Corpus
 from lightweight.forecast import tracer
 from lightweight.forecast.fake_ranks import rank_zero_of
@@ -80,7 +80,7 @@ def test_the_first_rank_holds_what_it_holds_among_others(tmp_path):
     def held(rank):
         folder = tmp_path / str(rank)
         folder.mkdir()
-        return owner.call(held_by_rank, folder, rank, of, tmp_path)
+        return helper.call(held_by_rank, folder, rank, of, tmp_path)
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(held, range(2))

@@ -21,7 +21,7 @@ from conftest import MICRO
 from experiments import test_training as training_experiment
 from experiments.test_forecast import ALLOCATED, CELLS, MODELS, RESERVED
 from lightweight import models, record, targets
-from lightweight.child import owner
+from lightweight.child import helper
 from lightweight.corpus import Corpus
 from lightweight.forecast import tracer
 from lightweight.forecast.replay import within
@@ -60,7 +60,7 @@ def traces(tmp_path_factory):
 
     def traced(cell):
         model, method, max_length = CELLS[cell]
-        return owner.call(tracer.trace, folder, trial(MODELS[model], method, max_length=max_length), HOPPER)
+        return helper.call(tracer.trace, folder, trial(MODELS[model], method, max_length=max_length), HOPPER)
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(CELLS, pool.map(traced, CELLS), strict=True))
@@ -398,7 +398,7 @@ def test_a_large_model_is_forecast_in_seconds_without_much_memory(tmp_path):
         "max_position_embeddings": 4096,
     }
     llama = trial(Model(name="llama-7b", architecture=architecture), QLORA)
-    seconds, host_bytes, parameters = owner.call(timed, tmp_path, llama)
+    seconds, host_bytes, parameters = helper.call(timed, tmp_path, llama)
     assert parameters == pytest.approx(6.76e9, rel=0.01)
     assert seconds < 30
     assert host_bytes < 2 * 2**30

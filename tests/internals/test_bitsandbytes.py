@@ -1,7 +1,8 @@
 from contextlib import contextmanager
 
+import pytest
 import torch
-from bitsandbytes import functional
+from bitsandbytes import functional, nn
 from bitsandbytes.nn import Linear4bit
 from bitsandbytes.optim import PagedAdamW8bit
 from bitsandbytes.optim.optimizer import GlobalOptimManager
@@ -79,3 +80,24 @@ def test_a_4_bit_layer_computes_in_fp32_for_a_while_and_dequantizes_to_it():
         x = torch.linspace(-1, 1, 64).unsqueeze(0)
         assert torch.allclose(theirs(x), x @ whole.T, atol=1e-5)
     assert (theirs.compute_dtype, theirs.weight.quant_state.dtype) == (torch.float16, torch.float16)  # type: ignore[attr-defined]
+
+
+LAYERS = {
+    "Linear4bit": lambda: nn.Linear4bit(64, 32, bias=False, quant_type="nf4"),
+    "Linear8bitLt": lambda: nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False),
+}
+
+
+def test_its_packed_layers_have_these_names():
+    assert set(bitsandbytes_internals.LAYERS) == LAYERS.keys()
+    assert all(hasattr(nn, name) for name in bitsandbytes_internals.LAYERS)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_whose_weight_has_not_been_packed_is_told_from_one_whose_weight_has(kind):
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4), LAYERS[kind]())
+    assert list(bitsandbytes_internals.layers_without_scales(network)) == ["1"]
+    network[1].to("cpu")  # packs it
+    assert list(bitsandbytes_internals.layers_without_scales(network)) == []
+    assert bitsandbytes_internals.count_elements(network[1].weight) == 64 * 32  # type: ignore[arg-type]
+    assert bitsandbytes_internals.count_elements(network[0].weight) == 16  # type: ignore[arg-type]

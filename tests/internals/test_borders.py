@@ -17,7 +17,7 @@ from lightweight import preload  # isort: skip  # noqa: F401  # before what impo
 
 PACKAGE = Path(__file__).parents[2] / "lightweight"
 INTERNALS = PACKAGE / "internals"
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent not in (INTERNALS, PACKAGE / "session"))
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != INTERNALS)
 LIBRARIES = {"torch", "transformers", "accelerate", "peft", "bitsandbytes", "triton"}
 PYTESTS = {"pytest", "_pytest", "pytest_benchmark", "xdist"}
 

@@ -1,12 +1,16 @@
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, which imports peft
+import transformers
 from transformers import AutoModelForCausalLM, OPTConfig, Trainer, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.masking_utils import create_causal_mask
 
+from conftest import MICRO
 from lightweight.internals import transformers as transformers_internals
 from lightweight.internals.transformers import TrainerHooks
 
@@ -95,3 +99,58 @@ def test_whether_a_mask_says_more_than_causality_is_decided_elsewhere():
     with transformers_internals.causal_masks_ignored_by(ignored):
         assert mask() is None
     assert mask() is not None and len(asked) == 1
+
+
+def test_a_network_without_weights_gets_the_layers_of_its_quantization():
+    config = transformers.AutoConfig.for_model(**MICRO.architecture)
+    with torch.device("meta"):
+        network = transformers.AutoModelForCausalLM.from_config(config)
+        transformers_internals.quantize_shapes(network, transformers.BitsAndBytesConfig(load_in_4bit=True))
+    assert network.is_quantized
+    assert type(network.model.decoder.layers[0].fc1).__name__ == "Linear4bit"
+
+
+@pytest.fixture
+def plain(tmp_path, monkeypatch):
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    return transformers.Trainer(torch.nn.Linear(1, 1), arguments)
+
+
+def test_a_callback_can_be_called_before_all_others(plain):
+    calls = []
+
+    class Callback(transformers.TrainerCallback):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def on_train_begin(self, *_: object, **__: object) -> None:
+            calls.append(self.name)
+
+    plain.add_callback(Callback("added"))
+    transformers_internals.call_first(plain, Callback("first"))
+    plain.callback_handler.on_train_begin(plain.args, plain.state, plain.control)
+    assert calls == ["first", "added"]
+
+
+def test_tensorboards_curves_go_where_they_are_told_to_unless_the_environment_says_where(plain, tmp_path):
+    pytest.importorskip("tensorboard")
+    ours, users = TensorBoardCallback(), TensorBoardCallback()
+    users.logging_dir = "elsewhere"
+    plain.add_callback(ours)
+    plain.add_callback(users)
+    transformers_internals.draw_curves_in(plain, tmp_path)
+    assert (ours.logging_dir, users.logging_dir) == (str(tmp_path), "elsewhere")
+
+
+def test_a_bar_goes_on_from_a_step():
+    progress = transformers.ProgressCallback()
+    assert transformers_internals.bar_of(progress) is None
+    state = SimpleNamespace(is_world_process_zero=True, max_steps=10)
+    progress.on_train_begin(None, state, None)
+    bar = transformers_internals.bar_of(progress)
+    transformers_internals.begin_bar_at(progress, 4)
+    assert (bar.initial, bar.n, bar.total) == (4, 4, 10)
+    progress.on_step_end(None, SimpleNamespace(is_world_process_zero=True, global_step=6), None)
+    assert bar.n == 6
+    bar.close()

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 CELLS = f"""
 import os, signal, time
 import pytest
+from lightweight.internals.multiprocessing import forkserver_pid
 from lightweight.models import Model
 from lightweight.plugin import Laboratory
 
@@ -31,8 +32,8 @@ MICRO = Model(name="micro", architecture={MICRO.architecture!r})
 def stop_the_second(monkeypatch):
     def stop(laboratory, trial, step, loss):
         if trial.method.name == "{{method}}" and step == 3:
-            from lightweight.child import owner
-            child = max(owner._living, key=lambda each: each.pid)
+            from lightweight.child import handle
+            child = max(handle._living, key=lambda each: each.pid)
             {{act}}
 
     monkeypatch.setattr(Laboratory, "_show_step", stop)
@@ -156,7 +157,7 @@ def test_pytest_timeout_is_an_outcome_and_the_next_cell_runs(project, method):
 
 
 def test_a_stopped_forkserver_and_a_lost_scratch_folder_cost_no_cell(project):
-    lost = "import shutil; os.kill(owner._server_pid(), signal.SIGSTOP); "
+    lost = "import shutil; os.kill(forkserver_pid(), signal.SIGSTOP); "
     lost += "[shutil.rmtree(os.path.join('scratch', each)) for each in os.listdir('scratch') if 'lightweight' in each]"
     session = start(project, lost, "--trial-timeout=20", method="baseline")
     output, _ = session.communicate(timeout=240)

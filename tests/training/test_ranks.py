@@ -16,8 +16,9 @@ from torch.utils.data import BatchSampler
 
 from conftest import torchruns
 from lightweight import models, targets
-from lightweight.child import owner, worker
+from lightweight.child import failure, worker
 from lightweight.child.owner import Child
+from lightweight.internals.multiprocessing import forkserver_pid
 from lightweight.methods import BASELINE, METHODS, QLORA, Method
 from lightweight.training import ranks
 from lightweight.trial import Completed, Crashed, Measurements, OutOfMemory, TimedOut, Trial, of_all_ranks
@@ -238,7 +239,7 @@ class Full(Trial):
     @property
     def running_method(self) -> Method:
         if os.environ.get("RANK") == "1":
-            worker._allocator_ran_out = lambda: True  # a CPU has no allocator that could
+            failure._allocator_ran_out = lambda device: True  # a CPU has no allocator that could
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 394.00 MiB.")
         return super().running_method
 
@@ -313,7 +314,7 @@ def test_ranks_listen_on_loopback_alone_and_find_each_other_where_nobody_else_ca
         (folder,) = tmp_path.glob("ranks-*")
         assert folder.stat().st_mode & 0o077 == 0
         everywhere, found = listening(), set()
-        for pid in (os.getpid(), owner._server_pid(), *child.pids):
+        for pid in (os.getpid(), forkserver_pid(), *child.pids):
             for descriptor in Path(f"/proc/{pid}/fd").iterdir():
                 with suppress(OSError):
                     link = str(descriptor.readlink())

@@ -1,0 +1,122 @@
+"""Which method does a job take that was given none? And which one instead of one that ran out of memory?
+
+By forecast: of what fits, the one that is expected to be the fastest.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightweight import methods
+from lightweight.child import helper
+from lightweight.cli.job import Job, NothingFitsError
+from lightweight.cli.terminal import say
+from lightweight.forecast import plan, tracer
+from lightweight.methods import Method
+from lightweight.models import Model
+from lightweight.targets import Device, Target, size
+from lightweight.training import ranks
+from lightweight.trial import Trial
+
+
+def choose(
+    job: Job,
+    model: Model,
+    target: Target,
+    device: Device,
+    before: dict[str, Any],
+    progress: Callable[[str], None],
+) -> Method:
+    """The method of a job that was given none, which is told in one line, with as many rows a pass as fit. Raises
+    NothingFitsError."""
+    if before.get("method") is not None:
+        say(f"method {before['method']}: what the interrupted job was trained with")
+        return _with_stored_passes(methods.named(before["method"]), before["training_arguments"])
+    if device.total_bytes is None and target.total_bytes is None:
+        if model.weights == "random":
+            say("method baseline: without GPU or --target nothing is forecast; random weights give adapters no ground")
+            return methods.BASELINE
+        say("method lora: without GPU or --target nothing is forecast; it trains the fewest weights, fp32 on a CPU")
+        return methods.LORA
+    rows = _forecasts(job, model, target, device, (), progress)
+    row = next((row for row in rows if row["chosen"]), None)
+    budget = rows[0]["budget_bytes"]
+    if row is None:
+        known = [row for row in rows if row["verdict"] != "cannot_be_forecast"]
+        if not known:
+            raise NothingFitsError(f"model {job.model}: no method can be forecast: {rows[0]['reason']}: give --method")
+        least = min(known, key=lambda row: row["forecast_reserved_bytes"])
+        raise NothingFitsError(
+            f"model {job.model}: no method is forecast to fit {size(budget)}: {least['method']} takes least, "
+            f"{size(least['forecast_reserved_bytes'])}: take a smaller --batch-size or --max-length, or more memory"
+        )
+    fitting = [row["method"] for row in rows if row["verdict"] == "fits"]
+    where = "" if device.total_bytes else ", though trained on this CPU, which has no such budget"
+    method = methods.named(row["method"])
+    chosen = method.with_passes(row["accumulation"])
+    passes = "" if chosen == method else f" in {row['passes']} passes of {row['batch_size']} rows a step"
+    say(
+        f"method {row['method']}{passes}: {size(row['forecast_reserved_bytes'])} of {target.name}'s {size(budget)} "
+        f"by forecast, expected to be the fastest of what fits ({', '.join(fitting)}; captured steps are not forecast)"
+        f"{where}"
+    )
+    return chosen
+
+
+def _with_stored_passes(method: Method, stored: dict[str, Any]) -> Method:
+    """`method` with those passes that a job of its stored arguments was planned with."""
+    wanted = stored.get("per_device_train_batch_size", 8), stored.get("gradient_accumulation_steps", 1)
+    for planned in (method, *plan.smaller_passes(method, ranks.world_size())):
+        on_rank = planned.on_rank(ranks.world_size())
+        if (on_rank.sequences_per_pass, on_rank.passes_per_step) == wanted:
+            return planned
+    return method
+
+
+def _forecasts(
+    job: Job,
+    model: Model,
+    target: Target,
+    device: Device,
+    without: Sequence[str],
+    progress: Callable[[str], None],
+) -> list[plan.PlanRow]:
+    """A row for each of the suite's methods that can be forecast, but those called `without`."""
+    candidates = [
+        method for method in methods.METHODS.values() if method.captured_step is None and method.name not in without
+    ]
+    if target.total_bytes is None:  # the card as it is
+        target = replace(target, total_bytes=device.total_bytes)
+    wanted: dict[str, Any] = {"batch_size": job.batch_size, "max_length": job.max_length, "gpus": ranks.world_size()}
+    try:
+        if ranks.world_size() == 1:
+            return plan.plan([model], candidates, [target], progress=progress, **wanted)
+        # A forecast of one of several ranks plays that it is one, which a process that is one cannot.
+        with tempfile.TemporaryDirectory() as folder:
+            return helper.call(plan.plan, Path(folder), [model], candidates, [target], **wanted)
+    finally:
+        progress("")
+
+
+def instead(trial: Trial, job: Job, device: Device, progress: Callable[[str], None]) -> str:
+    """What to try where `trial` ran out of memory."""
+    smaller = "take a smaller --batch-size or --max-length"
+    if device.total_bytes is None and trial.target.total_bytes is None:
+        return f"{smaller}, or a method that trains less"
+    try:
+        rows = _forecasts(job, trial.model, trial.target, device, (trial.method.name,), progress)
+    except tracer.ForecastError as error:
+        return f"{smaller} ({error})"
+    row = next((row for row in rows if row["chosen"]), None)
+    if row is None:
+        return f"no other method is forecast to fit: {smaller}"
+    batch = ""
+    if row["accumulation"] != methods.named(row["method"]).passes_per_step:
+        if row["gpus"] > 1:
+            return smaller
+        batch = f" --batch-size {row['batch_size']}"
+    return f"--method {row['method']}{batch} is forecast to fit, with {size(row['forecast_reserved_bytes'])}"

@@ -1,0 +1,42 @@
+"""What is asked for by `lightweight train`, and how a job is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightweight.models import Weights
+from lightweight.trial import MAX_LENGTH
+
+
+class JobError(ValueError):
+    """A job that cannot start. The message names what it is about and the mend."""
+
+
+class NothingFitsError(JobError):
+    """No method is forecast to fit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to train and where to leave it. Names are those of the command line; `None` is what it chooses itself.
+
+    `save_steps` are optimizer steps between checkpoints, `None` one every five minutes.
+    """
+
+    model: str
+    corpus: Path
+    output: Path
+    method: str | None = None
+    target: str | None = None
+    weights: Weights | None = None
+    epochs: int = 10
+    max_steps: int | None = None
+    max_length: int = MAX_LENGTH
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    seed: int = 0
+    report_to: str = "none"
+    save_steps: int | None = None
+    resume: bool = False
+    overwrite: bool = False

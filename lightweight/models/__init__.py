@@ -1,0 +1,55 @@
+"""Which network is trained, and where do its weights come from?
+
+Every trial loads its model from a folder of safetensors through transformers' own `from_pretrained`: a snapshot of a
+hub repository or a folder of the user's. Where there is none, a folder is written once a session: from a GGUF file, or
+with random weights at the true architecture. So all methods of one model start from the same weights, whatever those
+are.
+"""
+
+from lightweight.models.config import configuration, configuration_beside_weights, longest_row
+from lightweight.models.known import (
+    GPT_NEO_1_3B,
+    GPT_NEO_TINY,
+    MODELS,
+    OPT_350M,
+    OPT_TINY,
+    SMOLLM2_135M,
+    TINYLLAMA_1_1B,
+    named,
+)
+from lightweight.models.loading import count_parameters, load, skeleton
+from lightweight.models.model import Model, ModelError, Weights, ran_out, reason
+from lightweight.models.quantization import quantization_of, settle_quantization, stored_quantization
+from lightweight.models.sources import can_be_random, find
+from lightweight.models.tokenizer import check_rows, load_tokenizer
+from lightweight.models.writing import write
+
+__all__ = [
+    "GPT_NEO_1_3B",
+    "GPT_NEO_TINY",
+    "MODELS",
+    "OPT_350M",
+    "OPT_TINY",
+    "SMOLLM2_135M",
+    "TINYLLAMA_1_1B",
+    "Model",
+    "ModelError",
+    "Weights",
+    "can_be_random",
+    "check_rows",
+    "configuration",
+    "configuration_beside_weights",
+    "count_parameters",
+    "find",
+    "load",
+    "load_tokenizer",
+    "longest_row",
+    "named",
+    "quantization_of",
+    "ran_out",
+    "reason",
+    "settle_quantization",
+    "skeleton",
+    "stored_quantization",
+    "write",
+]

@@ -1,0 +1,90 @@
+"""Where can a model's weights be had? In a folder, on the hub, in a package, or drawn at random."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+from lightweight.models.config import configuration, has_config, unreachable
+from lightweight.models.known import MODELS
+from lightweight.models.model import Model, ModelError, Weights
+from lightweight.models.quantization import stored_quantization, title
+
+SNAPSHOT_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+"""What is fetched of a hub repository: no pickled weights and no code."""
+
+
+def find(model: Model, weights: Weights | None = None) -> tuple[Model, str | None]:
+    """Where `model`'s weights can be had: the model with `weights` and `location` filled in, and a line to tell the
+    user.
+
+    `weights` None takes pretrained weights where they can be had and otherwise random ones, saying so in that line.
+    Raises ModelError.
+    """
+    if weights == "random" or (weights is None and model.source is None):
+        return _random(model), None
+    try:
+        return _pretrained(model), None
+    except ModelError as error:
+        if weights == "pretrained" or (model.architecture is None and not has_config(model)):
+            raise
+        problem = str(error).split("; ")[0]
+        return _random(model), f"{problem}; building random weights at its true size"
+
+
+def can_be_random(model: Model) -> bool:
+    """Whether a model that has weights somewhere can be built without them."""
+    return model.source is not None and (model.architecture is not None or has_config(model))
+
+
+def _pretrained(model: Model) -> Model:
+    if model.source is None:
+        raise ModelError(f"model {model.name}: exists with random weights only; take those")
+    folder = Path(model.source)
+    if folder.is_dir():
+        return _in_folder(model, folder)
+    if model.source.startswith((".", "/", "~")):
+        raise ModelError(f"model {model.name}: no such folder; give a folder with config.json and *.safetensors")
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        snapshot = Path(snapshot_download(model.source, allow_patterns=SNAPSHOT_FILES))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        if model.package and (spec := importlib.util.find_spec(model.package)) and spec.origin:
+            return _in_folder(model, Path(spec.origin).parent)
+        raise unreachable(model, error) from error
+    if any(snapshot.glob("*.safetensors")):
+        return replace(model, weights="pretrained", location=str(snapshot))
+    # Pickled weights only: transformers finds the hub's own safetensors conversion, by repository id.
+    return replace(model, weights="pretrained", location=model.source)
+
+
+def _in_folder(model: Model, folder: Path) -> Model:
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(f"model {model.name}: {folder} holds an adapter; merge it into its base model and give that")
+    if any(folder.glob("*.safetensors")):
+        return replace(model, weights="pretrained", location=str(folder))
+    if gguf := sorted(file.name for file in folder.glob("*.gguf")):
+        if importlib.util.find_spec("gguf") is None:
+            raise ModelError(f"model {model.name}: {gguf[0]} needs the package gguf; pip install gguf")
+        return replace(model, weights="pretrained", location=str(folder), gguf_file=gguf[0], weights_file=gguf[0])
+    pickled = " (pickled weights are not loaded)" if any(folder.glob("*.bin")) else ""
+    raise ModelError(f"model {model.name}: {folder} holds no *.safetensors or *.gguf{pickled}; add one")
+
+
+def _random(model: Model) -> Model:
+    if model.architecture is None:
+        if not has_config(model):
+            raise ModelError(
+                f"model {model.name}: random weights need an architecture: give a folder with config.json or a known "
+                f"name: {', '.join(MODELS)}"
+            )
+        if (stored := stored_quantization(model, configuration(model))) is not None:
+            raise ModelError(
+                f"model {model.name}: random weights are not drawn as {title(stored)}; give its weights, or take "
+                "quantization_config out of config.json"
+            )
+    return replace(model, weights="random", location=None, gguf_file=None, weights_file=None)

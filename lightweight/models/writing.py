@@ -1,0 +1,86 @@
+"""A folder of safetensors for a model that has none: random weights, or those of a GGUF file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightweight.models.config import CAUSAL, configuration
+from lightweight.models.loading import check_whole
+from lightweight.models.model import Model, refused
+from lightweight.models.tokenizer import has_tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def write(model: Model, folder: Path, seed: int) -> Model:
+    """Write the safetensors folder of a model that has none yet, and return the model located there.
+
+    Random weights are drawn on the CPU, so that a seed gives the same ones on every machine, and stored as float16, as
+    opt-350m's own are. Their tokenizer is the byte-level one of ByT5, which needs no files, unless the model's folder
+    has one. Raises ModelError.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    tokenizer: PreTrainedTokenizerBase
+    if model.gguf_file:
+        assert model.location is not None
+        with refused(model, f"{model.gguf_file} cannot be read", "give another file, or a folder of safetensors"):
+            network = _unpacked(model)
+            tokenizer = AutoTokenizer.from_pretrained(model.location, gguf_file=model.gguf_file)
+            _end_as_the_network_does(tokenizer, network.config)
+    else:
+        config, tokenizer = _architecture(model)
+        set_seed(seed)
+        with refused(model, "no network can be built of its config.json", CAUSAL):
+            network = AutoModelForCausalLM.from_config(config, dtype=torch.float16, trust_remote_code=False)
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return replace(model, location=str(folder), gguf_file=None)
+
+
+def _end_as_the_network_does(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Give a tokenizer read from GGUF the ends that its network has: transformers 5.17 takes the first token of a
+    turn for the last one, and none to pad with."""
+    for name in ("eos_token", "pad_token"):
+        if (number := getattr(config, f"{name}_id", None)) is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
+
+
+def _unpacked(model: Model) -> PreTrainedModel:
+    """The network of a GGUF file with plain float32 weights, as a model of its own: transformers does not save the one
+    it loads from GGUF."""
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    assert model.location is not None
+    loaded: Any
+    tensors: dict[str, Any]
+    loaded, tensors = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with the loading info
+        model.location,
+        gguf_file=model.gguf_file,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+        output_loading_info=True,
+    )
+    check_whole(model, tensors)
+    vars(loaded.config).pop("quantization_config", None)
+    network: PreTrainedModel = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
+    network.load_state_dict(loaded.state_dict())
+    return network
+
+
+def _architecture(model: Model) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """The configuration that random weights are drawn for, its special tokens those of the tokenizer."""
+    from transformers import ByT5Tokenizer
+
+    config = configuration(model)
+    tokenizer: PreTrainedTokenizerBase = ByT5Tokenizer()
+    if model.architecture is None and has_tokenizer(Path(model.source or "")):
+        tokenizer = load_tokenizer(replace(model, location=model.source))
+    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    config.bos_token_id = tokenizer.bos_token_id
+    return config, tokenizer

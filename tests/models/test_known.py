@@ -1,0 +1,36 @@
+"""The models that are known by name."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lightweight import models
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    # what the hub's own model pages and the papers' code count; tied embeddings once
+    [
+        ("opt-350m", 331_196_416),
+        ("gpt-neo-1.3b", 1_315_575_808),
+        ("smollm2-135m", 134_515_008),
+        ("tinyllama-1.1b", 1_100_048_384),
+    ],
+)
+def test_true_sizes_have_the_true_number_of_parameters(name, parameters):
+    config = AutoConfig.for_model(**models.MODELS[name].architecture)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config)
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+
+
+@pytest.mark.parametrize(("twin", "true"), [("opt-tiny", "opt-350m"), ("gpt-neo-tiny", "gpt-neo-1.3b")])
+def test_twins_have_the_classes_and_quirks_of_the_true_sizes(twin, true):
+    small, large = (AutoConfig.for_model(**models.MODELS[name].architecture) for name in (twin, true))
+    assert type(small) is type(large)
+    for quirk in ("do_layer_norm_before", "enable_bias", "activation_function"):
+        assert getattr(small, quirk, None) == getattr(large, quirk, None)
+    if twin == "opt-tiny":
+        assert small.word_embed_proj_dim < small.hidden_size
+    else:
+        assert set(small.attention_layers) == {"global", "local"}
