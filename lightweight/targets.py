@@ -26,6 +26,11 @@ with the card's multiprocessors and the kernels that are loaded; on an H200, wit
 seen."""
 
 
+def size(count: float) -> str:
+    """Bytes as a person says them."""
+    return f"{count / GiB:.2f} GiB" if count >= GiB else f"{count / MiB:.0f} MiB"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """A card, or a card's worth of memory.

@@ -231,7 +231,7 @@ def _finish(trial: Trial, outcome: Completed, device: Device, output: Output) ->
         if adapter.exists():  # peft wrote where the weights lay here, which may be a folder that goes now
             config = json.loads(adapter.read_text("utf-8")) | {"base_model_name_or_path": base}
             adapter.write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
-        (result / RECORD_NAME).write_text(json.dumps({"outcomes": [entry]}, indent=1), "utf-8")
+        (result / RECORD_NAME).write_text(json.dumps(record.document([entry]), indent=1), "utf-8")
         on_hub = trial.model.weights == "pretrained" and not Path(base).is_absolute()
         model_card(entry, base if on_hub else None).save(result / "README.md")  # in the place of the one peft wrote
         if (output.partial / "runs").exists():
@@ -248,7 +248,7 @@ def _closing_line(trial: Trial, measured: Measurements, output: Output) -> str:
     )
 
 
-def _published(entry: record.Entry, output: Output) -> Completed:
+def _published(entry: dict[str, Any], output: Output) -> Completed:
     """What the interrupted job had finished, now in its place."""
     ranks.of_first(output.publish)
     names = {field.name for field in fields(Measurements)}

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lightweight.record import Entry, one_line
-from lightweight.report import report
+from lightweight.report.words import headline
 
 WIDTH = 360
 """Of every picture, in the units in which its text is 9 to 11 high."""
@@ -132,12 +132,12 @@ class Canvas:
 
     def picture(self, table: str, title: str, summary: str, model: str | None = None) -> Picture:
         """The finished drawing; its model is that of its entries where it has any."""
-        told = {f"cell:{self._number[id(entry)]}": report.headline(entry) for entry in self.entries}
+        told = {f"cell:{self._number[id(entry)]}": headline(entry) for entry in self.entries}
         summary = f"{title}. {summary}"
         return Picture(
             key=self.key,
             table=table,
-            model=model or self.entries[0]["model"],
+            model=model or self.entries[0].model,
             title=title,
             summary=summary,
             svg=_svg(self.figure, self.key, summary, told),
