@@ -136,8 +136,8 @@ def kind(of: Any) -> Kind:
     """The kind of value that a field of type `of` has; what is in a dataclass's own fields is no matter of it."""
     origin, parts = get_origin(of), get_args(of)
     if origin is Annotated:
-        found: Kind = of.__metadata__[0]
-        return found
+        declared: Kind = of.__metadata__[0]
+        return declared
     if origin is Literal:
         return word(parts)
     if origin in (Union, UnionType):
@@ -157,15 +157,15 @@ def kinds(record: type) -> Mapping[str, Kind]:
     return {field.name: kind(types[field.name]) for field in fields(record) if NO_KEY not in field.metadata}
 
 
-def fault(found: Any, record: type, required: tuple[str, ...]) -> str | None:
-    """What is wrong with `found` as the JSON of `record`, a dataclass, None where nothing is."""
-    if not isinstance(found, dict):
+def fault(given: Any, record: type, required: tuple[str, ...]) -> str | None:
+    """What is wrong with `given` as the JSON of `record`, a dataclass, None where nothing is."""
+    if not isinstance(given, dict):
         return "is no object"
-    if missing := [key for key in required if key not in found]:
+    if missing := [key for key in required if key not in given]:
         return f"has no {missing[0]!r}"
     for key, of_key in kinds(record).items():
-        if key in found and not of_key.holds(found[key]):
-            return f"has {brief(found[key])} as {key!r}, where {of_key.words} belongs"
+        if key in given and not of_key.holds(given[key]):
+            return f"has {brief(given[key])} as {key!r}, where {of_key.words} belongs"
     return None
 
 
@@ -190,10 +190,10 @@ def fault_of_steps(entry: Mapping[str, Any]) -> str | None:
     return None
 
 
-def fault_of_rest(found: Mapping[Any, Any]) -> str | None:
+def fault_of_rest(given: Mapping[Any, Any]) -> str | None:
     """What is wrong with keys that this version does not know, None where they can be kept and shown."""
-    wrong = [key for key, value in found.items() if not _is_shallow(value)]
-    return f"has {brief(found[wrong[0]])} as {brief(wrong[0])}, where {ANYTHING.words} belong" if wrong else None
+    wrong = [key for key, value in given.items() if not _is_shallow(value)]
+    return f"has {brief(given[wrong[0]])} as {brief(wrong[0])}, where {ANYTHING.words} belong" if wrong else None
 
 
 def brief(value: Any) -> str:

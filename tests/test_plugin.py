@@ -17,7 +17,6 @@ from lightweight.child import owner
 from lightweight.child.process import CAN_PIN
 from lightweight.session import speedups
 from lightweight.targets import Device
-from lightweight.verdict import limits
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
 
@@ -840,15 +839,6 @@ def test_a_test_that_is_run_again_is_trained_again_and_has_the_row_of_the_last_t
     assert result.ret == 0
     assert [(entry["method"], entry["outcome"]) for entry in document["outcomes"]] == [("lora", "completed")]
     assert [row["stats"]["rounds"] for row in document["benchmarks"]] == ([3] if fixture == "train" else [])
-
-
-@pytest.mark.parametrize(
-    ("found", "wanted"), [(1.0, 0.005), (1.05, 0.005), (1.2, 0.0091), (0.315, 0.025), (13.0, 0.025)]
-)
-def test_a_ratio_far_from_one_is_not_wanted_as_precisely(found, wanted):
-    assert speedups.precision_wanted(found) == pytest.approx(wanted, rel=0.01)
-    assert speedups.precision_wanted(1 / found) == pytest.approx(wanted, rel=0.01)
-    assert wanted <= limits.FAIL / 2
 
 
 def test_pairs_are_added_for_a_bounded_time(project, monkeypatch):

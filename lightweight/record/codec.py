@@ -21,22 +21,23 @@ def as_json(one: Entry | ForecastRow | Speedup) -> dict[str, Any]:
     }
 
 
-def entry_of(found: Mapping[str, Any], **more: Any) -> Entry:
-    """The entry that `found`, which is sound JSON, says; `more` are its fields that are no keys."""
-    speedup = found.get("speedup")
+def entry_of(values: Mapping[str, Any], **more: Any) -> Entry:
+    """The entry that `values`, which is sound JSON, says; `more` are its fields that are no keys."""
+    speedup = values.get("speedup")
     return Entry(
-        **_values(Entry, found) | {"speedup": None if speedup is None else Speedup(**_values(Speedup, speedup))} | more
+        **_fields(Entry, values) | {"speedup": None if speedup is None else Speedup(**_fields(Speedup, speedup))} | more
     )
 
 
-def forecast_of(found: Mapping[str, Any]) -> ForecastRow:
-    """The forecast that `found`, which is sound JSON, says."""
-    return ForecastRow(**_values(ForecastRow, found))
+def forecast_of(values: Mapping[str, Any]) -> ForecastRow:
+    """The forecast that `values`, which is sound JSON, says."""
+    return ForecastRow(**_fields(ForecastRow, values))
 
 
-def _values(of: type[Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """What `found` has for fields of a dataclass, lists as tuples; keys that this version does not know have none."""
-    return {key: tuple(value) if isinstance(value := found[key], list) else value for key in _keys(of) if key in found}
+def _fields(of: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `values` has for fields of a dataclass, lists as tuples; keys that this version does not know have none."""
+    known = {key: values[key] for key in _keys(of) if key in values}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
 
 
 def _keys(of: type[Any]) -> dict[str, Mapping[str, str]]:

@@ -38,10 +38,10 @@ class Likeness:
 
     def groups(self, entries: Iterable[Entry]) -> list[list[Entry]]:
         """`entries` in groups of those that have all of the keys in common, in the order of their first."""
-        found: dict[tuple[Any, ...], list[Entry]] = {}
+        groups: dict[tuple[Any, ...], list[Entry]] = {}
         for entry in entries:
-            found.setdefault(self.of(entry), []).append(entry)
-        return list(found.values())
+            groups.setdefault(self.of(entry), []).append(entry)
+        return list(groups.values())
 
 
 SAME_BASELINE = Likeness(("model", "target", "device", "world_size", "weights", "corpus_digest"))
@@ -62,8 +62,9 @@ SAME_BUT_RANKS = SAME_TRIAL.but("world_size")
 
 def baseline_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
     """The baseline of `entry`'s model on the same target and device; where there are several, the one most alike."""
-    found = [other for other in entries if other.method == BASELINE and SAME_BASELINE.holds(other, entry)]
-    alike = Likeness(("max_length", "tokens_per_step", "planned_steps", "seed"))
+    baselines = [other for other in entries if other.method == BASELINE and SAME_BASELINE.holds(other, entry)]
+    length = Likeness(("max_length", "tokens_per_step", "planned_steps", "seed"))
+    wanted = length.of(entry)
     return max(
-        found, key=lambda other: [a == b for a, b in zip(alike.of(other), alike.of(entry), strict=True)], default=None
+        baselines, key=lambda other: [a == b for a, b in zip(length.of(other), wanted, strict=True)], default=None
     )

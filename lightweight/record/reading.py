@@ -28,21 +28,21 @@ def load(path: str | Path) -> Run:
     RecordError."""
     path = Path(path)
     try:
-        found = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise RecordError(f"record {path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise RecordError(f"record {path}: is not JSON ({error}): store the run again") from error
-    return run({"outcomes": [], "forecasts": found} if isinstance(found, list) and found else found, path)
+    return run({"outcomes": [], "forecasts": content} if isinstance(content, list) and content else content, path)
 
 
-def run(found: Any, path: Path) -> Run:
-    """The run that `found`, the JSON of the file at `path`, says. Raises RecordError."""
-    if not isinstance(found, dict) or not isinstance(found.get("outcomes"), list):
+def run(document: Any, path: Path) -> Run:
+    """The run that `document`, the JSON of the file at `path`, says. Raises RecordError."""
+    if not isinstance(document, dict) or not isinstance(document.get("outcomes"), list):
         raise RecordError(
             f"record {path}: has no 'outcomes': give a file that `pytest experiments --benchmark-json` wrote"
         )
-    number = found.get("schema", 0)
+    number = document.get("schema", 0)
     if not schema.COUNT.holds(number):
         raise RecordError(
             f"record {path}: has {schema.brief(number)} as 'schema', where a whole number belongs: store the run again"
@@ -51,8 +51,8 @@ def run(found: Any, path: Path) -> Run:
         raise RecordError(
             f"record {path}: has schema {number}, and this version of lightweight reads up to {SCHEMA}: update it"
         )
-    outcomes = [completed(entry) if number == 0 else entry for entry in found["outcomes"]]
-    forecasts = found.get("forecasts") or []
+    outcomes = [completed(entry) if number == 0 else entry for entry in document["outcomes"]]
+    forecasts = document.get("forecasts") or []
     if not isinstance(forecasts, list):
         raise RecordError(f"record {path}: has no list as 'forecasts': store the run again")
     forecasts = [row for row in forecasts if not _is_no_forecast(row)]
@@ -66,9 +66,9 @@ def run(found: Any, path: Path) -> Run:
             )
     if number == 0:
         _tell_namesakes_apart(outcomes)
-    commit = found.get("commit_info")
+    commit = document.get("commit_info")
     commit = commit if isinstance(commit, dict) else {}
-    ended = _text_or_none(found.get("datetime")) or ""
+    ended = _text_or_none(document.get("datetime")) or ""
     return Run(
         path=path,
         ended=ended,
@@ -122,9 +122,9 @@ def _tell_namesakes_apart(entries: Sequence[dict[str, Any]]) -> None:
                 entry["method_digest"] = of_settings
 
 
-def _is_no_forecast(found: Any) -> bool:
+def _is_no_forecast(row: Any) -> bool:
     """A plan also has rows that say why there is no forecast."""
-    return isinstance(found, dict) and found.get("verdict") == "cannot_be_forecast"
+    return isinstance(row, dict) and row.get("verdict") == "cannot_be_forecast"
 
 
 def _text_or_none(value: Any) -> str | None:

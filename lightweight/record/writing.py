@@ -32,8 +32,8 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbyt
 
 def document(entries: Iterable[Entry], forecasts: Iterable[ForecastRow] | None = None) -> dict[str, Any]:
     """What lightweight writes into a run's JSON; without the key `forecasts` where nothing is forecast."""
-    found: dict[str, Any] = {"schema": SCHEMA, "outcomes": [as_json(entry) for entry in entries]}
-    return found if forecasts is None else found | {"forecasts": [as_json(row) for row in forecasts]}
+    content: dict[str, Any] = {"schema": SCHEMA, "outcomes": [as_json(entry) for entry in entries]}
+    return content if forecasts is None else content | {"forecasts": [as_json(row) for row in forecasts]}
 
 
 def settings(trial: Trial) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def entry(trial: Trial, outcome: Outcome, device: Device, forecast: Forecast | N
         1 / per_token if (per_token := steady_seconds_per_token(seconds, tokens, trial.steps_per_epoch)) else None
         for tokens in (outcome.measured.step_tokens, outcome.measured.step_padded_tokens)
     )
-    found = {
+    values = {
         **settings(trial),
         "emulated": on_gpu and trial.target.emulated_on(device.name),
         "outcome": outcome.kind,
@@ -105,7 +105,7 @@ def entry(trial: Trial, outcome: Outcome, device: Device, forecast: Forecast | N
         "device_driver": device.driver,
         "versions": versions() if trial.method.library == "peft" else versions(trial.method.library),
     }
-    return codec.entry_of(found)
+    return codec.entry_of(values)
 
 
 def forecast_row(trial: Trial, forecast: Forecast) -> ForecastRow:
@@ -156,13 +156,13 @@ def versions(*others: str) -> dict[str, str | None]:
     """Installed versions of what a result depends on, and of `others`; of CUDA that which torch was built with, where
     this process has torch."""
     torch: Any = sys.modules.get("torch")
-    found: dict[str, str | None] = {"lightweight": __version__, "cuda": torch and torch.version.cuda}
+    installed: dict[str, str | None] = {"lightweight": __version__, "cuda": torch and torch.version.cuda}
     for package in (*PACKAGES, *others):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            installed[package] = None
+    return installed
 
 
 def method_digest(method: Method) -> str:
@@ -183,8 +183,8 @@ def method_digest(method: Method) -> str:
 
 def weights_revision(location: str | None) -> str | None:
     """The hub's commit of weights that were loaded from its cache, `.../snapshots/COMMIT`; None for others."""
-    found = re.search(r"/snapshots/([0-9a-f]{40})(?:/|$)", location or "")
-    return found and found[1]
+    match = re.search(r"/snapshots/([0-9a-f]{40})(?:/|$)", location or "")
+    return match and match[1]
 
 
 WRITTEN_BY_PEFT = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision")

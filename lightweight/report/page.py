@@ -90,7 +90,7 @@ def _section(table: Table, pictures: Sequence[Picture], number: dict[int, int]) 
         "key": table.key,
         "title": table.title,
         "name": NAMES.get(table.key)
-        or re.sub(r"-(\d+)", lambda found: f" {int(found[1]) + 1}", table.key).capitalize(),
+        or re.sub(r"-(\d+)", lambda match: f" {int(match[1]) + 1}", table.key).capitalize(),
         "about": SECTIONS.get(drawing.kind(table.key)),
         "columns": table.columns,
         "aligned": table.aligned,

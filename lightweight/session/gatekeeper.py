@@ -53,10 +53,10 @@ class Gatekeeper:
             raise pytest.UsageError(f"--benchmark-storage {storage}: --benchmark-compare reads stored files only")
         files = FileStorage(storage.removeprefix("file://"), logger=None)
         try:
-            found = files.query("*/[0-9][0-9][0-9][0-9]_" if named is True else named)
+            paths = files.query("*/[0-9][0-9][0-9][0-9]_" if named is True else named)
         except ValueError as error:
             raise pytest.UsageError(f"--benchmark-compare: {error}") from None
-        return [Path(path) for path in found]
+        return [Path(path) for path in paths]
 
     def _newest_alike(self) -> str | None:
         """The newest run on this device and target; what else tells two runs apart shows only in their cells."""

@@ -40,15 +40,15 @@ class Shipment:
             "forecasts": [record.as_json(row) for row in self.forecasts],
             "speedups": [record.as_json(replace(entry, speedup=speedup)) for entry, speedup in self.speedups],
         }
-        return {key: found for key, found in lists.items() if found}
+        return {key: each for key, each in lists.items() if each}
 
     @classmethod
-    def of_json(cls, found: dict[str, Any]) -> Shipment:
+    def of_json(cls, shipped: dict[str, Any]) -> Shipment:
         """What `as_json` said."""
-        measured = [record.entry_of(entry) for entry in found.get("speedups", ())]
+        measured = [record.entry_of(entry) for entry in shipped.get("speedups", ())]
         return cls(
-            entries=[record.entry_of(entry) for entry in found.get("entries", ())],
-            forecasts=[record.forecast_of(row) for row in found.get("forecasts", ())],
+            entries=[record.entry_of(entry) for entry in shipped.get("entries", ())],
+            forecasts=[record.forecast_of(row) for row in shipped.get("forecasts", ())],
             speedups=[(entry, entry.speedup) for entry in measured if entry.speedup],
         )
 

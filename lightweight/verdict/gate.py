@@ -136,10 +136,10 @@ def in_turn(*entries: Entry | None) -> int:
 # One cell
 
 
-def _cell(now: Entry, entries: Sequence[Entry], found: tuple[Run, Entry] | None, limits: Limits) -> Cell:
-    if found is None:
+def _cell(now: Entry, entries: Sequence[Entry], counterpart: tuple[Run, Entry] | None, limits: Limits) -> Cell:
+    if counterpart is None:
         return Cell(now=now)
-    run, then = found
+    run, then = counterpart
     against, verdict, failures = None, None, []
     if _ended_worse(now, then):
         if limits.ask:
