@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+import samples
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
@@ -622,39 +623,20 @@ def test_what_would_train_something_else_is_refused_in_a_line(train, tmp_path, c
 
 def test_weights_from_fewer_bits_are_said_in_record_and_card(base, tmp_path):
     model = replace(models.named(str(base)), weights="pretrained", weights_file="tiny.Q4_1.gguf")
-    entry = {"model": "m", "weights": model.weights, "weights_file": model.weights_file}
-    entry |= {
-        "method": "baseline",
-        "precision": "fp32",
-        "adapter": None,
-        "quantization": None,
-        "training_arguments": {},
-    }
-    entry |= {"captured_step": None, "corpus_digest": "d", "train_loss": [2.0, 1.0], "steps_per_epoch": 2, "seed": 0}
-    entry |= {"max_length": 8, "device": "CPU", "heldout_loss_before": 2.0, "heldout_loss_after": 1.0, "versions": {}}
+    entry = samples.entry(weights=model.weights, weights_file=model.weights_file)
     assert "pretrained, from tiny.Q4_1.gguf: stored in fewer bits and dequantized" in str(model_card(entry, None))
-    assert "fewer bits" not in str(model_card(entry | {"weights_file": None}, None))
+    assert "fewer bits" not in str(model_card(replace(entry, weights_file=None), None))
 
 
 @pytest.mark.parametrize(
     ("losses", "part", "first", "last"),
     [
-        ([5.0, 1.0, 2.0, 3.0], "epoch", "3.0000", "2.5000"),  # two epochs of two steps
-        ([5.0, 1.0, 2.0], "tenth of the steps", "5.0000", "2.0000"),
+        ((5.0, 1.0, 2.0, 3.0), "epoch", "3.0000", "2.5000"),  # two epochs of two steps
+        ((5.0, 1.0, 2.0), "tenth of the steps", "5.0000", "2.0000"),
     ],
 )
 def test_a_cards_training_losses_are_means_and_not_those_of_single_batches(losses, part, first, last):
-    known = {**dict.fromkeys(("adapter", "quantization", "weights_file", "captured_step")), "training_arguments": {}}
-    known |= {"model": "m", "method": "lora", "weights": "random", "corpus_digest": "0", "versions": {}}
-    known |= {
-        "device": "CPU",
-        "precision": "fp32",
-        "max_length": 64,
-        "seed": 0,
-        "steps_per_epoch": 2,
-        "train_loss": losses,
-    }
-    card = str(model_card(known | {"heldout_loss_before": 5.0, "heldout_loss_after": 2.0}, None))
+    card = str(model_card(samples.entry(steps_per_epoch=2, train_loss=losses), None))
     assert f"| training, mean of the first {part} | {first} |" in card
     assert f"| training, mean of the last {part} | {last} |" in card
 
