@@ -135,11 +135,7 @@ def losses(entries: Sequence[Entry]) -> Table:
         *_names(entries),
         ("outcome", "l", words.outcome),
         ("steps", "r", lambda entry: str(len(entry.train_loss or ()))),
-        (
-            "training",
-            "r",
-            lambda entry: f"{sum(filter(None, entry.step_seconds)):.1f} s" if entry.step_seconds else "-",
-        ),
+        ("training", "r", _training),
         ("first epoch", "r", lambda entry: _mean((entry.train_loss or ())[: _epoch(entry)])),
         ("last epoch", "r", lambda entry: _mean((entry.train_loss or ())[-_epoch(entry) :])),
         ("held out before", "r", lambda entry: _loss(entry.heldout_loss_before)),
