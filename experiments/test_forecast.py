@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from lightweight.forecast.tracer import Forecast
+from lightweight.forecast.replay import Forecast
 from lightweight.methods import BASELINE, LORA, QLORA, Method
 from lightweight.models import SMOLLM2_135M, Model
 from lightweight.plugin import ForecastOf, Train
-from lightweight.targets import CONTEXT_BYTES, NATIVE, T4, Target
+from lightweight.targets import CONTEXT_BYTES, HOPPER, NATIVE, T4, Target
 from lightweight.trial import Completed, Outcome, OutOfMemory
 
 ALLOCATED, RESERVED = 0.02, 0.05
@@ -96,7 +96,7 @@ def test_verdict_is_right_near_the_budget(train: Train, forecast_of: ForecastOf,
         "in between": (forecast.allocated_bytes + forecast.reserved_bytes) // 2,
         "enough": round(forecast.reserved_bytes * 1.05),
     }[share]
-    target = Target(name=f"{cell}: {share}", total_bytes=budget + CONTEXT_BYTES)
+    target = Target(name=f"{cell}: {share}", capability=HOPPER, total_bytes=budget + CONTEXT_BYTES)
     outcome, forecast = run(train, forecast_of, cell, target)
     assert_right(outcome, forecast)
     if share != "in between":

@@ -17,10 +17,11 @@ from transformers import BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightweight import names
+from lightweight.internals import peft as peft_internals
 from lightweight.models import ran_out, reason
 from lightweight.preload import peft
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists  # isort: skip  # after preload, which decides how peft is imported
+from peft.tuners.tuners_utils import BaseTunerLayer  # isort: skip  # after preload, which decides how peft is imported
 
 Precision = Literal["fp32", "fp16", "bf16", "half"]
 """`half` is bf16 on a target that has it and fp16 elsewhere; a `Trial` knows which."""
@@ -228,8 +229,8 @@ class Method:
         """The layers of `network` that the adapter is put on, by their names without their places, for a library that
         takes nothing else. Raises MethodError where that is none, or says more layers than the adapter does."""
         places = [name for name, _ in network.named_modules()]
-        adapter: Any = _maybe_include_all_linear_layers(self.adapter_for(network), network)
-        chosen = {place for place in places if check_target_module_exists(adapter, place)}
+        adapter = self.adapter_for(network)
+        chosen = peft_internals.chosen_layers(adapter, network)
         names = sorted({place.rpartition(".")[2] for place in chosen})
         also = sorted(place for place in places if place.rpartition(".")[2] in names and place not in chosen)
         if also or not names:

@@ -374,7 +374,7 @@ def _unpacked(model: Model) -> PreTrainedModel:
         quantization_config=GgufConfig(dequantize=True),
         output_loading_info=True,
     )
-    _check_whole(model, loaded, tensors)
+    _check_whole(model, tensors)
     vars(loaded.config).pop("quantization_config", None)
     network: PreTrainedModel = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
     network.load_state_dict(loaded.state_dict())
@@ -596,7 +596,7 @@ def load(
             output_loading_info=True,
             **asked,
         )
-    _check_whole(model, network, tensors)
+    _check_whole(model, tensors)
     if stored is not None and quantization_of(network) is None:  # dequantized, by which tensors keep their files' dtype
         network.to(dtype)
     for name, module in network.named_modules():
@@ -646,7 +646,7 @@ def _check_stored(model: Model, config: PretrainedConfig) -> None:
         )
 
 
-def _check_whole(model: Model, network: PreTrainedModel, tensors: dict[str, Any]) -> None:
+def _check_whole(model: Model, tensors: dict[str, Any]) -> None:
     """Raise ModelError where a tensor of the network did not come from the files, or one of theirs has no place in it.
     `tensors` is transformers' loading info, in which tied weights and what an architecture ignores are settled."""
     unexpected = {name for name in tensors["unexpected_keys"] if not BUFFERS.search(name)}

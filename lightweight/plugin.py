@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
     from lightweight.child import owner
-    from lightweight.forecast.tracer import Forecast
+    from lightweight.forecast.replay import Forecast
     from lightweight.methods import Method
     from lightweight.models import Model
     from lightweight.record import Speedup

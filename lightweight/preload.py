@@ -8,15 +8,12 @@ trains, and in the forkserver a context that no forked child can use. NVML answe
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 # torch.cuda.is_available() asks NVML instead of the CUDA runtime, whose answer would poison the forkserver's children.
 # https://docs.pytorch.org/docs/stable/notes/cuda.html#environment-variables
@@ -29,6 +26,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pynvml
 import torch
+
+from lightweight.internals import torch as torch_internals
 
 _properties = torch.cuda.get_device_properties
 
@@ -53,20 +52,20 @@ def gpus() -> list[Gpu]:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return []
-    found = []
+    answering = []
     try:
         for index in range(pynvml.nvmlDeviceGetCount()):
             with suppress(pynvml.NVMLError):  # one that has fallen off the bus costs what runs on it, not the others
                 handle = pynvml.nvmlDeviceGetHandleByIndex(index)
                 major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
                 name, memory = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetMemoryInfo(handle).total
-                found.append(Gpu(name=name, total_memory=memory, major=major, minor=minor))
+                answering.append(Gpu(name=name, total_memory=memory, major=major, minor=minor))
     except pynvml.NVMLError:
         pass  # the driver does not even count them
     finally:
         with suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
-    return found
+    return answering
 
 
 @contextmanager
@@ -77,51 +76,15 @@ def _answered_by_nvml() -> Iterator[None]:
     if not known:  # no GPU to keep off, or no NVML to ask instead
         yield
         return
-    best = max(known, key=lambda gpu: (gpu.major, gpu.minor))
-    instead: dict[str, Callable[..., Any]] = {
-        "get_device_capability": lambda device=None: (best.major, best.minor),
-        "get_device_properties": lambda device=None: best,
-        "get_device_name": lambda device=None: best.name,
-        "current_device": lambda: 0,
-    }
-    with ExitStack() as stack:
-        for name, answer in instead.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+    with torch_internals.answering_about_gpus(max(known, key=lambda gpu: (gpu.major, gpu.minor))):
         yield
-    # torch's compiler keeps what it was told.
-    interface = sys.modules.get("torch._dynamo.device_interface")
-    for name in ("caching_worker_device_properties", "caching_worker_current_devices"):
-        getattr(interface, name, {}).clear()
-
-
-@contextmanager
-def _compiling_when_called() -> Iterator[None]:
-    """Inside, `torch.compile` of a function waits for its first call. bitsandbytes compiles two that no GPU and no CPU
-    runs, and torch loads its whole compiler for them, a fifth of what a process takes to start."""
-    original = torch.compile
-
-    def later(function: Any = None, **options: Any) -> Any:
-        if function is None or isinstance(function, torch.nn.Module):
-            return original(function, **options)
-        compiled: Callable[[], Any] = functools.cache(lambda: original(function, **options))
-
-        @functools.wraps(function)
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            return compiled()(*arguments, **keywords)
-
-        return call
-
-    torch.compile = later  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = original
 
 
 # Its import tells that an optional package of CPU kernels is missing; every child would say it again.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-with _answered_by_nvml(), _compiling_when_called():
+# bitsandbytes compiles two functions that no GPU and no CPU runs, a fifth of what a process takes to start.
+with _answered_by_nvml(), torch_internals.compiling_when_called():
     import peft
 
 __all__ = ["gpus", "peft"]

@@ -7,12 +7,18 @@ is a real one, raised by a real allocation.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightweight import names
 
 MiB = 2**20
 GiB = 2**30
+
+
+def size(count: float) -> str:
+    """Bytes as a person says them."""
+    return f"{count / GiB:.2f} GiB" if count >= GiB else f"{count / MiB:.0f} MiB"
+
 
 Capability = tuple[int, int]
 """CUDA's compute capability, major and minor: which kernels a card can run."""
@@ -20,15 +26,16 @@ Capability = tuple[int, int]
 AMPERE: Capability = (8, 0)
 HOPPER: Capability = (9, 0)
 
+
+def has_bf16(capability: Capability) -> bool:
+    """Whether a card has bfloat16 arithmetic: from Ampere on. torch says yes of others as well, which emulate it."""
+    return capability >= AMPERE
+
+
 CONTEXT_BYTES = 430 * MiB
 """What the CUDA context takes off a card before torch allocates a byte: 290 to 430 MiB, the upper end taken. It grows
 with the card's multiprocessors and the kernels that are loaded; on an H200, with 3.3 times a T4's, 630 to 740 MiB were
 seen."""
-
-
-def size(count: float) -> str:
-    """Bytes as a person says them."""
-    return f"{count / GiB:.2f} GiB" if count >= GiB else f"{count / MiB:.0f} MiB"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,24 +44,30 @@ class Target:
 
     `total_bytes` is what torch reports as `total_memory`; `None` means whatever the device at hand has, uncapped.
     `card` is how CUDA's device name spells it: where that name matches, the target is native and needs no cap.
-    `capability` decides which kernels a forecast reckons with and whether there is bfloat16 arithmetic; an amount of
-    memory is taken for a Hopper's.
+    `capability` decides which kernels a forecast reckons with and whether there is bfloat16 arithmetic; one that is no
+    card has a Hopper's until it is `on` a device.
     """
 
     name: str
+    capability: Capability
     total_bytes: int | None = None
     card: str | None = None
-    capability: Capability = HOPPER
 
     @property
     def bf16(self) -> bool:
-        """Whether the hardware has bfloat16 arithmetic: from Ampere on."""
-        return self.capability >= AMPERE
+        """Whether the hardware has bfloat16 arithmetic."""
+        return has_bf16(self.capability)
 
     @property
     def budget_bytes(self) -> int | None:
         """Bytes the allocator may reserve: the card's memory less its CUDA context; `None` where there is no cap."""
         return None if self.total_bytes is None else self.total_bytes - CONTEXT_BYTES
+
+    def on(self, device: Device) -> Target:
+        """This target as `device` stands for it: one that is no card has that device's capability."""
+        if self.card is not None or device.capability is None:
+            return self
+        return replace(self, capability=device.capability)
 
     def emulated_on(self, device_name: str) -> bool:
         """Whether a device called `device_name` must be capped to stand for this target."""
@@ -71,9 +84,9 @@ class Device:
     driver: str | None = None
 
 
-NATIVE = Target(name="native")
+NATIVE = Target(name="native", capability=HOPPER)
 """The card as it is, uncapped."""
-CPU = Target(name="cpu")
+CPU = Target(name="cpu", capability=HOPPER)
 """No card: host memory, uncapped."""
 
 # Total memory as torch reported it on real cards: `total_memory`, or 'a total capacity of' in its OutOfMemoryError.
@@ -83,7 +96,7 @@ L4 = Target(name="l4", card="NVIDIA L4", capability=(8, 9), total_bytes=int(22.0
 A10 = Target(name="a10", card="NVIDIA A10", capability=(8, 6), total_bytes=22_587 * MiB)  # an A10G on AWS
 RTX_4090 = Target(name="rtx4090", card="RTX 4090", capability=(8, 9), total_bytes=25_250_627_584)
 A100_40 = Target(name="a100-40", card="A100-SXM4-40GB", capability=(8, 0), total_bytes=int(39.39 * GiB))
-H100 = Target(name="h100", card="H100 80GB HBM3", total_bytes=81_082 * MiB)
+H100 = Target(name="h100", card="H100 80GB HBM3", capability=HOPPER, total_bytes=81_082 * MiB)
 
 TARGETS = {target.name: target for target in (T4, L4, A10, RTX_4090, A100_40, H100, NATIVE)}
 """What `--target` knows by name, beside amounts such as `16GiB`."""
@@ -100,7 +113,7 @@ def named(text: str) -> Target:
         total_bytes = int(float(amount[1]) * GiB)
         if total_bytes <= CONTEXT_BYTES:
             raise ValueError(f"target {text!r} is smaller than a CUDA context ({CONTEXT_BYTES // MiB} MiB)")
-        return Target(name=text, total_bytes=total_bytes)
+        return Target(name=text, capability=HOPPER, total_bytes=total_bytes)
     amount = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:G|GB|GiB)?", text, re.ASCII | re.IGNORECASE)
     if amount and not names.nearest(text, TARGETS):
         raise ValueError(f"target {text!r}: an amount of memory is written {amount[1]}GiB")

@@ -164,7 +164,7 @@ LARGEST = (
     *("peak_allocated_bytes", "peak_reserved_bytes", "average_allocated_bytes", "average_reserved_bytes"),
     *("process_bytes", "host_peak_bytes"),
 )
-"""What is told of that rank which has most of it, of those that could tell before they ended."""
+"""What is of that rank which has most of it, of those that measured it before they ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,8 +239,8 @@ def of_all_ranks(measured: Sequence[Measurements]) -> Measurements:
     first, *others = measured
     if not others:
         return first
-    told = {name: [value for one in measured if (value := getattr(one, name)) is not None] for name in LARGEST}
-    largest = {name: max(values) for name, values in told.items() if values}
+    values_of = {name: [value for one in measured if (value := getattr(one, name)) is not None] for name in LARGEST}
+    largest = {name: max(values) for name, values in values_of.items() if values}
     return replace(
         first,
         **largest,

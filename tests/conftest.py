@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # which torch exports without saying so
 
 import lightweight.session.laboratory  # noqa: F401  pytester unloads what its runs import, and children pickle by its names
 from lightweight import corpus, models
@@ -62,9 +63,9 @@ def torchruns(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def torchruns_store() -> torch.distributed.TCPStore:
+def torchruns_store() -> TCPStore:
     """A store as torchrun's agent has one, on a free `port`; listens while it lives."""
-    return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from lightweight.record import Entry, ForecastRow, Run, Speedup
 from lightweight.report import tables
@@ -9,7 +10,7 @@ from lightweight.report import tables
 
 def entry(**changes) -> Entry:
     """One entry as a GPU run writes it."""
-    usual = {
+    usual: dict[str, Any] = {
         "model": "opt-350m",
         "method": "baseline",
         "target": "t4",
@@ -50,7 +51,7 @@ def entry(**changes) -> Entry:
 
 def stopped(**changes) -> Entry:
     """One entry of a trial that ran out of memory in its first step."""
-    usual = {
+    usual: dict[str, Any] = {
         "outcome": "out_of_memory",
         "phase": "forward",
         "reason": "CUDA out of memory",
@@ -75,7 +76,7 @@ def seeds(method: str, *losses: float, **changes) -> list[Entry]:
 
 def paired(ratio: float, low: float, high: float | None, **changes) -> Speedup:
     """A speedup as a run stores it."""
-    usual = {"baseline": "baseline", "log_ratios": (0.5,) * 8, "cap": 128, "steps_per_round": 4}
+    usual: dict[str, Any] = {"baseline": "baseline", "log_ratios": (0.5,) * 8, "cap": 128, "steps_per_round": 4}
     return Speedup(**usual | {"ratio": ratio, "low": low, "high": high} | changes)
 
 
@@ -107,7 +108,7 @@ LADDER = [
         steady_step_seconds=seconds,
         captured_step=step,
         adapter=adapter,
-        test=f"experiments/test_speed.py::test_any_name[{method}]",
+        test=f"experiments/test_captured_step.py::test_any_name[{method}]",
         shown_as="ladder",
     )
     for method, seconds, step, adapter in (

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -60,7 +61,7 @@ def workplace(tmp_path):
 def document():
     """One run that measured all that the records have: each cell once, with the pairs that one of them has."""
     documents = [json.loads(path.read_text("utf-8")) for path in NAMED]
-    cells = {}
+    cells: dict[tuple[str, ...], dict[str, Any]] = {}
     for entry in (entry for document in documents for entry in document["outcomes"]):
         known = cells.setdefault(tuple(entry[key] for key in ("model", "method", "target", "device")), entry)
         known |= {"speedup": known.get("speedup") or entry.get("speedup")}

@@ -101,7 +101,7 @@ def test_an_option_whose_short_name_is_taken_has_its_long_one(run, tmp_path):
     assert entry["seed"] == 3
 
 
-def test_a_fixture_that_asks_for_ours_is_ours(run, tmp_path):
+def test_a_fixture_that_asks_for_ours_is_ours(run):
     wraps = LOADS + "import pytest\n\n@pytest.fixture\ndef train(train):\n    return train\n"
     done = run(conftest=wraps, test_cell=CELL)
     assert (done.returncode, done.stderr.strip().count("\n")) == (4, 0)

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_the_three_methods_are_the_originals():
         assert isinstance(method.adapter, peft.LoraConfig)
         assert (method.adapter.r, method.adapter.lora_alpha, method.adapter.lora_dropout) == (8, 32, 0.1)
         assert method.precision == "fp16"
-    assert QLORA.quantization.load_in_4bit
+    assert QLORA.quantization.load_in_4bit  # type: ignore[attr-defined]
     assert QLORA.training_arguments["gradient_checkpointing"]
     assert (QLORA.sequences_per_pass, QLORA.sequences_per_step) == (2, 8)
     assert BASELINE.sequences_per_step == LORA.sequences_per_step == 8
@@ -37,9 +38,9 @@ def test_the_three_methods_are_the_originals():
 def test_on_a_cpu_nothing_asks_for_fp16():
     for method in methods.METHODS.values():
         assert method.on_cpu().precision == "fp32"
-    assert QLORA.on_cpu().quantization.bnb_4bit_compute_dtype == torch.float32
-    assert QLORA.on_cpu().quantization.bnb_4bit_quant_type == "nf4"
-    assert QLORA.quantization.bnb_4bit_compute_dtype == torch.float16
+    assert QLORA.on_cpu().quantization.bnb_4bit_compute_dtype == torch.float32  # type: ignore[attr-defined]
+    assert QLORA.on_cpu().quantization.bnb_4bit_quant_type == "nf4"  # type: ignore[attr-defined]
+    assert QLORA.quantization.bnb_4bit_compute_dtype == torch.float16  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_half_is_the_format_the_target_has(bf16, dtype, precision):
     assert not QLORA_CAPTURED.uses_bf16  # no target needs to have it
     method = QLORA_CAPTURED.on_gpu(bf16=bf16)
     assert (method.weights_dtype, method.precision) == (dtype, precision)
-    assert method.quantization.bnb_4bit_compute_dtype == getattr(torch, dtype)
+    assert method.quantization.bnb_4bit_compute_dtype == getattr(torch, dtype)  # type: ignore[attr-defined]
     assert QLORA.on_gpu(bf16=bf16) == QLORA
 
 
@@ -145,7 +146,7 @@ LAYERS = {
 
 
 def network_of(model_type: str):
-    sizes = {
+    sizes: dict[str, dict[str, Any]] = {
         "gpt_neo": {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
         "mpt": {"d_model": 32, "n_heads": 2, "n_layers": 2},
         "opt": {"ffn_dim": 32, "word_embed_proj_dim": 32},
@@ -160,7 +161,7 @@ def network_of(model_type: str):
 def test_lora_is_put_on_the_layers_that_peft_names_for_the_architecture(model_type):
     network = LORA.adapt(network_of(model_type))
     assert set(adapted_layers(network)) == LAYERS[model_type]
-    assert LORA.adapter.target_modules is None  # the method itself is as it was written
+    assert LORA.adapter.target_modules is None  # type: ignore[attr-defined]  # the method itself is as it was written
     assert {name for name, parameter in network.named_parameters() if parameter.requires_grad} == {
         name for name, _ in network.named_parameters() if "lora_" in name
     }
@@ -169,7 +170,7 @@ def test_lora_is_put_on_the_layers_that_peft_names_for_the_architecture(model_ty
 @pytest.mark.parametrize(
     ("adapter", "model_type", "expected"),
     [
-        (replace(LORA.adapter, target_modules=["nothing"]), "llama", r"LORA cannot be put on llama \(Target modules"),
+        (replace(LORA.adapter, target_modules=["nothing"]), "llama", r"LORA cannot be put on llama \(Target modules"),  # type: ignore[call-arg]
         (QLORA.adapter, "mamba", "'out_proj' is incompatible with Mamba-based models"),
         (peft.IA3Config(task_type="CAUSAL_LM"), "phi3", "IA3 cannot be put on phi3 .*: take another adapter"),
         (
@@ -210,7 +211,7 @@ ALL = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_pro
     ],
 )
 def test_a_library_that_takes_names_alone_gets_those_of_the_same_layers(targets, expected):
-    method = replace(LORA, adapter=replace(LORA.adapter, target_modules=targets), library="unsloth")
+    method = replace(LORA, adapter=replace(LORA.adapter, target_modules=targets), library="unsloth")  # type: ignore[call-arg]
     network = network_of("llama")
     assert method.named_layers(network) == expected
     assert list(adapted_layers(method.adapt(network))) == expected
@@ -225,6 +226,6 @@ def test_a_library_that_takes_names_alone_gets_those_of_the_same_layers(targets,
     ],
 )
 def test_layers_that_names_alone_cannot_say_are_refused(targets, expected):
-    method = replace(LORA, adapter=replace(LORA.adapter, target_modules=targets), library="unsloth")
+    method = replace(LORA, adapter=replace(LORA.adapter, target_modules=targets), library="unsloth")  # type: ignore[call-arg]
     with pytest.raises(MethodError, match=f"method lora: unsloth takes layers by name alone, .*{expected}"):
         method.named_layers(network_of("llama"))

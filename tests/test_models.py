@@ -404,8 +404,8 @@ def test_a_bitsandbytes_checkpoint_is_trained_as_it_is(quantized, kind, method):
     model = quantized(**kind)
     method = method.on_cpu()
     settled = models.settle_quantization(model, models.configuration(model), method)
-    assert (settled.load_in_4bit, settled.load_in_8bit) == ("load_in_4bit" in kind, "load_in_8bit" in kind)
-    assert settled.bnb_4bit_compute_dtype == torch.float32  # the method's, whatever the checkpoint says
+    assert (settled.load_in_4bit, settled.load_in_8bit) == ("load_in_4bit" in kind, "load_in_8bit" in kind)  # type: ignore[attr-defined]
+    assert settled.bnb_4bit_compute_dtype == torch.float32  # type: ignore[attr-defined]  # the method's, whatever the checkpoint says
     network = method.adapt(models.load(model, torch.float32, CPU, settled))
     assert models.quantization_of(network) == f"bitsandbytes {8 if 'load_in_8bit' in kind else 4}-bit"
     assert {"q_proj", "v_proj"} <= set(adapted_layers(network))
@@ -443,7 +443,7 @@ def test_a_method_that_cannot_train_a_quantized_checkpoint_is_one_line(quantized
     assert str(raised.value).startswith(f"method {method.name}: model {model.name} is quantized by bitsandbytes 4-bit")
 
 
-UNTRAINABLE = {
+UNTRAINABLE: dict[str, dict[str, Any]] = {
     "gptq": {"bits": 4, "group_size": 128},
     "awq": {"bits": 4, "group_size": 128},
     "mxfp4": {},
@@ -489,7 +489,8 @@ def test_the_scales_of_fp8_weights_are_not_dropped(weights_folder, without_gpu):
     try:
         settled = models.settle_quantization(found, models.configuration(found), LORA)
     except ModelError as error:  # so up to transformers 5.17
-        assert "by fp8, which transformers cannot train" in str(error)
+        if "by fp8, which transformers cannot train" not in str(error):
+            raise
         pytest.skip("this transformers does not train on FP8 weights")
     loaded = models.load(found, torch.float32, CPU, settled).state_dict()
     for name, tensor in theirs.items():

@@ -49,20 +49,6 @@ def test_what_imports_ask_of_gpus_nvml_answers(monkeypatch):
     assert [getattr(cuda, name) for name in names] == originals
 
 
-def test_a_function_is_compiled_once_and_when_it_is_called(monkeypatch):
-    from lightweight import preload
-
-    compiled = []
-    monkeypatch.setattr(
-        preload.torch, "compile", lambda function, **options: compiled.append(options) or (lambda x: -function(x))
-    )
-    with preload._compiling_when_called():
-        negated = preload.torch.compile(lambda x: x + 1, dynamic=False)
-    assert not compiled
-    assert [negated(1), negated(2)] == [-2, -3]
-    assert compiled == [{"dynamic": False}]
-
-
 @pytest.mark.parametrize(("asked", "expected"), [(None, "PASSIVE"), ("active", "ACTIVE")])
 def test_threads_that_wait_sleep_unless_told_otherwise(asked, expected):
     """By what libgomp itself says that it has read."""

@@ -17,7 +17,7 @@ from lightweight import record, targets
 from lightweight.methods import LORA, QLORA, QLORA_CAPTURED, CapturedStep
 from lightweight.record import SAME_BASELINE, SAME_BUT_RANKS, SAME_CELL, SAME_METHOD, SAME_TRIAL, RecordError
 from lightweight.targets import Device
-from lightweight.trial import Completed, Crashed, Diverged, Measurements, OutOfMemory, TimedOut, Trial
+from lightweight.trial import Completed, Crashed, Diverged, Measurements, Outcome, OutOfMemory, TimedOut, Trial
 from lightweight.verdict import noninferiority
 
 H200 = Device(name="NVIDIA H200", total_bytes=150_109_880_320, capability=(9, 0), driver="580")
@@ -35,7 +35,7 @@ def trial(micro, small_corpus):
     return Trial(model=micro, method=QLORA, target=targets.T4, corpus=small_corpus, device_index=0)
 
 
-OUTCOMES = [
+OUTCOMES: list[Outcome] = [
     Completed(measured=MEASURED),
     OutOfMemory(phase="backward", requested_bytes=64, budget_bytes=100, reason="r", measured=MEASURED),
     Diverged(step=2, reason="training loss is nan at step 2", measured=MEASURED),
@@ -92,7 +92,7 @@ def test_a_method_may_say_things_in_objects(trial):
 
 
 def test_a_set_in_a_peft_config_is_written_in_order(trial):
-    method = replace(LORA, adapter=replace(LORA.adapter, target_modules={"v_proj", "q_proj"}))
+    method = replace(LORA, adapter=replace(LORA.adapter, target_modules={"v_proj", "q_proj"}))  # type: ignore[call-arg]
     entry = record.entry(replace(trial, method=method), OUTCOMES[0], H200, None)
     assert entry.adapter["target_modules"] == ["q_proj", "v_proj"]
 

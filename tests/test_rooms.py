@@ -15,18 +15,21 @@ ROOMS = sorted(file.parent.name for file in PACKAGE.glob("*/__init__.py"))
 
 PYTEST = {"pytest", "_pytest", "pytest_benchmark", "xdist"}
 NETWORKS = {"torch", "transformers", "peft", "accelerate", "bitsandbytes"}
+TOPS = {file.stem for file in PACKAGE.glob("*.py")}
+ABOVE_INTERNALS = set(ROOMS) - {"internals"}
 ENTRANCES = {"plugin", "__main__"}
 ABOVE = {"report", "session", "cli"} | ENTRANCES
 TRAINING = {"training", "captured", "child", "forecast"}
 
 FORBIDDEN = {
+    "internals": ABOVE_INTERNALS | TOPS,
     "training": ABOVE | PYTEST | {"verdict", "record", "child", "captured", "forecast"},
     "captured": ABOVE | PYTEST | {"verdict", "record", "child", "forecast"},
     "child": ABOVE | PYTEST | {"verdict", "record", "forecast"},
     "forecast": ABOVE | PYTEST | {"verdict", "child", "captured"},
-    "record": ABOVE | NETWORKS | PYTEST | TRAINING | {"verdict"},
-    "verdict": ENTRANCES | NETWORKS | PYTEST | TRAINING | {"session", "cli", "report"},
-    "report": ENTRANCES | NETWORKS | PYTEST | TRAINING | {"session", "cli"},
+    "record": ABOVE | NETWORKS | PYTEST | TRAINING | {"verdict", "internals"},
+    "verdict": ENTRANCES | NETWORKS | PYTEST | TRAINING | {"session", "cli", "internals", "report"},
+    "report": ENTRANCES | NETWORKS | PYTEST | TRAINING | {"session", "cli", "internals"},
     "session": ENTRANCES | {"cli"},
     "cli": ENTRANCES | PYTEST | {"session", "report", "verdict"},
 }
@@ -68,5 +71,10 @@ def test_imports_between_rooms_have_no_circle():
 
 def test_of_the_top_modules_the_entrances_alone_import_rooms_and_the_plugin_alone_pytest():
     tops = {file.stem: imported_by(file) for file in PACKAGE.glob("*.py")}
-    assert {name for name, of in tops.items() if of & set(ROOMS)} == ENTRANCES
+    assert {name for name, of in tops.items() if of & ABOVE_INTERNALS} == ENTRANCES
     assert {name for name, of in tops.items() if of & PYTEST} == {"plugin"}
+
+
+def test_of_the_internals_those_of_pytests_plugins_alone_import_pytest():
+    files = {file.stem for file in (PACKAGE / "internals").glob("*.py") if imported_by(file) & PYTEST}
+    assert files <= {"pytest_benchmark", "xdist"}

@@ -12,7 +12,7 @@ from typing import get_args
 import pytest
 
 from lightweight import __main__, models, record, schema, trial
-from lightweight.forecast import tracer
+from lightweight.forecast import replay
 from lightweight.methods import Precision
 from lightweight.record import RecordError
 from lightweight.report import page, write
@@ -32,7 +32,7 @@ def test_the_words_are_those_that_the_modules_write():
     assert set(get_args(schema.Phase)) == set(get_args(trial.Phase))
     assert set(get_args(schema.Weights)) == set(get_args(models.Weights))
     assert set(get_args(schema.Precision)) == set(get_args(Precision))
-    assert set(get_args(schema.ForecastVerdict)) == set(get_args(tracer.Verdict))
+    assert set(get_args(schema.ForecastVerdict)) == set(get_args(replay.Verdict))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def sound():
         *[("peak_allocated_bytes", value) for value in (-1, 1.5, True, 10**30, "many", [1])],
         *[("world_size", value) for value in (0, -3, None, 1.0, True)],
         *[("model", value) for value in (["opt"], 3, "", " ", None, "m" * 5000)],
-        *[("outcome", value) for value in ("finished", None, ["completed"], {})],
+        *[("outcome", value) for value in ("finished", None, ["completed"], {})],  # type: ignore[var-annotated]
         *[("phase", "lunch"), ("precision", "fp8"), ("weights", "borrowed"), ("seed", -1), ("seed", 0.5)],
         *[("steady_step_seconds", value) for value in (0, -1, float("nan"), float("inf"), 1e300, "fast")],
         *[("heldout_loss_after", value) for value in (float("nan"), 1e300, "3.1", True)],

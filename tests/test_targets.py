@@ -42,3 +42,11 @@ def test_bf16_begins_with_ampere():
 
 def test_t4_has_no_bf16():
     assert [name for name, target in targets.TARGETS.items() if not target.bf16] == ["t4"]
+
+
+def test_a_target_that_is_no_card_computes_as_the_device_does():
+    volta = targets.Device(name="Tesla V100", capability=(7, 0))
+    assert not targets.NATIVE.on(volta).bf16
+    assert not targets.named("8GiB").on(volta).bf16
+    assert targets.named("l4").on(volta) is targets.named("l4")
+    assert targets.NATIVE.on(targets.Device(name="cpu")) is targets.NATIVE

@@ -14,11 +14,10 @@ import contextlib
 import functools
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal
-from unittest import mock
 
 from lightweight.preload import peft  # isort: skip  # noqa: F401  # before Trainer, which imports peft
 
@@ -28,6 +27,10 @@ from transformers import Trainer
 
 from lightweight.captured import dropout
 from lightweight.captured.packing import Layout
+from lightweight.internals import accelerate as accelerate_internals
+from lightweight.internals import bitsandbytes as bitsandbytes_internals
+from lightweight.internals import torch as torch_internals
+from lightweight.internals import transformers as transformers_internals
 from lightweight.training import ranks
 from lightweight.training.stock import Row
 
@@ -59,13 +62,13 @@ class Parts:
         """This, and what is left of it where parts are given up, fewest first. `losses` are to be tried in this order,
         its own first."""
         rows = [(self.packing, self.attention), (False, self.attention), (False, False)]
-        found = [
+        candidates = [
             replace(self, packing=packing, attention=attention, loss=loss, lean=lean)
             for loss in losses
             for lean in dict.fromkeys((self.lean, False))
             for packing, attention in dict.fromkeys(rows)
         ]
-        return sorted(found, key=lambda rest: len(self.given_up(rest)))
+        return sorted(candidates, key=lambda rest: len(self.given_up(rest)))
 
 
 class PartError(NotImplementedError):
@@ -89,7 +92,10 @@ class Sample:
 
     def first(self, size: int) -> Sample:
         """The first `size` dialogues in order of rows, so that what shares a row is together as long as possible."""
-        kept = set(list(chain.from_iterable(self.rows))[:size])
+        return self.of(list(chain.from_iterable(self.rows))[:size])
+
+    def of(self, kept: Collection[int]) -> Sample:
+        """Those of its dialogues that are among `kept`."""
         passes, rows = (
             [left for numbers in lists if (left := [n for n in numbers if n in kept])]
             for lists in (self.passes, self.rows)
@@ -98,9 +104,10 @@ class Sample:
 
 
 def samples(layouts: Sequence[Layout], first: list[list[int]], rows: Sequence[Row], rows_per_pass: int) -> list[Sample]:
-    """The job's first step, whose passes are `first`, and one of two rows: that with the longest dialogue, where a
-    window or a table of positions shows itself, and that with the most dialogues, where packing does. A step with so
-    few rows also leaves others of its shape empty. `layouts` are those of the whole job, the first step's first."""
+    """The first two passes of the job's first step, which has the passes `first`, and one of two rows: that with the
+    longest dialogue, where a window or a table of positions shows itself, and that with the most dialogues, where
+    packing does. A step with so few rows also leaves others of its shape empty. `layouts` are those of the whole job,
+    the first step's first."""
     everywhere = [row for layout in layouts for row in layout.rows]
     lengths = [sum(row["attention_mask"]) for row in rows]
     longest = max(everywhere, key=lambda row: max(lengths[number] for number in row))
@@ -108,7 +115,8 @@ def samples(layouts: Sequence[Layout], first: list[list[int]], rows: Sequence[Ro
     pair = [longest] if longest == fullest else [longest, [n for n in fullest if n not in longest]]
     numbers = list(chain.from_iterable(pair))
     passes = [numbers[start : start + rows_per_pass] for start in range(0, len(numbers), rows_per_pass)]
-    return [Sample(first, layouts[0].rows), Sample(passes, [row for row in pair if row])]
+    begin = Sample(first, layouts[0].rows).of(list(chain.from_iterable(first[:2])))
+    return [begin, Sample(passes, [row for row in pair if row])]
 
 
 @dataclass(frozen=True)
@@ -157,25 +165,43 @@ whose kernels sum in other orders, opt-350m's 24 layers were off by 2e-4 in fp32
 into the next may be off by 1e-3 alone, which a half hides; it is looked for in another way, whatever the format.
 """
 
+CHAOTIC = Tolerance(loss=1e-4, gradient=1e-2, tensor=1e-1, floor=1e-3)
+"""For fp32 in the place of halves that say nothing: a network of random weights may enlarge the last digit of a number
+a thousandfold from layer to layer. That of gpt-neo-1.3b does, whose attention does not scale its products: rounding its
+embeddings to fp16 turns half of its gradient, and to fp32 2e-4 of it (CPU, torch 2.13)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What the Trainer makes of `sample`, in half precision or in fp32 in its place, and what is `allowed` to another
+    way of computing it."""
+
+    sample: Sample
+    gradients: Gradients
+    allowed: Tolerance
+    in_fp32: bool = False
+
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far a captured step is from the Trainer's: relative, as in `Tolerance`. `error` is why it could not be
-    computed, in one line."""
+    """How far a captured step is from the Trainer's: relative, as in `Tolerance`, beside what is `allowed`. `error` is
+    why it could not be computed, in one line."""
 
     loss: float = 0.0
     gradient: float = 0.0
     tensor: float = 0.0
     worst: str = ""
+    allowed: Tolerance = TOLERANCES["fp32"]
     error: str | None = None
 
-    def within(self, allowed: Tolerance) -> bool:
+    @property
+    def is_rounding(self) -> bool:
         """Whether this is rounding; what is not a number is not."""
         return (
             self.error is None
-            and self.loss <= allowed.loss
-            and self.gradient <= allowed.gradient
-            and self.tensor <= allowed.tensor
+            and self.loss <= self.allowed.loss
+            and self.gradient <= self.allowed.gradient
+            and self.tensor <= self.allowed.tensor
         )
 
     def __str__(self) -> str:
@@ -200,7 +226,7 @@ def deviation(
     worst = each.argmax()
     loss = (ours.loss - theirs.loss).abs() / theirs.loss.abs()
     loss_off, gradient, tensor, index = torch.stack([loss, off.norm() / whole, each[worst], worst]).tolist()
-    return Deviation(loss_off, gradient, tensor, list(names.values())[int(index)])
+    return Deviation(loss_off, gradient, tensor, list(names.values())[int(index)], allowed)
 
 
 # The Trainer's side
@@ -231,9 +257,20 @@ class Reference:
     def gradients(self, sample: Sample) -> tuple[Sample, Gradients]:
         """The Trainer's loss and gradients of as many of the sample's dialogues as there is memory for, and those.
         Raises torch.OutOfMemoryError where it is not enough for one."""
-        while (found := self._where_it_fits(sample)) is None:
+        while (gradients := self._where_it_fits(sample)) is None:
             sample = sample.first(sample.size // 2)
-        return sample, found
+        return sample, gradients
+
+    def in_fp32(self, sample: Sample) -> Gradients | None:
+        """As `gradients`, of the whole sample and with fp32 in the place of halves, from the weights as they are now.
+        None where a rank cannot: there is not enough memory, or the network has to be in half precision."""
+        own = None
+        with contextlib.suppress(PartError, torch.OutOfMemoryError), in_fp32(self._model):
+            with contextlib.suppress(Exception):  # of any model's code
+                own = self._gradients(sample, 1.0, autocast=contextlib.nullcontext)
+            drop_gradients(self._model)  # before weights are halves again
+        (lacks,) = ranks.any_says(own is None, device=self._trainer.args.device)
+        return None if own is None or lacks else own.over_ranks(trained(self._model))
 
     def _where_it_fits(self, sample: Sample) -> Gradients | None:
         """Under the first scale that leaves them finite, or the last; None where a rank has not enough memory."""
@@ -245,15 +282,15 @@ class Reference:
                 if sample.size == 1:
                     raise
             (ran_out,) = ranks.any_says(own is None, device=self._trainer.args.device)
-            forget(self._model)
+            drop_gradients(self._model)
             if own is None or ran_out:
                 return None
-            found = own.over_ranks(trained(self._model))
-            if bool(torch.stack([gradient.float().norm() for gradient in found.of.values()]).isfinite().all()):
+            gradients = own.over_ranks(trained(self._model))
+            if bool(torch.stack([gradient.float().norm() for gradient in gradients.of.values()]).isfinite().all()):
                 break
-        return found
+        return gradients
 
-    def _gradients(self, sample: Sample, scale: float) -> Gradients:
+    def _gradients(self, sample: Sample, scale: float, autocast: Callable[[], Any] | None = None) -> Gradients:
         trainer = self._trainer
         shares = [numbers[ranks.rank() :: ranks.world_size()] for numbers in sample.passes]
         batches, items = trainer.get_batch_samples(
@@ -263,9 +300,9 @@ class Reference:
         scaler = torch.amp.GradScaler(trainer.args.device.type, init_scale=scale, enabled=scale != 1)
         loss = torch.zeros((), device=trainer.args.device)
         with (
-            mock.patch.object(trainer.accelerator, "scaler", scaler),
-            # in training it is inside the network that accelerate prepares
-            mock.patch.object(trainer, "compute_loss_context_manager", trainer.accelerator.autocast),
+            torch_internals.no_hooks_left(),
+            accelerate_internals.losses_scaled_by(trainer, scaler),
+            transformers_internals.losses_computed_in(trainer, autocast or trainer.accelerator.autocast),
         ):
             for batch in batches:
                 # of the Trainer itself: what the suite adds to it counts the loss as one of the job's
@@ -285,12 +322,41 @@ def trained(network: torch.nn.Module) -> dict[torch.nn.Parameter, str]:
     return {weight: name for name, weight in network.named_parameters() if weight.requires_grad}
 
 
-def forget(network: Any) -> None:
-    """Drop the gradients of `network`, and give what they took back to the device."""
+def drop_gradients(network: Any) -> None:
+    """Forget the gradients of `network`."""
     for weight in network.parameters():
         weight.grad = None
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+
+
+# Without rounding
+
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@contextlib.contextmanager
+def in_fp32(network: torch.nn.Module) -> Iterator[None]:
+    """Inside, `network` computes in fp32 what it computes in half precision outside, autocast aside. Every half is a
+    number of fp32 too, so that nothing is lost on the way there and back. Raises PartError for weights of other
+    formats, but for bitsandbytes' 4 bits, which are dequantized to fp32 inside."""
+    matmul = torch.backends.cuda.matmul
+    with contextlib.ExitStack() as undo:
+        undo.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
+        matmul.fp32_precision = "ieee"
+        packed = undo.enter_context(bitsandbytes_internals.dequantized_to_fp32(network))
+        for name, tensor in chain(network.named_parameters(), network.named_buffers()):
+            if tensor in packed:
+                continue
+            if tensor.dtype in HALVES:
+                undo.callback(_cast, tensor, tensor.dtype)
+                _cast(tensor, torch.float32)
+            elif isinstance(tensor, torch.nn.Parameter) and tensor.dtype != torch.float32:
+                raise PartError(f"{name} is {tensor.dtype}")
+        yield
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    tensor.data = tensor.data.to(dtype)
 
 
 # Leaving no trace
@@ -337,25 +403,26 @@ def without_trace(network: torch.nn.Module) -> Iterator[None]:
             for buffer, before in buffers:
                 if buffer.shape == before.shape:
                     buffer.copy_(before)
-        forget(network)
+        drop_gradients(network)
     if on_gpu:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.reset_accumulated_memory_stats()  # a step of the Trainer's that did not fit is no outcome
 
 
 def search(
-    parts: Parts, losses: Sequence[Loss], measure: Callable[[Parts], Deviation], allowed: Tolerance
+    parts: Parts, losses: Sequence[Loss], measure: Callable[[Parts], Deviation]
 ) -> tuple[Parts | None, list[str]]:
     """The most of `parts` that agrees with the Trainer, or None; and a note for each part that was given up, with how
     far it was off beside what is left."""
     measure = functools.cache(measure)
     candidates = parts.fewer(losses)
-    found = next((rest for rest in candidates if measure(rest).within(allowed)), None)
-    if found is None:
+    agreeing = next((rest for rest in candidates if measure(rest).is_rounding), None)
+    if agreeing is None:
         return None, [f"the Trainer runs the steps, since no captured one is its: {measure(candidates[-1])}"]
     notes = []
-    for name in parts.given_up(found):
+    for name in parts.given_up(agreeing):
         restored: dict[str, Any] = {name: getattr(parts, name)}
         also = " and with it packing" if name == "attention" and parts.packing else ""
-        notes.append(f"{name}{also} given up: {measure(replace(found, **restored))}")
-    return found, notes
+        notes.append(f"{name}{also} given up: {measure(replace(agreeing, **restored))}")
+    return agreeing, notes

@@ -25,6 +25,7 @@ from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from transformers.models.opt.modeling_opt import OPTAttention
 
 from lightweight.captured.agreement import PartError
+from lightweight.internals.transformers import attention_of, say_attention
 
 NAME = "lightweight"
 """What transformers' registries know this attention by."""
@@ -59,24 +60,24 @@ def install(model: PreTrainedModel) -> Callable[[], None]:
     Whether that changes what it computes is for `agreement` to say. Raises what transformers raises for a model that
     cannot take it, and PartError for one that did not.
     """
-    own = model.config._attn_implementation
+    own = attention_of(model)
     replaced = {module: type(module) for module in model.modules() if type(module) in REPLACED}
 
     def undo() -> None:
         for module, theirs in replaced.items():
             module.__class__ = theirs
-        if not replaced and model.config._attn_implementation != own:
+        if not replaced and attention_of(model) != own:
             model.set_attn_implementation(own)
-        model.config._attn_implementation = own
+        say_attention(model, own)
 
     try:
         if replaced:
             for module, theirs in replaced.items():
                 module.__class__ = REPLACED[theirs]
-            model.config._attn_implementation = NAME  # read where the mask is made
+            say_attention(model, NAME)  # read where the mask is made
         else:
             model.set_attn_implementation(NAME)
-        if model.config._attn_implementation != NAME:
+        if attention_of(model) != NAME:
             raise PartError(f"{type(model).__name__} does not ask transformers' AttentionInterface")
     except Exception:
         undo()

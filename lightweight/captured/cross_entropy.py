@@ -12,10 +12,7 @@ from typing import Any
 
 import torch
 
-try:
-    from lightweight.captured import kernels
-except ImportError:  # no Triton
-    kernels = None  # type: ignore[assignment]
+from lightweight.captured.fused import kernels
 
 CHUNK_BYTES = 64 * 2**20
 """Logits that exist at one time: 667 tokens of a vocabulary of 50 272 in half precision, enough rows to keep a matrix

@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lightweight.internals.triton import build_launcher
+
 COLUMNS = 128
 """Columns of a tile. Every kernel walks over an input in tiles of one width: an element's random number follows from
 its row and its place among the tiles."""
@@ -47,7 +49,7 @@ _asked_for: dict[object, tuple[Any, tuple[object, ...], dict[str, Any]]] | None 
 _started: Future[None] | None = None
 
 
-def start_quickly() -> None:
+def warm_up() -> None:
     """Start Triton in a thread, beside whatever else there is to be done: what it reads, hashes and builds for itself
     takes a second of a process's first kernel."""
     global _started
@@ -85,7 +87,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
 def _compile(kernel: Any, types: tuple[object, ...], settings: dict[str, Any]) -> None:
     compiled = kernel.warmup(*types, grid=(1,), **settings)
     if compiled is not None:  # as it is where kernels are interpreted
-        compiled._init_handles()  # builds what launches it, with the C compiler, which else waits for the first launch
+        build_launcher(compiled)
 
 
 def _launch(kernel: Any, programs: tuple[int, ...], *arguments: Any, **settings: Any) -> None:

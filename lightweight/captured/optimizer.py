@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightweight.internals import torch as torch_internals
 from lightweight.methods import CapturedStep, MethodError
 from lightweight.trial import Trial
 
@@ -75,9 +76,9 @@ class Optimizer:
             return
         gradients, sums = (list(tensors) for tensors in zip(*reached, strict=True))
         if self._passes == 1:
-            torch._foreach_copy_(sums, gradients)
+            torch_internals.copy_each_(sums, gradients)
         else:
-            torch._foreach_add_(sums, [gradient.float() for gradient in gradients])
+            torch_internals.add_each_(sums, [gradient.float() for gradient in gradients])
         for weight in self._masters:
             weight.grad = None
 
@@ -114,7 +115,7 @@ class Optimizer:
         self._scaler.step(self._adamw)
         self._scaler.update()
         if self._masters:
-            torch._foreach_copy_(list(self._masters), list(self._masters.values()))
+            torch_internals.copy_each_(list(self._masters), list(self._masters.values()))
 
     @contextlib.contextmanager
     def rehearsing(self) -> Iterator[None]:

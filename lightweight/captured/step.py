@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,30 @@ from typing import Any
 from lightweight.preload import peft  # isort: skip  # before Trainer, which imports peft
 
 import torch
-from torch.nn.functional import cross_entropy
 from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lightweight.captured import agreement, attention, packing
-from lightweight.captured.agreement import Deviation, Gradients, PartError, Parts, Reference, Sample, Tolerance
-from lightweight.captured.cross_entropy import linear_cross_entropy
-from lightweight.captured.frozen import Lean, compiling
+from lightweight.captured import agreement, packing, probes
+from lightweight.captured.agreement import (
+    Deviation,
+    Expected,
+    Gradients,
+    PartError,
+    Parts,
+    Reference,
+    Sample,
+    Tolerance,
+)
+from lightweight.captured.capture import first_line, on_a_side_stream, recorded, what_cannot_be_captured
+from lightweight.captured.fused import compiling
 from lightweight.captured.optimizer import Optimizer, adamw_of
 from lightweight.captured.packing import Buffers, Layout, Shape
+from lightweight.captured.passes import NOTHING, Passes
+from lightweight.internals import torch as torch_internals
+from lightweight.internals import transformers as transformers_internals
 from lightweight.methods import CapturedStep
 from lightweight.training import ranks
 from lightweight.training.meter import Meter
@@ -48,9 +59,6 @@ COMPILE_STEPS = 6_000
 """Steps from which torch.compile earns its time back: for opt-350m it took 10 to 16 s and brought a captured step from
 12.8 to 10.5 ms (H100, torch 2.11)."""
 
-
-NOTHING = Parts(packing=False, attention=False, loss="model", lean=False)
-"""A step of the model's own."""
 
 CAPTURED_STATE = "captured_step.pt"
 """The file of a checkpoint that holds what `Optimizer.state` gives."""
@@ -73,19 +81,18 @@ class CapturedTraining:
         assert step is not None and trainer.model is not None
         self.trial, self.trainer, self.rows, self.meter, self.step = trial, trainer, rows, meter, step
         self.device = torch.device(trainer.args.device)
-        self.network: Any = trainer.model
-        # without peft around it; the adapters are inside
-        self.model: Any = trainer.model.get_base_model() if isinstance(trainer.model, peft.PeftModel) else trainer.model
+        self._passes = Passes(trainer, trial.running_method)
+        self.network, self.model = self._passes.network, self._passes.model
         self.loss = torch.zeros((), device=self.device)
         self.notes: list[str] = []
         self.captured = False
         self.compiled = self.device.type == "cuda" and compiles(step, trial.steps)
-        self.parts = NOTHING
+        self._have_kernels: set[tuple[Parts, bool]] = set()
         self._compiled_layers: list[Any] = []
-        self._lean: Lean | None = None
-        self._undo_attention: Callable[[], None] | None = None
         self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         self._adamw = adamw_of(trial, trainer)
+        self._exact: dict[Expected, Gradients | None] = {}  # in fp32 what halves do not show
+        self._chaos: float | None = None  # how far half precision moves the Trainer's own gradient, if too far
 
     def prepare(self) -> bool:
         """Lay the job out in static shapes, see that its step is the Trainer's, warm it up and capture it, leaving no
@@ -151,8 +158,7 @@ class CapturedTraining:
         self._graphs.clear()
         for layer in self._compiled_layers:
             del layer.forward  # its class's own again: evaluating is not worth compiling for
-        if self._lean is not None:
-            self._lean.undo()
+        self._passes.undo_lean()
         self._optimizer.finish()
         trainer.control = handler.on_train_end(arguments, state, trainer.control)
 
@@ -174,13 +180,13 @@ class CapturedTraining:
         kept: Any = state.stateful_callbacks
         folder = Path(str(trainer.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         folder.mkdir(exist_ok=True)
-        trainer._save_rng_state(str(folder))
+        transformers_internals.save_random_numbers(trainer, folder)
         ranks.wait_for_all()
         if not ranks.is_first():
             return
         if isinstance(self.network, peft.PeftModel):
             with self._optimizer.masters_in_place():
-                trainer.save_model(str(folder), _internal_call=True)
+                transformers_internals.save_in_checkpoint(trainer, folder)
         torch.save(self._optimizer.state(), folder / CAPTURED_STATE)
         for callback in (*trainer.callback_handler.callbacks, trainer.control):
             if isinstance(callback, ExportableState):
@@ -189,7 +195,7 @@ class CapturedTraining:
 
     def _load(self, checkpoint: Path) -> None:
         self._optimizer.load(torch.load(checkpoint / CAPTURED_STATE, map_location="cpu", weights_only=True))
-        self.trainer._load_rng_state(str(checkpoint))
+        transformers_internals.load_random_numbers(self.trainer, checkpoint)
 
     # Before the first step
 
@@ -220,30 +226,55 @@ class CapturedTraining:
 
     def _agree(self) -> bool:
         """Take on as many parts as leave the step the Trainer's, and note what others were off. Whether any do."""
-        reference = Reference(self.trainer, halves=self._precision == "fp16")
-        if not reference.draws([numbers for passes in self._order[0] for numbers in passes]):
+        self._reference = Reference(self.trainer, halves=self._precision == "fp16")
+        if not self._reference.draws([numbers for passes in self._order[0] for numbers in passes]):
             self.notes.append("the Trainer runs the steps, since it draws other rows than the captured step")
             return False
         self._names = agreement.trained(self.network)
-        with agreement.nudged(self._names):
-            self._expected = [reference.gradients(sample) for sample in self._samples()]
+        self._expected = self._expect()
         self.meter.phase = "capture"  # which the Trainer's own steps have left
-        self._optimizer = Optimizer(self.trial, self.trainer, self._adamw, self.device)
         self._full = Parts(
             packing=self._packs,
             attention=self.step.attention == "sdpa",
             loss=self._losses[0],
             # A compiler decides by itself what to keep, and autocast casts in the middle of what is one function here.
-            lean=self.step.lean and not self.compiled and isinstance(self._autocast(), contextlib.nullcontext),
+            lean=self.step.lean and not self.compiled and not self._passes.casts,
         )
         with agreement.nudged(self._names):
-            parts, notes = agreement.search(self._full, self._losses, self._deviation, self._allowed)
+            parts, notes = agreement.search(self._full, self._losses, self._deviation)
+        if self._chaos is not None and parts is not None:
+            moved = f"{self._precision} moves the Trainer's own gradient by {self._chaos:.0e}"
+            self.notes.append(f"compared in fp32: {moved}")
         self.notes += notes
         self._use(parts or NOTHING)
         self._expected.clear()
+        self._exact.clear()
         if parts is None:
             self._optimizer.withdraw()
         return parts is not None
+
+    def _expect(self) -> list[Expected]:
+        """What the Trainer makes of the job's first passes as they are, and of its longest and fullest rows: in fp32 in
+        the place of halves where it can, since a good deal passes for the rounding of a half."""
+        begin, rows = self._samples()
+        with agreement.nudged(self._names):
+            expected = [Expected(*self._reference.gradients(begin), self._allowed)]
+        self._optimizer = Optimizer(self.trial, self.trainer, self._adamw, self.device)
+        if self._precision in ("fp16", "bf16"):
+            with agreement.nudged(self._names):
+                exact = self._reference.in_fp32(rows)
+            if exact is not None:
+                return [*expected, Expected(rows, exact, agreement.TOLERANCES["fp32 on a GPU"], in_fp32=True)]
+            self._optimizer.withdraw()
+        with agreement.nudged(self._names):
+            expected.append(Expected(*self._reference.gradients(rows), self._allowed))
+        self._optimizer = Optimizer(self.trial, self.trainer, self._adamw, self.device)
+        return expected
+
+    @property
+    def parts(self) -> Parts:
+        """What of the captured step its passes are computed with."""
+        return self._passes.parts
 
     @property
     def _losses(self) -> list[agreement.Loss]:
@@ -275,56 +306,9 @@ class CapturedTraining:
         return agreement.samples(layouts, self._order[0][0], self.rows, self.trial.method.sequences_per_pass)
 
     def _use(self, parts: Parts) -> None:
-        """Run steps with `parts` from now on. Raises what a part raises that cannot be had."""
-        if self._lean is not None:
-            self._lean.undo()
-        if self._undo_attention is not None:
-            self._undo_attention()
-        self._lean = self._undo_attention = None
-        self.parts = parts
-        if parts.attention:
-            self._undo_attention = attention.install(self.model)
-        if parts.loss != "model":
-            self._check_loss()
-        if parts.loss == "chunked":
-            self._check_head()
-        if parts.lean:
-            self._lean = Lean(self.model)
+        """Run steps with `parts` from now on. Raises what `Passes.use` raises."""
+        self._passes.use(parts, self._allowed)
         self._lay_out()
-
-    def _check_loss(self) -> None:
-        """Raise PartError unless the model's loss is the cross-entropy of its own logits. Both are of one forward pass
-        here, so that half precision hides no small further loss, as a router's balance is."""
-        ids = torch.arange(1, 9, device=self.device).unsqueeze(0)
-        with torch.no_grad(), self._autocast():
-            output = self.network(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False)
-        expected = cross_entropy(output.logits[0, -ids.shape[1] : -1].float(), ids[0, 1:])
-        off = ((output.loss - expected).abs() / expected).item()
-        # some take the mean in half precision
-        if not off <= (agreement.TOLERANCES["fp32"] if output.loss.dtype == torch.float32 else self._allowed).loss:
-            raise PartError(f"the model's loss is {off:.0e} off the cross-entropy of its logits")
-
-    def _check_head(self) -> None:
-        """Raise PartError unless the network's logits are its body's output times its head: a soft cap after it leaves
-        small logits nearly as they are, so that loss and gradients do not show it before training has enlarged them."""
-        head = self.model.get_output_embeddings()
-        if type(head) is not torch.nn.Linear:
-            raise PartError(f"its head is a {type(head).__module__.split('.')[0]}.{type(head).__name__}")
-        ids = torch.arange(1, 9, device=self.device).unsqueeze(0)
-        logits: list[torch.Tensor] = []
-
-        def enlarge(module: torch.nn.Module, arguments: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-            logits.append(output * (100 / output.abs().max()))
-            return logits[0]
-
-        hook = head.register_forward_hook(enlarge)
-        try:
-            with torch.no_grad(), self._autocast():
-                found = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        finally:
-            hook.remove()
-        if found.shape != logits[0].shape or not torch.allclose(found.float(), logits[0].float(), rtol=1e-2, atol=1e-3):
-            raise PartError("its head is not the last thing it does")
 
     def _deviation(self, parts: Parts) -> Deviation:
         """How far a step with `parts` is from the Trainer's, over the samples; the first that is too far."""
@@ -333,97 +317,95 @@ class CapturedTraining:
             self._use(parts)
             if parts.packing:
                 self._check_dialogues_are_apart()
-                self._check_positions()
+                probes.check_positions(self.network, self._passes.autocast)
 
-        off = Deviation(error=self._problem_of(take_on, parts))
-        for sample, expected in self._expected:
-            if not off.within(self._allowed):
-                break
-            found: list[Gradients] = []
-            compute = functools.partial(self._sampled, sample, expected.scale, found)
-            if problem := self._problem_of(compute, parts):
-                return Deviation(error=problem)
-            (ours,) = found
-            off = agreement.deviation(ours.over_ranks(self._names), expected, self._names, self._allowed)
-            del ours, found
-            agreement.forget(self.network)
+        off = Deviation(error=self._problem_of(take_on, asked_for=parts == self._full))
+        for expected in self._expected:
+            if off.is_rounding:
+                off = self._deviation_from(expected, parts)
         return off
 
+    def _deviation_from(self, expected: Expected, parts: Parts) -> Deviation:
+        ours, problem = self._computed(expected, parts)
+        if ours is None:
+            return Deviation(error=problem)
+        chaotic = expected.in_fp32 and self._chaos is not None
+        allowed = agreement.CHAOTIC if chaotic else expected.allowed
+        off = agreement.deviation(ours, expected.gradients, self._names, allowed)
+        if off.is_rounding or expected.in_fp32 or self._precision not in ("fp16", "bf16"):
+            return off
+        return self._beyond_rounding(expected, ours, parts) or off
+
+    def _beyond_rounding(self, expected: Expected, ours: Gradients, parts: Parts) -> Deviation | None:
+        """How far a step with `parts` is from the Trainer's where both are computed in fp32, since `ours` in half
+        precision are too far from what is `expected`. None where they cannot be, and where the Trainer's halves are not
+        too far from its own fp32 as well."""
+        if expected not in self._exact:
+            self._use(NOTHING)
+            self._exact[expected] = self._reference.in_fp32(expected.sample)
+            self._use(parts)
+        exact = self._exact[expected]
+        if exact is None:
+            return None
+        theirs, own = (
+            agreement.deviation(halves, exact, self._names, expected.allowed) for halves in (expected.gradients, ours)
+        )
+        # two gradients that both are nothing but rounding still are of one size, more or less
+        if theirs.is_rounding or own.gradient > 10 * theirs.gradient or own.loss > 10 * theirs.loss + own.allowed.loss:
+            return None
+        self._chaos = theirs.gradient
+        return self._deviation_from(Expected(expected.sample, exact, agreement.CHAOTIC, in_fp32=True), parts)
+
+    def _computed(self, expected: Expected, parts: Parts) -> tuple[Gradients | None, str | None]:
+        """All ranks' loss and gradients of a sample by a step with `parts`, in the arithmetic of what is `expected`; or
+        None, and what keeps any of them from it, in one line."""
+        own: list[Gradients] = []
+
+        def compute() -> None:
+            with self._passes.fp32() if expected.in_fp32 else contextlib.nullcontext():
+                own.append(self._sampled(expected.sample, expected.gradients.scale))
+                agreement.drop_gradients(self.network)
+
+        problem = self._problem_of(compute, asked_for=parts == self._full and not expected.in_fp32)
+        agreement.drop_gradients(self.network)
+        return (None, problem) if problem else (own[0].over_ranks(self._names), None)
+
     def _check_dialogues_are_apart(self) -> None:
-        """Raise PartError where a dialogue's gradient reaches another one in its row, by whatever way: a state that is
-        carried along, a mask that is not asked for. What a mask hides has a gradient of exactly 0 in every precision,
-        where the difference that a little state makes to the step may be less than half precision's rounding."""
-        rows = (row for epoch in self._packed for layout in epoch for row in layout.rows)
-        row = max(rows, key=len)
+        """Raise PartError where what shares a row is not apart, by the row with the most dialogues."""
+        row = max((row for epoch in self._packed for layout in epoch for row in layout.rows), key=len)
         layout = Layout([row], dict.fromkeys(row, 1.0), 0)
         buffers = Buffers(packing.exact_shapes([layout], self.rows, 1)[1], self.device)
         buffers.fill(layout, self.rows)
-        embedded: list[torch.Tensor] = []
-
-        def begin_here(module: torch.nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-            embedded.append(output.detach().requires_grad_())
-            return embedded[-1].clone()  # some networks write into what they embedded
-
-        hook = self.model.get_input_embeddings().register_forward_hook(begin_here)
-        try:
-            inputs, dialogues = self._inputs(buffers, 0)
-            with attention.packed(dialogues), self._autocast():
-                logits = self.network(**inputs, use_cache=False).logits[0, -buffers.shape.time :]
-        finally:
-            hook.remove()
         own = buffers.dialogues[0, 0] == row[1]
-        # weighed differently, or the sum of what a softmax or a norm gives might not depend on anything
-        loss = (logits[own].float() * torch.linspace(-1, 1, logits.shape[-1], device=self.device)).sum()
-        loss.backward()  # not autograd.grad, which reentrant checkpointing does not take part in
-        reached = sum(found.grad[0].float().norm(dim=-1) for found in embedded if found.grad is not None)
-        agreement.forget(self.network)
-        elsewhere = reached[~own].norm() / reached[own].norm()
-        if elsewhere.item() != 0:
-            raise PartError(f"{elsewhere.item():.0e} of a dialogue's gradient is another's in its row")
+        embeddings = self.model.get_input_embeddings()
+        probes.check_dialogues_are_apart(self.network, embeddings, lambda: self._passes.logits(buffers, 0)[0], own)
 
-    def _check_positions(self) -> None:
-        """Raise PartError unless the network takes positions from 0 that it is given for its own. Some do not look at
-        them and count through the row, some begin with another number: that makes little of a step's loss, but the same
-        numbers are the same in every precision."""
-        ids = torch.arange(1, 9, device=self.device).unsqueeze(0)
-        positions = torch.arange(8, device=self.device).unsqueeze(0)
-        with torch.no_grad(), self._autocast():
-            own, given, reversed_ones = (
-                self.network(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **more).logits.float()
-                for more in ({}, {"position_ids": positions}, {"position_ids": positions.flip(1)})
-            )
-        off, effect = (own - given).norm().item(), (reversed_ones - given).norm().item()
-        if not off < effect / 10:
-            raise PartError(
-                "it takes no positions" if effect == 0 else "its own positions are others than 0, 1, 2, ..."
-            )
-
-    def _problem_of(self, act: Callable[[], None], parts: Parts) -> str | None:
-        """What keeps any rank from doing `act` with `parts`, in one line. Raises torch.OutOfMemoryError for the parts
-        that were asked for: training would run out of memory as well, since it holds more."""
+    def _problem_of(self, act: Callable[[], None], *, asked_for: bool) -> str | None:
+        """What keeps any rank from `act`, in one line. Raises torch.OutOfMemoryError where what acts was `asked_for`:
+        training would run out of memory as well, since it holds more."""
         problem = None
         try:
-            act()
+            with torch_internals.no_hooks_left():
+                act()
         except torch.OutOfMemoryError:
-            if parts == self._full:
+            if asked_for:
                 raise
             problem = "out of memory"
         except PartError as error:
             problem = str(error)
-        except Exception as error:
-            problem = f"its step fails ({type(error).__name__}: {_first_line(error)[:160]})"
-        if problem is not None:
-            agreement.forget(self.network)
+        except Exception as error:  # noqa: BLE001  of any kind: the part is switched off, and the note says why
+            problem = f"its step fails ({type(error).__name__}: {first_line(error)[:160]})"
+        agreement.drop_gradients(self.network)
         (any_failed,) = ranks.any_says(problem is not None, device=self.device)
         return problem or ("another rank cannot" if any_failed else None)
 
-    def _sampled(self, sample: Sample, scale: float, found: list[Gradients]) -> None:
-        """Append to `found` this rank's share of the captured step's loss and gradients of `sample`."""
+    def _sampled(self, sample: Sample, scale: float) -> Gradients:
+        """This rank's share of the captured step's loss and gradients of `sample`."""
         layout = packing.one_a_row(sample.passes, self.rows, over_step=self.trainer.model_accepts_loss_kwargs)
         if self.parts.packing:
             layout = replace(layout, rows=sample.rows)
         layout = packing.share(layout, ranks.rank(), self.trial.world_size)
-        shape = packing.holding(layout, self.rows, () if self._exact else self._shapes.values())
+        shape = packing.holding(layout, self.rows, () if self._has_trainers_passes else self._shapes.values())
         if shape is None:
             (shape,) = self._shaped([layout]).values()
         buffers = Buffers(shape, self.device)
@@ -432,10 +414,10 @@ class CapturedTraining:
             if self.device.type == "cuda":
                 self._compile_kernels(buffers)
             self._backward(buffers)
-        found.append(Gradients(self.loss.clone(), self._optimizer.gradients_of_weights(), scale))
+        return Gradients(self.loss.clone(), self._optimizer.gradients_of_weights(), scale)
 
     @property
-    def _exact(self) -> bool:
+    def _has_trainers_passes(self) -> bool:
         """Whether a step must have the Trainer's own passes, since the model computes its loss over one of them."""
         return self.parts.loss == "model" and not self.parts.packing
 
@@ -450,7 +432,7 @@ class CapturedTraining:
 
     def _shaped(self, layouts: list[Layout]) -> dict[int, Shape]:
         rows_per_pass = self.trial.running_method.sequences_per_pass
-        if self._exact:
+        if self._has_trainers_passes:
             return packing.exact_shapes(layouts, self.rows, rows_per_pass)
         return packing.shapes(layouts, self.rows, rows_per_pass, most=1 if self.compiled else None)
 
@@ -484,7 +466,7 @@ class CapturedTraining:
         for shape, layout in sorted(examples.items(), key=lambda item: -item[0].passes * item[0].rows):
             buffers = self._buffers[shape]
             buffers.fill(layout, self.rows)
-            with _on_a_side_stream():
+            with on_a_side_stream():
                 if pool is None:
                     self._compile_kernels(buffers)
                 self._step(buffers)  # libraries initialise themselves, and the optimizer its state
@@ -497,17 +479,12 @@ class CapturedTraining:
                     self._step(buffers)
                     self._step(buffers)
             self._optimizer.clear_gradients()
-            graph = torch.cuda.CUDAGraph()
             try:
-                # The thread that watches over messages to other ranks asks CUDA for their state meanwhile.
-                errors = "thread_local" if self.trial.world_size > 1 else "global"
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode=errors):
-                    self._step(buffers)
+                graph = recorded(functools.partial(self._step, buffers), pool, several_ranks=self.trial.world_size > 1)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
-                ran_out = next((e for e in (error, error.__context__) if isinstance(e, torch.OutOfMemoryError)), None)
-                if ran_out is not None:
-                    raise ran_out from None
-                self.notes.append(f"uncaptured: {type(self.model).__name__}: {_first_line(error)}")
+                self.notes.append(f"uncaptured: {type(self.model).__name__}: {first_line(error)}")
                 return False
             pool = graph.pool()
             self._graphs[shape] = graph
@@ -515,6 +492,10 @@ class CapturedTraining:
 
     def _compile_kernels(self, buffers: Buffers) -> None:
         """A pass that computes nothing of use: Triton then compiles at once what it would else meet one by one."""
+        kernels = (self.parts, self._passes.in_fp32)
+        if kernels in self._have_kernels:
+            return
+        self._have_kernels.add(kernels)
         self._optimizer.clear_gradients()
         with compiling():
             self._pass(buffers, 0)
@@ -523,7 +504,7 @@ class CapturedTraining:
         """Compile the layers one by one: they are alike, so that what one of them costs serves all."""
         if not self.compiled or self._compiled_layers:
             return
-        names = set(self.model._no_split_modules or ())
+        names = transformers_internals.layers_not_split(self.model)
         self._compiled_layers = [module for module in self.model.modules() if type(module).__name__ in names]
         for layer in self._compiled_layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)
@@ -556,94 +537,11 @@ class CapturedTraining:
 
     def _pass(self, buffers: Buffers, index: int) -> None:
         """Forward and backward pass `index` of a step."""
-        if self._lean is not None:
-            self._lean.roll()
-        with self._autocast():
-            loss = self._loss(buffers, index)
+        loss = self._passes.loss(buffers, index)
         self._optimizer.backward(loss)
         self.loss += loss.detach()
-
-    def _loss(self, buffers: Buffers, index: int) -> torch.Tensor:
-        """The share of pass `index` in the step's loss: a scalar."""
-        inputs, dialogues = self._inputs(buffers, index)
-        answers, targets, weights = buffers.answers[index], buffers.targets[index], buffers.weights[index]
-        with attention.packed(dialogues):
-            if self.parts.loss == "chunked":
-                hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-                head = self.model.get_output_embeddings()
-                chosen = hidden.flatten(0, 1).index_select(0, answers)
-                return linear_cross_entropy(chosen, head.weight, head.bias, targets, weights)
-            if self.parts.loss == "model":
-                return self._models_own_loss(inputs, buffers, index)
-            logits = self.network(**inputs, use_cache=False).logits[:, -buffers.shape.time :]
-        chosen = logits.flatten(0, 1).index_select(0, answers).float()
-        return (cross_entropy(chosen, targets, reduction="none") * weights).sum()
-
-    def _inputs(self, buffers: Buffers, index: int) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """What the network is given for pass `index`, and which dialogue each token is of, where that says more."""
-        inputs = {"input_ids": buffers.input_ids[index], "attention_mask": buffers.attention_mask[index]}
-        if not self.parts.packing:
-            return inputs, None
-        return inputs | {"position_ids": buffers.position_ids[index]}, buffers.dialogues[index]
-
-    def _models_own_loss(self, inputs: dict[str, torch.Tensor], buffers: Buffers, index: int) -> torch.Tensor:
-        labels = buffers.labels[index]
-        loss: torch.Tensor
-        if self.trainer.model_accepts_loss_kwargs:
-            loss = self.network(**inputs, labels=labels, num_items_in_batch=buffers.count, use_cache=False).loss
-            return loss
-        loss = self.network(**inputs, labels=labels, use_cache=False).loss
-        return loss / buffers.shape.passes
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        arguments = self.trial.running_method.training_arguments
-        dtype = torch.float16 if arguments.get("fp16") else torch.bfloat16 if arguments.get("bf16") else None
-        if dtype is None:
-            return contextlib.nullcontext()
-        # Cast weights that it caches would outlive the pass, in a graph's memory.
-        return torch.autocast(self.device.type, dtype, cache_enabled=False)
 
 
 def compiles(step: CapturedStep, steps: int) -> bool:
     """Whether a job of that many optimizer steps is compiled: as `step` says, else where it earns its time back."""
     return steps >= COMPILE_STEPS if step.compile is None else step.compile
-
-
-def what_cannot_be_captured(network: torch.nn.Module, step: Callable[[], None]) -> str | None:
-    """Run `step` with every wait for the device forbidden, since a graph has no host to wait: the innermost module of
-    `network` that did wait and why, in one line, or None."""
-    inside: list[str] = []
-    hooks = []
-    for name, module in network.named_modules():
-        label = f"{name or 'the network'} ({type(module).__name__})"
-        hooks.append(module.register_forward_pre_hook(lambda *_, label=label: inside.append(label), prepend=True))
-        hooks.append(module.register_forward_hook(lambda *_: inside.pop() and None))
-    waiting = torch.cuda.get_sync_debug_mode() if torch.cuda.is_available() else 0
-    try:
-        if torch.cuda.is_available():
-            torch.cuda.set_sync_debug_mode("error")
-        step()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        return f"{inside[-1] if inside else 'backward, loss or optimizer'}: {_first_line(error)}"
-    finally:
-        if torch.cuda.is_available():
-            torch.cuda.set_sync_debug_mode(waiting)
-        for hook in hooks:
-            hook.remove()
-    return None
-
-
-@contextlib.contextmanager
-def _on_a_side_stream() -> Iterator[None]:
-    """Warm-up runs off the stream that is captured, as torch's notes on CUDA graphs ask."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -129,13 +129,13 @@ def _answer(connection: Connection, log: Path, function: Callable[..., Any], arg
         redirect_output(log)
         value = function(*args, **kwargs)
         pickled = ForkingPickler.dumps((value, None))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  it is raised in the owner
         error.add_note(f"in a helper process:\n{traceback.format_exc()}")
         raised = error
         try:
             pickled = ForkingPickler.dumps((None, raised))
-            pickle.loads(pickled)  # an exception with arguments of its own may not come to life again
-        except Exception:
+            pickle.loads(pickled)  # noqa: S301  ours; an exception with arguments of its own may not come to life again
+        except Exception:  # noqa: BLE001  pickling runs code of the exception
             pickled = ForkingPickler.dumps((None, RuntimeError(f"{type(raised).__name__}: {raised}")))
     with suppress(OSError):  # nobody waits any more
         connection.send_bytes(pickled)
@@ -590,7 +590,7 @@ def _shorten_sockets_path() -> None:
     characters (unix(7)); TMPDIR may have more, and multiprocessing can be given another by no public name."""
     settings = getattr(multiprocessing.current_process(), "_config", None)
     if settings is not None and "tempdir" not in settings and len(tempfile.gettempdir()) > SOCKET_FOLDER_CHARACTERS:
-        settings["tempdir"] = str(reaper.make_folder(Path("/tmp")))
+        settings["tempdir"] = str(reaper.make_folder(Path("/tmp")))  # noqa: S108  the folder is made for us alone
 
 
 def _server_pid() -> int | None:

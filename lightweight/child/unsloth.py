@@ -35,7 +35,7 @@ def run(connection: Connection, pickled: bytes, folder: Path, started: float, de
 
     from lightweight.child import worker
 
-    trial: Trial = pickle.loads(pickled)
+    trial: Trial = pickle.loads(pickled)  # noqa: S301  from the owner
     worker.run(connection, replace(trial, device_index=None if device_index is None else 0), folder, started)
 
 

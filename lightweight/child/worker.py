@@ -29,7 +29,7 @@ import torch
 import transformers
 
 from lightweight import corpus, methods, models
-from lightweight.captured import attention, frozen, step
+from lightweight.captured import attention, fused, step
 from lightweight.child import host_memory, unsloth
 from lightweight.child.process import lead_a_group, log_of, redirect_output, see_gpus
 from lightweight.targets import Device, GiB, MiB
@@ -118,7 +118,7 @@ def run(
         outcome: Outcome = _train(trial, device, folder, meter, _OwnersEnd(connection, meter, tells_steps))
     except _OwnerGoneError:
         return
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  it is the outcome
         with suppress(OSError):  # the disk of its log may be full
             traceback.print_exc()
         outcome = failure(error, trial, meter, folder)
@@ -178,7 +178,7 @@ def set_up(
         if step is not None and step.attention == "sdpa":
             attention.disable_cudnn()
         if step is not None and step.graph and device.type == "cuda":
-            frozen.start_quickly()
+            fused.warm_up()
         transformers.set_seed(trial.seed)
         network = build(trial, device)
         tokenizer = models.load_tokenizer(trial.model)

@@ -25,6 +25,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from lightweight import corpus, models, record
 from lightweight.cli.output import RECORD_NAME
 from lightweight.models import Model
+from lightweight.targets import has_bf16
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,8 +78,9 @@ def load(folder: Path, progress: Callable[[str], None] = lambda text: None) -> C
         raise ChatError(f"{folder}: no such folder: give one that `lightweight train` wrote")
     saved = Model(name=str(folder), source=str(folder), location=str(folder))
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    half = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
-    dtype = torch.float32 if device.type == "cpu" else half
+    dtype = torch.float32
+    if device.type == "cuda":
+        dtype = torch.bfloat16 if has_bf16(torch.cuda.get_device_capability(device)) else torch.float16
     progress("loading")
     if (folder / "adapter_config.json").is_file():
         network: Any = _adapted(folder, dtype, device, progress)

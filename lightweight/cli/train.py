@@ -291,8 +291,8 @@ def _check_tracker(name: str) -> None:
 
 def _target(name: str | None, device: Device, on_gpu: bool) -> Target:
     if name is None:
-        return NATIVE if on_gpu else CPU
-    target = targets.named(name)
+        return NATIVE.on(device) if on_gpu else CPU
+    target = targets.named(name).on(device)
     if on_gpu and target.emulated_on(device.name) and (target.total_bytes or 0) > (device.total_bytes or 0):
         raise JobError(f"--target {name}: has more memory than {device.name}: choose a smaller target or leave it out")
     return target
@@ -365,7 +365,7 @@ def _forecasts(
         method for method in methods.METHODS.values() if method.captured_step is None and method.name not in without
     ]
     if target.total_bytes is None:  # the card as it is
-        target = replace(target, total_bytes=device.total_bytes, capability=device.capability or target.capability)
+        target = replace(target, total_bytes=device.total_bytes)
     wanted: dict[str, Any] = {"batch_size": job.batch_size, "max_length": job.max_length, "gpus": ranks.world_size()}
     try:
         if ranks.world_size() == 1:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from transformers import masking_utils
 
+from lightweight.internals import torch as torch_internals
+from lightweight.internals.transformers import causal_masks_ignored_by
 from lightweight.targets import Capability, MiB
 
 aten = torch.ops.aten
@@ -64,36 +66,36 @@ class CudaRules:
         self.padding = padding
 
     def __enter__(self) -> Self:
-        self._library = torch.library.Library("aten", "IMPL")
+        library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r"[\s\S]*overrid", category=UserWarning)  # it is meant
-            _set_autocast(self._library)
+            _set_autocast(library)
             for name, kernel in {
                 "dropout": _dropout,
                 "softmax.int": _softmax,
                 "log_softmax.int": _log_softmax,
                 "scaled_dot_product_attention": self._attention,
             }.items():
-                self._library.impl(name, kernel, "AutogradCPU")
-        self._ignore_causal_mask = masking_utils._ignore_causal_mask_sdpa
-        masking_utils._ignore_causal_mask_sdpa = self._ignore_mask
+                library.impl(name, kernel, "AutogradCPU")
+        self._stack = ExitStack()
+        self._stack.callback(torch_internals.unregister, library)
+        self._stack.enter_context(causal_masks_ignored_by(self._ignore_mask))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        masking_utils._ignore_causal_mask_sdpa = self._ignore_causal_mask
-        self._library._destroy()
+        self._stack.close()
 
     def workspace_bytes(self, operator: Any) -> dict[str, int]:
         """What the libraries behind a matrix product keep for themselves from the first one on, by library."""
         if operator.name() not in _PRODUCTS:
             return {}
         hopper = self.capability[0] == 9
-        found = {"cublas": CUBLAS_WORKSPACE_BYTES_HOPPER if hopper else CUBLAS_WORKSPACE_BYTES}
+        workspaces = {"cublas": CUBLAS_WORKSPACE_BYTES_HOPPER if hopper else CUBLAS_WORKSPACE_BYTES}
         if operator is aten.addmm.default:
-            found["cublasLt"] = CUBLASLT_WORKSPACE_BYTES
-        return found
+            workspaces["cublasLt"] = CUBLASLT_WORKSPACE_BYTES
+        return workspaces
 
     def scratch_bytes(self, operator: Any, arguments: Sequence[Any]) -> int:
         """What a kernel allocates for itself and releases before it returns."""
@@ -103,11 +105,13 @@ class CudaRules:
             return int(math.prod(arguments[2])) * int(arguments[0].element_size())
         return 0
 
-    def _ignore_mask(self, padding_mask: Tensor | None, *arguments: Any, **options: Any) -> bool:
+    def _ignore_mask(
+        self, own: Callable[..., bool], padding_mask: Tensor | None, *arguments: Any, **options: Any
+    ) -> bool:
         """Whether causality alone says what a mask would. transformers reads the mask for that."""
         if self.padding == "full":
             padding_mask = None
-        return bool(self._ignore_causal_mask(padding_mask, *arguments, **options))
+        return bool(own(padding_mask, *arguments, **options))
 
     def _attention(
         self,
@@ -135,22 +139,22 @@ class CudaRules:
         if half and fits and self.capability in ((9, 0), (10, 0)) and width <= 128:
             if enable_gqa:  # the kernel reads one key head for several query heads; its fake twin wants them all
                 key, value = (_expand_heads(tensor, heads) for tensor in (key, value))
-            return aten._scaled_dot_product_cudnn_attention(  # type: ignore[no-any-return]
+            return torch_internals.cudnn_attention(  # type: ignore[no-any-return]
                 query, key, value, attn_mask, needs_grad, dropout_p, is_causal, scale=scale
             )[0]
         if half and fits and self.capability >= (8, 0) and attn_mask is None:
             if enable_gqa:
                 key, value = (_expand_heads(tensor, heads) for tensor in (key, value))
-            return aten._scaled_dot_product_flash_attention(  # type: ignore[no-any-return]
+            return torch_internals.flash_attention(  # type: ignore[no-any-return]
                 query, key, value, dropout_p, is_causal, scale=scale
             )[0]
         if fits and not enable_gqa and (query.dtype != torch.bfloat16 or self.capability >= (8, 0)):
             if attn_mask is not None and (short := -key.size(-2) % 8):  # the kernel wants rows of 16 bytes
                 attn_mask = F.pad(attn_mask, (0, short))[..., : key.size(-2)]
-            return aten._scaled_dot_product_efficient_attention(  # type: ignore[no-any-return]
+            return torch_internals.efficient_attention(  # type: ignore[no-any-return]
                 query, key, value, attn_mask, needs_grad, dropout_p, is_causal, scale=scale
             )[0]
-        return aten._scaled_dot_product_attention_math(  # type: ignore[no-any-return]
+        return torch_internals.math_attention(  # type: ignore[no-any-return]
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )[0]
 
@@ -165,16 +169,11 @@ def _expand_heads(tensor: Tensor, heads: int) -> Tensor:
 
 
 def _set_autocast(library: torch.library.Library) -> None:
-    registered = torch._C._dispatch_get_registrations_for_dispatch_key
-    cuda, cpu = (
-        {name.removeprefix("aten::") for name in registered(key) if name.startswith("aten::")}
-        for key in ("AutocastCUDA", "AutocastCPU")
-    )
+    cuda, cpu = torch_internals.registered("AutocastCUDA"), torch_internals.registered("AutocastCPU")
     for name in cpu - cuda:
         library.impl(name, torch.library.fallthrough_kernel, "AutocastCPU")
-    for name in (
-        cuda - LOWER_PRECISION - PROMOTE
-    ):  # both register LOWER_PRECISION; natively, types promote by themselves
+    # Both register LOWER_PRECISION; natively, types promote by themselves.
+    for name in cuda - LOWER_PRECISION - PROMOTE:
         library.impl(name, _in_float32(_operator(name), set_dtype=name in SET_DTYPE), "AutocastCPU")
 
 
@@ -191,10 +190,10 @@ def _in_float32(operator: Any, set_dtype: bool) -> Any:
             return value.to(torch.float32)
         return [cast(item) for item in value] if isinstance(value, list | tuple) else value
 
-    names = [argument.name for argument in operator._schema.arguments]
+    names = [argument.name for argument in torch_internals.schema(operator).arguments]
 
     def kernel(*arguments: Any, **options: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+        with torch_internals.without_autocast_of_cpu():
             if not set_dtype:
                 return operator(*map(cast, arguments), **{name: cast(value) for name, value in options.items()})
             given = dict(zip(names, arguments, strict=False)) | options
@@ -215,11 +214,11 @@ def _dropout(input: Tensor, p: float, train: bool) -> Tensor:
 
 
 def _softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    return _softmax_like(aten._softmax, input, dim, dtype)
+    return _softmax_like(torch_internals.softmax, input, dim, dtype)
 
 
 def _log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    return _softmax_like(aten._log_softmax, input, dim, dtype)
+    return _softmax_like(torch_internals.log_softmax, input, dim, dtype)
 
 
 def _softmax_like(operator: Any, input: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:

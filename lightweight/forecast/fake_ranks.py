@@ -9,16 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp._fully_shard import _fully_shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from lightweight.internals import torch as torch_internals
+from lightweight.internals.accelerate import ranks_as_of_gpus
 
 
 @contextmanager
@@ -36,22 +33,13 @@ def rank_zero_of(world_size: int) -> Iterator[None]:
         "ACCELERATE_TORCH_DEVICE": "cpu",  # and not cpu:0, which is another device to a fake tensor
     }
     with mock.patch.dict(os.environ, variables):
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+        dist.init_process_group("fake", store=torch_internals.fake_store(), rank=0, world_size=world_size)
         try:
-            mesh = init_device_mesh("cpu", (world_size,))
             with (
-                mock.patch.object(_fully_shard, "_init_default_mesh", return_value=mesh),
-                # accelerate shards on GPUs only; the device is said above
-                mock.patch.object(PartialState, "_prepare_backend", return_value=("nccl", DistributedType.MULTI_GPU)),
-                # accelerate tells parameters from each other by their addresses, which fake ones do not have
-                mock.patch.object(FakeTensor, "data_ptr", _address, create=True),
+                ranks_as_of_gpus(),  # the device is said above
+                torch_internals.sharded_over(init_device_mesh("cpu", (world_size,))),
+                torch_internals.fake_tensors_have_addresses(),
             ):
                 yield
         finally:
             dist.destroy_process_group()
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
-
-
-def _address(tensor: Any) -> int:
-    return int(tensor.untyped_storage()._cdata)

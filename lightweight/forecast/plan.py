@@ -15,8 +15,9 @@ from transformers import PretrainedConfig
 
 from lightweight import models
 from lightweight.corpus import Corpus
-from lightweight.forecast import tracer
-from lightweight.forecast.tracer import Cause, Forecast, ForecastError
+from lightweight.forecast import replay, tracer
+from lightweight.forecast.replay import Cause, Forecast
+from lightweight.forecast.tracer import ForecastError
 from lightweight.methods import Method
 from lightweight.models import Model, ModelError
 from lightweight.record import Entry, method_digest, seconds_per_token
@@ -55,7 +56,7 @@ class _Cell:
     max_length: int
     is_given: bool
     progress: Callable[[str], None]
-    _traces: dict[tuple[int, int, int, Capability], tracer.Trace] = field(default_factory=dict)
+    _traces: dict[tuple[int, int, int, Capability], replay.Trace] = field(default_factory=dict)
 
     def trial(self, method: Method, gpus: int) -> Trial:
         """Raises ValueError where a step has fewer sequences than `gpus`."""
@@ -87,7 +88,7 @@ class _Cell:
             shared = f" on {gpus} GPUs" if gpus > 1 else ""
             self.progress(f"{trial.name}: tracing a batch of {rows} x {self.max_length}{shared}")
             self._traces[key] = tracer.trace(trial, target.capability)
-        return tracer.within(self._traces[key], target.budget_bytes)
+        return replay.within(self._traces[key], target.budget_bytes)
 
     def advised(self, gpus: int, target: Target) -> tuple[Method, Forecast]:
         """The method with the most sequences a pass that fit, of the same optimizer step, and its forecast: its own
@@ -105,7 +106,7 @@ class _Cell:
         return smaller[index], self.forecast(smaller[index], gpus, target)
 
 
-def plan(
+def plan(  # noqa: PLR0913  the options of one command
     models: Sequence[Model],
     methods: Sequence[Method],
     targets: Sequence[Target],
@@ -178,14 +179,14 @@ def _configuration(model: Model) -> PretrainedConfig | ModelError:
 
 def smaller_passes(method: Method, gpus: int) -> list[Method]:
     """The method with fewer and fewer sequences in a pass on each of `gpus`, and as many in a step as before."""
-    found, rows = [], method.on_rank(gpus).sequences_per_pass
+    methods, rows = [], method.on_rank(gpus).sequences_per_pass
     for passes in range(method.passes_per_step + 1, method.sequences_per_step + 1):
         if method.sequences_per_step % passes == 0:
             smaller = method.with_passes(passes)
             if (fewer := smaller.on_rank(gpus).sequences_per_pass) < rows:
-                found.append(smaller)
+                methods.append(smaller)
                 rows = fewer
-    return found
+    return methods
 
 
 def largest_batch(fits: Callable[[int], Forecast], first: int) -> int:
@@ -198,15 +199,15 @@ def largest_batch(fits: Callable[[int], Forecast], first: int) -> int:
     low, high, guess = 0, LARGEST_BATCH + 1, first
     held: dict[int, int] = {}
     while high - low > 1:
-        found = fits(guess)
-        held[guess] = found.allocated_bytes
-        low, high = (guess, high) if found.verdict == "fits" else (low, guess)
+        forecast = fits(guess)
+        held[guess] = forecast.allocated_bytes
+        low, high = (guess, high) if forecast.verdict == "fits" else (low, guess)
         if len(held) == 1:
             guess = 2 * low or high // 2
         elif len(held) % 2 or high > LARGEST_BATCH:
             near, far = sorted(held, key=lambda batch: abs(batch - (low or high)))[:2]
             slope = (held[near] - held[far]) / (near - far)
-            room = (found.budget_bytes or 0) * (1 - tracer.MARGIN) - held[near]
+            room = (forecast.budget_bytes or 0) * (1 - replay.MARGIN) - held[near]
             guess = int(near + room / max(slope, 1.0))
         else:
             guess = (low + high) // 2
@@ -227,24 +228,24 @@ def _row(cell: _Cell, target: Target, gpus: int, *, max_batch: bool, fewest: boo
     reason = None
     if cell.method.uses_bf16 and not target.bf16:
         reason = f"computes in bf16, which {target.name} does not have"
-        method, found = cell.method, cell.forecast(cell.method, gpus, target)
+        method, forecast = cell.method, cell.forecast(cell.method, gpus, target)
     else:
-        method, found = cell.advised(gpus, target)
+        method, forecast = cell.advised(gpus, target)
     row = _shape(cell, method, target, gpus) | {
-        "forecast_allocated_bytes": found.allocated_bytes,
-        "forecast_reserved_bytes": found.reserved_bytes,
-        "bytes_by_cause": found.by_cause,
-        "paged_bytes": found.paged_bytes,
-        "parameters": found.parameters,
-        "trainable_parameters": found.trainable_parameters,
-        "phase": found.phase,
-        "verdict": "does_not_fit" if reason else found.verdict,
+        "forecast_allocated_bytes": forecast.allocated_bytes,
+        "forecast_reserved_bytes": forecast.reserved_bytes,
+        "bytes_by_cause": forecast.by_cause,
+        "paged_bytes": forecast.paged_bytes,
+        "parameters": forecast.parameters,
+        "trainable_parameters": forecast.trainable_parameters,
+        "phase": forecast.phase,
+        "verdict": "does_not_fit" if reason else forecast.verdict,
         "reason": reason,
     }
     if max_batch:
         row["max_batch"] = 0 if reason else largest_batch(partial(_with_batch, cell, gpus, target), row["batch_size"])
     if fewest:
-        row["fewest_gpus"] = None if reason else _fewest(cell, target, gpus, found)
+        row["fewest_gpus"] = None if reason else _fewest(cell, target, gpus, forecast)
     return row, method
 
 
@@ -284,12 +285,12 @@ def _with_batch(cell: _Cell, gpus: int, target: Target, sequences: int) -> Forec
     return cell.forecast(cell.method.with_batch(max(least, sequences)), gpus, target)
 
 
-def _fewest(cell: _Cell, target: Target, gpus: int, found: Forecast) -> int | None:
+def _fewest(cell: _Cell, target: Target, gpus: int, forecast: Forecast) -> int | None:
     """The fewest GPUs that suffice; as many as were asked about, where others cannot be forecast."""
     try:
         return fewest_gpus(lambda count: cell.advised(count, target)[1], cell.method.sequences_per_step)
     except ForecastError:
-        return gpus if found.verdict == "fits" else None
+        return gpus if forecast.verdict == "fits" else None
 
 
 def _choose(rows: Sequence[tuple[PlanRow, Method]], target: Target, measured: Sequence[Entry]) -> None:
@@ -367,14 +368,14 @@ def _causes(rows: Sequence[PlanRow]) -> str:
     """The bytes of every method, once for all targets with the same kernels."""
     known = [row for row in rows if row["verdict"] != "cannot_be_forecast"]
     first = rows[0]
-    size = f", {known[0]['parameters'] / 1e6:,.0f} M parameters" if known else ""
+    parameters = f", {known[0]['parameters'] / 1e6:,.0f} M parameters" if known else ""
     title = (
-        f"{first['model']}{size}, rows of {first['max_length']} tokens: "
+        f"{first['model']}{parameters}, rows of {first['max_length']} tokens: "
         f"allocated at the peak{' on each of ' + str(first['gpus']) + ' GPUs' if first['gpus'] > 1 else ''}"
     )
     if not known:
         return title
-    causes = [cause for cause in tracer.CAUSES if cause != "gathered" or first["gpus"] > 1]
+    causes = [cause for cause in replay.CAUSES if cause != "gathered" or first["gpus"] > 1]
     paged = any(row["paged_bytes"] for row in known)
     peaks: dict[tuple[Any, ...], list[str]] = {}
     for row in known:
@@ -383,7 +384,7 @@ def _causes(rows: Sequence[PlanRow]) -> str:
         peaks.setdefault(key, []).append(row["target"])
     order = list(dict.fromkeys(row["method"] for row in known))
     lines = [
-        [method, step, *map(_size, sizes), ", ".join(targets)]
+        [method, step, *map(_size_or_dash, sizes), ", ".join(targets)]
         for (method, step, *sizes), targets in sorted(peaks.items(), key=lambda item: order.index(item[0][0]))
     ]
     headers = ["method", STEP, "peak", *causes, *(["paged"] if paged else []), "with the kernels of"]
@@ -407,7 +408,7 @@ def _verdicts(rows: Sequence[PlanRow]) -> str:
     for row in rows:
         reserved, margin = "-", "-"
         if row["forecast_reserved_bytes"] is not None:
-            reserved = _size(row["forecast_reserved_bytes"])
+            reserved = _size_or_dash(row["forecast_reserved_bytes"])
             margin = f"{1 - row['forecast_reserved_bytes'] / row['budget_bytes']:+.1%}"
         where = f"out of memory in {row['phase']}" if row["verdict"] == "does_not_fit" else row["phase"]
         line = [
@@ -416,7 +417,7 @@ def _verdicts(rows: Sequence[PlanRow]) -> str:
             _step(row),
             row["verdict"].replace("_", " ") + (" <- take this" if row["chosen"] else ""),
             reserved,
-            _size(row["budget_bytes"]),
+            _size_or_dash(row["budget_bytes"]),
             margin,
             row["reason"] or where,
         ]
@@ -447,5 +448,5 @@ def _notes(rows: Sequence[PlanRow]) -> list[str]:
     return notes
 
 
-def _size(count: int) -> str:
+def _size_or_dash(count: int) -> str:
     return size(count) if count else "-"

@@ -18,7 +18,7 @@ from lightweight.record.codec import as_json
 from lightweight.record.entries import Entry, ForecastRow
 
 if TYPE_CHECKING:  # a record is read without torch
-    from lightweight.forecast.tracer import Forecast
+    from lightweight.forecast.replay import Forecast
     from lightweight.methods import Method
     from lightweight.targets import Device
     from lightweight.trial import Outcome, Trial

@@ -85,7 +85,8 @@ class Choices:
         card_bytes = self.device.total_bytes
         assert card_bytes is not None and T4.total_bytes is not None
         if name is None:
-            return T4 if card_bytes >= T4.total_bytes or not T4.emulated_on(self.device.name) else NATIVE
+            suffices = card_bytes >= T4.total_bytes or not T4.emulated_on(self.device.name)
+            return T4 if suffices else NATIVE.on(self.device)
         try:
             target = targets.named(name)
         except ValueError as error:
@@ -95,7 +96,7 @@ class Choices:
                 f"--target {name}: needs {(target.total_bytes or 0) / GiB:.1f} GiB and {self.device.name} has "
                 f"{card_bytes / GiB:.1f} GiB; choose a smaller target or native"
             )
-        return target
+        return target.on(self.device)
 
     @cached_property
     def gpus(self) -> int:

@@ -130,7 +130,7 @@ def _check_crossing(trial: Trial) -> None:
     """Whether `trial` can be sent to a child. Raises ValueError, which names the field that cannot."""
     try:
         ForkingPickler.dumps(trial)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  pickling runs code of what is pickled
         field = next((path for path, value in _parts(trial.method) if not _can_cross(value)), "it")
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
@@ -154,6 +154,6 @@ def _parts(method: Method) -> Iterator[tuple[str, Any]]:
 def _can_cross(value: Any) -> bool:
     try:
         ForkingPickler.dumps(value)
-    except Exception:
+    except Exception:  # noqa: BLE001  pickling runs code of what is pickled
         return False
     return True

@@ -17,8 +17,9 @@ import pytest
 
 from lightweight import models, record
 from lightweight.child import owner, worker
-from lightweight.forecast import tracer
-from lightweight.forecast.tracer import Forecast, ForecastError
+from lightweight.forecast import replay, tracer
+from lightweight.forecast.replay import Forecast
+from lightweight.forecast.tracer import ForecastError
 from lightweight.methods import Method
 from lightweight.models import Model
 from lightweight.record import Entry, Speedup
@@ -47,7 +48,7 @@ class Laboratory(Choices):
         stores = ("benchmark_json", "benchmark_save", "benchmark_autosave")
         self._is_stored = any(config.getoption(option, None) for option in stores)
         self._outcomes: dict[str, tuple[str, Outcome]] = {}  # each with the test that found it
-        self._traces: dict[str, tracer.Trace] = {}
+        self._traces: dict[str, replay.Trace] = {}
         self._written: dict[str, Model] = {}
         self._has_named_culprit = False
 
@@ -93,7 +94,7 @@ class Laboratory(Choices):
             self.progress.show(f"{trial.name}: forecasting its memory")
             seconds = self.option("trial_timeout")
             self._traces[key] = owner.call_within(seconds, tracer.trace_on, self.folder, trial, self.device)
-        return tracer.of_trial(self._traces[key], trial, self.device)
+        return replay.of_trial(self._traces[key], trial, self.device)
 
     def try_to_forecast(self, trial: Trial) -> Forecast | None:
         """The forecast of `trial`, or None, said in a line, where it cannot be made, whatever the reason."""
@@ -101,7 +102,7 @@ class Laboratory(Choices):
             return self.forecast(trial)
         except ForecastError as error:
             self.progress.note(f"no forecast: {error}")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  a row is never lost to a failed forecast
             reason = str(error).splitlines()[0] if str(error) else "no message"
             self.progress.note(f"no forecast: {trial.name}: {type(error).__name__}: {reason}")
         return None

@@ -218,8 +218,8 @@ def _seconds(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> 
 def _memory(when: Literal["current", "peak"]) -> tuple[int, int]:
     """Bytes that torch's allocator has handed out, and reserved. What `torch.cuda.memory_allocated` asks too, which
     sorts all there is to know into a list first, in every step."""
-    told = torch.cuda.memory_stats_as_nested_dict()
-    return told["allocated_bytes"]["all"][when], told["reserved_bytes"]["all"][when]
+    statistics = torch.cuda.memory_stats_as_nested_dict()
+    return statistics["allocated_bytes"]["all"][when], statistics["reserved_bytes"]["all"][when]
 
 
 def _host_peak_bytes() -> int:

@@ -20,11 +20,13 @@ from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, 
 import torch
 from accelerate import DistributedType, PartialState
 from accelerate.data_loader import SeedableRandomSampler
-from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
+
+from lightweight.internals import accelerate as accelerate_internals
+from lightweight.internals import torch as torch_internals
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -134,17 +136,17 @@ def of_first(act: Callable[[], T]) -> T:
     """What `act` returns, or raises, on the first rank, on every rank; the others do not call it."""
     if not distributed.is_initialized():
         return act()
-    told: list[Any] = [None, None]
+    result_and_error: list[Any] = [None, None]
     if is_first():
         try:
-            told[0] = act()
-        except Exception as error:
-            told[1] = error
-    distributed.broadcast_object_list(told)
-    found, raised = told
+            result_and_error[0] = act()
+        except Exception as error:  # noqa: BLE001  every rank raises it
+            result_and_error[1] = error
+    distributed.broadcast_object_list(result_and_error)
+    result, raised = result_and_error
     if raised is not None:
         raise raised
-    return found  # type: ignore[no-any-return]
+    return result  # type: ignore[no-any-return]
 
 
 def any_says(*said: bool, device: torch.device) -> list[bool]:
@@ -213,14 +215,9 @@ class Deal(Sampler[int]):
 def gather_as_stored(trainer: Trainer) -> None:
     """Let FSDP2 gather weights in the format they are stored in, and autocast cast them, as on one rank. accelerate
     would have it gather them in half precision, which takes 4-bit weights that are stored as fp32 for numbers."""
-    state = trainer.accelerator.state
-    if state.distributed_type == DistributedType.MULTI_CPU:
-        # accelerate shards on GPUs only; its code runs on CPUs as well, and there stands in for them where there is
-        # none. Both states are said so, since each copies the other.
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
-        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-        trainer.is_fsdp_enabled = True
-    state.fsdp_plugin.mixed_precision_policy = None
+    if trainer.accelerator.state.distributed_type == DistributedType.MULTI_CPU:  # which stand in for GPUs here
+        accelerate_internals.shard_on_cpu(trainer)
+    accelerate_internals.gather_as_stored(trainer)
 
 
 def add_up_gradients(network: torch.nn.Module) -> None:
@@ -242,4 +239,4 @@ def add_up(tensors: Sequence[torch.Tensor]) -> None:
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     distributed.all_reduce(flat)
     parts = flat.split([tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
+    torch_internals.copy_each_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])

@@ -28,6 +28,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LabelSmoother
 
 from lightweight.corpus import IGNORED
+from lightweight.internals.transformers import TrainerHooks
 from lightweight.methods import MethodError
 from lightweight.models import reason
 from lightweight.training import ranks
@@ -178,7 +179,7 @@ class _NextTokenSmoother(LabelSmoother):
         return super().__call__({"logits": logits}, labels, True, num_items_in_batch)  # type: ignore[no-untyped-call]
 
 
-class _MeasuredTrainer(Trainer):
+class _MeasuredTrainer(TrainerHooks, Trainer):
     """The Trainer, telling the meter where it is and which losses it saw. `step`: sequences of an optimizer step."""
 
     def __init__(self, *, meter: Meter, step: int, **arguments: Any) -> None:
@@ -193,10 +194,10 @@ class _MeasuredTrainer(Trainer):
         self._meter.phase = "backward"
         return loss
 
-    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+    def run_epoch(self, *arguments: Any, **options: Any) -> None:
         """Nothing, after the last step: the Trainer, resumed there in the middle of an epoch, would take another."""
         if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*arguments, **options)  # type: ignore[no-untyped-call]
+            super().run_epoch(*arguments, **options)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
@@ -247,14 +248,14 @@ class _RankTrainer(_MeasuredTrainer):
             stack.enter_context(self.accelerator.autocast())
         return stack
 
-    def _run_epoch(self, model: torch.nn.Module, epoch: int, *arguments: Any, **options: Any) -> None:
+    def run_epoch(self, model: torch.nn.Module, epoch: int, *arguments: Any, **options: Any) -> None:
         """With the order of this epoch also where batches are skipped to go on in the middle of one: what accelerate
         skips them with does not pass the epoch's number on to a sampler that it has wrapped for several ranks."""
         if self._deal is not None:  # a trace deals no rows
             self._deal.set_epoch(epoch)
-        super()._run_epoch(model, epoch, *arguments, **options)
+        super().run_epoch(model, epoch, *arguments, **options)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> ranks.Deal:
+    def train_sampler(self, train_dataset: Any = None) -> ranks.Deal:
         rows: Any = self.train_dataset
         self._deal = deal = ranks.Deal(
             ranks.draws(self, rows[:-1]),
@@ -270,10 +271,10 @@ class _RankTrainer(_MeasuredTrainer):
         counts = [torch.full_like(loss, count, dtype=torch.float64) for count in (real, padded)]
         return self.accelerator.reduce(torch.stack([loss.double(), *counts]), "sum")
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def write_weights(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if state_dict is not None and not isinstance(self.model, peft.PeftModel):
             state_dict = ranks.without_ties(self.model, state_dict)
-        super()._save(output_dir, state_dict)
+        super().write_weights(output_dir, state_dict)
 
 
 def resume_meter(meter: Meter, checkpoint: Path) -> None:

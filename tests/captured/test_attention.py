@@ -1,11 +1,16 @@
+from typing import Any
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoConfig, LlamaConfig, MistralConfig, OPTConfig
+from transformers import AutoModelForCausalLM, GPTNeoConfig, OPTConfig
+from transformers.models.bloom import BloomConfig
+from transformers.models.llama import LlamaConfig
+from transformers.models.mistral import MistralConfig
 
 from lightweight.captured import attention
 from lightweight.captured.agreement import PartError
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "max_position_embeddings": 128}
+SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "max_position_embeddings": 128}
 CONFIGS = {
     "gpt-neo": GPTNeoConfig(
         num_layers=2,
@@ -89,7 +94,7 @@ def test_no_mask_is_made_where_causality_says_it_all(monkeypatch):
 
     def watched(*arguments, attn_mask=None, is_causal=False, **options):
         seen.append((attn_mask is None, is_causal))
-        return real(*arguments, attn_mask=attn_mask, is_causal=is_causal, **options)
+        return real(*arguments, attn_mask=attn_mask, is_causal=is_causal, **options)  # type: ignore[misc]
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     ids = torch.randint(64, (2, 20))

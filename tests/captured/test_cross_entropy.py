@@ -26,9 +26,9 @@ def reference(hidden, head, bias, targets, weights):
 def test_loss_and_gradients_are_those_of_the_whole_logits(problem, monkeypatch, tokens_a_chunk):
     monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 101 * tokens_a_chunk)
     *tensors, targets, weights = problem
-    expected = reference(*tensors, targets, weights)
+    expected = reference(*tensors, targets, weights)  # type: ignore[call-arg]
     wanted = torch.autograd.grad(3.0 * expected, tensors)
-    found = linear_cross_entropy(*tensors, targets, weights)
+    found = linear_cross_entropy(*tensors, targets, weights)  # type: ignore[call-arg]
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     for ours, theirs in zip(torch.autograd.grad(3.0 * found, tensors), wanted, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
@@ -60,11 +60,11 @@ def test_half_precision_gradients_survive_small_weights_and_large_loss_scales(pr
     hidden, head, bias, targets, weights = problem
     half = [tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, head, bias)]
     whole = [tensor.detach().float().requires_grad_() for tensor in half]
-    found = linear_cross_entropy(*half, targets, weights / 1000)
+    found = linear_cross_entropy(*half, targets, weights / 1000)  # type: ignore[call-arg]
     assert found.dtype == torch.float32
     gradients = torch.autograd.grad(found * 2.0**16, half)
-    expected = torch.autograd.grad(reference(*whole, targets, weights / 1000) * 2.0**16, whole)
-    assert found.item() == pytest.approx(reference(*whole, targets, weights / 1000).item(), rel=1e-2)
+    expected = torch.autograd.grad(reference(*whole, targets, weights / 1000) * 2.0**16, whole)  # type: ignore[call-arg]
+    assert found.item() == pytest.approx(reference(*whole, targets, weights / 1000).item(), rel=1e-2)  # type: ignore[call-arg]
     for ours, theirs in zip(gradients, expected, strict=True):
         assert ours.dtype == dtype
         assert (ours.float() - theirs).norm() < 2e-2 * theirs.norm()

@@ -1,11 +1,14 @@
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
+from transformers import AutoModelForCausalLM, OPTConfig
+from transformers.models.llama import LlamaConfig
 
 from lightweight.captured import dropout
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONFIGS = {
     "opt": OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32, dropout=0.5, attention_dropout=0.5),
     "llama": LlamaConfig(**SMALL, intermediate_size=64, attention_dropout=0.5),

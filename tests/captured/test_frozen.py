@@ -1,12 +1,15 @@
+from typing import Any
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTNeoConfig, LlamaConfig, OPTConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTNeoConfig, OPTConfig
+from transformers.models.llama import LlamaConfig
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from lightweight.captured.frozen import Lean
 from lightweight.preload import peft
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "max_position_embeddings": 64}
+SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "max_position_embeddings": 64}
 CONFIGS = {
     "gpt-neo": GPTNeoConfig(num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], **SMALL),
     "opt": OPTConfig(
@@ -126,7 +129,7 @@ def test_lean_layers_keep_less(name, share, tmp_path):
     assert kept_bytes(network) == before
 
 
-def test_what_is_not_plain_lora_is_left_alone(tmp_path):
+def test_what_is_not_plain_lora_is_left_alone():
     model = AutoModelForCausalLM.from_config(CONFIGS["llama"])
     assert not Lean(model).changed  # everything is trained
     adapter = peft.LoraConfig(task_type="CAUSAL_LM", use_dora=True, target_modules="all-linear")

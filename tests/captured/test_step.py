@@ -2,7 +2,9 @@ import contextlib
 import copy
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from lightweight import corpus, models, record, targets
 from lightweight.captured import optimizer as optimizer_module
 from lightweight.captured import packing
 from lightweight.captured import step as captured_step
+from lightweight.captured.capture import what_cannot_be_captured
 from lightweight.child import owner, worker
 from lightweight.corpus import Corpus
 from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, QLORA, CapturedStep, Method
@@ -49,11 +52,11 @@ NO_DROPOUT = {
 @pytest.fixture(scope="session")
 def written(tmp_path_factory):
     """The tiny models without dropout, their random weights written."""
-    found = {}
+    of_names = {}
     for model in (OPT_TINY, GPT_NEO_TINY, LLAMA_TINY):
         still = replace(model, architecture=model.architecture | NO_DROPOUT[model.name])
-        found[model.name] = models.write(models.find(still)[0], tmp_path_factory.mktemp(model.name), seed=0)
-    return found
+        of_names[model.name] = models.write(models.find(still)[0], tmp_path_factory.mktemp(model.name), seed=0)
+    return of_names
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +93,7 @@ def trained(trial, folder):
 def without_dropout(method: Method) -> Method:
     adapter = copy.deepcopy(method.adapter)
     if adapter is not None:
-        adapter.lora_dropout = 0.0
+        adapter.lora_dropout = 0.0  # type: ignore[attr-defined]
     return replace(method, adapter=adapter)
 
 
@@ -217,7 +220,7 @@ def test_a_captured_cell_completes_in_a_child_and_its_record_says_how_it_ran(tri
     small = replace(trial, method=LORA_CAPTURED)
     with owner.Child(small, folder) as child:
         outcome = child.finish()
-    assert outcome.kind == "completed", outcome.details
+    assert outcome.kind == "completed", outcome
     entry = record.entry(small, outcome, targets.Device(name="a CPU"), None)
     assert (entry.captured, entry.compiled, entry.steps) == (False, False, 5)
     assert "no GPU" in entry.capture_note
@@ -259,7 +262,7 @@ def test_what_a_captured_run_saves_peft_loads(trial, tmp_path, method):
     base = models.load(trial.model, torch.float32, CPU, trial.running_method.quantization)
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # as worker.build does, for the same arithmetic
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # as worker.build does, for the same arithmetic
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "saved")
     ids = torch.arange(10).unsqueeze(0)
     with torch.no_grad():
@@ -326,12 +329,12 @@ def test_what_prevents_a_capture_is_named_with_its_module(trial, tmp_path):
         raise RuntimeError("called a synchronizing CUDA operation\nand more")
 
     step = lambda: job._run(job.epochs[0][0])  # noqa: E731
-    assert captured_step.what_cannot_be_captured(job.network, step) is None
+    assert what_cannot_be_captured(job.network, step) is None
     handle = layer.fc1.register_forward_pre_hook(waits)
-    found = captured_step.what_cannot_be_captured(job.network, step)
+    found = what_cannot_be_captured(job.network, step)
     assert found == "base_model.model.model.decoder.layers.1.fc1 (Linear): called a synchronizing CUDA operation"
     handle.remove()
-    assert captured_step.what_cannot_be_captured(job.network, step) is None
+    assert what_cannot_be_captured(job.network, step) is None
 
 
 def test_a_model_whose_logits_are_more_than_its_heads_keeps_its_own_loss(trial, tmp_path):
@@ -429,7 +432,8 @@ def test_a_loss_scale_changes_no_step_and_skips_one_that_overflows(trial, tmp_pa
 class StandInGraph:
     """A CUDA graph as the job sees it: what ran while it was recorded runs again over the same buffers."""
 
-    recording = None
+    recording: Any = None
+    again: Callable[[], None]
 
     def replay(self):
         self.again()
@@ -451,7 +455,7 @@ def graphs(monkeypatch):
     """Everything of CUDA graphs but CUDA."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", StandInGraph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
-    monkeypatch.setattr(captured_step, "_on_a_side_stream", contextlib.nullcontext)
+    monkeypatch.setattr(captured_step, "on_a_side_stream", contextlib.nullcontext)
     step = captured_step.CapturedTraining._step
 
     def watched(job, buffers):
@@ -475,7 +479,7 @@ def test_replays_train_as_the_steps_they_recorded_in_every_shape(trial, tmp_path
     shapes = list(job._graphs)
     assert len(shapes) > 1 and set(shapes) == set(job._shapes.values())
     assert shapes[0].rows == max(shape.rows for shape in shapes)  # memory is laid out by the largest
-    assert [graph.in_pool for graph in job._graphs.values()] == [None] + ["pool"] * (len(shapes) - 1)
+    assert [graph.in_pool for graph in job._graphs.values()] == [None] + ["pool"] * (len(shapes) - 1)  # type: ignore[attr-defined]
     job.train()
     assert meter.measurements().train_loss == expected.measurements().train_loss
 

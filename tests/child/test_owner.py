@@ -230,7 +230,7 @@ def test_an_exception_in_the_child_is_a_crash_with_its_traceback_and_the_next_tr
 def test_out_of_memory_is_an_outcome_with_its_phase_and_the_next_trial_is_untouched(trial, tmp_path, room_mib, phase):
     """98 MiB of weights; evaluating 4 sequences makes two activations of 1563 MiB, training on 8 two of 3125 MiB."""
     large = replace(trial.model, name="large", architecture=trial.model.architecture | {"ffn_dim": 400_000})
-    target = Target(name="small", total_bytes=targets.CONTEXT_BYTES + room_mib * MiB)
+    target = Target(name="small", capability=targets.HOPPER, total_bytes=targets.CONTEXT_BYTES + room_mib * MiB)
     (tmp_path / "large").mkdir()
     (tmp_path / "next").mkdir()
     written = owner.call(models.write, tmp_path / "large", large, tmp_path / "weights", 0)
@@ -403,7 +403,7 @@ def run_within_a_limit(*arguments) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
         torch.empty(2**32)
 
-    worker._OwnersEnd.step_ended = greedy
+    worker._OwnersEnd.step_ended = greedy  # type: ignore[assignment]
     RUN(*arguments)
 
 
@@ -446,7 +446,7 @@ def run_and_stop_early(*arguments) -> None:
         control.should_training_stop |= state.global_step == 2
         return control
 
-    transformers.trainer_callback.DefaultFlowCallback.on_step_end = stop
+    transformers.trainer_callback.DefaultFlowCallback.on_step_end = stop  # type: ignore[assignment]
     RUN(*arguments)
 
 

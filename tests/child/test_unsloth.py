@@ -49,7 +49,7 @@ def asked(monkeypatch, micro):
     ],
 )
 def test_unsloth_gets_the_names_of_layers(asked, micro, small_corpus, targets, expected):
-    method = replace(LORA, adapter=replace(LORA.adapter, target_modules=targets), library="unsloth")
+    method = replace(LORA, adapter=replace(LORA.adapter, target_modules=targets), library="unsloth")  # type: ignore[call-arg]
     trial = Trial(model=micro, method=method, target=CPU, corpus=small_corpus)
     unsloth.build(trial, torch.device("cpu"), None)
     assert asked["get_peft_model"]["target_modules"] == expected

@@ -70,7 +70,7 @@ def test_building_leaves_the_method_as_it_was(trial):
     before = QLORA.adapter.to_dict()
     worker.build(replace(trial, method=QLORA), CPU)
     assert QLORA.adapter.to_dict() == before
-    assert QLORA.adapter.target_modules == "all-linear"
+    assert QLORA.adapter.target_modules == "all-linear"  # type: ignore[attr-defined]
 
 
 def test_parameters_of_a_4_bit_network_are_counted_as_what_they_pack(trial):
@@ -131,7 +131,7 @@ def test_failures_keep_their_place_and_reason(trial):
     meter.phase = "backward"
     outcome = worker.failure(RuntimeError("CUDA error: device-side assert triggered\nmore"), trial, meter, Path())
     assert outcome.reason == "RuntimeError: CUDA error: device-side assert triggered"
-    assert outcome.phase == "backward"
+    assert outcome.phase == "backward"  # type: ignore[union-attr]
     diverged = worker.failure(DivergedError(7, float("nan")), trial, meter, Path())
     assert isinstance(diverged, Diverged)
     assert (diverged.step, diverged.reason) == (7, "training loss is nan at step 7")

@@ -198,7 +198,7 @@ def test_the_old_model_goes_only_when_the_new_one_is_there(tmp_path, monkeypatch
     for last in range(1, 7):
         at = tmp_path / str(last)
         model(at / "a", "old")
-        done = []
+        done: list[int] = []
 
         def killed(self: Path, target: Path, done=done, last=last) -> Path:
             done.append(1)
@@ -231,7 +231,7 @@ def test_the_old_model_goes_only_when_the_new_one_is_there(tmp_path, monkeypatch
         assert [path.name for path in at.iterdir()] == ["a"], last
 
 
-def test_a_result_that_cannot_be_put_into_its_place_stays_and_the_line_says_where(tmp_path, monkeypatch):
+def test_a_result_that_cannot_be_put_into_its_place_stays_and_the_line_says_where(tmp_path):
     output = Output(tmp_path / "a")
     output.claim(resume=False, overwrite=False)
     model(tmp_path / "a", "somebody's")  # which came while it trained

@@ -7,14 +7,17 @@ import os
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tabulate import tabulate
 
 from conftest import turns
 
-TRIED, SURVIVED = Counter(), Counter()
+TRIED: Counter[str] = Counter()
+SURVIVED: Counter[str] = Counter()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,13 +31,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture
-def whole(request) -> bool:
+def whole(request: pytest.FixtureRequest) -> bool:
     """Whether every fault of a class is asked for."""
     return bool(request.config.getoption("--faults", default=False))
 
 
 @pytest.fixture
-def tried(request):
+def tried(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Counts one fault of the class that the test's module or function is called by."""
 
     def count(name: str, *, survived: bool = True) -> None:
@@ -45,20 +48,22 @@ def tried(request):
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call":
-        for key, value in report.user_properties:
-            if key == "fault":
-                TRIED[value[0]] += 1
-                SURVIVED[value[0]] += bool(value[1])
+        faults: list[Any] = [value for key, value in report.user_properties if key == "fault"]
+        for name, survived in faults:
+            TRIED[name] += 1
+            SURVIVED[name] += survived
 
 
 COLUMNS = ("what", "tried", "survived", "commit", "date")
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 
 
-def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if not TRIED:
         return
-    rows = {name: (name, str(TRIED[name]), str(SURVIVED[name]), *_version(config.rootpath)) for name in TRIED}
+    rows: dict[str, tuple[str, ...]] = {
+        name: (name, str(TRIED[name]), str(SURVIVED[name]), *_version(config.rootpath)) for name in TRIED
+    }
     terminalreporter.section("faults")
     terminalreporter.write_line(_table(rows))
     if (file := config.getoption("--faults-into", default=None)) is not None:
@@ -106,7 +111,7 @@ STOCK, CAPTURED = constant("baseline"), constant("lora-captured")
 
 
 @pytest.fixture(scope="session")
-def dialogues(tmp_path_factory) -> Path:
+def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 pairs to train on, four steps an epoch at two a step."""
     path = tmp_path_factory.mktemp("dialogues") / "corpus.json"
     path.write_text(json.dumps(turns(10)), "utf-8")
@@ -114,7 +119,9 @@ def dialogues(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def given(without_gpu, base, dialogues, tmp_path, monkeypatch):
+def given(
+    without_gpu: None, base: Path, dialogues: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[str]]:
     """The command of a job of seven steps, which ends within an epoch and has checkpoints after 3, 6 and 7."""
     (tmp_path / "constant.py").write_text(METHODS)
     monkeypatch.syspath_prepend(tmp_path)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 STEERING = "\x1b[2J\u202eevil\nsecond line\x07"
 """What would clear a terminal, turn text around, write another line and ring."""
 
-VALUES = (
+VALUES: tuple[Any, ...] = (
     *(None, True, False, [], {}, [None], [[]], {"a": 1}, "", " ", "x", STEERING, "lone \ud800", "9" * 1001),
     *(0, 1, -1, 3, 0.5, -0.0, 1e-300, 1e308, -1e308, 2**31, 2**53 + 1, 2**64, 10**400, float("nan"), float("inf")),
 )
@@ -32,7 +32,7 @@ def document(value: Any, draw: random.Random, changes: int = 1) -> list[str]:
             holder = holder[inner]
         if key is None:
             break
-        how = draw.choice(("another", "another", "another", "gone", "doubled", "text", "steering"))
+        how: Any = draw.choice(("another", "another", "another", "gone", "doubled", "text", "steering"))
         if how == "gone":
             del holder[key]
         elif how == "doubled":

@@ -48,7 +48,7 @@ def stop_after_six(self: checkpoints.Interruption) -> None:
             self.asked += 1
             return self.asked >= 6
 
-    self._stage, self.came = "training", AtSix()
+    self._stage, self.came = "training", AtSix()  # type: ignore[assignment]
 
 
 def truncate(path: Path) -> None:

@@ -8,8 +8,10 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +38,7 @@ def seeds(whole):
     return lambda first, count: range(first, first + (count if whole else max(6, count // 12)))
 
 
-def records() -> list[dict]:
+def records() -> list[Any]:
     """The committed records, what is much and alike left out of them."""
     kept = ("outcomes", "forecasts", "datetime", "commit_info", "machine_info", "version")
     found = [json.loads(path.read_text("utf-8")) for path in RECORDS]
@@ -218,7 +220,7 @@ def in_use(place: Path) -> None:
 
 IN_USE: list[int] = []
 
-PLACES = {
+PLACES: dict[str, Callable[[Path], object]] = {
     "free": lambda place: None,
     "an empty folder": Path.mkdir,
     "a file": Path.touch,
@@ -254,9 +256,9 @@ def test_outputs_of_all_kinds_are_a_line_or_the_result_and_nobody_loses_a_file(
     """Every pair of what is there and what is beside it, every name, with and without --overwrite and --resume."""
     cases = [(place, beside, "a") for place in PLACES for beside in (*PLACES, "in use")]
     cases += [("free", "free", name) for name in (*NAMES, *NO_PLACES, "/".join(["y" * 200] * 25))]
-    cases = [(*case, more) for case in cases for more in ((), ("--overwrite",), ("--resume",))]
+    asked = [(*case, more) for case in cases for more in ((), ("--overwrite",), ("--resume",))]
     lost = []
-    for number, (place, beside, name, more) in enumerate(cases if whole else random.Random(5).sample(cases, 25)):
+    for number, (place, beside, name, more) in enumerate(asked if whole else random.Random(5).sample(asked, 25)):
         folder = tmp_path / f"case-{number}"
         folder.mkdir()
         monkeypatch.chdir(folder)

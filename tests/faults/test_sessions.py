@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from session.test_session_faults import left, outcomes, project, wait_for  # noqa: F401  # a fixture among them
@@ -112,7 +113,7 @@ def test_nothing_is_lost(project, fault, tried):  # noqa: F811
         "--trial-timeout=15",
         *(["-n", "1"] if fault.what == "xdist worker" else []),
     ]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     session = subprocess.Popen(
         command, cwd=project, env=environment, start_new_session=True, preexec_fn=hear_all, **pipes
     )

@@ -1,5 +1,7 @@
 """What a CUDA GPU holds where a CPU would hold something else."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -19,7 +21,11 @@ class Saved:
         self.storages = {}
 
     def __enter__(self):
-        self.modes = [FakeTensorMode(), self.rules, torch.autograd.graph.saved_tensors_hooks(self._keep, lambda t: t)]
+        self.modes: list[Any] = [
+            FakeTensorMode(),
+            self.rules,
+            torch.autograd.graph.saved_tensors_hooks(self._keep, lambda t: t),
+        ]
         for mode in self.modes:
             mode.__enter__()
         return self

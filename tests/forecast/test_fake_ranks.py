@@ -19,7 +19,7 @@ from lightweight.forecast import tracer
 from lightweight.forecast.fake_ranks import rank_zero_of
 from lightweight.methods import BASELINE, BASELINE_CAPTURED, LORA, QLORA
 from lightweight.models import GPT_NEO_TINY, OPT_TINY
-from lightweight.targets import NATIVE
+from lightweight.targets import HOPPER, NATIVE
 from lightweight.training import stock
 from lightweight.training.meter import Meter
 from lightweight.trial import Trial
@@ -61,7 +61,7 @@ def held_by_rank(rank, of, folder):
     """What a real rank holds of weights and of optimizer state after a step, the others on the same machine."""
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": of.world_size, "LOCAL_WORLD_SIZE": of.world_size}
     os.environ.update({name: str(value) for name, value in variables.items()} | ON_A_CPU)
-    store = distributed.FileStore(str(folder / "store"), of.world_size)
+    store = distributed.FileStore(str(folder / "store"), of.world_size)  # type: ignore[attr-defined]
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=of.world_size)
     row = {name: [1] * of.max_length for name in ("input_ids", "attention_mask", "labels")}
     network = AutoModelForCausalLM.from_config(models.configuration(of.model), dtype=torch.float32)
@@ -85,7 +85,7 @@ def test_the_first_rank_holds_what_it_holds_among_others(tmp_path):
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(held, range(2))
     assert first > second, "386 rows of 385"
-    peak = tracer.trace(of).replay()
+    peak = tracer.trace(of, HOPPER).replay()
     assert peak.by_cause["optimizer"] == first[1]
     scalars = peak.by_cause["weights"] - first[0]
     assert 0 <= scalars <= 8 * 512, "the Trainer's own, from before the first step"
@@ -95,7 +95,7 @@ def test_the_first_rank_holds_what_it_holds_among_others(tmp_path):
 def peaks():
     """Of a twin by each method, the trace's peak by the number of ranks."""
     return {
-        (method.name, world_size): tracer.trace(trial(GPT_NEO_TINY, method, world_size)).replay()
+        (method.name, world_size): tracer.trace(trial(GPT_NEO_TINY, method, world_size), HOPPER).replay()
         for method in (BASELINE, LORA, QLORA)
         for world_size in (1, 2)
     }
@@ -120,7 +120,7 @@ def test_what_belongs_to_packed_weights_is_whole_on_every_rank(peaks):
 @pytest.fixture(scope="module")
 def sharded():
     """The trace of the first of two ranks."""
-    return tracer.trace(trial(OPT_TINY, BASELINE, 2))
+    return tracer.trace(trial(OPT_TINY, BASELINE, 2), HOPPER)
 
 
 def test_ranks_gather_and_reduce_in_streams_of_their_own_and_parameters_are_counted_whole(sharded):
@@ -142,7 +142,7 @@ def test_nothing_of_it_is_left_behind():
     before = dict(os.environ)
     with rank_zero_of(2):
         assert (distributed.get_rank(), distributed.get_world_size()) == (0, 2)
-    tracer.trace(trial(GPT_NEO_TINY, BASELINE, 2))
+    tracer.trace(trial(GPT_NEO_TINY, BASELINE, 2), HOPPER)
     assert dict(os.environ) == before
     assert not distributed.is_initialized()
     assert PartialState().num_processes == 1
@@ -150,4 +150,4 @@ def test_nothing_of_it_is_left_behind():
 
 def test_a_captured_step_on_several_ranks_is_refused_as_on_one():
     with pytest.raises(tracer.ForecastError, match="the captured step is not forecast"):
-        tracer.trace(trial(OPT_TINY, BASELINE_CAPTURED, 2))
+        tracer.trace(trial(OPT_TINY, BASELINE_CAPTURED, 2), HOPPER)

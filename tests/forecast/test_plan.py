@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import samples
@@ -13,10 +14,11 @@ from conftest import MICRO
 from lightweight import record, targets
 from lightweight.__main__ import main
 from lightweight.forecast import plan, tracer
-from lightweight.forecast.tracer import MARGIN, ForecastError, Trace
+from lightweight.forecast.replay import MARGIN, Trace
+from lightweight.forecast.tracer import ForecastError
 from lightweight.methods import BASELINE, LORA, QLORA
 from lightweight.models import OPT_TINY
-from lightweight.targets import CONTEXT_BYTES, MiB, Target
+from lightweight.targets import CONTEXT_BYTES, HOPPER, MiB, Target
 
 KEYS = {
     *("model", "method", "target", "forecast_allocated_bytes", "forecast_reserved_bytes", "budget_bytes"),
@@ -143,7 +145,7 @@ NEOX = {"model_type": "gpt_neox", "hidden_size": 32, "num_attention_heads": 2, "
 }
 
 
-Q_LORA = replace(LORA, name="q-lora", adapter=replace(LORA.adapter, target_modules=["q_proj"]))
+Q_LORA = replace(LORA, name="q-lora", adapter=replace(LORA.adapter, target_modules=["q_proj"]))  # type: ignore[call-arg]
 
 
 @pytest.fixture
@@ -233,7 +235,7 @@ def test_what_no_method_can_be_forecast_of_is_known_before_anything_is_traced(mo
 
 
 def card(mib):
-    return Target(name="card", total_bytes=round(mib * MiB) + CONTEXT_BYTES)
+    return Target(name="card", capability=HOPPER, total_bytes=round(mib * MiB) + CONTEXT_BYTES)
 
 
 @pytest.fixture
@@ -484,7 +486,8 @@ def test_expected_cost_orders_methods_as_they_were_measured():
 
 def test_the_docs_show_what_the_command_prints(capsys, monkeypatch):
     """Where the cards' kernels are alike: this model's attention is matrix products."""
-    traces, trace = {}, tracer.trace
+    traces: dict[Any, Any] = {}
+    trace = tracer.trace
 
     def traced_once(trial, _):
         key = trial.name, trial.method.passes_per_step

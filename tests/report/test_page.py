@@ -49,7 +49,7 @@ class Tags(HTMLParser):
 
     def __init__(self, document):
         super().__init__()
-        self.tags = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.feed(document)
         self.ids = [attributes["id"] for _, attributes in self.tags if "id" in attributes]
         self.links = [attributes["href"] for tag, attributes in self.tags if tag == "a"]
@@ -260,7 +260,7 @@ def file(document, tmp_path_factory):
 
 
 @pytest.fixture
-def opened(browser, request):
+def opened(browser):
     """Open a file as a person does; fails where the page says anything on its console or asks the network."""
     said, contexts = [], []
 

@@ -6,6 +6,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import Pipe
+from typing import Any
 
 import pytest
 
@@ -118,15 +119,15 @@ def test_when_one_is_done_something_else_takes_its_place_on_the_core(trial, monk
     monkeypatch.setattr(os, "sched_getaffinity", where.__getitem__)
     monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: pinned.append((cores, alternation.NEIGHBOUR[0])))
     started = alternation.NEIGHBOUR[0]
-    of_fast, of_slow = alternation.seconds_per_token(fast, slow)
+    of_fast, of_slow = alternation.seconds_per_token(fast, slow)  # type: ignore[arg-type]
     assert of_slow == 2 * of_fast
     assert pinned == [({1}, started), (had, started + 5)]
 
 
 def test_nothing_takes_its_place_for_longer_than_a_child_may_be_silent(trial):
     fast, silent = FakeChild(trial, [1.0], None, []), FakeChild(trial, [], "timed out", [])
-    silent.is_slow_for, fast.silence_seconds, silent.silence_seconds = math.inf, 0.1, 0.1
-    assert math.isnan(alternation.seconds_per_token(fast, silent)[1])
+    silent.is_slow_for, fast.silence_seconds, silent.silence_seconds = math.inf, 0.1, 0.1  # type: ignore[assignment]
+    assert math.isnan(alternation.seconds_per_token(fast, silent)[1])  # type: ignore[arg-type]
     assert silent.outcome == "timed out"
 
 
@@ -136,10 +137,10 @@ def test_nothing_takes_its_place_for_longer_than_a_child_may_be_silent(trial):
     ids=["cpu", "gpu"],
 )
 def test_like_ranks_share_cores_and_move_on_with_every_pair(trial, monkeypatch, device_index, pairs):
-    pinned = {}
+    pinned: dict[int, set[int]] = {}
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
     monkeypatch.setattr(os, "sched_setaffinity", pinned.__setitem__)
-    children = [FakeChild(replace(trial, device_index=device_index), [], None, []) for _ in range(2)]
+    children: list[Any] = [FakeChild(replace(trial, device_index=device_index), [], None, []) for _ in range(2)]
     children[0].pids, children[1].pids = [11, 12], [21, 22]
     monkeypatch.setattr(alternation.Path, "iterdir", lambda folder: iter([folder / folder.parent.name]))
     for pair, (first, second) in enumerate(pairs):
@@ -180,9 +181,13 @@ def test_the_core_that_is_shared_changes_every_pair(trial, start, monkeypatch):
 def test_pairs_are_added_at_the_looks_until_it_is_enough_or_the_cap(trial, start):
     for enough, pairs in ((8, 8), (99, 12)):
         children, _ = start({"baseline": [1.0] * 20, "lora": [1.0] * 20})
-        asked = []
+        asked: list[int] = []
         found = alternation.alternate(
-            trial, other(trial), children, lambda p, asked=asked, e=enough: asked.append(len(p)) or len(p) >= e, cap=12
+            trial,
+            other(trial),
+            children,
+            lambda p, asked=asked, e=enough: asked.append(len(p)) or len(p) >= e,  # type: ignore[misc]
+            cap=12,
         )
         assert len(found.log_ratios) == pairs
         assert asked == [look for look in ratio.looks(12) if look <= pairs]
@@ -255,7 +260,8 @@ def test_a_round_has_no_more_in_a_step_than_the_trial_has_pairs(trial, batch, ac
 
 def test_two_live_children_alternate(trial, tmp_path):
     """For real: the same method against itself, in two processes at once."""
-    pids, affinities = [], []
+    pids: list[int] = []
+    affinities: list[set[int]] = []
 
     @contextmanager
     def start(trial):
@@ -287,14 +293,14 @@ def dead_pid() -> int:
 def test_a_child_that_has_died_between_rounds_is_told_by_its_outcome(trial, who):
     """With the number of a process that is no more, where the system has nothing to keep on a core."""
     died = Crashed(phase="train", reason="killed by SIGKILL", details="", measured=Measurements())
-    children = []
+    children: list[Any] = []
     for name in ("baseline", "method"):
         child = FakeChild(trial, [1.0] if name == who or who == "both" else [1.0] * 99, died, [])
         child.round()  # to warm up
         if name == who or who == "both":
             child.pids = [dead_pid()]
         children.append(child)
-    assert math.isnan(alternation.log_ratio(*children, 0))
+    assert math.isnan(alternation.log_ratio(children[0], children[1], 0))
     assert died in [child.outcome for child in children]
 
 

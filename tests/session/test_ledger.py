@@ -25,15 +25,15 @@ def test_what_crosses_between_processes_is_plain_json_and_comes_out_as_it_went_i
     assert Shipment().as_json() == {} and Shipment.of_json({}) == Shipment()
 
 
-def test_a_speedup_is_put_into_the_trial_it_is_of():
-    ledger = Ledger(SimpleNamespace())
+def test_a_speedup_is_put_into_the_trial_it_is_of(pytestconfig):
+    ledger = Ledger(pytestconfig)
     ledger.pytest_runtest_logreport(report(Shipment(entries=[CELL, OTHER])))
     ledger.pytest_runtest_logreport(report(Shipment(speedups=[(OTHER, MEASURED)])))
     assert [entry.speedup for entry in ledger.entries] == [None, MEASURED]
 
 
-def test_of_a_test_that_is_run_again_the_last_time_counts():
-    ledger = Ledger(SimpleNamespace())
+def test_of_a_test_that_is_run_again_the_last_time_counts(pytestconfig):
+    ledger = Ledger(pytestconfig)
     ledger.pytest_runtest_logreport(report(Shipment(entries=[CELL])))
     ledger.pytest_runtest_logreport(report(Shipment(), when="setup"))
     ledger.pytest_runtest_logreport(report(Shipment(entries=[OTHER])))

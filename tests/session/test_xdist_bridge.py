@@ -216,5 +216,5 @@ def test_a_replacement_gets_the_dead_workers_gpu_and_each_machine_counts_its_own
 def test_another_pytest_benchmark_is_told_in_one_line():
     config = SimpleNamespace(_benchmarksession=SimpleNamespace(benchmarks=[], compare=None, only=False))
     with pytest.raises(pytest.UsageError, match=r"has no 'disabled'.*install pytest-benchmark==5\.3\.1") as raised:
-        xdist_bridge._benchmark_session(config)
+        xdist_bridge._benchmark_session(config)  # type: ignore[arg-type]
     assert "\n" not in str(raised.value)

@@ -145,7 +145,7 @@ def test_a_ranks_method_sees_no_more_in_a_pass_and_all_of_a_step_together(world_
     assert QLORA.on_rank(1) is QLORA
 
 
-def test_every_row_is_dealt_once_and_steps_are_those_of_one_rank(small_corpus):
+def test_every_row_is_dealt_once_and_steps_are_those_of_one_rank():
     rows = list(range(20))
     drawn = ranks.SeedableRandomSampler(rows, data_seed=3)
     deal = ranks.Deal(ranks.SeedableRandomSampler(rows, data_seed=3), step=8, batch=3, world_size=2, nothing=20)
@@ -346,7 +346,7 @@ def run_and_stop_in_save(connection, trial, folder, started, environment, *rest)
             os.kill(os.getpid(), signal.SIGSTOP)
         return save(trainer, *arguments, **keywords)
 
-    transformers.Trainer.save_model = stop
+    transformers.Trainer.save_model = stop  # type: ignore[assignment]
     RUN(connection, trial, folder, started, environment, *rest)
 
 

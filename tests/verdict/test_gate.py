@@ -2,6 +2,7 @@ import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ BOTH = Limits(speedup_fail=0.05, memory_fail=0.05)
 def speedup(center, *, pairs=12, noise=0.005, seed=0, **changes):
     """Pairs around `center` times as fast."""
     logs = tuple(float(log) for log in np.random.default_rng(seed).normal(math.log(center), noise, pairs))
-    known = {"log_ratios": logs, **asdict(ratio.interval(logs))}
-    return Speedup(**{"baseline": "baseline", "cap": 16, "steps_per_round": 4} | known | changes)
+    known: dict[str, Any] = {"baseline": "baseline", "cap": 16, "steps_per_round": 4, "log_ratios": logs}
+    return Speedup(**known | asdict(ratio.interval(logs)) | changes)
 
 
 NO_PAIRS = {"log_ratios": (), "ratio": None, "low": None, "high": None}
@@ -493,7 +494,8 @@ def test_a_limit_may_be_lifted_and_a_bad_one_is_told(tmp_path, capsys):
 
 def test_every_default_says_where_it_comes_from():
     """What the committed records of equal trials differ in is well below the defaults, and what matters above."""
-    losses, steps = {}, {}
+    losses: dict[Any, list[float]] = {}
+    steps: dict[Any, list[float]] = {}
     for path in RECORDS.glob("*.json"):
         for e in record.load(path).entries:
             if e.outcome == "completed" and e.heldout_loss_after is not None:

@@ -137,7 +137,9 @@ def test_the_loss_elsewhere_is_measured_before_and_after_and_recorded(micro, sma
     with owner.Child(trial, folder) as child:
         outcome = child.finish()
     assert isinstance(outcome, Completed), outcome.reason
-    trainer = stock.make_trainer(trial, worker.build(trial, torch.device("cpu")), [], Meter(CPU, 0.0), None, folder)
+    trainer = stock.make_trainer(
+        trial, worker.build(trial, torch.device("cpu")), [], Meter(torch.device("cpu"), 0.0), None, folder
+    )
     rows = corpus.encode_text(text, models.load_tokenizer(micro), trial.max_length)
     untrained = stock.heldout_loss(trainer, rows)
     measured = outcome.measured

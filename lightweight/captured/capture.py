@@ -1,0 +1,67 @@
+"""How is a step recorded as a CUDA graph, and what of a network prevents it?"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+def what_cannot_be_captured(network: torch.nn.Module, step: Callable[[], None]) -> str | None:
+    """Run `step` with every wait for the device forbidden, since a graph has no host to wait: the innermost module of
+    `network` that did wait and why, in one line, or None."""
+    inside: list[str] = []
+    hooks = []
+    for name, module in network.named_modules():
+        label = f"{name or 'the network'} ({type(module).__name__})"
+        hooks.append(module.register_forward_pre_hook(lambda *_, label=label: inside.append(label), prepend=True))
+        hooks.append(module.register_forward_hook(lambda *_: inside.pop() and None))
+    waiting = torch.cuda.get_sync_debug_mode() if torch.cuda.is_available() else 0
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("error")
+        step()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return f"{inside[-1] if inside else 'backward, loss or optimizer'}: {first_line(error)}"
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode(waiting)
+        for hook in hooks:
+            hook.remove()
+    return None
+
+
+def recorded(step: Callable[[], None], pool: Any, *, several_ranks: bool) -> torch.cuda.CUDAGraph:
+    """A graph of `step` in a memory `pool`, None for one of its own. Raises torch.OutOfMemoryError where that is the
+    reason it cannot be recorded, and RuntimeError for any other."""
+    graph = torch.cuda.CUDAGraph()
+    # The thread that watches over messages to other ranks asks CUDA for their state meanwhile.
+    errors = "thread_local" if several_ranks else "global"
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode=errors):
+            step()
+    except RuntimeError as error:
+        ran_out = next((e for e in (error, error.__context__) if isinstance(e, torch.OutOfMemoryError)), None)
+        if ran_out is not None:
+            raise ran_out from None
+        raise
+    return graph
+
+
+@contextlib.contextmanager
+def on_a_side_stream() -> Iterator[None]:
+    """Warm-up runs off the stream that is captured, as torch's notes on CUDA graphs ask."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says first, or its name where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

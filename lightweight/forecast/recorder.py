@@ -1,0 +1,223 @@
+"""What does an operator allocate, what for, and when is it released? Every operator of a program is seen and noted."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightweight.forecast.cuda_rules import CudaRules
+from lightweight.forecast.replay import Cause
+from lightweight.internals import bitsandbytes as bitsandbytes_internals
+from lightweight.internals.torch import (
+    DEVICE_OF,
+    VIEW_THAT_SAYS_IT_IS_NONE,
+    DispatchMode,
+    FakeTensor,
+    address,
+    fake_constant,
+    fake_device,
+    in_kernel_invocation_manager,
+    no_dispatch,
+    own_part,
+    schema,
+    shapes_propagated_in,
+    storages_resized,
+    tree_iter,
+    written_by_fsdp,
+)
+from lightweight.training.meter import Meter
+from lightweight.trial import Phase
+
+_CPU = torch.device("cpu")
+
+
+class Recorder(DispatchMode):
+    """Writes down what operators allocate, and when it is released: when the last tensor of a storage goes, or the
+    storage is resized to nothing."""
+
+    def __init__(self, mode: Any, meter: Meter, rules: CudaRules, vocabulary: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._mode = mode
+        self._results: dict[Any, tuple[Any, Any, torch.dtype]] = {}
+        self.meter = meter
+        self.rules = rules
+        self.paused = False
+        self.events: list[tuple[int, int]] = []
+        self.causes: dict[int, Cause] = {}
+        self.phases: list[tuple[int, Phase]] = []
+        self.streams: dict[int, int] = {}
+        self.paged_bytes = 0
+        self._vocabulary = vocabulary
+        self._stream_numbers = {torch.cpu.current_stream(): 0}
+        self._names: dict[int, int | None] = {}
+        self._workspaces: set[tuple[str, bool]] = set()
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        if operator is DEVICE_OF:  # asked for more often than all else together
+            return fake_device(arguments[0])
+        if operator is torch.ops.aten.rand.default and not arguments[0]:
+            # A single number decides whether a layer is dropped: the most memory is held when none is.
+            return fake_constant(self._mode, 1.0)
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # and see what it does with the rank's own part
+        if self.paused:
+            return operator(*arguments, **options or {})
+        self._enter_phase()
+        for sent_or_received in written_by_fsdp(operator, arguments, options or {}):
+            self.mark(sent_or_received, "gathered")
+        # Each thread that multiplies matrices has workspaces of its own, and backward runs in another thread.
+        for kind, size in self.rules.workspace_bytes(operator).items():
+            if (workspace := (kind, self.meter.phase == "backward")) not in self._workspaces:
+                self._workspaces.add(workspace)
+                self._allocate(size, "workspace")
+        scratch_bytes = self.rules.scratch_bytes(operator, arguments)
+        scratch = self._allocate(scratch_bytes, "workspace") if scratch_bytes else None
+        result = self._run(operator, arguments, options or {})
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self._see(value)
+        if scratch is not None:
+            self.events.append((scratch, 0))
+        return result
+
+    def _run(self, operator: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """The operator's result. Shapes that were computed once are remembered: layers are alike, and asking fake
+        tensors again takes most of a forecast's time."""
+        is_view = operator.is_view or operator is VIEW_THAT_SAYS_IT_IS_NONE
+        if is_view and type(arguments[0]) is FakeTensor:
+            with no_dispatch(), in_kernel_invocation_manager(self._mode):
+                view = operator(*arguments, **options)
+            if type(view) is Tensor:
+                return FakeTensor(self._mode, view, _CPU)
+        if not _is_pure(operator):
+            return operator(*arguments, **options)
+        key = operator, _shapes(arguments), _shapes(tuple(options.items()))
+        shape = self._results.get(key)
+        if shape is None:
+            result = operator(*arguments, **options)
+            if type(result) is FakeTensor and result.dim() > 0:  # a scalar may carry its value
+                self._results[key] = result.shape, result.stride(), result.dtype
+            return result
+        with no_dispatch():
+            size, stride, dtype = shape
+            return FakeTensor(self._mode, torch.empty_strided(size, stride, dtype=dtype, device="meta"), _CPU)
+
+    def mark(self, tensor: Tensor, cause: Cause) -> None:
+        """Say what a tensor is for; of a sharded one, the rank's own part."""
+        tensor = own_part(tensor)
+        self._see(tensor)
+        if (name := self._names.get(address(tensor.untyped_storage()))) is not None:
+            self.causes[name] = cause
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Write nothing down of what is allocated inside, until a tensor of it is marked."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+
+    def page(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor in managed memory, which the caching allocator knows nothing of."""
+        with self.unseen():
+            paged = torch.zeros(size, dtype=dtype)
+        storage = paged.untyped_storage()
+        key = address(storage)
+        self._names[key] = None
+        weakref.finalize(storage, self._forget, key)
+        self.paged_bytes += storage.nbytes()
+        return paged
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Note that a storage has changed its size. FSDP2 so frees the whole weights of a layer, and gets them back."""
+        self._enter_phase()
+        key = address(storage)
+        if key in self._names:
+            self._release(key)
+        else:
+            weakref.finalize(storage, self._forget, key)
+        self._names[key] = self._allocate(storage.nbytes(), "gathered") if storage.nbytes() else None
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = address(storage), storage.nbytes()
+        if key in self._names or size == 0:
+            return
+        if self._stream():
+            cause: Cause = "gathered"
+        elif self.meter.phase == "build":
+            cause = "weights"
+        elif tensor.dim() > 1 and tensor.size(-1) == self._vocabulary:
+            cause = "logits"
+        else:
+            cause = "activations"
+        self._names[key] = self._allocate(size, cause)
+        weakref.finalize(storage, self._forget, key)
+
+    def _allocate(self, size: int, cause: Cause) -> int:
+        name = len(self.causes)
+        self.causes[name] = cause
+        self.events.append((name, size))
+        if stream := self._stream():
+            self.streams[name] = stream
+        return name
+
+    def _stream(self) -> int:
+        """Where memory is allocated now. FSDP2 gathers and reduces in streams of its own, each with a pool of the
+        caching allocator's; torch gives the CPU such streams in name."""
+        return self._stream_numbers.setdefault(torch.cpu.current_stream(), len(self._stream_numbers))
+
+    def _release(self, key: int) -> None:
+        if (name := self._names[key]) is not None:
+            self.events.append((name, 0))
+
+    def _forget(self, key: int) -> None:
+        self._release(key)
+        del self._names[key]
+
+    def _enter_phase(self) -> None:
+        if not self.phases or self.phases[-1][1] != self.meter.phase:
+            self.phases.append((len(self.events), self.meter.phase))
+
+
+@contextmanager
+def seeing_libraries(recorder: Recorder) -> Iterator[None]:
+    """Inside, the recorder is shown what no operator does, storages being resized, and nothing of the whole tensors on
+    which DTensor tries every operator; bitsandbytes does what it does on a GPU."""
+    with ExitStack() as stack:
+        stack.enter_context(storages_resized(recorder.resized))
+        stack.enter_context(shapes_propagated_in(recorder.unseen))
+        stack.enter_context(bitsandbytes_internals.as_on_a_gpu(recorder.page, recorder.unseen))
+        yield
+
+
+@functools.cache
+def _is_pure(operator: Any) -> bool:
+    """Whether an operator's result is new memory, and its shape follows from its arguments' shapes."""
+    signature = schema(operator)
+    return not (
+        signature.is_mutable
+        or any(value.alias_info is not None for value in signature.returns)
+        or operator is VIEW_THAT_SAYS_IT_IS_NONE
+        or torch.Tag.dynamic_output_shape in operator.tags
+        or torch.Tag.data_dependent_output in operator.tags
+    )
+
+
+def _shapes(value: Any) -> Any:
+    """What an operator's result depends on, in a form that can be looked up."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, tuple | list):
+        return tuple(_shapes(item) for item in value)
+    return type(value), value

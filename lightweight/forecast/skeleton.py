@@ -1,0 +1,52 @@
+"""How does a network without weights become one of fake tensors, whose every weight is allocated as on a GPU?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from torch import Tensor, nn
+
+from lightweight.forecast.recorder import Recorder
+from lightweight.internals import bitsandbytes as bitsandbytes_internals
+from lightweight.internals import torch as torch_internals
+
+
+class UntraceableError(ValueError):
+    """A network that cannot be one of fake tensors. The message names the layer, the reason and the mend."""
+
+
+def materialise(network: Any, dtype: torch.dtype, recorder: Recorder) -> None:
+    """Turn a network on the meta device into one of fake tensors, piece by piece, quantized as it comes. `dtype` is
+    what unquantized weights are held in. Raises UntraceableError for weights of 8 bits."""
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:  # tied weights stay tied
+            new: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
+            if isinstance(tensor, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            made[id(tensor)] = new
+        return made[id(tensor)]
+
+    for name, module in network.named_modules():
+        if isinstance(module, Linear8bitLt):
+            raise UntraceableError(f"{name} is quantized to 8 bits, which cannot be traced: use 4 bits, or none")
+        own = {"recurse": False, "remove_duplicate": False}
+        for key, tensor in [*module.named_parameters(**own), *module.named_buffers(**own)]:
+            if isinstance(module, Linear4bit) and key == "weight":
+                module.weight = _quantized(tensor, dtype, recorder)
+                bitsandbytes_internals.keep_state(module)
+            else:
+                setattr(module, key, fake(tensor))
+    bitsandbytes_internals.never_repack(network)
+    torch_internals.pin(network)  # it is where it is to be
+
+
+def _quantized(weight: Any, dtype: torch.dtype, recorder: Recorder) -> nn.Parameter:
+    """What bitsandbytes' own quantization makes of a 4-bit layer's weight."""
+    quantized, state = bitsandbytes_internals.packed_like(weight, torch.empty(weight.shape, dtype=dtype))
+    for tensor in state:
+        recorder.mark(tensor, "quantization state")
+    return quantized

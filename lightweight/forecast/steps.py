@@ -1,0 +1,124 @@
+"""Which optimizer steps are traced, and how does HF Trainer run them on fake tensors?
+
+The peak comes once the optimizer has its state and, where a step has several forward passes, once there are gradients
+to add to. So each kind of batch is traced after a first optimizer step; or, where passes accumulate, in one step that
+begins with state and gradients, which is quicker.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from lightweight.forecast.cuda_rules import BatchKind
+from lightweight.forecast.recorder import Recorder
+from lightweight.internals import accelerate as accelerate_internals
+from lightweight.internals import transformers as transformers_internals
+from lightweight.training import stock
+from lightweight.training.stock import Request
+from lightweight.trial import Trial
+
+
+class AllTracedError(Exception):
+    """Every step there is to trace has been traced."""
+
+
+def train(network: Any, trial: Trial, paddings: tuple[BatchKind, ...], recorder: Recorder) -> None:
+    """Let the Trainer train `network` on batches of the kinds in `paddings`. Raises AllTracedError when done."""
+    method = trial.method.on_rank(trial.world_size)
+    arguments = method.training_arguments
+    accumulates = arguments.get("gradient_accumulation_steps", 1) > 1
+    # The kinds of batches that the forward passes of each step see.
+    if accumulates and trial.world_size == 1:
+        steps = [list(paddings)]
+    elif accumulates:  # a step begins without gradients; the first pass makes them, the last one reduces them
+        steps = [[paddings[-1], *paddings]]
+    else:
+        steps = [[kind] for kind in (paddings[0], *paddings)]
+    trial = replace(trial, max_steps=len(steps), device_index=None)
+    owner = _TracedRounds(len(steps), recorder, begin_in_the_middle=accumulates)
+    overrides = {
+        "gradient_accumulation_steps": len(steps[0]),
+        "logging_nan_inf_filter": False,  # it reads the loss, and a fake one has no value
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        trainer: Any = stock.make_trainer(
+            trial, network, [{"labels": []}], recorder.meter, owner, Path(folder), **overrides
+        )
+    owner.trainer = trainer
+    if arguments.get("fp16"):
+        accelerate_internals.autocast_on_cpu(trainer, torch.amp.GradScaler("cpu"))
+    kinds = iter([kind for step in steps for kind in step])
+    network.register_forward_pre_hook(lambda *_: setattr(recorder.rules, "padding", next(kinds)))
+    shape = (method.sequences_per_pass, trial.max_length)
+    batch = {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
+    transformers_internals.feed(trainer, [dict(batch) for step in steps for _ in step])
+    with _whole_gradients_marked_by(recorder) if trial.world_size > 1 else nullcontext():
+        trainer.train()
+
+
+@contextmanager
+def _whole_gradients_marked_by(recorder: Recorder) -> Iterator[None]:
+    """Have the gradients of every parameter marked that a module computes with: under FSDP2 the network's own are
+    shards, and the whole ones are made in the first forward pass."""
+    known: set[int] = set()
+
+    def see(module: nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in known:
+                known.add(id(parameter))
+                parameter.register_post_accumulate_grad_hook(lambda grown: recorder.mark(grown.grad, "gradients"))
+
+    hook = register_module_forward_hook(see)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class _TracedRounds:
+    """The owner of the traced training, which ends it after the last step."""
+
+    def __init__(self, steps: int, recorder: Recorder, begin_in_the_middle: bool) -> None:
+        self._steps, self._recorder, self._begin_in_the_middle = steps, recorder, begin_in_the_middle
+        self.trainer: Any = None
+
+    def training_began(self) -> None:
+        for parameter in self.trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda grown: self._recorder.mark(grown.grad, "gradients"))
+        if self._begin_in_the_middle:
+            optimizer = self.trainer.optimizer.optimizer
+            self._recorder.meter.phase = "optimizer"
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+                    self._recorder.mark(parameter.grad, "gradients")
+            optimizer.step()
+            self._mark_state()
+            if self.trainer.is_fsdp_enabled:  # what passes add to are whole gradients, which no step begins with
+                optimizer.zero_grad()
+
+    def await_request(self, request: Request) -> None: ...
+
+    def step_ended(self) -> None:
+        self._mark_state()
+        self._steps -= 1
+        if self._steps == 0:
+            raise AllTracedError
+
+    def round_ended(self) -> None: ...
+
+    def _mark_state(self) -> None:
+        for state in self.trainer.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    self._recorder.mark(value, "optimizer")

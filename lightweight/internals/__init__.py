@@ -1,0 +1,1 @@
+"""What is private or patched in the libraries that this rests on? One module a library."""

@@ -1,0 +1,98 @@
+"""What is private or patched in bitsandbytes: read in 0.49 and 0.50.
+
+Imported where it is asked for: `lightweight.preload` keeps its import off the GPU, and has done so before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+PAGED_ELEMENTS = 100_000
+"""From so many elements on, paged optimizers keep a parameter's state in managed memory.
+bitsandbytes/optim/optimizer.py, `get_state_buffer`."""
+
+PACKING = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+"""What a 4-bit weight carries of how it was packed. bitsandbytes/nn/modules.py, `Params4bit`."""
+
+
+@contextmanager
+def as_on_a_gpu(
+    page: Callable[[tuple[int, ...], torch.dtype], Tensor], on_the_host: Callable[[], AbstractContextManager[Any]]
+) -> Iterator[None]:
+    """Inside, optimizers and quantizers do with fake tensors what they do on a GPU. `page` makes a tensor in managed
+    memory, and what is made within `on_the_host()` is on the host. What they keep for a whole process is empty inside
+    and as before afterwards. bitsandbytes/functional.py and bitsandbytes/optim/optimizer.py."""
+    from bitsandbytes import functional
+    from bitsandbytes.optim.optimizer import GlobalOptimManager, Optimizer8bit
+
+    def paged_as_on_a_gpu(optimizer: Any, parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        if optimizer.is_paged and parameter.numel() >= PAGED_ELEMENTS:
+            return page(tuple(parameter.shape), dtype)
+        return torch.zeros_like(parameter, dtype=dtype)
+
+    def in_managed_memory(*shape: int, dtype: torch.dtype = torch.float32, **_: Any) -> Tensor:
+        return page(shape, dtype)  # which AdEMAMix asks for itself, for the two moments in one tensor
+
+    def numbers_of_8_bits(*_: Any, **__: Any) -> Tensor:  # which bitsandbytes computes one by one, by their values
+        with on_the_host():  # until they are in use
+            return torch.empty(256)
+
+    with (
+        mock.patch.object(Optimizer8bit, "get_state_buffer", paged_as_on_a_gpu),
+        mock.patch.object(functional, "get_paged", in_managed_memory),
+        mock.patch.object(functional, "fill", return_value=None),
+        mock.patch.object(functional, "create_dynamic_map", numbers_of_8_bits),
+        mock.patch.dict(functional.name2qmap, clear=True),
+        mock.patch.object(GlobalOptimManager, "_instance", None),
+    ):
+        yield
+
+
+def packed_like(weight: Any, whole: Tensor) -> tuple[nn.Parameter, list[Tensor]]:
+    """What quantization makes of `whole` in the place of `weight`, a 4-bit layer's on the meta device, and the tensors
+    of its state. `Params4bit` cannot hold a fake tensor, so a plain parameter carries what layers and peft read.
+    bitsandbytes/nn/modules.py."""
+    from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(whole, **{name: getattr(weight, name) for name in PACKING})
+    quantized: Any = nn.Parameter(packed, requires_grad=False)
+    for name in PACKING:
+        setattr(quantized, name, getattr(weight, name))
+    quantized.bnb_quantized, quantized.quant_state = True, state
+    parts = (vars(state), vars(state.state2) if state.nested else {}, functional.name2qmap)
+    return quantized, [tensor for part in parts for tensor in part.values() if isinstance(tensor, Tensor)]
+
+
+def keep_state(layer: Any) -> None:
+    """Have a 4-bit layer give its weight's state back before every forward pass: sharding loses it, and the layer would
+    make a `Params4bit` of its weight to say it again. Ibid., `Linear4bit.forward`."""
+    layer.quant_state = layer.weight.quant_state
+    layer.register_forward_pre_hook(lambda layer, _: setattr(layer.weight, "quant_state", layer.quant_state))
+
+
+def never_repack(network: Any) -> None:
+    """Leave 4-bit weights as they are packed where the CPU has AVX512-BF16: they are packed otherwise at the first
+    evaluation, and can no longer be trained. Ibid., `Linear4bit.forward`."""
+    for module in network.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+@contextmanager
+def dequantized_to_fp32(network: nn.Module) -> Iterator[set[nn.Parameter]]:
+    """Inside, 4-bit layers dequantize their weights to fp32 and compute in it, whatever was asked for when they were
+    made. Gives those weights. Ibid., `Linear4bit.compute_dtype`, and bitsandbytes/functional.py, `QuantState.dtype`."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    layers: list[Any] = [module for module in network.modules() if isinstance(module, Linear4bit)]
+    with ExitStack() as undo:
+        for layer in layers:
+            undo.enter_context(mock.patch.object(layer, "compute_dtype", torch.float32))
+            undo.enter_context(mock.patch.object(layer.weight.quant_state, "dtype", torch.float32))
+        yield {layer.weight for layer in layers}

@@ -1,0 +1,293 @@
+"""What is private or patched in torch: read in 2.11 and 2.13.
+
+Fake tensors, the dispatcher's keys and FSDP2's parts have no public names. What else is here is replaced while
+something runs, where torch has no switch for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch.nn import functional
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+__all__ = ["FakeTensor", "FakeTensorMode", "in_kernel_invocation_manager", "no_dispatch", "tree_iter"]
+# Fake tensors have shapes and no content. torch/_subclasses/fake_tensor.py, where everybody imports them from;
+# torch/utils/_mode_utils.py and _pytree.py are what their own operators are written with.
+
+aten = torch.ops.aten
+
+# What a module, a storage, an operator, a pass keeps to itself
+
+
+@contextmanager
+def no_hooks_left() -> Iterator[None]:
+    """Where an exception leaves this, it takes no checkpointed layer's hook along. torch before 2.13 has the hook in
+    place for as long as the exception's traceback lives, and takes every later pass of the process for a part of that
+    layer. torch/utils/checkpoint.py, `checkpoint`."""
+    try:
+        yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
+
+
+def pin(network: Any) -> None:
+    """Have `network.to` do nothing from now on: `Module.to` swaps tensors, which fake ones cannot.
+    torch/nn/modules/module.py."""
+    network.to = lambda *_, **__: network
+
+
+def address(storage: torch.UntypedStorage) -> int:
+    """What tells a storage from another while it lives, fake ones too: these have no `data_ptr`. torch/storage.py."""
+    return int(storage._cdata)
+
+
+def schema(operator: Any) -> Any:
+    """The arguments and returns of an operator, and what it writes to. torch/_ops.py, `OpOverload`."""
+    return operator._schema
+
+
+VIEW_THAT_SAYS_IT_IS_NONE = aten._unsafe_view.default
+"""What `matmul` reshapes its result by: its schema has no alias. aten/src/ATen/native/TensorShape.cpp."""
+
+
+def copy_each_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy every source to its target, in a few kernels for all of them. torch's optimizers call it; there is no public
+    name. aten/src/ATen/native/ForeachOpsKernels.cpp."""
+    torch._foreach_copy_(list(targets), list(sources))
+
+
+def add_each_(targets: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """As `copy_each_`, added."""
+    torch._foreach_add_(list(targets), list(others))
+
+
+# The dispatcher
+
+# The kernels behind `scaled_dot_product_attention`, by which of them keeps what for the backward pass. The public
+# function chooses among them by device. aten/src/ATen/native/native_functions.yaml.
+cudnn_attention = aten._scaled_dot_product_cudnn_attention
+flash_attention = aten._scaled_dot_product_flash_attention
+efficient_attention = aten._scaled_dot_product_efficient_attention
+math_attention = aten._scaled_dot_product_attention_math
+
+# softmax(input, dim, half_to_float), which reads fp16 and writes fp32 where the last is True. Ibid.
+softmax = aten._softmax
+log_softmax = aten._log_softmax
+
+
+class DispatchMode(TorchDispatchMode):
+    """torch's way to see every operator. torch/utils/_python_dispatch.py.
+
+    The guard against compiling is left out, where nothing is compiled: it costs a tenth of a trace's time.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+def registered(key: str) -> set[str]:
+    """The operators of `aten` that have a kernel for a dispatch key such as AutocastCUDA, without their namespace.
+    torch/csrc/utils/python_dispatch.cpp."""
+    names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
+    return {name.removeprefix("aten::") for name in names if name.startswith("aten::")}
+
+
+def without_autocast_of_cpu() -> AbstractContextManager[Any]:
+    """Inside, this thread's operators on the CPU are not cast: what a kernel of that key goes on with. `torch.autocast`
+    would have them cast again. torch/csrc/utils/python_dispatch.cpp."""
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    guard: AbstractContextManager[Any] = torch._C._ExcludeDispatchKeyGuard(key)
+    return guard
+
+
+def unregister(library: torch.library.Library) -> None:
+    """Take back all kernels of a `Library`, at once: else they go when it is collected. torch/library.py."""
+    library._destroy()
+
+
+def fake_constant(mode: FakeTensorMode, value: float) -> FakeTensor:
+    """A fake scalar that knows its value, so that a program may branch on it. torch/_subclasses/fake_tensor.py."""
+    with no_dispatch():
+        real = torch.full((), value)
+    return mode.fake_tensor_converter.from_real_tensor(mode, real, make_constant=True)
+
+
+DEVICE_OF = torch.ops.prim.device.default
+"""By what torch's C++ asks a fake tensor where it is: `FakeTensor.__torch_dispatch__`.
+torch/_subclasses/fake_tensor.py."""
+
+
+def fake_device(tensor: Any) -> torch.device:
+    """Where a fake tensor says it is. Ibid."""
+    return tensor.fake_device  # type: ignore[no-any-return]
+
+
+FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
+"""Logs a traceback for every operator that cannot be traced."""
+
+# FSDP2
+
+
+def written_by_fsdp(operator: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> list[Tensor]:
+    """What an operator of FSDP2's own writes to: the buffers that are sent and received; empty for others' operators.
+    torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py."""
+    if operator.namespace != "fsdp":
+        return []
+    outputs = arguments[1] if operator.name() == "fsdp::all_gather_copy_in" else options
+    return [output for output in tree_iter(outputs) if isinstance(output, Tensor)]
+
+
+def own_part(tensor: Any) -> Tensor:
+    """The rank's own part of a DTensor, any other tensor itself. `DTensor.to_local` gives it another autograd history.
+    torch/distributed/tensor/_api.py."""
+    return getattr(tensor, "_local_tensor", tensor)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def storages_resized(tell: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """Inside, `tell` is told of every storage that has been resized, which no operator does: FSDP2 frees and restores
+    gathered weights so. torch/distributed/fsdp/_fully_shard/_fsdp_param.py, `alloc_storage` and `free_storage`."""
+    resize: Any = torch.UntypedStorage.resize_
+
+    def resize_and_tell(storage: torch.UntypedStorage, size: int) -> None:
+        resize(storage, size)
+        tell(storage)
+
+    with mock.patch.object(torch.UntypedStorage, "resize_", resize_and_tell):
+        yield
+
+
+@contextmanager
+def shapes_propagated_in(context: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Inside, DTensor tries operators for the shape of their result, on whole tensors, within `context()`.
+    torch/distributed/tensor/_sharding_prop.py."""
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    propagate: Any = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def propagate_inside(*arguments: Any) -> Any:
+        with context():
+            return propagate(*arguments)
+
+    with mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate_inside):
+        yield
+
+
+@contextmanager
+def sharded_over(mesh: Any) -> Iterator[None]:
+    """Inside, `fully_shard` without a mesh shards over this one: accelerate gives it none, and its own would be made of
+    GPUs. torch/distributed/fsdp/_fully_shard/_fsdp_init.py."""
+    from torch.distributed.fsdp._fully_shard import _fully_shard
+
+    with mock.patch.object(_fully_shard, "_init_default_mesh", return_value=mesh):
+        yield
+
+
+def fake_store() -> Any:
+    """The store of the process group "fake", which says that it has so many members and moves nothing.
+    torch/testing/_internal/distributed/fake_pg.py registers both."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    return FakeStore()
+
+
+@contextmanager
+def fake_tensors_have_addresses() -> Iterator[None]:
+    """Inside, a fake tensor's `data_ptr` is its storage's `address`: accelerate tells parameters from each other by
+    it, and torch warns of theirs, which is 0."""
+    with mock.patch.object(FakeTensor, "data_ptr", lambda tensor: address(tensor.untyped_storage()), create=True):
+        yield
+
+
+# Functions that are replaced
+
+DYNAMOS_MEMORY = ("caching_worker_device_properties", "caching_worker_current_devices")
+"""Dictionaries of torch/_dynamo/device_interface.py."""
+
+
+@contextmanager
+def answering_about_gpus(properties: Any) -> Iterator[None]:
+    """Inside, who asks torch what the GPUs are is told these `properties`: torch itself would create a CUDA context to
+    answer. torch/cuda/__init__.py; what torch/_dynamo/device_interface.py kept of the answers is forgotten."""
+    answers: dict[str, Callable[..., Any]] = {
+        "get_device_capability": lambda device=None: (properties.major, properties.minor),
+        "get_device_properties": lambda device=None: properties,
+        "get_device_name": lambda device=None: properties.name,
+        "current_device": lambda: 0,
+    }
+    with ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        yield
+    interface = sys.modules.get("torch._dynamo.device_interface")
+    for name in DYNAMOS_MEMORY:
+        getattr(interface, name, {}).clear()
+
+
+@contextmanager
+def compiling_when_called() -> Iterator[None]:
+    """Inside, `torch.compile` of a function waits for its first call: it would import torch's whole compiler."""
+    original = torch.compile
+
+    def later(function: Any = None, **options: Any) -> Any:
+        if function is None or isinstance(function, nn.Module):
+            return original(function, **options)
+        compiled: Callable[[], Any] = functools.cache(lambda: original(function, **options))
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            return compiled()(*arguments, **keywords)
+
+        return call
+
+    with mock.patch.object(torch, "compile", later):
+        yield
+
+
+DROPOUTS = (
+    *((functional, name) for name in ("dropout", "dropout1d", "dropout2d", "dropout3d")),
+    *((functional, name) for name in ("alpha_dropout", "feature_alpha_dropout")),
+    *((torch, name) for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")),
+)
+"""Where networks find them, each call anew. A mode of torch's dispatcher would be suspended in backward passes, in
+which checkpointed layers are computed once more."""
+
+
+@contextmanager
+def without_dropout() -> Iterator[None]:
+    """Inside, no dropout of `DROPOUTS` and of attention drops anything."""
+    attention = functional.scaled_dot_product_attention
+
+    def let_through(input: Tensor, *_: Any, **__: Any) -> Tensor:
+        return input
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,  # noqa: ARG001  named as torch names it
+        *arguments: Any,
+        **options: Any,
+    ) -> Tensor:
+        return attention(query, key, value, attn_mask, 0.0, *arguments, **options)
+
+    with ExitStack() as stack:
+        for module, name in DROPOUTS:
+            stack.enter_context(mock.patch.object(module, name, let_through))
+        stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", attend))
+        yield

@@ -1,0 +1,99 @@
+"""What is private or patched in transformers: read in 5.17 and 5.23.
+
+`Trainer` is taken as it comes: importing it imports peft, which `lightweight.preload` must have done before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+
+class TrainerHooks:
+    """Public names for what a Trainer's subclass overrides: to be the base class before `transformers.Trainer`.
+
+    The Trainer has callbacks for steps and epochs, and none for these. transformers/trainer.py.
+    """
+
+    def run_epoch(self, *arguments: Any, **options: Any) -> None:
+        """One epoch of training; model and number of the epoch come first."""
+        super()._run_epoch(*arguments, **options)  # type: ignore[misc]
+
+    def train_sampler(self, train_dataset: Any = None) -> Any:
+        """In which order rows are drawn."""
+        return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+
+    def write_weights(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write what `save_model` has gathered, in `state_dict`, into a folder."""
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        self.run_epoch(*arguments, **options)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.train_sampler(train_dataset)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self.write_weights(output_dir, state_dict)
+
+
+def save_random_numbers(trainer: Any, folder: Path) -> None:
+    """Write a checkpoint's file of what random numbers come next, on this rank. transformers/trainer.py."""
+    trainer._save_rng_state(str(folder))
+
+
+def load_random_numbers(trainer: Any, checkpoint: Path) -> None:
+    """Let random numbers go on as when `checkpoint` was saved. Ibid."""
+    trainer._load_rng_state(str(checkpoint))
+
+
+def save_in_checkpoint(trainer: Any, folder: Path) -> None:
+    """`save_model` as the Trainer calls it for a checkpoint, when nothing is pushed to the hub. Ibid."""
+    trainer.save_model(str(folder), _internal_call=True)
+
+
+@contextmanager
+def losses_computed_in(trainer: Any, context: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Inside, the trainer computes losses within `context()`. In training the network that accelerate has prepared
+    brings its own. Ibid., `compute_loss_context_manager`."""
+    with mock.patch.object(trainer, "compute_loss_context_manager", context):
+        yield
+
+
+def feed(trainer: Any, batches: Sequence[Any]) -> None:
+    """Have the trainer train on `batches` as they are, with no loader around them. Ibid., `get_train_dataloader`."""
+    trainer.get_train_dataloader = lambda: batches
+
+
+def attention_of(model: Any) -> Any:
+    """What transformers' registries know the attention of `model` by. transformers/configuration_utils.py."""
+    return model.config._attn_implementation
+
+
+def say_attention(model: Any, name: Any) -> None:
+    """Have masks made as for the attention `name`, whatever the model's own code asks for; `set_attn_implementation`
+    refuses models that have no choice. Ibid."""
+    model.config._attn_implementation = name
+
+
+def layers_not_split(model: Any) -> set[str]:
+    """The classes of the layers a model consists of: that no device map splits. transformers/modeling_utils.py."""
+    return set(model._no_split_modules or ())
+
+
+@contextmanager
+def causal_masks_ignored_by(decide: Callable[..., bool]) -> Iterator[None]:
+    """Inside, `decide` says whether causality alone says what a mask would; it is given transformers' own function to
+    ask, and then its arguments, the padding mask first. transformers/masking_utils.py."""
+    from transformers import masking_utils
+
+    own = masking_utils._ignore_causal_mask_sdpa
+
+    def asked(*arguments: Any, **options: Any) -> bool:
+        return decide(own, *arguments, **options)
+
+    with mock.patch.object(masking_utils, "_ignore_causal_mask_sdpa", asked):
+        yield

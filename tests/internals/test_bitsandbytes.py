@@ -1,0 +1,81 @@
+from contextlib import contextmanager
+
+import torch
+from bitsandbytes import functional
+from bitsandbytes.nn import Linear4bit
+from bitsandbytes.optim import PagedAdamW8bit
+from bitsandbytes.optim.optimizer import GlobalOptimManager
+
+from lightweight.internals import bitsandbytes as bitsandbytes_internals
+from lightweight.internals.torch import FakeTensorMode
+
+
+def test_paged_state_is_asked_for_from_the_size_on_that_is_said_and_nothing_is_left_behind():
+    """As `get_state_buffer` itself has it, whose GPU pages cannot be had here."""
+    paged, on_the_host = [], []
+
+    @contextmanager
+    def host():
+        on_the_host.append(1)
+        yield
+
+    def page(shape, dtype):
+        paged.append((shape, dtype))
+        return torch.zeros(shape, dtype=dtype)
+
+    before = GlobalOptimManager._instance, dict(functional.name2qmap)
+    with FakeTensorMode(), bitsandbytes_internals.as_on_a_gpu(page, host):
+        for elements in (bitsandbytes_internals.PAGED_ELEMENTS - 1, bitsandbytes_internals.PAGED_ELEMENTS):
+            weight = torch.nn.Parameter(torch.zeros(elements))
+            optimizer = PagedAdamW8bit([weight])
+            weight.grad = torch.zeros_like(weight)
+            optimizer.init_state(optimizer.param_groups[0], weight, 0, 0)
+        assert functional.get_paged(2, 3).shape == (2, 3)
+    assert [shape for shape, _ in paged] == [(bitsandbytes_internals.PAGED_ELEMENTS,)] * 2 + [(2, 3)]
+    assert paged[0][1] == torch.uint8 and on_the_host
+    assert (GlobalOptimManager._instance, dict(functional.name2qmap)) == before
+
+
+def layer(double=False):
+    made = Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, compress_statistics=double)
+    return made.to("cpu")
+
+
+def test_a_plain_parameter_carries_what_a_packed_weight_does():
+    theirs = layer(double=True)
+    packed, state = bitsandbytes_internals.packed_like(theirs.weight, torch.ones(64, 64))
+    assert type(packed) is torch.nn.Parameter and packed.shape == theirs.weight.shape and packed.bnb_quantized  # type: ignore[attr-defined]
+    assert any(tensor is packed.quant_state.absmax for tensor in state)  # type: ignore[attr-defined]
+    assert any(tensor is packed.quant_state.state2.absmax for tensor in state)  # type: ignore[attr-defined]
+    theirs.weight = packed
+    x = torch.linspace(-1, 1, 64).unsqueeze(0)
+    assert torch.allclose(theirs(x), x.sum().expand(1, 64), atol=1e-4)
+
+
+def test_a_layer_gives_its_weight_the_state_back_that_sharding_loses():
+    theirs = layer()
+    theirs.weight = bitsandbytes_internals.packed_like(theirs.weight, torch.ones(64, 64))[0]
+    bitsandbytes_internals.keep_state(theirs)
+    theirs.weight = torch.nn.Parameter(theirs.weight.data, requires_grad=False)
+    x = torch.linspace(-1, 1, 64).unsqueeze(0)
+    assert torch.allclose(theirs(x), x.sum().expand(1, 64), atol=1e-4)
+
+
+def test_layers_have_the_switch_that_would_repack_them():
+    theirs = layer()
+    theirs.support_avx512bf16_for_cpu = True
+    bitsandbytes_internals.never_repack(torch.nn.Sequential(theirs))
+    assert theirs.support_avx512bf16_for_cpu is False
+    assert hasattr(Linear4bit(2, 2), "support_avx512bf16_for_cpu")
+
+
+def test_a_4_bit_layer_computes_in_fp32_for_a_while_and_dequantizes_to_it():
+    theirs = Linear4bit(64, 64, bias=False, compute_dtype=torch.float16).to("cpu")
+    theirs.weight.quant_state.dtype = torch.float16  # type: ignore[attr-defined]
+    with bitsandbytes_internals.dequantized_to_fp32(torch.nn.Sequential(theirs)) as packed:
+        assert packed == {theirs.weight} and theirs.compute_dtype == torch.float32
+        whole = functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)  # type: ignore[attr-defined]
+        assert whole.dtype == torch.float32
+        x = torch.linspace(-1, 1, 64).unsqueeze(0)
+        assert torch.allclose(theirs(x), x @ whole.T, atol=1e-5)
+    assert (theirs.compute_dtype, theirs.weight.quant_state.dtype) == (torch.float16, torch.float16)  # type: ignore[attr-defined]
