@@ -111,7 +111,7 @@ def test_no_worse_than_the_baseline(
         rates = SETTINGS[laboratory.has_cuda].adapter_rates
         variant = at_rate(variant, rates[variant.name.removesuffix("-captured")])
     found = difference(variant)
-    assert noninferiority.verdict(found) == "no worse", f"{model} x {variant.name}: {found} nats over the baseline"
+    assert noninferiority.conclusion(found) == "no worse", f"{model} x {variant.name}: {found} nats over the baseline"
 
 
 @pytest.mark.needs_cuda  # for the time it takes
@@ -122,7 +122,7 @@ def test_the_rates_are_fair_to_both_sides(difference: Difference, model: str, va
     found = difference(variant)
     told = f"{model} x {variant.name}: {found} nats over the baseline"
     if variant.adapter is not None:
-        assert noninferiority.verdict(found) == "worse", told
+        assert noninferiority.conclusion(found) == "worse", told
     else:
         assert found.low > -noninferiority.MARGIN, told
 

@@ -29,12 +29,12 @@ def test_what_two_t4s_cannot_hold_three_can(forecast_of: ForecastOf, world_size:
 def test_a_ranks_forecast_is_what_the_committed_ones_held(forecast_of: ForecastOf) -> None:
     (held,) = (
         entry
-        for entry in record.load([RECORD])
-        if (entry["model"], entry["method"], entry["outcome"]) == ("gpt-neo-1.3b", "baseline", "completed")
+        for entry in record.load(RECORD).entries
+        if (entry.model, entry.method, entry.outcome) == ("gpt-neo-1.3b", "baseline", "completed")
     )
-    found = forecast_of("gpt-neo-1.3b", "baseline", target=T4, world_size=held["world_size"])
-    assert held["rank_peak_allocated_bytes"] == pytest.approx([found.allocated_bytes] * held["world_size"], rel=0.03)
-    assert held["peak_reserved_bytes"] == pytest.approx(found.reserved_bytes, rel=0.03)
+    found = forecast_of("gpt-neo-1.3b", "baseline", target=T4, world_size=held.world_size)
+    assert held.rank_peak_allocated_bytes == pytest.approx([found.allocated_bytes] * held.world_size, rel=0.03)
+    assert held.peak_reserved_bytes == pytest.approx(found.reserved_bytes, rel=0.03)
 
 
 @needs_two_gpus

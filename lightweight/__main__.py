@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from lightweight import __version__, models, names, record, targets
 from lightweight.cli import checkpoints
 from lightweight.cli.output import Output
-from lightweight.report import report
+from lightweight.report import comparison, write
 from lightweight.verdict import gate
 from lightweight.verdict.limits import LIMITS, Limits
 
@@ -91,16 +91,16 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 def _report(options: argparse.Namespace) -> int:
     try:
-        runs = [record.run(path) for path in options.records]
+        runs = [record.load(path) for path in options.records]
         if options.figures:
-            report.draw(options.figures, runs)
+            write.draw(options.figures, runs)
         if options.into:
-            report.into(options.into, runs)
+            write.into(options.into, runs)
         if options.output:
-            report.save(options.output, runs, options.format)
+            write.save(options.output, runs, options.format)
         elif options.format or not (options.into or options.figures):
-            print(report.rendered(runs, options.format or "terminal"), end="")
-    except (record.RecordError, report.ReportError) as error:
+            print(write.rendered(runs, options.format or "terminal"), end="")
+    except (record.RecordError, write.ReportError) as error:
         return _refuse(error)
     return 0
 
@@ -156,7 +156,7 @@ def _plan(options: argparse.Namespace) -> int:
         for target in wanted_targets:
             if target.total_bytes is None:
                 raise ValueError(f"target {target.name!r} has no amount of memory to plan for: name a card, or 16GiB")
-        measured = record.load(options.record)
+        measured = [entry for path in options.record for entry in record.load(path).entries]
 
         from lightweight import methods
         from lightweight.forecast import plan, tracer  # torch takes seconds, and names have been checked
@@ -380,16 +380,16 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
 def _gate(options: argparse.Namespace) -> int:
     try:
         limits: dict[str, Any] = {limit.name: limit.value(getattr(options, limit.name)) for limit in LIMITS}
-        entries = record.run(options.new).entries
+        entries = record.load(options.new).entries
         runs, problems = gate.load(options.against)
         if not runs:  # a gate without anything to hold against would pass for ever
             raise ValueError("; ".join(problems))
     except ValueError as error:
         return _refuse(error)
     words: dict[str, Any] = {name: getattr(options, name) for name in ("undecided", "missing", "require_match")}
-    comparison = gate.compare(entries, runs, Limits(**limits, **words))
-    print("\n".join([*problems, gate.text(comparison)]))
-    return 1 if comparison.failures else 0
+    compared = gate.compare(entries, runs, Limits(**limits, **words))
+    print("\n".join([*problems, comparison.text(compared)]))
+    return 1 if compared.failures else 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ Load it from a conftest.py: `pytest_plugins = ["lightweight.plugin"]`. Tests the
 A test that takes `model` and `method` arguments beside any of them is parametrised over `--model` x `--method`.
 
 It is a guest in other people's suites: neither torch nor anything else that takes long is imported, and nothing is
-looked for, before one of these fixtures or an option of lightweight's is used. What then happens is in `laboratory`.
+looked for, before one of these fixtures or an option of lightweight's is used. What then happens is in the folder
+`session`.
 """
 
 from __future__ import annotations
@@ -38,19 +39,19 @@ if TYPE_CHECKING:
     from lightweight.methods import Method
     from lightweight.models import Model
     from lightweight.record import Speedup
-    from lightweight.session.laboratory import CPU_STEPS as CPU_STEPS
-    from lightweight.session.laboratory import CUDA_STEPS as CUDA_STEPS
-    from lightweight.session.laboratory import PRECISION as PRECISION
     from lightweight.session.laboratory import Laboratory as Laboratory
+    from lightweight.session.speedups import CPU_STEPS as CPU_STEPS
+    from lightweight.session.speedups import CUDA_STEPS as CUDA_STEPS
+    from lightweight.session.speedups import PRECISION as PRECISION
     from lightweight.trial import Outcome
 
 
 def __getattr__(name: str) -> Any:
-    """What tests import from here and `laboratory` has, which takes long to import."""
+    """What tests import from here and is in modules that take long to import."""
     if name in ("CPU_STEPS", "CUDA_STEPS", "PRECISION", "Laboratory"):
-        from lightweight.session import laboratory
+        from lightweight.session import laboratory, speedups
 
-        return getattr(laboratory, name)
+        return getattr(laboratory if name == "Laboratory" else speedups, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -104,13 +105,15 @@ class Door:
     def open(self) -> Laboratory:
         """The session's laboratory, whose hooks are called from now on."""
         if self._laboratory is None:
-            from lightweight.session import gatekeeper, laboratory
+            from lightweight.session.gatekeeper import Gatekeeper
+            from lightweight.session.laboratory import Laboratory
+            from lightweight.session.summary import Summary
 
             xdist_bridge.take_place(self.config)
-            self._laboratory = laboratory.Laboratory(self.config)
-            self.config.pluginmanager.register(self._laboratory, "lightweight-laboratory")
-            held = gatekeeper.Gatekeeper(self._laboratory)
-            self.config.pluginmanager.register(held, "lightweight-gatekeeper")
+            self._laboratory = opened = Laboratory(self.config)
+            parts = (opened.ledger, opened.interruption, opened.collection, Summary(opened), Gatekeeper(opened))
+            for part in (opened, *parts):
+                self.config.pluginmanager.register(part, f"lightweight-{type(part).__name__.lower()}")
         return self._laboratory
 
     @pytest.hookimpl(tryfirst=True)
@@ -118,7 +121,7 @@ class Door:
         if uses(metafunc.definition, FIXTURES):
             xdist_bridge.switch_on(self.config)
             try:
-                self.open().parametrize(metafunc)
+                self.open().collection.parametrize(metafunc)
             except pytest.UsageError as error:  # here it would be an error of the test
                 self._problem = self._problem or error
 
@@ -130,7 +133,7 @@ class Door:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         if self._laboratory is None and any(map(item.get_closest_marker, ("needs_cuda", "needs_gpus"))):
-            self.open().pytest_runtest_setup(item)
+            self.open().collection.pytest_runtest_setup(item)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -138,14 +141,14 @@ class Door:
         if xdist_bridge.is_shipped(report):
             xdist_bridge.switch_on(self.config)
             if self._laboratory is None:
-                self.open().heed_signals()
-                self.open().pytest_runtest_logreport(report)
-            self.open().is_used = True
+                self.open().interruption.heed_signals()
+                self.open().ledger.pytest_runtest_logreport(report)
+            self.open().ledger.is_used = True
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self) -> Generator[None, None, None]:
         if self._laboratory is not None:
-            self._laboratory.take_unreported()  # before pytest-benchmark writes the record
+            self._laboratory.ledger.take_unreported()  # before pytest-benchmark writes the record
         yield
 
 
@@ -162,11 +165,10 @@ def train(request: pytest.FixtureRequest, laboratory: Laboratory, benchmark: Ben
     """Train a cell, an epoch a round of pytest-benchmark, and return its Outcome."""
 
     def run(model: str | Model, method: str | Method, **changes: Any) -> Outcome:
-        from lightweight import record
-        from lightweight.report import report
+        from lightweight.report.select import several
 
         trial = laboratory.trial(model, method, **changes)
-        benchmark.group = f"{trial.model.name} on {report.card(record.settings(trial))}"
+        benchmark.group = f"{trial.model.name} on {several(trial.world_size, trial.target.name)}"
         try:
             outcome = laboratory.run(request.node, trial, lambda child: _time_rounds(benchmark, child))
         except BaseException:

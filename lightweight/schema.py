@@ -1,24 +1,27 @@
-"""What may a record hold? Each key's kind of value, and the fault that is found first.
+"""What may a record hold? Each kind of value, as a type that a record's fields have, and the fault that is found first.
 
 A record is JSON that anybody may have edited, cut off, or written with another version. Everything that reads one
 computes with it and shows it, so types, ranges and words are checked here, once, and what passes needs no second look.
+A field's type says its kind: `Count | None` is a whole number or null, `tuple[Loss, ...]` a list of losses.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass
+from functools import lru_cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-OUTCOMES = ("completed", "out_of_memory", "diverged", "crashed", "timed_out")
-PHASES = ("start", "build", "evaluate", "capture", "train", "forward", "backward", "optimizer", "save")
-WEIGHTS = ("pretrained", "random")
-PRECISIONS = ("fp32", "fp16", "bf16", "half")
-FORECAST_VERDICTS = ("fits", "does_not_fit", "too_close_to_call")
-GATE_VERDICTS = ("pass", "fail", "undecided")
-PAIRINGS = ("alternating", "sharing a core", "one after the other")
-SHOWN_AS = ("ladder", "peers")
+Ending = Literal["completed", "out_of_memory", "diverged", "crashed", "timed_out"]
+Phase = Literal["start", "build", "evaluate", "capture", "train", "forward", "backward", "optimizer", "save"]
+Weights = Literal["pretrained", "random"]
+Precision = Literal["fp32", "fp16", "bf16", "half"]
+ForecastVerdict = Literal["fits", "does_not_fit", "too_close_to_call"]
+GateVerdict = Literal["pass", "fail", "undecided"]
+Pairing = Literal["alternating", "sharing a core", "one after the other"]
+ShownAs = Literal["ladder", "peers"]
 """The words that a record may say, as the modules that write them spell them; a test holds the two together. This one
 imports none of those: they need torch, and reading a record does not."""
 
@@ -107,117 +110,67 @@ LOSS = Kind("a finite number of nats", _within(-LARGEST_FLOAT32, LARGEST_FLOAT32
 LOG_RATIO = Kind("a logarithm from -100 to 100", _within(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO))
 RATIO = Kind("a number above 0", lambda value: _is_finite(value) and value > 0)
 ANYTHING = Kind(f"finite numbers, text, and at most {DEEPEST} levels of lists and objects", _is_shallow)
-SETTINGS = Kind("an object", lambda value: isinstance(value, dict))
+OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+
+Name = Annotated[str, NAME]
+Count = Annotated[int, COUNT]
+AtLeast1 = Annotated[int, AT_LEAST_1]
+Amount = Annotated[float, AMOUNT]
+Positive = Annotated[float, POSITIVE]
+Loss = Annotated[float, LOSS]
+LogRatio = Annotated[float, LOG_RATIO]
+Ratio = Annotated[float, RATIO]
+Share = Annotated[float, Kind("a share", _within(0, 1))]
+Pairs = Annotated[
+    int,
+    Kind("a multiple of 4 from 8 on", lambda value: _is_whole(value) and 8 <= value <= MOST_PAIRS and value % 4 == 0),
+]
+Settings = Annotated[Mapping[str, Any], OBJECT]
+"""Types with what a checker of types does not know of them."""
+
+NO_KEY = "no key"
+"""In the metadata of a dataclass's field that is no key of the JSON."""
 
 
-def _kinds(*groups: tuple[str, Kind]) -> dict[str, Kind]:
-    return {key: kind for keys, kind in groups for key in keys.split()}
+def kind(of: Any) -> Kind:
+    """The kind of value that a field of type `of` has; what is in a dataclass's own fields is no matter of it."""
+    origin, parts = get_origin(of), get_args(of)
+    if origin is Annotated:
+        declared: Kind = of.__metadata__[0]
+        return declared
+    if origin is Literal:
+        return word(parts)
+    if origin in (Union, UnionType):
+        (one,) = [part for part in parts if part is not NoneType]
+        return kind(one).or_none()
+    if origin is tuple:
+        return kind(parts[0]).listed()
+    if origin is not None:
+        return kind(parts[1]).by_name()
+    return OBJECT if is_dataclass(of) else {str: TEXT, bool: FLAG}[of]
 
 
-OUTCOME: Mapping[str, Kind] = _kinds(
-    ("model method target corpus_digest device", NAME),
-    ("outcome", word(OUTCOMES)),
-    ("phase forecast_phase", word(PHASES).or_none()),
-    ("weights", word(WEIGHTS)),
-    ("precision", word(PRECISIONS).or_none()),
-    ("forecast_verdict", word(FORECAST_VERDICTS).or_none()),
-    ("shown_as", word(SHOWN_AS).or_none()),
-    ("emulated", FLAG.or_none()),
-    ("captured compiled", FLAG.or_none()),
-    ("seed", COUNT.or_none()),
-    ("world_size", AT_LEAST_1),
-    ("steps", COUNT),
-    ("tokens_per_step steps_per_epoch max_length", AT_LEAST_1.or_none()),
-    ("planned_steps diverged_at_step failed_rank parameters trainable_parameters truncated_sequences", COUNT.or_none()),
-    ("peak_allocated_bytes peak_reserved_bytes average_allocated_bytes average_reserved_bytes", COUNT.or_none()),
-    ("process_bytes host_peak_bytes saved_bytes requested_bytes budget_bytes device_bytes", COUNT.or_none()),
-    ("forecast_allocated_bytes forecast_reserved_bytes", COUNT.or_none()),
-    ("rank_peak_allocated_bytes rank_peak_reserved_bytes", COUNT.or_none().listed().or_none()),
-    ("step_tokens step_padded_tokens", COUNT.listed().or_none()),
-    ("forecast_bytes_by_cause", COUNT.by_name().or_none()),
-    ("train_loss", LOSS.or_none().listed().or_none()),
-    ("heldout_loss_before heldout_loss_after elsewhere_loss_before elsewhere_loss_after", LOSS.or_none()),
-    ("step_seconds", AMOUNT.or_none().listed().or_none()),
-    ("steady_step_seconds", POSITIVE.or_none()),
-    ("cold_seconds cpu_seconds rank_tokens_per_second padded_tokens_per_second", AMOUNT.or_none()),
-    ("tokens_per_second", POSITIVE.or_none()),
-    ("phase_seconds", AMOUNT.by_name().or_none()),
-    ("versions", TEXT.or_none().by_name().or_none()),
-    (
-        "reason details test worker visible_gpu capture_note device_driver elsewhere_digest method_digest library",
-        TEXT.or_none(),
-    ),
-    ("weights_dtype weights_revision weights_file base_quantization", TEXT.or_none()),
-    ("adapted_layers", TEXT.listed().or_none()),
-    ("adapter quantization training_arguments captured_step", SETTINGS.or_none()),
-)
-
-SPEEDUP: Mapping[str, Kind] = _kinds(
-    ("baseline", NAME),
-    ("log_ratios", LOG_RATIO.listed()),
-    ("ratio high", RATIO.or_none()),
-    ("low", AMOUNT.or_none()),
-    (
-        "cap",
-        Kind(
-            "a multiple of 4 from 8 on", lambda value: _is_whole(value) and 8 <= value <= MOST_PAIRS and value % 4 == 0
-        ),
-    ),
-    ("pairing", word(PAIRINGS)),
-    ("steps_per_round", AT_LEAST_1),
-    ("floor", Kind("a share", _within(0, 1)).or_none()),
-    ("verdict", word(GATE_VERDICTS).or_none()),
-    ("ended_after_seconds", AMOUNT.or_none()),
-    ("reason", TEXT.or_none()),
-)
-
-LATER = ("ended_after_seconds",)
-"""Keys of a speedup that older records do not have."""
-
-FORECAST: Mapping[str, Kind] = _kinds(
-    ("model method target", NAME),
-    ("verdict", word(FORECAST_VERDICTS)),
-    ("phase", word(PHASES).or_none()),
-    ("forecast_allocated_bytes forecast_reserved_bytes", COUNT),
-    ("budget_bytes", COUNT.or_none()),
-    ("max_length", AT_LEAST_1.or_none()),
-    ("bytes_by_cause", COUNT.by_name()),
-    ("gpus world_size batch_size tokens_per_step", AT_LEAST_1.or_none()),
-)
+@lru_cache
+def kinds(record: type) -> Mapping[str, Kind]:
+    """The kind of each key that the JSON of `record`, a dataclass, may have."""
+    types = get_type_hints(record, include_extras=True)
+    return {field.name: kind(types[field.name]) for field in fields(record) if NO_KEY not in field.metadata}
 
 
-def fault_of_outcome(entry: Any, required: tuple[str, ...]) -> str | None:
-    """What is wrong with an element of a record's `outcomes`, None where nothing is."""
-    return (
-        _fault(entry, OUTCOME, required)
-        or _fault_of_speedup(entry.get("speedup"))
-        or _fault_of_ends(entry)
-        or _fault_of_rest(entry)
-    )
-
-
-def fault_of_forecast(row: Any, required: tuple[str, ...]) -> str | None:
-    """What is wrong with an element of a record's `forecasts`, None where nothing is."""
-    return _fault(row, FORECAST, required) or _fault_of_rest(row)
-
-
-def _fault(found: Any, kinds: Mapping[str, Kind], required: tuple[str, ...]) -> str | None:
-    if not isinstance(found, dict):
+def fault(given: Any, record: type, required: tuple[str, ...]) -> str | None:
+    """What is wrong with `given` as the JSON of `record`, a dataclass, None where nothing is."""
+    if not isinstance(given, dict):
         return "is no object"
-    if missing := [key for key in required if key not in found]:
+    if missing := [key for key in required if key not in given]:
         return f"has no {missing[0]!r}"
-    for key, kind in kinds.items():
-        if key in found and not kind.holds(found[key]):
-            return f"has {brief(found[key])} as {key!r}, where {kind.words} belongs"
+    for key, of_key in kinds(record).items():
+        if key in given and not of_key.holds(given[key]):
+            return f"has {brief(given[key])} as {key!r}, where {of_key.words} belongs"
     return None
 
 
-def _fault_of_speedup(speedup: Any) -> str | None:
-    if speedup is None:
-        return None
-    fault = _fault(speedup, SPEEDUP, tuple(key for key in SPEEDUP if key not in LATER))
-    if fault:
-        return f"has a 'speedup' that {fault}"
+def fault_of_interval(speedup: Mapping[str, Any]) -> str | None:
+    """What is wrong between the numbers of a speedup, each of which is of its kind, None where nothing is."""
     pairs, ratio, low, high = (speedup[key] for key in ("log_ratios", "ratio", "low", "high"))
     if len(pairs) > speedup["cap"]:
         return "has a 'speedup' with more pairs in 'log_ratios' than its 'cap'"
@@ -230,17 +183,17 @@ def _fault_of_speedup(speedup: Any) -> str | None:
     return None
 
 
-def _fault_of_ends(entry: Mapping[str, Any]) -> str | None:
-    """Some values must be there for others to be true."""
+def fault_of_steps(entry: Mapping[str, Any]) -> str | None:
+    """What is wrong between a trial's step times, each of which is of its kind, None where nothing is."""
     if entry["outcome"] == "completed" and entry["step_seconds"] and entry["steady_step_seconds"] is None:
         return "has step times in 'step_seconds' and no 'steady_step_seconds'"
     return None
 
 
-def _fault_of_rest(found: Mapping[Any, Any]) -> str | None:
-    """Keys that this version does not know are kept, as long as they can be shown."""
-    wrong = [key for key, value in found.items() if not _is_shallow(value)]
-    return f"has {brief(found[wrong[0]])} as {brief(wrong[0])}, where {ANYTHING.words} belong" if wrong else None
+def fault_of_rest(given: Mapping[Any, Any]) -> str | None:
+    """What is wrong with keys that this version does not know, None where they can be kept and shown."""
+    wrong = [key for key, value in given.items() if not _is_shallow(value)]
+    return f"has {brief(given[wrong[0]])} as {brief(wrong[0])}, where {ANYTHING.words} belong" if wrong else None
 
 
 def brief(value: Any) -> str:

@@ -15,7 +15,7 @@ MiB = 2**20
 GiB = 2**30
 
 
-def size(count: int) -> str:
+def size(count: float) -> str:
     """Bytes as a person says them."""
     return f"{count / GiB:.2f} GiB" if count >= GiB else f"{count / MiB:.0f} MiB"
 

@@ -38,9 +38,9 @@ def test_the_tests_run_before_the_experiments_and_the_gate_can_fail_the_job():
 
 def test_a_record_that_the_workflow_names_has_pairs_of_rounds_and_a_captured_step():
     """Without them the gate cannot see a slowdown."""
-    entries = [entry for path in NAMED for entry in record.run(path).entries]
-    assert any((entry.get("speedup") or {}).get("log_ratios") for entry in entries)
-    assert any(entry.get("captured") for entry in entries)
+    entries = [entry for path in NAMED for entry in record.load(path).entries]
+    assert any(entry.speedup and entry.speedup.log_ratios for entry in entries)
+    assert any(entry.captured for entry in entries)
 
 
 @pytest.fixture

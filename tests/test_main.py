@@ -3,19 +3,18 @@ import subprocess
 import sys
 
 import pytest
-from report.test_report import entry, forecast
+from samples import entry, forecast
 from verdict.test_gate import cell, speedup
 
 from lightweight import __version__, record
 from lightweight.__main__ import main
-from lightweight.report import report
+from lightweight.report import tables, write
 
 
 @pytest.fixture
 def run(tmp_path):
     path = tmp_path / "run.json"
-    filler = dict.fromkeys(record.KEYS) | {"steps": 6}
-    path.write_text(json.dumps({"outcomes": [filler | entry(), filler | entry(method="lora")]}))
+    path.write_text(json.dumps(record.document([entry(), entry(method="lora")])))
     return path
 
 
@@ -32,18 +31,17 @@ def test_report_prints_the_table(run, capsys):
 
 def test_report_prints_whether_a_method_is_no_worse(tmp_path, capsys):
     cells = [(method, seed) for method in ("baseline", "lora") for seed in (0, 1)]
-    outcomes = [dict.fromkeys(record.KEYS) | {"steps": 6} | entry(method=method, seed=seed) for method, seed in cells]
     path = tmp_path / "run.json"
-    path.write_text(json.dumps({"outcomes": outcomes}))
+    path.write_text(json.dumps(record.document(entry(method=method, seed=seed) for method, seed in cells)))
     assert main(["report", str(path), "--format", "markdown"]) == 0
     printed = capsys.readouterr().out
     assert "| no worse  " in printed
-    assert report.NO_WORSE_NOTE in printed
+    assert tables.NO_WORSE_NOTE in printed
 
 
 def test_report_into_a_file(run, tmp_path, capsys):
     readme = tmp_path / "README.md"
-    readme.write_text("".join(report.marks("results")))
+    readme.write_text("".join(write.marks("results")))
     assert main(["report", str(run), "--into", str(readme)]) == 0
     assert capsys.readouterr().out == ""
     assert "| opt-350m" in readme.read_text()
@@ -62,7 +60,7 @@ def test_report_writes_a_page_or_what_the_name_says(run, tmp_path, capsys, outpu
 
 def test_report_reads_a_plan_beside_a_run(run, tmp_path, capsys):
     plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps([forecast(target="l4")]))
+    plan.write_text(json.dumps([record.as_json(forecast(target="l4"))]))
     assert main(["report", str(run), str(plan)]) == 0
     assert "fits (forecast)" in capsys.readouterr().out
     assert main(["report", str(plan)]) == 0
@@ -82,12 +80,15 @@ FOREIGN = [
     "[1]",
     '{"outcomes": 3}',
     '{"outcomes": [], "forecasts": [{}]}',
-    json.dumps({"outcomes": [dict.fromkeys(record.KEYS) | {"steps": 6} | entry(train_loss=["<script>"])]}),
-    json.dumps({"outcomes": [dict.fromkeys(record.KEYS) | {"steps": 6} | entry(steady_step_seconds=0)]}),
-    json.dumps({"outcomes": [dict.fromkeys(record.KEYS) | {"steps": 6} | entry(budget_bytes="14")]}),
-    json.dumps({"outcomes": [dict.fromkeys(record.KEYS) | {"steps": 6} | entry(peak_allocated_bytes=float("nan"))]}),
-    json.dumps(
-        {"outcomes": [dict.fromkeys(record.KEYS) | {"steps": 6} | entry(forecast_bytes_by_cause={"weights": "much"})]}
+    *(
+        json.dumps({"outcomes": [record.as_json(entry()) | changes]})
+        for changes in (
+            {"train_loss": ["<script>"]},
+            {"steady_step_seconds": 0},
+            {"budget_bytes": "14"},
+            {"peak_allocated_bytes": float("nan")},
+            {"forecast_bytes_by_cause": {"weights": "much"}},
+        )
     ),
 ]
 
@@ -138,8 +139,8 @@ def test_reading_records_needs_no_gpu_library(run):
 def records(tmp_path):
     """A new run that lost a tenth of its speedup, and the old one."""
     for name, center in (("new.json", 1.53), ("old.json", 1.7)):
-        entries = [dict.fromkeys(record.KEYS) | {"steps": 6} | cell(speedup=speedup(center))]
-        (tmp_path / name).write_text(json.dumps({"datetime": "2026", "outcomes": entries}))
+        document = record.document([cell(speedup=speedup(center))]) | {"datetime": "2026"}
+        (tmp_path / name).write_text(json.dumps(document))
     return tmp_path / "new.json", tmp_path / "old.json"
 
 

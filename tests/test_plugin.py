@@ -15,9 +15,8 @@ import pytest
 from conftest import MICRO, turns
 from lightweight.child import helper
 from lightweight.child.process import CAN_PIN
-from lightweight.session import laboratory
+from lightweight.session import speedups
 from lightweight.targets import Device
-from lightweight.verdict import limits
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
 
@@ -843,19 +842,10 @@ def test_a_test_that_is_run_again_is_trained_again_and_has_the_row_of_the_last_t
     assert [row["stats"]["rounds"] for row in document["benchmarks"]] == ([3] if fixture == "train" else [])
 
 
-@pytest.mark.parametrize(
-    ("found", "wanted"), [(1.0, 0.005), (1.05, 0.005), (1.2, 0.0091), (0.315, 0.025), (13.0, 0.025)]
-)
-def test_a_ratio_far_from_one_is_not_wanted_as_precisely(found, wanted):
-    assert laboratory.precision_wanted(found) == pytest.approx(wanted, rel=0.01)
-    assert laboratory.precision_wanted(1 / found) == pytest.approx(wanted, rel=0.01)
-    assert wanted <= limits.FAIL / 2
-
-
 def test_pairs_are_added_for_a_bounded_time(project, monkeypatch):
     project.makepyfile(SPEEDUP)
-    monkeypatch.setattr(laboratory, "PAIRS_SECONDS", 0.0)
-    monkeypatch.setattr(laboratory, "precision_wanted", lambda ratio: 0.0)  # which nothing reaches
+    monkeypatch.setattr(speedups, "PAIRS_SECONDS", 0.0)
+    monkeypatch.setattr(speedups, "precision_wanted", lambda ratio: 0.0)  # which nothing reaches
     result, document = run_json(project)
     result.assert_outcomes(passed=3)
     (found,) = [entry["speedup"] for entry in document["outcomes"] if "speedup" in entry]

@@ -2,17 +2,20 @@ import copy
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import samples
 import torch
 from transformers import SchedulerType
 
 from lightweight import record, targets
 from lightweight.methods import LORA, QLORA, QLORA_CAPTURED, CapturedStep
-from lightweight.record import RecordError
+from lightweight.record import SAME_BASELINE, SAME_BUT_RANKS, SAME_CELL, SAME_METHOD, SAME_TRIAL, RecordError
 from lightweight.targets import Device
 from lightweight.trial import Completed, Crashed, Diverged, Measurements, Outcome, OutOfMemory, TimedOut, Trial
 from lightweight.verdict import noninferiority
@@ -43,7 +46,7 @@ OUTCOMES: list[Outcome] = [
 
 @pytest.mark.parametrize("outcome", OUTCOMES, ids=lambda outcome: outcome.kind)
 def test_every_outcome_is_one_entry_with_every_key_as_plain_json(trial, outcome):
-    entry = record.entry(trial, outcome, H200, None)
+    entry = record.as_json(record.entry(trial, outcome, H200, None))
     assert set(entry) >= REQUIRED
     assert set(record.KEYS) <= set(entry)
     restored = json.loads(json.dumps(entry, allow_nan=False))
@@ -60,12 +63,12 @@ def test_every_outcome_is_one_entry_with_every_key_as_plain_json(trial, outcome)
 
 def test_entries_say_what_was_emulated_and_in_which_precision(trial):
     entry = record.entry(trial, OUTCOMES[0], H200, None)
-    assert (entry["emulated"], entry["precision"], entry["budget_bytes"]) == (True, "fp16", targets.T4.budget_bytes)
-    assert not record.entry(trial, OUTCOMES[0], replace(H200, name="Tesla T4"), None)["emulated"]
+    assert (entry.emulated, entry.precision, entry.budget_bytes) == (True, "fp16", targets.T4.budget_bytes)
+    assert not record.entry(trial, OUTCOMES[0], replace(H200, name="Tesla T4"), None).emulated
     on_cpu = record.entry(
         replace(trial, target=targets.CPU, device_index=None), OUTCOMES[0], Device(name="a CPU"), None
     )
-    assert (on_cpu["emulated"], on_cpu["precision"], on_cpu["budget_bytes"]) == (False, "fp32", None)
+    assert (on_cpu.emulated, on_cpu.precision, on_cpu.budget_bytes) == (False, "fp32", None)
 
 
 def test_what_json_has_no_word_for_is_written_as_none(trial):
@@ -73,16 +76,16 @@ def test_what_json_has_no_word_for_is_written_as_none(trial):
     entry = record.entry(
         trial, Diverged(step=2, reason="training loss is nan at step 2", measured=measured), H200, None
     )
-    assert entry["train_loss"] == [3.0, None, None]
-    assert entry["heldout_loss_before"] is None
-    assert json.loads(json.dumps(entry, allow_nan=False)) == entry
+    assert entry.train_loss == (3.0, None, None)
+    assert entry.heldout_loss_before is None
+    assert record.entry_of(json.loads(json.dumps(record.as_json(entry), allow_nan=False))) == entry
 
 
 def test_a_method_may_say_things_in_objects(trial):
     arguments = {"lr_scheduler_type": SchedulerType.COSINE, "label_names": ("labels",)}
     entry = record.entry(replace(trial, method=replace(LORA, training_arguments=arguments)), OUTCOMES[0], H200, None)
-    assert type(entry["training_arguments"]["lr_scheduler_type"]) is str  # SchedulerType only behaves like one
-    assert entry["training_arguments"] == {
+    assert type(entry.training_arguments["lr_scheduler_type"]) is str  # SchedulerType only behaves like one
+    assert entry.training_arguments == {
         "lr_scheduler_type": "cosine",
         "label_names": ["labels"],
     }
@@ -91,7 +94,7 @@ def test_a_method_may_say_things_in_objects(trial):
 def test_a_set_in_a_peft_config_is_written_in_order(trial):
     method = replace(LORA, adapter=replace(LORA.adapter, target_modules={"v_proj", "q_proj"}))  # type: ignore[call-arg]
     entry = record.entry(replace(trial, method=method), OUTCOMES[0], H200, None)
-    assert entry["adapter"]["target_modules"] == ["q_proj", "v_proj"]
+    assert entry.adapter["target_modules"] == ["q_proj", "v_proj"]
 
 
 def test_the_steady_step_is_the_median_after_the_first_epoch():
@@ -131,23 +134,21 @@ def test_a_batch_larger_than_the_corpus_is_no_faster_for_it(trial, pairs, size):
         return record.entry(job, Completed(measured=measured), H200, None)
 
     small, large = of(8), of(size)
-    assert small["tokens_per_second"] == pytest.approx(10_000)
-    assert small["padded_tokens_per_second"] == pytest.approx(256_000)
-    assert record.times_as_fast(large, small) == pytest.approx(1.0)
-    restored = [json.loads(json.dumps(entry)) for entry in (large, small)]
-    assert record.times_as_fast(*restored) == pytest.approx(1.0)
+    assert small.tokens_per_second == pytest.approx(10_000)
+    assert small.padded_tokens_per_second == pytest.approx(256_000)
+    assert large.times_as_fast(small) == pytest.approx(1.0)
 
 
 def test_records_that_counted_padding_compare_by_it(trial):
     new = record.entry(trial, Completed(measured=replace(MEASURED, step_tokens=(10, 10))), H200, None)
-    old = {key: value for key, value in new.items() if key != "step_tokens"} | {"steady_step_seconds": 0.3}
+    old = replace(new, step_tokens=None, steady_step_seconds=0.3)
     by_tokens = record.seconds_per_token(new)[0]
     assert by_tokens == pytest.approx(0.1 / 10)
     assert record.seconds_per_token(old)[0] == pytest.approx(0.3 / trial.tokens_per_step)
-    assert record.times_as_fast(new, old) == pytest.approx(0.3 / new["steady_step_seconds"])
+    assert new.times_as_fast(old) == pytest.approx(0.3 / new.steady_step_seconds)
     nothing = record.entry(trial, OUTCOMES[3], H200, None)
     assert record.seconds_per_token(new, nothing) == (by_tokens, None)
-    assert record.times_as_fast(nothing, new) is None
+    assert nothing.times_as_fast(new) is None
 
 
 def test_training_loss_is_the_mean_over_first_and_last_epoch_or_tenth():
@@ -159,13 +160,6 @@ def test_training_loss_is_the_mean_over_first_and_last_epoch_or_tenth():
     assert record.training_loss((3.0, None), 1) is None
     assert record.training_loss((3.0, math.inf), 1) is None
     assert record.training_loss((), 1) is None
-
-
-def test_records_are_read_in_order(trial, tmp_path):
-    for name, seeds in (("a", [1, 2]), ("b", [3])):
-        entries = [record.entry(replace(trial, seed=seed), OUTCOMES[0], H200, None) for seed in seeds]
-        (tmp_path / name).write_text(json.dumps({"outcomes": entries}))
-    assert [entry["seed"] for entry in record.load([tmp_path / "b", tmp_path / "a"])] == [3, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -180,10 +174,10 @@ def test_records_are_read_in_order(trial, tmp_path):
 )
 def test_a_value_that_nothing_can_be_computed_with_is_one_line(trial, tmp_path, key, value):
     path = tmp_path / "run.json"
-    entry = record.entry(trial, OUTCOMES[0], H200, None)
+    entry = record.as_json(record.entry(trial, OUTCOMES[0], H200, None))
     path.write_text(json.dumps({"outcomes": [entry | {key: value}]}))
     with pytest.raises(RecordError, match=f"outcome 0 has .* as {key!r}, where .* belongs: store the run again"):
-        record.load([path])
+        record.load(path)
 
 
 @pytest.mark.parametrize(
@@ -204,13 +198,14 @@ def test_a_record_that_cannot_be_read_is_one_line(tmp_path, content, expected):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(RecordError, match=expected) as raised:
-        record.load([path])
+        record.load(path)
     assert str(path) in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 IN_ANOTHER_PROCESS = """
 from dataclasses import replace
+from pathlib import Path
 from lightweight import record
 from lightweight.methods import LORA, QLORA_CAPTURED
 print(record.method_digest(LORA), record.method_digest(QLORA_CAPTURED))
@@ -278,40 +273,42 @@ def test_the_digest_is_that_of_the_method_not_of_what_a_device_makes_of_it(trial
 
 def test_what_says_when_entries_are_alike_is_one_list(trial):
     known = set(record.settings(trial)) | {"device"}
-    assert set(record.BASELINE_SHARES) < set(record.SAME_CELL) < set(record.SAME_TRIAL) <= known
-    assert set(record.SAME_TRIAL) - set(record.SAME_BUT_RANKS) == {"world_size"}
-    assert set(noninferiority.SAME_JOB) - set(record.SAME_TRIAL) == {"elsewhere_digest"}
+    baseline, method, cell, same, job = (
+        set(like.keys) for like in (SAME_BASELINE, SAME_METHOD, SAME_CELL, SAME_TRIAL, noninferiority.SAME_JOB)
+    )
+    assert baseline < method < cell < same <= known
+    assert same - set(SAME_BUT_RANKS.keys) == {"world_size"}
+    assert job - same == {"elsewhere_digest"}
 
 
-def test_a_speedup_is_put_into_the_trial_it_is_of_among_namesakes(trial):
-    entries = [
-        record.entry(replace(trial, method=replace(method, name="lora")), OUTCOMES[0], H200, None)
-        for method in (LORA, with_adapter(r=64))
-    ]
-    record.add_speedup(entries, entries[1], record.Speedup(baseline="baseline", cap=8, steps_per_round=1))
-    assert "speedup" not in entries[0] and entries[1]["speedup"]["cap"] == 8
+def test_what_differs_is_named_and_a_digest_that_nobody_knows_is_nothing():
+    one, other = samples.entry(method_digest="a"), samples.entry(method_digest=None, precision="bf16")
+    assert SAME_CELL.differing(one, other) == ["precision"]
+    assert not SAME_CELL.holds(one, other) and SAME_METHOD.holds(one, other)
+    assert SAME_CELL.groups([one, other, one]) == [[one, one], [other]]
 
 
 def test_namesakes_of_a_record_from_before_digests_are_told_apart(trial, tmp_path):
     path = tmp_path / "run.json"
-    two = [record.entry(replace(trial, method=m), OUTCOMES[0], H200, None) for m in (LORA, with_adapter(r=64))]
+    methods = LORA, with_adapter(r=64)
+    two = [record.as_json(record.entry(replace(trial, method=m), OUTCOMES[0], H200, None)) for m in methods]
     for entry in two:
         del entry["method_digest"]
     path.write_text(json.dumps({"outcomes": two}))
-    first, second = record.run(path).entries
-    assert first["method_digest"] != second["method_digest"]
-    assert not record.are_alike(first, second, record.SAME_TRIAL)
+    first, second = record.load(path).entries
+    assert first.method_digest != second.method_digest
+    assert not SAME_TRIAL.holds(first, second)
     path.write_text(json.dumps({"outcomes": [two[0], two[0] | {"seed": 1}]}))
-    assert {entry["method_digest"] for entry in record.run(path).entries} == {None}
+    assert {entry.method_digest for entry in record.load(path).entries} == {None}
 
 
 def test_a_record_says_cuda_triton_the_weights_commit_and_whether_the_code_was_clean(trial, tmp_path):
     commit = "0123456789abcdef" * 2 + "01234567"
     location = f"/cache/models--facebook--opt-350m/snapshots/{commit}"
     entry = record.entry(replace(trial, model=replace(trial.model, location=location)), OUTCOMES[0], H200, None)
-    assert entry["weights_revision"] == commit
+    assert entry.weights_revision == commit
     assert record.settings(trial)["weights_revision"] is None
-    assert {"cuda", "triton"} <= set(entry["versions"]) and entry["versions"]["cuda"] == torch.version.cuda
+    assert {"cuda", "triton"} <= set(entry.versions) and entry.versions["cuda"] == torch.version.cuda
     path = tmp_path / "run.json"
     for commit_info, expected in (
         ({"id": commit, "dirty": True}, (commit, True)),
@@ -319,13 +316,13 @@ def test_a_record_says_cuda_triton_the_weights_commit_and_whether_the_code_was_c
         (None, (None, None)),
         ({"id": 3, "dirty": "perhaps"}, (None, None)),
     ):
-        path.write_text(json.dumps({"outcomes": [entry], "commit_info": commit_info}))
-        assert (record.run(path).commit, record.run(path).is_dirty) == expected
+        path.write_text(json.dumps(record.document([entry]) | {"commit_info": commit_info}))
+        assert (record.load(path).commit, record.load(path).is_dirty) == expected
 
 
 def test_tables_of_their_own_are_said_by_the_record_and_in_old_ones_by_the_test(trial, tmp_path):
     path = tmp_path / "run.json"
-    entry = record.entry(trial, OUTCOMES[0], H200, None)
+    entry = record.as_json(record.entry(trial, OUTCOMES[0], H200, None))
     said = [
         entry | {"test": "t.py::test_a_rung_from_here[x]"},
         entry | {"test": "t.py::test_a_peer_trains[x]"},
@@ -333,4 +330,75 @@ def test_tables_of_their_own_are_said_by_the_record_and_in_old_ones_by_the_test(
         entry | {"test": "t.py::test_a_rung_from_here[x]", "shown_as": None},
     ]
     path.write_text(json.dumps({"outcomes": said}))
-    assert [of["shown_as"] for of in record.run(path).entries] == ["ladder", "peers", "ladder", None]
+    assert [of.shown_as for of in record.load(path).entries] == ["ladder", "peers", "ladder", None]
+
+
+RECORDS = sorted((Path(__file__).parents[1] / "experiments" / "records").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_what_is_written_again_is_read_as_the_same(tmp_path, path):
+    """Every committed record, of whatever age: nothing of its trials and forecasts is lost on the way."""
+    stored = record.load(path)
+    again = tmp_path / path.name
+    again.write_text(
+        json.dumps(record.document(stored.entries, stored.forecasts) | {"datetime": stored.ended}), "utf-8"
+    )
+    assert record.load(again).entries == stored.entries
+    assert record.load(again).forecasts == stored.forecasts
+    for entry in stored.entries:
+        written = record.as_json(entry)
+        said = {key: value for key, value in entry.stored.items() if value is not None and key != "run"}
+        if "speedup" in said:
+            said["speedup"] = written["speedup"] | said["speedup"]  # an older one says less
+        assert said == {key: written[key] for key in said}
+
+
+def test_keys_that_only_some_runs_have_are_left_out_of_the_others():
+    only = {"speedup", "test", "shown_as", "worker", "visible_gpu"}
+    assert not only & set(record.as_json(samples.entry()))
+    ran = samples.entry(test="t.py::t", worker="gw0", speedup=samples.paired(1.5, 1.4, 1.6))
+    assert only <= set(record.as_json(ran))
+    assert (record.as_json(ran)["shown_as"], record.as_json(ran)["visible_gpu"]) == (None, None)
+
+
+def test_a_document_says_its_schema_and_one_of_tomorrow_is_refused_in_a_line(tmp_path):
+    path = tmp_path / "run.json"
+    document = record.document([samples.entry()])
+    assert document["schema"] == record.SCHEMA and "forecasts" not in document
+    for number, said in (
+        (record.SCHEMA + 1, "has schema 2, and this version of lightweight reads up to 1: update it"),
+        ("one", "has 'one' as 'schema', where a whole number belongs: store the run again"),
+    ):
+        path.write_text(json.dumps(document | {"schema": number}), "utf-8")
+        with pytest.raises(RecordError, match=re.escape(said)):
+            record.load(path)
+
+
+def test_old_shapes_are_completed_only_where_no_schema_is_said(tmp_path):
+    path = tmp_path / "run.json"
+    new = record.as_json(samples.entry(test="t.py::test_a_rung_from_here[x]"))
+    old = {key: value for key, value in new.items() if key not in ("world_size", "shown_as", "method_digest")}
+    path.write_text(json.dumps({"outcomes": [old]}), "utf-8")
+    (entry,) = record.load(path).entries
+    assert (entry.world_size, entry.shown_as, entry.method_digest) == (1, "ladder", None)
+    path.write_text(json.dumps({"schema": 1, "outcomes": [new]}), "utf-8")
+    assert record.load(path).entries[0].shown_as is None
+    path.write_text(json.dumps({"schema": 1, "outcomes": [old]}), "utf-8")
+    with pytest.raises(RecordError, match="outcome 0 has no 'world_size'"):
+        record.load(path)
+
+
+def test_a_key_of_tomorrow_is_kept_as_it_was_stored(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"outcomes": [record.as_json(samples.entry()) | {"watts": 350}]}), "utf-8")
+    (entry,) = record.load(str(path)).entries
+    assert entry.stored["watts"] == 350
+
+
+def test_the_gpus_peak_is_that_of_the_fullest_rank_and_else_the_hosts():
+    assert samples.entry(rank_peak_allocated_bytes=(None, 5 * 2**30)).peak_bytes == 5 * 2**30
+    alone = samples.entry(peak_allocated_bytes=None)
+    assert (alone.gpu_peak_bytes, alone.peak_bytes) == (None, 2**30)
+    assert samples.entry().memory_share(samples.stopped()) is None
+    assert samples.entry(peak_allocated_bytes=2**30).memory_share(samples.entry()) == 0.25

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -14,9 +15,8 @@ from lightweight import __main__, models, record, schema, trial
 from lightweight.forecast import replay
 from lightweight.methods import Precision
 from lightweight.record import RecordError
-from lightweight.report import page, report
-from lightweight.session import alternation
-from lightweight.verdict import gate, ratio
+from lightweight.report import page, write
+from lightweight.verdict import gate
 
 RECORDS = sorted((Path(__file__).parent.parent / "experiments" / "records").glob("*.json"))
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\u202eevil\nsecond line\ud800"
@@ -28,19 +28,38 @@ VALUES = [
 
 
 def test_the_words_are_those_that_the_modules_write():
-    assert set(schema.OUTCOMES) == {kind.kind for kind in get_args(trial.Outcome)}
-    assert set(schema.PHASES) == set(get_args(trial.Phase))
-    assert set(schema.WEIGHTS) == set(get_args(models.Weights))
-    assert set(schema.PRECISIONS) == set(get_args(Precision))
-    assert set(schema.PAIRINGS) == set(get_args(alternation.Pairing))
-    assert record.ONE_AFTER_THE_OTHER in schema.PAIRINGS
-    assert set(schema.GATE_VERDICTS) == set(get_args(ratio.Verdict))
-    assert set(schema.FORECAST_VERDICTS) == set(get_args(replay.Verdict))
+    assert set(get_args(schema.Ending)) == {kind.kind for kind in get_args(trial.Outcome)}
+    assert set(get_args(schema.Phase)) == set(get_args(trial.Phase))
+    assert set(get_args(schema.Weights)) == set(get_args(models.Weights))
+    assert set(get_args(schema.Precision)) == set(get_args(Precision))
+    assert set(get_args(schema.ForecastVerdict)) == set(get_args(replay.Verdict))
+
+
+@pytest.mark.parametrize(
+    ("type_", "words", "holding", "refused"),
+    [
+        (schema.Count | None, "a whole number from 0 to 2^53 or null", [0, None], [-1, True, 0.5]),
+        (
+            tuple[schema.Loss | None, ...] | None,
+            "a list of (a finite number of nats or null) or null",
+            [None, [], [1.5, None]],
+            [1.5, ["x"], (1.5,)],
+        ),
+        (Mapping[str, schema.Count], "an object of (a whole number from 0 to 2^53)", [{}, {"a": 1}], [None, {"a": -1}]),
+        (schema.ShownAs, "one of ladder, peers", ["ladder"], ["poster", None]),
+        (bool, "true or false", [True], [1]),
+        (record.Speedup | None, "an object or null", [{}, None], [[]]),
+    ],
+)
+def test_a_fields_type_says_its_kind(type_, words, holding, refused):
+    kind = schema.kind(type_)
+    assert kind.words == words
+    assert all(map(kind.holds, holding)) and not any(map(kind.holds, refused))
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
 def test_every_committed_record_is_sound(path):
-    run = record.run(path)
+    run = record.load(path)
     assert run.entries or run.forecasts
 
 
@@ -72,7 +91,7 @@ def test_a_value_of_another_kind_is_one_line_that_names_file_outcome_and_key(tmp
     path = tmp_path / "run.json"
     path.write_text(json.dumps(document), "utf-8")
     with pytest.raises(RecordError) as raised:
-        record.run(path)
+        record.load(path)
     line = str(raised.value)
     assert line.startswith(f"record {path}: outcome 2 has ") and repr(key) in line and "\n" not in line
     assert len(line) < 500
@@ -93,7 +112,7 @@ def test_a_speedup_that_contradicts_itself_is_one_line(tmp_path, changes):
     path = tmp_path / "run.json"
     path.write_text(json.dumps(document), "utf-8")
     with pytest.raises(RecordError, match="outcome 1 has a 'speedup' ") as raised:
-        record.run(path)
+        record.load(path)
     assert "\n" not in str(raised.value)
 
 
@@ -104,7 +123,7 @@ def test_a_single_pair_bounds_nothing_and_is_sound(tmp_path):
     speedup["ratio"] = math.exp(speedup["log_ratios"][0])
     path = tmp_path / "run.json"
     path.write_text(json.dumps(document), "utf-8")
-    assert "[0.00, inf]" in report.text([record.run(path)], "terminal")
+    assert "[0.00, inf]" in write.text([record.load(path)], "terminal")
 
 
 def everywhere(value, path=()):
@@ -168,7 +187,7 @@ def test_mutants_are_a_line_or_an_answer(tmp_path, capsys, seed):
             assert status in (0, 1, 2), command
             assert (status == 2) == bool(err) and err.count("\n") == (status == 2), (command, err)
         if number == 0 and status != 2:
-            text = page.html([record.run(path)])
+            text = page.html([record.load(path)])
             assert not steers(text.replace("\n", "").replace("\t", ""))
             text.encode("utf-8")
 

@@ -132,14 +132,14 @@ def _adapted(folder: Path, dtype: torch.dtype, device: torch.device, progress: C
 def _base(folder: Path, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None]) -> Any:
     """The network under the adapter in `folder`, quantized as it was when the adapter was trained."""
     config = peft.PeftConfig.from_pretrained(str(folder))
-    entry = record.document(folder / RECORD_NAME)["outcomes"][0]
-    base, _ = models.find(models.named(str(config.base_model_name_or_path)), entry["weights"])
-    quantization = entry["quantization"] and AutoQuantizationConfig.from_dict(dict(entry["quantization"]))
+    entry = record.load(folder / RECORD_NAME).entries[0]
+    base, _ = models.find(models.named(str(config.base_model_name_or_path)), entry.weights)
+    quantization = AutoQuantizationConfig.from_dict(dict(entry.quantization)) if entry.quantization else None
     if base.is_loadable:
         return models.load(base, dtype, device, quantization)
     with tempfile.TemporaryDirectory() as scratch:
         progress(f"{base.name}: writing its weights")
-        return models.load(models.write(base, Path(scratch), entry["seed"]), dtype, device, quantization)
+        return models.load(models.write(base, Path(scratch), entry.seed or 0), dtype, device, quantization)
 
 
 def talk(chat: Chat, *, max_tokens: int, temperature: float) -> None:

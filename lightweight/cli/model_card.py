@@ -9,37 +9,38 @@ from lightweight.record import Entry, training_loss
 
 def model_card(entry: Entry, base_model: str | None) -> ModelCard:
     """The card of the model whose training is recorded in `entry`; `base_model` is its base's id on the hub, if any."""
-    adapted = entry["adapter"] is not None
+    adapted = entry.adapter is not None
     data = ModelCardData(
         base_model=base_model,
         library_name="peft" if adapted else "transformers",
         pipeline_tag="text-generation",
-        tags=["lightweight", entry["method"]],
+        tags=["lightweight", entry.method],
     )
-    weights = "random weights, so that losses say nothing of quality" if entry["weights"] == "random" else "pretrained"
-    if file := entry.get("weights_file"):
+    weights = "random weights, so that losses say nothing of quality" if entry.weights == "random" else "pretrained"
+    if file := entry.weights_file:
         weights += f", from {file}: stored in fewer bits and dequantized, so not quite the original's"
-    losses = entry["train_loss"]
-    began, ended = training_loss(losses, entry["steps_per_epoch"]) or (losses[0], losses[-1])
-    part = "epoch" if len(losses) >= 2 * entry["steps_per_epoch"] else "tenth of the steps"
-    rows = f"{entry['steps_per_epoch']} an epoch, rows of {entry['max_length']} tokens, seed {entry['seed']}"
+    losses, per_epoch = entry.train_loss or (), entry.steps_per_epoch or 1
+    began, ended = training_loss(losses, per_epoch) or (losses[0], losses[-1])
+    part = "epoch" if len(losses) >= 2 * per_epoch else "tenth of the steps"
+    rows = f"{per_epoch} an epoch, rows of {entry.max_length} tokens, seed {entry.seed}"
     facts = {
-        "base model": f"{entry['model']} ({weights})",
+        "base model": f"{entry.model} ({weights})",
         "method": _method(entry),
-        "corpus": f"sha256 `{entry['corpus_digest']}` of its pairs",
+        "corpus": f"sha256 `{entry.corpus_digest}` of its pairs",
         "optimizer steps": f"{len(losses)} ({rows})",
-        "device": entry["device"],
+        "device": entry.device,
     }
     nats = {
         f"training, mean of the first {part}": began,
         f"training, mean of the last {part}": ended,
-        "held out, before training": entry["heldout_loss_before"],
-        "held out, after training": entry["heldout_loss_after"],
+        "held out, before training": entry.heldout_loss_before,
+        "held out, after training": entry.heldout_loss_after,
     }
-    packages = {name: of for name, of in entry["versions"].items() if of and not name.startswith("pytest")}
+    installed = {name: version for name, version in (entry.versions or {}).items() if version}
+    packages = {name: version for name, version in installed.items() if not name.startswith("pytest")}
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {_cell(entry['model'])}, fine-tuned by {_cell(entry['method'])}",
+        f"# {_cell(entry.model)}, fine-tuned by {_cell(entry.method)}",
         _table("", "", facts),
         "## Losses",
         "Cross-entropy of the answers, in nats a token; held out: the pairs of the corpus that were not trained on.",
@@ -55,19 +56,19 @@ def model_card(entry: Entry, base_model: str | None) -> ModelCard:
 
 def _method(entry: Entry) -> str:
     """The method in a line: its name, adapter, quantization, precision and training arguments."""
-    parts = [f"{entry['method']}: {entry['precision']}"]
-    if adapter := entry["adapter"]:
+    parts = [f"{entry.method}: {entry.precision}"]
+    if adapter := entry.adapter:
         rank = f" r={adapter['r']}" if "r" in adapter else ""
-        layers = entry.get("adapted_layers") or adapter.get("target_modules")
+        layers = entry.adapted_layers or adapter.get("target_modules")
         parts.append(f"{adapter['peft_type']}{rank} on {_names(layers)}")
     else:
         parts.append("all parameters")
-    quantization = entry["quantization"] or {"quant_method": entry.get("base_quantization")}
+    quantization = entry.quantization or {"quant_method": entry.base_quantization}
     if quantization["quant_method"]:
         parts.append(f"base quantized by {quantization['quant_method']}")
-    parts += [f"{name}={value}" for name, value in entry["training_arguments"].items()]
-    if entry["captured_step"]:
-        note = "" if entry.get("captured") else entry.get("capture_note")  # where other steps ran than were asked for
+    parts += [f"{name}={value}" for name, value in (entry.training_arguments or {}).items()]
+    if entry.captured_step:
+        note = "" if entry.captured else entry.capture_note  # where other steps ran than were asked for
         parts.append("captured step" + (f" ({note})" if note else ""))
     return ", ".join(parts)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from lightweight import models, record
 from lightweight.cli.model_card import model_card
@@ -29,7 +31,7 @@ def finish(trial: Trial, outcome: Completed, device: Device, output: Output) -> 
         if adapter.exists():  # peft wrote where the weights lay here, which may be a folder that goes now
             config = json.loads(adapter.read_text("utf-8")) | {"base_model_name_or_path": base}
             adapter.write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
-        (result / RECORD_NAME).write_text(json.dumps({"outcomes": [entry]}, indent=1), "utf-8")
+        (result / RECORD_NAME).write_text(json.dumps(record.document([entry]), indent=1), "utf-8")
         on_hub = trial.model.weights == "pretrained" and not Path(base).is_absolute()
         model_card(entry, base if on_hub else None).save(result / "README.md")  # in the place of the one peft wrote
         if (output.partial / "runs").exists():
@@ -46,7 +48,7 @@ def _closing_line(trial: Trial, measured: Measurements, output: Output) -> str:
     )
 
 
-def publish_finished(entry: record.Entry, output: Output) -> Completed:
+def publish_finished(entry: Mapping[str, Any], output: Output) -> Completed:
     """What the interrupted job had finished, now in its place."""
     ranks.of_first(output.publish)
     names = {field.name for field in fields(Measurements)}

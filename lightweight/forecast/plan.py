@@ -20,7 +20,7 @@ from lightweight.forecast.replay import Cause, Forecast
 from lightweight.forecast.tracer import ForecastError
 from lightweight.methods import Method
 from lightweight.models import Model, ModelError
-from lightweight.record import Entry, are_alike, method_digest, seconds_per_token
+from lightweight.record import Entry, method_digest, seconds_per_token
 from lightweight.targets import CONTEXT_BYTES, NATIVE, Capability, MiB, Target, size
 from lightweight.trial import MAX_LENGTH, Trial
 
@@ -316,8 +316,8 @@ def _measured(
     target's own card before others, and of others the one measured last."""
     of_devices: dict[str, list[Entry]] = {}
     for entry in measured:
-        if entry["outcome"] == "completed" and any(_is_of(entry, *pair, target) for pair in fitting):
-            of_devices[entry["device"]] = [*of_devices.pop(entry["device"], []), entry]  # the newest comes last
+        if entry.outcome == "completed" and any(_is_of(entry, *pair, target) for pair in fitting):
+            of_devices[entry.device] = [*of_devices.pop(entry.device, []), entry]  # the newest comes last
     seconds = {device: _median_seconds(entries) for device, entries in of_devices.items()}
     whole = [device for device, of_device in seconds.items() if all(row["method"] in of_device for row, _ in fitting)]
     if not whole:
@@ -331,30 +331,22 @@ def _median_seconds(entries: Sequence[Entry]) -> dict[str, float]:
     by_method: dict[str, list[float]] = defaultdict(list)
     for entry, per_token in zip(entries, seconds_per_token(*entries), strict=True):
         if per_token is not None:
-            by_method[entry["method"]].append(per_token)
+            by_method[entry.method].append(per_token)
     return {method: statistics.median(values) for method, values in by_method.items()}
 
 
 def _is_of(entry: Entry, row: PlanRow, method: Method, target: Target) -> bool:
     """Whether a stored trial is what `row` is about: `method`, as `target` computes it, on whatever GPU and under
     whatever budget."""
-    arguments = entry.get("training_arguments") or {}
-    shape = (
-        entry["world_size"],
-        entry.get("max_length"),
-        arguments.get("per_device_train_batch_size", 8),
-        arguments.get("gradient_accumulation_steps", 1),
-    )
+    arguments = entry.training_arguments or {}
+    rows, passes = arguments.get("per_device_train_batch_size", 8), arguments.get("gradient_accumulation_steps", 1)
     computes = method.on_gpu(bf16=target.bf16)
-    wanted = {
-        "model": row["model"],
-        "method": row["method"],
-        "method_digest": method_digest(method),
-        "weights_dtype": computes.weights_dtype,
-        "precision": computes.precision,
-    }
-    alike = shape == (row["gpus"], row["max_length"], row["batch_size"], row["passes"])
-    return alike and entry["device_bytes"] is not None and are_alike(entry, wanted, tuple(wanted))
+    is_of_method = entry.method == row["method"] and entry.method_digest in (None, method_digest(method))
+    is_computed_so = (entry.weights_dtype, entry.precision) == (computes.weights_dtype, computes.precision)
+    shape = entry.world_size, entry.max_length, rows, passes
+    is_of_shape = shape == (row["gpus"], row["max_length"], row["batch_size"], row["passes"])
+    on_gpu = entry.device_bytes is not None
+    return entry.model == row["model"] and is_of_method and is_computed_so and is_of_shape and on_gpu
 
 
 def each_target_has_a_method(rows: Sequence[PlanRow]) -> bool:

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lightweight.record import Entry, one_line
-from lightweight.report import report
+from lightweight.report.words import headline
 
 WIDTH = 360
 """Of every picture, in the units in which its text is 9 to 11 high."""
@@ -132,15 +132,15 @@ class Canvas:
 
     def picture(self, table: str, title: str, summary: str, model: str | None = None) -> Picture:
         """The finished drawing; its model is that of its entries where it has any."""
-        told = {f"cell:{self._number[id(entry)]}": report.headline(entry) for entry in self.entries}
+        labels = {f"cell:{self._number[id(entry)]}": headline(entry) for entry in self.entries}
         summary = f"{title}. {summary}"
         return Picture(
             key=self.key,
             table=table,
-            model=model or self.entries[0]["model"],
+            model=model or self.entries[0].model,
             title=title,
             summary=summary,
-            svg=_svg(self.figure, self.key, summary, told),
+            svg=_svg(self.figure, self.key, summary, labels),
             entries=self.entries,
         )
 
@@ -155,15 +155,15 @@ def style() -> Iterator[None]:
         yield
 
 
-def short(told: str, length: int) -> str:
-    """`told`, its end cut where it is longer than there is room for."""
-    told = one_line(told)
-    return told if len(told) <= length else told[: length - 1] + "…"
+def short(label: str, length: int) -> str:
+    """`label`, its end cut where it is longer than there is room for."""
+    label = one_line(label)
+    return label if len(label) <= length else label[: length - 1] + "…"
 
 
-def text(axes: Axes, x: float, y: float, told: str, colour: str, size: float, **more: Any) -> Any:
-    """`told` at a point of `axes`, in a role's colour, `size` of the picture's units high; the artist."""
-    cleaned = "\n".join(one_line(line) for line in told.split("\n"))
+def text(axes: Axes, x: float, y: float, label: str, colour: str, size: float, **more: Any) -> Any:
+    """`label` at a point of `axes`, in a role's colour, `size` of the picture's units high; the artist."""
+    cleaned = "\n".join(one_line(line) for line in label.split("\n"))
     return axes.text(x, y, cleaned, color=LIGHT[colour], fontsize=size, linespacing=1.15, **more)
 
 
@@ -188,12 +188,12 @@ def apart(
     for index in range(1, len(places)):
         places[index] = max(places[index], places[index - 1] + gap)
     over = max(0.0, places[-1] - tall) if places else 0.0
-    for place, (_, entry, told, colour) in zip(places, wanted, strict=True):
-        yield entry, (place - over) / tall, told, colour
+    for place, (_, entry, label, colour) in zip(places, wanted, strict=True):
+        yield entry, (place - over) / tall, label, colour
 
 
-def _svg(figure: Figure, key: str, summary: str, told: Mapping[str, str]) -> str:
-    """The figure as an `<svg>` element that can stand in a page beside others. `told` has what to say of every cell."""
+def _svg(figure: Figure, key: str, summary: str, labels: Mapping[str, str]) -> str:
+    """The figure as an `<svg>` element that can stand in a page beside others. `labels` has the words for each cell."""
     written = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": key}):
         FigureCanvasSVG(figure).print_svg(written, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -206,12 +206,12 @@ def _svg(figure: Figure, key: str, summary: str, told: Mapping[str, str]) -> str
             parent.remove(node)
     for node in root.iter():
         name = node.attrib.pop("id", None)
-        if name is not None and name in told:
+        if name is not None and name in labels:
             node.tag = f"{{{SVG}}}a"
             number = name.partition(":")[2]
             node.attrib |= {"class": "mark", "data-cell": number, "href": f"#record-{number}", "tabindex": "-1"}
             title = ElementTree.Element(f"{{{SVG}}}title")
-            title.text = one_line(told[name])
+            title.text = one_line(labels[name])
             node.insert(0, title)
         elif f"#{name}" in linked:
             node.set("id", f"{key}-{name}")
@@ -235,13 +235,13 @@ ROLES = {light: role.replace(" ", "-") for role, light in LIGHT.items()}
 
 
 def _rounded(numbers: str) -> str:
-    short = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.1f}".removesuffix(".0"), numbers)
+    short = re.sub(r"-?\d+\.\d+", lambda match: f"{float(match[0]):.1f}".removesuffix(".0"), numbers)
     return re.sub(r"\s+", " ", short).strip()
 
 
 def _themed(style: str) -> str:
     """`style` with the colours of the light theme as the names that stand for them in either, and the page's font."""
-    style = re.sub(r"#[0-9a-f]{6}", lambda found: f"var(--{ROLES[found[0]]})" if found[0] in ROLES else found[0], style)
+    style = re.sub(r"#[0-9a-f]{6}", lambda match: f"var(--{ROLES[match[0]]})" if match[0] in ROLES else match[0], style)
     style = re.sub(
         r"font: (?:(\w+) )?([\d.]+px) [^;]+", lambda f: f"font-size: {f[2]}; font-weight: {f[1] or 400}", style
     )

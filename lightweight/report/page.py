@@ -19,10 +19,11 @@ import jinja2
 from markupsafe import Markup
 
 from lightweight import __version__
-from lightweight.record import Entry, Run, readable
-from lightweight.report import drawing, figures, report
+from lightweight.record import Entry, Run, as_json, readable
+from lightweight.report import drawing, figures, select, tables, words
 from lightweight.report.drawing import Picture
-from lightweight.report.report import Table
+from lightweight.report.findings import findings
+from lightweight.report.table import Table
 
 SECTIONS = {
     "loss": "Each method over its baseline. Thin: every step; thick: the mean of an epoch around it.",
@@ -42,7 +43,7 @@ NAMES = {"results": "Cells", "no-worse": "No worse?", "others": "Other trials"}
 
 def html(runs: Sequence[Run]) -> str:
     """The report of `runs` as one HTML document."""
-    entries = report.newest(runs)
+    entries = select.newest(runs)
     number = {id(entry): index for index, entry in enumerate(entries)}
     pictures = figures.pictures(runs)
     style, script = (_own(name) for name in ("page.css", "page.js"))
@@ -54,13 +55,15 @@ def html(runs: Sequence[Run]) -> str:
         finalize=lambda value: value if isinstance(value, Markup) else readable(str(value)),
     )
     return environment.from_string(_own("page.html")).render(
-        answer=report.findings(runs),
+        answer=findings(runs),
         runs=sorted(runs, key=lambda run: run.ended),
-        run_label=report.run_label,
-        conditions=report.notes(entries, runs),
-        sections=[_section(table, pictures, number) for table in report.tables(runs)],
+        run_label=words.run_label,
+        conditions=words.notes(entries, runs),
+        sections=[_section(table, pictures, number) for table in tables.tables(runs)],
         records=[_record(index, entry, pictures) for index, entry in enumerate(entries)],
-        choices={key: list(dict.fromkeys(entry[key] for entry in entries)) for key in ("model", "method", "outcome")},
+        choices={
+            key: list(dict.fromkeys(getattr(entry, key) for entry in entries)) for key in ("model", "method", "outcome")
+        },
         colours={role.replace(" ", "-"): pair for role, pair in (drawing.COLOURS | drawing.CAUSES).items()},
         style=Markup(style),  # noqa: S704  a file of ours
         script=Markup(script),  # noqa: S704  a file of ours
@@ -87,7 +90,7 @@ def _section(table: Table, pictures: Sequence[Picture], number: dict[int, int]) 
         "key": table.key,
         "title": table.title,
         "name": NAMES.get(table.key)
-        or re.sub(r"-(\d+)", lambda found: f" {int(found[1]) + 1}", table.key).capitalize(),
+        or re.sub(r"-(\d+)", lambda match: f" {int(match[1]) + 1}", table.key).capitalize(),
         "about": SECTIONS.get(drawing.kind(table.key)),
         "columns": table.columns,
         "aligned": table.aligned,
@@ -102,7 +105,7 @@ def _section(table: Table, pictures: Sequence[Picture], number: dict[int, int]) 
 
 
 def _failed(entry: Entry | None) -> bool:
-    return entry is not None and entry["outcome"] != "completed"
+    return entry is not None and entry.outcome != "completed"
 
 
 def _record(index: int, entry: Entry, pictures: Sequence[Picture]) -> dict[str, Any]:
@@ -110,10 +113,10 @@ def _record(index: int, entry: Entry, pictures: Sequence[Picture]) -> dict[str, 
     return {
         "index": index,
         "entry": entry,
-        "headline": report.headline(entry),
+        "headline": words.headline(entry),
         "failed": _failed(entry),
         "pictures": [picture for picture in pictures if any(e is entry for e in picture.entries)],
-        "values": {key: _value(value) for key, value in entry.items()},
+        "values": {key: _value(value) for key, value in (entry.stored or as_json(entry)).items()},
     }
 
 

@@ -30,16 +30,14 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from lightweight.child.owner import Child
 from lightweight.child.process import CAN_PIN
+from lightweight.schema import Pairing
 from lightweight.trial import Outcome, OutOfMemory, Trial
 from lightweight.verdict import ratio
-
-Pairing = Literal["alternating", "sharing a core", "one after the other"]
 
 NEIGHBOUR = np.zeros(2**18)
 """What is walked over in a child's place: 2 MiB, as much as a core's caches hold."""

@@ -13,6 +13,7 @@ import pytest
 
 from lightweight import models, record
 from lightweight.internals import pytest_benchmark, xdist
+from lightweight.report import comparison
 from lightweight.session import options
 from lightweight.verdict import gate
 from lightweight.verdict.limits import LIMITS, Limits
@@ -32,7 +33,7 @@ class Gatekeeper:
         self.compares = bool(self.config.getoption("benchmark_compare", None))
         if hasattr(self.config, "workerinput"):
             sent = json.loads(self.config.workerinput.get("lightweight_runs", "[]"))
-            laboratory.runs = [record.Run(**run | {"path": Path(run["path"])}) for run in sent]
+            laboratory.runs = [record.run(run, Path(path)) for path, run in sent]
         elif self.compares:
             laboratory.runs, self.problems = gate.load(self._stored_files())
             # pytest-benchmark takes a path: times are compared with the run that ratios are compared with, or not
@@ -59,22 +60,25 @@ class Gatekeeper:
         """The newest run on this device and target; what else tells two runs apart shows only in their cells."""
         here = self.laboratory
         for run in here.runs:
-            if any(e["device"] == here.device.name and e["target"] == here.target.name for e in run.entries):
+            if any((e.device, e.target) == (here.device.name, here.target.name) for e in run.entries):
                 return str(run.path)
         return None
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
         """Workers, which may be on other machines, get what they need to know when a speedup's verdict is clear."""
-        sent = [dataclasses.asdict(run) | {"path": str(run.path)} for run in self.laboratory.runs]
-        for run in sent:
-            run["entries"] = [entry | {"step_seconds": [], "train_loss": []} for entry in run["entries"]]
+        sent = []
+        for run in self.laboratory.runs:
+            entries = [dataclasses.replace(entry, step_seconds=(), train_loss=()) for entry in run.entries]
+            sent.append((str(run.path), record.document(entries) | {"datetime": run.ended}))
         node.workerinput["lightweight_runs"] = json.dumps(sent)
 
     @cached_property
     def comparison(self) -> gate.Comparison:
         """This session's cells beside the stored ones, made once it has ended."""
-        return gate.compare(self.laboratory.entries, self.laboratory.runs, self.laboratory.limits, self._was_asked_for)
+        return gate.compare(
+            self.laboratory.ledger.entries, self.laboratory.runs, self.laboratory.limits, self._was_asked_for
+        )
 
     # What this session was asked for, so that a stored cell is not missed that nobody wanted now
 
@@ -95,20 +99,20 @@ class Gatekeeper:
     def _was_asked_for(self, then: record.Entry) -> bool:
         """Whether options, paths and selections of tests leave `then` in; what was cut short had been asked for."""
         option, here = self.laboratory.option, self.laboratory
-        named = {
-            "model": {models.named(name).name for name in here.models} if option("model") else None,
-            "method": set(here.methods) if option("method") else None,
-            "target": {here.target.name} if option("target") else None,
-            "weights": {option("weights")} if option("weights") else None,
-            "world_size": {here.world_size} if option("gpus_per_trial") > 1 else None,
-        }
-        if any(values is not None and then[key] not in values for key, values in named.items()):
+        is_named = (
+            not option("model") or then.model in {models.named(name).name for name in here.models},
+            not option("method") or then.method in here.methods,
+            not option("target") or then.target == here.target.name,
+            not option("weights") or then.weights == option("weights"),
+            option("gpus_per_trial") == 1 or then.world_size == here.world_size,
+        )
+        if not all(is_named):
             return False
-        test = _without_group(then.get("test") or "")
+        test = _without_group(then.test or "")
         if not test:  # of a record that does not say: nobody wanted it where anything was left out
             return not self.deselected and all((self._root / argument).is_dir() for argument in self.config.args)
-        is_named = any(self._covers(argument, test) for argument in self.config.args)
-        return test in self.selected or (is_named and test not in self.deselected)
+        is_covered = any(self._covers(argument, test) for argument in self.config.args)
+        return test in self.selected or (is_covered and test not in self.deselected)
 
     @property
     def _root(self) -> Path:
@@ -143,14 +147,11 @@ class Gatekeeper:
         return ("", 1.0) if any(map(_did_not_complete, benchmarks)) else None
 
     def _is_alike(self, row: dict[str, Any]) -> bool:
-        labels = row["extra_info"]
-        cells = [
-            entry
-            for entry in self.laboratory.entries
-            if all(entry[key] == labels.get(key) for key in ("model", "method", "target"))
-        ]
+        extra = row["extra_info"]
+        cell_of_row = tuple(extra.get(key) for key in ("model", "method", "target"))
+        cells = [e for e in self.laboratory.ledger.entries if (e.model, e.method, e.target) == cell_of_row]
         runs = [run for run in self.laboratory.runs if str(run.path).endswith(row["path"])]
-        return "outcome" not in labels or any(gate.stored(cell, runs) for cell in cells)
+        return "outcome" not in extra or any(gate.stored(cell, runs) for cell in cells)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if xdist.tell_controller(self.config, "lightweight_deselected", sorted(self.deselected)):
@@ -163,9 +164,9 @@ class Gatekeeper:
         try:
             yield
         finally:
-            if self.compares and (self.laboratory.entries or self.problems or self.comparison.failures):
+            if self.compares and (self.laboratory.ledger.entries or self.problems or self.comparison.failures):
                 terminalreporter.section("lightweight: did it get worse")
-                for line in [*self.problems, *gate.text(self.comparison).splitlines()]:
+                for line in [*self.problems, *comparison.text(self.comparison).splitlines()]:
                     terminalreporter.write_line(line, red=line.startswith("FAILED"))
 
 

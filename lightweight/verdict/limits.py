@@ -58,12 +58,12 @@ class Limits:
 def share(text: str, below: float = 1) -> float:
     """`10%` as 0.1. Raises ValueError for what is not above zero and below `below`."""
     try:
-        found = float(text.removesuffix("%")) / 100
+        value = float(text.removesuffix("%")) / 100
     except ValueError:
-        found = -1.0
-    if not (text.endswith("%") and 0 < found < below):
+        value = -1.0
+    if not (text.endswith("%") and 0 < value < below):
         raise ValueError(f"{one_line(text)!r}: give a percentage between 0% and {below:.0%}, such as 10%")
-    return found
+    return value
 
 
 def longer(text: str) -> float:
@@ -74,12 +74,12 @@ def longer(text: str) -> float:
 def nats(text: str) -> float:
     """`0.02` as it is. Raises ValueError."""
     try:
-        found = float(text)
+        value = float(text)
     except ValueError:
-        found = -1.0
-    if not 0 <= found <= 100:
+        value = -1.0
+    if not 0 <= value <= 100:
         raise ValueError(f"{one_line(text)!r}: give nats a token from 0 to 100, such as {LOSS_FAIL}")
-    return found
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal
 
-from lightweight.record import BASELINE, BASELINE_SHARES, Entry
+from lightweight.record import BASELINE, SAME_BASELINE, Entry
 
-Verdict = Literal["no worse", "worse", "not shown"]
+Conclusion = Literal["no worse", "worse", "not shown"]
 """Which side of the margin the whole interval is on; not shown where it is on both."""
 
 MARGIN = 0.05
@@ -44,7 +44,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Quality:
     """A method beside the baseline of the same seeds, all losses in nats a token.
 
     `heldout` and `elsewhere` are the method's mean losses before and after training, None where there are none;
@@ -63,11 +63,11 @@ class Comparison:
     entries: Sequence[Entry]
 
     @property
-    def verdict(self) -> Verdict | None:
+    def conclusion(self) -> Conclusion | None:
         """Whether the method was shown to be no worse, None for the baseline. A failed trial shows nothing."""
         if self.method == BASELINE:
             return None
-        return "not shown" if self.difference is None or self.failed else verdict(self.difference)
+        return "not shown" if self.difference is None or self.failed else conclusion(self.difference)
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
@@ -83,61 +83,61 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def verdict(difference: Estimate, margin: float = MARGIN) -> Verdict:
+def conclusion(difference: Estimate, margin: float = MARGIN) -> Conclusion:
     """No worse when the whole interval is below `margin`, worse when it is all above, else not shown."""
     if difference.high < margin:
         return "no worse"
     return "worse" if difference.low > margin else "not shown"
 
 
-SAME_JOB = (*BASELINE_SHARES, "elsewhere_digest", "planned_steps", "max_length", "tokens_per_step")
+SAME_JOB = SAME_BASELINE.also("elsewhere_digest", "planned_steps", "max_length", "tokens_per_step")
 """What method and baseline must have in common beside the seed."""
 
 
-def compare(entries: Iterable[Entry]) -> list[Comparison]:
+def qualities(entries: Iterable[Entry]) -> list[Quality]:
     """Every method with trained weights that has been trained with at least two seeds, in the order of `entries`, the
     baseline itself included. Random weights say nothing of quality and are left out."""
-    groups: dict[tuple[str, ...], list[Entry]] = {}
-    for entry in entries:
-        if entry["weights"] == "pretrained":
-            groups.setdefault((entry["method"], str(entry.get("method_digest")), *_job(entry)), []).append(entry)
-    baselines = [entry for of in groups.values() for entry in of if entry["method"] == BASELINE]
+    pretrained = [entry for entry in entries if entry.weights == "pretrained"]
+    baselines = [entry for entry in pretrained if entry.method == BASELINE]
     return [
-        _comparison(of_method, [entry for entry in baselines if _job(entry) == _job(of_method[0])])
-        for of_method in groups.values()
-        if len({str(entry["seed"]) for entry in of_method}) > 1
+        _quality(of_method, [entry for entry in baselines if SAME_JOB.of(entry) == SAME_JOB.of(of_method[0])])
+        for of_method in SAME_JOB.also("method", "method_digest").groups(pretrained)
+        if len({entry.seed for entry in of_method}) > 1
     ]
 
 
-def _job(entry: Entry) -> tuple[str, ...]:
-    return tuple(str(entry.get(key)) for key in SAME_JOB)
-
-
-def _comparison(of_method: Sequence[Entry], baselines: Sequence[Entry]) -> Comparison:
-    newest = {str(entry["seed"]): entry for entry in of_method}
-    baseline = {str(entry["seed"]): entry for entry in baselines if _losses(entry, "heldout")}
-    told = [entry for seed, entry in newest.items() if seed in baseline and _losses(entry, "heldout")]
-    differences = [entry["heldout_loss_after"] - baseline[str(entry["seed"])]["heldout_loss_after"] for entry in told]
-    heldout, elsewhere = ([_losses(entry, where) for entry in told] for where in ("heldout", "elsewhere"))
-    rises = [losses[1] - losses[0] for losses in elsewhere if losses]
-    return Comparison(
-        model=of_method[0]["model"],
-        method=of_method[0]["method"],
-        heldout=_means(heldout),
+def _quality(of_method: Sequence[Entry], baselines: Sequence[Entry]) -> Quality:
+    newest = {entry.seed: entry for entry in of_method}
+    of_baseline = {entry.seed: losses for entry in baselines if (losses := _heldout(entry))}
+    known = {seed: losses for seed, entry in newest.items() if seed in of_baseline and (losses := _heldout(entry))}
+    differences = [after - of_baseline[seed][1] for seed, (_, after) in known.items()]
+    elsewhere = [losses for seed in known if (losses := _elsewhere(newest[seed]))]
+    rises = [after - before for before, after in elsewhere]
+    return Quality(
+        model=of_method[0].model,
+        method=of_method[0].method,
+        heldout=_means([*known.values()]),
         elsewhere=_means(elsewhere),
-        difference=over_seeds(differences) if told and of_method[0]["method"] != BASELINE else None,
+        difference=over_seeds(differences) if known and of_method[0].method != BASELINE else None,
         forgotten=over_seeds(rises) if rises else None,
-        failed=len(newest) - len(told),
+        failed=len(newest) - len(known),
         entries=list(newest.values()),
     )
 
 
-def _losses(entry: Entry, where: str) -> tuple[float, float] | None:
-    """Before and after training, of a trial that ended as it should."""
-    before, after = entry.get(f"{where}_loss_before"), entry.get(f"{where}_loss_after")
-    return None if entry["outcome"] != "completed" or before is None or after is None else (before, after)
+def _heldout(entry: Entry) -> tuple[float, float] | None:
+    """Held-out loss before and after training, of a trial that ended as it should."""
+    return _of_completed(entry, entry.heldout_loss_before, entry.heldout_loss_after)
 
 
-def _means(losses: Sequence[tuple[float, float] | None]) -> tuple[float, float] | None:
-    known = [pair for pair in losses if pair]
-    return (fmean(before for before, _ in known), fmean(after for _, after in known)) if known else None
+def _elsewhere(entry: Entry) -> tuple[float, float] | None:
+    """Loss elsewhere before and after training, of a trial that ended as it should."""
+    return _of_completed(entry, entry.elsewhere_loss_before, entry.elsewhere_loss_after)
+
+
+def _of_completed(entry: Entry, before: float | None, after: float | None) -> tuple[float, float] | None:
+    return None if entry.outcome != "completed" or before is None or after is None else (before, after)
+
+
+def _means(losses: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    return (fmean(before for before, _ in losses), fmean(after for _, after in losses)) if losses else None

@@ -33,12 +33,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from statistics import fmean, variance
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from lightweight.schema import GateVerdict
 
 if TYPE_CHECKING:  # the imports in functions take half a second, and most who load this ask for no interval
     import numpy as np
-
-Verdict = Literal["pass", "fail", "undecided"]
 
 CONFIDENCE = 0.95
 CAP = 128
@@ -129,7 +129,7 @@ def independent(log_ratios: Sequence[float]) -> float:
     return max(count / time, 2.0)
 
 
-def verdict(interval: Interval, floor: float) -> Verdict:
+def verdict(interval: Interval, floor: float) -> GateVerdict:
     """Pass when the whole interval is above `floor`, fail when it is below, else undecided."""
     if interval.low > floor:
         return "pass"

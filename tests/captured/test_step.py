@@ -222,11 +222,11 @@ def test_a_captured_cell_completes_in_a_child_and_its_record_says_how_it_ran(tri
         outcome = child.finish()
     assert outcome.kind == "completed", outcome
     entry = record.entry(small, outcome, targets.Device(name="a CPU"), None)
-    assert (entry["captured"], entry["compiled"], entry["steps"]) == (False, False, 5)
-    assert "no GPU" in entry["capture_note"]
-    assert (entry["precision"], entry["weights_dtype"]) == ("fp32", "float32")
-    assert entry["captured_step"]["attention"] == "sdpa"
-    assert entry["phase_seconds"]["capture"] > 0
+    assert (entry.captured, entry.compiled, entry.steps) == (False, False, 5)
+    assert "no GPU" in entry.capture_note
+    assert (entry.precision, entry.weights_dtype) == ("fp32", "float32")
+    assert entry.captured_step["attention"] == "sdpa"
+    assert entry.phase_seconds["capture"] > 0
     assert json.loads(json.dumps(entry, allow_nan=False)) == entry
 
 

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import pytest
+import samples
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
@@ -67,7 +67,7 @@ def out(tmp_path) -> Path:
 
 
 def entry(folder: Path) -> record.Entry:
-    (found,) = record.load([folder / "record.json"])
+    (found,) = record.load(folder / "record.json").entries
     return found
 
 
@@ -111,9 +111,9 @@ def test_an_interrupted_job_resumes_to_the_same_bits(train, out, signal_at, caps
     assert f"going on after step {step} of 20" in capsys.readouterr().out
     assert weights(out / "cut") == weights(out / "whole")
     resumed, uncut = entry(out / "cut"), entry(out / "whole")
-    assert len(uncut["train_loss"]) == uncut["steps"] == resumed["steps"] == 20
+    assert len(uncut.train_loss or ()) == uncut.steps == resumed.steps == 20
     for key in ("train_loss", "heldout_loss_before", "heldout_loss_after"):
-        assert resumed[key] == uncut[key], key
+        assert getattr(resumed, key) == getattr(uncut, key), key
     assert not (out / "cut.partial").exists()
 
 
@@ -230,9 +230,9 @@ def test_a_job_on_two_ranks_of_which_one_is_interrupted_resumes_to_the_same_bits
     assert sum("20/20" in line for line in said) == 1, "one bar"
     assert weights(out / "cut") == weights(out / "whole")
     resumed, uncut = entry(out / "cut"), entry(out / "whole")
-    assert resumed["world_size"] == 2
+    assert resumed.world_size == 2
     for key in ("train_loss", "heldout_loss_before", "heldout_loss_after"):
-        assert resumed[key] == uncut[key], key
+        assert getattr(resumed, key) == getattr(uncut, key), key
 
 
 CALM = """
@@ -285,10 +285,10 @@ def test_torchrun_trains_what_one_rank_does_also_where_sigterm_came_between(micr
     for kind in ("", "captured-"):
         one, two = out / f"{kind}one", out / f"{kind}two"
         assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
-        assert (entry(one)["world_size"], entry(two)["world_size"]) == (1, 2)
-        assert len(entry(two)["train_loss"]) == 30
-        assert entry(two)["train_loss"] == pytest.approx(entry(one)["train_loss"], abs=1e-4)
-        assert entry(two)["heldout_loss_after"] == pytest.approx(entry(one)["heldout_loss_after"], abs=1e-4)
+        assert (entry(one).world_size, entry(two).world_size) == (1, 2)
+        assert len(entry(two).train_loss) == 30
+        assert entry(two).train_loss == pytest.approx(entry(one).train_loss, abs=1e-4)
+        assert entry(two).heldout_loss_after == pytest.approx(entry(one).heldout_loss_after, abs=1e-4)
         ones, twos = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
         torch.testing.assert_close(twos, ones, atol=1e-3, rtol=1e-2)
 
@@ -353,10 +353,10 @@ def test_the_result_says_what_it_is_and_peft_loads_it(train, base, dialogues, ou
     assert card.data.library_name == "peft"
     assert card.data.base_model is None  # a folder is nothing the hub knows
     for said in (
-        found["corpus_digest"],
-        *(f"{found[key]:.4f}" for key in ("heldout_loss_before", "heldout_loss_after")),
-        *(f"{loss:.4f}" for loss in record.training_loss(found["train_loss"], found["steps_per_epoch"])),
-        f"| torch | {found['versions']['torch']} |",
+        found.corpus_digest,
+        *(f"{loss:.4f}" for loss in (found.heldout_loss_before, found.heldout_loss_after)),
+        *(f"{loss:.4f}" for loss in record.training_loss(found.train_loss, found.steps_per_epoch)),
+        f"| torch | {found.versions['torch']} |",
         "LORA r=8 on q_proj v_proj",
         str(base),
     ):
@@ -381,7 +381,7 @@ def test_the_trained_model_answers_as_it_was_taught(train, out, capsys, monkeypa
         sure = replace(sure, adapter=peft.LoraConfig(r=32, lora_alpha=64, target_modules=["fc1", "fc2"]))
     monkeypatch.setitem(train_command.methods.METHODS, method, sure)
     assert train("a", "--epochs", "25", "--max-length", "128", "--learning-rate", "1e-2", method=method) == 0
-    assert entry(out / "a")["training_arguments"]["learning_rate"] == 1e-2
+    assert entry(out / "a").training_arguments["learning_rate"] == 1e-2
     capsys.readouterr()
     assert main(["chat", str(out / "a"), "--prompt", "오늘은 힘들었어요 3", "--max-tokens", "40"]) == 0
     assert " me more about it" in capsys.readouterr().out
@@ -422,7 +422,7 @@ def test_without_a_method_the_fastest_that_fits_is_taken_and_said(train, out, ba
     assert capsys.readouterr().out.startswith("method lora: without GPU or --target nothing is forecast")
     assert train("c", "--max-steps", "1", "--weights", "random", method=None) == 0
     assert capsys.readouterr().out.startswith("method baseline: without GPU or --target nothing is forecast")
-    assert [entry(out / name)["method"] for name in "abc"] == ["lora", "lora", "baseline"]
+    assert [entry(out / name).method for name in "abc"] == ["lora", "lora", "baseline"]
 
 
 def test_where_no_method_fits_that_is_one_line_and_status_1(train, out, capsys):
@@ -517,7 +517,7 @@ def test_a_tracker_is_told_the_losses_of_both_kinds_of_steps(train, out, method)
     """The mean since the last entry, as the Trainer has it."""
     assert train("a", "--report-to", "tensorboard", method=method) == 0
     told = scalars(out / "a" / "runs")
-    losses = entry(out / "a")["train_loss"]
+    losses = entry(out / "a").train_loss
     for step, mean in ((1, losses[0]), (10, fmean(losses[1:10])), (20, fmean(losses[10:20]))):
         assert told["train/loss", step] == pytest.approx(mean, abs=1e-4)
     rate = train_command.methods.BASELINE.training_arguments.get("learning_rate", 5e-5)
@@ -534,7 +534,7 @@ def test_another_job_is_not_resumed(train, out, signal_at, capsys):
     assert train("a", "--resume", "--seed", "1") == 2
     assert "is another one: seed was 0 and is 1" in capsys.readouterr().err
     assert train("a", "--overwrite", "--seed", "1", "--max-steps", "1") == 0
-    assert entry(out / "a")["seed"] == 1
+    assert entry(out / "a").seed == 1
     assert train("a", "--max-steps", "1") == 2
     assert "already exists" in capsys.readouterr().err
     assert train("b", "--resume", "--max-steps", "1") == 0
@@ -573,40 +573,20 @@ def test_what_would_train_something_else_is_refused_in_a_line(train, tmp_path, c
 
 def test_weights_from_fewer_bits_are_said_in_record_and_card(base):
     model = replace(models.named(str(base)), weights="pretrained", weights_file="tiny.Q4_1.gguf")
-    entry: dict[str, Any] = {"model": "m", "weights": model.weights, "weights_file": model.weights_file}
-    entry |= {
-        "method": "baseline",
-        "precision": "fp32",
-        "adapter": None,
-        "quantization": None,
-        "training_arguments": {},
-    }
-    entry |= {"captured_step": None, "corpus_digest": "d", "train_loss": [2.0, 1.0], "steps_per_epoch": 2, "seed": 0}
-    entry |= {"max_length": 8, "device": "CPU", "heldout_loss_before": 2.0, "heldout_loss_after": 1.0, "versions": {}}
+    entry = samples.entry(weights=model.weights, weights_file=model.weights_file)
     assert "pretrained, from tiny.Q4_1.gguf: stored in fewer bits and dequantized" in str(model_card(entry, None))
-    assert "fewer bits" not in str(model_card(entry | {"weights_file": None}, None))
+    assert "fewer bits" not in str(model_card(replace(entry, weights_file=None), None))
 
 
 @pytest.mark.parametrize(
     ("losses", "part", "first", "last"),
     [
-        ([5.0, 1.0, 2.0, 3.0], "epoch", "3.0000", "2.5000"),  # two epochs of two steps
-        ([5.0, 1.0, 2.0], "tenth of the steps", "5.0000", "2.0000"),
+        ((5.0, 1.0, 2.0, 3.0), "epoch", "3.0000", "2.5000"),  # two epochs of two steps
+        ((5.0, 1.0, 2.0), "tenth of the steps", "5.0000", "2.0000"),
     ],
 )
 def test_a_cards_training_losses_are_means_and_not_those_of_single_batches(losses, part, first, last):
-    known: dict[str, Any] = dict.fromkeys(("adapter", "quantization", "weights_file", "captured_step"))
-    known |= {"training_arguments": {}}
-    known |= {"model": "m", "method": "lora", "weights": "random", "corpus_digest": "0", "versions": {}}
-    known |= {
-        "device": "CPU",
-        "precision": "fp32",
-        "max_length": 64,
-        "seed": 0,
-        "steps_per_epoch": 2,
-        "train_loss": losses,
-    }
-    card = str(model_card(known | {"heldout_loss_before": 5.0, "heldout_loss_after": 2.0}, None))
+    card = str(model_card(samples.entry(steps_per_epoch=2, train_loss=losses), None))
     assert f"| training, mean of the first {part} | {first} |" in card
     assert f"| training, mean of the last {part} | {last} |" in card
 

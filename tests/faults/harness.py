@@ -106,9 +106,9 @@ def run(given: list[str], folder: Path, kill: Kill | None = None, *, world_size:
 def result(folder: Path) -> tuple[bytes, Any]:
     """The bits of the weights, and the losses, that a job has left in `folder`."""
     (weights,) = folder.glob("*.safetensors")
-    (entry,) = record.load([folder / "record.json"])
-    keys = ("train_loss", "heldout_loss_before", "heldout_loss_after", "steps", "planned_steps")
-    return weights.read_bytes(), json.dumps([entry[key] for key in keys])
+    (entry,) = record.load(folder / "record.json").entries
+    losses = entry.train_loss, entry.heldout_loss_before, entry.heldout_loss_after
+    return weights.read_bytes(), json.dumps([*losses, entry.steps, entry.planned_steps])
 
 
 def steers(text: str) -> bool:

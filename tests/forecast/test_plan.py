@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import samples
 
 from conftest import MICRO
 from lightweight import record, targets
@@ -181,7 +182,7 @@ def test_a_method_that_cannot_be_forecast_is_a_line_among_the_others(capsys, neo
     assert "captured" in no_captured["reason"]
     assert no_lora["forecast_reserved_bytes"] is None and no_lora["max_batch"] is None
     (tmp_path / "plan.json").write_text(printed)
-    assert [row["method"] for row in record.run(tmp_path / "plan.json").forecasts] == ["baseline", "baseline"]
+    assert [row.method for row in record.load(tmp_path / "plan.json").forecasts] == ["baseline", "baseline"]
 
 
 def test_the_table_says_why_a_method_cannot_be_forecast_and_the_rest(capsys, neox):
@@ -320,10 +321,9 @@ def row_of(method, **changes):
 
 
 def entry(method, seconds, device="H200", **changes):
-    return {
+    computed = {
         "model": "m",
         "method": method.name,
-        "outcome": "completed",
         "steady_step_seconds": seconds,
         "tokens_per_step": 1,
         "device": device,
@@ -334,7 +334,8 @@ def entry(method, seconds, device="H200", **changes):
         "weights_dtype": method.on_gpu(bf16=False).weights_dtype,
         "precision": method.precision,
         "training_arguments": dict(method.training_arguments),
-    } | changes
+    }
+    return samples.entry(**computed | changes)
 
 
 ALL = (QLORA, BASELINE, LORA)

@@ -68,40 +68,40 @@ def traces(tmp_path_factory):
 
 def cell_of(entry):
     """The cell that a record's entry measured."""
-    sequences = entry["training_arguments"]["per_device_train_batch_size"]
+    sequences = entry.training_arguments["per_device_train_batch_size"]
     return next(
         name
         for name, (model, method, max_length) in CELLS.items()
-        if (entry["model"], entry["method"]) == (model, method.name)
-        and (entry["max_length"], sequences) == (max_length, method.sequences_per_pass)
+        if (entry.model, entry.method) == (model, method.name)
+        and (entry.max_length, sequences) == (max_length, method.sequences_per_pass)
     )
 
 
 def test_the_committed_matrix_is_whole():
-    completed = [entry for entry in record.load([MATRIX]) if entry["target"] == "native"]
+    completed = [entry for entry in record.load(MATRIX).entries if entry.target == "native"]
     assert {cell_of(entry) for entry in completed} == set(CELLS)
     assert len(CELLS) >= 12
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_forecasts_agree_with_the_committed_measurements(traces, cell):
-    (entry,) = [e for e in record.load([MATRIX]) if e["target"] == "native" and cell_of(e) == cell]
+    (entry,) = [e for e in record.load(MATRIX).entries if e.target == "native" and cell_of(e) == cell]
     peak = traces[cell].replay()
-    assert peak.allocated_bytes == pytest.approx(entry["peak_allocated_bytes"], rel=ALLOCATED)
-    assert peak.reserved_bytes == pytest.approx(entry["peak_reserved_bytes"], rel=RESERVED)
+    assert peak.allocated_bytes == pytest.approx(entry.peak_allocated_bytes, rel=ALLOCATED)
+    assert peak.reserved_bytes == pytest.approx(entry.peak_reserved_bytes, rel=RESERVED)
 
 
 def test_no_verdict_is_wrong_on_the_committed_runs(traces):
     decided = 0
-    for entry in record.load([MATRIX, T4_RUN]):
-        budget = entry["budget_bytes"] or entry["device_bytes"] - targets.CONTEXT_BYTES
+    for entry in [*record.load(MATRIX).entries, *record.load(T4_RUN).entries]:
+        budget = entry.budget_bytes or entry.device_bytes - targets.CONTEXT_BYTES
         found = within(traces[cell_of(entry)], budget)
-        if entry["outcome"] == "out_of_memory":
-            assert found.verdict != "fits", (entry["model"], entry["method"], entry["target"])
+        if entry.outcome == "out_of_memory":
+            assert found.verdict != "fits", (entry.model, entry.method, entry.target)
             if found.verdict == "does_not_fit":
-                assert found.phase == entry["phase"], "where it ran out of memory"
+                assert found.phase == entry.phase, "where it ran out of memory"
         else:
-            assert found.verdict != "does_not_fit", (entry["model"], entry["method"], entry["target"])
+            assert found.verdict != "does_not_fit", (entry.model, entry.method, entry.target)
         decided += found.verdict != "too_close_to_call"
     assert decided >= 30
 

@@ -6,12 +6,13 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+from samples import LADDER, entry, forecast, paired, run, seeds, stopped
 
 from lightweight import record
-from lightweight.report import drawing, figures, page, report
-from report.test_report import LADDER, entry, forecast, paired, run, seeds, stopped
+from lightweight.report import drawing, figures, page, select, words, write
 
 HOSTILE = [
     "<script>document.title='owned'</script>",
@@ -30,8 +31,8 @@ def everything():
     others = [
         stopped(model=neo, peak_allocated_bytes=13 * 2**30),
         entry(model=neo, method="qlora"),
-        entry(model=neo, method="lora", outcome="diverged", steady_step_seconds=None, train_loss=[3.0, None]),
-        entry(model=neo, target="native", planned_steps=1, train_loss=[3.0], step_seconds=[0.1]),
+        entry(model=neo, method="lora", outcome="diverged", steady_step_seconds=None, train_loss=(3.0, None)),
+        entry(model=neo, target="native", planned_steps=1, train_loss=(3.0,), step_seconds=(0.1,)),
     ]
     others += seeds("baseline", 2.5, 2.7, model="smollm2-135m")
     others += seeds("qlora-captured-lr0.0002", 2.6, 2.7, model="smollm2-135m")
@@ -93,7 +94,7 @@ def test_a_cell_that_ran_out_of_memory_is_in_every_kind_of_picture():
             entry(),
             stopped(method="lora"),
             LADDER[0],
-            stopped(method="lora", test=LADDER[1]["test"], shown_as="ladder", planned_steps=4),
+            stopped(method="lora", test=LADDER[1].test, shown_as="ladder", planned_steps=4),
         )
     ]
     runs += [run(stopped(method="lora"), ended="2026-01-03")]
@@ -150,10 +151,10 @@ def test_where_no_cell_has_a_curve_each_still_has_its_cross():
 
 def test_the_whole_record_of_every_cell_is_there(document):
     shown = html.unescape(document)
-    for e in report.newest(everything()):
-        assert f"<summary>{html.escape(report.headline(e), quote=False)}" in document
-        assert json.dumps(e["train_loss"]) in shown
-        assert e["corpus_digest"] in shown
+    for e in select.newest(everything()):
+        assert f"<summary>{html.escape(words.headline(e), quote=False)}" in document
+        assert json.dumps(e.train_loss) in shown
+        assert e.corpus_digest in shown
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
@@ -221,16 +222,16 @@ def test_a_file_of_a_picture_stands_alone():
 
 
 def test_the_readmes_pictures_show_what_the_committed_records_hold():
-    root = report.Path(__file__).parents[2]
+    root = Path(__file__).parents[2]
     records = root / "experiments" / "records"
     drawn = {
-        p.key: p for p in figures.pictures([record.run(records / "h200-t4.json"), record.run(records / "plan.json")])
+        p.key: p for p in figures.pictures([record.load(records / "h200-t4.json"), record.load(records / "plan.json")])
     }
-    words = re.compile(r"<text[^>]*>([^<]*)<")
+    text = re.compile(r"<text[^>]*>([^<]*)<")
     shown = sorted((root / "docs" / "figures").glob("*.svg"))
     assert shown
     for path in shown:
-        assert words.findall(path.read_text("utf-8")) == words.findall(drawn[path.stem].svg)
+        assert text.findall(path.read_text("utf-8")) == text.findall(drawn[path.stem].svg)
 
 
 # In a browser
@@ -254,7 +255,7 @@ def browser():
 @pytest.fixture(scope="module")
 def file(document, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
-    report.write(path, document)
+    write.write(path, document)
     return path
 
 
@@ -402,7 +403,7 @@ def test_it_reads_without_its_script(browser, file):
 def test_hostile_text_runs_nothing(opened, tmp_path):
     path = tmp_path / "hostile.html"
     for hostile in HOSTILE:
-        report.save(path, hostile_runs(hostile))
+        write.save(path, hostile_runs(hostile))
         tab = opened(path)
         assert tab.title() != "owned"
         tab.select_option("select[name=method]", index=1)

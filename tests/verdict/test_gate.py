@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report.test_report import entry
+from samples import entry
 
 from lightweight import __main__, record
-from lightweight.record import Run, Speedup
+from lightweight.record import SAME_TRIAL, Run, Speedup
+from lightweight.report import comparison
 from lightweight.verdict import gate, limits, ratio
 from lightweight.verdict.limits import Limits
 
@@ -17,18 +18,13 @@ BOTH = Limits(speedup_fail=0.05, memory_fail=0.05)
 
 
 def speedup(center, *, pairs=12, noise=0.005, seed=0, **changes):
-    """As JSON: pairs around `center` times as fast."""
-    logs = [float(log) for log in np.random.default_rng(seed).normal(math.log(center), noise, pairs)]
-    found = ratio.interval(logs)
-    numbers: dict[str, Any] = {"ratio": found.ratio, "low": found.low, "high": found.high}
-    return (
-        json.loads(
-            json.dumps(
-                asdict(Speedup(baseline="baseline", log_ratios=tuple(logs), cap=16, steps_per_round=4, **numbers))
-            )
-        )
-        | changes
-    )
+    """Pairs around `center` times as fast."""
+    logs = tuple(float(log) for log in np.random.default_rng(seed).normal(math.log(center), noise, pairs))
+    known: dict[str, Any] = {"baseline": "baseline", "cap": 16, "steps_per_round": 4, "log_ratios": logs}
+    return Speedup(**known | asdict(ratio.interval(logs)) | changes)
+
+
+NO_PAIRS = {"log_ratios": (), "ratio": None, "low": None, "high": None}
 
 
 def cell(method="lora", **changes):
@@ -84,11 +80,11 @@ def test_a_verdict_that_time_left_open_says_so(undecided):
     (line,) = [line for line in [*found.failures, *found.notes] if "undecided after" in line and "is " in line][:1]
     assert "undecided after 12 pairs, since the 120 s for them were over" in line
     now = cell(speedup=speedup(1.62, noise=0.2))
-    assert "s for them were over" not in gate.text(compare([now], [then], replace(BOTH, undecided=undecided)))
+    assert "s for them were over" not in comparison.text(compare([now], [then], replace(BOTH, undecided=undecided)))
 
 
 def test_gate_fails_when_the_baseline_is_missing():
-    lost = speedup(1.7) | {"log_ratios": [], "ratio": None, "low": None, "high": None, "reason": "baseline crashed"}
+    lost = speedup(1.7, **NO_PAIRS, reason="baseline crashed")
     for now, why in ((cell(speedup=lost), "baseline crashed"), (cell(), "no pairs of rounds were measured")):
         (failure,) = compare([now], [cell(speedup=speedup(1.7))]).failures
         assert "none now" in failure and why in failure
@@ -96,17 +92,11 @@ def test_gate_fails_when_the_baseline_is_missing():
 
 def test_a_ratio_to_a_baseline_out_of_memory_is_no_number():
     out = cell("baseline", outcome="out_of_memory", steady_step_seconds=None)
-    none = speedup(1.7) | {
-        "log_ratios": [],
-        "ratio": None,
-        "low": None,
-        "high": None,
-        "reason": "baseline out of memory",
-    }
+    none = speedup(1.7, **NO_PAIRS, reason="baseline out of memory")
     found = compare([out, cell("qlora", speedup=none)], [out, cell("qlora", speedup=none)])
     assert found.failures == []
-    assert gate.text(found).count("baseline out of memory") == 2
-    assert "x [" not in gate.text(found)
+    assert comparison.text(found).count("baseline out of memory") == 2
+    assert "x [" not in comparison.text(found)
 
 
 def test_a_cell_that_no_longer_completes_fails():
@@ -164,21 +154,10 @@ def test_a_run_under_other_conditions_is_passed_over_for_the_newest_that_matches
     assert failure.startswith("NOTHING WAS COMPARED")
 
 
-def test_the_text_shows_each_ratio_now_and_stored_and_losses():
-    now = [cell("baseline"), cell(speedup=speedup(1.6), peak_allocated_bytes=2 * 2**30, heldout_loss_after=2.4)]
-    then = [cell("baseline"), cell(speedup=speedup(1.7), peak_allocated_bytes=3 * 2**30)]
-    text = gate.text(compare(now, then))
-    row = next(line for line in text.splitlines() if " lora " in line)
-    for shown in ("1.60x [", "1.70x [", "0.94", "0.50", "0.75", "3.000 -> 2.400", "3.000 -> 2.500", "FAIL"):
-        assert shown in row
-    assert "Stored: 0001_old.json." in text
-    assert text.splitlines()[-1].startswith("FAILED opt-350m x lora: ")
-
-
 def test_a_verdict_is_the_same_from_the_files_alone():
     now, then = cell(speedup=speedup(1.5)), cell(speedup=speedup(1.7))
-    again = json.loads(json.dumps([now, then]))
-    assert gate.text(compare([again[0]], [again[1]])) == gate.text(compare([now], [then]))
+    again = [record.entry_of(json.loads(json.dumps(record.as_json(one)))) for one in (now, then)]
+    assert comparison.text(compare([again[0]], [again[1]])) == comparison.text(compare([now], [then]))
 
 
 @pytest.mark.parametrize(("text", "expected"), [("10%", 0.1), ("2.5%", 0.025)])
@@ -193,7 +172,7 @@ def test_any_other_text_is_told(text):
 
 
 def test_files_are_read_newest_first_and_what_is_none_costs_one_line(tmp_path):
-    whole = dict.fromkeys(record.KEYS) | cell(steps=6)
+    whole = record.as_json(cell(speedup=speedup(1.7)))
     for name, ended in (("a", "2026-01"), ("b", "2026-02")):
         (tmp_path / name).write_text(json.dumps({"datetime": ended, "outcomes": [whole]}))
     (tmp_path / "undated").write_text(json.dumps({"outcomes": [whole]}))  # put together by hand: of no known age
@@ -202,7 +181,7 @@ def test_files_are_read_newest_first_and_what_is_none_costs_one_line(tmp_path):
         "d": "[]",
         "e": json.dumps({"outcomes": [whole | {"peak_allocated_bytes": "many"}]}),
         "f": json.dumps({"outcomes": [whole | {"speedup": {"log_ratios": ["fast"]}}]}),
-        "g": json.dumps({"outcomes": [whole | {"speedup": speedup(1.7) | {"cap": 3}}]}),
+        "g": json.dumps({"outcomes": [whole | {"speedup": whole["speedup"] | {"cap": 3}}]}),
     }
     for name, content in broken.items():
         (tmp_path / name).write_text(content)
@@ -226,7 +205,7 @@ def test_what_appeared_is_told():
 @pytest.mark.parametrize("gone", ["baseline", "qlora"])
 def test_a_stored_cell_that_is_missing_now_fails_the_baseline_too(gone):
     then = [cell("baseline"), cell("lora"), cell("qlora")]
-    now = [entry for entry in then if entry["method"] != gone]
+    now = [entry for entry in then if entry.method != gone]
     (failure,) = compare(now, then).failures
     assert failure == f"opt-350m x {gone}: missing now, completed in 0001_old.json (seed 0, steps 130)"
     assert compare(now, then, replace(BOTH, missing="pass")).failures == []
@@ -246,7 +225,7 @@ def test_of_several_seeds_each_has_its_counterpart():
 def test_what_the_new_run_was_not_asked_for_is_not_missing():
     then = [cell("lora"), cell("lora", model="gpt-neo-1.3b")]
     runs = [run(*then)]
-    assert gate.compare(then[:1], runs, BOTH, lambda stored: stored["model"] == "opt-350m").failures == []
+    assert gate.compare(then[:1], runs, BOTH, lambda stored: stored.model == "opt-350m").failures == []
     assert len(gate.compare(then[:1], runs, BOTH).failures) == 1
 
 
@@ -286,7 +265,7 @@ def test_settings_that_an_old_record_does_not_say_are_told_as_unknown():
 @pytest.mark.parametrize("key", ["heldout_loss_after", "elsewhere_loss_after"])
 def test_a_loss_that_rose_or_is_gone_fails(key, rise, fails):
     then = cell(**{key: 2.5}, elsewhere_digest="e")
-    now = then | {key: None if rise is None else 2.5 + rise}
+    now = replace(then, **{key: None if rise is None else 2.5 + rise})
     failures = compare([now], [then], replace(BOTH, loss_fail=0.02)).failures
     assert len(failures) == fails
     assert not fails or ("none now" if rise is None else f"{rise:+.4f}, more than +0.02") in failures[0]
@@ -335,8 +314,9 @@ def test_a_step_on_a_cpu_which_others_use_as_well_is_not_gated():
 @pytest.mark.parametrize("path", sorted(RECORDS.glob("*.json")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_committed_record_against_itself_passes_and_with_all_times_doubled_fails(path, times, tmp_path):
-    document = record.document(path) if isinstance(json.loads(path.read_text()), dict) else {"outcomes": []}
-    timed = [outcome for outcome in document["outcomes"] if outcome["steady_step_seconds"]]
+    document = json.loads(path.read_text())
+    outcomes = document["outcomes"] if isinstance(document, dict) else ()  # a plan is a list
+    timed = [outcome for outcome in outcomes if outcome["steady_step_seconds"]]
     if not timed:
         pytest.skip("holds no times")
     for outcome in timed:
@@ -517,13 +497,11 @@ def test_every_default_says_where_it_comes_from():
     losses: dict[Any, list[float]] = {}
     steps: dict[Any, list[float]] = {}
     for path in RECORDS.glob("*.json"):
-        for e in record.run(path).entries:
-            if e["outcome"] == "completed" and e["heldout_loss_after"] is not None:
-                losses.setdefault(tuple(e.get(k) for k in record.SAME_TRIAL if k != "device"), []).append(
-                    e["heldout_loss_after"]
-                )
-                if e.get("captured"):
-                    steps.setdefault(tuple(e.get(k) for k in record.SAME_TRIAL), []).append(e["steady_step_seconds"])
+        for e in record.load(path).entries:
+            if e.outcome == "completed" and e.heldout_loss_after is not None:
+                losses.setdefault(SAME_TRIAL.but("device").of(e), []).append(e.heldout_loss_after)
+                if e.captured:
+                    steps.setdefault(SAME_TRIAL.of(e), []).append(e.steady_step_seconds)
     apart = [max(of) - min(of) for of in losses.values() if len(of) > 1]
     assert len(apart) >= 7 and max(apart) < limits.LOSS_FAIL / 100
     longer = [max(of) / min(of) - 1 for of in steps.values() if len(of) > 1]

@@ -1,4 +1,3 @@
-import json
 import math
 import random
 import shutil
@@ -7,6 +6,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+import samples
 import torch
 from scipy import stats
 
@@ -25,14 +25,10 @@ CPU = Device(name="a CPU")
 
 
 def entry(method, seed, after, **changes):
-    """What of a record's entry is compared."""
-    return {
-        **{"model": "m", "method": method, "target": "t4", "device": "d", "weights": "pretrained", "seed": seed},
-        **{"corpus_digest": "c", "elsewhere_digest": "e", "planned_steps": 70, "max_length": 160},
-        **{"tokens_per_step": 1280, "outcome": "completed", "heldout_loss_before": 4.0, "heldout_loss_after": after},
-        **{"elsewhere_loss_before": 3.0, "elsewhere_loss_after": 3.1 + seed / 10},
-        **changes,
-    }
+    """An entry with what is compared of it."""
+    losses = {"heldout_loss_before": 4.0, "heldout_loss_after": after}
+    losses |= {"elsewhere_loss_before": 3.0, "elsewhere_loss_after": 3.1 + seed / 10}
+    return samples.entry(**{"method": method, "seed": seed, "elsewhere_digest": "e"} | losses | changes)
 
 
 BASELINES = [entry("baseline", seed, 3.0 + seed) for seed in range(3)]
@@ -63,33 +59,33 @@ def test_the_interval_is_students_for_a_mean_and_its_upper_end_the_one_sided_bou
     ],
 )
 def test_no_worse_is_claimed_only_where_the_whole_interval_is_below_the_margin(low, high, expected):
-    assert noninferiority.verdict(Estimate((low + high) / 2, low, high)) == expected
+    assert noninferiority.conclusion(Estimate((low + high) / 2, low, high)) == expected
 
 
 def test_a_method_at_the_margin_is_called_no_worse_one_time_in_twenty():
     draw = random.Random(0)
     seeds = [[draw.gauss(MARGIN, 0.02) for _ in range(4)] for _ in range(2000)]
-    share = fmean(noninferiority.verdict(noninferiority.over_seeds(values)) == "no worse" for values in seeds)
+    share = fmean(noninferiority.conclusion(noninferiority.over_seeds(values)) == "no worse" for values in seeds)
     assert 0.04 < share < 0.06
 
 
 def test_a_method_is_held_against_the_baseline_of_the_same_seed():
-    baseline, lora = noninferiority.compare([*reversed(BASELINES), *LORAS])
-    assert (baseline.method, baseline.difference, baseline.verdict) == ("baseline", None, None)
+    baseline, lora = noninferiority.qualities([*reversed(BASELINES), *LORAS])
+    assert (baseline.method, baseline.difference, baseline.conclusion) == ("baseline", None, None)
     assert lora.difference == noninferiority.over_seeds([0.0 + 3.0 - 3.0, 4.02 - 4.0, 5.01 - 5.0])
-    assert lora.verdict == "no worse"  # baselines differ by whole nats; only pairs show it
+    assert lora.conclusion == "no worse"  # baselines differ by whole nats; only pairs show it
     assert lora.heldout == pytest.approx((4.0, 4.01))
     assert lora.elsewhere == pytest.approx((3.0, 3.2))
     assert lora.forgotten.mean == pytest.approx(0.2)
     assert lora.forgotten.low < 0.2 < lora.forgotten.high
-    assert [found["seed"] for found in lora.entries] == [0, 1, 2]
+    assert [of.seed for of in lora.entries] == [0, 1, 2]
 
 
 def test_a_method_that_lost_something_is_told():
     worse = [entry("lora", seed, 3.2 + seed + seed / 100) for seed in range(3)]
-    assert noninferiority.compare([*BASELINES, *worse])[1].verdict == "worse"
+    assert noninferiority.qualities([*BASELINES, *worse])[1].conclusion == "worse"
     scattered = [entry("lora", seed, 3.0 + seed + extra) for seed, extra in enumerate((-0.3, 0.3, 0.0))]
-    assert noninferiority.compare([*BASELINES, *scattered])[1].verdict == "not shown"
+    assert noninferiority.qualities([*BASELINES, *scattered])[1].conclusion == "not shown"
 
 
 @pytest.mark.parametrize(
@@ -100,32 +96,33 @@ def test_a_method_that_lost_something_is_told():
     ],
 )
 def test_another_job_is_no_baseline(key):
-    others = [of | {key: "pretrained" if key == "weights" else "other"} for of in BASELINES]
-    found = [of for of in noninferiority.compare([*others, *LORAS]) if of.method == "lora"]
+    others = [replace(of, **{key: "pretrained" if key == "weights" else "other"}) for of in BASELINES]
+    found = [of for of in noninferiority.qualities([*others, *LORAS]) if of.method == "lora"]
     if key == "weights":
-        assert found[0].verdict == "no worse"
-        assert noninferiority.compare([of | {"weights": "random"} for of in [*BASELINES, *LORAS]]) == []
+        assert found[0].conclusion == "no worse"
+        assert noninferiority.qualities([replace(of, weights="random") for of in [*BASELINES, *LORAS]]) == []
     else:
-        assert (found[0].verdict, found[0].difference, found[0].failed) == ("not shown", None, 3)
+        assert (found[0].conclusion, found[0].difference, found[0].failed) == ("not shown", None, 3)
 
 
 def test_a_failed_trial_is_counted_and_shows_nothing():
     failed = entry("lora", 3, None, outcome="out_of_memory", heldout_loss_before=None)
-    found = noninferiority.compare([*BASELINES, entry("baseline", 3, 3.0), *LORAS, failed])[1]
-    assert (found.verdict, found.failed, len(found.entries)) == ("not shown", 1, 4)
-    assert found.difference == noninferiority.compare([*BASELINES, *LORAS])[1].difference
+    found = noninferiority.qualities([*BASELINES, entry("baseline", 3, 3.0), *LORAS, failed])[1]
+    assert (found.conclusion, found.failed, len(found.entries)) == ("not shown", 1, 4)
+    assert found.difference == noninferiority.qualities([*BASELINES, *LORAS])[1].difference
 
 
 def test_one_seed_is_no_comparison_and_the_newest_trial_of_a_seed_counts():
-    assert noninferiority.compare([BASELINES[0], LORAS[0]]) == []
-    assert noninferiority.compare([BASELINES[0], LORAS[0], LORAS[0]]) == []
+    assert noninferiority.qualities([BASELINES[0], LORAS[0]]) == []
+    assert noninferiority.qualities([BASELINES[0], LORAS[0], LORAS[0]]) == []
     again = entry("lora", 0, 3.03)
-    assert noninferiority.compare([*BASELINES, *LORAS, again])[1].difference.mean == pytest.approx(0.02)
+    assert noninferiority.qualities([*BASELINES, *LORAS, again])[1].difference.mean == pytest.approx(0.02)
 
 
 def test_records_from_before_there_was_a_text_from_elsewhere_are_compared_too():
-    old = [{k: v for k, v in of.items() if "elsewhere" not in k} for of in [*BASELINES, *LORAS]]
-    assert (noninferiority.compare(old)[1].verdict, noninferiority.compare(old)[1].forgotten) == ("no worse", None)
+    unknown = dict.fromkeys(("elsewhere_digest", "elsewhere_loss_before", "elsewhere_loss_after"))
+    _, lora = noninferiority.qualities([replace(of, **unknown) for of in [*BASELINES, *LORAS]])
+    assert (lora.conclusion, lora.forgotten) == ("no worse", None)
 
 
 def test_the_loss_elsewhere_is_measured_before_and_after_and_recorded(micro, small_corpus, folder):
@@ -150,9 +147,9 @@ def test_the_loss_elsewhere_is_measured_before_and_after_and_recorded(micro, sma
     assert measured.elsewhere_loss_after is not None
     assert measured.elsewhere_loss_after != measured.elsewhere_loss_before
     recorded = record.entry(trial, outcome, CPU, None)
-    assert recorded["elsewhere_loss_before"] == measured.elsewhere_loss_before
-    assert recorded["elsewhere_loss_after"] == measured.elsewhere_loss_after
-    assert recorded["elsewhere_digest"] == trial.corpus.elsewhere_digest != recorded["corpus_digest"]
+    assert recorded.elsewhere_loss_before == measured.elsewhere_loss_before
+    assert recorded.elsewhere_loss_after == measured.elsewhere_loss_after
+    assert recorded.elsewhere_digest == trial.corpus.elsewhere_digest != recorded.corpus_digest
 
 
 @pytest.fixture
@@ -177,14 +174,14 @@ def test_the_experiment_waits_until_a_model_with_real_weights_is_named(experimen
 def test_the_experiment_trains_every_seed_and_its_record_gives_the_table_again(experiment, micro):
     result = experiment.runpytest(f"--model={micro.location}", "-k", "baseline-captured", "--benchmark-json=run.json")
     result.assert_outcomes(passed=1, skipped=1)  # other rates need a GPU
-    entries = json.loads((experiment.path / "run.json").read_text("utf-8"))["outcomes"]
-    assert [(of["method"], of["seed"]) for of in entries] == [
+    entries = record.load(experiment.path / "run.json").entries
+    assert [(of.method, of.seed) for of in entries] == [
         (method, seed) for method in ("baseline-captured", "baseline") for seed in range(3)
     ]
-    assert {of["corpus_digest"] for of in entries} == {
+    assert {of.corpus_digest for of in entries} == {
         corpus.in_latin_letters(corpus.load(experiment.path / "corpus.json")).digest
     }
-    found, baseline = noninferiority.compare(entries)
-    assert (found.verdict, found.failed, baseline.verdict) == ("no worse", 0, None)
+    found, baseline = noninferiority.qualities(entries)
+    assert (found.conclusion, found.failed, baseline.conclusion) == ("no worse", 0, None)
     assert found.forgotten is not None
     result.stdout.fnmatch_lines("*baseline-captured * 3 *no worse*")

@@ -1,0 +1,41 @@
+"""What does a stored run say? `record.load("run.json")` gives a `Run`: its trials, forecasts and speedups, dataclasses.
+
+The JSON outlives the run: one entry a trial, beside pytest-benchmark's own rows in the same file. None of this needs
+torch.
+"""
+
+from lightweight.record.codec import FORECAST_KEYS as FORECAST_KEYS
+from lightweight.record.codec import KEYS as KEYS
+from lightweight.record.codec import as_json as as_json
+from lightweight.record.codec import entry_of as entry_of
+from lightweight.record.codec import forecast_of as forecast_of
+from lightweight.record.entries import BASELINE as BASELINE
+from lightweight.record.entries import ONE_AFTER_THE_OTHER as ONE_AFTER_THE_OTHER
+from lightweight.record.entries import Entry as Entry
+from lightweight.record.entries import ForecastRow as ForecastRow
+from lightweight.record.entries import Run as Run
+from lightweight.record.entries import Speedup as Speedup
+from lightweight.record.entries import seconds_per_token as seconds_per_token
+from lightweight.record.entries import training_loss as training_loss
+from lightweight.record.likeness import SAME_BASELINE as SAME_BASELINE
+from lightweight.record.likeness import SAME_BUT_RANKS as SAME_BUT_RANKS
+from lightweight.record.likeness import SAME_CELL as SAME_CELL
+from lightweight.record.likeness import SAME_METHOD as SAME_METHOD
+from lightweight.record.likeness import SAME_TRIAL as SAME_TRIAL
+from lightweight.record.likeness import Likeness as Likeness
+from lightweight.record.likeness import baseline_of as baseline_of
+from lightweight.record.reading import RecordError as RecordError
+from lightweight.record.reading import load as load
+from lightweight.record.reading import run as run
+from lightweight.record.shown import one_line as one_line
+from lightweight.record.shown import readable as readable
+from lightweight.record.writing import SCHEMA as SCHEMA
+from lightweight.record.writing import document as document
+from lightweight.record.writing import entry as entry
+from lightweight.record.writing import forecast_row as forecast_row
+from lightweight.record.writing import method_digest as method_digest
+from lightweight.record.writing import settings as settings
+from lightweight.record.writing import steady_seconds_per_token as steady_seconds_per_token
+from lightweight.record.writing import steady_step_seconds as steady_step_seconds
+from lightweight.record.writing import versions as versions
+from lightweight.record.writing import weights_revision as weights_revision

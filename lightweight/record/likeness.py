@@ -1,0 +1,70 @@
+"""When are two trials alike? What they must have in common to be compared in one way or another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightweight.record.entries import BASELINE, Entry
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Trials with `keys`, fields of an `Entry`, in common. A digest that one of them does not have says nothing."""
+
+    keys: tuple[str, ...]
+
+    def also(self, *keys: str) -> Likeness:
+        """This, and `keys` in common as well."""
+        return Likeness((*self.keys, *keys))
+
+    def but(self, *keys: str) -> Likeness:
+        """This, whatever the trials have as `keys`."""
+        return Likeness(tuple(key for key in self.keys if key not in keys))
+
+    def of(self, entry: Entry) -> tuple[Any, ...]:
+        """What is to be in common, as `entry` has it."""
+        return tuple(getattr(entry, key) for key in self.keys)
+
+    def differing(self, one: Entry, other: Entry) -> list[str]:
+        """Which of the keys two entries differ in."""
+        pairs = [(key, getattr(one, key), getattr(other, key)) for key in self.keys]
+        return [key for key, a, b in pairs if a != b and not (key == "method_digest" and None in (a, b))]
+
+    def holds(self, one: Entry, other: Entry) -> bool:
+        """Whether two entries are alike."""
+        return not self.differing(one, other)
+
+    def groups(self, entries: Iterable[Entry]) -> list[list[Entry]]:
+        """`entries` in groups of those that have all of the keys in common, in the order of their first."""
+        groups: dict[tuple[Any, ...], list[Entry]] = {}
+        for entry in entries:
+            groups.setdefault(self.of(entry), []).append(entry)
+        return list(groups.values())
+
+
+SAME_BASELINE = Likeness(("model", "target", "device", "world_size", "weights", "corpus_digest"))
+"""What a trial has in common with the baseline that it is held against: network, card, data."""
+
+SAME_METHOD = SAME_BASELINE.also("method", "method_digest")
+"""What the seeds and lengths of one method have in common."""
+
+SAME_CELL = SAME_METHOD.also("precision", "max_length", "tokens_per_step")
+"""What two runs of a cell have in common: rates and memory can be compared."""
+
+SAME_TRIAL = SAME_CELL.also("seed", "planned_steps")
+"""What two runs of a trial have in common, losses and step times included, and what tells the trials of a run apart."""
+
+SAME_BUT_RANKS = SAME_TRIAL.but("world_size")
+"""A trial on one GPU and the same on several."""
+
+
+def baseline_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
+    """The baseline of `entry`'s model on the same target and device; where there are several, the one most alike."""
+    baselines = [other for other in entries if other.method == BASELINE and SAME_BASELINE.holds(other, entry)]
+    length = Likeness(("max_length", "tokens_per_step", "planned_steps", "seed"))
+    wanted = length.of(entry)
+    return max(
+        baselines, key=lambda other: [a == b for a, b in zip(length.of(other), wanted, strict=True)], default=None
+    )

@@ -1,0 +1,55 @@
+"""How is the gate's verdict told? The cells of a new run beside the stored ones, as a table and lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from lightweight.record import BASELINE, Entry, baseline_of, one_line
+from lightweight.report import words
+from lightweight.report.table import Column, table
+from lightweight.verdict.gate import Cell, Comparison
+
+
+def text(comparison: Comparison) -> str:
+    """The comparison as a person reads it."""
+    cells = comparison.cells
+    entries = [cell.now for cell in cells]
+
+    def now_and_stored(heading: str, of: Callable[[Entry, Sequence[Entry]], str]) -> list[Column[Cell]]:
+        """What `of` says of a trial among those of its run: of the new one, and of the stored one."""
+        return [
+            (f"{heading} now", "r", lambda cell: of(cell.now, entries)),
+            ("stored", "r", lambda cell: of(cell.then, cell.run.entries) if cell.then and cell.run else "-"),
+        ]
+
+    columns: list[Column[Cell]] = [
+        ("model", "l", lambda cell: cell.now.model),
+        ("method", "l", lambda cell: _method(cell.now)),
+        *now_and_stored("speedup", lambda entry, among: words.speedup(entry, baseline_of(entry, among))),
+        ("now / stored", "r", lambda cell: str(cell.against_stored or "-")),
+        *now_and_stored("step", lambda entry, _: words.step(entry)),
+        *now_and_stored("memory", _memory),
+        *now_and_stored("held-out loss", lambda entry, _: words.loss(entry)),
+        ("verdict", "l", _verdict),
+    ]
+    lines = [table("gate", "Did it get worse?", columns, cells, entries).text("terminal")] if cells else []
+    runs = {cell.run.path: cell.run for cell in cells if cell.run}.values()
+    if runs:
+        names = ", ".join(f"{run.name}{' (of code with uncommitted changes)' * bool(run.is_dirty)}" for run in runs)
+        lines.append(one_line(f"Stored: {names}. Now / stored allows for having been looked at after every few pairs."))
+    failed = [f"FAILED {failure}" for failure in comparison.failures]
+    return "\n".join([*lines, *map(one_line, [*comparison.notes, *failed])])
+
+
+def _method(entry: Entry) -> str:
+    return entry.method if entry.world_size == 1 else f"{entry.method}, {entry.world_size} GPUs"
+
+
+def _memory(entry: Entry, among: Sequence[Entry]) -> str:
+    """The memory ratio where there is one, else the peak."""
+    share = entry.memory_share(baseline_of(entry, among))
+    return words.memory(entry) if share is None or entry.method == BASELINE else f"{share:.2f}"
+
+
+def _verdict(cell: Cell) -> str:
+    return "FAIL" if cell.failures else cell.verdict or ("no stored run" if cell.then is None else "-")

@@ -1,0 +1,234 @@
+"""What became of the loss? Curves over steps and seconds, and what several seeds say of a method's quality."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+from lightweight.record import Entry, baseline_of
+from lightweight.report import drawing, words
+from lightweight.report.drawing import LIGHT, WIDTH, Canvas, Picture
+from lightweight.verdict import noninferiority
+from lightweight.verdict.noninferiority import SAME_JOB, Estimate, Quality
+
+POINTS = 400
+"""Points a curve is drawn with at most; a longer one is averaged into as many."""
+
+
+def loss(key: str, entry: Entry, group: Sequence[Entry], entries: Sequence[Entry]) -> Picture:
+    """Training loss of a method over its baseline's: against steps above, against seconds below."""
+    baseline = baseline_of(entry, group)
+    shown = [entry] if baseline is None or baseline is entry else [baseline, entry]
+    name = words.name_among(entry, group)
+    title = f"{entry.model} on {words.timed_on(entry)}: {name}" + " over baseline" * (len(shown) > 1)
+    summary = f"Loss against step and seconds. {'; '.join(words.headline(e) for e in shown)}"
+    ended = [e for e in shown if e.outcome != "completed"]
+    if not any(e.train_loss for e in shown):
+        canvas = Canvas(key, 10 + 18 * len(ended), shown, entries)
+        paper = canvas.paper()
+        for line, e in enumerate(ended):
+            canvas.of(e, *_crossed(paper, 14, 14 + 18 * line, e))
+        return canvas.picture("loss", title, summary)
+    canvas = Canvas(key, 350, shown, entries)
+    above, below = (canvas.axes(30, top, 236, 118) for top in (20, 200))
+    paper = canvas.paper()
+    curves = {id(e): _curve(e) for e in shown}
+    drawn = [e for e in shown if curves[id(e)][1]]
+    heights = [value for e in drawn for value in [*curves[id(e)][1], *_heldout(e)] if math.isfinite(value)]
+    for axes, in_seconds in ((above, False), (below, True)):
+        labels = []
+        ends = [0.0]
+        for e in drawn:
+            colour, dash = ("blue", "-") if e is entry else ("muted", (0, (3, 1.6)))
+            steps, losses, seconds = curves[id(e)]
+            x = seconds if in_seconds else steps
+            epoch = e.steps_per_epoch or 1
+            raw = axes.plot(*_thinned(x, losses), color=LIGHT[colour], linewidth=0.7, alpha=0.4)
+            mean = axes.plot(
+                *_thinned(x, _smooth(losses, epoch)),
+                color=LIGHT[colour],
+                linewidth=1.9,
+                linestyle=dash,
+                zorder=3 if e is entry else 4,  # dashes leave what is under them to be seen
+            )
+            canvas.of(e, *raw, *mean)
+            ends.append(x[-1])
+            before, after = e.heldout_loss_before, e.heldout_loss_after
+            points = [(at, value) for at, value in ((0.0, before), (x[-1], after)) if value is not None]
+            if points:
+                dots = axes.plot(
+                    *zip(*points, strict=True),
+                    linestyle="none",
+                    marker="o",
+                    markersize=4.5,
+                    markerfacecolor=LIGHT["paper"],
+                    markeredgecolor=LIGHT[colour],
+                    clip_on=False,
+                    zorder=5,
+                )
+                canvas.of(e, *dots)
+            last = after if after is not None else _last(losses)
+            label = f"{x[-1]:.1f} s" if in_seconds else f"{last:.2f}"
+            labels.append((last, e, f"{drawing.short(e.method, 17)}\n{label}", colour))
+        axes.set_xlim(0, max(ends) or 1)
+        if heights:
+            room = (max(heights) - min(heights)) * 0.06 or 0.1
+            above_curves = (max(heights) - min(heights) + 2 * room) * 0.15 * len(ended)  # where crosses stand
+            axes.set_ylim(min(heights) - room, max(heights) + room + above_curves)
+        drawing.plain(axes)
+        for e, place, label, colour in drawing.apart(axes, labels, gap=25):
+            canvas.of(e, drawing.text(axes, 1.04, place, label, colour, 9.5, transform=axes.transAxes, va="center"))
+        for line, e in enumerate(ended):
+            canvas.of(e, *_crossed(paper, 40, (27 if axes is above else 207) + 15 * line, e))
+    above.set_xlabel("optimizer step", loc="left")
+    below.set_xlabel("seconds of training", loc="left")
+    for axes, label in ((above, "loss against step"), (below, "loss against seconds")):
+        drawing.text(axes, 0, 1.07, label, "ink", 10, transform=axes.transAxes, weight="bold")
+    if any(_heldout(e) for e in shown):
+        paper.plot([277], [342], "o", markersize=4.5, markerfacecolor="none", markeredgecolor=LIGHT["muted"])
+        drawing.text(paper, 284, 345.5, "held-out loss", "muted", 9.5)
+    return canvas.picture("loss", title, summary)
+
+
+def _crossed(paper: Axes, x: float, y: float, entry: Entry) -> list[Any]:
+    """A cross, and how the cell ended."""
+    cross = paper.plot(x, y, "x", color=LIGHT["fail"], markersize=7, markeredgewidth=2)
+    label = f"{drawing.short(entry.method, 18)}: {words.outcome(entry)}"
+    return [*cross, drawing.text(paper, x + 9, y + 3.5, label, "fail", 9.5)]
+
+
+def _curve(entry: Entry) -> tuple[list[float], list[float], list[float]]:
+    """Steps, losses and seconds since training began, one an optimizer step; nan for a loss that is not finite."""
+    losses = [math.nan if value is None else float(value) for value in entry.train_loss or ()]
+    taken, seconds = 0.0, []
+    for value in entry.step_seconds or ():
+        taken += value or 0.0
+        seconds.append(taken)
+    count = min(len(losses), len(seconds)) if seconds else len(losses)
+    return [float(step) for step in range(1, count + 1)], losses[:count], seconds[:count] or [0.0] * count
+
+
+def _heldout(entry: Entry) -> list[float]:
+    return [loss for loss in (entry.heldout_loss_before, entry.heldout_loss_after) if loss is not None]
+
+
+def _last(losses: Sequence[float]) -> float:
+    return next((value for value in reversed(losses) if math.isfinite(value)), 0.0)
+
+
+def _smooth(values: Sequence[float], window: int) -> list[float]:
+    """At every step the mean of those around it: of `window` in all, of fewer at either end."""
+    reach = [min(window // 2, index, len(values) - 1 - index) for index in range(len(values))]
+    return [fmean(values[index - near : index + near + 1]) for index, near in enumerate(reach)]
+
+
+def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    size = -(-len(x) // POINTS)
+    starts = range(0, len(x), size or 1)
+    x_mean, y_mean = ([fmean(values[start : start + size]) for start in starts] for values in (x, y))
+    return x_mean, y_mean
+
+
+def qualities(entries: Sequence[Entry]) -> list[Picture]:
+    """Two pictures of what several seeds gave: held-out loss over the baseline's with the margin, and what was
+    forgotten."""
+    jobs: dict[tuple[Any, ...], list[Quality]] = {}
+    for quality in noninferiority.qualities(entries):
+        jobs.setdefault(SAME_JOB.of(quality.entries[0]), []).append(quality)
+    pictures = []
+    for number, alike in enumerate(jobs.values()):
+        place = f"{alike[0].model} on {words.timed_on(alike[0].entries[0])}"
+        against = [quality for quality in alike if quality.conclusion is not None]
+        if against:
+            rows = [_Estimated(quality, quality.difference, quality.conclusion or "") for quality in against]
+            title = f"{place}: held-out loss over baseline"
+            pictures.append(_estimates(f"no-worse-{number}", title, rows, noninferiority.MARGIN, entries))
+        if any(quality.forgotten for quality in alike):
+            rows = [_Estimated(quality, quality.forgotten, "") for quality in alike]
+            pictures.append(_estimates(f"forgotten-{number}", f"{place}: forgotten elsewhere", rows, None, entries))
+    return pictures
+
+
+@dataclass(frozen=True)
+class _Estimated:
+    """A method, what is shown of it in nats a token, and what is concluded, empty where that is nothing."""
+
+    of: Quality
+    estimate: Estimate | None
+    conclusion: str
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.of.failed) or self.conclusion == "worse"
+
+    @property
+    def text(self) -> str:
+        ended = [entry.outcome.replace("_", " ") for entry in self.of.entries if entry.outcome != "completed"]
+        if ended:
+            return f"{len(ended)} of {len(self.of.entries)} {ended[0]}"
+        parts = [*([str(self.estimate)] if self.estimate else []), *([self.conclusion] if self.conclusion else [])]
+        return ", ".join(parts) or "no losses"
+
+
+def _estimates(
+    key: str, title: str, rows: Sequence[_Estimated], margin: float | None, entries: Sequence[Entry]
+) -> Picture:
+    """Means with their intervals under each other, zero as a line, and the margin as another."""
+    top, of_row, left, right = 22, 38, 8, WIDTH - 8
+    bottom = top + of_row * len(rows)
+    canvas = Canvas(key, bottom + 32, [entry for row in rows for entry in row.of.entries], entries)
+    axes = canvas.axes(left + 6, top, right - left - 12, bottom - top)
+    paper = canvas.paper()
+    ends = [0.0, *([] if margin is None else [margin])]
+    ends += [end for row in rows if (e := row.estimate) for end in (e.low, e.mean, e.high) if math.isfinite(end)]
+    room = (max(ends) - min(ends)) * 0.06 or 0.01
+    axes.set_xlim(min(ends) - room, max(ends) + room)
+    axes.set_ylim(bottom - top, 0)
+    for number, row in enumerate(rows):
+        y = of_row * number
+        colour = "fail" if row.failed else "ink"
+        cross = "✕ " if row.failed else ""
+        name = drawing.text(paper, left, top + y + 13, drawing.short(row.of.method, 22), "ink", 10.5, weight="bold")
+        said = drawing.text(paper, right, top + y + 13, cross + row.text, colour, 9.5, ha="right")
+        marks: list[Any] = []
+        if row.estimate:
+            of = LIGHT["fail" if row.failed else "blue"]
+            shown = [min(max(end, min(ends) - room), max(ends) + room) for end in (row.estimate.low, row.estimate.high)]
+            face = "none" if row.conclusion == "not shown" else of
+            marks += axes.plot(shown, [y + 26] * 2, color=of, linewidth=4, alpha=0.45, solid_capstyle="butt")
+            marks += axes.plot(
+                *(row.estimate.mean, y + 26, "X" if row.failed else "o"),
+                markersize=7,
+                color=of,
+                markerfacecolor=face,
+                markeredgewidth=1.6,
+            )
+        else:
+            inside = axes.get_yaxis_transform()
+            marks += axes.plot(
+                0.01, y + 26, "x", color=LIGHT["fail"], markersize=8, markeredgewidth=2.2, transform=inside
+            )
+        canvas.of(row.of.entries[0], name, said, *marks)
+        for x, of_line in ((0.0, "muted"), (margin, "ink")):
+            if x is not None:  # not through the words between the rows
+                axes.plot(
+                    [x, x], [y + 18, y + 34], color=LIGHT[of_line], linewidth=1.2, solid_capstyle="butt", zorder=0
+                )
+    if margin is not None:
+        at = left + 6 + (right - left - 12) * (margin - axes.get_xlim()[0]) / (axes.get_xlim()[1] - axes.get_xlim()[0])
+        beyond = at > WIDTH * 0.5
+        drawing.text(paper, at, top - 8, f"margin {margin:+g}", "ink", 9.5, ha="right" if beyond else "left")
+    axes.yaxis.set_major_locator(NullLocator())
+    axes.spines["left"].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.3g}" if value else "0"))
+    drawing.text(paper, right, bottom + 28, "nats a token", "muted", 9.5, ha="right")
+    caption = "; ".join(f"{row.of.method} {row.text}" for row in rows)
+    limit = "" if margin is None else f" No worse where the whole interval is below {margin:+g}."
+    return canvas.picture("no-worse", title, f"In nats a token, with 90 % intervals over seeds. {caption}.{limit}")

@@ -1,0 +1,418 @@
+"""What does a reader look up? Every table of the report, each of one question; out-of-memory cells are rows like any
+other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from statistics import fmean
+from typing import Any
+
+from lightweight.record import BASELINE, SAME_BASELINE, SAME_BUT_RANKS, Entry, ForecastRow, Run, baseline_of
+from lightweight.report import frontier as fitting
+from lightweight.report import select, words
+from lightweight.report.select import cell_of, is_card, pace_of, planned, target_of
+from lightweight.report.speed import faster, products_seconds, step_ratio
+from lightweight.report.table import Column, Table, table
+from lightweight.targets import size
+from lightweight.verdict import noninferiority
+
+NO_WORSE_NOTE = (
+    "Losses in nats a token, means over seeds. In brackets the two-sided 90 % t-interval over seeds, differences taken "
+    f"from the baseline of the same seed; no worse: all of it below the margin of {noninferiority.MARGIN} nats. "
+    "Elsewhere: plain English that is not from the corpus; forgotten: how much its loss rose in training."
+)
+
+
+def tables(runs: Sequence[Run]) -> list[Table]:
+    """Every table that has rows, results first."""
+    entries = select.newest(runs)
+    cells = select.main_cells(entries)
+    every = [
+        results(cells, among=entries, runs=runs),
+        losses(cells),
+        qualities(entries),
+        speedups(cells, entries),
+        memory_by_cause(cells, select.forecasts(runs)),
+        *(ladder(rungs, number) for number, rungs in enumerate(select.ladders(entries))),
+        peers(entries),
+        ranks(entries),
+        frontier(runs),
+        history(runs),
+        others(select.others(entries)),
+    ]
+    return [one for one in every if one.rows]
+
+
+def _names(among: Sequence[Entry]) -> list[Column[Entry]]:
+    """Model, method and the card that ran it, methods of one name `among` those told apart."""
+    return [
+        ("model", "l", lambda entry: entry.model),
+        ("method", "l", lambda entry: words.method_among(entry, among)),
+        ("card", "l", words.marked_card),
+    ]
+
+
+def _results(entries: Sequence[Entry], among: Sequence[Entry]) -> list[Column[Entry]]:
+    return [
+        *_names(entries),
+        ("outcome", "l", words.outcome),
+        ("total", "r", words.total),
+        ("step", "r", words.step),
+        ("speedup", "r", lambda entry: words.speedup(entry, pace_of(entry, among))),
+        ("peak memory", "r", words.memory),
+        ("forecast", "r", words.forecast),
+        ("of baseline", "r", lambda entry: words.memory_ratio(entry, baseline_of(entry, entries))),
+        ("held-out loss", "l", words.loss),
+    ]
+
+
+def _seed_and_worker(entries: Sequence[Entry]) -> list[Column[Entry]]:
+    """The seed where there are several, and the worker where pytest-xdist had some."""
+    columns: list[Column[Entry]] = []
+    if len({entry.seed for entry in entries}) > 1:
+        columns.append(("seed", "r", lambda entry: str(entry.seed)))
+    if any(entry.worker is not None for entry in entries):
+        columns.append(("worker", "l", _worker))
+    return columns
+
+
+def _worker(entry: Entry) -> str:
+    """The pytest-xdist worker that ran the trial, and the number of its GPU."""
+    return (entry.worker or "-") + ("" if entry.visible_gpu is None else f", GPU {entry.visible_gpu}")
+
+
+def results(entries: Sequence[Entry], among: Sequence[Entry] | None = None, runs: Sequence[Run] = ()) -> Table:
+    """One row a trial: how it ended, its time, memory and loss, and how they compare with its baseline; steps with the
+    baseline's of its own run where one is `among` those. `runs` are what the entries come from, where that is known."""
+    columns = [*_results(entries, among or entries), *_seed_and_worker(entries)]
+    return table("results", "Every cell", columns, entries, entries, words.notes(entries, runs))
+
+
+def others(entries: Sequence[Entry]) -> Table:
+    """The same of what is no main cell."""
+    columns: list[Column[Entry]] = [
+        *_results(entries, entries),
+        ("steps", "r", lambda entry: str(entry.planned_steps or "-")),
+        ("tokens a row", "r", lambda entry: str(entry.max_length or "-")),
+        *_seed_and_worker(entries),
+    ]
+    return table("others", "Shorter trials, other shapes, and budgets made for a check", columns, entries, entries)
+
+
+def brief(runs: Sequence[Run]) -> Table:
+    """The cells of `results` in the columns that a README of 120 characters a line has room for. Only `write.into`
+    writes it: a whole report has `results`."""
+    entries = select.newest(runs)
+    cells = select.main_cells(entries)
+    columns: list[Column[Entry]] = [
+        *_names(cells),
+        ("outcome", "l", lambda cell: words.ending(cell.outcome)),
+        ("step", "r", words.step),
+        ("speedup", "r", lambda cell: words.times(_ratio(cell, entries))),
+        ("peak memory", "r", words.memory),
+    ]
+    notes = [note for note in words.notes(cells, runs) if not note.startswith(words.RANDOM)]
+    return table("brief", "Every cell in brief", columns, cells, cells, notes)
+
+
+def _ratio(entry: Entry, among: Sequence[Entry]) -> float | None:
+    gain = faster(entry, pace_of(entry, among))
+    return gain.ratio if gain else None
+
+
+def losses(entries: Sequence[Entry]) -> Table:
+    """Training and held-out loss of every cell that has taken steps or was meant to."""
+
+    def over_baseline(entry: Entry) -> str:
+        baseline, after = baseline_of(entry, entries), entry.heldout_loss_after
+        if baseline is None or baseline is entry or planned(baseline) != planned(entry):
+            return "-"  # none, or after another number of steps
+        than = baseline.heldout_loss_after
+        return "-" if after is None or than is None else f"{after - than:+.3f}"
+
+    columns: list[Column[Entry]] = [
+        *_names(entries),
+        ("outcome", "l", words.outcome),
+        ("steps", "r", lambda entry: str(len(entry.train_loss or ()))),
+        ("training", "r", _training),
+        ("first epoch", "r", lambda entry: _mean((entry.train_loss or ())[: _epoch(entry)])),
+        ("last epoch", "r", lambda entry: _mean((entry.train_loss or ())[-_epoch(entry) :])),
+        ("held out before", "r", lambda entry: _loss(entry.heldout_loss_before)),
+        ("after", "r", lambda entry: _loss(entry.heldout_loss_after)),
+        ("over baseline", "r", over_baseline),
+    ]
+    shown = [entry for entry in entries if entry.train_loss or entry.outcome != "completed"]
+    note = "Training loss is the mean of an epoch's steps; training is device time, without start and saving."
+    return table("loss", "Loss", columns, shown, shown, [note])
+
+
+def _training(entry: Entry) -> str:
+    """The time of all steps together."""
+    return f"{sum(filter(None, entry.step_seconds)):.1f} s" if entry.step_seconds else "-"
+
+
+def _epoch(entry: Entry) -> int:
+    """Steps of an epoch, or all of them where the record does not say."""
+    return entry.steps_per_epoch or len(entry.train_loss or ()) or 1
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return _loss(fmean(known)) if known else "-"
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def qualities(entries: Sequence[Entry]) -> Table:
+    """Whether a method that several seeds have trained on real weights does worse than its baseline, and what it
+    forgot."""
+    columns: list[Column[noninferiority.Quality]] = [
+        ("model", "l", lambda quality: quality.model),
+        ("method", "l", lambda quality: words.method_among(quality.entries[0], entries)),
+        ("seeds", "r", lambda quality: f"{len(quality.entries)}" + f", {quality.failed} failed" * bool(quality.failed)),
+        ("held-out loss", "r", lambda quality: words.before_and_after(quality.heldout)),
+        ("over baseline", "r", lambda quality: str(quality.difference or "-")),
+        ("no worse?", "l", lambda quality: quality.conclusion or "-"),
+        ("elsewhere", "r", lambda quality: words.before_and_after(quality.elsewhere)),
+        ("forgotten", "r", lambda quality: str(quality.forgotten or "-")),
+    ]
+    rows = noninferiority.qualities(entries)
+    return table("no-worse", "No worse?", columns, rows, [None] * len(rows), [NO_WORSE_NOTE])
+
+
+def speedups(entries: Sequence[Entry], among: Sequence[Entry] = ()) -> Table:
+    """How many times as fast as its baseline every cell is, and how that is known."""
+    of_baseline = partial(pace_of, entries=among or entries)
+
+    def end(which: int) -> Callable[[Entry], str]:
+        def cell(entry: Entry) -> str:
+            gain = faster(entry, of_baseline(entry))
+            return f"{gain.interval[which]:.2f}" if gain and gain.interval else "-"
+
+        return cell
+
+    def ratio(entry: Entry) -> str:
+        gain = faster(entry, of_baseline(entry))
+        return words.times(gain.ratio) if gain else words.speedup(entry, of_baseline(entry))
+
+    def known(entry: Entry) -> str:
+        gain = faster(entry, of_baseline(entry))
+        if gain and gain.interval and entry.speedup:
+            return f"{len(entry.speedup.log_ratios)} pairs of rounds, {entry.speedup.pairing}"
+        return "steady steps of both" if gain else (entry.speedup and entry.speedup.reason) or "no ratio"
+
+    columns: list[Column[Entry]] = [
+        *_names(entries),
+        ("outcome", "l", words.outcome),
+        ("speedup", "r", ratio),
+        ("low", "r", end(0)),
+        ("high", "r", end(1)),
+        ("from", "l", known),
+    ]
+    shown = [e for e in entries if e.method != BASELINE and (e.speedup is not None or of_baseline(e) is not None)]
+    notes = ["Low and high end the 95 % interval of a ratio measured in pairs of alternating rounds."] * bool(shown)
+    return table("speedup", "Speedup over the baseline, per token", columns, shown, shown, notes)
+
+
+def memory_by_cause(entries: Sequence[Entry], untrained: Sequence[ForecastRow] = ()) -> Table:
+    """Peak memory measured beside the forecast of it, by what it is for, under the target's limit."""
+    causes = list(dict.fromkeys(cause for entry in entries for cause in entry.forecast_bytes_by_cause or {}))
+    causes = causes or list(dict.fromkeys(cause for row in untrained for cause in row.bytes_by_cause))
+
+    def of_trial(heading: str, cell: Callable[[Entry], str]) -> Callable[[Entry | ForecastRow], str]:
+        """A trial's cell; a forecast's is the one below that is called so."""
+        return lambda one: cell(one) if isinstance(one, Entry) else of_forecast[heading](one)
+
+    of_forecast: dict[str, Callable[[ForecastRow], str]] = {
+        "method": lambda row: row.method,
+        "card": target_of,
+        "outcome": lambda row: f"forecast: {words.ending(row.verdict)}",
+        "measured": lambda row: "-",
+        "forecast": lambda row: size(row.forecast_allocated_bytes),
+    }
+
+    def of_cause(cause: str) -> Column[Entry | ForecastRow]:
+        return (cause, "r", lambda one: _size(_by_cause(one).get(cause)))
+
+    columns: list[Column[Entry | ForecastRow]] = [
+        ("model", "l", lambda one: one.model),
+        ("method", "l", of_trial("method", lambda entry: words.method_among(entry, entries))),
+        ("card", "l", of_trial("card", words.marked_card)),
+        ("outcome", "l", of_trial("outcome", words.outcome)),
+        ("limit", "r", lambda one: _size(one.budget_bytes)),
+        ("measured", "r", of_trial("measured", words.memory)),
+        ("forecast", "r", of_trial("forecast", words.forecast)),
+        *map(of_cause, causes),
+    ]
+    trained = [entry for entry in entries if entry.forecast_bytes_by_cause or entry.peak_allocated_bytes]
+    measured = {cell_of(entry) for entry in entries}
+    only_forecast = [row for row in untrained if cell_of(row) not in measured and is_card(row.target)]
+    rows: list[Entry | ForecastRow] = [*trained, *only_forecast]
+    notes = ["What a cell held when memory ran out is no peak. Causes are the forecast's."] * bool(rows)
+    return table("memory", "Peak memory by cause", columns, rows, [*trained, *[None] * len(only_forecast)], notes)
+
+
+def _by_cause(one: Entry | ForecastRow) -> Mapping[str, int]:
+    return (one.forecast_bytes_by_cause or {}) if isinstance(one, Entry) else one.bytes_by_cause
+
+
+def _size(count: int | None) -> str:
+    return size(count) if count else "-"
+
+
+def ladder(rungs: Sequence[Entry], number: int = 0) -> Table:
+    """Where the speed came from: one change after the other, and what each bought."""
+    first, last = rungs[0], rungs[-1]
+    columns: list[Column[tuple[Entry | None, Entry]]] = [
+        ("rung", "l", lambda step: step[1].method),
+        ("what changed", "l", lambda step: change(*step)),
+        ("outcome", "l", lambda step: words.outcome(step[1])),
+        ("step", "r", lambda step: words.step(step[1])),
+        ("bought", "r", lambda step: words.times(step_ratio(*step))),
+        ("in all", "r", lambda step: words.times(step_ratio(first, step[1]))),
+        ("peak memory", "r", lambda step: words.memory(step[1])),
+    ]
+    climbed = f"{first.method} to {last.method}"
+    return table(
+        f"ladder-{number}",
+        f"Where the speed comes from: {first.model} on {words.timed_on(first)}, {climbed}",
+        columns,
+        list(zip([None, *rungs], rungs, strict=False)),
+        rungs,
+        ["Steps are medians after the first epoch, compared per token."],
+    )
+
+
+def change(below: Entry | None, rung: Entry) -> str:
+    """What one rung does differently from the one below it, in the record's own words."""
+    if below is None:
+        return "the bottom"
+    changes = []
+    for key in ("weights_dtype", "quantization", "adapter"):
+        was, now = getattr(below, key), getattr(rung, key)
+        if was != now:
+            changes.append(f"{key.replace('_', ' ')} {_setting(was)} -> {_setting(now)}")
+    for key in ("training_arguments", "captured_step"):
+        was, now = getattr(below, key), getattr(rung, key)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            for name in dict.fromkeys([*was, *now]):
+                if was.get(name) != now.get(name):
+                    changes.append(f"{name.replace('_', ' ')} {_setting(was.get(name))} -> {_setting(now.get(name))}")
+        elif was != now:
+            changes.append("the Trainer's step -> a loop of its own" if was is None else f"{key} {_setting(now)}")
+    return ", ".join(changes) or "nothing"
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, Mapping):
+        return str(value.get("peft_type") or value.get("quant_method") or "set").lower()
+    return "none" if value is None else "set" if isinstance(value, list) else str(value)
+
+
+def peers(entries: Sequence[Entry]) -> Table:
+    """What a user could pick: the same rows, weights and adapter through each library and the captured step."""
+    shown = select.peers(entries)
+
+    def by(peer: Entry) -> str:
+        library = peer.library or "peft"
+        version = (peer.versions or {}).get(library) or ""
+        return "the captured step" if peer.captured_step else f"{library} {version}".strip()
+
+    def as_fast(peer: Entry) -> str:
+        alike = [other for other in shown if SAME_BASELINE.holds(other, peer)]
+        return words.times(step_ratio(max(alike, key=lambda other: other.steady_step_seconds or 0.0), peer))
+
+    columns: list[Column[Entry]] = [
+        *_names(shown),
+        ("by", "l", by),
+        ("outcome", "l", words.outcome),
+        ("step", "r", words.step),
+        ("as fast", "r", as_fast),
+        ("products alone", "r", lambda peer: words.milliseconds(products_seconds(peer))),
+        ("peak memory", "r", words.memory),
+        ("total", "r", lambda peer: words.duration(peer.cold_seconds or None)),
+    ]
+    note = (
+        "As fast: against the slowest of a model. Products alone: 4 x parameters x tokens FLOP at the rate of a "
+        "large product on the same kind of card. Total: from the child's start to the saved adapter, with its "
+        "imports where a library needs a fresh interpreter."
+    )
+    return table("peers", "What a user could pick instead", columns, shown, shown, [note])
+
+
+def ranks(entries: Sequence[Entry]) -> Table:
+    """Trials over several GPUs beside the same ones on one: tokens a second, and what each GPU held."""
+    rows: list[tuple[Entry, Entry | None]] = []  # each with the same on one GPU
+    for entry in [entry for entry in entries if entry.world_size > 1]:
+        on_one = [other for other in entries if other.world_size == 1 and SAME_BUT_RANKS.holds(other, entry)]
+        for shown in (*on_one, entry):
+            if not any(shown is other for other, _ in rows):
+                rows.append((shown, on_one[0] if on_one else None))
+
+    def rate(entry: Entry) -> float | None:
+        return entry.tokens_per_second if entry.outcome == "completed" else None
+
+    def gained(row: tuple[Entry, Entry | None]) -> str:
+        entry, one = row
+        return words.times(entry.times_as_fast(one) if rate(entry) and one else None)
+
+    def peaks(entry: Entry) -> str:
+        each = entry.rank_peak_allocated_bytes or [entry.peak_allocated_bytes]
+        return ", ".join("-" if peak is None else size(peak) for peak in each)
+
+    columns: list[Column[tuple[Entry, Entry | None]]] = [
+        *((heading, side, _first(cell)) for heading, side, cell in _names(entries)),
+        ("outcome", "l", _first(lambda e: words.outcome(e) + f", rank {e.failed_rank}" * (e.failed_rank is not None))),
+        ("tokens/s", "r", _first(lambda entry: _rate(rate(entry)))),
+        ("a GPU", "r", _first(lambda entry: _rate(entry.rank_tokens_per_second if rate(entry) else None))),
+        ("of one GPU", "r", gained),
+        ("peak of each", "r", _first(peaks)),
+        ("forecast", "r", _first(words.forecast)),
+        ("held-out loss", "l", _first(words.loss)),
+    ]
+    note = "Batches are those of one GPU; the Trainer's methods are sharded by FSDP2, captured steps share batches."
+    return table("ranks", "Several GPUs for one trial", columns, rows, [entry for entry, _ in rows], [note])
+
+
+def _first(cell: Callable[[Entry], str]) -> Callable[[tuple[Entry, Entry | None]], str]:
+    """What a row has that begins with a trial, in that trial's column."""
+    return lambda row: cell(row[0])
+
+
+def _rate(tokens_per_second: float | None) -> str:
+    return "-" if tokens_per_second is None else f"{tokens_per_second:,.0f}"
+
+
+def frontier(runs: Sequence[Run]) -> Table:
+    """Model x method x card: fits or not."""
+    by_method = fitting.places(runs)
+    columns = fitting.cards(by_method)
+    return Table(
+        key="frontier",
+        title="The frontier: what fits which card",
+        columns=["model", "method", *columns],
+        aligned="ll" + "l" * len(columns),
+        rows=[[*names, *(of[card].text if card in of else "-" for card in columns)] for names, of in by_method.items()],
+        entries=[next((place.entry for place in of.values() if place.entry), None) for of in by_method.values()],
+    )
+
+
+def history(runs: Sequence[Run]) -> Table:
+    """Every cell that more than one run has, run beside run."""
+    entries = select.newest(runs)
+    trends = {id(entry): select.trend(entry, runs) for entry in entries if is_card(entry.target)}
+    shown = [entry for entry in entries if len(trends.get(id(entry), ())) > 1]
+
+    def of_run(run: Run) -> Column[Entry]:
+        def cell(entry: Entry) -> str:
+            return next((words.summary(then, run) for other, then in trends[id(entry)] if other is run), "-")
+
+        return (words.run_label(run), "l", cell)
+
+    columns = [*_names(entries), *(of_run(run) for run in select.by_age(runs) if run.entries)]
+    return table("history", "History", columns, shown, shown)

@@ -1,0 +1,188 @@
+"""How is one trial said? Its names, how it ended, its numbers with units and marks: the same wherever it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightweight.record import Entry, Run, baseline_of
+from lightweight.report.select import method_of, several
+from lightweight.report.speed import faster
+from lightweight.targets import size
+
+RANDOM, EMULATED, HOST = "[r]", "[e]", "[h]"
+"""Marks in the table, each explained below it where it occurs."""
+
+
+def method_among(entry: Entry, group: Sequence[Entry]) -> str:
+    """The method, with the beginning of its digest where the group has several methods of that name."""
+    digests = {other.method_digest for other in group if other.method == entry.method} - {None}
+    mark = f" #{entry.method_digest[:6]}" if len(digests) > 1 and entry.method_digest else ""
+    return f"{entry.method}{mark}"
+
+
+def name_among(entry: Entry, group: Sequence[Entry]) -> str:
+    """The method as `method_among` has it, with the seed where the group has several of it."""
+    seeds = {other.seed for other in group if method_of(other) == method_of(entry)}
+    return method_among(entry, group) + (f", seed {entry.seed}" if len(seeds) > 1 else "")
+
+
+def timed_on(entry: Entry) -> str:
+    """The card that ran the trial and gave it its times, and the one whose memory it was given where that is another:
+    `NVIDIA H200 as t4`."""
+    return several(entry.world_size, entry.device) + (f" as {entry.target}" if entry.emulated else "")
+
+
+def marked_card(entry: Entry) -> str:
+    """The card as `timed_on` has it, marked where another one is emulated."""
+    return f"{timed_on(entry)} {EMULATED}" if entry.emulated else timed_on(entry)
+
+
+def run_label(run: Run) -> str:
+    """A run's name and when it ended, to the minute."""
+    return f"{run.path.stem} {run.ended[:16].replace('T', ' ')}".strip()
+
+
+def headline(entry: Entry) -> str:
+    """One cell in a few words."""
+    ended = outcome(entry)
+    if entry.outcome == "completed":
+        ended = ", ".join([ended, *_known(step(entry), memory(entry), loss(entry))])
+    return f"{entry.model} x {entry.method} on {timed_on(entry)}: {ended}"
+
+
+def summary(entry: Entry, run: Run) -> str:
+    """A trial of one run in a few words."""
+    if entry.outcome != "completed":
+        return outcome(entry)
+    words = _known(step(entry), speedup(entry, baseline_of(entry, run.entries)), memory(entry))
+    if entry.heldout_loss_after is not None:
+        words.append(f"loss {entry.heldout_loss_after:.3f}")
+    return ", ".join(words)
+
+
+def _known(*words: str) -> list[str]:
+    return [word for word in words if word != "-"]
+
+
+def ending(of: str) -> str:
+    """An outcome, or a verdict of a forecast, in words."""
+    return of.replace("_", " ")
+
+
+def outcome(entry: Entry) -> str:
+    """How the trial ended, in words."""
+    return f"{ending(entry.outcome)} in {entry.phase}" if entry.phase else ending(entry.outcome)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds, or minutes where they are many."""
+    if seconds is None:
+        return "-"
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.2f} min"
+
+
+def total(entry: Entry) -> str:
+    """The whole job of a trial that completed."""
+    return duration(entry.cold_seconds) if entry.outcome == "completed" else "-"
+
+
+def step(entry: Entry) -> str:
+    """The steady step of a trial that completed."""
+    return milliseconds(entry.steady_step_seconds if entry.outcome == "completed" else None)
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Seconds of a step."""
+    return "-" if seconds is None else f"{seconds * 1000:.1f} ms"
+
+
+def times(ratio: float | None) -> str:
+    """How many times as fast."""
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def speedup(entry: Entry, baseline: Entry | None) -> str:
+    """The ratio in words, with its interval where it has one, or why there is none."""
+    if gain := faster(entry, baseline):
+        ends = f" [{gain.interval[0]:.2f}, {gain.interval[1]:.2f}]" if gain.interval else ""
+        return f"{times(gain.ratio)}{ends}"
+    return _without_baseline(entry, baseline)
+
+
+def _without_baseline(entry: Entry, baseline: Entry | None) -> str:
+    if entry.outcome == "completed" and baseline is not None and baseline.outcome != "completed":
+        return f"baseline {ending(baseline.outcome)}"
+    return "-"
+
+
+def memory(entry: Entry) -> str:
+    """The peak allocated on the GPU, else the host's, which is marked."""
+    if entry.peak_bytes is None:
+        return "-"
+    return size(entry.peak_bytes) if entry.gpu_peak_bytes else f"{size(entry.peak_bytes)} {HOST}"
+
+
+def memory_ratio(entry: Entry, baseline: Entry | None) -> str:
+    """The peak as a share of the baseline's, or why there is none."""
+    share = entry.memory_share(baseline)
+    return _without_baseline(entry, baseline) if share is None else f"{share:.2f}"
+
+
+def forecast(entry: Entry) -> str:
+    """The forecast peak, and how far it is from the measured one where that is a whole training's."""
+    if entry.forecast_allocated_bytes is None:
+        return "-"
+    error = forecast_error(entry)
+    return size(entry.forecast_allocated_bytes) + ("" if error is None else f" ({error:+.1%})")
+
+
+def forecast_error(entry: Entry) -> float | None:
+    """How far the forecast peak is from the measured one, as a share of it; None where that is not a whole
+    training's."""
+    if entry.outcome != "completed" or not entry.peak_allocated_bytes or entry.forecast_allocated_bytes is None:
+        return None
+    return entry.forecast_allocated_bytes / entry.peak_allocated_bytes - 1
+
+
+def loss(entry: Entry) -> str:
+    """Held-out loss before and after training in nats a token, marked where weights are random."""
+    before, after = entry.heldout_loss_before, entry.heldout_loss_after
+    if before is None or after is None:
+        return "-"
+    return before_and_after((before, after)) + (f" {RANDOM}" if entry.weights == "random" else "")
+
+
+def before_and_after(losses: tuple[float, float] | None) -> str:
+    """Two losses, in nats a token."""
+    return "-" if losses is None else f"{losses[0]:.3f} -> {losses[1]:.3f}"
+
+
+def notes(entries: Sequence[Entry], runs: Sequence[Run] = ()) -> list[str]:
+    """What a reader must know beside the table: on what it was measured, and what random weights cannot say."""
+    lines = []
+    unclean = [run for run in runs if run.is_dirty and run.entries]
+    if unclean:
+        names = ", ".join(f"{run.name} (after commit {(run.commit or 'unknown')[:7]})" for run in unclean)
+        lines.append(f"Measured with changes to the code that were not committed: {names}.")
+    for device in dict.fromkeys(entry.device for entry in entries):
+        of_device = [entry for entry in entries if entry.device == device]
+        installed = of_device[0].versions or {}
+        packages = ", ".join(
+            f"{name} {installed.get(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes")
+        )
+        lines.append(f"Measured on {device}; {packages}.")
+        if any(entry.emulated for entry in of_device):
+            lines.append(
+                f"{EMULATED} Emulated: times are those of {device}; "
+                "torch's allocator is capped at the bytes the target has."
+            )
+        if all(entry.peak_allocated_bytes is None for entry in of_device):
+            lines.append(
+                f"{HOST} No GPU: the whole process's memory on the host, libraries included. "
+                "The forecast is what torch would allocate on a GPU."
+            )
+    if any(entry.weights == "random" for entry in entries):
+        lines.append(
+            f"{RANDOM} Random weights: speed and memory are as with trained ones; the loss says nothing of quality."
+        )
+    return lines

@@ -1,0 +1,190 @@
+"""What do a session's options say? Its device, target, models and methods, each read when it is first needed."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightweight import corpus, methods, models, targets
+from lightweight.child import handle, helper, reaper, worker
+from lightweight.methods import Method
+from lightweight.models import Model
+from lightweight.session import options
+from lightweight.session.options import TRUE_SIZES, TWINS
+from lightweight.session.progress import Progress
+from lightweight.targets import CPU, NATIVE, T4, Device, GiB, Target
+from lightweight.verdict import ratio
+
+CPU_PARAMETERS = 20_000_000
+"""Of the largest model whose cells a CPU trains unless told how long: two epochs of it take a minute or two."""
+
+
+class Choices:
+    """What the command line asks for, and what it means on this machine. Every property raises pytest.UsageError where
+    that makes no sense."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.progress = Progress(config)
+        self._models: dict[str, Model] = {}
+        self._folder: Path | None = None
+
+    def check(self) -> None:
+        """Whether the options make sense. Raises pytest.UsageError."""
+        _ = self.methods
+        try:
+            ratio.looks(self.option("pairs"))
+        except ValueError as error:
+            raise pytest.UsageError(f"--pairs: {error}") from None
+        for key in ("epochs", "trial_timeout", "gpus_per_trial"):
+            value = self.option(key)
+            if value is not None and value <= 0:
+                raise pytest.UsageError(f"--{key.replace('_', '-')} {value:g}: give more than 0")
+        if (path := self.option("report")) and not path.absolute().parent.is_dir():
+            raise pytest.UsageError(f"--report {path}: there is no folder {path.absolute().parent}")
+        seed = self.option("seed")
+        if not 0 <= seed < 2**32:
+            raise pytest.UsageError(f"--seed {seed}: give a number from 0 to {2**32 - 1}, which is what numpy takes")
+
+    def option(self, key: str) -> Any:
+        """What the command line says for one of lightweight's options."""
+        return options.value(self.config, key)
+
+    @cached_property
+    def has_cuda(self) -> bool:
+        """Whether trials run on a GPU."""
+        import torch
+
+        return torch.cuda.is_available()
+
+    @cached_property
+    def device(self) -> Device:
+        """What trials run on, described by a child of its own."""
+        if not self.has_cuda:
+            machine = self.config.hook.pytest_benchmark_generate_machine_info(config=self.config)
+            return Device(name=machine["cpu"].get("brand_raw") or machine["machine"])
+        try:
+            return helper.call_within(self.option("trial_timeout"), worker.describe_device, self.folder, 0)
+        except handle.ChildError as error:
+            raise pytest.UsageError(f"the GPU cannot be described: {error}") from None
+
+    @cached_property
+    def target(self) -> Target:
+        """Whose memory trials get: `--target`'s, else a T4's where the GPU has as much."""
+        name = self.option("target")
+        if not self.has_cuda:
+            if name is not None:
+                raise pytest.UsageError(
+                    f"--target {name}: a target caps a GPU's memory, and CUDA finds no GPU here; "
+                    "leave the option out to train on the CPU"
+                )
+            return CPU
+        card_bytes = self.device.total_bytes
+        assert card_bytes is not None and T4.total_bytes is not None
+        if name is None:
+            suffices = card_bytes >= T4.total_bytes or not T4.emulated_on(self.device.name)
+            return T4 if suffices else NATIVE.on(self.device)
+        try:
+            target = targets.named(name)
+        except ValueError as error:
+            raise pytest.UsageError(f"--target: {error}") from None
+        if target.emulated_on(self.device.name) and (target.total_bytes or 0) > card_bytes:
+            raise pytest.UsageError(
+                f"--target {name}: needs {(target.total_bytes or 0) / GiB:.1f} GiB and {self.device.name} has "
+                f"{card_bytes / GiB:.1f} GiB; choose a smaller target or native"
+            )
+        return target.on(self.device)
+
+    @cached_property
+    def gpus(self) -> int:
+        """How many GPUs this session sees."""
+        import torch
+
+        return torch.cuda.device_count()
+
+    @cached_property
+    def world_size(self) -> int:
+        """Ranks of a trial, one GPU each, or processes on a CPU."""
+        wanted: int = self.option("gpus_per_trial")
+        if self.has_cuda and wanted > self.gpus:
+            raise pytest.UsageError(f"--gpus-per-trial {wanted}: CUDA finds {self.gpus} here; give no more than that")
+        return wanted
+
+    @cached_property
+    def corpus(self) -> corpus.Corpus:
+        """The dialogues of `--corpus`, else of `corpus.json` in pytest's root."""
+        path = self.option("corpus") or self.config.rootpath / "corpus.json"
+        try:
+            return corpus.load(path)
+        except corpus.CorpusError as error:
+            raise pytest.UsageError(str(error)) from None
+
+    @cached_property
+    def models(self) -> list[str]:
+        """The names of `--model`, else the original's two, or their twins without CUDA."""
+        names = self.option("model") or (TRUE_SIZES if self.has_cuda else TWINS)
+        return list(dict.fromkeys(names))
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """The names of `--method`, else all."""
+        names = list(dict.fromkeys(self.option("method") or methods.METHODS))
+        for name in names:
+            method(name)
+        return names
+
+    @property
+    def folder(self) -> Path:
+        """The session's scratch folder; removed when the session ends, and made anew where somebody has removed it."""
+        if self._folder is None or not self._folder.is_dir():
+            self.remove_folder()
+            self._folder = reaper.own.make_folder()
+        return self._folder
+
+    def remove_folder(self) -> None:
+        """Remove the scratch folder, if there is one."""
+        if self._folder is not None:
+            reaper.own.remove_folder(self._folder)
+
+    def find(self, wanted: Model) -> Model:
+        """The model with where its weights come from, looked for once a session."""
+        if wanted.name not in self._models:
+            try:
+                self._models[wanted.name], note = models.find(wanted, self.option("weights"))
+            except models.ModelError as error:
+                raise pytest.UsageError(str(error)) from None
+            if note:
+                self.progress.note(note)
+        return self._models[wanted.name]
+
+    def takes_long(self, name: str) -> bool:
+        """Whether a model's cells take many minutes each here: a CPU and a model of true size, and nobody has said by
+        `--epochs` how long to train."""
+        if self.has_cuda or self.option("epochs"):
+            return False
+        import torch
+
+        try:
+            network = models.skeleton(models.configuration(self.find(model(name))), torch.float32, None)
+        except models.ModelError as error:
+            raise pytest.UsageError(str(error)) from None
+        return models.count_parameters(network) > CPU_PARAMETERS
+
+
+def model(wanted: str | Model) -> Model:
+    """The model of that name. Raises pytest.UsageError."""
+    try:
+        return models.named(wanted) if isinstance(wanted, str) else wanted
+    except models.ModelError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def method(wanted: str | Method) -> Method:
+    """The method of that name. Raises pytest.UsageError."""
+    try:
+        return methods.named(wanted) if isinstance(wanted, str) else wanted
+    except ValueError as error:
+        raise pytest.UsageError(f"--method: {error}") from None
