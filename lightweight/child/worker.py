@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import faulthandler
 import gc
+import math
 import os
 import re
 import resource
@@ -200,11 +201,14 @@ def set_up(
 
 
 def evaluate(trainer: transformers.Trainer, heldout: Heldout, meter: Meter) -> None:
-    """Add the losses on what is held out, as they are now, to the meter's."""
+    """Add the losses on what is held out, as they are now, to the meter's. Raises DivergedError where what has been
+    trained gives none that is finite; before training the first step's loss says so."""
     with meter.during("evaluate"):
-        meter.heldout_losses.append(stock.heldout_loss(trainer, heldout.pairs))
+        meter.heldout_losses.append(loss := stock.heldout_loss(trainer, heldout.pairs))
         if heldout.elsewhere:
             meter.elsewhere_losses.append(stock.heldout_loss(trainer, heldout.elsewhere))
+        if meter.steps and not math.isfinite(loss):
+            raise DivergedError(meter.steps, f"held-out loss is {loss}")
 
 
 def train(

@@ -14,6 +14,7 @@ from lightweight.__main__ import main
 from lightweight.child import worker
 from lightweight.cli import checkpoints
 from lightweight.cli import train as job
+from lightweight.cli.callbacks import Checkpoints
 from lightweight.cli.output import Output
 
 
@@ -138,6 +139,44 @@ def test_a_job_is_not_resumed_with_the_other_kind_of_step(given, tmp_path, inter
     (line,) = told(capfd.readouterr().err)
     assert "captured_step was" in line and "the job in" in line
     assert Output(tmp_path / "a").checkpoint is not None
+
+
+@pytest.mark.parametrize("method", ["constant:STOCK", "constant:CAPTURED"])
+def test_what_has_diverged_is_neither_a_checkpoint_nor_a_result(given, tmp_path, monkeypatch, capfd, tried, method):
+    """Its first losses are finite: the checkpoint of step 3 stays, and the one of step 6 does not become one."""
+    assert main(given(tmp_path / "whole", method=method)) == 0
+    original = Checkpoints.on_step_end
+
+    def diverge(self, args, state, control, **given) -> None:
+        original(self, args, state, control, **given)
+        if state.global_step == 6:
+            with torch.no_grad():
+                next(weight for weight in given["model"].parameters() if weight.requires_grad)[-1] = float("nan")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "on_step_end", diverge)
+        found = outcome_of(given(tmp_path / "a", method=method), capfd)
+    kept = checkpoints.all_in(tmp_path / "a.partial")
+    status = main(given(tmp_path / "a", "--resume", method=method))
+    survived = status == 0 and result(tmp_path / "a") == result(tmp_path / "whole")
+    tried("diverged jobs", survived=survived and found.status == 1)
+    assert survived
+    assert found.status == 1 and "a trained weight is not finite at step 6: take a smaller" in found.err, found
+    assert [path.name for path in kept] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.parametrize("method", ["constant:STOCK", "constant:CAPTURED"])
+def test_a_learning_rate_that_is_too_large_is_one_line_and_leaves_nothing(given, tmp_path, capfd, tried, method, steps):
+    """Also where it shows in the held-out loss alone, after the last step."""
+    words = given(tmp_path / "a", "--learning-rate", "1e38", "--max-steps", str(steps), method=method)
+    at = words.index("--save-steps")
+    found = outcome_of(words[:at] + words[at + 2 :], capfd)
+    survived = found.status == 1 and found.err.count("\n") == 1 and not list(tmp_path.glob("a*"))
+    tried("diverged jobs", survived=survived)
+    assert survived, found
+    what = "held-out loss is nan at step 1" if steps == 1 else "training loss is nan at step 2"
+    assert f"{what}: take a smaller --learning-rate" in found.err, found
 
 
 def test_a_method_that_names_a_folder_of_its_own_is_refused_before_anything_is_written(given, tmp_path, capfd):
