@@ -17,20 +17,10 @@ from conftest import turns
 TRIED, SURVIVED = Counter(), Counter()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", action="store_true", help="inject every fault, not a sample of each class")
-    parser.addoption(
-        "--faults-into",
-        type=Path,
-        metavar="FILE.md",
-        help="also write the counts between its marks; classes that did not run keep their rows",
-    )
-
-
 @pytest.fixture
 def whole(request) -> bool:
     """Whether every fault of a class is asked for."""
-    return bool(request.config.getoption("--faults", default=False))
+    return bool(request.config.getoption("--faults"))
 
 
 @pytest.fixture
@@ -61,7 +51,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     rows = {name: (name, str(TRIED[name]), str(SURVIVED[name]), *_version(config.rootpath)) for name in TRIED}
     terminalreporter.section("faults")
     terminalreporter.write_line(_table(rows))
-    if (file := config.getoption("--faults-into", default=None)) is not None:
+    if (file := config.getoption("--faults-into")) is not None:
         file.write_text(with_rows(file.read_text("utf-8"), rows), "utf-8")
 
 
