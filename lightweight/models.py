@@ -40,8 +40,8 @@ SNAPSHOT_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
 CAUSAL = "give a causal language model that transformers has, whose code does not come with the model"
 """The mend where a configuration is of no use."""
 
-LAYERS = 10_000
-"""More layers than any network has: a damaged number must not fill the memory."""
+LAYERS = EXTRA_TOKENS = 10_000
+"""More than any network has layers, or any tokenizer further tokens: a damaged number must not fill the memory."""
 
 TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "tekken.json")
 """One of these is in a folder that has a tokenizer."""
@@ -436,6 +436,8 @@ def _read_configuration(model: Model, location: str) -> PretrainedConfig:
             for key, value in settings.items():
                 if "layers" in key and isinstance(value, int) and value > LAYERS:
                     raise ValueError(f"{key} is over {LAYERS}")
+                if "drop" in key and isinstance(value, int | float) and not 0 <= value <= 1:
+                    raise ValueError(f"{key} is no probability")  # which else shows in the first step
         config: PretrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"{config.model_type} is no causal language model")
@@ -678,7 +680,10 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
         )
     with _refused(model, "its tokenizer cannot be used", "give the tokenizer's files as they were published"):
         tokenizer: PreTrainedTokenizerBase
-        if _is_byte_level(folder):  # for some architectures transformers would take a class of theirs
+        settings = _tokenizer_settings(folder)
+        if isinstance(extra := settings.get("extra_ids"), int) and extra > EXTRA_TOKENS:
+            raise ValueError(f"extra_ids is over {EXTRA_TOKENS}")
+        if settings.get("tokenizer_class") == "ByT5Tokenizer":  # for some architectures transformers would take theirs
             tokenizer = ByT5Tokenizer.from_pretrained(folder)
         else:
             tokenizer = AutoTokenizer.from_pretrained(model.location, trust_remote_code=False)
@@ -698,10 +703,10 @@ def _has_tokenizer(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES)
 
 
-def _is_byte_level(folder: Path) -> bool:
+def _tokenizer_settings(folder: Path) -> dict[str, Any]:
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text("utf-8")) if file.is_file() else None
-    return isinstance(settings, dict) and settings.get("tokenizer_class") == "ByT5Tokenizer"
+    return settings if isinstance(settings, dict) else {}
 
 
 def check_rows(model: Model, config: Any, rows: Sequence[Mapping[str, Sequence[int]]]) -> None:

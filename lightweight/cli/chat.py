@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from transformers import TextStreamer
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from lightweight import corpus, models, record
+from lightweight.child import owner
 from lightweight.cli.output import RECORD_NAME
 from lightweight.models import Model
 
@@ -135,9 +135,9 @@ def _base(folder: Path, dtype: torch.dtype, device: torch.device, progress: Call
     quantization = entry["quantization"] and AutoQuantizationConfig.from_dict(dict(entry["quantization"]))
     if found.is_loadable:
         return models.load(found, dtype, device, quantization)
-    with tempfile.TemporaryDirectory() as scratch:
+    with owner.reaper.temporary_folder() as scratch:
         progress(f"{found.name}: writing its weights")
-        return models.load(models.write(found, Path(scratch), entry["seed"]), dtype, device, quantization)
+        return models.load(models.write(found, scratch, entry["seed"]), dtype, device, quantization)
 
 
 def talk(chat: Chat, *, max_tokens: int, temperature: float) -> None:

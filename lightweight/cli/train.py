@@ -14,7 +14,6 @@ import math
 import platform
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -371,8 +370,8 @@ def _forecasts(
         if ranks.world_size() == 1:
             return plan.plan([model], candidates, [target], progress=progress, **wanted)
         # A forecast of one of several ranks plays that it is one, which a process that is one cannot.
-        with tempfile.TemporaryDirectory() as folder:
-            return owner.call(plan.plan, Path(folder), [model], candidates, [target], **wanted)
+        with owner.reaper.temporary_folder() as folder:
+            return owner.call(plan.plan, folder, [model], candidates, [target], **wanted)
     finally:
         progress("")
 
