@@ -13,6 +13,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -265,6 +266,13 @@ class Output:
         """Whether nothing more can be written."""
         return shutil.disk_usage(self.partial).free < MiB
 
+    @property
+    def is_at_limit(self) -> bool:
+        """Whether a file has become as large as this process may make one, setrlimit(2)."""
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        files = [path for path in self.unfinished.rglob("*") if path.is_file()]
+        return limit != resource.RLIM_INFINITY and any(path.stat().st_size >= limit for path in files)
+
     # While it trains, and afterwards
 
     def keep_base(self, job: Mapping[str, Any]) -> None:
@@ -320,7 +328,7 @@ class Output:
         if not (self.can_resume or self.rescued.exists() or self.replaced.exists()):
             _remove_all(self.partial)
             with contextlib.suppress(OSError):  # a mount point, or what another user has put there
-                (self.partial / MARK).unlink()
+                (self.partial / MARK).unlink(missing_ok=True)
                 self.partial.rmdir()
         os.close(self._lock)
         self._lock = None
