@@ -113,9 +113,13 @@ def _adapted(folder: Path, dtype: torch.dtype, device: torch.device, progress: C
     if not weights.is_file():  # peft would also load a pickle, or ask the hub
         raise ChatError(f"{folder}: has no {weights.name}: only safetensors are loaded: save the adapter as such")
     with _refused(folder, weights.name), safe_open(weights, "pt") as file:
-        stored = set(file.keys())
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    stored, largest = set(shapes), max((size for shape in shapes.values() for size in shape), default=0)
     with _refused(folder, "its adapter_config.json or record"):
-        base = _base(folder, dtype, device, progress)
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        if (rank := getattr(config, "r", 0)) > largest:  # for which peft would take memory before it compares sizes
+            raise ValueError(f"rank {rank}, where no tensor has over {largest} rows or columns")
+        base = _base(folder, str(config.base_model_name_or_path), dtype, device, progress)
     with _refused(folder, "its adapter"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # said below, in one line
         network = peft.PeftModel.from_pretrained(base, folder)
@@ -127,11 +131,10 @@ def _adapted(folder: Path, dtype: torch.dtype, device: torch.device, progress: C
     return network
 
 
-def _base(folder: Path, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None]) -> Any:
-    """The network under the adapter in `folder`, quantized as it was when the adapter was trained."""
-    config = peft.PeftConfig.from_pretrained(str(folder))
+def _base(folder: Path, name: str, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None]) -> Any:
+    """The network `name` under the adapter in `folder`, quantized as it was when the adapter was trained."""
     entry = record.document(folder / RECORD_NAME)["outcomes"][0]
-    found, _ = models.find(models.named(str(config.base_model_name_or_path)), entry["weights"])
+    found, _ = models.find(models.named(name), entry["weights"])
     quantization = entry["quantization"] and AutoQuantizationConfig.from_dict(dict(entry["quantization"]))
     if found.is_loadable:
         return models.load(found, dtype, device, quantization)
