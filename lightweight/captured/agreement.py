@@ -14,7 +14,7 @@ import contextlib
 import functools
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from lightweight.preload import peft  # isort: skip  # noqa: F401  # before Trai
 
 import numpy
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from transformers import Trainer
 
 from lightweight.captured import dropout
@@ -89,7 +90,10 @@ class Sample:
 
     def first(self, size: int) -> Sample:
         """The first `size` dialogues in order of rows, so that what shares a row is together as long as possible."""
-        kept = set(list(chain.from_iterable(self.rows))[:size])
+        return self.of(list(chain.from_iterable(self.rows))[:size])
+
+    def of(self, kept: Collection[int]) -> Sample:
+        """Those of its dialogues that are among `kept`."""
         passes, rows = (
             [left for numbers in lists if (left := [n for n in numbers if n in kept])]
             for lists in (self.passes, self.rows)
@@ -98,9 +102,10 @@ class Sample:
 
 
 def samples(layouts: Sequence[Layout], first: list[list[int]], rows: Sequence[Row], rows_per_pass: int) -> list[Sample]:
-    """The job's first step, whose passes are `first`, and one of two rows: that with the longest dialogue, where a
-    window or a table of positions shows itself, and that with the most dialogues, where packing does. A step with so
-    few rows also leaves others of its shape empty. `layouts` are those of the whole job, the first step's first."""
+    """The first two passes of the job's first step, which has the passes `first`, and one of two rows: that with the
+    longest dialogue, where a window or a table of positions shows itself, and that with the most dialogues, where
+    packing does. A step with so few rows also leaves others of its shape empty. `layouts` are those of the whole job,
+    the first step's first."""
     everywhere = [row for layout in layouts for row in layout.rows]
     lengths = [sum(row["attention_mask"]) for row in rows]
     longest = max(everywhere, key=lambda row: max(lengths[number] for number in row))
@@ -108,7 +113,8 @@ def samples(layouts: Sequence[Layout], first: list[list[int]], rows: Sequence[Ro
     pair = [longest] if longest == fullest else [longest, [n for n in fullest if n not in longest]]
     numbers = list(chain.from_iterable(pair))
     passes = [numbers[start : start + rows_per_pass] for start in range(0, len(numbers), rows_per_pass)]
-    return [Sample(first, layouts[0].rows), Sample(passes, [row for row in pair if row])]
+    begin = Sample(first, layouts[0].rows).of(list(chain.from_iterable(first[:2])))
+    return [begin, Sample(passes, [row for row in pair if row])]
 
 
 @dataclass(frozen=True)
@@ -157,25 +163,32 @@ whose kernels sum in other orders, opt-350m's 24 layers were off by 2e-4 in fp32
 into the next may be off by 1e-3 alone, which a half hides; it is looked for in another way, whatever the format.
 """
 
+CHAOTIC = Tolerance(loss=1e-4, gradient=1e-2, tensor=1e-1, floor=1e-3)
+"""For fp32 in the place of halves that say nothing: a network of random weights may enlarge the last digit of a number
+a thousandfold from layer to layer. That of gpt-neo-1.3b does, whose attention does not scale its products: rounding its
+embeddings to fp16 turns half of its gradient, and to fp32 2e-4 of it (CPU, torch 2.13)."""
+
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far a captured step is from the Trainer's: relative, as in `Tolerance`. `error` is why it could not be
-    computed, in one line."""
+    """How far a captured step is from the Trainer's: relative, as in `Tolerance`, beside what is `allowed`. `error` is
+    why it could not be computed, in one line."""
 
     loss: float = 0.0
     gradient: float = 0.0
     tensor: float = 0.0
     worst: str = ""
+    allowed: Tolerance = TOLERANCES["fp32"]
     error: str | None = None
 
-    def within(self, allowed: Tolerance) -> bool:
+    @property
+    def is_rounding(self) -> bool:
         """Whether this is rounding; what is not a number is not."""
         return (
             self.error is None
-            and self.loss <= allowed.loss
-            and self.gradient <= allowed.gradient
-            and self.tensor <= allowed.tensor
+            and self.loss <= self.allowed.loss
+            and self.gradient <= self.allowed.gradient
+            and self.tensor <= self.allowed.tensor
         )
 
     def __str__(self) -> str:
@@ -200,7 +213,7 @@ def deviation(
     worst = each.argmax()
     loss = (ours.loss - theirs.loss).abs() / theirs.loss.abs()
     loss_off, gradient, tensor, index = torch.stack([loss, off.norm() / whole, each[worst], worst]).tolist()
-    return Deviation(loss_off, gradient, tensor, list(names.values())[int(index)])
+    return Deviation(loss_off, gradient, tensor, list(names.values())[int(index)], allowed)
 
 
 # The Trainer's side
@@ -235,6 +248,18 @@ class Reference:
             sample = sample.first(sample.size // 2)
         return sample, found
 
+    def in_fp32(self, sample: Sample) -> Gradients | None:
+        """As `gradients`, of the whole sample and with fp32 in the place of halves, from the weights as they are now.
+        None where a rank has not enough memory, or weights are in a format that cannot be computed with like that."""
+        own = None
+        with contextlib.suppress(torch.OutOfMemoryError, PartError), in_fp32(self._trainer):
+            try:
+                own = self._gradients(sample, 1.0)
+            finally:
+                drop_gradients(self._model)  # before weights are halves again
+        (lacks,) = ranks.any_says(own is None, device=self._trainer.args.device)
+        return None if own is None or lacks else own.over_ranks(trained(self._model))
+
     def _where_it_fits(self, sample: Sample) -> Gradients | None:
         """Under the first scale that leaves them finite, or the last; None where a rank has not enough memory."""
         for scale in self._scales:
@@ -245,7 +270,7 @@ class Reference:
                 if sample.size == 1:
                     raise
             (ran_out,) = ranks.any_says(own is None, device=self._trainer.args.device)
-            forget(self._model)
+            drop_gradients(self._model)
             if own is None or ran_out:
                 return None
             found = own.over_ranks(trained(self._model))
@@ -285,12 +310,47 @@ def trained(network: torch.nn.Module) -> dict[torch.nn.Parameter, str]:
     return {weight: name for name, weight in network.named_parameters() if weight.requires_grad}
 
 
-def forget(network: Any) -> None:
-    """Drop the gradients of `network`, and give what they took back to the device."""
+def drop_gradients(network: Any) -> None:
+    """Forget the gradients of `network`."""
     for weight in network.parameters():
         weight.grad = None
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+
+
+# Without rounding
+
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@contextlib.contextmanager
+def in_fp32(trainer: Trainer) -> Iterator[None]:
+    """Inside, the Trainer's network computes in fp32 what it computes in half precision outside. Every half is a number
+    of fp32 too, so that nothing is lost on the way there and back. Raises PartError for weights of other formats, but
+    for bitsandbytes' 4 bits, which are dequantized to fp32 inside."""
+    network: Any = trainer.model
+    matmul = torch.backends.cuda.matmul
+    with contextlib.ExitStack() as undo:
+        undo.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
+        matmul.fp32_precision = "ieee"
+        undo.enter_context(mock.patch.object(trainer.accelerator, "autocast", contextlib.nullcontext))
+        packed = set()
+        for module in network.modules():
+            if isinstance(module, Linear4bit):
+                packed.add(module.weight)
+                undo.enter_context(mock.patch.object(module, "compute_dtype", torch.float32))
+                state: Any = getattr(module.weight, "quant_state", None)
+                undo.enter_context(mock.patch.object(state, "dtype", torch.float32))
+        for name, tensor in chain(network.named_parameters(), network.named_buffers()):
+            if tensor.dtype in HALVES and tensor not in packed:
+                undo.callback(_cast, tensor, tensor.dtype)
+                _cast(tensor, torch.float32)
+            elif isinstance(tensor, torch.nn.Parameter) and tensor.dtype != torch.float32 and tensor not in packed:
+                raise PartError(f"{name} is {tensor.dtype}")
+        yield
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    tensor.data = tensor.data.to(dtype)
 
 
 # Leaving no trace
@@ -337,20 +397,21 @@ def without_trace(network: torch.nn.Module) -> Iterator[None]:
             for buffer, before in buffers:
                 if buffer.shape == before.shape:
                     buffer.copy_(before)
-        forget(network)
+        drop_gradients(network)
     if on_gpu:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.reset_accumulated_memory_stats()  # a step of the Trainer's that did not fit is no outcome
 
 
 def search(
-    parts: Parts, losses: Sequence[Loss], measure: Callable[[Parts], Deviation], allowed: Tolerance
+    parts: Parts, losses: Sequence[Loss], measure: Callable[[Parts], Deviation]
 ) -> tuple[Parts | None, list[str]]:
     """The most of `parts` that agrees with the Trainer, or None; and a note for each part that was given up, with how
     far it was off beside what is left."""
     measure = functools.cache(measure)
     candidates = parts.fewer(losses)
-    found = next((rest for rest in candidates if measure(rest).within(allowed)), None)
+    found = next((rest for rest in candidates if measure(rest).is_rounding), None)
     if found is None:
         return None, [f"the Trainer runs the steps, since no captured one is its: {measure(candidates[-1])}"]
     notes = []

@@ -81,6 +81,8 @@ class CapturedTraining:
         self.captured = False
         self.compiled = self.device.type == "cuda" and compiles(step, trial.steps)
         self.parts = NOTHING
+        self._in_fp32 = False
+        self._have_kernels: set[tuple[Parts, bool]] = set()
         self._compiled_layers: list[Any] = []
         self._lean: Lean | None = None
         self._undo_attention: Callable[[], None] | None = None
@@ -151,8 +153,7 @@ class CapturedTraining:
         self._graphs.clear()
         for layer in self._compiled_layers:
             del layer.forward  # its class's own again: evaluating is not worth compiling for
-        if self._lean is not None:
-            self._lean.undo()
+        self._lean_on(False)
         self._optimizer.finish()
         trainer.control = handler.on_train_end(arguments, state, trainer.control)
 
@@ -220,13 +221,15 @@ class CapturedTraining:
 
     def _agree(self) -> bool:
         """Take on as many parts as leave the step the Trainer's, and note what others were off. Whether any do."""
-        reference = Reference(self.trainer, halves=self._precision == "fp16")
-        if not reference.draws([numbers for passes in self._order[0] for numbers in passes]):
+        self._reference = Reference(self.trainer, halves=self._precision == "fp16")
+        self._exact: dict[int, Gradients | None] = {}  # in fp32
+        self._rounding: str | None = None
+        if not self._reference.draws([numbers for passes in self._order[0] for numbers in passes]):
             self.notes.append("the Trainer runs the steps, since it draws other rows than the captured step")
             return False
         self._names = agreement.trained(self.network)
         with agreement.nudged(self._names):
-            self._expected = [reference.gradients(sample) for sample in self._samples()]
+            self._expected = [self._reference.gradients(sample) for sample in self._samples()]
         self.meter.phase = "capture"  # which the Trainer's own steps have left
         self._optimizer = Optimizer(self.trial, self.trainer, self._adamw, self.device)
         self._full = Parts(
@@ -237,10 +240,11 @@ class CapturedTraining:
             lean=self.step.lean and not self.compiled and isinstance(self._autocast(), contextlib.nullcontext),
         )
         with agreement.nudged(self._names):
-            parts, notes = agreement.search(self._full, self._losses, self._deviation, self._allowed)
-        self.notes += notes
+            parts, notes = agreement.search(self._full, self._losses, self._deviation)
+        self.notes += notes if self._rounding is None or parts is None else [self._rounding, *notes]
         self._use(parts or NOTHING)
         self._expected.clear()
+        self._exact.clear()
         if parts is None:
             self._optimizer.withdraw()
         return parts is not None
@@ -276,11 +280,10 @@ class CapturedTraining:
 
     def _use(self, parts: Parts) -> None:
         """Run steps with `parts` from now on. Raises what a part raises that cannot be had."""
-        if self._lean is not None:
-            self._lean.undo()
+        self._lean_on(False)
         if self._undo_attention is not None:
             self._undo_attention()
-        self._lean = self._undo_attention = None
+        self._undo_attention = None
         self.parts = parts
         if parts.attention:
             self._undo_attention = attention.install(self.model)
@@ -288,9 +291,15 @@ class CapturedTraining:
             self._check_loss()
         if parts.loss == "chunked":
             self._check_head()
-        if parts.lean:
-            self._lean = Lean(self.model)
+        self._lean_on(parts.lean)
         self._lay_out()
+
+    def _lean_on(self, wanted: bool) -> None:
+        """Give frozen layers their lean forward passes, for the number formats that the network has now; or back their
+        own."""
+        if self._lean is not None:
+            self._lean.undo()
+        self._lean = Lean(self.model) if wanted else None
 
     def _check_loss(self) -> None:
         """Raise PartError unless the model's loss is the cross-entropy of its own logits. Both are of one forward pass
@@ -336,18 +345,65 @@ class CapturedTraining:
                 self._check_positions()
 
         off = Deviation(error=self._problem_of(take_on, parts))
-        for sample, expected in self._expected:
-            if not off.within(self._allowed):
+        for number, (sample, expected) in enumerate(self._expected):
+            if not off.is_rounding:
                 break
-            found: list[Gradients] = []
-            compute = functools.partial(self._sampled, sample, expected.scale, found)
-            if problem := self._problem_of(compute, parts):
+            ours, problem = self._computed(sample, expected.scale, parts)
+            if ours is None:
                 return Deviation(error=problem)
-            (ours,) = found
-            off = agreement.deviation(ours.over_ranks(self._names), expected, self._names, self._allowed)
-            del ours, found
-            agreement.forget(self.network)
+            off = agreement.deviation(ours, expected, self._names, self._allowed)
+            # of the last sample, the smallest, always: a good deal passes for the rounding of a half
+            if self._precision in ("fp16", "bf16") and (not off.is_rounding or number == len(self._expected) - 1):
+                off = self._deviation_in_fp32(number, ours, off, parts)
         return off
+
+    def _deviation_in_fp32(self, number: int, ours: Gradients, off: Deviation, parts: Parts) -> Deviation:
+        """How far a step with `parts` is from the Trainer's over sample `number` where both are computed in fp32. Where
+        they cannot be, `off`, the deviation of `ours` in half precision; and where `ours` are so much further from the
+        Trainer's in fp32 than its own halves are that rounding does not explain it."""
+        sample, expected = self._expected[number]
+        if number not in self._exact:
+            self._use(NOTHING)
+            self._exact[number] = self._reference.in_fp32(sample)
+            self._use(parts)
+        exact = self._exact[number]
+        if exact is None:
+            return off
+        halves = agreement.deviation(expected, exact, self._names, self._allowed)
+        if not off.is_rounding:
+            own = agreement.deviation(ours, exact, self._names, self._allowed)
+            # two gradients that both are nothing but rounding still are of the same size, more or less
+            if not (own.gradient <= 10 * halves.gradient and own.loss <= 2 * halves.loss + self._allowed.loss):
+                return off
+        with self._fp32():
+            in_fp32, _ = self._computed(sample, 1.0, parts)
+        if in_fp32 is None:
+            return off
+        if halves.is_rounding:
+            return agreement.deviation(in_fp32, exact, self._names, agreement.TOLERANCES["fp32 on a GPU"])
+        moves = f"{self._precision} moves the Trainer's own gradient by {halves.gradient:.0e}"
+        self._rounding = f"compared in fp32: {moves}"
+        return agreement.deviation(in_fp32, exact, self._names, agreement.CHAOTIC)
+
+    @contextlib.contextmanager
+    def _fp32(self) -> Iterator[None]:
+        """Inside, steps are computed in fp32 throughout."""
+        self._in_fp32 = True
+        try:
+            with agreement.in_fp32(self.trainer):
+                self._lean_on(self._lean is not None)
+                yield
+        finally:
+            self._in_fp32 = False
+            self._lean_on(self._lean is not None)
+
+    def _computed(self, sample: Sample, scale: float, parts: Parts) -> tuple[Gradients | None, str | None]:
+        """All ranks' loss and gradients of `sample` by a step with `parts`; or None, and what keeps any of them from
+        it, in one line."""
+        own: list[Gradients] = []
+        problem = self._problem_of(functools.partial(self._sampled, sample, scale, own), parts)
+        agreement.drop_gradients(self.network)
+        return (None, problem) if problem else (own[0].over_ranks(self._names), None)
 
     def _check_dialogues_are_apart(self) -> None:
         """Raise PartError where a dialogue's gradient reaches another one in its row, by whatever way: a state that is
@@ -376,7 +432,7 @@ class CapturedTraining:
         loss = (logits[own].float() * torch.linspace(-1, 1, logits.shape[-1], device=self.device)).sum()
         loss.backward()  # not autograd.grad, which reentrant checkpointing does not take part in
         reached = sum(found.grad[0].float().norm(dim=-1) for found in embedded if found.grad is not None)
-        agreement.forget(self.network)
+        agreement.drop_gradients(self.network)
         elsewhere = reached[~own].norm() / reached[own].norm()
         if elsewhere.item() != 0:
             raise PartError(f"{elsewhere.item():.0e} of a dialogue's gradient is another's in its row")
@@ -405,15 +461,13 @@ class CapturedTraining:
         try:
             act()
         except torch.OutOfMemoryError:
-            if parts == self._full:
+            if parts == self._full and not self._in_fp32:
                 raise
             problem = "out of memory"
         except PartError as error:
             problem = str(error)
         except Exception as error:
             problem = f"its step fails ({type(error).__name__}: {_first_line(error)[:160]})"
-        if problem is not None:
-            agreement.forget(self.network)
         (any_failed,) = ranks.any_says(problem is not None, device=self.device)
         return problem or ("another rank cannot" if any_failed else None)
 
@@ -423,19 +477,20 @@ class CapturedTraining:
         if self.parts.packing:
             layout = replace(layout, rows=sample.rows)
         layout = packing.share(layout, ranks.rank(), self.trial.world_size)
-        shape = packing.holding(layout, self.rows, () if self._exact else self._shapes.values())
+        shape = packing.holding(layout, self.rows, () if self._has_trainers_passes else self._shapes.values())
         if shape is None:
             (shape,) = self._shaped([layout]).values()
         buffers = Buffers(shape, self.device)
         buffers.fill(layout, self.rows)
         with self._optimizer.scaling_by(scale):
-            if self.device.type == "cuda":
+            if self.device.type == "cuda" and (self.parts, self._in_fp32) not in self._have_kernels:
                 self._compile_kernels(buffers)
+                self._have_kernels.add((self.parts, self._in_fp32))
             self._backward(buffers)
         found.append(Gradients(self.loss.clone(), self._optimizer.gradients_of_weights(), scale))
 
     @property
-    def _exact(self) -> bool:
+    def _has_trainers_passes(self) -> bool:
         """Whether a step must have the Trainer's own passes, since the model computes its loss over one of them."""
         return self.parts.loss == "model" and not self.parts.packing
 
@@ -450,7 +505,7 @@ class CapturedTraining:
 
     def _shaped(self, layouts: list[Layout]) -> dict[int, Shape]:
         rows_per_pass = self.trial.running_method.sequences_per_pass
-        if self._exact:
+        if self._has_trainers_passes:
             return packing.exact_shapes(layouts, self.rows, rows_per_pass)
         return packing.shapes(layouts, self.rows, rows_per_pass, most=1 if self.compiled else None)
 
@@ -598,7 +653,7 @@ class CapturedTraining:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         arguments = self.trial.running_method.training_arguments
         dtype = torch.float16 if arguments.get("fp16") else torch.bfloat16 if arguments.get("bf16") else None
-        if dtype is None:
+        if dtype is None or self._in_fp32:
             return contextlib.nullcontext()
         # Cast weights that it caches would outlive the pass, in a graph's memory.
         return torch.autocast(self.device.type, dtype, cache_enabled=False)

@@ -405,7 +405,7 @@ def test_the_result_says_what_it_is_and_peft_loads_it(train, base, dialogues, ou
         found["corpus_digest"],
         *(f"{found[key]:.4f}" for key in ("heldout_loss_before", "heldout_loss_after")),
         *(f"{loss:.4f}" for loss in record.training_loss(found["train_loss"], found["steps_per_epoch"])),
-        f"| torch | {torch.__version__} |",
+        f"| torch | {found['versions']['torch']} |",
         "LORA r=8 on q_proj v_proj",
         str(base),
     ):
