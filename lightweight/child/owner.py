@@ -29,7 +29,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 from lightweight.child import host_memory, process, unsloth, worker
 from lightweight.child.process import log_of, redirect_output
-from lightweight.child.reaper import Reaper, is_running, kill
+from lightweight.child.reaper import Reaper, is_running, kill, started
 from lightweight.training import ranks
 from lightweight.training.stock import Request
 from lightweight.trial import (
@@ -601,7 +601,7 @@ def _server_pid() -> int | None:
 
 def _kill_server() -> None:
     if (server := _server_pid()) is not None:
-        since = reaper.since(server)
+        since = reaper.since(server) or started(server)  # it may have died before it was adopted
         kill(server, since)
         _wait_until(lambda: not is_running(server, since), STATUS_SECONDS)
 
