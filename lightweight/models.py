@@ -680,10 +680,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
         )
     with _refused(model, "its tokenizer cannot be used", "give the tokenizer's files as they were published"):
         tokenizer: PreTrainedTokenizerBase
-        settings = _tokenizer_settings(folder)
-        if isinstance(extra := settings.get("extra_ids"), int) and extra > EXTRA_TOKENS:
-            raise ValueError(f"extra_ids is over {EXTRA_TOKENS}")
-        if settings.get("tokenizer_class") == "ByT5Tokenizer":  # for some architectures transformers would take theirs
+        if _is_byte_level(folder):  # for some architectures transformers would take a class of theirs
             tokenizer = ByT5Tokenizer.from_pretrained(folder)
         else:
             tokenizer = AutoTokenizer.from_pretrained(model.location, trust_remote_code=False)
@@ -703,10 +700,15 @@ def _has_tokenizer(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES)
 
 
-def _tokenizer_settings(folder: Path) -> dict[str, Any]:
+def _is_byte_level(folder: Path) -> bool:
+    """Whether the tokenizer in `folder` is ByT5's. Raises ValueError for settings that would fill the memory."""
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text("utf-8")) if file.is_file() else None
-    return settings if isinstance(settings, dict) else {}
+    if not isinstance(settings, dict):
+        return False
+    if isinstance(extra := settings.get("extra_ids"), int) and extra > EXTRA_TOKENS:
+        raise ValueError(f"extra_ids is over {EXTRA_TOKENS}")
+    return settings.get("tokenizer_class") == "ByT5Tokenizer"
 
 
 def check_rows(model: Model, config: Any, rows: Sequence[Mapping[str, Sequence[int]]]) -> None:
