@@ -36,6 +36,9 @@ MIN_LENGTH = 2
 RENDER_SECONDS = 10.0
 """What a chat template may take for one turn; those that end take a thousandth."""
 
+MARKUP_CHARACTERS = 1_000_000
+"""What a chat template may write around one turn; a long system prompt has a hundredth."""
+
 IGNORED = -100
 """The label that transformers' losses leave out: prompt and padding."""
 
@@ -98,7 +101,7 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _rendered(turn: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
     """One turn in the tokenizer's chat template. Raises ModelError for a template that raises, does not
-    end, or leaves the turn out: rows without their prompts would train all the same."""
+    end, writes too much or no text, or leaves the turn out: rows without their prompts would train all the same."""
     try:
         with _time_limit(RENDER_SECONDS):
             marked = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
@@ -107,6 +110,9 @@ def _rendered(turn: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) ->
                 [{"role": "user", "content": f"{text} {text}."}], tokenize=False, add_generation_prompt=True
             ):
                 raise ValueError("it leaves out what the user says")
+            if len(marked) > len(text) + MARKUP_CHARACTERS:
+                raise ValueError(f"it writes {len(marked):,} characters for one turn")
+            marked.encode()  # half a character, which no tokenizer takes
     except Exception as error:  # a template is a program, and may raise what it likes
         raise ModelError(
             f"model {tokenizer.name_or_path}: its chat template cannot be used ({reason(error)}): mend chat_template"

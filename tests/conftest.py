@@ -74,6 +74,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="hold captured steps against the Trainer's for every causal language model of transformers, not a sample",
     )
+    parser.addoption("--faults", action="store_true", help="inject every fault, not a sample of each class")
+    parser.addoption(
+        "--faults-into",
+        type=Path,
+        metavar="FILE.md",
+        help="also write the counts of faults between its marks; classes that did not run keep their rows",
+    )
 
 
 @pytest.fixture(scope="session")

@@ -203,6 +203,8 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
         ("{% for %}", "Expected an expression"),
         ("<user><assistant>", "it leaves out what the user says"),
         ([{"name": "tools", "template": "x"}], "no default"),
+        ("{{ messages[0].content }}{{ 'x' * 2_000_000 }}", "it writes 2,000,002 characters for one turn"),
+        ("{{ messages[0].content }}\ud800", "surrogates not allowed"),
     ],
 )
 def test_a_chat_template_that_cannot_be_used_is_one_line(monkeypatch, template, expected):

@@ -179,7 +179,7 @@ class CapturedTraining:
         trainer, state = self.trainer, self.trainer.state
         kept: Any = state.stateful_callbacks
         folder = Path(str(trainer.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         transformers_internals.save_random_numbers(trainer, folder)
         ranks.wait_for_all()
         if not ranks.is_first():

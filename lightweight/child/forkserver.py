@@ -100,7 +100,7 @@ def _shorten_sockets_path() -> None:
 def kill() -> None:
     """Kill the forkserver, if there is one."""
     if (server := forkserver_pid()) is not None:
-        since = reaper.own.since(server)
+        since = reaper.own.since(server) or reaper.started(server)  # it may have died before it was adopted
         reaper.kill(server, since)
         wait_until(lambda: not reaper.is_running(server, since), STATUS_SECONDS)
 

@@ -23,7 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PREFIX = "lightweight-"
@@ -80,6 +81,15 @@ class Reaper:
         if (lock := self._folders.pop(folder, None)) is not None:
             os.close(lock)
             self._tell()
+
+    @contextmanager
+    def temporary_folder(self) -> Iterator[Path]:
+        """A new folder that is removed afterwards, also where this process is killed inside."""
+        folder = self.make_folder()
+        try:
+            yield folder
+        finally:
+            self.remove_folder(folder)
 
     @property
     def pid(self) -> int | None:

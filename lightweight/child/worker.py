@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import math
 import os
 import signal
 import time
@@ -33,7 +34,7 @@ from lightweight.internals.bitsandbytes import never_repack
 from lightweight.internals.transformers import call_first
 from lightweight.targets import Device
 from lightweight.training import ranks, stock
-from lightweight.training.meter import Meter
+from lightweight.training.meter import DivergedError, Meter
 from lightweight.training.stock import Request, Rounds, Row
 from lightweight.trial import Completed, Measurements, Outcome, Phase, Trial
 
@@ -200,11 +201,14 @@ def set_up(
 
 
 def evaluate(trainer: transformers.Trainer, heldout: Heldout, meter: Meter) -> None:
-    """Add the losses on what is held out, as they are now, to the meter's."""
+    """Add the losses on what is held out, as they are now, to the meter's. Raises DivergedError where what has been
+    trained gives none that is finite; before training the first step's loss says so."""
     with meter.during("evaluate"):
-        meter.heldout_losses.append(stock.heldout_loss(trainer, heldout.pairs))
+        meter.heldout_losses.append(loss := stock.heldout_loss(trainer, heldout.pairs))
         if heldout.elsewhere:
             meter.elsewhere_losses.append(stock.heldout_loss(trainer, heldout.elsewhere))
+        if meter.steps and not math.isfinite(loss):
+            raise DivergedError(meter.steps, f"held-out loss is {loss}")
 
 
 def train(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from transformers import TextStreamer
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from lightweight import corpus, models, record
+from lightweight.child import reaper
 from lightweight.cli.output import RECORD_NAME
 from lightweight.models import Model
 from lightweight.targets import has_bf16
@@ -115,9 +115,13 @@ def _adapted(folder: Path, dtype: torch.dtype, device: torch.device, progress: C
     if not weights.is_file():  # peft would also load a pickle, or ask the hub
         raise ChatError(f"{folder}: has no {weights.name}: only safetensors are loaded: save the adapter as such")
     with _refused(folder, weights.name), safe_open(weights, "pt") as file:
-        stored = set(file.keys())
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    stored, largest = set(shapes), max((size for shape in shapes.values() for size in shape), default=0)
     with _refused(folder, "its adapter_config.json or record"):
-        base = _base(folder, dtype, device, progress)
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        if (rank := getattr(config, "r", 0)) > largest:  # for which peft would take memory before it compares sizes
+            raise ValueError(f"rank {rank}, where no tensor has over {largest} rows or columns")
+        base = _base(folder, str(config.base_model_name_or_path), dtype, device, progress)
     with _refused(folder, "its adapter"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # said below, in one line
         network = peft.PeftModel.from_pretrained(base, folder)
@@ -129,17 +133,16 @@ def _adapted(folder: Path, dtype: torch.dtype, device: torch.device, progress: C
     return network
 
 
-def _base(folder: Path, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None]) -> Any:
-    """The network under the adapter in `folder`, quantized as it was when the adapter was trained."""
-    config = peft.PeftConfig.from_pretrained(str(folder))
+def _base(folder: Path, name: str, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None]) -> Any:
+    """The network `name` under the adapter in `folder`, quantized as it was when the adapter was trained."""
     entry = record.load(folder / RECORD_NAME).entries[0]
-    base, _ = models.find(models.named(str(config.base_model_name_or_path)), entry.weights)
+    base, _ = models.find(models.named(name), entry.weights)
     quantization = AutoQuantizationConfig.from_dict(dict(entry.quantization)) if entry.quantization else None
     if base.is_loadable:
         return models.load(base, dtype, device, quantization)
-    with tempfile.TemporaryDirectory() as scratch:
+    with reaper.own.temporary_folder() as scratch:
         progress(f"{base.name}: writing its weights")
-        return models.load(models.write(base, Path(scratch), entry.seed or 0), dtype, device, quantization)
+        return models.load(models.write(base, scratch, entry.seed or 0), dtype, device, quantization)
 
 
 def talk(chat: Chat, *, max_tokens: int, temperature: float) -> None:

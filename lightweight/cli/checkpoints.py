@@ -63,25 +63,30 @@ def problem(folder: Path) -> str | None:
         return f"its {MANIFEST_NAME} is missing or damaged"
     there = {str(path.relative_to(folder)): path for path in _files(folder)}
     for name, (size, digest) in manifest.files.items():
-        if name not in there:
+        if name not in there or not there[name].is_file():  # what waits for a writer, or a link to nothing, is none
             return f"{name} is missing"
-        if there[name].stat().st_size != size:
-            return f"{name} has {there[name].stat().st_size} bytes of {size}"
-        if _measured(there[name])[1] != digest:
-            return f"{name} has changed since it was saved"
+        try:
+            if there[name].stat().st_size != size:
+                return f"{name} has {there[name].stat().st_size} bytes of {size}"
+            if _measured(there[name])[1] != digest:
+                return f"{name} has changed since it was saved"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     added = sorted(name for name in there if name not in manifest.files and not Path(name).name.startswith("."))
     return f"{added[0]} was not saved with it" if added else None
 
 
 def read(folder: Path) -> Manifest | None:
     """The manifest of `folder`, where it can be read and says what was written."""
+    if not (folder / MANIFEST_NAME).is_file():
+        return None
     try:
         content = json.loads((folder / MANIFEST_NAME).read_text("utf-8"))
         if content.pop("sha256") != _digest(content):
             return None
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in content["files"].items()}
         return Manifest(dict(content["job"]), files) if files else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
@@ -103,6 +108,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove what lies at `path`, where something does: a folder with all that is in it, of a link only itself."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -141,7 +154,10 @@ def step_of(checkpoint: Path) -> int:
 
 def _wrong_step(checkpoint: Path) -> str | None:
     """A whole checkpoint under another one's name is not where that one would go on."""
-    step = json.loads((checkpoint / TRAINER_STATE).read_text("utf-8"))["global_step"]
+    try:
+        step = json.loads((checkpoint / TRAINER_STATE).read_text("utf-8"))["global_step"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return f"its {TRAINER_STATE} does not say after which step it was saved"
     return None if step == step_of(checkpoint) else f"it was saved after step {step}"
 
 
@@ -155,14 +171,13 @@ class Shelf:
     def add(self, written: Path) -> None:
         """Move a sealed checkpoint here, then remove what is neither of the newest whole ones."""
         place = self._folder / written.name
-        if place.exists():  # one that is not whole, which a resumed job passed over
-            shutil.rmtree(place)
+        remove(place)  # one that is not whole, which a resumed job passed over
         written.rename(place)
         sync(self._folder)
         self._whole = [*self._whole, place][-KEPT:]
         for other in all_in(self._folder):
             if other not in self._whole:
-                shutil.rmtree(other, ignore_errors=True)
+                remove(other)
 
 
 # When

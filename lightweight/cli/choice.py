@@ -5,14 +5,12 @@ By forecast: of what fits, the one that is expected to be the fastest.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from lightweight import methods
-from lightweight.child import helper
+from lightweight.child import helper, reaper
 from lightweight.cli.job import Job, NothingFitsError
 from lightweight.cli.terminal import say
 from lightweight.forecast import plan, tracer
@@ -96,8 +94,8 @@ def _forecasts(
         if ranks.world_size() == 1:
             return plan.plan([model], candidates, [target], progress=progress, **wanted)
         # A forecast of one of several ranks plays that it is one, which a process that is one cannot.
-        with tempfile.TemporaryDirectory() as folder:
-            return helper.call(plan.plan, Path(folder), [model], candidates, [target], **wanted)
+        with reaper.own.temporary_folder() as folder:
+            return helper.call(plan.plan, folder, [model], candidates, [target], **wanted)
     finally:
         progress("")
 

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -116,7 +117,10 @@ class Output:
                 self._check_place(resume)
                 if not (resume or overwrite):
                     self._check_nothing_left()
-                _remove_all(self.unfinished if resume and self.can_resume else self.partial)
+                if resume and self.can_resume:
+                    checkpoints.remove(self.unfinished)
+                else:
+                    _remove_all(self.partial)
                 self._try_to_write()
                 self._try_to_rename()
             except BaseException:
@@ -202,7 +206,7 @@ class Output:
         if not os.path.lexists(self.folder) or _is_empty(self.folder):
             self.replaced.rename(self.folder)
         elif not self.result.exists():  # it is in its place
-            shutil.rmtree(self.replaced)
+            checkpoints.remove(self.replaced)
         else:
             raise OutputError(
                 f"--output {self.folder}: {self.replaced} is the model that was there before: move one of them away"
@@ -262,13 +266,19 @@ class Output:
         """Whether nothing more can be written."""
         return shutil.disk_usage(self.partial).free < MiB
 
+    @property
+    def is_at_limit(self) -> bool:
+        """Whether a file has become as large as this process may make one, setrlimit(2)."""
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        files = [path for path in self.unfinished.rglob("*") if path.is_file()]
+        return limit != resource.RLIM_INFINITY and any(path.stat().st_size >= limit for path in files)
+
     # While it trains, and afterwards
 
     def keep_base(self, job: Mapping[str, Any]) -> None:
         """Make `unfinished/base`, which `job` needs, the base weights, whole."""
         checkpoints.seal(self.unfinished / "base", job)
-        if self.base.exists():
-            shutil.rmtree(self.base)
+        checkpoints.remove(self.base)
         (self.unfinished / "base").rename(self.base)
 
     @contextlib.contextmanager
@@ -280,10 +290,10 @@ class Output:
             yield unfinished
             checkpoints.sync_all(unfinished)
         except BaseException:
-            shutil.rmtree(self.rescued, ignore_errors=True)
+            checkpoints.remove(self.rescued)
             unfinished.rename(self.rescued)
             raise
-        shutil.rmtree(self.result, ignore_errors=True)
+        checkpoints.remove(self.result)
         unfinished.rename(self.result)
 
     def publish(self) -> None:
@@ -293,7 +303,7 @@ class Output:
             return
         for path in self.partial.iterdir():
             if path not in (self.result, self.partial / MARK):
-                _remove(path)  # the result is all that is still needed
+                checkpoints.remove(path)  # the result is all that is still needed
         try:
             if os.path.lexists(self.folder) and not _is_empty(self.folder):
                 self._check_taken(resume=False)  # it may have come while this trained
@@ -306,7 +316,7 @@ class Output:
                 f"{self.result}: move it, or make room and go on with --resume"
             ) from error
         checkpoints.sync(self.folder.parent)
-        shutil.rmtree(self.replaced, ignore_errors=True)
+        checkpoints.remove(self.replaced)
 
     def release(self) -> None:
         """Unlock `partial`, having removed it unless there is something in it to go on with."""
@@ -314,11 +324,11 @@ class Output:
             return
         if self.replaced.exists() and not os.path.lexists(self.folder):
             self.replaced.rename(self.folder)
-        _remove(self.unfinished)
+        checkpoints.remove(self.unfinished)
         if not (self.can_resume or self.rescued.exists() or self.replaced.exists()):
             _remove_all(self.partial)
             with contextlib.suppress(OSError):  # a mount point, or what another user has put there
-                (self.partial / MARK).unlink()
+                (self.partial / MARK).unlink(missing_ok=True)
                 self.partial.rmdir()
         os.close(self._lock)
         self._lock = None
@@ -343,11 +353,4 @@ def _remove_all(folder: Path) -> None:
     if folder.is_dir():
         for path in folder.iterdir():
             if path.name != MARK:
-                _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+                checkpoints.remove(path)

@@ -11,9 +11,11 @@ import contextlib
 import errno
 import json
 import math
+import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, which imports peft
@@ -115,9 +117,14 @@ def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) 
         return _carry_out(trial, job, output, device, progress, interruption, before)
     except REFUSALS:
         raise
-    except Exception as error:  # safetensors and torch tell a full disk each in their own way
+    except Exception as error:  # safetensors and torch tell a full disk, and a file's limit, each in their own way
+        if os.strerror(errno.EFBIG) in str(error) or (ranks.is_first() and output.is_at_limit):
+            raise _unwritable(output, "a file of it is larger than ulimit -f allows: raise that") from error
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or (ranks.is_first() and output.is_full):
-            raise _disk_full(output) from error
+            raise _unwritable(output, "the disk is full: free some space") from error
+        if isinstance(error, OSError) and output.partial in Path(str(error.filename)).parents:
+            what = f"{error.filename} cannot be written ({error.strerror})"
+            raise _unwritable(output, f"{what}: leave alone what lies there while it trains") from error
         raise
     finally:
         progress("")
@@ -335,8 +342,8 @@ def _tell(
     fail(f"{what}: {instead(trial, job, device, progress)}")
 
 
-def _disk_full(output: Output) -> OutputError:
+def _unwritable(output: Output, why: str) -> OutputError:
     return OutputError(
-        f"--output {output.folder}: the disk is full: free some space"
+        f"--output {output.folder}: {why}"
         + (f"; --resume then goes on after step {step_of(output.checkpoint)}" if output.checkpoint else "")
     )

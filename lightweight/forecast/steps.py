@@ -49,10 +49,8 @@ def train(network: Any, trial: Trial, paddings: tuple[BatchKind, ...], recorder:
         "gradient_accumulation_steps": len(steps[0]),
         "logging_nan_inf_filter": False,  # it reads the loss, and a fake one has no value
     }
-    with tempfile.TemporaryDirectory() as folder:
-        trainer: Any = stock.make_trainer(
-            trial, network, [{"labels": []}], recorder.meter, owner, Path(folder), **overrides
-        )
+    folder = Path(tempfile.gettempdir())  # which is there, as the Trainer will have it, and gets nothing
+    trainer: Any = stock.make_trainer(trial, network, [{"labels": []}], recorder.meter, owner, folder, **overrides)
     owner.trainer = trainer
     if arguments.get("fp16"):
         accelerate_internals.autocast_on_cpu(trainer, torch.amp.GradScaler("cpu"))

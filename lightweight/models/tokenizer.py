@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "tekken.json")
 """One of these is in a folder that has a tokenizer."""
 
+EXTRA_TOKENS = 10_000
+"""More than any tokenizer has further tokens: a damaged number must not fill the memory."""
+
 PROBE = "The sea was calm, and so were we."
 """What every tokenizer has tokens for: one that has none is empty."""
 
@@ -55,9 +58,14 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _is_byte_level(folder: Path) -> bool:
+    """Whether the tokenizer in `folder` is ByT5's. Raises ValueError for settings that would fill the memory."""
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text("utf-8")) if file.is_file() else None
-    return isinstance(settings, dict) and settings.get("tokenizer_class") == "ByT5Tokenizer"
+    if not isinstance(settings, dict):
+        return False
+    if isinstance(extra := settings.get("extra_ids"), int) and extra > EXTRA_TOKENS:
+        raise ValueError(f"extra_ids is over {EXTRA_TOKENS}")
+    return settings.get("tokenizer_class") == "ByT5Tokenizer"
 
 
 def check_rows(model: Model, config: Any, rows: Sequence[Mapping[str, Sequence[int]]]) -> None:

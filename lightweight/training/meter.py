@@ -24,10 +24,10 @@ from lightweight.trial import Measurements, Phase
 
 
 class DivergedError(Exception):
-    """A loss that is not finite, at optimizer step `step` (from 1)."""
+    """A loss or a weight, `what`, that is not finite at optimizer step `step` (from 1)."""
 
-    def __init__(self, step: int, loss: float) -> None:
-        super().__init__(f"training loss is {loss} at step {step}")
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(f"{what} at step {step}")
         self.step = step
 
 
@@ -152,12 +152,15 @@ class Meter:
 
     def end_round(self) -> None:
         """Read what the round left on the device. Raises DivergedError."""
-        first = len(self._losses) + 1
         self.read_device()
         self._cpu_seconds += time.process_time() - self._cpu_began
-        for step, loss in enumerate(self._losses[first - 1 :], first):
+        self.check_losses()
+
+    def check_losses(self) -> None:
+        """Raise DivergedError where a step's loss is not finite; waits for the device."""
+        for step, loss in enumerate(self.train_loss, 1):
             if not math.isfinite(loss):
-                raise DivergedError(step, loss)
+                raise DivergedError(step, f"training loss is {loss}")
 
     def read_device(self) -> None:
         """Wait for the device, and take its peaks and what it holds of losses and step boundaries."""

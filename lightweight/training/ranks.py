@@ -86,7 +86,6 @@ def environment(rank: int, world_size: int, store: Path | None) -> dict[str, str
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         STORE: str(store),
-        **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _loopback()),
     }
 
 
@@ -94,12 +93,6 @@ def make_store(folder: Path) -> Path:
     """Where the ranks of one trial find each other: a file in a new folder inside `folder` that nobody else can open.
     torch's TCPStore would ask nobody who connects for a secret."""
     return Path(tempfile.mkdtemp(prefix="ranks-", dir=folder)) / "store"
-
-
-def _loopback() -> str:
-    """The network interface that is reached from this host alone."""
-    names = [name for _, name in socket.if_nameindex()]
-    return "lo0" if "lo0" in names else "lo"  # as macOS calls it, and Linux
 
 
 def meet(*, cpu: bool) -> None:
@@ -110,11 +103,21 @@ def meet(*, cpu: bool) -> None:
             os.environ.pop(name, None)
     elif not distributed.is_initialized():
         share_threads()
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            _listen_on_loopback()
         ours: dict[str, Any] = {}  # torchrun has a store of its own
         if STORE in os.environ:
             ours = {"init_method": f"file://{os.environ[STORE]}", "rank": rank(), "world_size": world_size()}
             ours["timeout"] = timedelta(seconds=TrainingArguments.ddp_timeout)  # as transformers would have it
         PartialState(cpu=cpu, **ours)
+
+
+def _listen_on_loopback() -> None:
+    """Have the ranks reached from this host alone, where else gloo and NCCL take the interface of the host's name, or
+    any. Neither asks who connects for a secret."""
+    names = [name for _, name in socket.if_nameindex()]
+    loopback = "lo0" if "lo0" in names else "lo"  # as macOS calls it, and Linux
+    os.environ |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), loopback)
 
 
 def share_threads() -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, cast
 from lightweight.preload import peft  # isort: skip  # before Trainer, which imports peft
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from transformers import (
     Trainer,
@@ -32,7 +33,7 @@ from lightweight.internals.transformers import TrainerHooks
 from lightweight.methods import MethodError
 from lightweight.models import reason
 from lightweight.training import ranks
-from lightweight.training.meter import Meter
+from lightweight.training.meter import DivergedError, Meter
 from lightweight.trial import Trial
 
 Row = dict[str, list[int]]
@@ -284,6 +285,13 @@ def resume_meter(meter: Meter, checkpoint: Path) -> None:
     meter.resume(**callbacks[_RoundBoundary.__name__]["attributes"])
 
 
+def _is_finite(network: torch.nn.Module) -> bool:
+    """Whether all that is trained of `network`, or this rank's shards of it, are numbers. Waits for the device."""
+    weights = [weight.detach() for weight in network.parameters() if weight.requires_grad]
+    shards = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+    return all(bool(shard.isfinite().all()) for shard in shards)
+
+
 class _RoundBoundary(TrainerCallback, ExportableState):
     def __init__(self, meter: Meter, rounds: Rounds) -> None:
         self.meter, self.rounds = meter, rounds
@@ -308,6 +316,14 @@ class _RoundBoundary(TrainerCallback, ExportableState):
         self.meter.end_step()
         self.meter.phase = "train"
         self.rounds.step_ended()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any) -> None:
+        """Raise DivergedError before a checkpoint counts that no training could go on from."""
+        self.meter.check_losses()
+        # A gradient may have overflowed in the last step, whose loss had not.
+        (any_is_not_finite,) = ranks.any_says(not _is_finite(told["model"]), device=args.device)
+        if any_is_not_finite:
+            raise DivergedError(state.global_step, "a trained weight is not finite")
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.meter.end_round()

@@ -63,7 +63,7 @@ def test_failures_keep_their_place_and_reason(trial):
     outcome = failure.outcome_of(RuntimeError("CUDA error: device-side assert triggered\nmore"), trial, meter, Path())
     assert outcome.reason == "RuntimeError: CUDA error: device-side assert triggered"
     assert outcome.phase == "backward"  # type: ignore[union-attr]
-    diverged = failure.outcome_of(DivergedError(7, float("nan")), trial, meter, Path())
+    diverged = failure.outcome_of(DivergedError(7, "training loss is nan"), trial, meter, Path())
     assert isinstance(diverged, Diverged)
     assert (diverged.step, diverged.reason) == (7, "training loss is nan at step 7")
 

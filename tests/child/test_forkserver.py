@@ -89,6 +89,20 @@ def test_a_forkserver_that_does_not_start_a_child_in_time_is_replaced(trial, tmp
         assert isinstance(child.finish(), Completed)
 
 
+def test_a_forkserver_that_dies_before_it_was_adopted_is_waited_for(monkeypatch):
+    """Else multiprocessing takes it for one that lives, and asks it for the next child."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", "held = bytearray(2**28); print(flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    server.stdout.readline()
+    monkeypatch.setattr(forkserver, "forkserver_pid", lambda: server.pid)
+    forkserver.kill()
+    with server:
+        assert server.poll() == -signal.SIGKILL
+
+
 def test_where_multiprocessing_names_no_server_nothing_is_done_about_it(monkeypatch, folder):
     monkeypatch.setattr(internals, "forkserver", types.SimpleNamespace())
     forkserver.kill()

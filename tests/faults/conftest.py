@@ -20,20 +20,10 @@ TRIED: Counter[str] = Counter()
 SURVIVED: Counter[str] = Counter()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", action="store_true", help="inject every fault, not a sample of each class")
-    parser.addoption(
-        "--faults-into",
-        type=Path,
-        metavar="FILE.md",
-        help="also write the counts between its marks; classes that did not run keep their rows",
-    )
-
-
 @pytest.fixture
 def whole(request: pytest.FixtureRequest) -> bool:
     """Whether every fault of a class is asked for."""
-    return bool(request.config.getoption("--faults", default=False))
+    return bool(request.config.getoption("--faults"))
 
 
 @pytest.fixture
@@ -66,7 +56,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     }
     terminalreporter.section("faults")
     terminalreporter.write_line(_table(rows))
-    if (file := config.getoption("--faults-into", default=None)) is not None:
+    if (file := config.getoption("--faults-into")) is not None:
         file.write_text(with_rows(file.read_text("utf-8"), rows), "utf-8")
 
 

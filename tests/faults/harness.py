@@ -68,7 +68,8 @@ class Kill:
         os.close(descriptor)
 
 
-def _run(given: list[str], log: Path, environment: dict[str, str], kill: Kill | None) -> None:
+def run_here(given: list[str], log: Path, environment: dict[str, str], kill: Kill | None) -> None:
+    """The command in this process, which ends with it; what it says goes into `log`."""
     os.environ.update(environment)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the forkserver may have been started where GPUs were visible
     redirect_output(log)
@@ -86,7 +87,7 @@ def run(given: list[str], folder: Path, kill: Kill | None = None, *, world_size:
         log.unlink(missing_ok=True)
         environment = {} if store is None else torchruns(rank, world_size, store.port)
         killed = kill if rank == (world_size - 1 if kill and kill.at is not None and kill.at % 2 else 0) else None
-        processes.append(forkserver.context.Process(target=_run, args=(given, log, environment, killed)))
+        processes.append(forkserver.context.Process(target=run_here, args=(given, log, environment, killed)))
     for process in processes:
         assert forkserver.start(process, 60) is None
     while any(process.is_alive() for process in processes):

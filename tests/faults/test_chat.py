@@ -1,5 +1,6 @@
 """What `lightweight train` wrote can be talked to; where it was damaged, that is one line or an answer."""
 
+import json
 import random
 import shutil
 
@@ -23,6 +24,15 @@ def model(given, trained, tmp_path, tmp_path_factory, request):
         trained[method] = tmp_path_factory.mktemp("trained") / "model"
         assert main(given(trained[method], method=method)) == 0
     return trained[method]
+
+
+@pytest.mark.parametrize("model", ["constant:CAPTURED"], indirect=True)
+def test_a_rank_that_no_memory_has_room_for_is_one_line(model, tmp_path, capfd):
+    folder = shutil.copytree(model, tmp_path / "copy")
+    settings = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"r": 10**13}), "utf-8")
+    found = outcome_of(["chat", str(folder), "--prompt", "how are you?"], capfd)
+    assert found.is_a_line and "(rank 10000000000000, where no tensor has over" in found.err, found
 
 
 @pytest.mark.parametrize("model", ["constant:STOCK", "constant:CAPTURED"], indirect=True)

@@ -1,6 +1,7 @@
 """A checkpoint is damaged: the one before it is gone on with, said in a line; where there is none, that is one line."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -144,6 +145,78 @@ def test_a_checkpoint_under_another_ones_name_or_without_manifest_is_not_gone_on
     assert "checkpoint-7 is not whole: it was saved after step 6" in said
     assert "checkpoint-8 is not whole: its manifest.json is missing" in said
     assert "checkpoint-6 is not whole: added.bin was not saved with it" in said
+    assert result(tmp_path / "cut") == expected
+
+
+def elsewhere(path: Path) -> Path:
+    """Where what was at `path` lies now."""
+    return path.rename(path.parents[1 if path.name.startswith("checkpoint") else 2] / "moved")
+
+
+def a_pipe(path: Path) -> None:
+    elsewhere(path)
+    os.mkfifo(path)
+
+
+def a_link_to_nothing(path: Path) -> None:
+    elsewhere(path)
+    path.symlink_to("nothing")
+
+
+def a_link_to_another(path: Path) -> None:
+    path.symlink_to(elsewhere(path).parent / "cut.partial" / "checkpoint-3")
+
+
+def a_file(path: Path) -> None:
+    elsewhere(path)
+    path.touch()
+
+
+def nested(path: Path) -> None:
+    path.write_text("[" * 100_000)
+
+
+def sealed_without_a_step(path: Path) -> None:
+    manifest = checkpoints.read(path)
+    (path / checkpoints.MANIFEST_NAME).unlink()
+    (path / checkpoints.TRAINER_STATE).write_text("null")
+    checkpoints.seal(path, manifest.job)
+
+
+NO_CHECKPOINTS = [
+    *(("", make) for make in (a_pipe, a_link_to_nothing, a_link_to_another, a_file, sealed_without_a_step)),
+    *((checkpoints.MANIFEST_NAME, make) for make in (a_pipe, a_link_to_nothing, nested)),
+    *((checkpoints.TRAINER_STATE, make) for make in (a_pipe, a_link_to_nothing)),
+]
+
+
+@pytest.mark.parametrize(("name", "make"), NO_CHECKPOINTS)
+def test_what_lies_in_a_checkpoints_place_is_passed_over_and_makes_room(job, tmp_path, tried, capsys, name, make):
+    command, expected = job("constant:STOCK")
+    make(tmp_path / "cut.partial" / "checkpoint-6" / name)
+    status = main(command)
+    said = capsys.readouterr()
+    survived = status == 0 and result(tmp_path / "cut") == expected and not (tmp_path / "cut.partial").exists()
+    tried("something else in a checkpoint's place", survived=survived)
+    assert survived, said
+    assert "checkpoint-6 is not whole" in said.out and "going on after step 3 of 7" in said.out
+
+
+def test_a_link_in_the_place_of_what_is_unfinished_is_not_followed(job, tmp_path):
+    command, expected = job("constant:STOCK")
+    (tmp_path / "somebodys").mkdir()
+    (tmp_path / "somebodys" / "thesis.txt").touch()
+    shutil.rmtree(tmp_path / "cut.partial" / "unfinished", ignore_errors=True)
+    (tmp_path / "cut.partial" / "unfinished").symlink_to(tmp_path / "somebodys")
+    assert main(command) == 0
+    assert result(tmp_path / "cut") == expected
+    assert [path.name for path in (tmp_path / "somebodys").iterdir()] == ["thesis.txt"]
+
+
+def test_a_file_in_the_place_of_a_result_makes_room(job, tmp_path):
+    command, expected = job("constant:STOCK")
+    (tmp_path / "cut.partial" / "result").touch()
+    assert main(command) == 0
     assert result(tmp_path / "cut") == expected
 
 

@@ -100,7 +100,7 @@ SAMPLE = (FAULTS[2], FAULTS[7], FAULTS[15], FAULTS[19], FAULTS[-1])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    chosen = FAULTS if metafunc.config.getoption("--faults", default=False) else SAMPLE
+    chosen = FAULTS if metafunc.config.getoption("--faults") else SAMPLE
     metafunc.parametrize("fault", chosen, ids=str)
 
 

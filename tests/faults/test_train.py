@@ -1,19 +1,23 @@
 """`lightweight train` is asked to stop, started again, or given what is not its own, at other points than in a step."""
 
 import os
+import resource
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from faults import harness
 from faults.harness import outcome_of, result, steers
 from faults.mutants import STEERING
 from lightweight.__main__ import main
-from lightweight.child import worker
+from lightweight.child import forkserver, worker
 from lightweight.cli import checkpoints
 from lightweight.cli import train as job
+from lightweight.cli.callbacks import Checkpoints
 from lightweight.cli.output import Output
 
 
@@ -138,6 +142,104 @@ def test_a_job_is_not_resumed_with_the_other_kind_of_step(given, tmp_path, inter
     (line,) = told(capfd.readouterr().err)
     assert "captured_step was" in line and "the job in" in line
     assert Output(tmp_path / "a").checkpoint is not None
+
+
+@pytest.mark.parametrize("method", ["constant:STOCK", "constant:CAPTURED"])
+def test_what_has_diverged_is_neither_a_checkpoint_nor_a_result(given, tmp_path, monkeypatch, capfd, tried, method):
+    """Its first losses are finite: the checkpoint of step 3 stays, and the one of step 6 does not become one."""
+    assert main(given(tmp_path / "whole", method=method)) == 0
+    original = Checkpoints.on_step_end
+
+    def diverge(self, args, state, control, **given) -> None:
+        original(self, args, state, control, **given)
+        if state.global_step == 6:
+            with torch.no_grad():
+                next(weight for weight in given["model"].parameters() if weight.requires_grad)[-1] = float("nan")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "on_step_end", diverge)
+        found = outcome_of(given(tmp_path / "a", method=method), capfd)
+    kept = checkpoints.all_in(tmp_path / "a.partial")
+    status = main(given(tmp_path / "a", "--resume", method=method))
+    survived = status == 0 and result(tmp_path / "a") == result(tmp_path / "whole")
+    tried("diverged jobs", survived=survived and found.status == 1)
+    assert survived
+    assert found.status == 1 and "a trained weight is not finite at step 6: take a smaller" in found.err, found
+    assert [path.name for path in kept] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.parametrize("method", ["constant:STOCK", "constant:CAPTURED"])
+def test_a_learning_rate_that_is_too_large_is_one_line_and_leaves_nothing(given, tmp_path, capfd, tried, method, steps):
+    """Also where it shows in the held-out loss alone, after the last step."""
+    words = given(tmp_path / "a", "--learning-rate", "1e38", "--max-steps", str(steps), method=method)
+    at = words.index("--save-steps")
+    found = outcome_of(words[:at] + words[at + 2 :], capfd)
+    survived = found.status == 1 and found.err.count("\n") == 1 and not list(tmp_path.glob("a*"))
+    tried("diverged jobs", survived=survived)
+    assert survived, found
+    what = "held-out loss is nan at step 1" if steps == 1 else "training loss is nan at step 2"
+    assert f"{what}: take a smaller --learning-rate" in found.err, found
+
+
+@pytest.mark.parametrize("method", ["constant:STOCK", "constant:CAPTURED"])
+def test_working_files_that_somebody_removes_are_made_again(given, tmp_path, monkeypatch, tried, method):
+    """A cleaner of old files, say. What had been saved is gone; the result is not."""
+    assert main(given(tmp_path / "whole", method=method)) == 0
+
+    def step_ended(self) -> None:
+        shutil.rmtree(tmp_path / "a.partial", ignore_errors=True)
+
+    monkeypatch.setattr(job.Unattended, "step_ended", step_ended)
+    survived = main(given(tmp_path / "a", method=method)) == 0 and result(tmp_path / "a") == result(tmp_path / "whole")
+    survived = survived and not (tmp_path / "a.partial").exists()
+    tried("working files removed or replaced", survived=survived)
+    assert survived
+
+
+@pytest.mark.parametrize("method", ["constant:STOCK", "constant:CAPTURED"])
+def test_working_files_that_somebody_replaces_are_one_line(given, tmp_path, monkeypatch, capfd, tried, method):
+    def step_ended(self) -> None:
+        if (tmp_path / "a.partial" / "checkpoint-3").exists():
+            checkpoints.remove(tmp_path / "a.partial" / "unfinished")
+            (tmp_path / "a.partial" / "unfinished").touch()
+
+    assert main(given(tmp_path / "whole", method=method)) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(job.Unattended, "step_ended", step_ended)
+        found = outcome_of(given(tmp_path / "a", method=method), capfd)
+    status = main(given(tmp_path / "a", "--resume", method=method))
+    survived = found.is_a_line and status == 0 and result(tmp_path / "a") == result(tmp_path / "whole")
+    tried("working files removed or replaced", survived=survived)
+    assert survived, found
+    assert "leave alone what lies there while it trains; --resume then goes on after step 3" in found.err
+
+
+def run_limited(given: list[str], log: Path, limit: int) -> None:
+    """`given` where no file may be larger than `limit` bytes, as after `ulimit -f`."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    harness.run_here(given, log, {}, None)
+
+
+@pytest.mark.parametrize("limit", [60_000, 130_000])
+@pytest.mark.parametrize("method", ["constant:STOCK", "constant:CAPTURED"])
+def test_a_file_that_may_not_be_as_large_is_one_line_and_the_job_goes_on_without_the_limit(
+    given, tmp_path, tried, method, limit
+):
+    """`limit` bytes are too few for the weights, or for the optimizer's moments."""
+    assert main(given(tmp_path / "whole", method=method)) == 0
+    command, log = given(tmp_path / "a", method=method), tmp_path / "log"
+    process = forkserver.context.Process(target=run_limited, args=(command, log, limit))
+    assert forkserver.start(process, 60) is None
+    process.join(120)
+    said = told(log.read_text())
+    status = main([*command, "--resume"])
+    survived = status == 0 and result(tmp_path / "a") == result(tmp_path / "whole")
+    tried("files limited", survived=survived and process.exitcode in (0, 2))
+    assert survived
+    if process.exitcode != 0:  # an adapter is small
+        assert process.exitcode == 2 and len(said) == 1 and "larger than ulimit -f allows" in said[0], log.read_text()
+    assert process.exitcode == 2 or method == "constant:CAPTURED"
 
 
 def test_a_method_that_names_a_folder_of_its_own_is_refused_before_anything_is_written(given, tmp_path, capfd):

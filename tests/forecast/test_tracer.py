@@ -332,6 +332,15 @@ def test_whatever_a_library_raises_is_one_line_that_crosses_processes(monkeypatc
     assert str(pickle.loads(pickle.dumps(failure.value))) == str(failure.value)
 
 
+def test_a_trace_makes_no_folder_that_would_outlive_a_helper(monkeypatch, micro, small_corpus, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("tempfile.mkdtemp", lambda *_, **__: pytest.fail("a temporary folder was made"))
+    tracer.trace_on(
+        Trial(model=micro, method=LORA, target=NATIVE, corpus=small_corpus, max_length=16), targets.Device(name="cpu")
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_method_error_is_told_as_it_is(monkeypatch):
     def refuse(*_):
         raise MethodError("method lora: this one\nand not that")

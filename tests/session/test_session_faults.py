@@ -285,6 +285,15 @@ def test_a_process_that_has_taken_an_ended_ones_number_is_let_be():
     bystander.wait()
 
 
+def test_a_temporary_folder_is_removed_whatever_ends_its_process(tmp_path):
+    inside = "from lightweight.child.reaper import Reaper\nwith Reaper().temporary_folder() as folder: {act}"
+    for act, status in (("assert folder.is_dir()", 0), ("import os; os.kill(os.getpid(), 9)", -signal.SIGKILL)):
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", inside.format(act=act)], env=environment, check=False)
+        assert done.returncode == status
+        assert wait_for(lambda: not list(tmp_path.iterdir()), 15), list(tmp_path.iterdir())
+
+
 def test_a_reaper_that_nobody_holds_any_more_is_nothing_to_warn_of(recwarn):
     """As when pytester unloads the module that started it."""
     process = reaper._start()

@@ -327,6 +327,18 @@ def test_ranks_listen_on_loopback_alone_and_find_each_other_where_nobody_else_ca
     assert not of_others
 
 
+@pytest.mark.parametrize(("here", "is_loopback"), [("2", True), ("1", False)])
+def test_torchruns_ranks_listen_on_loopback_where_all_are_on_this_host(monkeypatch, here, is_loopback):
+    for name, value in (torchruns(0, 2, port=1) | {"LOCAL_WORLD_SIZE": here, "OMP_NUM_THREADS": "1"}).items():
+        monkeypatch.setenv(name, value)
+    listening_on = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    for name in listening_on:
+        monkeypatch.setenv(name, "eth0")
+    monkeypatch.setattr(ranks, "PartialState", lambda **_: None)
+    ranks.meet(cpu=True)
+    assert {os.environ[name] in ("lo", "lo0") for name in listening_on} == {is_loopback}
+
+
 def test_a_trial_whose_folder_is_gone_is_an_outcome_also_for_several_ranks(trial, tmp_path):
     with Child(replace(trial, world_size=2), tmp_path / "gone") as child:
         outcome = child.finish()
