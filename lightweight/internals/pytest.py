@@ -1,4 +1,4 @@
-"""What is private to pytest: the options of others, a test's fixtures, and its id. Read in pytest 9.2.0."""
+"""What is private to pytest: the options of others, a test's fixtures, and its id. Read in pytest 9.1.1 and 9.2.0."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ def fixture_definitions(node: pytest.Item) -> Mapping[str, Sequence[Any]] | None
 
 
 def rename(item: pytest.Item, nodeid: str) -> None:
-    """Give `item` another id, which pytest makes when it collects and lets nobody set."""
+    """Give `item` another id, which pytest makes when it collects and lets nobody set. Before 9.2 it is a text."""
     private: Any = item
-    private._id = type(private._id).parse(nodeid)
+    if hasattr(private, "_id"):
+        private._id = type(private._id).parse(nodeid)
+    else:
+        private._nodeid = nodeid
