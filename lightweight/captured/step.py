@@ -91,7 +91,7 @@ class CapturedTraining:
         self._compiled_layers: list[Any] = []
         self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         self._adamw = adamw_of(trial, trainer)
-        self._exact: dict[Expected, Gradients | None] = {}  # in fp32 what halves do not show
+        self._both: dict[Expected, tuple[Expected, Expected] | None] = {}  # in half precision and in fp32
         self._chaos: float | None = None  # how far half precision moves the Trainer's own gradient, if too far
 
     def prepare(self) -> bool:
@@ -248,7 +248,7 @@ class CapturedTraining:
         self.notes += notes
         self._use(parts or NOTHING)
         self._expected.clear()
-        self._exact.clear()
+        self._both.clear()
         if parts is None:
             self._optimizer.withdraw()
         return parts is not None
@@ -340,21 +340,40 @@ class CapturedTraining:
         """How far a step with `parts` is from the Trainer's where both are computed in fp32, since `ours` in half
         precision are too far from what is `expected`. None where they cannot be, and where the Trainer's halves are not
         too far from its own fp32 as well."""
-        if expected not in self._exact:
+        if expected not in self._both:
             self._use(NOTHING)
-            self._exact[expected] = self._reference.in_fp32(expected.sample)
+            self._both[expected] = self._in_both(expected)
             self._use(parts)
-        exact = self._exact[expected]
-        if exact is None:
+        both = self._both[expected]
+        if both is None:
             return None
+        halves, exact = both
+        if halves is not expected:  # of fewer dialogues
+            fewer, _ = self._computed(halves, parts)
+            if fewer is None:
+                return None
+            ours = fewer
         theirs, own = (
-            agreement.deviation(halves, exact, self._names, expected.allowed) for halves in (expected.gradients, ours)
+            agreement.deviation(each, exact.gradients, self._names, expected.allowed)
+            for each in (halves.gradients, ours)
         )
         # two gradients that both are nothing but rounding still are of one size, more or less
         if theirs.is_rounding or own.gradient > 10 * theirs.gradient or own.loss > 10 * theirs.loss + own.allowed.loss:
             return None
         self._chaos = theirs.gradient
-        return self._deviation_from(Expected(expected.sample, exact, agreement.CHAOTIC, in_fp32=True), parts)
+        return self._deviation_from(exact, parts)
+
+    def _in_both(self, expected: Expected) -> tuple[Expected, Expected] | None:
+        """What the Trainer makes of as many of the `expected` dialogues as there is memory for in fp32, in half
+        precision and in fp32; None where there is none."""
+        sample = expected.sample
+        while (exact := self._reference.in_fp32(sample)) is None:
+            if sample.size == 1:
+                return None
+            sample = sample.first(sample.size // 2)
+        if sample is not expected.sample:
+            expected = Expected(*self._reference.gradients(sample), expected.allowed)
+        return expected, Expected(sample, exact, agreement.CHAOTIC, in_fp32=True)
 
     def _computed(self, expected: Expected, parts: Parts) -> tuple[Gradients | None, str | None]:
         """All ranks' loss and gradients of a sample by a step with `parts`, in the arithmetic of what is `expected`; or

@@ -497,6 +497,25 @@ def test_what_half_precision_makes_of_a_deep_network_is_compared_in_fp32(prepare
         assert torch.equal(tensor, before[name].to(tensor.dtype)), name
 
 
+def test_as_much_is_compared_in_fp32_as_there_is_memory_for(prepare, monkeypatch):
+    gradients = captured_step.Reference._gradients
+    sizes = []
+
+    def short(reference, sample, scale, autocast=None):
+        if autocast is not None:
+            sizes.append(sample.size)
+            if sample.size > 2:
+                raise torch.OutOfMemoryError("none left")
+        return gradients(reference, sample, scale, autocast)
+
+    monkeypatch.setattr(captured_step.Reference, "_gradients", short)
+    step = dataclasses.replace(method(lora()), weights_dtype="bfloat16")
+    trainer, rows, meter, trial = prepare("gpt_neo", step, torch.bfloat16)
+    assert captured_step.CapturedTraining(trial, trainer, rows, meter).prepare()
+    assert sizes[-2:] == [4, 2]
+    assert "compared in fp32: " in meter.facts["capture_note"] and "given up" not in meter.facts["capture_note"]
+
+
 @pytest.mark.parametrize(
     ("fault", "part"),
     [
