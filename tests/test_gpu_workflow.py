@@ -60,12 +60,12 @@ def workplace(tmp_path):
 @pytest.fixture
 def document():
     """One run that measured all that the records have: each cell once, with the pairs that one of them has."""
-    documents = [json.loads(path.read_text("utf-8")) for path in NAMED]
+    measured = [entry for path in NAMED for entry in record.load(path).entries]
     cells: dict[tuple[str, ...], dict[str, Any]] = {}
-    for entry in (entry for document in documents for entry in document["outcomes"]):
+    for entry in record.document(measured)["outcomes"]:
         known = cells.setdefault(tuple(entry[key] for key in ("model", "method", "target", "device")), entry)
         known |= {"speedup": known.get("speedup") or entry.get("speedup")}
-    return documents[0] | {"outcomes": list(cells.values())}
+    return {"schema": record.SCHEMA, "outcomes": list(cells.values())}
 
 
 def gate(workplace, document):
@@ -79,10 +79,9 @@ def gate(workplace, document):
 
 
 def slower(entry):
-    if entry.get("speedup"):
-        found = entry["speedup"]
-        found["log_ratios"] = [log - math.log(1.25) for log in found["log_ratios"]]
-        found |= {key: found[key] / 1.25 for key in ("ratio", "low", "high")}
+    if (speedup := entry.get("speedup")) and speedup["log_ratios"]:
+        speedup["log_ratios"] = [log - math.log(1.25) for log in speedup["log_ratios"]]
+        speedup |= {key: speedup[key] / 1.25 for key in ("ratio", "low", "high")}
 
 
 def all_times_doubled(entry):
