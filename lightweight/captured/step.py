@@ -383,10 +383,9 @@ class CapturedTraining:
         def compute() -> None:
             with self._passes.fp32() if expected.in_fp32 else contextlib.nullcontext():
                 own.append(self._sampled(expected.sample, expected.gradients.scale))
-                agreement.drop_gradients(self.network)
+                agreement.drop_gradients(self.network)  # before weights are halves again
 
         problem = self._problem_of(compute, asked_for=parts == self._full and not expected.in_fp32)
-        agreement.drop_gradients(self.network)
         return (None, problem) if problem else (own[0].over_ranks(self._names), None)
 
     def _check_dialogues_are_apart(self) -> None:
