@@ -16,12 +16,13 @@ ROOMS = sorted(file.parent.name for file in PACKAGE.glob("*/__init__.py"))
 PYTEST = {"pytest", "_pytest", "pytest_benchmark", "xdist"}
 NETWORKS = {"torch", "transformers", "peft", "accelerate", "bitsandbytes"}
 TOPS = {file.stem for file in PACKAGE.glob("*.py")}
-UNDER_THE_TOP = {"internals", "models"}
+UNDER_THE_TOP = {"internals", "models", "corpus"}
 ENTRANCES = {"plugin", "__main__"}
 ABOVE = {"report", "session", "cli"} | ENTRANCES
 TRAINING = {"training", "captured", "child", "forecast"}
 
 FORBIDDEN = {
+    "corpus": ABOVE | PYTEST | TRAINING | {"verdict", "record", "trial", "methods", "targets", "internals"},
     "models": ABOVE | PYTEST | TRAINING | {"verdict", "record", "trial", "corpus"},
     "internals": (set(ROOMS) - {"internals"}) | TOPS,
     "training": ABOVE | PYTEST | {"verdict", "record", "child", "captured", "forecast"},

@@ -27,12 +27,12 @@ from transformers import Trainer
 
 from lightweight.captured import dropout
 from lightweight.captured.packing import Layout
+from lightweight.corpus import Row
 from lightweight.internals import accelerate as accelerate_internals
 from lightweight.internals import bitsandbytes as bitsandbytes_internals
 from lightweight.internals import torch as torch_internals
 from lightweight.internals import transformers as transformers_internals
 from lightweight.training import ranks
-from lightweight.training.stock import Row
 
 # What is given up
 

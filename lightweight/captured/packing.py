@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lightweight.corpus import IGNORED
-from lightweight.training.stock import Row
+from lightweight.corpus import IGNORED, Row
 
 BUCKET_STEPS = 200
 """Optimizer steps that a further static shape must serve: capturing it takes some three uncaptured steps, 0.2 to 0.5 s,

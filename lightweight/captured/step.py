@@ -44,12 +44,12 @@ from lightweight.captured.fused import compiling
 from lightweight.captured.optimizer import Optimizer, adamw_of
 from lightweight.captured.packing import Buffers, Layout, Shape
 from lightweight.captured.passes import NOTHING, Passes
+from lightweight.corpus import Row
 from lightweight.internals import torch as torch_internals
 from lightweight.internals import transformers as transformers_internals
 from lightweight.methods import CapturedStep
 from lightweight.training import ranks
 from lightweight.training.meter import Meter
-from lightweight.training.stock import Row
 from lightweight.trial import Trial
 
 PACKING_SHARE = 1 / 8

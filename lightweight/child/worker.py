@@ -35,7 +35,7 @@ from lightweight.internals.transformers import call_first
 from lightweight.targets import Device
 from lightweight.training import ranks, stock
 from lightweight.training.meter import DivergedError, Meter
-from lightweight.training.stock import Request, Rounds, Row
+from lightweight.training.stock import Request, Rounds
 from lightweight.trial import Completed, Measurements, Outcome, Phase, Trial
 
 
@@ -161,13 +161,13 @@ def _complete(trial: Trial, device: torch.device, folder: Path, meter: Meter, ow
 class Heldout(NamedTuple):
     """Rows that nothing is trained on: the corpus's pairs, and plain text from elsewhere."""
 
-    pairs: list[Row]
-    elsewhere: list[Row]
+    pairs: list[corpus.Row]
+    elsewhere: list[corpus.Row]
 
 
 def set_up(
     trial: Trial, device: torch.device, meter: Meter, rounds: Rounds, folder: Path, **overrides: Any
-) -> tuple[transformers.Trainer, list[Row], Heldout]:
+) -> tuple[transformers.Trainer, list[corpus.Row], Heldout]:
     """Everything before the first step: the Trainer over the trial's network, its training rows and what is held out.
 
     `overrides` are TrainingArguments, as for `stock.make_trainer`.
@@ -214,7 +214,7 @@ def evaluate(trainer: transformers.Trainer, heldout: Heldout, meter: Meter) -> N
 def train(
     trial: Trial,
     trainer: transformers.Trainer,
-    rows: Sequence[Row],
+    rows: Sequence[corpus.Row],
     heldout: Heldout,
     meter: Meter,
     enter: Callable[[Phase], None],

@@ -28,16 +28,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LabelSmoother
 
-from lightweight.corpus import IGNORED
+from lightweight.corpus import IGNORED, Row
 from lightweight.internals.transformers import TrainerHooks
 from lightweight.methods import MethodError
 from lightweight.models import reason
 from lightweight.training import ranks
 from lightweight.training.meter import DivergedError, Meter
 from lightweight.trial import Trial
-
-Row = dict[str, list[int]]
-"""`input_ids`, `attention_mask` and `labels`, each [time]."""
 
 TOKENS = "tokens"
 """The key of a batch under which it carries how many tokens it has, real ones and all of them, as two integers: asking

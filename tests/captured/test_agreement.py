@@ -146,8 +146,8 @@ def network(architecture, scale=4.0):
 def prepare(small_corpus, tmp_path):
     """Trainer, rows, meter and trial of four steps over dialogues of which some share a row."""
     pairs = [
-        dataclasses.replace(pair, prompt="u", answer=pair.answer[: 6 + 17 * (index % 5)])
-        for index, pair in enumerate(small_corpus.train)
+        corpus.pair("u", talk.messages[1].content[: 6 + 17 * (index % 5)])
+        for index, talk in enumerate(small_corpus.train)
     ]
     found = dataclasses.replace(small_corpus, train=tuple(pairs))
     rows = [corpus.encode(pair, ByT5Tokenizer(), LENGTH) for pair in found.train]

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lightweight import corpus, methods, models
 from lightweight.child import worker
 from lightweight.cli.train import Unattended
-from lightweight.corpus import Pair
+from lightweight.corpus import pair
 from lightweight.methods import Method
 from lightweight.targets import CPU
 from lightweight.training.meter import Meter
@@ -54,7 +54,7 @@ SMALL: dict[str, Any] = {
 """What makes a network of any kind small, by every name that configurations use for it."""
 
 PAIRS = tuple(
-    Pair(f"What is {n} times {n}?" * (1 + n % 3), f"It is {n * n}, since {'x' * (n % 7)}.") for n in range(20)
+    pair(f"What is {n} times {n}?" * (1 + n % 3), f"It is {n * n}, since {'x' * (n % 7)}.") for n in range(20)
 )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from conftest import MICRO
 from lightweight import corpus, models
-from lightweight.corpus import Pair
+from lightweight.corpus import pair
 from lightweight.models import Model, ModelError
 from lightweight.models.model import refused
 from models.damage import content, settings, tensors
@@ -116,7 +116,7 @@ def prepare(model: Model) -> Any:
     """All that is read of a model before its first step; its network."""
     found, _ = models.find(model, "pretrained")
     tokenizer = models.load_tokenizer(found)
-    rows = [corpus.encode(Pair("Hi", "Hello"), tokenizer, 64)]
+    rows = [corpus.encode(pair("Hi", "Hello"), tokenizer, 64)]
     models.check_rows(found, models.configuration(found), rows)
     return models.load(found, torch.float32, CPU, None)
 

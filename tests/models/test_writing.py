@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
 
 from conftest import MICRO
 from lightweight import corpus, models
-from lightweight.corpus import Pair
+from lightweight.corpus import pair
 from lightweight.models import ModelError
 from lightweight.models.writing import _end_as_the_network_does
 
@@ -91,5 +91,5 @@ def test_random_weights_of_a_configuration_alone_are_read_with_the_tokenizer_the
     found, _ = models.find(models.named(str(tmp_path)), "random")
     written = models.write(found, tmp_path / "written", seed=0)
     assert isinstance(models.load_tokenizer(written), ByT5Tokenizer)
-    row = corpus.encode(Pair("Hi", "Hello"), models.load_tokenizer(written), 64)
+    row = corpus.encode(pair("Hi", "Hello"), models.load_tokenizer(written), 64)
     models.check_rows(written, models.load(written, torch.float32, CPU, None).config, [row])

@@ -10,10 +10,11 @@ from transformers import ByT5Tokenizer
 
 from conftest import turns
 from lightweight import corpus
-from lightweight.corpus import IGNORED, CorpusError, Pair
+from lightweight.corpus import IGNORED, CorpusError, pair, template
+from lightweight.corpus.conversation import contents
 from lightweight.models import ModelError
 
-OURS = Path(__file__).parent.parent / "corpus.json"
+OURS = Path(__file__).parents[2] / "corpus.json"
 USER = {"role": "user", "content": "a"}
 THERAPIST = {"role": "therapist", "content": "b"}
 
@@ -28,16 +29,17 @@ def test_our_corpus_is_120_pairs_half_korean_no_two_alike():
     loaded = corpus.load(OURS)
     pairs = loaded.train + loaded.heldout
     assert (len(loaded.train), len(loaded.heldout)) == (100, 20)
-    assert len({pair.prompt for pair in pairs}) == len({pair.answer for pair in pairs}) == 120
-    assert sum(bool(re.search("[가-힣]", pair.prompt)) for pair in pairs) == 60
-    assert all(bool(re.search("[가-힣]", p.prompt)) == bool(re.search("[가-힣]", p.answer)) for p in pairs)
+    said = [contents(pair) for pair in pairs]
+    assert len({prompt for prompt, _ in said}) == len({answer for _, answer in said}) == 120
+    assert sum(bool(re.search("[가-힣]", prompt)) for prompt, _ in said) == 60
+    assert all(bool(re.search("[가-힣]", prompt)) == bool(re.search("[가-힣]", answer)) for prompt, answer in said)
 
 
 def test_the_english_half_of_our_corpus_is_what_latin_letters_leave():
     loaded = corpus.load(OURS)
     english = corpus.in_latin_letters(loaded)
     assert (len(english.train), len(english.heldout)) == (51, 9)
-    assert not any(re.search("[가-힣]", pair.prompt + pair.answer) for pair in english.train + english.heldout)
+    assert not any(re.search("[가-힣]", "".join(contents(pair))) for pair in english.train + english.heldout)
     for whole, half in ((loaded.train, english.train), (loaded.heldout, english.heldout)):
         assert half == tuple(pair for pair in whole if pair in half)  # on its side of the split, in its order
     # what records are compared by: a changed corpus or filter changes it
@@ -52,7 +54,7 @@ def test_latin_letters_are_those_of_every_language_that_uses_them(tmp_path):
     loaded = corpus.load(write(tmp_path, written))
     found = corpus.in_latin_letters(loaded)
     assert len(found.train + found.heldout) == 20
-    assert all("Ça" in text for pair in found.train + found.heldout for text in (pair.prompt, pair.answer))
+    assert all("Ça" in text for pair in found.train + found.heldout for text in contents(pair))
 
 
 def test_a_corpus_without_a_pair_in_latin_letters_is_told(tmp_path):
@@ -60,7 +62,7 @@ def test_a_corpus_without_a_pair_in_latin_letters_is_told(tmp_path):
     other = [turn | {"role": role} for turn, role in zip(mixed[1:-1], ["user", "therapist"] * 11, strict=True)]
     for written in (mixed, other):
         loaded = corpus.load(write(tmp_path, written))
-        with pytest.raises(CorpusError, match="has 0 pairs in Latin letters to train on and 0 held out: add some"):
+        with pytest.raises(CorpusError, match="has 0 examples in Latin letters to train on and 0 held out: add some"):
             corpus.in_latin_letters(loaded)
 
 
@@ -79,8 +81,8 @@ def test_a_corpus_written_elsewhere_goes_through_unchanged(tmp_path):
     written = turns(7)
     written[3]["id"] = "extra keys are nobody's business"
     loaded = corpus.load(write(tmp_path, written))
-    contents = {turn["content"] for turn in written}
-    assert {text for pair in loaded.train + loaded.heldout for text in (pair.prompt, pair.answer)} == contents
+    said = {turn["content"] for turn in written}
+    assert {text for pair in loaded.train + loaded.heldout for text in contents(pair)} == said
     assert len(loaded.heldout) == 1
 
 
@@ -149,7 +151,7 @@ def test_corpus_that_is_no_file(tmp_path, name, expected):
 
 def test_loss_falls_on_the_answer_alone():
     tokenizer = ByT5Tokenizer()
-    row = corpus.encode(Pair("Hi", "Hello"), tokenizer, max_length=64)
+    row = corpus.encode(pair("Hi", "Hello"), tokenizer, max_length=64)
     prompt = len("User: Hi\nTherapist: ")
     assert {len(values) for values in row.values()} == {64}
     assert row["labels"][:prompt] == [IGNORED] * prompt
@@ -162,7 +164,7 @@ def test_loss_falls_on_the_answer_alone():
 
 @pytest.mark.parametrize(("prompt", "answer"), [(300, 10), (10, 300), (300, 300)])
 def test_a_long_pair_always_leaves_an_answer_to_learn(prompt, answer):
-    row = corpus.encode(Pair("p" * prompt, "a" * answer), ByT5Tokenizer(), max_length=256)
+    row = corpus.encode(pair("p" * prompt, "a" * answer), ByT5Tokenizer(), max_length=256)
     assert all(len(values) == 256 for values in row.values())
     learned = [index for index, label in enumerate(row["labels"]) if label != IGNORED]
     assert len(learned) >= min(answer + 1, 128)
@@ -173,13 +175,13 @@ def test_a_long_pair_always_leaves_an_answer_to_learn(prompt, answer):
 def test_a_chat_template_is_used_where_the_tokenizer_has_one():
     tokenizer = ByT5Tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-    row = corpus.encode(Pair("Hi", "Hello"), tokenizer, max_length=64)
+    row = corpus.encode(pair("Hi", "Hello"), tokenizer, max_length=64)
     assert tokenizer.decode([i for i in row["input_ids"] if i > 2]) == "<user>Hi<assistant>Hello"
 
 
 @pytest.mark.parametrize("max_length", [2, 3, 5, 64])
 def test_rows_are_never_ragged_and_hold_a_prompt_and_an_answer(max_length):
-    row = corpus.encode(Pair("A long enough question", "An answer"), ByT5Tokenizer(), max_length)
+    row = corpus.encode(pair("A long enough question", "An answer"), ByT5Tokenizer(), max_length)
     assert {len(values) for values in row.values()} == {max_length}
     assert row["labels"][0] == IGNORED
     assert any(label != IGNORED for label in row["labels"])
@@ -188,14 +190,14 @@ def test_rows_are_never_ragged_and_hold_a_prompt_and_an_answer(max_length):
 @pytest.mark.parametrize("max_length", [1, 0, -3])
 def test_rows_too_short_for_an_answer_are_refused(max_length):
     with pytest.raises(ValueError, match=f"rows of {max_length} tokens: take at least 2"):
-        corpus.encode(Pair("Hi", "Hello"), ByT5Tokenizer(), max_length)
+        corpus.encode(pair("Hi", "Hello"), ByT5Tokenizer(), max_length)
 
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
 @pytest.mark.parametrize(
-    ("template", "expected"),
+    ("written", "expected"),
     [
         (ENDLESS, "not done after 0.2 seconds"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
@@ -207,10 +209,10 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
         ("{{ messages[0].content }}\ud800", "surrogates not allowed"),
     ],
 )
-def test_a_chat_template_that_cannot_be_used_is_one_line(monkeypatch, template, expected):
-    monkeypatch.setattr(corpus, "RENDER_SECONDS", 0.2)
+def test_a_chat_template_that_cannot_be_used_is_one_line(monkeypatch, written, expected):
+    monkeypatch.setattr(template, "RENDER_SECONDS", 0.2)
     tokenizer = ByT5Tokenizer()
-    tokenizer.chat_template = template if isinstance(template, str) else {"tools": "x"}
+    tokenizer.chat_template = written if isinstance(written, str) else {"tools": "x"}
     with pytest.raises(ModelError, match=expected) as raised:
         corpus.encode_prompt("Hi", tokenizer)
     assert "its chat template cannot be used" in str(raised.value)
@@ -223,7 +225,7 @@ def test_a_time_limit_leaves_anothers_alarm_running():
     before = signal.signal(signal.SIGALRM, lambda *_: rang.append(True))
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.3)
-        with corpus._time_limit(5):
+        with template._time_limit(5):
             pass
         assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 0.3
         time.sleep(0.4)

@@ -1,0 +1,76 @@
+"""What a corpus is made of: conversations and plain texts, before any tokenizer has seen them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["system", "user", "assistant"]
+
+THERAPIST = "Therapist"
+"""Who answers in the dialogues that this project began with."""
+
+
+class CorpusError(ValueError):
+    """A corpus that cannot be used. The message names the file, the place in it and the mend."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one side says in its turn."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A system message, if any, and turns; trained on are those of the assistant, whom plain names of the roles call
+    `answerer` where the tokenizer has no chat template."""
+
+    messages: tuple[Message, ...]
+    answerer: str = "Assistant"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text without roles, which no chat template marks up. Trained on is `completion`; `prompt` stands before it."""
+
+    prompt: str
+    completion: str
+
+
+Example = Conversation | Text
+"""What is trained on as one row, or held out."""
+
+
+def pair(prompt: str, answer: str) -> Conversation:
+    """A user's turn and the therapist's answer to it."""
+    return Conversation((Message("user", prompt), Message("assistant", answer)), answerer=THERAPIST)
+
+
+def contents(example: Example) -> tuple[str, ...]:
+    """All that is said in `example`."""
+    if isinstance(example, Text):
+        return example.prompt, example.completion
+    return tuple(message.content for message in example.messages)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Examples to train on and examples held out, with the sha256 of all of them in file order.
+
+    `elsewhere` is plain text from somewhere else, nothing of which is trained on: what a model could say of it before
+    and cannot after training is what it forgot. None leaves that unmeasured.
+    """
+
+    train: tuple[Example, ...]
+    heldout: tuple[Example, ...]
+    digest: str
+    elsewhere: str | None = None
+
+    @property
+    def elsewhere_digest(self) -> str | None:
+        """The sha256 of `elsewhere`."""
+        return None if self.elsewhere is None else hashlib.sha256(self.elsewhere.encode()).hexdigest()
