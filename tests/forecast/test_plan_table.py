@@ -46,7 +46,7 @@ def test_what_was_asked_for_has_columns_and_what_was_not_has_none():
 
 
 def test_a_verdict_has_the_phase_it_is_of_or_the_reason():
-    assert line_of(replace(ROW, chosen=True))[4:8] == ["fits", "<-", "take", "this"]
+    assert line_of(replace(ROW, chosen=True))[5:9] == ["fits", "<-", "take", "this"]
     assert line_of(ROW)[-1] == "forward"
     too_much = replace(ROW, forecast=samples.predicted("does_not_fit", 2**35))
     assert line_of(too_much)[-5:] == ["out", "of", "memory", "in", "forward"]
