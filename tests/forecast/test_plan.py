@@ -13,7 +13,7 @@ import samples
 from conftest import MICRO
 from lightweight import record, targets
 from lightweight.__main__ import main
-from lightweight.forecast import plan, plan_table, tracer
+from lightweight.forecast import plan, tracer
 from lightweight.forecast.plan import PlanRow, Question
 from lightweight.forecast.replay import MARGIN, Trace
 from lightweight.forecast.tracer import ForecastError
@@ -392,22 +392,32 @@ def test_lora_in_more_passes_is_expected_to_be_faster_than_qlora():
     assert names_of_chosen(plan.with_choice(made, [])) == ["lora"]
 
 
-def test_the_table_says_which_device_the_order_comes_from(traced):
+def test_every_row_says_which_device_the_order_comes_from(traced):
     of_micro = [entry(method, 1.0, "NVIDIA H200", model="micro") for method in ALL]
     rows = plan.plan([MICRO], ALL, [card(1000)], measured=of_micro)
     assert {row.measured_on for row in rows} == {"NVIDIA H200"}
-    assert "card: the fastest by step times measured on NVIDIA H200." in plan_table.table(rows)
-    assert "measured on" not in plan_table.table(plan.plan([MICRO], ALL, [card(1000)]))
 
 
-def test_paged_state_has_a_column_of_its_own_and_is_in_no_peak(traced, monkeypatch):
-    plain = plan_table.table(plan.plan([MICRO], [LORA], [card(1000)]))
-    assert "paged" not in plain
+def test_paged_state_is_in_no_peak(traced, monkeypatch):
     trace = tracer.trace
     monkeypatch.setattr(tracer, "trace", lambda *given: replace(trace(*given), paged_bytes=900 * MiB))
-    (row,) = rows = plan.plan([MICRO], [LORA], [card(1000)])
+    (row,) = plan.plan([MICRO], [LORA], [card(1000)])
     assert (row.verdict, row.forecast.paged_bytes, row.forecast.allocated_bytes) == ("fits", 900 * MiB, 900 * MiB)
-    assert "paged" in plan_table.table(rows) and "managed memory" in plan_table.table(rows)
+    assert row.as_json()["paged_bytes"] == 900 * MiB
+
+
+def test_json_has_what_was_asked_for_and_no_bytes_where_there_is_no_forecast():
+    row, extras = row_of(LORA), ("max_batch", "fewest_gpus")
+    assert row.as_json().keys() & set(extras) == set()
+    asked = replace(row, question=Question(max_batch=True, fewest_gpus=True), max_batch=3)
+    assert [asked.as_json()[key] for key in extras] == [3, None]
+    unknown = replace(row, forecast=None, reason="no").as_json()
+    assert unknown.keys() == row.as_json().keys()
+    assert (unknown["verdict"], unknown["forecast_allocated_bytes"], unknown["bytes_by_cause"]) == (
+        "cannot_be_forecast",
+        None,
+        {},
+    )
 
 
 def test_what_does_not_surely_fit_is_never_chosen():
