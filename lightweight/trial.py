@@ -13,10 +13,8 @@ from lightweight import arguments
 from lightweight.corpus import MIN_LENGTH, Corpus
 from lightweight.methods import Method
 from lightweight.models import Model
+from lightweight.settings import MAX_LENGTH
 from lightweight.targets import Target
-
-MAX_LENGTH = 256
-"""Tokens in a row, padding included, as in the original scripts."""
 
 Phase = Literal["start", "build", "evaluate", "capture", "train", "forward", "backward", "optimizer", "save"]
 """Where in a trial something happened. Forward, backward and optimizer are parts of train; gradient clipping counts as

@@ -281,7 +281,7 @@ def test_where_no_rows_fit_the_row_is_about_the_methods_own(traced):
 
 
 def test_a_batch_that_was_asked_for_is_not_changed(traced):
-    assert planned(LORA, 600, batch_size=8)[1] == (1, 8, 1, "does_not_fit", False)
+    assert planned(LORA, 600, keeps_passes=True)[1] == (1, 8, 1, "does_not_fit", False)
     assert traced == [(8, 1)]
 
 
@@ -311,7 +311,7 @@ def test_a_trace_that_fails_is_tried_once_for_all_cards(monkeypatch):
 
 
 def test_passes_that_cannot_be_shared_among_gpus_are_a_line_of_that_method(traced):
-    lora, qlora = plan.plan([MICRO], [LORA, QLORA], [card(900)], Question(batch_size=2, gpus=3))
+    lora, qlora = plan.plan([MICRO], [LORA.with_batch(2), QLORA], [card(900)], Question(keeps_passes=True, gpus=3))
     assert lora.verdict == "cannot_be_forecast" and "which 3 ranks cannot share" in lora.reason
     assert qlora.verdict == "fits" and qlora.chosen
 
