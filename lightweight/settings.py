@@ -22,7 +22,7 @@ MAX_LENGTH = 256
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """Reads whole numbers from `least` on."""
+    """Reads whole numbers from `least` on, and raises ValueError for anything else."""
 
     def read(text: str) -> int:
         try:
