@@ -53,7 +53,7 @@ def test_what_is_set_is_in_the_method_and_its_digest(method):
     assert (said["learning_rate"], said["lr_scheduler_type"], said["warmup_steps"]) == (1e-3, "cosine", 0.1)
     of_lora = {name for name in EVERY if name.startswith("lora_")}
     if method.adapter is not None:
-        adapter = changed.adapter
+        adapter: Any = changed.adapter
         assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout) == (64, 16, 0.05)
         assert adapter.target_modules == {"k_proj", "v_proj"}
         of_lora = set()
@@ -121,8 +121,9 @@ def test_what_a_method_of_ones_own_says_otherwise_is_one_line_that_names_both(sa
 def test_where_a_method_of_ones_own_says_nothing_or_the_same_it_is_changed():
     changed = read(learning_rate="1e-4", lora_rank="64", lora_dropout="0.1", batch_size="2").apply(MINE)
     assert changed.changed == {"batch_size": 2, "lora_dropout": 0.1}
-    assert (changed.sequences_per_pass, changed.adapter.lora_dropout) == (2, 0.1)
-    assert MINE.adapter.lora_dropout == 0.0  # type: ignore[union-attr]
+    mine, adapter = MINE.adapter, changed.adapter
+    assert isinstance(mine, peft.LoraConfig) and isinstance(adapter, peft.LoraConfig)
+    assert (changed.sequences_per_pass, adapter.lora_dropout, mine.lora_dropout) == (2, 0.1, 0.0)
 
 
 def test_loras_settings_leave_alone_what_has_no_lora():

@@ -600,8 +600,8 @@ def test_the_readmes_two_commands_work(base, dialogues, out, capsys):
         ),
         (("--model", "opt-350m"), "give a local folder, or take --weights random"),
         (("--max-length", "1"), "--max-length 1: give at least 2"),
-        (("--lora-rank", "4"), "--lora-rank 4: method baseline has no LoRA adapter: leave it out"),
-        (("--schedule", "cosin"), "--schedule cosin: choose one of linear"),
+        (("--lora-rank", "4"), "has no LoRA adapter: leave it out, or take a method that has one, such as lora"),
+        (("--schedule", "cosin"), "warmup_stable_decay; did you mean cosine?"),
         (
             ("--method", "cli.test_train:MINE", "--learning-rate", "1e-3"),
             "method mine says learning_rate=0.0001, and the command line --learning-rate 0.001: leave one of both out",
