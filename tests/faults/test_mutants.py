@@ -158,7 +158,7 @@ OPTIONS = {
     "plan": "--method --target --batch-size --max-length --gpus --record --format --max-batch --traceback",
     "report": "-o --format --into --figures",
     "gate": f"--against --undecided --missing --require-match {' '.join(limit.flag for limit in LIMITS)}",
-    "chat": "--prompt --max-tokens --temperature",
+    "chat": "--prompt --system --max-tokens --temperature",
 }
 FLAGS = ("--resume", "--overwrite", "--max-batch", "--traceback", "--require-match")
 
