@@ -4,8 +4,8 @@ A file is read into conversations (`reading`), which are split into those to tra
 A child makes rows of tokens of them (`rows`), marked up by the tokenizer's own chat template (`template`).
 """
 
-from lightweight.corpus.conversation import Conversation, Corpus, CorpusError, Example, Message, Text, pair
-from lightweight.corpus.reading import load
+from lightweight.corpus.conversation import Conversation, Corpus, CorpusError, Example, Message, Origin, Text, pair
+from lightweight.corpus.reading import How, load
 from lightweight.corpus.rows import IGNORED, MIN_LENGTH, Row, encode, encode_prompt, encode_text
 from lightweight.corpus.split import in_latin_letters
 
@@ -16,7 +16,9 @@ __all__ = [
     "Corpus",
     "CorpusError",
     "Example",
+    "How",
     "Message",
+    "Origin",
     "Row",
     "Text",
     "encode",
