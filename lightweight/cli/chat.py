@@ -51,7 +51,9 @@ class Chat:
         """The answer to one prompt, of at most `max_tokens`; greedy at `temperature` 0. `show` prints it as it
         grows. Raises ChatError where settings that were saved with the network prevent one."""
         longest = getattr(self.network.config, "max_position_embeddings", None)
-        prompt = corpus.encode_prompt(text, self.tokenizer)
+        prompt = corpus.encode_prompt(
+            corpus.Conversation((corpus.Message("user", text),), corpus.THERAPIST), self.tokenizer
+        )
         if longest:
             prompt = prompt[-max(1, longest - max_tokens) :]
         ids = torch.tensor([prompt], device=self.network.device)

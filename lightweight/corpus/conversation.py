@@ -8,6 +8,10 @@ from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
 
+Kind = Literal["pairs", "conversations", "texts"]
+"""What a corpus is of: the dialogues that this project began with, each a turn and its answer; conversations of any
+length; or texts without roles."""
+
 THERAPIST = "Therapist"
 """Who answers in the dialogues that this project began with."""
 
@@ -107,6 +111,14 @@ class Corpus:
     digest: str
     elsewhere: str | None = None
     origin: Origin | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """What it is of, as its first example to train on says."""
+        first = self.train[0] if self.train else None
+        if isinstance(first, Text):
+            return "texts"
+        return "pairs" if first is None or first.answerer == THERAPIST else "conversations"
 
     @property
     def elsewhere_digest(self) -> str | None:
