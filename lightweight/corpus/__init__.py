@@ -12,10 +12,11 @@ from lightweight.corpus.conversation import (
     Example,
     Kind,
     Message,
+    Origin,
     Text,
     pair,
 )
-from lightweight.corpus.reading import load
+from lightweight.corpus.reading import How, load
 from lightweight.corpus.rows import (
     IGNORED,
     Encoded,
@@ -41,10 +42,12 @@ __all__ = [
     "CorpusError",
     "Encoded",
     "Example",
+    "How",
     "Kind",
     "Long",
     "LossOn",
     "Message",
+    "Origin",
     "Row",
     "RowForm",
     "Rows",

@@ -86,7 +86,6 @@ def test_split_is_the_same_every_time_and_digest_follows_the_content(tmp_path):
 MALFORMED = {
     "not JSON": (b"[{]", "line 1, column 3"),
     "empty file": (b"", "is not JSON"),
-    "JSON lines": (json.dumps(USER).encode() + b"\n" + json.dumps(THERAPIST).encode(), "line 2"),
     "an object": ({"turns": []}, "JSON object: write a list of turns"),
     "a string": ("hello", "JSON string"),
     "null": (None, "JSON null"),
