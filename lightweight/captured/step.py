@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from lightweight.captured.fused import compiling
 from lightweight.captured.optimizer import Optimizer, adamw_of
 from lightweight.captured.packing import Buffers, Layout, Shape
 from lightweight.captured.passes import NOTHING, Passes
-from lightweight.corpus import Row
+from lightweight.corpus import Rows
 from lightweight.internals import torch as torch_internals
 from lightweight.internals import transformers as transformers_internals
 from lightweight.methods import CapturedStep
@@ -64,7 +64,7 @@ CAPTURED_STATE = "captured_step.pt"
 """The file of a checkpoint that holds what `Optimizer.state` gives."""
 
 
-def prepare(trial: Trial, trainer: Trainer, rows: Sequence[Row], meter: Meter) -> CapturedTraining | None:
+def prepare(trial: Trial, trainer: Trainer, rows: Rows, meter: Meter) -> CapturedTraining | None:
     """A trial's job, ready to be trained; None, and nothing changed, where the Trainer must run the steps."""
     job = CapturedTraining(trial, trainer, rows, meter)
     return job if job.prepare() else None
@@ -76,7 +76,7 @@ class CapturedTraining:
     Raises MethodError where the method asks for something that only the Trainer does.
     """
 
-    def __init__(self, trial: Trial, trainer: Trainer, rows: Sequence[Row], meter: Meter) -> None:
+    def __init__(self, trial: Trial, trainer: Trainer, rows: Rows, meter: Meter) -> None:
         step = trial.method.captured_step
         assert step is not None and trainer.model is not None
         self.trial, self.trainer, self.rows, self.meter, self.step = trial, trainer, rows, meter, step

@@ -147,7 +147,7 @@ def _carry_out(
     )
     try:
         with contextlib.closing(Progress()) as bar:
-            trainer, rows, heldout = worker.set_up(
+            trial, trainer, rows, heldout = worker.set_up(
                 trial, torch_device, meter, Unattended(), output.unfinished, **_arguments(job, output)
             )
             _require_room(trial, trainer, output)

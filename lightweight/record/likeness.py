@@ -50,7 +50,7 @@ SAME_BASELINE = Likeness(("model", "target", "device", "world_size", "weights", 
 SAME_METHOD = SAME_BASELINE.also("method", "method_digest")
 """What the seeds and lengths of one method have in common."""
 
-SAME_CELL = SAME_METHOD.also("precision", "max_length", "tokens_per_step")
+SAME_CELL = SAME_METHOD.also("precision", "max_length", "tokens_per_step", "loss_on", "long", "padding")
 """What two runs of a cell have in common: rates and memory can be compared."""
 
 SAME_TRIAL = SAME_CELL.also("seed", "planned_steps")
@@ -85,7 +85,7 @@ def differing_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[
 def baseline_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
     """The baseline of `entry`'s model on the same target and device; where there are several, the one most alike."""
     baselines = [other for other in entries if other.method == BASELINE and SAME_BASELINE.holds(other, entry)]
-    length = Likeness(("max_length", "tokens_per_step", "planned_steps", "seed"))
+    length = Likeness(("max_length", "loss_on", "long", "padding", "tokens_per_step", "planned_steps", "seed"))
     wanted = length.of(entry)
     return max(
         baselines, key=lambda other: [a == b for a, b in zip(length.of(other), wanted, strict=True)], default=None

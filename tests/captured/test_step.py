@@ -10,6 +10,7 @@ import pytest
 import torch
 from training.test_stock import Unattended
 
+from conftest import rows_of
 from lightweight import corpus, models, record, targets
 from lightweight.captured import optimizer as optimizer_module
 from lightweight.captured import packing
@@ -22,7 +23,7 @@ from lightweight.models import GPT_NEO_TINY, OPT_TINY, Model
 from lightweight.preload import peft
 from lightweight.training import stock
 from lightweight.training.meter import Meter
-from lightweight.trial import MAX_LENGTH, Trial
+from lightweight.trial import Trial
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
 
@@ -63,15 +64,15 @@ def written(tmp_path_factory):
 def dialogues(small_corpus) -> Corpus:
     """36 dialogues of very different lengths to train on, so that packing has something to do."""
     pairs = [
-        replace(pair, answer=" ".join([pair.answer] * (1 + index % 5)))
-        for index, pair in enumerate(small_corpus.train + small_corpus.train[:16])
+        corpus.pair(talk.messages[0].content, " ".join([talk.messages[1].content] * (1 + index % 5)))
+        for index, talk in enumerate(small_corpus.train + small_corpus.train[:16])
     ]
     return replace(small_corpus, train=tuple(pairs))
 
 
 def prepared(trial, folder):
     tokenizer = models.load_tokenizer(trial.model)
-    rows = [corpus.encode(pair, tokenizer, MAX_LENGTH) for pair in trial.corpus.train]
+    rows = rows_of(trial, tokenizer)
     meter, owner = Meter(CPU, 0.0), Unattended()
     torch.manual_seed(trial.seed)
     trainer = stock.make_trainer(trial, worker.build(trial, CPU), rows, meter, owner, folder)
@@ -116,7 +117,7 @@ def test_twenty_captured_steps_have_the_trainers_losses(
         "learning_rate": 1e-3,  # so that a wrong step shows in the next loss
     }
     method = replace(without_dropout(method), training_arguments=arguments)
-    trial = Trial(model=written[model], method=method, target=targets.CPU, corpus=dialogues, epochs=4, max_length=128)
+    trial = Trial(model=written[model], method=method, target=targets.CPU, corpus=dialogues, epochs=4)
     assert trial.steps == 20
     folders = [tmp_path / name for name in ("stock", "captured")]
     theirs, their_meter, _ = trained(trial, folders[0])
@@ -179,7 +180,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_of_one_dialogue(trial, 
 
 
 def test_packing_is_left_out_where_it_saves_no_rows(trial, tmp_path):
-    long = tuple(replace(pair, answer=pair.answer * 20) for pair in trial.corpus.train)
+    long = tuple(corpus.pair(talk.messages[0].content, talk.messages[1].content * 20) for talk in trial.corpus.train)
     job = job_of(replace(trial, corpus=replace(trial.corpus, train=long)), tmp_path)
     assert not job.parts.packing
     assert job.meter.facts["capture_note"].startswith("packing would make 36 rows of 36")

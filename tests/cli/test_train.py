@@ -389,7 +389,7 @@ def test_the_trained_model_answers_as_it_was_taught(train, out, capsys, monkeypa
     assert main(["chat", str(out / "a"), "--prompt", "오늘은 힘들었어요 3", "--max-tokens", "40"]) == 0
     assert " me more about it" in capsys.readouterr().out
     found = chat.load(out / "a")
-    assert 20 < len(found.answer("오늘은 힘들었어요 7", max_tokens=100)) < 40  # it stopped by itself
+    assert 20 < len(chat.Dialogue(found).say("오늘은 힘들었어요 7", max_tokens=100)) < 40  # it stopped by itself
     monkeypatch.setattr("sys.stdin", io.StringIO("오늘은 힘들었어요 1\n\n오늘은 힘들었어요 2\n"))
     assert main(["chat", str(out / "a"), "--max-tokens", "40"]) == 0
     assert capsys.readouterr().out.count(" me more about it") == 2
