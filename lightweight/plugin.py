@@ -174,6 +174,7 @@ def train(request: pytest.FixtureRequest, laboratory: Laboratory, benchmark: Ben
         except BaseException:
             pytest_benchmark.leave_out(benchmark)  # a row without an outcome
             raise
+        trial = trial.with_rows(outcome.measured.training_rows)
         benchmark.extra_info |= {
             "model": trial.model.name,
             "method": trial.method.name,

@@ -22,6 +22,10 @@ ForecastVerdict = Literal["fits", "does_not_fit", "too_close_to_call"]
 GateVerdict = Literal["pass", "fail", "undecided"]
 Pairing = Literal["alternating", "sharing a core", "one after the other"]
 ShownAs = Literal["ladder", "peers"]
+TrainedOn = Literal["pairs", "conversations", "texts"]
+LossOn = Literal["all", "last"]
+Long = Literal["cut", "split", "drop"]
+Padding = Literal["longest", "max"]
 """The words that a record may say, as the modules that write them spell them; a test holds the two together. This one
 imports none of those: they need torch, and reading a record does not."""
 

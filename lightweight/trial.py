@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from lightweight import arguments
-from lightweight.corpus import MIN_LENGTH, Corpus
+from lightweight.corpus import Corpus, Long, LossOn, RowForm
 from lightweight.methods import Method
 from lightweight.models import Model
+from lightweight.settings import MAX_LENGTH
 from lightweight.targets import Target
 
-MAX_LENGTH = 256
-"""Tokens in a row, padding included, as in the original scripts."""
+Padding = Literal["longest", "max"]
+"""How long the rows of a batch are made: as its longest, as the Trainer's usual collator does; or `max_length`."""
 
 Phase = Literal["start", "build", "evaluate", "capture", "train", "forward", "backward", "optimizer", "save"]
 """Where in a trial something happened. Forward, backward and optimizer are parts of train; gradient clipping counts as
@@ -28,12 +29,15 @@ have no boundary that the host sees."""
 class Trial:
     """One Model x Method x Target x Corpus x seed.
 
-    `epochs` passes over the training pairs, or `max_steps` optimizer steps if that is given. `max_length` is the
-    tokens of a row, padding included. `device_index` is the GPU's number among those this session sees; `None` trains
-    on the CPU. `world_size` ranks train it together, each a process with a GPU of its own from `device_index` on, and
-    see the batches of one. `threads` is how many of them compute on a CPU, `None` torch's own number. Raises ValueError
-    for bf16 on a target without it, for more ranks than a step has sequences, and for rows too short for a prompt and
-    an answer; and MethodError, which is one, for TrainingArguments that what runs the method's steps does not honour.
+    `epochs` passes over the training examples, or `max_steps` optimizer steps if that is given. `max_length` is the
+    most tokens of a row; `loss_on` says which of the assistant's turns are learned, `long` what becomes of a
+    conversation that is longer. `padding` None is that of the original scripts, "max", for pairs as theirs, and
+    "longest" for others. `rows` is what the training examples became, once they have been encoded.
+    `device_index` is the GPU's number among those this session sees; `None` trains on the CPU. `world_size` ranks train
+    it together, each a process with a GPU of its own from `device_index` on, and see the batches of one. `threads` is
+    how many of them compute on a CPU, `None` torch's own number. Raises ValueError for bf16 on a target without it, for
+    more ranks than a step has sequences, and for rows too short for a prompt and an answer; and MethodError, which is
+    one, for TrainingArguments that what runs the method's steps does not honour.
     """
 
     model: Model
@@ -44,13 +48,16 @@ class Trial:
     epochs: int = 10
     max_steps: int | None = None
     max_length: int = MAX_LENGTH
+    loss_on: LossOn = "all"
+    long: Long = "cut"
+    padding: Padding | None = None
+    rows: int | None = None
     device_index: int | None = None
     world_size: int = 1
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_length < MIN_LENGTH:
-            raise ValueError(f"rows of {self.max_length} tokens: take a max_length of at least {MIN_LENGTH}")
+        assert self.row_form  # which refuses rows that are too short
         if not 1 <= self.world_size <= self.method.sequences_per_step:
             raise ValueError(
                 f"method {self.method.name} trains {self.method.sequences_per_step} sequences a step, which "
@@ -64,6 +71,20 @@ class Trial:
                 "use fp16 there, or another target"
             )
         arguments.check(self.method, self.target, self.world_size)
+
+    @property
+    def row_form(self) -> RowForm:
+        """How examples become rows."""
+        return RowForm(self.max_length, self.loss_on, self.long)
+
+    @property
+    def pads_to_max(self) -> bool:
+        """Whether every row of a batch is made `max_length` tokens long."""
+        return (self.padding or ("max" if self.corpus.kind == "pairs" else "longest")) == "max"
+
+    def with_rows(self, rows: int | None) -> Trial:
+        """The trial, knowing how many rows its training examples became; None where that is not known yet."""
+        return self if rows in (None, self.rows) else replace(self, rows=rows)
 
     @property
     def running_method(self) -> Method:
@@ -83,13 +104,13 @@ class Trial:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens one full optimizer step sees, padding included."""
+        """Tokens one full optimizer step sees at most, padding included."""
         return self.method.sequences_per_step * self.max_length
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the training pairs; the last one of a pass may see fewer sequences."""
-        return -(-len(self.corpus.train) // self.method.sequences_per_step)
+        """Optimizer steps in one pass over the training rows; the last one of a pass may see fewer sequences."""
+        return -(-(self.rows or len(self.corpus.train)) // self.method.sequences_per_step)
 
     @property
     def steps(self) -> int:
@@ -115,8 +136,10 @@ class Measurements:
     ranks together. `step_seconds` are device time from the end of one step to the end of the next, so that nothing
     between steps is lost. On a CPU they are the clock's, whoever had the core; `cpu_seconds` is what the processor
     worked for this process in all its rounds together. `step_tokens` are the tokens of the step's dialogues, and
-    `step_padded_tokens` all that the device computed: with padding, in the rows that were really run. `heldout_*` are
-    cross-entropy in nats a token over the answers held out, `elsewhere_*` over the corpus's text from elsewhere.
+    `step_padded_tokens` all that the device computed: with padding, in the rows that were really run. `training_rows`
+    are what the training examples became, of which `truncated_sequences` lack something; `split_examples` became
+    several, `dropped_examples` none. `heldout_*` are cross-entropy in nats a token over the answers held out,
+    `elsewhere_*` over the corpus's text from elsewhere.
     `peak_*` are the training's own, without building and evaluating; `average_*` are the mean over the ends of steps.
     `process_bytes` is what NVML says the whole process holds on the GPU at most. Of several ranks these are the
     largest, and `rank_*` has each one's; seconds are those of rank 0, but for `cpu_seconds`, which add up.
@@ -146,7 +169,10 @@ class Measurements:
     saved_bytes: int | None = None
     trainable_parameters: int | None = None
     parameters: int | None = None
+    training_rows: int | None = None
     truncated_sequences: int | None = None
+    split_examples: int | None = None
+    dropped_examples: int | None = None
     adapted_layers: tuple[str, ...] = ()
     base_quantization: str | None = None
     captured: bool | None = None

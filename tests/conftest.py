@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # which to
 
 import lightweight.session.laboratory  # noqa: F401  pytester unloads what its runs import, and children pickle by its names
 from lightweight import corpus, models
-from lightweight.corpus import Corpus
+from lightweight.corpus import Corpus, Rows
 from lightweight.models import Model
+from lightweight.trial import Trial
 
 # Processes that a test starts import this tree, and what this one has a path to.
 ROOT = Path(__file__).parents[1]
@@ -35,6 +37,12 @@ MICRO = Model(
         "dropout": 0.0,
     },
 )
+
+
+def rows_of(trial: Trial, tokenizer: Any) -> Rows:
+    """The training rows of `trial`."""
+    rows = corpus.encode_all(trial.corpus.train, tokenizer, trial.row_form).rows
+    return Rows(rows, tokenizer.pad_token_id, trial.max_length if trial.pads_to_max else None)
 
 
 def turns(pairs: int) -> list[dict[str, str]]:

@@ -114,7 +114,7 @@ def samples(layouts: Sequence[Layout], first: list[list[int]], rows: Sequence[Ro
     packing does. A step with so few rows also leaves others of its shape empty. `layouts` are those of the whole job,
     the first step's first."""
     everywhere = [row for layout in layouts for row in layout.rows]
-    lengths = [sum(row["attention_mask"]) for row in rows]
+    lengths = [len(row["input_ids"]) for row in rows]
     longest = max(everywhere, key=lambda row: max(lengths[number] for number in row))
     fullest = max(everywhere, key=len)
     pair = [longest] if longest == fullest else [longest, [n for n in fullest if n not in longest]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from torch.utils.data import BatchSampler
@@ -11,7 +10,7 @@ from transformers import Trainer
 from lightweight.captured import agreement, packing
 from lightweight.captured.agreement import Parts, Sample
 from lightweight.captured.packing import Layout, Shape
-from lightweight.corpus import Row
+from lightweight.corpus import Rows
 from lightweight.training import ranks
 from lightweight.trial import Trial
 
@@ -30,7 +29,7 @@ class Epochs:
     layouts: list[list[Layout]]
     shapes: dict[int, Shape]
 
-    def __init__(self, trial: Trial, trainer: Trainer, rows: Sequence[Row], *, packing_asked: bool, most: int | None):
+    def __init__(self, trial: Trial, trainer: Trainer, rows: Rows, *, packing_asked: bool, most: int | None):
         """`most`: shapes in all, None for any number."""
         self.rows = rows
         self._trial, self._most = trial, most
@@ -96,7 +95,7 @@ class Epochs:
         return packing.shapes(layouts, self.rows, rows_per_pass, most=self._most)
 
 
-def _drawn(trial: Trial, trainer: Trainer, rows: Sequence[Row]) -> list[list[list[list[int]]]]:
+def _drawn(trial: Trial, trainer: Trainer, rows: Rows) -> list[list[list[list[int]]]]:
     """epoch -> optimizer step -> pass -> numbers of its rows, as the Trainer would draw them on one rank."""
     sampler, size = ranks.draws(trainer, rows), trial.method.sequences_per_pass
     accumulation = trial.method.sequences_per_step // size

@@ -13,7 +13,6 @@ what of the captured step keeps it from agreeing is given up, and where nothing 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from lightweight.captured.check import Check
 from lightweight.captured.epochs import Epochs
 from lightweight.captured.packing import Buffers, Layout, Shape
 from lightweight.captured.step import Step
-from lightweight.corpus import Row
+from lightweight.corpus import Rows
 from lightweight.internals import transformers as transformers_internals
 from lightweight.methods import CapturedStep
 from lightweight.training import ranks
@@ -48,7 +47,7 @@ CAPTURED_STATE = "captured_step.pt"
 """The file of a checkpoint that holds what `Optimizer.state` gives."""
 
 
-def prepare(trial: Trial, trainer: Trainer, rows: Sequence[Row], meter: Meter) -> CapturedTraining | None:
+def prepare(trial: Trial, trainer: Trainer, rows: Rows, meter: Meter) -> CapturedTraining | None:
     """A trial's job, ready to be trained; None, and nothing changed, where the Trainer must run the steps."""
     job = CapturedTraining(trial, trainer, rows, meter)
     return job if job.prepare() else None
@@ -60,7 +59,7 @@ class CapturedTraining:
     Raises MethodError where the method asks for something that only the Trainer does.
     """
 
-    def __init__(self, trial: Trial, trainer: Trainer, rows: Sequence[Row], meter: Meter) -> None:
+    def __init__(self, trial: Trial, trainer: Trainer, rows: Rows, meter: Meter) -> None:
         asked = trial.method.captured_step
         assert asked is not None
         self.trial, self.trainer, self.rows, self.meter, self._asked = trial, trainer, rows, meter, asked

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lightweight.corpus import IGNORED, Row
+from lightweight.corpus import IGNORED, Row, Rows
 
 BUCKET_STEPS = 200
 """Optimizer steps that a further static shape must serve: capturing it takes some three uncaptured steps, 0.2 to 0.5 s,
@@ -51,12 +51,17 @@ class Shape:
         return self.passes * self.rows * self.time
 
 
+def length(row: Row) -> int:
+    """Tokens of `row`."""
+    return len(row["input_ids"])
+
+
 def answer_tokens(row: Row) -> int:
     """Tokens of `row` that are predicted; its first one has nothing before it to be predicted from."""
-    return sum(label != IGNORED for label in row["labels"][1:])
+    return int((row["labels"][1:] != IGNORED).sum())
 
 
-def one_a_row(passes: list[list[int]], rows: Sequence[Row], *, over_step: bool) -> Layout:
+def one_a_row(passes: list[list[int]], rows: Rows, *, over_step: bool) -> Layout:
     """The Trainer's own layout of a step of `passes`, each the numbers of its dialogues.
 
     `over_step`: the loss is the mean over the answer tokens of the whole step; else, for models that do not take the
@@ -67,21 +72,20 @@ def one_a_row(passes: list[list[int]], rows: Sequence[Row], *, over_step: bool) 
     for numbers, tokens in zip(passes, in_pass, strict=True):
         share = 1 / max(1, sum(in_pass)) if over_step else 1 / max(1, tokens) / len(passes)
         weights |= dict.fromkeys(numbers, share)
-    tokens = sum(sum(rows[number]["attention_mask"]) for numbers in passes for number in numbers)
+    tokens = sum(length(rows[number]) for numbers in passes for number in numbers)
     return Layout([[number] for numbers in passes for number in numbers], weights, sum(in_pass), tokens)
 
 
-def packed(layout: Layout, rows: Sequence[Row]) -> Layout:
+def packed(layout: Layout, rows: Rows) -> Layout:
     """`layout` in as few rows as first fit, longest first, finds."""
-    width = len(rows[0]["input_ids"])
-    lengths = {number: sum(rows[number]["attention_mask"]) for number in layout.weights}
+    lengths = {number: length(rows[number]) for number in layout.weights}
     filled: list[list[int]] = []
     left: list[int] = []
     for number in sorted(lengths, key=lambda number: -lengths[number]):
         index = next((i for i, room in enumerate(left) if room >= lengths[number]), None)
         if index is None:
             filled.append([])
-            left.append(width)
+            left.append(rows.width)
             index = -1
         filled[index].append(number)
         left[index] -= lengths[number]
@@ -95,7 +99,7 @@ def share(layout: Layout, rank: int, world_size: int) -> Layout:
     return replace(layout, rows=rows, weights={number: layout.weights[number] for row in rows for number in row})
 
 
-def shapes(layouts: Sequence[Layout], rows: Sequence[Row], rows_per_pass: int, most: int | None) -> dict[int, Shape]:
+def shapes(layouts: Sequence[Layout], rows: Rows, rows_per_pass: int, most: int | None) -> dict[int, Shape]:
     """The static shapes for a job's `layouts`: number of rows in a step -> the shape it runs in.
 
     A further shape is made for smaller steps where at least BUCKET_STEPS of them use it, and at most `most` in all.
@@ -119,13 +123,13 @@ def shapes(layouts: Sequence[Layout], rows: Sequence[Row], rows_per_pass: int, m
     return _with_answers(layouts, rows, passes)
 
 
-def exact_shapes(layouts: Sequence[Layout], rows: Sequence[Row], rows_per_pass: int) -> dict[int, Shape]:
+def exact_shapes(layouts: Sequence[Layout], rows: Rows, rows_per_pass: int) -> dict[int, Shape]:
     """As `shapes`, but each step in passes of its own: the Trainer's, where `layouts` have one dialogue a row."""
     sizes = {len(layout.rows) for layout in layouts}
     return _with_answers(layouts, rows, {size: (-(-size // rows_per_pass), min(size, rows_per_pass)) for size in sizes})
 
 
-def holding(layout: Layout, rows: Sequence[Row], shapes: Iterable[Shape]) -> Shape | None:
+def holding(layout: Layout, rows: Rows, shapes: Iterable[Shape]) -> Shape | None:
     """The smallest of `shapes` with room for the rows of `layout`, and with room for its answers; None where its rows
     are too many."""
     large_enough = [shape for shape in shapes if shape.passes * shape.rows >= len(layout.rows)]
@@ -135,19 +139,16 @@ def holding(layout: Layout, rows: Sequence[Row], shapes: Iterable[Shape]) -> Sha
     return replace(shape, answers=max(shape.answers, _room(_most_answers(layout, rows, shape.rows))))
 
 
-def _with_answers(
-    layouts: Sequence[Layout], rows: Sequence[Row], passes: dict[int, tuple[int, int]]
-) -> dict[int, Shape]:
+def _with_answers(layouts: Sequence[Layout], rows: Rows, passes: dict[int, tuple[int, int]]) -> dict[int, Shape]:
     """`passes` and the rows in each, by number of rows in a step, as shapes with room for every layout's answers."""
     answers = dict.fromkeys(passes.values(), 1)
     for layout in layouts:
         shape = passes[len(layout.rows)]
         answers[shape] = max(answers[shape], _most_answers(layout, rows, shape[1]))
-    time = len(rows[0]["input_ids"])
-    return {size: Shape(*shape, time=time, answers=_room(answers[shape])) for size, shape in passes.items()}
+    return {size: Shape(*shape, time=rows.width, answers=_room(answers[shape])) for size, shape in passes.items()}
 
 
-def _most_answers(layout: Layout, rows: Sequence[Row], size: int) -> int:
+def _most_answers(layout: Layout, rows: Rows, size: int) -> int:
     """Answer tokens of that pass of `size` rows that has most of them."""
     return max(
         sum(answer_tokens(rows[number]) for numbers in of_pass for number in numbers)
@@ -179,7 +180,7 @@ class Buffers:
         self.answers, self.targets = answers.unbind(0)
         self.weights, self.count = self._fractions[:-1].view(shape.passes, shape.answers), self._fractions[-1]
 
-    def fill(self, layout: Layout, rows: Sequence[Row]) -> None:
+    def fill(self, layout: Layout, rows: Rows) -> None:
         """Put one optimizer step in, without waiting for the device."""
         shape = self.shape
         whole, fractions = self._allocate(torch.device("cpu"))
@@ -196,13 +197,12 @@ class Buffers:
                 start = 0
                 for number in numbers:
                     row = rows[number]
-                    length = sum(row["attention_mask"])
-                    span = slice(start, start + length)
-                    ids[index, line, span] = torch.tensor(row["input_ids"][:length])
-                    positions[index, line, span] = torch.arange(length)
+                    span = slice(start, start + length(row))
+                    ids[index, line, span] = torch.from_numpy(row["input_ids"])
+                    positions[index, line, span] = torch.arange(length(row))
                     dialogues[index, line, span] = number
                     mask[index, line, span] = 1
-                    own = torch.tensor(row["labels"][:length])
+                    own = torch.from_numpy(row["labels"]).long()
                     own[0] = IGNORED  # nothing before it, and certainly not the dialogue before it
                     labels[index, line, span] = own
                     at = (own != IGNORED).nonzero().squeeze(1)
@@ -211,9 +211,9 @@ class Buffers:
                     targets[index, room] = own[at]
                     weights[index, room] = layout.weights[number]
                     taken += len(at)
-                    start += length
-                if len(numbers) == 1:  # a row as the tokenizer padded it
-                    ids[index, line] = torch.tensor(row["input_ids"])
+                    start += length(row)
+                if len(numbers) == 1:  # a row as a batch has it
+                    ids[index, line, start:] = rows.pad_token_id
                 positions[index, line, start:] = torch.arange(shape.time - start)
         fractions[-1] = layout.answers
         if self.device.type == "cuda":  # torch keeps pinned memory until the copy out of it has run

@@ -86,6 +86,7 @@ class Child:
                     _Rank(number, self.trial, self._folder, environment, tells_steps, self.silence_seconds)
                 )
             self._await(worker.Ready)
+            self.trial = self.trial.with_rows(self.measured.training_rows)
         except ChildError as error:
             self.outcome = error.outcome
         except OSError as error:  # its folder is gone, its disk is full, or the system has no process left

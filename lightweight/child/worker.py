@@ -144,7 +144,7 @@ def _complete(trial: Trial, device: torch.device, folder: Path, meter: Meter, ow
     """Train `trial` at its owner's pace, evaluate it and save it."""
     transformers.utils.logging.disable_progress_bar()
     owner.enter("build")
-    trainer, train_rows, heldout = set_up(trial, device, meter, owner, folder)
+    trial, trainer, train_rows, heldout = set_up(trial, device, meter, owner, folder)
     train(trial, trainer, train_rows, heldout, meter, owner.enter)
     owner.await_request("finish")
     owner.enter("evaluate")
@@ -159,19 +159,25 @@ def _complete(trial: Trial, device: torch.device, folder: Path, meter: Meter, ow
 
 
 class Heldout(NamedTuple):
-    """Rows that nothing is trained on: the corpus's pairs, and plain text from elsewhere."""
+    """Rows that nothing is trained on: the corpus's examples, and plain text from elsewhere."""
 
-    pairs: list[corpus.Row]
+    examples: list[corpus.Row]
     elsewhere: list[corpus.Row]
 
 
-def set_up(
-    trial: Trial, device: torch.device, meter: Meter, rounds: Rounds, folder: Path, **overrides: Any
-) -> tuple[transformers.Trainer, list[corpus.Row], Heldout]:
-    """Everything before the first step: the Trainer over the trial's network, its training rows and what is held out.
+class Job(NamedTuple):
+    """A trial before its first step: it, knowing its rows; the Trainer over its network, the training rows, and what is
+    held out."""
 
-    `overrides` are TrainingArguments, as for `stock.make_trainer`.
-    """
+    trial: Trial
+    trainer: transformers.Trainer
+    rows: corpus.Rows
+    heldout: Heldout
+
+
+def set_up(trial: Trial, device: torch.device, meter: Meter, rounds: Rounds, folder: Path, **overrides: Any) -> Job:
+    """Everything before the first step. `overrides` are TrainingArguments, as for `stock.make_trainer`. Raises
+    CorpusError where no example fits into a row, and what the parts raise."""
     with meter.during("build"):
         if device.type == "cuda":
             _cap_memory(trial)
@@ -183,28 +189,52 @@ def set_up(
         transformers.set_seed(trial.seed)
         network = build(trial, device)
         tokenizer = models.load_tokenizer(trial.model)
-        train_rows = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.train]
-        heldout_rows = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.heldout]
-        heldout = Heldout(heldout_rows, corpus.encode_text(trial.corpus.elsewhere or "", tokenizer, trial.max_length))
-        models.check_rows(trial.model, network.config, [*train_rows, *heldout_rows, *heldout.elsewhere])
+        training = _encoded(trial, trial.corpus.train, tokenizer)
+        trial = trial.with_rows(len(training.rows))
+        heldout = Heldout(
+            _encoded(trial, trial.corpus.heldout, tokenizer).rows,
+            corpus.encode_text(trial.corpus.elsewhere or "", tokenizer, trial.max_length),
+        )
+        ids = [row["input_ids"] for row in (*training.rows, *heldout.examples, *heldout.elsewhere)]
+        models.check_rows(
+            trial.model,
+            network.config,
+            longest=trial.max_length if trial.pads_to_max else max(map(len, ids)),
+            largest=max(int(of_row.max()) for of_row in ids),
+        )
+        padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        rows = corpus.Rows(training.rows, padding, trial.max_length if trial.pads_to_max else None)
         ranks.meet(cpu=device.type == "cpu")
-        trainer = stock.make_trainer(trial, network, train_rows, meter, rounds, folder, **overrides)
-    ends = (corpus.IGNORED, tokenizer.eos_token_id)
+        trainer = stock.make_trainer(trial, network, rows, meter, rounds, folder, **overrides)
     meter.facts = {
         "parameters": models.count_parameters(network),
         "trainable_parameters": models.count_parameters(network, trainable=True),
         "adapted_layers": methods.adapted_layers(network),
         "base_quantization": models.quantization_of(network),
-        "truncated_sequences": sum(row["labels"][-1] not in ends for row in train_rows),
+        "training_rows": len(training.rows),
+        "truncated_sequences": training.truncated,
+        "split_examples": training.split,
+        "dropped_examples": training.dropped,
     }
-    return trainer, train_rows, heldout
+    return Job(trial, trainer, rows, heldout)
+
+
+def _encoded(trial: Trial, examples: Sequence[corpus.Example], tokenizer: Any) -> corpus.Encoded:
+    encoded = corpus.encode_all(examples, tokenizer, trial.row_form)
+    if not encoded.rows:
+        which = "to train on" if examples is trial.corpus.train else "held out"
+        raise corpus.CorpusError(
+            f"corpus: each of its {len(examples)} examples {which} "
+            f"is longer than {trial.max_length} tokens and was dropped: cut or split them, or take a larger max_length"
+        )
+    return encoded
 
 
 def evaluate(trainer: transformers.Trainer, heldout: Heldout, meter: Meter) -> None:
     """Add the losses on what is held out, as they are now, to the meter's. Raises DivergedError where what has been
     trained gives none that is finite; before training the first step's loss says so."""
     with meter.during("evaluate"):
-        meter.heldout_losses.append(loss := stock.heldout_loss(trainer, heldout.pairs))
+        meter.heldout_losses.append(loss := stock.heldout_loss(trainer, heldout.examples))
         if heldout.elsewhere:
             meter.elsewhere_losses.append(stock.heldout_loss(trainer, heldout.elsewhere))
         if meter.steps and not math.isfinite(loss):
@@ -214,7 +244,7 @@ def evaluate(trainer: transformers.Trainer, heldout: Heldout, meter: Meter) -> N
 def train(
     trial: Trial,
     trainer: transformers.Trainer,
-    rows: Sequence[corpus.Row],
+    rows: corpus.Rows,
     heldout: Heldout,
     meter: Meter,
     enter: Callable[[Phase], None],

@@ -4,24 +4,60 @@ A file is read into conversations (`reading`), which are split into those to tra
 A child makes rows of tokens of them (`rows`), marked up by the tokenizer's own chat template (`template`).
 """
 
-from lightweight.corpus.conversation import Conversation, Corpus, CorpusError, Example, Message, Text, pair
-from lightweight.corpus.reading import load
-from lightweight.corpus.rows import IGNORED, MIN_LENGTH, Row, encode, encode_prompt, encode_text
+from lightweight.corpus.conversation import (
+    THERAPIST,
+    Conversation,
+    Corpus,
+    CorpusError,
+    Example,
+    Kind,
+    Message,
+    Origin,
+    Text,
+    pair,
+)
+from lightweight.corpus.reading import How, load
+from lightweight.corpus.rows import (
+    IGNORED,
+    Encoded,
+    Long,
+    Row,
+    RowForm,
+    Rows,
+    encode,
+    encode_all,
+    encode_prompt,
+    encode_text,
+    encode_whole,
+    ends_of_answers,
+)
 from lightweight.corpus.split import in_latin_letters
+from lightweight.corpus.template import LossOn
 
 __all__ = [
     "IGNORED",
-    "MIN_LENGTH",
+    "THERAPIST",
     "Conversation",
     "Corpus",
     "CorpusError",
+    "Encoded",
     "Example",
+    "How",
+    "Kind",
+    "Long",
+    "LossOn",
     "Message",
+    "Origin",
     "Row",
+    "RowForm",
+    "Rows",
     "Text",
     "encode",
+    "encode_all",
     "encode_prompt",
     "encode_text",
+    "encode_whole",
+    "ends_of_answers",
     "in_latin_letters",
     "load",
     "pair",

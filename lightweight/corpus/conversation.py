@@ -8,6 +8,10 @@ from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
 
+Kind = Literal["pairs", "conversations", "texts"]
+"""What a corpus is of: the dialogues that this project began with, each a turn and its answer; conversations of any
+length; or texts without roles."""
+
 THERAPIST = "Therapist"
 """Who answers in the dialogues that this project began with."""
 
@@ -16,7 +20,11 @@ class CorpusError(ValueError):
     """A corpus that cannot be used. The message names the file, the place in it and the mend."""
 
 
-@dataclass(frozen=True)
+class Defect(ValueError):  # noqa: N818  a row's, which becomes an error or is skipped
+    """What is wrong with one row of a corpus: the field, the problem and the mend."""
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """What one side says in its turn."""
 
@@ -24,7 +32,7 @@ class Message:
     content: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """A system message, if any, and turns; trained on are those of the assistant, whom plain names of the roles call
     `answerer` where the tokenizer has no chat template."""
@@ -33,7 +41,7 @@ class Conversation:
     answerer: str = "Assistant"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Text:
     """A text without roles, which no chat template marks up. Trained on is `completion`; `prompt` stands before it."""
 
@@ -57,18 +65,60 @@ def contents(example: Example) -> tuple[str, ...]:
     return tuple(message.content for message in example.messages)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a corpus's examples came from, as a person is told it: in which `format` they were written, how many
+    `conversations` with `messages` from user and assistant, and how many `texts`; what was `skipped` as it could not be
+    used, rows of a file or, of turns, turns. `duplicates` say what another one says word for word. `leaked` were to be
+    trained on and held out, and are only held out."""
+
+    format: str
+    conversations: int = 0
+    messages: int = 0
+    texts: int = 0
+    skipped: int = 0
+    duplicates: int = 0
+    leaked: int = 0
+
+    def __str__(self) -> str:
+        """One line."""
+        said = []
+        if self.conversations:
+            said.append(f"{self.conversations:,} conversations, {self.messages / self.conversations:.1f} turns each")
+        if self.texts:
+            said.append(f"{self.texts:,} texts")
+        if self.format == "preference":
+            said.append("trained on is the chosen answer, the rejected one is not read")
+        if self.duplicates:
+            said.append(f"{self.duplicates:,} say what another one says, and are on its side of the split")
+        if self.leaked:
+            said.append(f"{self.leaked:,} that are held out are left out of training")
+        if self.skipped:
+            said.append(f"{self.skipped:,} {'turns' if self.format == 'turns' else 'rows'} skipped")
+        return f"{self.format}: {'; '.join(said)}"
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Examples to train on and examples held out, with the sha256 of all of them in file order.
 
     `elsewhere` is plain text from somewhere else, nothing of which is trained on: what a model could say of it before
-    and cannot after training is what it forgot. None leaves that unmeasured.
+    and cannot after training is what it forgot. None leaves that unmeasured. `origin` is known of what was read.
     """
 
     train: tuple[Example, ...]
     heldout: tuple[Example, ...]
     digest: str
     elsewhere: str | None = None
+    origin: Origin | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """What it is of, as its first example to train on says."""
+        first = self.train[0] if self.train else None
+        if isinstance(first, Text):
+            return "texts"
+        return "pairs" if first is None or first.answerer == THERAPIST else "conversations"
 
     @property
     def elsewhere_digest(self) -> str | None:

@@ -1,94 +1,130 @@
-"""A corpus file, read and checked.
-
-It is a JSON list of turns `{"role": "user"|"therapist", "content": "..."}` in alternation. A user turn and the
-therapist's answer to it are one conversation.
-"""
+"""A corpus, read and checked: from a file or a data set to examples to train on and examples held out."""
 
 from __future__ import annotations
 
-import json
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from lightweight.corpus.conversation import Conversation, Corpus, CorpusError, pair
-from lightweight.corpus.split import split
+from lightweight.corpus import files, formats, turns
+from lightweight.corpus.conversation import Conversation, Corpus, Defect, Example, Origin
+from lightweight.corpus.files import Item, fail
+from lightweight.corpus.split import share_of, split, split_from
 
-
-def load(path: Path) -> Corpus:
-    """Read, check and split the corpus at `path`. Raises CorpusError."""
-    pairs = _pairs(_turns(path), path)
-    if len(pairs) < 2:
-        _fail(path, f"has {len(pairs)} pair(s): add turns until there are at least 2, one to train on and one held out")
-    return split(pairs)
+Progress = Callable[[str], None]
 
 
-def _turns(path: Path) -> list[Any]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        _fail(path, "does not exist: give --corpus the path of a JSON file")
-    except IsADirectoryError:
-        _fail(path, "is a directory: give --corpus the path of a JSON file")
-    except UnicodeDecodeError as error:
-        _fail(path, f"is not UTF-8 at byte {error.start}: save it as UTF-8")
-    except OSError as error:
-        _fail(path, f"cannot be read ({error.strerror}): make it a readable file")
-    try:
-        turns = json.loads(text)
-    except json.JSONDecodeError as error:
-        _fail(path, f"is not JSON at line {error.lineno}, column {error.colno} ({error.msg}): mend it there")
-    except RecursionError:
-        _fail(path, "is nested too deeply: write a flat list of turns")
-    except ValueError:  # Python reads no number of over 4300 digits
-        _fail(path, "holds a number of thousands of digits, which JSON readers refuse: write it as text")
-    if not isinstance(turns, list):
-        _fail(path, f"holds a JSON {_kind(turns)}: write a list of turns")
-    return turns
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """How a corpus is read: in which `format`, by name, None for that which its keys tell; whether rows that cannot be
+    used are left out, `skip_bad`; and what is `held_out`, another corpus or a share of this one, None for a sixth."""
+
+    format: str | None = None
+    skip_bad: bool = False
+    held_out: str | None = None
 
 
-def _pairs(turns: list[Any], path: Path) -> list[Conversation]:
-    contents = [_content(turn, index, path) for index, turn in enumerate(turns)]
-    if len(turns) % 2:
-        _fail(path, f"turn {len(turns) - 1}: the last user turn has no answer: add a 'therapist' turn or remove it")
-    return [pair(prompt, answer) for prompt, answer in zip(contents[::2], contents[1::2], strict=True)]
+AS_IT_IS = How()
 
 
-def _content(turn: Any, index: int, path: Path) -> str:
-    where = f"turn {index}"
-    if not isinstance(turn, dict):
-        _fail(path, f'{where}: is a JSON {_kind(turn)}: write {{"role": ..., "content": ...}}')
-    role, content = turn.get("role"), turn.get("content")
-    expected = ("user", "therapist")[index % 2]
-    if role not in ("user", "therapist"):
-        problem = "has no 'role'" if "role" not in turn else f"unknown role {_short(role)}"
-        _fail(path, f"{where}: {problem}: use 'user' or 'therapist'")
-    if role != expected:
-        problem = f"two {role!r} turns in a row" if index else "the first turn is the therapist's"
-        _fail(path, f"{where}: {problem}: a {expected!r} turn belongs here, join or remove one")
-    if not isinstance(content, str):
-        problem = "has no 'content'" if "content" not in turn else f"'content' is a JSON {_kind(content)}"
-        _fail(path, f"{where}: {problem}: give it a text")
-    if not content.strip():
-        _fail(path, f"{where}: 'content' is empty: write the turn's text or remove its pair")
-    try:
-        content.encode()
-    except UnicodeEncodeError:
-        _fail(
-            path,
-            f"{where}: 'content' holds half of a surrogate pair, which is no character: write the character itself",
+def load(path: Path | str, how: How = AS_IT_IS, progress: Progress = lambda text: None) -> Corpus:
+    """Read, check and split the corpus at `path`, a file or `hub:NAME[:SPLIT]`, telling `progress` how far it is.
+    Raises CorpusError."""
+    share = share_of(how.held_out)
+    examples, origin = _examples(path, how, progress)
+    least = 1 if how.held_out is not None and share is None else 2
+    if len(examples) < least:
+        kind = "pair(s)" if origin.format == formats.TURNS else "example(s)"
+        what = "turns" if origin.format == formats.TURNS else "rows"
+        fail(
+            path, f"has {len(examples)} {kind}: add {what} until there are at least 2, one to train on and one held out"
         )
-    return content
+    if how.held_out is None or share is not None:
+        return split(examples, origin, path, share)
+    heldout, _ = _examples(how.held_out, how, progress)
+    if not heldout:
+        fail(how.held_out, "has nothing to hold out: add rows")
+    return split_from(examples, heldout, origin, path)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _examples(path: Path | str, how: How, progress: Progress) -> tuple[list[Example], Origin]:
+    """What the corpus at `path` says."""
+    source = _Source(path, how.skip_bad)
+    items = files.items(Path(path), progress)
+    first, items = _first_sound(items, source, how.format)
+    name = how.format or first
+    if name == formats.TURNS:
+        examples: list[Example] = list(turns.pairs(items, source.bad_turn))
+    else:
+        one = formats.FORMATS[name]
+        examples = list(_of_rows(items, source, one, is_forced=how.format is not None))
+    progress("")
+    talks = [example for example in examples if isinstance(example, Conversation)]
+    said = sum(message.role != "system" for talk in talks for message in talk.messages)
+    texts = len(examples) - len(talks)
+    return examples, Origin(
+        format=name, conversations=len(talks), messages=said, texts=texts, skipped=len(source.skipped)
+    )
 
 
-def _kind(value: Any) -> str:
-    kinds = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
-    return kinds.get(type(value), "null")
+@dataclass
+class _Source:
+    """A corpus that is being read: what becomes of what cannot be used."""
+
+    path: Path | str
+    skip_bad: bool
+    skipped: set[tuple[str, int]] = field(default_factory=set)
+
+    def bad(self, item: Item, defect: Defect) -> None:
+        """Raise CorpusError for an item, in one line, or count it among the skipped ones."""
+        self._refuse(f"{item.place[0]} {item.place[1]}", defect)
+        self.skipped.add(item.place)
+
+    def bad_turn(self, item: Item, defect: Defect, *skipped: Item) -> None:
+        """The same for a turn, which an item of a list is called there, for which others are skipped, too."""
+        self._refuse(f"{item.place[0].replace('row', 'turn')} {item.place[1]}", defect)
+        self.skipped.update(one.place for one in skipped)
+
+    def _refuse(self, place: str, defect: Defect) -> None:
+        if not self.skip_bad:
+            fail(self.path, f"{place}: {defect}")
 
 
-def _fail(path: Path, problem: str) -> NoReturn:
-    raise CorpusError(f"corpus {path}: {problem}") from None
+def _first_sound(items: Iterator[Item], source: _Source, forced: str | None) -> tuple[str, Iterator[Item]]:
+    """The format of the first row that has one, and all items again; turns where none is an object."""
+    seen: list[Item] = []
+    if forced is not None:
+        return forced, items
+    for item in items:
+        seen.append(item)
+        if name := formats.recognised(item.value):
+            return name, itertools.chain(seen, items)
+        if isinstance(item.value, dict):
+            source.bad(item, formats.unknown(item.value))
+        elif isinstance(item.value, Defect) and item.place[0] == "line":
+            source.bad(item, item.value)
+    return formats.TURNS, iter(seen)
+
+
+def _of_rows(items: Iterator[Item], source: _Source, one: formats.Format, is_forced: bool) -> Iterator[Example]:
+    for item in items:
+        other = None if is_forced or one.has_any_key(item.value) else formats.recognised(item.value)
+        if other is not None:
+            kind, number = item.place
+            fail(
+                source.path,
+                f"{kind} {number}: has the keys of the format {other}, and rows before it those of {one.name}: "
+                "make a file of each, or say which with --corpus-format",
+            )
+        try:
+            yield one.read(_sound(item.value))
+        except Defect as defect:
+            source.bad(item, defect)
+
+
+def _sound(value: Any) -> Any:
+    if isinstance(value, Defect):
+        raise value
+    return value

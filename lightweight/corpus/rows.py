@@ -1,11 +1,22 @@
-"""Examples as rows of tokens: which ids a network sees, and which of them the loss is on."""
+"""Examples as rows of tokens: which ids a network sees, and which of them the loss is on.
+
+Rows are as long as they are: padding is of a batch. A conversation that is longer than a row may be loses turns or is
+split between them; where one turn and its answer alone are too long, tokens are lost.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from lightweight.corpus.conversation import Example, contents
-from lightweight.corpus.template import rendered
+import numpy as np
+
+from lightweight.corpus.conversation import Conversation, Example, Message, Text
+from lightweight.corpus.template import LossOn, Span, marked_up, prompted
+from lightweight.models import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,51 +27,275 @@ MIN_LENGTH = 2
 IGNORED = -100
 """The label that transformers' losses leave out: prompt and padding."""
 
-Row = dict[str, list[int]]
-"""`input_ids`, `attention_mask` and `labels`, each [time]."""
+Long = Literal["cut", "split", "drop"]
+"""What becomes of a conversation that is too long: its first turns go, its system message stays; or it becomes several
+rows, each of whole turns after the system message; or it is left out."""
+
+Ids = np.ndarray[tuple[int], np.dtype[np.int32]]
 
 
-def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A user's turn up to where the answer begins, as ids: the tokenizer's own chat template, or plain names of the
-    roles where it has none. The answer after it ends with `eos_token_id`."""
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": text}]
-        marked = rendered(turn, tokenizer)
-        return list(tokenizer.encode(marked, add_special_tokens=False))
-    ids = tokenizer.encode(f"User: {text}\nTherapist: ", add_special_tokens=False)
-    return [*ids] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]
+class Row(TypedDict):
+    """`labels` are those of `input_ids` that the loss is on, and IGNORED; each [time], of 4 bytes a token. There is no
+    padding in it."""
+
+    input_ids: Ids
+    labels: Ids
 
 
-def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Row:
-    """One training sequence: prompt and answer in one row, the loss on the answer alone.
+@dataclass(frozen=True)
+class RowForm:
+    """How examples become rows: of at most `max_length` tokens, with the loss on each of the assistant's turns or on
+    the `last`, and what becomes of a `long` one. Raises ValueError for a `max_length` under MIN_LENGTH."""
 
-    Returns `input_ids`, `attention_mask` and `labels`, each [max_length], padded on the right. A prompt longer than
-    half the row keeps its end, so that there is always an answer to learn; an answer too long for the rest loses its
-    end. Raises ValueError for a `max_length` under MIN_LENGTH, and ModelError for a chat template that cannot be used.
+    max_length: int
+    loss_on: LossOn = "all"
+    long: Long = "cut"
+
+    def __post_init__(self) -> None:
+        if self.max_length < MIN_LENGTH:
+            raise ValueError(f"rows of {self.max_length} tokens: take a max_length of at least {MIN_LENGTH}")
+
+
+@dataclass(frozen=True)
+class Rows(Sequence[Row]):
+    """Rows, and how batches of them are padded: on the right, with `pad_token_id`, to `padded_to` tokens; to the
+    longest of the batch where that is None."""
+
+    each: Sequence[Row]
+    pad_token_id: int
+    padded_to: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.each)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.each[number]
+
+    @cached_property
+    def width(self) -> int:
+        """Tokens of the longest row, padding included."""
+        return self.padded_to or max(len(row["input_ids"]) for row in self.each)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The `rows` of some examples, of which `truncated` lack something of theirs; and how many examples were `split`
+    into several rows, or `dropped`."""
+
+    rows: list[Row]
+    truncated: int
+    split: int
+    dropped: int
+
+
+def encode_all(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, form: RowForm) -> Encoded:
+    """All rows of `examples`, in their order. Raises as `encode` does."""
+    fitted = [_fitted(example, tokenizer, form) for example in examples]
+    return Encoded(
+        rows=[row for rows, _ in fitted for row in rows],
+        truncated=sum(lacks for _, lacks in fitted),
+        split=sum(len(rows) > 1 for rows, _ in fitted),
+        dropped=sum(not rows for rows, _ in fitted),
+    )
+
+
+def encode(example: Example, tokenizer: PreTrainedTokenizerBase, form: RowForm) -> list[Row]:
+    """The rows of one example: one, unless it is too long and is split or dropped.
+
+    Where one turn and its answer are too long by themselves, the prompt keeps its end, half a row at most, so that
+    there is always an answer to learn; and the answer loses its end. A text without a prompt is split anywhere. With
+    the loss on the last turn alone there is nothing to split, and the first turns go. Raises ModelError for a chat
+    template that cannot be used, or that does not tell what is to be learned.
     """
-    if max_length < MIN_LENGTH:
-        raise ValueError(f"rows of {max_length} tokens: take at least {MIN_LENGTH}")
-    said, answered = contents(example)
-    prompt = encode_prompt(said, tokenizer)
-    prompt = prompt[-(max_length // 2) :]
-    answer = [*tokenizer.encode(answered, add_special_tokens=False), tokenizer.eos_token_id]
-    return _row(prompt, answer[: max_length - len(prompt)], tokenizer, max_length)
+    return _fitted(example, tokenizer, form)[0]
+
+
+def encode_whole(example: Example, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn = "all") -> Row:
+    """The row of an example, however long it is. Raises ModelError.
+
+    With a chat template, `input_ids` are those of `apply_chat_template`, and end with `eos_token_id` where it writes no
+    special token after an answer. Without, they are plain names of the roles, each answer ended by `eos_token_id`. What
+    is said after the last answer is left out. Raises ValueError for a conversation without an answer.
+    """
+    if isinstance(example, Text):
+        prompt = [*_begin(tokenizer), *tokenizer.encode(example.prompt, add_special_tokens=False)]
+        return _joined([(prompt, False), (_answer(example.completion, tokenizer), True)])
+    answers = [index for index, message in enumerate(example.messages) if message.role == "assistant"]
+    if not answers:
+        raise ValueError("a conversation without an answer, which nothing could be learned from")
+    messages = example.messages[: answers[-1] + 1]
+    if not tokenizer.chat_template:
+        pieces = _plainly(messages, tokenizer, example.answerer)
+        learned = range(1, len(pieces), 2) if loss_on == "all" else [len(pieces) - 1]
+        return _joined((ids, index in learned) for index, ids in enumerate(pieces))
+    marked = marked_up(messages, tokenizer, loss_on)
+    ids, is_learned = _tokens_of(marked.text, marked.learned, tokenizer)
+    if marked.end is None:
+        ids, is_learned = np.append(ids, np.int32(tokenizer.eos_token_id)), np.append(is_learned, True)
+    return _row(ids, is_learned)
+
+
+def encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What stands before an answer, as ids: a conversation up to and with a user's turn, or the prompt of a text. They
+    are those of a row of it where the answer begins. Raises ModelError."""
+    if isinstance(example, Text):
+        return [*_begin(tokenizer), *tokenizer.encode(example.prompt, add_special_tokens=False)]
+    if tokenizer.chat_template:
+        return list(tokenizer.encode(prompted(example.messages, tokenizer), add_special_tokens=False))
+    begun = _plainly((*example.messages, Message("assistant", "")), tokenizer, example.answerer)
+    return [number for piece in begun[:-1] for number in piece]
+
+
+def ends_of_answers(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an answer: the tokenizer's own end, and what its chat template ends a turn with. Raises
+    ModelError."""
+    ends: list[Any] = [tokenizer.eos_token_id]
+    if tokenizer.chat_template:
+        end = marked_up((Message("user", "Hello."), Message("assistant", "Hello.")), tokenizer, "last").end
+        ends += [] if end is None else [tokenizer.convert_tokens_to_ids(end)]
+    return list(dict.fromkeys(ends))
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
-    """Plain text as rows in the form of `encode`, each beginning where the last one ended; the loss is on every token
-    but a row's first."""
-    tokens = tokenizer.encode(text, add_special_tokens=False)
-    pieces = [tokens[start : start + max_length] for start in range(0, len(tokens), max_length)]
-    return [_row([], piece, tokenizer, max_length) for piece in pieces]
+    """Plain text as rows, each beginning where the last one ended; the loss is on every token but a row's first."""
+    ids = np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)
+    return _pieces(_row(ids, np.ones(len(ids), bool)), max_length)
 
 
-def _row(prompt: list[int], answer: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Row:
-    length = len(prompt) + len(answer)
-    padding = max_length - length
-    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return {
-        "input_ids": prompt + answer + [pad_token_id] * padding,
-        "attention_mask": [1] * length + [0] * padding,
-        "labels": [IGNORED] * len(prompt) + answer + [IGNORED] * padding,
-    }
+# What does not fit
+
+
+def _fitted(example: Example, tokenizer: PreTrainedTokenizerBase, form: RowForm) -> tuple[list[Row], int]:
+    """The rows of `example`, and how many of them lack something."""
+    whole = encode_whole(example, tokenizer, form.loss_on)
+    if len(whole["input_ids"]) <= form.max_length:
+        return [whole], 0
+    if form.long == "drop":
+        return [], 0
+    if isinstance(example, Conversation):
+        exchanges = _Exchanges(example, tokenizer, form)
+        return exchanges.split() if form.long == "split" and form.loss_on == "all" else exchanges.cut()
+    if form.long == "split" and not example.prompt:
+        return _pieces(whole, form.max_length), 0
+    return [_shortened(whole, form.max_length)], 1
+
+
+class _Exchanges:
+    """A conversation as its system message and exchanges, each of which ends with an answer; as rows of some."""
+
+    def __init__(self, whole: Conversation, tokenizer: PreTrainedTokenizerBase, form: RowForm) -> None:
+        self._whole, self._tokenizer, self._form = whole, tokenizer, form
+        self._system = tuple(message for message in whole.messages[:1] if message.role == "system")
+        rest = whole.messages[len(self._system) :]
+        ends = [index + 1 for index, message in enumerate(rest) if message.role == "assistant"]
+        self._each = [rest[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+    def cut(self) -> tuple[list[Row], int]:
+        """The last exchanges, as many as fit, in one row."""
+        first = bisect_left(range(len(self._each) - 1), True, key=lambda first: self._fits(first, len(self._each)))
+        return [_shortened(self._row(first, len(self._each)), self._form.max_length)], 1
+
+    def split(self) -> tuple[list[Row], int]:
+        """All exchanges, as many in a row as fit; and how many rows lack something, since one alone does not."""
+        rows: list[Row] = []
+        lacking = start = 0
+        while start < len(self._each):
+            more = range(start + 2, len(self._each) + 1)
+            end = start + 1 + bisect_left(more, True, key=lambda end: not self._fits(start, end))
+            row = self._row(start, end)
+            lacking += len(row["input_ids"]) > self._form.max_length
+            rows.append(_shortened(row, self._form.max_length))
+            start = end
+        return rows, lacking
+
+    def _fits(self, start: int, end: int) -> bool:
+        return len(self._row(start, end)["input_ids"]) <= self._form.max_length
+
+    def _row(self, start: int, end: int) -> Row:
+        messages = self._system + tuple(message for exchange in self._each[start:end] for message in exchange)
+        return encode_whole(replace(self._whole, messages=messages), self._tokenizer, self._form.loss_on)
+
+
+def _shortened(row: Row, max_length: int) -> Row:
+    """`row`, its prompt without its beginning and its answer without its end where it is too long."""
+    if len(row["input_ids"]) <= max_length:
+        return row
+    first = int((row["labels"] != IGNORED).argmax())
+    prompt = range(max(0, first - max_length // 2), first)
+    kept = slice(prompt.start, first + max_length - len(prompt))
+    return {"input_ids": row["input_ids"][kept].copy(), "labels": row["labels"][kept].copy()}
+
+
+def _pieces(row: Row, max_length: int) -> list[Row]:
+    """`row` in rows that begin where the last one ended."""
+    starts = range(0, len(row["input_ids"]), max_length)
+    spans = [slice(start, start + max_length) for start in starts]
+    return [{"input_ids": row["input_ids"][span].copy(), "labels": row["labels"][span].copy()} for span in spans]
+
+
+# Tokens
+
+
+def _tokens_of(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, Any]:
+    """The ids of `text`, and which of them have a character of `spans`; both [time]. Raises ModelError for a tokenizer
+    that does not say where in the text its tokens are, where that cannot be found out."""
+    is_learned: Any
+    if not tokenizer.is_fast:
+        ids = np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)
+        is_learned = np.zeros(len(ids), bool)
+        for start, stop in spans:
+            is_learned[_count_before(start, text, ids, tokenizer) : _count_before(stop, text, ids, tokenizer)] = True
+        return ids, is_learned
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = np.array(encoded["input_ids"], np.int32)
+    starts, stops = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
+    stops = np.maximum(stops, starts + 1)  # some tokens have no character of their own
+    is_learned = np.zeros(len(ids), bool)
+    for start, stop in spans:
+        is_learned |= (starts < stop) & (stops > start)
+    return ids, is_learned
+
+
+def _count_before(place: int, text: str, ids: Ids, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many of the `ids` of `text` come before the character at `place`."""
+    before = tokenizer.encode(text[:place], add_special_tokens=False)
+    if ids[: len(before)].tolist() != before:
+        raise ModelError(
+            f"model {tokenizer.name_or_path}: its tokenizer joins the end of one turn and the beginning of the next, "
+            "and does not say where in the text its tokens are: give its tokenizer.json, which does"
+        )
+    return len(before)
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+
+
+def _plainly(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, answerer: str) -> list[list[int]]:
+    """A conversation that ends with an answer in plain names of the roles: ids of what is before an answer and of the
+    answer, in turn."""
+    pieces = []
+    before = ""
+    for message in messages:
+        if message.role == "assistant":
+            begin = tokenizer.encode(f"{before}{answerer}: ", add_special_tokens=False)
+            pieces += [begin, _answer(message.content, tokenizer)]
+            before = ""
+        else:
+            before += f"{'System' if message.role == 'system' else 'User'}: {message.content}\n"
+    return [[*_begin(tokenizer), *pieces[0]], *pieces[1:]]
+
+
+def _answer(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [*tokenizer.encode(text, add_special_tokens=False), int(tokenizer.eos_token_id)]
+
+
+def _joined(pieces: Iterable[tuple[list[int], bool]]) -> Row:
+    """One row of pieces of ids, each learned or not."""
+    pieces = list(pieces)
+    ids = np.array([number for piece, _ in pieces for number in piece], np.int32)
+    return _row(ids, np.repeat([learned for _, learned in pieces], [len(piece) for piece, _ in pieces]))
+
+
+def _row(ids: Ids, is_learned: Any) -> Row:
+    return {"input_ids": ids, "labels": np.where(is_learned, ids, IGNORED).astype(np.int32)}

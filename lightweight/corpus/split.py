@@ -8,9 +8,10 @@ import random
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from lightweight.corpus.conversation import THERAPIST, Corpus, CorpusError, Example, Text, contents
+from lightweight.corpus.conversation import THERAPIST, Corpus, CorpusError, Example, Origin, Text, contents
 
 SPLIT_SEED = 350
 """Chooses the held-out examples; the same for every trial, whatever the trial's own seed, so that losses compare."""
@@ -19,21 +20,92 @@ HELDOUT_SHARE = 1 / 6
 """20 of the 120 pairs of corpus.json."""
 
 
-def split(examples: Sequence[Example]) -> Corpus:
-    """The corpus of at least two `examples`."""
-    count = max(1, round(len(examples) * HELDOUT_SHARE))
-    heldout = set(random.Random(SPLIT_SEED).sample(range(len(examples)), count))  # noqa: S311  no secret
+def share_of(text: str | None) -> float | None:
+    """The share that `--held-out` says, such as 0.1 or 10%; None where it says a file or nothing. Raises CorpusError
+    for one of which nothing would be held out, or nothing trained on."""
+    if text is None:
+        return None
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        return None
+    if not 0 < share < 1:
+        raise CorpusError(f"--held-out {text}: give a share between 0 and 1, such as 0.1, or a file")
+    return share
+
+
+def split(examples: Sequence[Example], origin: Origin, path: Path | str, share: float | None = None) -> Corpus:
+    """The corpus of `examples`, `share` of which is held out, a sixth if None. Those that say the same are on the same
+    side. Raises CorpusError where all of them say the same."""
+    copies: dict[Example, list[int]] = {}
+    for index, example in enumerate(examples):
+        copies.setdefault(example, []).append(index)
+    distinct = list(copies.values())
+    if len(distinct) < 2:
+        raise CorpusError(
+            f"corpus {path}: its {len(examples):,} examples all say the same: add another one, to be held out"
+        )
+    count = min(max(1, round(len(distinct) * (HELDOUT_SHARE if share is None else share))), len(distinct) - 1)
+    drawn = random.Random(SPLIT_SEED).sample(range(len(distinct)), count)  # noqa: S311  no secret
+    heldout = {index for number in drawn for index in distinct[number]}
+    sides = _sides(examples, heldout)
+    is_usual = share is None and len(distinct) == len(examples)
     return Corpus(
-        train=tuple(example for index, example in enumerate(examples) if index not in heldout),
-        heldout=tuple(examples[index] for index in sorted(heldout)),
-        digest=digest(examples),
+        *sides,
+        digest=digest(examples) if is_usual else digest_of_sides(*sides),
+        origin=replace(origin, duplicates=len(examples) - len(distinct)),
+    )
+
+
+def split_from(examples: Sequence[Example], heldout: Sequence[Example], origin: Origin, path: Path | str) -> Corpus:
+    """The corpus with `heldout` held out, and of `examples` those to train on that do not say the same. Raises
+    CorpusError where none is left."""
+    said = set(heldout)
+    train = tuple(example for example in examples if example not in said)
+    if not train:
+        raise CorpusError(f"corpus {path}: all that it says is also held out: give --held-out another file, or a share")
+    return Corpus(
+        train,
+        tuple(heldout),
+        digest=digest_of_sides(train, heldout),
+        origin=replace(
+            origin,
+            duplicates=len(train) - len(set(train)) + len(heldout) - len(said),
+            leaked=len(examples) - len(train),
+        ),
+    )
+
+
+def _sides(examples: Sequence[Example], heldout: set[int]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    return (
+        tuple(example for index, example in enumerate(examples) if index not in heldout),
+        tuple(examples[index] for index in sorted(heldout)),
     )
 
 
 def digest(examples: Iterable[Example]) -> str:
     """The sha256 of what `examples` say, in order, whatever format they were written in."""
-    canonical = json.dumps([_canonical(example) for example in examples], ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    found = hashlib.sha256()
+    _add(found, examples)
+    return found.hexdigest()
+
+
+def digest_of_sides(train: Iterable[Example], heldout: Iterable[Example]) -> str:
+    """The sha256 of what is trained on and what is held out, where that is not for `split` alone to say."""
+    found = hashlib.sha256(b"trained on ")
+    _add(found, train)
+    found.update(b", held out ")
+    _add(found, heldout)
+    return found.hexdigest()
+
+
+def _add(found: Any, examples: Iterable[Example]) -> None:
+    """Add `examples` as one JSON list, of which no more than one is written at a time."""
+    found.update(b"[")
+    for index, example in enumerate(examples):
+        found.update(b", " if index else b"")
+        found.update(json.dumps(_canonical(example), ensure_ascii=False).encode())
+    found.update(b"]")
 
 
 def _canonical(example: Example) -> Any:

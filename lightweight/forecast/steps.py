@@ -14,10 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
+from lightweight.corpus import Row, Rows
 from lightweight.forecast.cuda_rules import BatchKind
 from lightweight.forecast.recorder import Recorder
 from lightweight.internals import accelerate as accelerate_internals
@@ -49,8 +51,10 @@ def train(network: Any, trial: Trial, paddings: tuple[BatchKind, ...], recorder:
         "gradient_accumulation_steps": len(steps[0]),
         "logging_nan_inf_filter": False,  # it reads the loss, and a fake one has no value
     }
+    nothing: Row = {"input_ids": np.zeros(1, np.int32), "labels": np.zeros(1, np.int32)}
+    rows = Rows([nothing], pad_token_id=0)  # what the passes are fed is made below
     folder = Path(tempfile.gettempdir())  # which is there, as the Trainer will have it, and gets nothing
-    trainer: Any = stock.make_trainer(trial, network, [{"labels": []}], recorder.meter, owner, folder, **overrides)
+    trainer: Any = stock.make_trainer(trial, network, rows, recorder.meter, owner, folder, **overrides)
     owner.trainer = trainer
     if arguments.get("fp16"):
         accelerate_internals.autocast_on_cpu(trainer, torch.amp.GradScaler("cpu"))

@@ -48,20 +48,27 @@ def trace_on(trial: Trial, device: Device) -> Trace:
     ForecastError.
     """
     try:
-        paddings = _paddings(trial)
+        trial, paddings = _longest_batches(trial)
     except Exception as error:  # a tokenizer is others' code, too
         raise ForecastError(f"{trial.name}: its rows cannot be made: {_reason(error)}") from error
     return trace(trial, device.capability or trial.target.capability, paddings)
 
 
-def _paddings(trial: Trial) -> tuple[BatchKind, ...]:
+def _longest_batches(trial: Trial) -> tuple[Trial, tuple[BatchKind, ...]]:
+    """The trial with the longest batches that its corpus can make, and of which kinds these can be: such a batch has
+    one of the longest rows, and as many others as the method says."""
     if not trial.model.is_loadable or not trial.corpus.train:
-        return "full", "padded"
-    tokenizer = models.load_tokenizer(trial.model)
-    rows = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.train]
-    full = sum(all(row["attention_mask"]) for row in rows)
-    padded: tuple[BatchKind, ...] = ("padded",) if full < len(rows) else ()
-    return ("full", *padded) if full >= min(trial.method.sequences_per_pass, len(rows)) else padded
+        return trial, ("full", "padded")
+    rows = corpus.encode_all(trial.corpus.train, models.load_tokenizer(trial.model), trial.row_form).rows
+    lengths = [len(row["input_ids"]) for row in rows] or [trial.max_length]
+    width, in_a_pass = trial.max_length, trial.method.on_rank(trial.world_size).sequences_per_pass
+    if not trial.pads_to_max:
+        trial, width = replace(trial, max_length=max(lengths)), max(lengths)
+        if in_a_pass == 1:
+            return trial, ("full",)
+    full = lengths.count(width)
+    padded: tuple[BatchKind, ...] = ("padded",) if full < len(lengths) else ()
+    return trial, ("full", *padded) if full >= min(in_a_pass, len(lengths)) else padded
 
 
 def trace(trial: Trial, capability: Capability, paddings: tuple[BatchKind, ...] = ("full", "padded")) -> Trace:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +67,11 @@ def _is_byte_level(folder: Path) -> bool:
     return settings.get("tokenizer_class") == "ByT5Tokenizer"
 
 
-def check_rows(model: Model, config: Any, rows: Sequence[Mapping[str, Sequence[int]]]) -> None:
-    """Raise ModelError where the network has no embedding for an id of `rows`, or none for a position: in a kernel that
-    is an index out of bounds, or no error at all. `config` is the network's."""
+def check_rows(model: Model, config: Any, *, longest: int, largest: int) -> None:
+    """Raise ModelError where the network has no embedding for the `largest` id of rows, or none for a position of those
+    that are `longest`, in tokens: in a kernel that is an index out of bounds, or no error at all. `config` is the
+    network's."""
     text = config.get_text_config(decoder=True)
-    longest = max((len(row["input_ids"]) for row in rows), default=0)
-    largest = max((max(row["input_ids"], default=0) for row in rows), default=0)
     if (positions := longest_row(config)) is not None and positions < longest:
         raise ModelError(
             f"model {model.name}: rows of {longest} tokens, where it has {positions} positions: "

@@ -43,6 +43,7 @@ def settings(trial: Trial) -> dict[str, Any]:
         "model": trial.model.name,
         "method": method.name,
         "method_digest": method_digest(trial.method),
+        "changed": codec.plain(trial.method.changed) or None,
         "target": trial.target.name,
         "weights": trial.model.weights,
         "weights_file": trial.model.weights_file,
@@ -62,6 +63,10 @@ def settings(trial: Trial) -> dict[str, Any]:
         "planned_steps": trial.steps,
         "steps_per_epoch": trial.steps_per_epoch,
         "max_length": trial.max_length,
+        "trained_on": trial.corpus.kind,
+        "loss_on": trial.loss_on,
+        "long": trial.long,
+        "padding": "max" if trial.pads_to_max else "longest",
         "tokens_per_step": trial.tokens_per_step,
         "world_size": trial.world_size,
     }
@@ -70,6 +75,7 @@ def settings(trial: Trial) -> dict[str, Any]:
 def entry(trial: Trial, outcome: Outcome, device: Device, forecast: Forecast | None) -> Entry:
     """The entry of one trial, how it ended on `device`, and what was forecast of it, `None` where nothing could be."""
     measured = codec.plain(dataclasses.asdict(outcome.measured))
+    trial = trial.with_rows(outcome.measured.training_rows)
     on_gpu = trial.device_index is not None
     seconds = outcome.measured.step_seconds
     steady = steady_step_seconds(seconds, trial.steps_per_epoch)

@@ -99,8 +99,9 @@ def alternate(
 def seconds_per_token(*children: Child) -> tuple[float, ...]:
     """Train one round of each, those of a CPU at once; their device time per token, NaN where a trial has ended.
 
-    Steps of a round are full, so that a token here is one of a row as the tokenizer padded it, for packed rows too: the
-    first pairs of a corpus are longer or shorter than others, and the padded row is what each pair has alike.
+    A token here is one of a row as it was padded where all are padded to one length, for packed rows too: the first
+    pairs of a corpus are longer or shorter than others, and the padded row is what each pair has alike. Where batches
+    are padded to their longest row it is a token of the dialogues.
     """
     began = [(_device_seconds(child), len(child.measured.step_seconds)) for child in children]
     if all(_shares_a_core(child) and child.outcome is None for child in children):
@@ -109,12 +110,18 @@ def seconds_per_token(*children: Child) -> tuple[float, ...]:
         for child in children:
             child.round()
     return tuple(
-        math.nan
-        if child.outcome is not None
-        else (_device_seconds(child) - seconds)
-        / ((len(child.measured.step_seconds) - steps) * child.trial.tokens_per_step)
+        math.nan if child.outcome is not None else (_device_seconds(child) - seconds) / _tokens_since(child, steps)
         for child, (seconds, steps) in zip(children, began, strict=True)
     )
+
+
+def _tokens_since(child: Child, step: int) -> int:
+    """The tokens of the child's steps after `step`, as `seconds_per_token` counts them; a round is all of its rows."""
+    trial, measured = child.trial, child.measured
+    if not trial.pads_to_max:
+        return sum(measured.step_tokens[step:])
+    rounds = (len(measured.step_seconds) - step) / trial.steps_per_epoch
+    return round(rounds * (trial.rows or len(trial.corpus.train)) * trial.max_length)
 
 
 def log_ratio(baseline: Child, method: Child, pair: int) -> float:

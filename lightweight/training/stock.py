@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 from lightweight.preload import peft  # isort: skip  # before Trainer, which imports peft
 
+import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
@@ -22,13 +24,12 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
-    default_data_collator,
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LabelSmoother
 
-from lightweight.corpus import IGNORED, Row
+from lightweight.corpus import IGNORED, Row, Rows
 from lightweight.internals.transformers import TrainerHooks
 from lightweight.methods import MethodError
 from lightweight.models import reason
@@ -62,7 +63,7 @@ class Rounds(Protocol):
 def make_trainer(
     trial: Trial,
     model: torch.nn.Module,
-    rows: Sequence[Row],
+    rows: Rows,
     meter: Meter,
     rounds: Rounds,
     folder: Path,
@@ -98,7 +99,7 @@ def make_trainer(
     trainer = kind(
         model=model,
         args=training_arguments,
-        data_collator=_collate,
+        data_collator=Collate(rows.pad_token_id, rows.padded_to),
         train_dataset=list(rows),
         callbacks=[_RoundBoundary(meter, rounds)],
         meter=meter,
@@ -124,13 +125,14 @@ def heldout_loss(trainer: Trainer, rows: Sequence[Row]) -> float:
     model = trainer.model
     assert model is not None
     model.eval()
+    collate = cast("Collate", trainer.data_collator)
     batch_size = trainer.args.per_device_train_batch_size
     total, tokens = 0.0, 0
     with torch.no_grad(), trainer.compute_loss_context_manager():
         for start in range(0, len(rows), batch_size):
+            batch = collate(rows[start : start + batch_size])
             ids, mask, labels = (
-                torch.tensor([row[name] for row in rows[start : start + batch_size]], device=trainer.args.device)
-                for name in ("input_ids", "attention_mask", "labels")
+                batch[name].to(trainer.args.device) for name in ("input_ids", "attention_mask", "labels")
             )
             # Without labels, where a peer would give a loss in the place of logits.
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -153,16 +155,27 @@ def _next_token_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[floa
     return float(total), int((targets != IGNORED).sum())
 
 
-def _collate(rows: list[Row]) -> dict[str, Any]:
-    """The batch of `rows`, which knows its tokens. A row without an answer, which only fills a rank's pass, has no real
-    ones; a network that takes no mask has no padding."""
-    batch: dict[str, Any] = default_data_collator(rows)
-    padded = batch["input_ids"].numel()
-    real = padded
-    if "attention_mask" in batch:
-        has_answer = (batch["labels"] != IGNORED).any(1, keepdim=True)
-        real = int((batch["attention_mask"] * has_answer).sum())
-    return batch | {TOKENS: (real, padded)}
+@dataclass(frozen=True)
+class Collate:
+    """Makes a batch of rows, padded as `Rows` says. The batch knows its tokens: a row without an answer, which only
+    fills a rank's pass, has no real ones."""
+
+    pad_token_id: int
+    padded_to: int | None
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """`input_ids`, `attention_mask`, `labels`: [rows, time]."""
+        shape = len(rows), self.padded_to or max(len(row["input_ids"]) for row in rows)
+        ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
+        mask, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED, dtype=torch.int64)
+        real = 0
+        for line, row in enumerate(rows):
+            length = len(row["input_ids"])
+            ids[line, :length] = torch.from_numpy(row["input_ids"])
+            mask[line, :length] = 1
+            labels[line, :length] = torch.from_numpy(row["labels"])
+            real += length if (row["labels"] != IGNORED).any() else 0
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels, TOKENS: (real, ids.numel())}
 
 
 class _NextTokenSmoother(LabelSmoother):
@@ -216,7 +229,8 @@ class _RankTrainer(_MeasuredTrainer):
     """The Trainer on one of several ranks, whose batches and losses are together those of one."""
 
     def __init__(self, *, train_dataset: list[Row], **arguments: Any) -> None:
-        nothing = train_dataset[0] | {"labels": [IGNORED] * len(train_dataset[0]["labels"])}
+        ids = train_dataset[0]["input_ids"]
+        nothing: Row = {"input_ids": ids, "labels": np.full_like(ids, IGNORED)}
         super().__init__(train_dataset=[*train_dataset, nothing], **arguments)
         self._adds_up = False
         self._deal: ranks.Deal | None = None

@@ -125,7 +125,7 @@ def _trained(root: Path, kind: str, method: Method) -> tuple[list[float], str]:
     data = corpus.Corpus(train=PAIRS[:16], heldout=PAIRS[16:], digest="")
     trial = Trial(model=model, method=method, target=CPU, corpus=data, max_steps=4, max_length=256)
     meter = Meter(torch.device("cpu"), start_seconds=0.0)
-    trainer, rows, heldout = worker.set_up(trial, meter.device, meter, Unattended(), root / "run")
+    _, trainer, rows, heldout = worker.set_up(trial, meter.device, meter, Unattended(), root / "run")
     for module in trainer.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -148,7 +148,8 @@ def prepare(small_corpus, tmp_path):
         for index, talk in enumerate(small_corpus.train)
     ]
     found = dataclasses.replace(small_corpus, train=tuple(pairs))
-    rows = [corpus.encode(pair, ByT5Tokenizer(), LENGTH) for pair in found.train]
+    encoded = corpus.encode_all(found.train, ByT5Tokenizer(), corpus.RowForm(LENGTH))
+    rows = corpus.Rows(encoded.rows, 0, LENGTH)
 
     def prepare(architecture, method, dtype=torch.float32):
         trial = Trial(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from training.test_stock import Unattended
 
+from conftest import rows_of
 from lightweight import corpus, models, record, targets
 from lightweight.captured import loop, packing
 from lightweight.captured import optimizer as optimizer_module
@@ -22,7 +23,7 @@ from lightweight.models import GPT_NEO_TINY, OPT_TINY, Model
 from lightweight.preload import peft
 from lightweight.training import stock
 from lightweight.training.meter import Meter
-from lightweight.trial import MAX_LENGTH, Trial
+from lightweight.trial import Trial
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
 
@@ -71,7 +72,7 @@ def dialogues(small_corpus) -> Corpus:
 
 def prepared(trial, folder):
     tokenizer = models.load_tokenizer(trial.model)
-    rows = [corpus.encode(pair, tokenizer, MAX_LENGTH) for pair in trial.corpus.train]
+    rows = rows_of(trial, tokenizer)
     meter, owner = Meter(CPU, 0.0), Unattended()
     torch.manual_seed(trial.seed)
     trainer = stock.make_trainer(trial, worker.build(trial, CPU), rows, meter, owner, folder)
@@ -116,7 +117,7 @@ def test_twenty_captured_steps_have_the_trainers_losses(
         "learning_rate": 1e-3,  # so that a wrong step shows in the next loss
     }
     method = replace(without_dropout(method), training_arguments=arguments)
-    trial = Trial(model=written[model], method=method, target=targets.CPU, corpus=dialogues, epochs=4, max_length=128)
+    trial = Trial(model=written[model], method=method, target=targets.CPU, corpus=dialogues, epochs=4)
     assert trial.steps == 20
     folders = [tmp_path / name for name in ("stock", "captured")]
     theirs, their_meter, _ = trained(trial, folders[0])

@@ -1,26 +1,24 @@
+import numpy as np
 import pytest
 import torch
 
 from lightweight.captured import packing
 from lightweight.captured.packing import Buffers, Layout, Shape
-from lightweight.corpus import IGNORED
+from lightweight.corpus import IGNORED, Rows
 
 TIME = 16
 
 
 def row(prompt, answer):
-    """`prompt` and `answer` tokens, padded on the right: the token at place i is 100 x answer tokens + i."""
+    """`prompt` and `answer` tokens: the token at place i is 100 x answer tokens + i."""
     length = prompt + answer
-    ids = [100 * answer + place for place in range(length)]
-    padding = [0] * (TIME - length)
-    return {
-        "input_ids": ids + padding,
-        "attention_mask": [1] * length + padding,
-        "labels": [IGNORED] * prompt + ids[prompt:] + [IGNORED] * len(padding),
-    }
+    ids = np.array([100 * answer + place for place in range(length)], np.int32)
+    return {"input_ids": ids, "labels": np.where(np.arange(length) < prompt, IGNORED, ids)}
 
 
-ROWS = [row(2, 3), row(4, 8), row(1, 5), row(3, 1), row(6, 10), row(2, 2)]
+PAD = 7
+
+ROWS = Rows([row(2, 3), row(4, 8), row(1, 5), row(3, 1), row(6, 10), row(2, 2)], PAD)
 
 
 def test_a_steps_tokens_weigh_alike_over_all_its_passes():
@@ -38,7 +36,7 @@ def test_or_each_pass_weighs_alike_where_the_model_takes_its_own_mean():
 def test_every_dialogue_is_packed_once_and_no_row_overflows():
     layout = packing.packed(packing.one_a_row([list(range(6))], ROWS, over_step=True), ROWS)
     assert sorted(number for numbers in layout.rows for number in numbers) == list(range(6))
-    lengths = [sum(sum(ROWS[number]["attention_mask"]) for number in numbers) for numbers in layout.rows]
+    lengths = [sum(packing.length(ROWS[number]) for number in numbers) for numbers in layout.rows]
     assert max(lengths) <= TIME
     assert len(layout.rows) == 3  # 16, 12 + 4, 6 + 5 + 4: 47 tokens need no fewer
     assert set(layout.weights) == set(range(6))
@@ -76,7 +74,8 @@ def test_buffers_hold_each_token_its_position_and_what_it_weighs():
     assert positions[:9].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
     assert dialogues.tolist() == [0] * 5 + [3] * 4 + [packing.NO_DIALOGUE] * 7
     assert buffers.dialogues[1, 1].tolist() == [packing.NO_DIALOGUE] * TIME
-    assert buffers.attention_mask[0, 1].tolist() == ROWS[2]["attention_mask"]
+    assert buffers.attention_mask[0, 1].tolist() == [1] * 6 + [0] * (TIME - 6)
+    assert buffers.input_ids[0, 1, 6:].tolist() == [PAD] * (TIME - 6)  # as a batch of it alone
     assert buffers.count.item() == 17
     predicted = []
     for index in range(2):
@@ -96,7 +95,7 @@ def test_buffers_hold_each_token_its_position_and_what_it_weighs():
 
 
 def test_a_dialogues_first_token_is_never_predicted_from_the_one_before_it():
-    rows = [row(2, 3), row(0, 4)]
+    rows = Rows([row(2, 3), row(0, 4)], PAD, TIME)
     layout = packing.packed(packing.one_a_row([[0, 1]], rows, over_step=True), rows)
     assert layout.rows == [[0, 1]]
     buffers = Buffers(Shape(passes=1, rows=1, time=TIME, answers=64), torch.device("cpu"))

@@ -1,18 +1,13 @@
 import json
 import re
-import signal
-import time
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from transformers import ByT5Tokenizer
 
 from conftest import turns
 from lightweight import corpus
-from lightweight.corpus import IGNORED, CorpusError, pair, template
+from lightweight.corpus import CorpusError
 from lightweight.corpus.conversation import contents
-from lightweight.models import ModelError
 
 OURS = Path(__file__).parents[2] / "corpus.json"
 USER = {"role": "user", "content": "a"}
@@ -66,17 +61,6 @@ def test_a_corpus_without_a_pair_in_latin_letters_is_told(tmp_path):
             corpus.in_latin_letters(loaded)
 
 
-def test_plain_text_is_cut_into_rows_and_every_token_counts():
-    tokenizer = ByT5Tokenizer()
-    rows = corpus.encode_text("Tides follow the moon.", tokenizer, 10)
-    assert [sum(row["attention_mask"]) for row in rows] == [10, 10, 2]
-    assert all(len(row[name]) == 10 for row in rows for name in ("input_ids", "attention_mask", "labels"))
-    tokens = [label for row in rows for label in row["labels"] if label != IGNORED]
-    assert tokens == tokenizer.encode("Tides follow the moon.", add_special_tokens=False)
-    assert rows[2]["labels"][2:] == [IGNORED] * 8
-    assert corpus.encode_text("", tokenizer, 10) == []
-
-
 def test_a_corpus_written_elsewhere_goes_through_unchanged(tmp_path):
     written = turns(7)
     written[3]["id"] = "extra keys are nobody's business"
@@ -102,7 +86,6 @@ def test_split_is_the_same_every_time_and_digest_follows_the_content(tmp_path):
 MALFORMED = {
     "not JSON": (b"[{]", "line 1, column 3"),
     "empty file": (b"", "is not JSON"),
-    "JSON lines": (json.dumps(USER).encode() + b"\n" + json.dumps(THERAPIST).encode(), "line 2"),
     "an object": ({"turns": []}, "JSON object: write a list of turns"),
     "a string": ("hello", "JSON string"),
     "null": (None, "JSON null"),
@@ -147,89 +130,3 @@ def test_malformed_corpus_is_one_line_with_file_place_and_mend(tmp_path, content
 def test_corpus_that_is_no_file(tmp_path, name, expected):
     with pytest.raises(CorpusError, match=expected):
         corpus.load(tmp_path / name)
-
-
-def test_loss_falls_on_the_answer_alone():
-    tokenizer = ByT5Tokenizer()
-    row = corpus.encode(pair("Hi", "Hello"), tokenizer, max_length=64)
-    prompt = len("User: Hi\nTherapist: ")
-    assert {len(values) for values in row.values()} == {64}
-    assert row["labels"][:prompt] == [IGNORED] * prompt
-    learned = [label for label in row["labels"] if label != IGNORED]
-    assert tokenizer.decode(learned[:-1]) == "Hello"
-    assert learned[-1] == tokenizer.eos_token_id
-    assert row["input_ids"][prompt : prompt + 6] == learned
-    assert row["attention_mask"] == [1] * (prompt + 6) + [0] * (64 - prompt - 6)
-
-
-@pytest.mark.parametrize(("prompt", "answer"), [(300, 10), (10, 300), (300, 300)])
-def test_a_long_pair_always_leaves_an_answer_to_learn(prompt, answer):
-    row = corpus.encode(pair("p" * prompt, "a" * answer), ByT5Tokenizer(), max_length=256)
-    assert all(len(values) == 256 for values in row.values())
-    learned = [index for index, label in enumerate(row["labels"]) if label != IGNORED]
-    assert len(learned) >= min(answer + 1, 128)
-    assert all(b - a == 1 for a, b in pairwise(learned))
-    assert str(ByT5Tokenizer().decode(row["input_ids"][: learned[0]])).endswith("Therapist: ")
-
-
-def test_a_chat_template_is_used_where_the_tokenizer_has_one():
-    tokenizer = ByT5Tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-    row = corpus.encode(pair("Hi", "Hello"), tokenizer, max_length=64)
-    assert tokenizer.decode([i for i in row["input_ids"] if i > 2]) == "<user>Hi<assistant>Hello"
-
-
-@pytest.mark.parametrize("max_length", [2, 3, 5, 64])
-def test_rows_are_never_ragged_and_hold_a_prompt_and_an_answer(max_length):
-    row = corpus.encode(pair("A long enough question", "An answer"), ByT5Tokenizer(), max_length)
-    assert {len(values) for values in row.values()} == {max_length}
-    assert row["labels"][0] == IGNORED
-    assert any(label != IGNORED for label in row["labels"])
-
-
-@pytest.mark.parametrize("max_length", [1, 0, -3])
-def test_rows_too_short_for_an_answer_are_refused(max_length):
-    with pytest.raises(ValueError, match=f"rows of {max_length} tokens: take at least 2"):
-        corpus.encode(pair("Hi", "Hello"), ByT5Tokenizer(), max_length)
-
-
-ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    ("written", "expected"),
-    [
-        (ENDLESS, "not done after 0.2 seconds"),
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ nobody.name.first }}", "is undefined"),
-        ("{% for %}", "Expected an expression"),
-        ("<user><assistant>", "it leaves out what the user says"),
-        ([{"name": "tools", "template": "x"}], "no default"),
-        ("{{ messages[0].content }}{{ 'x' * 2_000_000 }}", "it writes 2,000,002 characters for one turn"),
-        ("{{ messages[0].content }}\ud800", "surrogates not allowed"),
-    ],
-)
-def test_a_chat_template_that_cannot_be_used_is_one_line(monkeypatch, written, expected):
-    monkeypatch.setattr(template, "RENDER_SECONDS", 0.2)
-    tokenizer = ByT5Tokenizer()
-    tokenizer.chat_template = written if isinstance(written, str) else {"tools": "x"}
-    with pytest.raises(ModelError, match=expected) as raised:
-        corpus.encode_prompt("Hi", tokenizer)
-    assert "its chat template cannot be used" in str(raised.value)
-    assert "\n" not in str(raised.value)
-
-
-def test_a_time_limit_leaves_anothers_alarm_running():
-    """pytest-timeout's, say, which must still come."""
-    rang = []
-    before = signal.signal(signal.SIGALRM, lambda *_: rang.append(True))
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
-        with template._time_limit(5):
-            pass
-        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 0.3
-        time.sleep(0.4)
-        assert rang
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import PartialState
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lightweight import models
 from lightweight.child import helper
-from lightweight.corpus import Corpus
+from lightweight.corpus import Corpus, Row, Rows
 from lightweight.forecast import tracer
 from lightweight.forecast.fake_ranks import rank_zero_of
 from lightweight.methods import BASELINE, BASELINE_CAPTURED, LORA, QLORA
@@ -55,11 +56,11 @@ def held_by_rank(rank, of, folder):
     os.environ.update({name: str(value) for name, value in variables.items()} | ON_A_CPU)
     store = distributed.FileStore(str(folder / "store"), of.world_size)  # type: ignore[attr-defined]
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=of.world_size)
-    row = {name: [1] * of.max_length for name in ("input_ids", "attention_mask", "labels")}
+    row: Row = {name: np.ones(of.max_length, np.int32) for name in ("input_ids", "labels")}  # type: ignore[assignment]
     network = AutoModelForCausalLM.from_config(models.configuration(of.model), dtype=torch.float32)
     with mock.patch.object(PartialState, "_prepare_backend", return_value=("gloo", DistributedType.MULTI_GPU)):
         meter = Meter(torch.device("cpu"), start_seconds=0.0)
-        trainer = stock.make_trainer(replace(of, max_steps=1), network, [row] * 8, meter, Unattended(), folder)
+        trainer = stock.make_trainer(replace(of, max_steps=1), network, Rows([row] * 8, 0), meter, Unattended(), folder)
         trainer.train()
     state = [value for values in trainer.optimizer.state.values() for value in values.values()]
     distributed.barrier()

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from bitsandbytes import functional as bitsandbytes_functional
@@ -23,7 +24,7 @@ from experiments import test_training as training_experiment
 from experiments.test_forecast import ALLOCATED, CELLS, MODELS, RESERVED
 from lightweight import models, record, targets
 from lightweight.child import helper
-from lightweight.corpus import Corpus
+from lightweight.corpus import Corpus, Row, Rows, pair
 from lightweight.forecast import tracer
 from lightweight.forecast.replay import within
 from lightweight.forecast.tracer import ForecastError
@@ -193,10 +194,12 @@ def blocks(tensors):
 def test_the_state_of_an_optimizer_is_what_it_holds_after_a_step_on_this_cpu(tmp_path, name):
     of = trial(OPT_TINY, training(optim=name), max_length=16)
     network = AutoModelForCausalLM.from_config(models.configuration(OPT_TINY), dtype=torch.float32)
-    row = {name: [1] * 16 for name in ("input_ids", "attention_mask", "labels")}
+    row: Row = {name: np.ones(16, np.int32) for name in ("input_ids", "labels")}  # type: ignore[assignment]
     meter = Meter(torch.device("cpu"), start_seconds=0.0)
     with mock.patch.object(GlobalOptimManager, "_instance", None):
-        trainer = stock.make_trainer(replace(of, max_steps=1), network, [row] * 4, meter, Unattended(), tmp_path)
+        trainer = stock.make_trainer(
+            replace(of, max_steps=1), network, Rows([row] * 4, 0), meter, Unattended(), tmp_path
+        )
         trainer.train()
     held = [v for state in trainer.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     assert trace(of).replay().by_cause["optimizer"] == blocks(held)
@@ -383,9 +386,46 @@ def test_rows_longer_than_the_model_takes_are_refused():
 
 def test_only_batches_that_the_corpus_gives_are_traced(micro, small_corpus):
     short = Trial(model=micro, method=BASELINE, target=NATIVE, corpus=small_corpus)
-    assert tracer._paddings(short) == ("padded",)
-    assert tracer._paddings(replace(short, max_length=8)) == ("full",)
-    assert tracer._paddings(replace(short, model=replace(micro, location=None))) == ("full", "padded")
+    assert tracer._longest_batches(short) == (short, ("padded",))
+    of_8 = replace(short, max_length=8)
+    assert tracer._longest_batches(of_8) == (of_8, ("full",))
+    unknown = replace(short, model=replace(micro, location=None))
+    assert tracer._longest_batches(unknown) == (unknown, ("full", "padded"))
+
+
+def test_where_batches_are_padded_to_their_longest_that_of_the_longest_row_is_traced(micro, small_corpus):
+    train = (*(pair("Hi", "Hello") for _ in range(9)), pair("Hi", "Hello" * 20))
+    given = Trial(
+        model=micro,
+        method=BASELINE,
+        target=NATIVE,
+        corpus=replace(small_corpus, train=train),
+        max_length=200,
+        padding="longest",
+    )
+    longest = len("User: Hi\nTherapist: ") + 100 + 1
+    assert tracer._longest_batches(given) == (replace(given, max_length=longest), ("padded",))
+    alone = replace(given, method=BASELINE.with_batch(1))  # no row has another beside it
+    assert tracer._longest_batches(alone) == (replace(alone, max_length=longest), ("full",))
+    alike = replace(given, corpus=replace(small_corpus, train=train[-1:] * 10))
+    assert tracer._longest_batches(alike)[1] == ("full",)
+    assert tracer._longest_batches(replace(given, padding="max"))[0].max_length == 200
+
+
+def test_the_forecast_of_a_batch_padded_to_its_longest_is_that_of_the_longest_row(micro, small_corpus):
+    def peak(longest, padding):
+        train = (pair("Hi", "Hello"), pair("Hi", "o" * (longest - 21)))
+        found = Trial(
+            model=micro,
+            method=BASELINE,
+            target=NATIVE,
+            corpus=replace(small_corpus, train=train),
+            max_length=200,
+            padding=padding,
+        )
+        return tracer.trace_on(found, targets.Device(name="cpu")).replay().allocated_bytes
+
+    assert peak(200, "longest") == peak(200, "max") == peak(100, "max") > peak(100, "longest")
 
 
 def test_a_large_model_is_forecast_in_seconds_without_much_memory(tmp_path):

@@ -7,7 +7,8 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
-from lightweight import corpus, models, targets
+from conftest import rows_of
+from lightweight import models, targets
 from lightweight.child import worker
 from lightweight.corpus import IGNORED
 from lightweight.methods import BASELINE, QLORA, Method, MethodError
@@ -47,7 +48,7 @@ def trial(micro, small_corpus):
 
 def prepare(trial, folder, network=None, **overrides):
     tokenizer = models.load_tokenizer(trial.model)
-    rows = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.train]
+    rows = rows_of(trial, tokenizer)
     meter, owner = Meter(CPU, 0.0), Unattended()
     network = network or worker.build(trial, CPU)
     trainer = stock.make_trainer(trial, network, rows, meter, owner, folder, **overrides)
@@ -105,8 +106,7 @@ def test_max_steps_cut_the_job_short(trial, folder):
 def test_heldout_loss_is_the_mean_over_answer_tokens_whatever_the_batch(trial, folder):
     trainer, rows, _, _ = prepare(trial, folder)
     rows = rows[:5]
-    ids, labels = (torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels"))
-    mask = torch.tensor([row["attention_mask"] for row in rows])
+    ids, mask, labels = (trainer.data_collator(rows)[name] for name in ("input_ids", "attention_mask", "labels"))
     with torch.no_grad():
         logits = trainer.model.eval()(input_ids=ids, attention_mask=mask).logits
     expected = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED).item()
@@ -119,7 +119,8 @@ def by_hand(network, rows):
     """Cross-entropy of each next token of an answer, row by row, from the logits of the row alone."""
     losses = []
     for row in rows:
-        ids, mask, labels = (torch.tensor([row[name]]) for name in ("input_ids", "attention_mask", "labels"))
+        ids, labels = (torch.tensor(row[name])[None] for name in ("input_ids", "labels"))
+        mask = torch.ones_like(ids)
         with torch.no_grad():
             logits = network.eval()(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -ids.shape[1] :]
         for place, token in enumerate(labels[0, 1:].tolist()):
@@ -129,7 +130,8 @@ def by_hand(network, rows):
 
 
 def own_loss(network, rows):
-    batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+    batch = stock.Collate(0, 256)(rows)
+    del batch[stock.TOKENS]
     with torch.no_grad():
         return network.eval()(**batch, use_cache=False).loss.item()
 
@@ -203,8 +205,8 @@ def test_smoothed_labels_are_those_of_the_next_token_also_behind_virtual_ones(tr
     method = Method(name="smooth", adapter=adapter, training_arguments=arguments)
     trial = replace(trial, method=method, max_steps=1, max_length=64)
     trainer, rows, meter, _ = prepare(trial, folder, method.adapt(small("llama")))
-    batch = {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "attention_mask")}
-    labels = torch.tensor([row["labels"] for row in rows])[:, 1:]
+    batch = {key: trainer.data_collator(rows)[key] for key in ("input_ids", "attention_mask", "labels")}
+    labels = batch.pop("labels")[:, 1:]
     with torch.no_grad():
         logits = trainer.model(**batch, use_cache=False).logits[:, -64:-1]
     expected = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, label_smoothing=0.3)
@@ -246,7 +248,7 @@ def test_tokens_are_those_that_each_step_really_sees(trial, folder, size):
     trainer.train()
     measured = meter.measurements()
     assert len(measured.step_tokens) == trial.steps
-    assert sum(measured.step_tokens) == 2 * sum(sum(row["attention_mask"]) for row in rows)
+    assert sum(measured.step_tokens) == 2 * sum(len(row["input_ids"]) for row in rows)
     of_epoch = [20 * 256] if size == 64 else [8 * 256, 8 * 256, 4 * 256]
     assert measured.step_padded_tokens == tuple(of_epoch * 2)
 

@@ -12,6 +12,7 @@ from scipy import stats
 
 from lightweight import corpus, models, record, targets
 from lightweight.child import owner, worker
+from lightweight.corpus import Rows
 from lightweight.methods import BASELINE
 from lightweight.targets import Device
 from lightweight.training import stock
@@ -138,7 +139,7 @@ def test_the_loss_elsewhere_is_measured_before_and_after_and_recorded(micro, sma
         outcome = child.finish()
     assert isinstance(outcome, Completed), outcome.reason
     trainer = stock.make_trainer(
-        trial, worker.build(trial, torch.device("cpu")), [], Meter(torch.device("cpu"), 0.0), None, folder
+        trial, worker.build(trial, torch.device("cpu")), Rows([], 0), Meter(torch.device("cpu"), 0.0), None, folder
     )
     rows = corpus.encode_text(text, models.load_tokenizer(micro), trial.max_length)
     untrained = stock.heldout_loss(trainer, rows)
