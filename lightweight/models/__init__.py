@@ -10,6 +10,7 @@ from lightweight.models.config import configuration, configuration_beside_weight
 from lightweight.models.known import (
     GPT_NEO_1_3B,
     GPT_NEO_TINY,
+    LLAMA_TINY,
     MODELS,
     OPT_350M,
     OPT_TINY,
@@ -27,6 +28,7 @@ from lightweight.models.writing import write
 __all__ = [
     "GPT_NEO_1_3B",
     "GPT_NEO_TINY",
+    "LLAMA_TINY",
     "MODELS",
     "OPT_350M",
     "OPT_TINY",
