@@ -346,7 +346,8 @@ def test_a_second_signal_and_one_before_training_stop_at_once(train, out, monkey
 def test_the_result_says_what_it_is_and_peft_loads_it(train, base, dialogues, out, capsys):
     assert train("a", method="lora") == 0
     folder = out / "a"
-    (line,) = capsys.readouterr().out.splitlines()
+    too_long, line = capsys.readouterr().out.splitlines()
+    assert too_long == "longer than 64 tokens: 20 cut"
     assert "20 steps, training loss" in line and line.endswith(f"saved in {folder}")
     found = entry(folder)
     card = ModelCard.load(folder / "README.md")
@@ -589,6 +590,16 @@ def test_a_cards_training_losses_are_means_and_not_those_of_single_batches(losse
     card = str(model_card(samples.entry(steps_per_epoch=2, train_loss=losses), None))
     assert f"| training, mean of the first {part} | {first} |" in card
     assert f"| training, mean of the last {part} | {last} |" in card
+
+
+def test_a_card_says_what_was_too_long():
+    card = str(
+        model_card(samples.entry(max_length=64, truncated_sequences=3, split_examples=0, dropped_examples=2), None)
+    )
+    assert "| too long | 3 cut, 2 left out |" in card
+    assert "rows of at most 64 tokens" in card
+    assert "| loss | on all of the assistant's turns |" in card
+    assert "too long" not in str(model_card(samples.entry(truncated_sequences=0), None))
 
 
 def without(name: str) -> Callable[[Path], None]:
