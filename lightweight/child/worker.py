@@ -175,7 +175,9 @@ class Prepared(NamedTuple):
     heldout: Heldout
 
 
-def set_up(trial: Trial, device: torch.device, meter: Meter, rounds: Rounds, folder: Path, **overrides: Any) -> Prepared:
+def set_up(
+    trial: Trial, device: torch.device, meter: Meter, rounds: Rounds, folder: Path, **overrides: Any
+) -> Prepared:
     """Everything before the first step. `overrides` are TrainingArguments, as for `stock.make_trainer`. Raises
     CorpusError where no example fits into a row, and what the parts raise."""
     with meter.during("build"):
