@@ -1,4 +1,4 @@
-"""The one place that touches pytest: options, fixtures, the progress line, the table and the JSON.
+"""What does a user of the suite get in pytest? Its fixtures, and its hooks, whose work `lightweight.session` does.
 
 Load it from a conftest.py: `pytest_plugins = ["lightweight.plugin"]`. Tests then ask for
 

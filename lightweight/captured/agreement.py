@@ -1,4 +1,4 @@
-"""Is the captured step the Trainer's step? Loss and gradients of both, over the same dialogues from the same weights.
+"""How are two ways of computing a step compared? Loss and gradients, over the same dialogues from the same weights.
 
 The Trainer's are computed first, by its own `training_step` on its own batches, before anything is replaced. Then the
 captured step computes its own in the shapes it will train in, and where they differ by more than rounding it gives up
@@ -50,6 +50,11 @@ class Parts:
     attention: bool
     loss: Loss
     lean: bool
+
+    @property
+    def needs_trainers_passes(self) -> bool:
+        """Whether a step must have the Trainer's own passes, since the model computes its loss over one of them."""
+        return self.loss == "model" and not self.packing
 
     def given_up(self, rest: Parts) -> list[str]:
         """The parts of this that `rest` does not have; packing that goes because attention does is no part of its

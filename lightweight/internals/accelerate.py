@@ -1,4 +1,4 @@
-"""What is private or patched in accelerate: read in 1.10 and 1.15."""
+"""What is private or patched in accelerate: read in 1.11 and 1.15."""
 
 from __future__ import annotations
 

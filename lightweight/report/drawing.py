@@ -19,7 +19,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from lightweight.record import Entry, one_line
 from lightweight.report.words import headline
@@ -165,6 +165,17 @@ def text(axes: Axes, x: float, y: float, label: str, colour: str, size: float, *
     """`label` at a point of `axes`, in a role's colour, `size` of the picture's units high; the artist."""
     cleaned = "\n".join(one_line(line) for line in label.split("\n"))
     return axes.text(x, y, cleaned, color=LIGHT[colour], fontsize=size, linespacing=1.15, **more)
+
+
+def cross(axes: Axes, x: float, y: float, **more: Any) -> list[Any]:
+    """The mark of what did not complete."""
+    return list(axes.plot(x, y, "x", color=LIGHT["fail"], markersize=8, markeredgewidth=2.2, **more))
+
+
+def without_heights(axes: Axes) -> None:
+    """Nothing on the left: rows have names instead."""
+    axes.yaxis.set_major_locator(NullLocator())
+    axes.spines["left"].set_visible(False)
 
 
 def plain(axes: Axes) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lightweight.record import Entry, baseline_of
 from lightweight.report import drawing, words
@@ -38,45 +39,12 @@ def loss(key: str, entry: Entry, group: Sequence[Entry], entries: Sequence[Entry
     canvas = Canvas(key, 350, shown, entries)
     above, below = (canvas.axes(30, top, 236, 118) for top in (20, 200))
     paper = canvas.paper()
-    curves = {id(e): _curve(e) for e in shown}
-    drawn = [e for e in shown if curves[id(e)][1]]
-    heights = [value for e in drawn for value in [*curves[id(e)][1], *_heldout(e)] if math.isfinite(value)]
+    curves = [_Curve.of(e, "blue" if e is entry else "muted") for e in shown]
+    curves = [curve for curve in curves if curve.losses]
+    heights = [value for curve in curves for value in [*curve.losses, *_heldout(curve.entry)] if math.isfinite(value)]
     for axes, in_seconds in ((above, False), (below, True)):
-        labels = []
-        ends = [0.0]
-        for e in drawn:
-            colour, dash = ("blue", "-") if e is entry else ("muted", (0, (3, 1.6)))
-            steps, losses, seconds = curves[id(e)]
-            x = seconds if in_seconds else steps
-            epoch = e.steps_per_epoch or 1
-            raw = axes.plot(*_thinned(x, losses), color=LIGHT[colour], linewidth=0.7, alpha=0.4)
-            mean = axes.plot(
-                *_thinned(x, _smooth(losses, epoch)),
-                color=LIGHT[colour],
-                linewidth=1.9,
-                linestyle=dash,
-                zorder=3 if e is entry else 4,  # dashes leave what is under them to be seen
-            )
-            canvas.of(e, *raw, *mean)
-            ends.append(x[-1])
-            before, after = e.heldout_loss_before, e.heldout_loss_after
-            points = [(at, value) for at, value in ((0.0, before), (x[-1], after)) if value is not None]
-            if points:
-                dots = axes.plot(
-                    *zip(*points, strict=True),
-                    linestyle="none",
-                    marker="o",
-                    markersize=4.5,
-                    markerfacecolor=LIGHT["paper"],
-                    markeredgecolor=LIGHT[colour],
-                    clip_on=False,
-                    zorder=5,
-                )
-                canvas.of(e, *dots)
-            last = after if after is not None else _last(losses)
-            label = f"{x[-1]:.1f} s" if in_seconds else f"{last:.2f}"
-            labels.append((last, e, f"{drawing.short(e.method, 17)}\n{label}", colour))
-        axes.set_xlim(0, max(ends) or 1)
+        labels = [_drawn_curve(canvas, axes, curve, in_seconds=in_seconds) for curve in curves]
+        axes.set_xlim(0, max([0.0, *(curve.over(in_seconds)[-1] for curve in curves)]) or 1)
         if heights:
             room = (max(heights) - min(heights)) * 0.06 or 0.1
             above_curves = (max(heights) - min(heights) + 2 * room) * 0.15 * len(ended)  # where crosses stand
@@ -96,22 +64,67 @@ def loss(key: str, entry: Entry, group: Sequence[Entry], entries: Sequence[Entry
     return canvas.picture("loss", title, summary)
 
 
+@dataclass(frozen=True)
+class _Curve:
+    """A cell's losses, one an optimizer step, nan for one that is not finite; the steps and the seconds since training
+    began at which they were; and the role whose colour it is drawn in, `muted` for a baseline below another."""
+
+    entry: Entry
+    colour: str
+    losses: Sequence[float]
+    steps: Sequence[float]
+    seconds: Sequence[float]
+
+    @classmethod
+    def of(cls, entry: Entry, colour: str) -> _Curve:
+        losses = [math.nan if value is None else float(value) for value in entry.train_loss or ()]
+        seconds = list(accumulate(value or 0.0 for value in entry.step_seconds or ()))
+        count = min(len(losses), len(seconds)) if seconds else len(losses)
+        steps = [float(step) for step in range(1, count + 1)]
+        return cls(entry, colour, losses[:count], steps, seconds[:count] or [0.0] * count)
+
+    def over(self, in_seconds: bool) -> Sequence[float]:
+        """Where its losses are."""
+        return self.seconds if in_seconds else self.steps
+
+
+def _drawn_curve(canvas: Canvas, axes: Axes, curve: _Curve, *, in_seconds: bool) -> tuple[float, Entry, str, str]:
+    """Draw the losses as they are, their mean over an epoch, and what is held out; the label for `drawing.apart`."""
+    e, x, colour = curve.entry, curve.over(in_seconds), LIGHT[curve.colour]
+    is_baseline = curve.colour == "muted"
+    raw = axes.plot(*_thinned(x, curve.losses), color=colour, linewidth=0.7, alpha=0.4)
+    mean = axes.plot(
+        *_thinned(x, _smooth(curve.losses, e.steps_per_epoch or 1)),
+        color=colour,
+        linewidth=1.9,
+        linestyle=(0, (3, 1.6)) if is_baseline else "-",
+        zorder=4 if is_baseline else 3,  # dashes leave what is under them to be seen
+    )
+    canvas.of(e, *raw, *mean)
+    before, after = e.heldout_loss_before, e.heldout_loss_after
+    points = [(at, value) for at, value in ((0.0, before), (x[-1], after)) if value is not None]
+    if points:
+        dots = axes.plot(
+            *zip(*points, strict=True),
+            linestyle="none",
+            marker="o",
+            markersize=4.5,
+            markerfacecolor=LIGHT["paper"],
+            markeredgecolor=colour,
+            clip_on=False,
+            zorder=5,
+        )
+        canvas.of(e, *dots)
+    last = after if after is not None else _last(curve.losses)
+    label = f"{x[-1]:.1f} s" if in_seconds else f"{last:.2f}"
+    return last, e, f"{drawing.short(e.method, 17)}\n{label}", curve.colour
+
+
 def _crossed(paper: Axes, x: float, y: float, entry: Entry) -> list[Any]:
     """A cross, and how the cell ended."""
     cross = paper.plot(x, y, "x", color=LIGHT["fail"], markersize=7, markeredgewidth=2)
     label = f"{drawing.short(entry.method, 18)}: {words.outcome(entry)}"
     return [*cross, drawing.text(paper, x + 9, y + 3.5, label, "fail", 9.5)]
-
-
-def _curve(entry: Entry) -> tuple[list[float], list[float], list[float]]:
-    """Steps, losses and seconds since training began, one an optimizer step; nan for a loss that is not finite."""
-    losses = [math.nan if value is None else float(value) for value in entry.train_loss or ()]
-    taken, seconds = 0.0, []
-    for value in entry.step_seconds or ():
-        taken += value or 0.0
-        seconds.append(taken)
-    count = min(len(losses), len(seconds)) if seconds else len(losses)
-    return [float(step) for step in range(1, count + 1)], losses[:count], seconds[:count] or [0.0] * count
 
 
 def _heldout(entry: Entry) -> list[float]:
@@ -210,10 +223,7 @@ def _estimates(
                 markeredgewidth=1.6,
             )
         else:
-            inside = axes.get_yaxis_transform()
-            marks += axes.plot(
-                0.01, y + 26, "x", color=LIGHT["fail"], markersize=8, markeredgewidth=2.2, transform=inside
-            )
+            marks += drawing.cross(axes, 0.01, y + 26, transform=axes.get_yaxis_transform())
         canvas.of(row.of.entries[0], name, said, *marks)
         for x, of_line in ((0.0, "muted"), (margin, "ink")):
             if x is not None:  # not through the words between the rows
@@ -224,8 +234,7 @@ def _estimates(
         at = left + 6 + (right - left - 12) * (margin - axes.get_xlim()[0]) / (axes.get_xlim()[1] - axes.get_xlim()[0])
         beyond = at > WIDTH * 0.5
         drawing.text(paper, at, top - 8, f"margin {margin:+g}", "ink", 9.5, ha="right" if beyond else "left")
-    axes.yaxis.set_major_locator(NullLocator())
-    axes.spines["left"].set_visible(False)
+    drawing.without_heights(axes)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.3g}" if value else "0"))
     drawing.text(paper, right, bottom + 28, "nats a token", "muted", 9.5, ha="right")

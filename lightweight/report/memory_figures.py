@@ -9,7 +9,7 @@ from textwrap import wrap
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lightweight.record import Entry, ForecastRow, Run
 from lightweight.report import drawing, frontier, select, words
@@ -105,29 +105,7 @@ def _bars(
         name = drawing.text(paper, left, top + y + 13, drawing.short(row.name, 24), "ink", 10.5, weight="bold")
         cross = "✕ " if row.failed else ""
         said = drawing.text(paper, right, top + y + 13, cross + row.label, colour, 9.5, ha="right")
-        parts: list[Any] = []
-        start = 0.0
-        for cause in causes:
-            width = row.by_cause.get(cause, 0) / unit
-            if width:
-                parts += axes.barh(
-                    y + 24,
-                    width,
-                    11,
-                    start,
-                    color=LIGHT.get(cause, LIGHT["muted"]),
-                    edgecolor=LIGHT["paper"],
-                    linewidth=0.7,
-                )
-            start += width
-        if row.measured:
-            below = y + (34 if row.by_cause else 27)
-            parts += axes.barh(below, row.measured / unit, 4, color=LIGHT[colour])
-            if row.failed:
-                parts += axes.plot(
-                    row.measured / unit, below, "x", color=LIGHT["fail"], markersize=8, markeredgewidth=2.2
-                )
-        canvas.of(row.entry, name, said, *parts)
+        canvas.of(row.entry, name, said, *_drawn_bar(axes, y, row, causes, unit))
     if limit:
         for number in range(len(rows)):  # not through the words between the bars
             y = of_row * number
@@ -135,8 +113,7 @@ def _bars(
         at = left + (right - left) * (limit / unit) / axes.get_xlim()[1]
         beyond = at > WIDTH * 0.6
         drawing.text(paper, at, top - 8, f"limit {size(limit)}", "ink", 9.5, ha="right" if beyond else "left")
-    axes.yaxis.set_major_locator(NullLocator())
-    axes.spines["left"].set_visible(False)
+    drawing.without_heights(axes)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     drawing.text(paper, right, bottom + 26, unit_name, "muted", 9.5, ha="right")
@@ -149,6 +126,24 @@ def _bars(
     caption = "; ".join(f"{row.name} {row.label}" for row in rows)
     under = f" Limit {size(limit)}." if limit else ""
     return canvas.picture("memory", title, f"Peak memory by cause. {caption}.{under}", model)
+
+
+def _drawn_bar(axes: Axes, y: float, row: _Bar, causes: Sequence[str], unit: int) -> list[Any]:
+    """The forecast, a piece for each of the causes in order, above what was measured."""
+    parts: list[Any] = []
+    start = 0.0
+    for cause in causes:
+        width = row.by_cause.get(cause, 0) / unit
+        if width:
+            of: dict[str, Any] = {"color": LIGHT.get(cause, LIGHT["muted"]), "edgecolor": LIGHT["paper"]}
+            parts += axes.barh(y + 24, width, 11, start, linewidth=0.7, **of)
+        start += width
+    if row.measured:
+        below = y + (34 if row.by_cause else 27)
+        parts += axes.barh(below, row.measured / unit, 4, color=LIGHT["fail" if row.failed else "ink"])
+        if row.failed:
+            parts += drawing.cross(axes, row.measured / unit, below)
+    return parts
 
 
 def frontiers(runs: Sequence[Run], entries: Sequence[Entry]) -> list[Picture]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from lightweight.record import BASELINE, Entry, Run, baseline_of
@@ -33,32 +34,8 @@ def speedups(key: str, shown: Sequence[Entry], group: Sequence[Entry], entries: 
         parts.append(f"{named} {row.text.removeprefix('✕ ')}")
         name = drawing.text(paper, left, top + y + 13, drawing.short(named, 24), "ink", 10.5, weight="bold")
         said = drawing.text(paper, right, top + y + 13, row.text, "fail" if failed else "ink", 9.5, ha="right")
-        marks: list[Any] = []
-        if row.ends:
-            marks += axes.plot(row.ends, [y + 25, y + 25], color=LIGHT["blue"], linewidth=4, alpha=0.45)
-            reach += row.ends
-        if row.ratio is not None:
-            face = LIGHT["blue"] if row.is_paired else "none"
-            marks += axes.plot(
-                *(row.ratio, y + 25, "o"),
-                markersize=6.8,
-                markeredgewidth=1.8,
-                markerfacecolor=face,
-                markeredgecolor=LIGHT["blue"],
-            )
-            reach.append(row.ratio)
-        else:
-            colour = "fail" if failed else "muted"
-            marks += axes.plot(
-                0.01,
-                y + 25,
-                "x" if failed else "_",
-                color=LIGHT[colour],
-                markersize=8,
-                markeredgewidth=2.2,
-                transform=axes.get_yaxis_transform(),
-            )
-        canvas.of(entry, name, said, *marks)
+        canvas.of(entry, name, said, *_ratio_marks(axes, y + 25, row, failed=failed))
+        reach += [*(row.ends or ()), *([] if row.ratio is None else [row.ratio])]
         axes.plot([1, 1], [y + 18, y + 32], color=LIGHT["muted"], linewidth=1.1, solid_capstyle="butt", zorder=0)
     axes.set_xscale("log")
     axes.set_xlim(min(reach) / 1.15, max(reach) * 1.15)
@@ -67,8 +44,7 @@ def speedups(key: str, shown: Sequence[Entry], group: Sequence[Entry], entries: 
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
-    axes.yaxis.set_major_locator(NullLocator())
-    axes.spines["left"].set_visible(False)
+    drawing.without_heights(axes)
     for x, filled, label in ((left, True, "with 95 % interval"), (left + 130, False, "from steady steps")):
         paper.plot(
             x + 5,
@@ -81,6 +57,28 @@ def speedups(key: str, shown: Sequence[Entry], group: Sequence[Entry], entries: 
         drawing.text(paper, x + 14, bottom + 39.5, label, "muted", 9.5)
     title = f"{group[0].model} on {words.timed_on(group[0])}"
     return canvas.picture("speedup", title, f"Times as fast as the baseline, per token. {'; '.join(parts)}.")
+
+
+def _ratio_marks(axes: Axes, y: float, row: _Faster, *, failed: bool) -> list[Any]:
+    """The interval as a bar and the ratio on it, or what stands in the place of a ratio."""
+    marks: list[Any] = []
+    if row.ends:
+        marks += axes.plot(row.ends, [y, y], color=LIGHT["blue"], linewidth=4, alpha=0.45)
+    if row.ratio is not None:
+        face = LIGHT["blue"] if row.is_paired else "none"
+        marks += axes.plot(
+            *(row.ratio, y, "o"),
+            markersize=6.8,
+            markeredgewidth=1.8,
+            markerfacecolor=face,
+            markeredgecolor=LIGHT["blue"],
+        )
+    elif failed:
+        marks += drawing.cross(axes, 0.01, y, transform=axes.get_yaxis_transform())
+    else:
+        inside = axes.get_yaxis_transform()
+        marks += axes.plot(0.01, y, "_", color=LIGHT["muted"], markersize=8, markeredgewidth=2.2, transform=inside)
+    return marks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,18 +150,9 @@ def ladder(number: int, rungs: Sequence[Entry], entries: Sequence[Entry]) -> Pic
         if step and not failed:
             drawn += axes.barh(y + 35, step, 8, color=LIGHT["blue"])
         else:
-            drawn += axes.plot(
-                0.012,
-                y + 35,
-                "x",
-                color=LIGHT["fail"],
-                markersize=8,
-                markeredgewidth=2.2,
-                transform=axes.get_yaxis_transform(),
-            )
+            drawn += drawing.cross(axes, 0.012, y + 35, transform=axes.get_yaxis_transform())
         canvas.of(rung, *drawn)
-    axes.yaxis.set_major_locator(NullLocator())
-    axes.spines["left"].set_visible(False)
+    drawing.without_heights(axes)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     drawing.text(paper, right, bottom + 25, "ms a step", "muted", 9.5, ha="right")
     table = tables.ladder(rungs, number)
@@ -184,83 +173,75 @@ def histories(runs: Sequence[Run], entries: Sequence[Entry]) -> list[Picture]:
 
 def _history(key: str, entry: Entry, runs: Sequence[Run], entries: Sequence[Entry]) -> Picture:
     trend = select.trend(entry, runs)
+    lines = _lines(trend)
+    of_row, top = 62, 8
+    canvas = Canvas(key, top + of_row * len(lines) + 26, [entry], entries)
+    failed = [index for index, (_, then) in enumerate(trend) if then.outcome != "completed"]
+    for row, line in enumerate(lines):
+        axes = canvas.axes(86, top + of_row * row + 10, 214, of_row - 22)
+        canvas.of(entry, *_drawn_line(axes, line))
+        for index in failed:
+            canvas.of(entry, *drawing.cross(axes, index, 0.5, transform=axes.get_xaxis_transform(), clip_on=False))
+        axes.set_xlim(-0.15, len(trend) - 0.85)
+        axes.xaxis.set_major_locator(FixedLocator(range(len(trend))))
+        axes.set_xticklabels([])
+        drawing.without_heights(axes)
+        drawing.text(axes, -0.04, 0.55, line.name, "ink", 9.5, transform=axes.transAxes, ha="right")
+    paper = canvas.paper()
+    for x, align, (run, _) in ((86, "left", trend[0]), (300, "right", trend[-1])):
+        label = drawing.short(run.ended[:16].replace("T", " ") or run.path.stem, 18)
+        drawing.text(paper, x, canvas.height - 8, label, "muted", 9, ha=align)
+    title = f"{entry.model} x {entry.method} on {words.timed_on(entry)}"
+    caption = "; ".join(f"{words.run_label(run)}: {words.summary(then, run)}" for run, then in trend)
+    return canvas.picture("history", title, f"From run to run. {caption}.")
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Something measured in every run, None where a run did not complete or has no such value; `form` writes it."""
+
+    name: str
+    form: str
+    values: Sequence[float | None]
+
+
+def _lines(trend: Sequence[tuple[Run, Entry]]) -> list[_Line]:
+    """What any of the runs has a value of; where there is none, one line of nothing for the crosses."""
+    completed = [(run, then) if then.outcome == "completed" else None for run, then in trend]
     measures: list[tuple[str, str, Callable[[Run, Entry], float | None]]] = [
         ("ms a step", "{:.1f}", lambda _, then: _step_ms(then)),
         ("times as fast", "{:.2f}", _speedup_of),
         ("peak GiB", "{:.2f}", lambda _, then: (then.peak_allocated_bytes or 0) / GiB or None),
         ("held-out loss", "{:.3f}", lambda _, then: then.heldout_loss_after),
     ]
-    measured = []
-    for name, form, measure in measures:
-        values = [measure(run, then) if then.outcome == "completed" else None for run, then in trend]
-        if any(value is not None for value in values):
-            measured.append((name, form, values))
-    measured = measured or [("outcome", "", [None] * len(trend))]
-    of_row, top = 62, 8
-    canvas = Canvas(key, top + of_row * len(measured) + 26, [entry], entries)
-    failed = [index for index, (_, then) in enumerate(trend) if then.outcome != "completed"]
-    for row, (name, form, values) in enumerate(measured):
-        axes = canvas.axes(86, top + of_row * row + 10, 214, of_row - 22)
-        known = [(index, value) for index, value in enumerate(values) if value is not None]
-        if known:
-            # the line breaks where a run did not complete
-            line = axes.plot(
-                range(len(values)),
-                [math.nan if value is None else value for value in values],
-                color=LIGHT["blue"],
-                marker="o",
-                markersize=4,
-                linewidth=1.6,
-                clip_on=False,
-            )
-            canvas.of(entry, *line)
-            heights = [value for _, value in known]
-            room = max((max(heights) - min(heights)) * 0.15, abs(max(heights)) * 0.02, 1e-9)
-            axes.set_ylim(min(heights) - room, max(heights) + room)
-            last = known[-1][1]
-            y = (last - axes.get_ylim()[0]) / (axes.get_ylim()[1] - axes.get_ylim()[0])
-            drawing.text(
-                axes, 1.05, y, form.format(last), "blue", 9.5, transform=axes.transAxes, va="center", weight="bold"
-            )
-            first = known[0][1]
-            if len(known) > 1 and first:
-                drawing.text(
-                    axes, -0.04, 0.1, f"{last / first - 1:+.1%}", "muted", 9.5, transform=axes.transAxes, ha="right"
-                )
-        for index in failed:
-            cross = axes.plot(
-                index,
-                0.5,
-                "x",
-                color=LIGHT["fail"],
-                markersize=8,
-                markeredgewidth=2.2,
-                transform=axes.get_xaxis_transform(),
-                clip_on=False,
-            )
-            canvas.of(entry, *cross)
-        axes.set_xlim(-0.15, len(trend) - 0.85)
-        axes.xaxis.set_major_locator(FixedLocator(range(len(trend))))
-        axes.set_xticklabels([])
-        axes.yaxis.set_major_locator(NullLocator())
-        axes.spines["left"].set_visible(False)
-        drawing.text(axes, -0.04, 0.55, name, "ink", 9.5, transform=axes.transAxes, ha="right")
-    paper = canvas.paper()
-    for index, align in ((0, "left"), (-1, "right")):
-        x = 86 if index == 0 else 300
-        run = trend[index][0]
-        drawing.text(
-            paper,
-            x,
-            canvas.height - 8,
-            drawing.short(run.ended[:16].replace("T", " ") or run.path.stem, 18),
-            "muted",
-            9,
-            ha=align,
-        )
-    title = f"{entry.model} x {entry.method} on {words.timed_on(entry)}"
-    caption = "; ".join(f"{words.run_label(run)}: {words.summary(then, run)}" for run, then in trend)
-    return canvas.picture("history", title, f"From run to run. {caption}.")
+    lines = [_Line(name, form, [of and measure(*of) for of in completed]) for name, form, measure in measures]
+    known = [line for line in lines if any(value is not None for value in line.values)]
+    return known or [_Line("outcome", "", [None] * len(trend))]
+
+
+def _drawn_line(axes: Axes, line: _Line) -> list[Any]:
+    """The line, which breaks where a run has no value, with its last value and the change since the first."""
+    known = [value for value in line.values if value is not None]
+    if not known:
+        return []
+    drawn = axes.plot(
+        range(len(line.values)),
+        [math.nan if value is None else value for value in line.values],
+        color=LIGHT["blue"],
+        marker="o",
+        markersize=4,
+        linewidth=1.6,
+        clip_on=False,
+    )
+    first, last = known[0], known[-1]
+    room = max((max(known) - min(known)) * 0.15, abs(max(known)) * 0.02, 1e-9)
+    axes.set_ylim(min(known) - room, max(known) + room)
+    y = (last - axes.get_ylim()[0]) / (axes.get_ylim()[1] - axes.get_ylim()[0])
+    inside: dict[str, Any] = {"transform": axes.transAxes}
+    drawing.text(axes, 1.05, y, line.form.format(last), "blue", 9.5, va="center", weight="bold", **inside)
+    if len(known) > 1 and first:
+        drawing.text(axes, -0.04, 0.1, f"{last / first - 1:+.1%}", "muted", 9.5, ha="right", **inside)
+    return list(drawn)
 
 
 def _speedup_of(run: Run, then: Entry) -> float | None:

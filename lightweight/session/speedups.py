@@ -11,7 +11,7 @@ from dataclasses import replace
 from lightweight.child.owner import Child
 from lightweight.record import ONE_AFTER_THE_OTHER, Entry, Speedup
 from lightweight.schema import GateVerdict
-from lightweight.session.alternation import alternate, trial_of_rounds
+from lightweight.session.alternation import Alternation, alternate, trial_of_rounds
 from lightweight.session.progress import Progress
 from lightweight.trial import Trial
 from lightweight.verdict import gate, ratio
@@ -68,15 +68,7 @@ def measure(
 
     first, second = (trial_of_rounds(part, empty.cap, empty.steps_per_round) for part in (baseline, trial))
     pairs = alternate(first, second, start, is_enough, empty.cap)
-    ended = pairs.ended and f"{pairs.ended[0].name} {pairs.ended[1].kind.replace('_', ' ')} between rounds"
-    is_over = time_is_up and len(pairs.log_ratios) < empty.cap
-    measured = replace(
-        empty,
-        log_ratios=pairs.log_ratios,
-        pairing=pairs.pairing,
-        reason=ended,
-        ended_after_seconds=PAIRS_SECONDS if is_over else None,
-    )
+    measured = _with_pairs(empty, pairs, time_is_up=time_is_up)
     if not pairs.log_ratios:
         return measured
     is_in_turn = int(pairs.pairing == ONE_AFTER_THE_OTHER)
@@ -88,6 +80,18 @@ def measure(
         high=now.high,
         floor=floor,
         verdict=verdict(pairs.log_ratios, is_in_turn),
+    )
+
+
+def _with_pairs(empty: Speedup, pairs: Alternation, *, time_is_up: bool) -> Speedup:
+    """`empty` with the pairs that were measured, and why there are no more of them."""
+    is_over = time_is_up and len(pairs.log_ratios) < empty.cap
+    return replace(
+        empty,
+        log_ratios=pairs.log_ratios,
+        pairing=pairs.pairing,
+        reason=pairs.ended and f"{pairs.ended[0].name} {pairs.ended[1].kind.replace('_', ' ')} between rounds",
+        ended_after_seconds=PAIRS_SECONDS if is_over else None,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import distributed
+from training.test_stock import Unattended
 from transformers import AutoModelForCausalLM
 
 from lightweight import models
@@ -43,15 +44,6 @@ def trial(model, method, world_size, **changes):
     )
 
 
-class Owner:
-    """Asks for nothing and is told nothing."""
-
-    def training_began(self): ...
-    def await_request(self, request): ...
-    def step_ended(self): ...
-    def round_ended(self): ...
-
-
 def blocks(tensors):
     """What the caching allocator gives for the local parts of `tensors`, each storage once: blocks of 512 bytes."""
     storages = {s._cdata: s for t in tensors if (s := getattr(t, "_local_tensor", t).untyped_storage()).nbytes()}
@@ -68,7 +60,7 @@ def held_by_rank(rank, of, folder):
     network = AutoModelForCausalLM.from_config(models.configuration(of.model), dtype=torch.float32)
     with mock.patch.object(PartialState, "_prepare_backend", return_value=("gloo", DistributedType.MULTI_GPU)):
         meter = Meter(torch.device("cpu"), start_seconds=0.0)
-        trainer = stock.make_trainer(replace(of, max_steps=1), network, Rows([row] * 8, 0), meter, Owner(), folder)
+        trainer = stock.make_trainer(replace(of, max_steps=1), network, Rows([row] * 8, 0), meter, Unattended(), folder)
         trainer.train()
     state = [value for values in trainer.optimizer.state.values() for value in values.values()]
     distributed.barrier()

@@ -15,6 +15,7 @@ import torch
 from bitsandbytes import functional as bitsandbytes_functional
 from bitsandbytes.nn import Linear4bit
 from bitsandbytes.optim import GlobalOptimManager
+from training.test_stock import Unattended
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.training_args import OptimizerNames
 
@@ -183,15 +184,6 @@ def test_without_more_packages_than_these_the_optimizers_of_bitsandbytes_and_tor
         trace(trial(MICRO, training(optim=name), max_length=16))
 
 
-class Owner:
-    """Asks for nothing and is told nothing."""
-
-    def training_began(self): ...
-    def await_request(self, request): ...
-    def step_ended(self): ...
-    def round_ended(self): ...
-
-
 def blocks(tensors):
     """What the caching allocator gives for `tensors`, each storage once: blocks of 512 bytes."""
     storages = {s._cdata: s for tensor in tensors if (s := tensor.untyped_storage()).nbytes()}
@@ -205,7 +197,9 @@ def test_the_state_of_an_optimizer_is_what_it_holds_after_a_step_on_this_cpu(tmp
     row: Row = {name: np.ones(16, np.int32) for name in ("input_ids", "labels")}  # type: ignore[assignment]
     meter = Meter(torch.device("cpu"), start_seconds=0.0)
     with mock.patch.object(GlobalOptimManager, "_instance", None):
-        trainer = stock.make_trainer(replace(of, max_steps=1), network, Rows([row] * 4, 0), meter, Owner(), tmp_path)
+        trainer = stock.make_trainer(
+            replace(of, max_steps=1), network, Rows([row] * 4, 0), meter, Unattended(), tmp_path
+        )
         trainer.train()
     held = [v for state in trainer.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     assert trace(of).replay().by_cause["optimizer"] == blocks(held)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightweight import corpus, models, targets
-from lightweight.captured import step as captured_step
+from lightweight.captured import loop
 from lightweight.child import owner, worker
 from lightweight.corpus import Conversation, Corpus, Message, Rows
 from lightweight.forecast import tracer
@@ -65,7 +65,7 @@ def test_two_turns_in_one_row_give_the_loss_of_two_rows(micro, folder, step, not
         if note is None:
             trainer.train()
         else:
-            job = captured_step.prepare(trial, trainer, rows, meter)
+            job = loop.prepare(trial, trainer, rows, meter)
             assert job is not None
             job.train()
             assert note in meter.facts["capture_note"]
