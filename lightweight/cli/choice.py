@@ -35,13 +35,13 @@ def choose(
     NothingFitsError."""
     if before is not None and before.method is not None:
         say(f"method {before.method}: what the interrupted job was trained with")
-        return _with_stored_passes(methods.named(before.method), before.training_arguments)
+        return _with_stored_passes(job.settings.apply(methods.named(before.method)), before.training_arguments)
     if device.total_bytes is None and target.total_bytes is None:
-        if model.weights == "random":
+        if model.weights == "random" and job.settings.fits(methods.BASELINE):
             say("method baseline: without GPU or --target nothing is forecast; random weights give adapters no ground")
-            return methods.BASELINE
+            return job.settings.apply(methods.BASELINE)
         say("method lora: without GPU or --target nothing is forecast; it trains the fewest weights, fp32 on a CPU")
-        return methods.LORA
+        return job.settings.apply(methods.LORA)
     rows = _forecasts(job, model, target, device, (), progress)
     row = next((row for row in rows if row.chosen), None)
     budget = rows[0].target.budget_bytes or 0
@@ -56,7 +56,7 @@ def choose(
         )
     fitting = [row.method.name for row in rows if row.verdict == "fits"]
     where = "" if device.total_bytes else ", though trained on this CPU, which has no such budget"
-    method = methods.named(row.method.name)
+    method = job.settings.apply(methods.named(row.method.name))
     chosen = method.with_passes(row.accumulation)
     passes = "" if chosen == method else f" in {row.passes} passes of {row.batch_size} rows a step"
     say(
@@ -85,13 +85,15 @@ def _forecasts(
     without: Sequence[str],
     progress: Callable[[str], None],
 ) -> list[plan.PlanRow]:
-    """A row for each of the suite's methods that can be forecast, but those called `without`."""
+    """A row for each of the suite's methods that can be forecast and have what is set, but those called `without`."""
     candidates = [
-        method for method in methods.METHODS.values() if method.captured_step is None and method.name not in without
+        job.settings.apply(method)
+        for method in methods.METHODS.values()
+        if method.captured_step is None and method.name not in without and job.settings.fits(method)
     ]
     if target.total_bytes is None:  # the card as it is
         target = replace(target, total_bytes=device.total_bytes)
-    question = plan.Question(batch_size=job.batch_size, max_length=job.max_length, gpus=ranks.world_size())
+    question = plan.Question(keeps_passes=job.settings.keeps_passes, gpus=ranks.world_size(), **job.settings.rows)
     try:
         if ranks.world_size() == 1:
             return plan.plan([model], candidates, [target], question, progress=progress)
@@ -115,7 +117,7 @@ def instead(trial: Trial, job: Job, device: Device, progress: Callable[[str], No
     if row is None or row.forecast is None:
         return f"no other method is forecast to fit: {smaller}"
     batch = ""
-    if row.accumulation != methods.named(row.method.name).passes_per_step:
+    if row.accumulation != job.settings.apply(methods.named(row.method.name)).passes_per_step:
         if row.question.gpus > 1:
             return smaller
         batch = f" --batch-size {row.batch_size}"

@@ -43,6 +43,7 @@ def settings(trial: Trial) -> dict[str, Any]:
         "model": trial.model.name,
         "method": method.name,
         "method_digest": method_digest(trial.method),
+        "changed": codec.plain(trial.method.changed) or None,
         "target": trial.target.name,
         "weights": trial.model.weights,
         "weights_file": trial.model.weights_file,

@@ -14,6 +14,7 @@ from lightweight.cli.output import Interrupted
 from lightweight.forecast.plan import PlanRow, Question
 from lightweight.forecast.replay import Forecast
 from lightweight.methods import Method
+from lightweight.settings import Settings
 from lightweight.training import ranks
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
@@ -21,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("without_gpu")
 
 def test_on_several_ranks_methods_are_forecast_for_as_many(base, monkeypatch):
     monkeypatch.setattr(ranks, "world_size", lambda: 2)
-    wanted = Job(model=str(base), corpus=Path("any"), output=Path("any"), batch_size=2, max_length=64)
+    wanted = Job(
+        model=str(base), corpus=Path("any"), output=Path("any"), settings=Settings(batch_size=2, max_length=64)
+    )
     model, _ = models.find(models.named(str(base)), None)
     target, device = targets.named("16GiB"), targets.Device(name="cpu")
     (row,) = choice._forecasts(wanted, model, target, device, ("lora", "qlora"), lambda text: None)

@@ -105,6 +105,9 @@ REMOTE = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoM
         (["opt-tiny", "--target", "native"], "no amount of memory"),
         (["opt-tiny", "--batch-size", "0"], "--batch-size 0"),
         (["opt-tiny", "--max-length", "-3"], "--max-length -3"),
+        (["opt-tiny", "--lora-dropout", "1"], "--lora-dropout 1: give a share"),
+        (["opt-tiny", "--schedule", "cosin"], "--schedule cosin: choose one of linear"),
+        (["opt-tiny", "--method", "baseline", "--lora-rank", "4"], "method baseline has no LoRA adapter"),
         (["opt-tiny", "--max-length", "4096"], "rows of 4096 tokens"),
         (["opt-tiny", "--gpus", "0"], "--gpus 0: give at least 1"),
         (["opt-tiny", "--gpus", "-2"], "--gpus -2: give at least 1"),
@@ -170,7 +173,7 @@ def test_a_model_without_a_configuration_is_a_line_among_the_others(capsys, smal
 
 
 def test_a_method_that_cannot_be_forecast_is_a_line_among_the_others(capsys, neox, tmp_path):
-    asked = [neox, "--target", "t4", "--target", "l4", "--max-length", "32", "--max-batch", "--batch-size", "2"]
+    asked = [neox, "--target", "t4", "--target", "l4", "--max-length", "32", "--max-batch"]
     methods = ["--method", "forecast.test_plan:Q_LORA", "--method", "baseline", "--method", "lora-captured"]
     status = main(["plan", *asked, *methods, "--format", "json"])
     printed = capsys.readouterr().out
@@ -281,8 +284,21 @@ def test_where_no_rows_fit_the_row_is_about_the_methods_own(traced):
 
 
 def test_a_batch_that_was_asked_for_is_not_changed(traced):
-    assert planned(LORA, 600, batch_size=8)[1] == (1, 8, 1, "does_not_fit", False)
+    assert planned(LORA, 600, keeps_passes=True)[1] == (1, 8, 1, "does_not_fit", False)
     assert traced == [(8, 1)]
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_settings_are_forecast(capsys, tmp_path):
+    """A larger rank on more layers has more to train, and an accumulation that is said is not changed."""
+    asked = ["opt-tiny", "--target", "t4", "--method", "lora", "--max-length", "32"]
+    _, (own,) = rows(capsys, *asked)
+    _, (changed,) = rows(capsys, *asked, "--lora-rank", "32", "--lora-layers", "all-linear", "--accumulation", "2")
+    _, (rank,) = rows(capsys, *asked, "--lora-rank", "32")
+    assert rank["trainable_parameters"] == 4 * own["trainable_parameters"]
+    assert changed["trainable_parameters"] > 2 * rank["trainable_parameters"]
+    assert changed["bytes_by_cause"]["optimizer"] > rank["bytes_by_cause"]["optimizer"]
+    assert (own["passes"], changed["passes"], changed["batch_size"]) == (1, 2, 8)
 
 
 def test_fewer_rows_are_not_sought_where_what_every_pass_holds_is_too_much(traced):
@@ -311,7 +327,7 @@ def test_a_trace_that_fails_is_tried_once_for_all_cards(monkeypatch):
 
 
 def test_passes_that_cannot_be_shared_among_gpus_are_a_line_of_that_method(traced):
-    lora, qlora = plan.plan([MICRO], [LORA, QLORA], [card(900)], Question(batch_size=2, gpus=3))
+    lora, qlora = plan.plan([MICRO], [LORA.with_batch(2), QLORA], [card(900)], Question(keeps_passes=True, gpus=3))
     assert lora.verdict == "cannot_be_forecast" and "which 3 ranks cannot share" in lora.reason
     assert qlora.verdict == "fits" and qlora.chosen
 
