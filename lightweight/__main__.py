@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import os
 import shlex
 import signal
@@ -21,6 +20,7 @@ from lightweight import __version__, models, names, record, targets
 from lightweight.cli import checkpoints
 from lightweight.cli.output import Output
 from lightweight.report import comparison, write
+from lightweight.settings import SETTINGS, Settings
 from lightweight.verdict import gate
 from lightweight.verdict.limits import LIMITS, Limits
 
@@ -114,13 +114,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", action="append", metavar="NAME", help="repeatable: a card, or an amount such as 16GiB"
     )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="sequences a forward pass (default: the method's, or the most that fit in more passes of the same step)",
-    )
-    parser.add_argument("--max-length", type=int, metavar="N", help="tokens a row (default: 256)")
+    _add_settings(parser)
     parser.add_argument("--max-batch", action="store_true", help="also find the largest batch that fits")
     parser.add_argument(
         "--gpus",
@@ -146,8 +140,8 @@ def _plan(options: argparse.Namespace) -> int:
     try:
         if options.gpus is not None:
             options.gpus = _whole_number("--gpus", options.gpus)
-        for option in ("batch_size", "max_length", "gpus"):
-            _at_least(options, option, 1)
+        _at_least(options, "gpus", 1)
+        settings = _settings(options)
         wanted_models = [models.named(name) for name in dict.fromkeys(options.models)]
         for name in options.method or ():
             names.check_method(name)
@@ -159,24 +153,26 @@ def _plan(options: argparse.Namespace) -> int:
         measured = [entry for path in options.record for entry in record.load(path).entries]
 
         from lightweight import methods
-        from lightweight.forecast import plan, tracer  # torch takes seconds, and names have been checked
-        from lightweight.trial import MAX_LENGTH
+        from lightweight.forecast import plan, plan_table, tracer  # torch takes seconds, and names have been checked
 
         stock = [method.name for method in methods.METHODS.values() if method.captured_step is None]
-        wanted_methods = [methods.named(name) for name in dict.fromkeys(options.method or stock)]
+        wanted_methods = settings.applied(methods.named(name) for name in dict.fromkeys(options.method or stock))
         names.refuse_namesakes("method", wanted_methods)
     except ValueError as error:
         return _refuse(error)
     try:
+        question = plan.Question(
+            keeps_passes=settings.keeps_passes,
+            gpus=options.gpus or 1,
+            max_batch=options.max_batch,
+            fewest_gpus=options.gpus is not None,
+            **settings.rows,
+        )
         rows = plan.plan(
             wanted_models,
             wanted_methods,
             wanted_targets,
-            batch_size=options.batch_size,
-            max_length=options.max_length or MAX_LENGTH,
-            max_batch=options.max_batch,
-            gpus=options.gpus or 1,
-            fewest=options.gpus is not None,
+            question,
             measured=measured,
             progress=_show,
             failed=_show_traceback if options.traceback else lambda error: None,
@@ -185,10 +181,11 @@ def _plan(options: argparse.Namespace) -> int:
         return _refuse(error)
     finally:
         _show("")
-    print(json.dumps(rows, indent=1) if options.format == "json" else plan.table(rows))
+    is_json = options.format == "json"
+    print(json.dumps([row.as_json() for row in rows], indent=1) if is_json else plan_table.table(rows))
     if options.target:
         return 0 if plan.each_target_has_a_method(rows) else 1
-    return 0 if any(row["chosen"] for row in rows) else 1
+    return 0 if any(row.chosen for row in rows) else 1
 
 
 def _show_traceback(error: Exception) -> None:
@@ -222,11 +219,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--epochs", type=int, default=10, metavar="N", help="passes over the corpus (default: 10)")
     parser.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps, instead of epochs")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="sequences a forward pass (default: the method's)")
-    parser.add_argument("--max-length", type=int, default=256, metavar="N", help="tokens a row (default: 256)")
-    parser.add_argument(
-        "--learning-rate", type=float, metavar="RATE", help="at the beginning (default: the method's, else 5e-5)"
-    )
+    _add_settings(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument(
         "--report-to", choices=("tensorboard", "wandb", "trackio", "mlflow", "none"), default="none", help="a tracker"
@@ -238,10 +231,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     try:
-        for option in ("epochs", "max_steps", "batch_size", "max_length", "save_steps"):
+        for option in ("epochs", "max_steps", "save_steps"):
             _at_least(options, option, 1)
-        if options.learning_rate is not None and not 0 < options.learning_rate < math.inf:
-            raise ValueError(f"--learning-rate {options.learning_rate}: give a number above 0, such as 1e-3")
+        options.settings = _settings(options)
         if not 0 <= options.seed < 2**32:
             raise ValueError(f"--seed {options.seed}: give a number from 0 to {2**32 - 1}, which is what numpy takes")
         models.named(options.model)
@@ -296,6 +288,17 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     # transformers and peft call activation checkpointing by its older name
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("settings", "of the method, and of the rows that it trains on")
+    for setting in SETTINGS:
+        group.add_argument(setting.flag, metavar=setting.metavar, help=setting.help.replace("%", "%%"))
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    """What is set. Raises ValueError."""
+    return Settings.read(lambda name: getattr(options, name))
 
 
 def _whole_number(option: str, text: str) -> int:

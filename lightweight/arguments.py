@@ -24,6 +24,7 @@ import transformers
 from transformers import SchedulerType, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
+from lightweight import names
 from lightweight.methods import Method, MethodError
 from lightweight.models import reason
 
@@ -182,6 +183,18 @@ def check(method: Method, target: Target, world_size: int) -> None:
     _check_step(method, defaults)
     if method.training_arguments.get("tf32") and not target.bf16:
         raise MethodError(f"method {method.name}: tf32 is asked for, which target {target.name} lacks: leave it out")
+
+
+def check_schedule(name: str | None) -> None:
+    """Raise MethodError, in one line, for a schedule that is none, or that needs an evaluation on the way."""
+    if name is not None and name not in SCHEDULES:
+        known, meant = ", ".join(SCHEDULES), names.question(name, SCHEDULES)
+        raise MethodError(f"--schedule {names.one_line(name)}: choose one of {known}{meant}")
+
+
+def default(name: str) -> Any:
+    """What TrainingArguments have as `name` where nothing is said."""
+    return _plain(_defaults()[name])
 
 
 def _refusal(argument: Argument, value: Any, *, captured: bool, world_size: int) -> str | None:

@@ -72,8 +72,9 @@ class Method:
     accumulation and gradient checkpointing are said there. Everything not said is the Trainer's default: AdamW,
     learning rate 5e-5, linear decay. `step` is what runs an optimizer step: HF `Trainer`, or the captured step, whose
     parts a `CapturedStep` switches. `library` is what loads the network and puts its adapter on: transformers with
-    peft, or a peer of theirs, which then trains by the Trainer's steps. Raises ValueError for a peer that the method's
-    other parts leave nothing to do.
+    peft, or a peer of theirs, which then trains by the Trainer's steps. `changed` is what `Settings` have changed of
+    what its author said, by their names. Raises ValueError for a peer that the method's other parts leave nothing to
+    do.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Method:
     training_arguments: Mapping[str, Any] = field(default_factory=dict)
     step: Literal["trainer", "captured"] | CapturedStep = "trainer"
     library: Literal["peft", "unsloth"] = "peft"
+    changed: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.library == "unsloth" and not (self.step == "trainer" and isinstance(self.adapter, peft.LoraConfig)):

@@ -13,10 +13,8 @@ from lightweight import arguments
 from lightweight.corpus import Corpus, Long, LossOn, RowForm
 from lightweight.methods import Method
 from lightweight.models import Model
+from lightweight.settings import MAX_LENGTH
 from lightweight.targets import Target
-
-MAX_LENGTH = 256
-"""Tokens in a row, padding included, as in the original scripts."""
 
 Padding = Literal["longest", "max"]
 """How long the rows of a batch are made: as its longest, as the Trainer's usual collator does; or `max_length`."""

@@ -324,6 +324,48 @@ def test_what_is_of_another_model_than_those_named_is_left_out(project):
     assert collected("--model=opt-350m") == everything - {"test_its_argument_says[gpt-neo-1.3b]", "test_its_mark_says"}
 
 
+def test_what_is_set_is_trained_shown_and_recorded(project):
+    """The suite's own methods, by name or as objects, and where it says nothing a test's own; one that says otherwise
+    is not run."""
+    project.makepyfile(
+        CELLS.replace('["baseline", "lora"]', '["baseline", "lora", LORA, OWN, OTHERWISE]').replace(
+            "    @pytest",
+            """
+    from dataclasses import replace
+    from lightweight.methods import LORA, Method
+
+    OWN = Method(name="own")
+    OTHERWISE = Method(name="otherwise", training_arguments={"learning_rate": 1e-4})
+
+    def test_inside(outcome_of):
+        outcome_of(MICRO, OTHERWISE)
+
+    @pytest""",
+            1,
+        )
+    )
+    options = "--learning-rate=1e-3 --lora-rank=4 --lora-layers=fc1 --batch-size=5 --max-length=32 --warmup=1"
+    result, document = run_json(project, *options.split())
+    result.assert_outcomes(passed=4, skipped=2)
+    baseline, lora, again, own = document["outcomes"]
+    of_all = {"learning_rate": 1e-3, "batch_size": 5, "warmup": 1}
+    assert baseline["changed"] == own["changed"] == of_all
+    assert lora["changed"] == of_all | {"lora_rank": 4, "lora_layers": ["fc1"]}
+    assert again["method_digest"] == lora["method_digest"]
+    for entry in (baseline, lora, own):
+        assert entry["steps"] == 6  # ten pairs in batches of five, three epochs
+        assert (entry["max_length"], entry["tokens_per_step"]) == (32, 160)
+        assert entry["training_arguments"]["learning_rate"] == 1e-3
+    assert (lora["adapter"]["r"], lora["adapted_layers"]) == (4, ["fc1"])
+    result.stdout.fnmatch_lines(
+        [
+            "Set from the command line: baseline (--batch-size 5 --learning-rate 0.001 --warmup 1), lora *rank 4*",
+            "Rows of 32 tokens.",
+            "not run: method otherwise says learning_rate=0.0001, and the command line --learning-rate 0.001: *",
+        ]
+    )
+
+
 def test_parametrising_a_test_oneself_goes_before_the_command_line(project):
     project.makepyfile(
         """
@@ -364,6 +406,10 @@ def test_parametrising_a_test_oneself_goes_before_the_command_line(project):
         (["--gpus-per-trial=9"], "method baseline trains 8 sequences a step, which 9 ranks cannot share*"),
         (["--seed=-1"], "--seed -1: give a number from 0 to *"),
         (["--report=nowhere/report.html"], "--report nowhere/report.html: there is no folder *nowhere"),
+        (["--lora-rank=0"], "--lora-rank 0: give at least 1"),
+        (["--schedule=cosin"], "--schedule cosin: choose one of linear, cosine, *; did you mean cosine*"),
+        (["--method=baseline", "--lora-rank=4"], "--lora-rank 4: method baseline has no LoRA adapter: leave it out, *"),
+        (["--batch-size=1", "--gpus-per-trial=2"], "method baseline trains 1 sequences a step, which 2 ranks *"),
         (["--pairs=7"], "--pairs: 7 pairs: give a multiple of 4 from 8 on, at most 65536"),
         (["--speedup-fail=10%"], "--speedup-fail: there is no stored run to hold against: add --benchmark-compare"),
         (["--memory-fail=ten", "--benchmark-compare"], "--memory-fail 'ten': give a percentage *"),

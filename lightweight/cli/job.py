@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightweight.models import Weights
-from lightweight.trial import MAX_LENGTH
+from lightweight.settings import Settings
 
 
 class JobError(ValueError):
@@ -32,9 +32,7 @@ class Job:
     weights: Weights | None = None
     epochs: int = 10
     max_steps: int | None = None
-    max_length: int = MAX_LENGTH
-    batch_size: int | None = None
-    learning_rate: float | None = None
+    settings: Settings = field(default_factory=Settings)
     seed: int = 0
     report_to: str = "none"
     save_steps: int | None = None

@@ -89,7 +89,7 @@ def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) 
     device = worker.describe_device(ranks.local_rank()) if on_gpu else Device(name=f"{platform.machine()} CPU")
     try:
         target = _target(job.target, device, on_gpu)
-        method = methods.named(job.method) if job.method else None
+        method = job.settings.applied([methods.named(job.method)])[0] if job.method else None
     except ValueError as error:
         raise JobError(str(error)) from error
     if on_gpu and ranks.world_size() > 1:
@@ -100,17 +100,12 @@ def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) 
         model = _located(models.named(job.model), job.weights)
         before = ranks.of_first(output.interrupted) if job.resume else None
         if method is None:
-            settings_before = before.settings if before else {}
-            method = ranks.of_first(lambda: choose(job, model, target, device, settings_before, progress))
-        if job.batch_size is not None:
-            method = method.with_batch(job.batch_size)
-        if job.learning_rate is not None:
-            method = method.with_learning_rate(job.learning_rate)
+            method = ranks.of_first(lambda: choose(job, model, target, device, before, progress))
         trial = _trial(job, model, method, target, dialogues, on_gpu)
         if job.resume:
             _check_same(trial, before, output)
-        if before and before.finished is not None:
-            return publish_finished(before.finished, output)
+        if before and before.is_finished:
+            return publish_finished(before.settings, output)
         progress(f"{trial.name}: loading")
         settings = record.settings(trial)
         trial = replace(trial, model=ranks.of_first(lambda: _written(model, output, job.seed, settings)))
@@ -143,7 +138,7 @@ def _carry_out(
 ) -> Outcome:
     torch_device = worker.take_device(trial)
     meter = Meter(torch_device, start_seconds=0.0)
-    checkpoint = before and before.checkpoint
+    checkpoint = before.checkpoint if before else None
     saving = Checkpoints(
         interruption,
         checkpoints.Clock(None if job.save_steps else checkpoints.SECONDS),
@@ -242,9 +237,9 @@ def _trial(job: Job, model: Model, method: Method, target: Target, dialogues: co
             seed=job.seed,
             epochs=job.epochs,
             max_steps=job.max_steps,
-            max_length=job.max_length,
             device_index=0 if on_gpu else None,
             world_size=ranks.world_size(),
+            **job.settings.rows,
         )
     except ValueError as error:
         raise JobError(str(error)) from error
@@ -258,9 +253,8 @@ def _check_same(trial: Trial, before: Interrupted | None, output: Output) -> Non
     for line in before.passed_over:
         say(line)
     settings = json.loads(json.dumps(record.settings(trial)))
-    differ = [key for key in settings if settings[key] != before.settings.get(key)]
-    if differ:
-        was = ", ".join(f"{key} was {before.settings.get(key)!r} and is {settings[key]!r}" for key in differ)
+    if differ := record.differing_settings(before.settings, settings):
+        was = ", ".join(f"{key} was {then!r} and is {now!r}" for key, (then, now) in differ.items())
         raise JobError(
             f"--resume: the job in {before.place} is another one: {was}: give the options it was started with, "
             "or --overwrite without --resume"

@@ -17,6 +17,7 @@ from lightweight.record.entries import Run as Run
 from lightweight.record.entries import Speedup as Speedup
 from lightweight.record.entries import seconds_per_token as seconds_per_token
 from lightweight.record.entries import training_loss as training_loss
+from lightweight.record.likeness import OF_METHOD as OF_METHOD
 from lightweight.record.likeness import SAME_BASELINE as SAME_BASELINE
 from lightweight.record.likeness import SAME_BUT_RANKS as SAME_BUT_RANKS
 from lightweight.record.likeness import SAME_CELL as SAME_CELL
@@ -24,6 +25,7 @@ from lightweight.record.likeness import SAME_METHOD as SAME_METHOD
 from lightweight.record.likeness import SAME_TRIAL as SAME_TRIAL
 from lightweight.record.likeness import Likeness as Likeness
 from lightweight.record.likeness import baseline_of as baseline_of
+from lightweight.record.likeness import differing_settings as differing_settings
 from lightweight.record.reading import RecordError as RecordError
 from lightweight.record.reading import load as load
 from lightweight.record.reading import run as run

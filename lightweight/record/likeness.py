@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,28 @@ SAME_TRIAL = SAME_CELL.also("seed", "planned_steps")
 
 SAME_BUT_RANKS = SAME_TRIAL.but("world_size")
 """A trial on one GPU and the same on several."""
+
+
+OF_METHOD = ("adapter", "quantization", "weights_dtype", "training_arguments", "captured_step", "library")
+"""Fields of an `Entry` that its `method_digest` is of."""
+
+WITH_DEFAULTS = ("adapter", "quantization")
+"""Those of them in which a library writes all that it knows, so that another version of it writes other keys."""
+
+
+def differing_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What two trials' settings, as JSON, differ in, as they were then and are now: keys of objects by their own names,
+    None where one has no such key; the method's digest only where nothing else says it."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key, is_now in now.items():
+        was = then.get(key)
+        if isinstance(was, Mapping) and isinstance(is_now, Mapping):
+            inner = was.keys() & is_now.keys() if key in WITH_DEFAULTS else was.keys() | is_now.keys()
+            found |= {name: (was.get(name), is_now.get(name)) for name in sorted(inner - {"peft_version"})}
+        elif key != "changed":  # which says again what differs
+            found[key] = was, is_now
+    differing = {key: pair for key, pair in found.items() if pair[0] != pair[1]}
+    return {key: pair for key, pair in differing.items() if key != "method_digest"} or differing
 
 
 def baseline_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightweight.record import Entry, Run, baseline_of
+from lightweight.record import Entry, Run, baseline_of, one_line
 from lightweight.report.select import method_of, several
 from lightweight.report.speed import faster
+from lightweight.settings import MAX_LENGTH, as_typed
 from lightweight.targets import size
 
 RANDOM, EMULATED, HOST = "[r]", "[e]", "[h]"
@@ -160,6 +161,13 @@ def before_and_after(losses: tuple[float, float] | None) -> str:
 def notes(entries: Sequence[Entry], runs: Sequence[Run] = ()) -> list[str]:
     """What a reader must know beside the table: on what it was measured, and what random weights cannot say."""
     lines = []
+    changes = {(entry.method, as_typed(entry.changed)): None for entry in entries if entry.changed}
+    if changes:
+        said = ", ".join(f"{method} ({changed})" for method, changed in changes)
+        lines.append(one_line(f"Set from the command line: {said}."))
+    lengths = sorted({entry.max_length for entry in entries if entry.max_length})
+    if lengths not in ([], [MAX_LENGTH]):
+        lines.append(f"Rows of {' and '.join(map(str, lengths))} tokens.")
     unclean = [run for run in runs if run.is_dirty and run.entries]
     if unclean:
         names = ", ".join(f"{run.name} (after commit {(run.commit or 'unknown')[:7]})" for run in unclean)

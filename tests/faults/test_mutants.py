@@ -22,6 +22,7 @@ from faults.mutants import STEERING
 from lightweight import models
 from lightweight.__main__ import main
 from lightweight.cli.output import MARK
+from lightweight.settings import SETTINGS
 from lightweight.verdict.limits import LIMITS
 
 RECORDS = sorted((Path(__file__).parents[2] / "experiments" / "records").glob("*.json"))
@@ -153,9 +154,10 @@ WORDS = (
     *("os:system", ":", "a.b:C", "lora", "baseline", "opt-350m", "t4", "16GiB", "-5GiB", "1e400GiB", "none", "[]"),
 )
 OPTIONS = {
-    "train": "--method --target --weights --epochs --batch-size --max-length --learning-rate --seed --save-steps "
-    "--report-to --corpus --model --resume --overwrite",
-    "plan": "--method --target --batch-size --max-length --gpus --record --format --max-batch --traceback",
+    "train": "--method --target --weights --epochs --seed --save-steps --report-to --corpus --model --resume "
+    f"--overwrite {' '.join(setting.flag for setting in SETTINGS)}",
+    "plan": "--method --target --gpus --record --format --max-batch --traceback "
+    + " ".join(setting.flag for setting in SETTINGS),
     "report": "-o --format --into --figures",
     "gate": f"--against --undecided --missing --require-match {' '.join(limit.flag for limit in LIMITS)}",
     "chat": "--prompt --max-tokens --temperature",

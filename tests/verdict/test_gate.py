@@ -249,6 +249,17 @@ def test_methods_of_one_name_and_other_settings_are_not_compared():
     assert compare([now], [now]).failures == []
 
 
+def test_which_setting_makes_a_method_another_is_told():
+    settings = {"training_arguments": {"fp16": True}, "adapter": {"r": 8, "peft_version": "0.20", "old": 1}}
+    changed = {"training_arguments": {"fp16": True, "learning_rate": 1e-3}, "adapter": {"r": 64, "new": 1}}
+    now = cell(method_digest="a" * 64, changed={"lora_rank": 64, "learning_rate": 1e-3}, **changed)
+    then = cell(method_digest="b" * 64, **settings)
+    found = gate.compare([now], [run(then)], BOTH)
+    said = "r is 8 there and 64 here, learning_rate is None there and 0.001 here"
+    assert f"not compared with {run(then).name}: {said}" in found.notes
+    assert any(line.endswith(f"; {said}") for line in found.failures)
+
+
 def test_settings_that_an_old_record_does_not_say_are_told_as_unknown():
     found = compare([cell(method_digest="a" * 64)], [cell(method_digest=None)])
     assert found.cells[0].then is not None

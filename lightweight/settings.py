@@ -1,0 +1,317 @@
+"""What can be set from a command line? Settings of a method, and of its rows, declared once for the suite, `plan` and
+`train`; and the method that they make of another.
+
+Imports nothing that takes long: a pytest that only prints its help reads the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from lightweight import names
+from lightweight.corpus import MIN_LENGTH
+
+if TYPE_CHECKING:  # a method takes seconds to import
+    from lightweight.methods import Method
+
+MAX_LENGTH = 256
+"""Tokens in a row where nobody says otherwise, padding included, as in the original scripts."""
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Reads whole numbers from `least` on, and raises ValueError for anything else."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError("give a whole number") from None
+        if value < least:
+            raise ValueError(f"give at least {least}")
+        return value
+
+    return read
+
+
+def rate(text: str) -> float:
+    """A learning rate. Raises ValueError."""
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise ValueError("give a number above 0, such as 1e-3")
+    return value
+
+
+def warmup(text: str) -> int | float:
+    """Optimizer steps, or a share of all of them below 1. Raises ValueError."""
+    value = _number(text)
+    if not (0 <= value < 1 or (value >= 1 and value.is_integer())):
+        raise ValueError("give a whole number of steps, or a share of them below 1, such as 0.1")
+    return value if 0 < value < 1 else int(value)
+
+
+def share(text: str) -> float:
+    """A probability below 1. Raises ValueError."""
+    value = _number(text)
+    if not 0 <= value < 1:
+        raise ValueError("give a share from 0 to below 1, such as 0.05")
+    return value
+
+
+def layers(text: str) -> str | tuple[str, ...]:
+    """`all-linear`, or names with commas between them, sorted. Raises ValueError."""
+    said = {name.strip() for name in text.split(",")} - {""}
+    if not said or ("all-linear" in said and len(said) > 1):
+        raise ValueError("give names with commas between them, such as q_proj,v_proj, or all-linear alone")
+    return "all-linear" if "all-linear" in said else tuple(sorted(said))
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One of `Settings` as a command line says it. `of` is what it belongs to: a method's TrainingArguments, its LoRA
+    adapter, or the rows of a Trial; `key` is what it is called there. `others` are keys of the adapter that say the
+    same for some layers."""
+
+    name: str
+    metavar: str
+    read: Callable[[str], Any]
+    help: str
+    of: Literal["arguments", "adapter", "rows"]
+    key: str
+    others: tuple[str, ...] = ()
+
+    @property
+    def flag(self) -> str:
+        """As it is typed."""
+        return f"--{self.name.replace('_', '-')}"
+
+    def value(self, text: str | None) -> Any:
+        """What `text` says, None for nothing. Raises ValueError."""
+        if text is None:
+            return None
+        try:
+            return self.read(text)
+        except ValueError as error:
+            raise ValueError(f"{self.flag} {names.one_line(text)}: {error}") from None
+
+
+SETTINGS = (
+    Setting(
+        name="max_length",
+        metavar="N",
+        read=whole(MIN_LENGTH),
+        help=f"tokens a row (default: {MAX_LENGTH})",
+        of="rows",
+        key="max_length",
+    ),
+    Setting(
+        name="batch_size",
+        metavar="N",
+        read=whole(1),
+        help="sequences a forward pass (default: the method's; plan, and train without --method: or the most that fit "
+        "in more passes of the same step)",
+        of="arguments",
+        key="per_device_train_batch_size",
+    ),
+    Setting(
+        name="accumulation",
+        metavar="N",
+        read=whole(1),
+        help="forward passes an optimizer step, whose gradients accumulate (default: the method's)",
+        of="arguments",
+        key="gradient_accumulation_steps",
+    ),
+    Setting(
+        name="learning_rate",
+        metavar="RATE",
+        read=rate,
+        help="what the schedule begins at, after any warmup (default: the method's, else 5e-5)",
+        of="arguments",
+        key="learning_rate",
+    ),
+    Setting(
+        name="schedule",
+        metavar="NAME",
+        read=str,
+        help="how the learning rate goes on, as transformers calls it: linear, cosine, constant, ... (default: the "
+        "method's, else linear)",
+        of="arguments",
+        key="lr_scheduler_type",
+    ),
+    Setting(
+        name="warmup",
+        metavar="STEPS",
+        read=warmup,
+        help="optimizer steps in which the learning rate rises, or a share of all of them below 1 (default: the "
+        "method's, else 0)",
+        of="arguments",
+        key="warmup_steps",
+    ),
+    Setting(
+        name="lora_rank",
+        metavar="N",
+        read=whole(1),
+        help="rank of a LoRA adapter (default: the method's)",
+        of="adapter",
+        key="r",
+        others=("rank_pattern",),
+    ),
+    Setting(
+        name="lora_alpha",
+        metavar="N",
+        read=whole(1),
+        help="a LoRA adapter's output is multiplied by this over its rank (default: the method's)",
+        of="adapter",
+        key="lora_alpha",
+        others=("alpha_pattern",),
+    ),
+    Setting(
+        name="lora_dropout",
+        metavar="SHARE",
+        read=share,
+        help="dropout of a LoRA adapter's input (default: the method's)",
+        of="adapter",
+        key="lora_dropout",
+    ),
+    Setting(
+        name="lora_layers",
+        metavar="NAMES",
+        read=layers,
+        help="the layers that a LoRA adapter is put on, with commas between their names, or all-linear (default: the "
+        "method's)",
+        of="adapter",
+        key="target_modules",
+    ),
+)
+"""What the suite, `plan` and `train` take alike."""
+
+
+def as_typed(changed: Mapping[str, Any]) -> str:
+    """What `Settings` have changed, as a record has it, as it was typed."""
+    values = {name: ",".join(map(str, v)) if isinstance(v, list | tuple) else v for name, v in changed.items()}
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is set from a command line, None where nothing is.
+
+    `max_length` is in tokens a row, `batch_size` in sequences a forward pass, `accumulation` in passes an optimizer
+    step, `warmup` in optimizer steps or, below 1, a share of all of them. `schedule` is one of transformers' names.
+    `lora_layers` are names, or "all-linear".
+    """
+
+    max_length: int | None = None
+    batch_size: int | None = None
+    accumulation: int | None = None
+    learning_rate: float | None = None
+    schedule: str | None = None
+    warmup: int | float | None = None
+    lora_rank: int | None = None
+    lora_alpha: int | None = None
+    lora_dropout: float | None = None
+    lora_layers: str | tuple[str, ...] | None = None
+
+    @classmethod
+    def read(cls, said: Callable[[str], str | None]) -> Self:
+        """What `said`, asked by a setting's name, has as text for each. Raises ValueError, in one line."""
+        return cls(**{setting.name: setting.value(said(setting.name)) for setting in SETTINGS})
+
+    def given(self, *of: str) -> list[tuple[Setting, Any]]:
+        """Those settings of `of` that are set, each with its value."""
+        every = [(setting, getattr(self, setting.name)) for setting in SETTINGS if setting.of in of]
+        return [(setting, value) for setting, value in every if value is not None]
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """Fields of a Trial that are set."""
+        return {setting.key: value for setting, value in self.given("rows")}
+
+    @property
+    def keeps_passes(self) -> bool:
+        """Whether it is said how a step is divided into passes, so that no forecast is to choose."""
+        return self.batch_size is not None or self.accumulation is not None
+
+    def fits(self, method: Method) -> bool:
+        """Whether `method` has all that is set."""
+        return not self.given("adapter") or _has_lora(method)
+
+    def apply(self, method: Method) -> Method:
+        """`method` with what is set; LoRA's settings leave alone a method without LoRA. The suite's own methods are
+        changed; any other one is where it says nothing itself. Raises MethodError where it says otherwise, and for what
+        no method can have."""
+        from lightweight import arguments, methods
+
+        arguments.check_schedule(self.schedule)
+        is_stock = methods.METHODS.get(method.name) is method
+        of_adapter = self.given("adapter") if _has_lora(method) else []
+        changed: dict[str, Any] = {}
+        new: dict[str, dict[str, Any]] = {"arguments": {}, "adapter": {}}
+        for setting, value in [*self.given("arguments"), *of_adapter]:
+            own, says = _own(method, setting)
+            if own == (set(value) if isinstance(value, tuple) else value):
+                continue
+            if says and not is_stock:
+                here = as_typed({setting.name: value})
+                raise methods.MethodError(
+                    f"method {method.name} says {says}, and the command line {here}: leave one of both out"
+                )
+            changed[setting.name] = value
+            new[setting.of][setting.key] = list(value) if isinstance(value, tuple) else value
+        if not changed:
+            return method
+        adapter: Any = method.adapter
+        if new["adapter"]:
+            try:
+                adapter = replace(adapter, **new["adapter"])
+            except (TypeError, ValueError) as error:
+                said = as_typed({setting.name: value for setting, value in of_adapter})
+                raise methods.MethodError(f"method {method.name}: {said} cannot be had ({error})") from error
+        training_arguments = {**method.training_arguments, **new["arguments"]}
+        return replace(method, adapter=adapter, training_arguments=training_arguments, changed=changed)
+
+    def applied(self, methods: Iterable[Method]) -> list[Method]:
+        """`methods` with what is set. Raises MethodError as `apply` does, and where LoRA's settings are set and none of
+        them has LoRA."""
+        from lightweight.methods import MethodError
+
+        changed = [self.apply(method) for method in methods]
+        if changed and not any(map(self.fits, changed)):
+            (setting, value), *_ = self.given("adapter")
+            called = ", ".join(method.name for method in changed)
+            raise MethodError(
+                f"{as_typed({setting.name: value})}: method {called} has no LoRA adapter: leave it out, or take a "
+                "method that has one, such as lora"
+            )
+        return changed
+
+
+def _has_lora(method: Method) -> bool:
+    return getattr(method.adapter, "peft_type", None) == "LORA"
+
+
+def _own(method: Method, setting: Setting) -> tuple[Any, str]:
+    """What `method` has for `setting`, and how it says so itself: with nothing where that is the library's default,
+    which a config of peft has whether or not somebody has said it."""
+    from lightweight import arguments
+
+    if setting.of == "arguments":
+        if setting.key in method.training_arguments:
+            value = method.training_arguments[setting.key]
+            return value, f"{setting.key}={value!r}"
+        return arguments.default(setting.key), ""
+    adapter: Any = method.adapter
+    defaults = {field.name: field.default for field in fields(adapter)}
+    others = [f"{key}={getattr(adapter, key)!r}" for key in setting.others if getattr(adapter, key, None)]
+    value = getattr(adapter, setting.key)
+    says = [f"{setting.key}={value!r}"] if value != defaults.get(setting.key) else others
+    return value, says[0] if says else ""
