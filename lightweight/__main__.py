@@ -20,7 +20,7 @@ from lightweight import __version__, models, names, record, targets
 from lightweight.cli import checkpoints
 from lightweight.cli.output import Output
 from lightweight.report import comparison, write
-from lightweight.settings import SETTINGS, Settings
+from lightweight.settings import OF_CORPUS, SETTINGS, Settings, how_read
 from lightweight.verdict import gate
 from lightweight.verdict.limits import LIMITS, Limits
 
@@ -205,7 +205,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", metavar="NAME", help="a known name or package.module:NAME (default: the fastest forecast to fit)"
     )
-    parser.add_argument("--corpus", type=Path, default=Path("corpus.json"), metavar="PATH", help="a JSON list of turns")
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        default=Path("corpus.json"),
+        metavar="PATH",
+        help="what to train on: a file, or hub:NAME[:SPLIT] (default: corpus.json)",
+    )
+    _add_how_read(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the trained model goes")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is there already")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of an interrupted job")
@@ -234,6 +241,7 @@ def _train(options: argparse.Namespace) -> int:
         for option in ("epochs", "max_steps", "save_steps"):
             _at_least(options, option, 1)
         options.settings = _settings(options)
+        options.reading = how_read(lambda name: getattr(options, name))
         if not 0 <= options.seed < 2**32:
             raise ValueError(f"--seed {options.seed}: give a number from 0 to {2**32 - 1}, which is what numpy takes")
         models.named(options.model)
@@ -288,6 +296,11 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     # transformers and peft call activation checkpointing by its older name
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
+
+
+def _add_how_read(parser: argparse.ArgumentParser) -> None:
+    for one in OF_CORPUS:
+        parser.add_argument(f"--{one.name}", help=one.help.replace("%", "%%"), **one.settings)
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

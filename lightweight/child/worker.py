@@ -212,6 +212,7 @@ def set_up(trial: Trial, device: torch.device, meter: Meter, rounds: Rounds, fol
         "adapted_layers": methods.adapted_layers(network),
         "base_quantization": models.quantization_of(network),
         "training_rows": len(training.rows),
+        "example_tokens": {str(bound): count for bound, count in corpus.histogram(training.tokens).items()},
         "truncated_sequences": training.truncated,
         "split_examples": training.split,
         "dropped_examples": training.dropped,

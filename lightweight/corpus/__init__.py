@@ -16,9 +16,12 @@ from lightweight.corpus.conversation import (
     Text,
     pair,
 )
+from lightweight.corpus.formats import NAMES as FORMATS
+from lightweight.corpus.lengths import histogram
 from lightweight.corpus.reading import How, load
 from lightweight.corpus.rows import (
     IGNORED,
+    MIN_LENGTH,
     Encoded,
     Long,
     Row,
@@ -35,7 +38,9 @@ from lightweight.corpus.split import in_latin_letters
 from lightweight.corpus.template import LossOn
 
 __all__ = [
+    "FORMATS",
     "IGNORED",
+    "MIN_LENGTH",
     "THERAPIST",
     "Conversation",
     "Corpus",
@@ -58,6 +63,7 @@ __all__ = [
     "encode_text",
     "encode_whole",
     "ends_of_answers",
+    "histogram",
     "in_latin_letters",
     "load",
     "pair",
