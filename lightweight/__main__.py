@@ -1,5 +1,5 @@
 """The command line: `lightweight plan MODEL`, `lightweight train --model MODEL --output DIR`, `lightweight chat DIR`,
-`lightweight report RECORD.json`, `lightweight gate NEW.json`."""
+`lightweight data FILE`, `lightweight report RECORD.json`, `lightweight gate NEW.json`."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_plan(commands.add_parser("plan", help="forecast which methods fit which cards, without a GPU or the weights"))
     _add_train(commands.add_parser("train", help="fine-tune a model and save it, with checkpoints on the way"))
+    _add_data(commands.add_parser("data", help="look at a corpus before training: lengths, and what the loss is on"))
     _add_chat(commands.add_parser("chat", help="let a model that was trained answer prompts"))
     _add_report(commands.add_parser("report", help="what saved records say: a page, markdown, or tables"))
     _add_gate(commands.add_parser("gate", help="hold a saved record against older ones; status 1 where it got worse"))
@@ -364,6 +365,35 @@ def _chat(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    return 0
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_data)
+    parser.add_argument("corpus", type=Path, metavar="FILE", help="a corpus: a file, or hub:NAME[:SPLIT]")
+    parser.add_argument("--model", metavar="NAME", help="whose tokens are counted: a known name, a hub id or a folder")
+    _add_how_read(parser)
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+
+
+def _data(options: argparse.Namespace) -> int:
+    from lightweight.cli import data
+
+    how = how_read(lambda name: getattr(options, name))
+    try:
+        if options.model is not None:
+            models.named(options.model)
+            _quiet()
+        found, read, tokenizer = data.run(options.corpus, how, options.model, progress=_show)
+        if options.format == "json":
+            print(data.written(found))
+            return 0
+        print(data.text(found))
+        if tokenizer is not None:
+            in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+            print(data.shown(read, tokenizer, in_colour=in_colour))
+    except data.REFUSALS as error:
+        return _refuse(error)
     return 0
 
 
