@@ -331,7 +331,14 @@ def _at_least(options: argparse.Namespace, option: str, least: int) -> None:
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_chat)
     parser.add_argument("folder", type=Path, metavar="DIR", help="what `lightweight train` wrote")
-    parser.add_argument("--prompt", metavar="TEXT", help="answer this one (default: standard input, line by line)")
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="answer this one, or each in the file of this name, as JSON lines (default: standard input, line by line)",
+    )
+    parser.add_argument(
+        "--system", metavar="TEXT", help="what stands before the dialogue, for a model trained on conversations"
+    )
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)")
     parser.add_argument(
         "--temperature",
@@ -356,10 +363,12 @@ def _chat(options: argparse.Namespace) -> int:
         model = chat.load(options.folder, progress=_show)
         _show("")
         how = {"max_tokens": options.max_tokens, "temperature": options.temperature}
-        if options.prompt is None:
-            chat.talk(model, **how)
+        if options.prompt is not None and _is_file(options.prompt):
+            chat.answer_file(model, Path(options.prompt), options.system, **how)
+        elif options.prompt is not None:
+            chat.Dialogue(model, options.system).say(options.prompt, show=True, **how)
         else:
-            model.answer(options.prompt, show=True, **how)
+            chat.talk(chat.Dialogue(model, options.system), **how)
     except chat.REFUSALS as error:
         return _refuse(error)
     except KeyboardInterrupt:
@@ -395,6 +404,13 @@ def _data(options: argparse.Namespace) -> int:
     except data.REFUSALS as error:
         return _refuse(error)
     return 0
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a path, or with a null in it
+        return False
 
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from lightweight import names
-from lightweight.corpus import FORMATS, MIN_LENGTH, How
 
 if TYPE_CHECKING:  # a method takes seconds to import
+    from lightweight.corpus import How
     from lightweight.methods import Method
 
 MAX_LENGTH = 256
@@ -68,11 +68,26 @@ def layers(text: str) -> str | tuple[str, ...]:
     return "all-linear" if "all-linear" in said else tuple(sorted(said))
 
 
+def one_of(*words: str) -> Callable[[str], str]:
+    """Reads one of `words`, and raises ValueError for anything else."""
+
+    def read(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"choose one of {', '.join(words)}{names.question(text, words)}")
+        return text
+
+    return read
+
+
 def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
         return math.nan
+
+
+FORMATS = ("turns", "preference", "messages", "sharegpt", "alpaca", "prompt-completion", "text")
+"""What `corpus.FORMATS` are called, which is not imported to say so."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +120,8 @@ OF_CORPUS = (
 
 def how_read(said: Callable[[str], Any]) -> How:
     """How a corpus is read, by what is `said` for each of OF_CORPUS."""
+    from lightweight.corpus import How
+
     return How(format=said("corpus_format"), skip_bad=said("skip_bad"), held_out=said("held_out"))
 
 
@@ -141,10 +158,36 @@ SETTINGS = (
     Setting(
         name="max_length",
         metavar="N",
-        read=whole(MIN_LENGTH),
-        help=f"tokens a row (default: {MAX_LENGTH})",
+        read=whole(2),  # `corpus.MIN_LENGTH`, which is not imported to say so
+        help=f"tokens a row at most (default: {MAX_LENGTH})",
         of="rows",
         key="max_length",
+    ),
+    Setting(
+        name="loss_on",
+        metavar="WHICH",
+        read=one_of("all", "last"),
+        help="the assistant's turns that the loss is on: all of a conversation, or the last (default: all)",
+        of="rows",
+        key="loss_on",
+    ),
+    Setting(
+        name="long",
+        metavar="HOW",
+        read=one_of("cut", "split", "drop"),
+        help="what becomes of a conversation that is longer than a row: cut, its first turns go; split, it becomes "
+        "several rows; drop, it is left out (default: cut)",
+        of="rows",
+        key="long",
+    ),
+    Setting(
+        name="padding",
+        metavar="HOW",
+        read=one_of("longest", "max"),
+        help="rows of a batch are padded to its longest, or all to --max-length (default: max for pairs of turns as "
+        "the original's, longest for all others)",
+        of="rows",
+        key="padding",
     ),
     Setting(
         name="batch_size",
@@ -238,12 +281,15 @@ def as_typed(changed: Mapping[str, Any]) -> str:
 class Settings:
     """What is set from a command line, None where nothing is.
 
-    `max_length` is in tokens a row, `batch_size` in sequences a forward pass, `accumulation` in passes an optimizer
-    step, `warmup` in optimizer steps or, below 1, a share of all of them. `schedule` is one of transformers' names.
-    `lora_layers` are names, or "all-linear".
+    `max_length` is in tokens a row; `loss_on`, `long` and `padding` are as in Trial. `batch_size` is in sequences a
+    forward pass, `accumulation` in passes an optimizer step, `warmup` in optimizer steps or, below 1, a share of all of
+    them. `schedule` is one of transformers' names. `lora_layers` are names, or "all-linear".
     """
 
     max_length: int | None = None
+    loss_on: str | None = None
+    long: str | None = None
+    padding: str | None = None
     batch_size: int | None = None
     accumulation: int | None = None
     learning_rate: float | None = None

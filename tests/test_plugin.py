@@ -360,10 +360,25 @@ def test_what_is_set_is_trained_shown_and_recorded(project):
     result.stdout.fnmatch_lines(
         [
             "Set from the command line: baseline (--batch-size 5 --learning-rate 0.001 --warmup 1), lora *rank 4*",
-            "Rows of 32 tokens.",
+            "Rows of at most 32 tokens.",
             "not run: method otherwise says learning_rate=0.0001, and the command line --learning-rate 0.001: *",
         ]
     )
+
+
+def test_what_is_set_of_rows_is_trained_shown_and_recorded(project):
+    project.makepyfile(CELLS)
+    roles = ("user", "assistant") * 2
+    talks = [{"messages": [{"role": role, "content": f"{n} is it"} for role in roles]} for n in range(24)]
+    (project.path / "talks.json").write_text(json.dumps(talks), "utf-8")
+    options = "--corpus=talks.json --max-length=128 --loss-on=last --long=drop --padding=max"
+    result, document = run_json(project, *options.split(), "-k", "lora")
+    result.assert_outcomes(passed=1, deselected=1)
+    (entry,) = document["outcomes"]
+    assert [entry[key] for key in ("max_length", "loss_on", "long", "padding")] == [128, "last", "drop", "max"]
+    assert entry["step_padded_tokens"][0] == 8 * 128
+    assert "changed" not in entry
+    result.stdout.fnmatch_lines(["Rows of at most 128 tokens.", "Conversations: --loss-on last --long drop."])
 
 
 def test_parametrising_a_test_oneself_goes_before_the_command_line(project):

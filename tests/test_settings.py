@@ -5,19 +5,25 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from lightweight import arguments, methods, record
+from lightweight import arguments, corpus, methods, record, settings
+from lightweight.corpus import Long, LossOn
+from lightweight.corpus.rows import MIN_LENGTH
 from lightweight.methods import BASELINE, LORA, QLORA, Method, MethodError
 from lightweight.preload import peft
 from lightweight.settings import SETTINGS, Settings, as_typed
+from lightweight.trial import Padding
 
 RECORDS = Path(__file__).parents[1] / "experiments" / "records"
 
 EVERY: dict[str, tuple[str, Any]] = {
     "max_length": ("512", 512),
+    "loss_on": ("last", "last"),
+    "long": ("split", "split"),
+    "padding": ("max", "max"),
     "batch_size": ("4", 4),
     "accumulation": ("2", 2),
     "learning_rate": ("1e-3", 1e-3),
@@ -29,6 +35,9 @@ EVERY: dict[str, tuple[str, Any]] = {
     "lora_layers": ("v_proj, k_proj", ("k_proj", "v_proj")),
 }
 """Every setting as text, and what it says."""
+
+OF_ROWS = {"max_length", "loss_on", "long", "padding"}
+"""Those of a Trial, which a record has beside the method's digest."""
 
 
 def read(**said: str) -> Settings:
@@ -53,11 +62,11 @@ def test_what_is_set_is_in_the_method_and_its_digest(method):
     assert (said["learning_rate"], said["lr_scheduler_type"], said["warmup_steps"]) == (1e-3, "cosine", 0.1)
     of_lora = {name for name in EVERY if name.startswith("lora_")}
     if method.adapter is not None:
-        adapter = changed.adapter
+        adapter: Any = changed.adapter
         assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout) == (64, 16, 0.05)
         assert adapter.target_modules == {"k_proj", "v_proj"}
         of_lora = set()
-    assert set(changed.changed) == set(EVERY) - {"max_length"} - of_lora
+    assert set(changed.changed) == set(EVERY) - OF_ROWS - of_lora
     assert changed.name == method.name
     assert record.method_digest(changed) != record.method_digest(method)
     assert every().apply(changed) == changed  # once is enough
@@ -66,8 +75,8 @@ def test_what_is_set_is_in_the_method_and_its_digest(method):
 @pytest.mark.parametrize("name", EVERY)
 def test_each_setting_alone_makes_another_digest(name):
     changed = read(**{name: EVERY[name][0]}).apply(LORA)
-    assert (record.method_digest(changed) == record.method_digest(LORA)) == (name == "max_length")
-    assert read(**{name: EVERY[name][0]}).rows == ({"max_length": 512} if name == "max_length" else {})
+    assert (record.method_digest(changed) == record.method_digest(LORA)) == (name in OF_ROWS)
+    assert read(**{name: EVERY[name][0]}).rows == ({name: EVERY[name][1]} if name in OF_ROWS else {})
 
 
 def test_without_settings_the_suites_methods_have_the_digests_of_the_committed_record():
@@ -121,8 +130,9 @@ def test_what_a_method_of_ones_own_says_otherwise_is_one_line_that_names_both(sa
 def test_where_a_method_of_ones_own_says_nothing_or_the_same_it_is_changed():
     changed = read(learning_rate="1e-4", lora_rank="64", lora_dropout="0.1", batch_size="2").apply(MINE)
     assert changed.changed == {"batch_size": 2, "lora_dropout": 0.1}
-    assert (changed.sequences_per_pass, changed.adapter.lora_dropout) == (2, 0.1)
-    assert MINE.adapter.lora_dropout == 0.0  # type: ignore[union-attr]
+    mine, adapter = MINE.adapter, changed.adapter
+    assert isinstance(mine, peft.LoraConfig) and isinstance(adapter, peft.LoraConfig)
+    assert (changed.sequences_per_pass, adapter.lora_dropout, mine.lora_dropout) == (2, 0.1, 0.0)
 
 
 def test_loras_settings_leave_alone_what_has_no_lora():
@@ -158,6 +168,9 @@ def test_what_peft_refuses_together_is_one_line():
         ("lora_alpha", "1e1", "--lora-alpha 1e1: give a whole number"),
         ("lora_dropout", "1", "--lora-dropout 1: give a share from 0 to below 1, such as 0.05"),
         ("lora_dropout", "nan", "--lora-dropout nan: give a share from 0 to below 1"),
+        ("loss_on", "first", "--loss-on first: choose one of all, last$"),
+        ("long", "splt", "--long splt: choose one of cut, split, drop; did you mean split[?]"),
+        ("padding", "none", "--padding none: choose one of longest, max$"),
         ("lora_layers", " , ", "--lora-layers  , : give names with commas between them, such as q_proj,v_proj"),
         ("lora_layers", "all-linear,q", "--lora-layers all-linear,q: give names .*, or all-linear alone"),
         ("lora_layers", "\x1b[2J,", r"--lora-layers \\x1b\[2J"),
@@ -191,6 +204,7 @@ def test_a_schedule_that_there_is_not_is_one_line(text, expected):
 
 def test_settings_are_said_as_they_are_typed():
     said = every().apply(LORA).changed
+    assert as_typed(every().rows) == "--max-length 512 --loss-on last --long split --padding max"
     assert as_typed(said) == (
         "--batch-size 4 --accumulation 2 --learning-rate 0.001 --schedule cosine --warmup 0.1 --lora-rank 64 "
         "--lora-alpha 16 --lora-dropout 0.05 --lora-layers k_proj,v_proj"
@@ -209,3 +223,10 @@ def test_every_key_is_one_of_the_library_or_the_trial():
     of = {"arguments": arguments._defaults(), "adapter": vars(peft.LoraConfig()), "rows": Trial.__dataclass_fields__}
     assert all(key in of[setting.of] for setting in SETTINGS for key in (setting.key, *setting.others))
     assert replace(LORA).changed == {}
+    assert read(max_length=str(MIN_LENGTH)).max_length == MIN_LENGTH
+    for name, words in (("loss_on", LossOn), ("long", Long), ("padding", Padding)):
+        assert [getattr(read(**{name: word}), name) for word in get_args(words)] == [*get_args(words)]
+
+
+def test_the_formats_that_can_be_said_are_those_that_are_read():
+    assert settings.FORMATS == corpus.FORMATS

@@ -1,16 +1,17 @@
 """Ask a trained model: `lightweight chat DIR`, on the model or adapter that `lightweight train` saved there.
 
-A prompt is marked up as it was in training, where every row was one turn and its answer; so each prompt is answered by
-itself, until the token that ended the answers there.
+What is asked is marked up as it was in training. A model that was trained on conversations is told the dialogue so far;
+one that was trained on single turns answers each prompt by itself. Answers end with the token that ended them there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from lightweight import corpus, models, record
 from lightweight.child import reaper
 from lightweight.cli.output import RECORD_NAME
+from lightweight.corpus import Conversation, Example, Message, Text
 from lightweight.models import Model
 from lightweight.targets import has_bf16
 
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class ChatError(ValueError):
-    """A folder that cannot be talked to. The message names it and the mend."""
+    """A folder that cannot be talked to, or a question that cannot be put. The message names it and the mend."""
 
 
 REFUSALS = (ChatError, models.ModelError, record.RecordError)
@@ -41,21 +43,19 @@ REFUSALS = (ChatError, models.ModelError, record.RecordError)
 
 @dataclass(frozen=True)
 class Chat:
-    """A trained network with its tokenizer, from `folder`."""
+    """A trained network with its tokenizer, from `folder`, and what it was trained on."""
 
     folder: Path
     network: Any
     tokenizer: PreTrainedTokenizerBase
+    trained_on: corpus.Kind = "pairs"
 
-    def answer(self, text: str, *, max_tokens: int, temperature: float = 0.0, show: bool = False) -> str:
-        """The answer to one prompt, of at most `max_tokens`; greedy at `temperature` 0. `show` prints it as it
-        grows. Raises ChatError where settings that were saved with the network prevent one."""
+    def answer(self, begun: Example, *, max_tokens: int, temperature: float = 0.0, show: bool = False) -> str:
+        """The answer to what has `begun`, a dialogue up to a user's turn or the prompt of a text, of at most
+        `max_tokens`; greedy at `temperature` 0. `show` prints it as it grows. Of a dialogue that has no room beside it
+        the first turns go. Raises ChatError where settings that were saved with the network prevent one."""
         longest = getattr(self.network.config, "max_position_embeddings", None)
-        prompt = corpus.encode_prompt(
-            corpus.Conversation((corpus.Message("user", text),), corpus.THERAPIST), self.tokenizer
-        )
-        if longest:
-            prompt = prompt[-max(1, longest - max_tokens) :]
+        prompt = self._prompt(begun, max(1, longest - max_tokens) if longest else None)
         ids = torch.tensor([prompt], device=self.network.device)
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
@@ -65,12 +65,80 @@ class Chat:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_tokens if not longest else min(max_tokens, longest - len(prompt)),
-                eos_token_id=end,
+                eos_token_id=corpus.ends_of_answers(self.tokenizer),
                 pad_token_id=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
                 streamer=streamer,
                 **sampling,
             )[0]
         return str(self.tokenizer.decode(row[len(prompt) :], skip_special_tokens=True))
+
+    def _prompt(self, begun: Example, room: int | None) -> list[int]:
+        """The ids of what has `begun`, its end where there is only `room` for that."""
+        prompt = corpus.encode_prompt(begun, self.tokenizer)
+        while room is not None and len(prompt) > room and isinstance(begun, Conversation):
+            shorter = _without_first_turn(begun)
+            if shorter == begun:
+                break
+            begun = shorter
+            prompt = corpus.encode_prompt(begun, self.tokenizer)
+        return prompt if room is None else prompt[-room:]
+
+
+def _without_first_turn(begun: Conversation) -> Conversation:
+    """`begun` without its first turn and the answer to it; itself where there is no answer yet."""
+    system = [message for message in begun.messages[:1] if message.role == "system"]
+    answers = [index for index, message in enumerate(begun.messages) if message.role == "assistant"]
+    if not answers:
+        return begun
+    return Conversation((*system, *begun.messages[answers[0] + 1 :]), begun.answerer)
+
+
+@dataclass
+class Dialogue:
+    """What is said to a model, turn by turn: all of it so far, where it was trained on conversations; else each by
+    itself. Raises ChatError for a `system` message to a model that was trained without."""
+
+    chat: Chat
+    system: str | None = None
+    turns: list[Message] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.system is not None and not self.remembers:
+            raise ChatError(
+                f"--system: {self.chat.folder} was trained on {self.chat.trained_on}, which have no system message: "
+                "leave it out"
+            )
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the model knows conversations."""
+        return self.chat.trained_on == "conversations"
+
+    def say(self, text: str, **how: Any) -> str:
+        """The answer to `text`; `how` is as for `Chat.answer`. One that was cut short is forgotten with its turn."""
+        said = [*self.turns, Message("user", text)]
+        answer = self.chat.answer(self._begun(said, text), **how)
+        if self.remembers:
+            self.turns = [*said, Message("assistant", answer.strip())]
+        return answer
+
+    def new(self) -> None:
+        """Forget what was said; the system message stays."""
+        self.turns = []
+
+    def undo(self) -> bool:
+        """Take the last turn and its answer back; whether there was one."""
+        had = bool(self.turns)
+        self.turns = self.turns[:-2]
+        return had
+
+    def _begun(self, said: list[Message], text: str) -> Example:
+        if self.chat.trained_on == "texts":
+            return Text(text, "")
+        system = [] if self.system is None else [Message("system", self.system)]
+        if self.remembers:
+            return Conversation((*system, *said))
+        return Conversation((Message("user", text),), corpus.THERAPIST)
 
 
 def load(folder: Path, progress: Callable[[str], None] = lambda text: None) -> Chat:
@@ -93,7 +161,7 @@ def load(folder: Path, progress: Callable[[str], None] = lambda text: None) -> C
     for name, tensor in network.named_parameters():
         if tensor.is_floating_point() and tensor.isnan().any():
             raise ChatError(f"{folder}: {name} holds what is no number: train it anew")
-    return Chat(folder, network.eval(), models.load_tokenizer(saved))
+    return Chat(folder, network.eval(), models.load_tokenizer(saved), _trained_on(folder))
 
 
 @contextlib.contextmanager
@@ -147,8 +215,18 @@ def _base(folder: Path, name: str, dtype: torch.dtype, device: torch.device, pro
         return models.load(models.write(base, scratch, entry.seed or 0), dtype, device, quantization)
 
 
-def talk(chat: Chat, *, max_tokens: int, temperature: float) -> None:
-    """Answer standard input line by line until it ends; on a terminal with a prompt to type at."""
+def _trained_on(folder: Path) -> corpus.Kind:
+    """What the model in `folder` was trained on, as its record says; single turns where it has none."""
+    path = folder / RECORD_NAME
+    if not path.is_file():
+        return "pairs"
+    with _refused(folder, RECORD_NAME):
+        return record.load(path).entries[0].trained_on
+
+
+def talk(dialogue: Dialogue, **how: Any) -> None:
+    """Answer standard input line by line until it ends; on a terminal with a prompt to type at. Of a model that knows
+    conversations the lines are one, `/new` begins another, and `/undo` takes the last turn back."""
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         with contextlib.suppress(ImportError):
@@ -158,5 +236,78 @@ def talk(chat: Chat, *, max_tokens: int, temperature: float) -> None:
             text = input("> " if at_terminal else "")
         except EOFError:
             return
-        if text.strip():
-            chat.answer(text, max_tokens=max_tokens, temperature=temperature, show=True)
+        match text.strip():
+            case "":
+                pass
+            case "/new" if dialogue.remembers:
+                dialogue.new()
+            case "/undo" if dialogue.remembers:
+                if not dialogue.undo():
+                    print("nothing was said yet", file=sys.stderr)
+            case _:
+                dialogue.say(text, show=True, **how)
+
+
+def answer_file(chat: Chat, path: Path, system: str | None, **how: Any) -> None:
+    """Answer each of the prompts in `path` by itself, to standard output as JSON lines: `prompt` and `answer`, or
+    `messages` with the answer. A file called .jsonl has a text a line, `{"prompt": ...}` or `{"messages": [...]}`; any
+    other has a prompt a line. Raises ChatError, for a defect before anything is answered."""
+    for asked in list(_asked(path)):
+        if isinstance(asked, str):
+            answer = Dialogue(chat, system).say(asked, **how)
+            told: dict[str, Any] = {"prompt": asked, "answer": answer}
+        else:
+            own = asked[0].content if asked[0].role == "system" else system
+            turns = [message for message in asked if message.role != "system"]
+            dialogue = Dialogue(chat, own, turns[:-1])
+            if len(turns) > 1 and not dialogue.remembers:
+                raise ChatError(
+                    f"{path}: has a dialogue, where {chat.folder} was trained on {chat.trained_on}: ask one turn"
+                )
+            answer = dialogue.say(turns[-1].content, **how)
+            said = [*asked, Message("assistant", answer)]
+            told = {"messages": [{"role": message.role, "content": message.content} for message in said]}
+        print(json.dumps(told, ensure_ascii=False), flush=True)
+
+
+def _asked(path: Path) -> Iterator[str | list[Message]]:
+    """The prompts and dialogues in `path`."""
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ChatError(f"--prompt {path}: cannot be read ({models.reason(error)}): give a UTF-8 text file") from error
+    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not filled:
+        raise ChatError(f"--prompt {path}: has no prompt: write one a line")
+    for number, line in filled:
+        if path.suffix != ".jsonl":
+            yield line
+            continue
+        try:
+            yield _asked_in(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            mend = 'write a text, {"prompt": "..."} or {"messages": [...]}'
+            raise ChatError(f"--prompt {path}: line {number}: {models.reason(error)}: {mend}") from error
+
+
+def _asked_in(given: Any) -> str | list[Message]:
+    """Raises ValueError."""
+    if isinstance(given, dict):
+        given = given.get("prompt", given.get("messages"))
+    if isinstance(given, str) and given.strip():
+        return given
+    if not isinstance(given, list):
+        raise ValueError("no prompt and no messages")
+    messages = [_message(one) for one in given]
+    roles = [message.role for message in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if not turns or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+        raise ValueError("messages that are no turns of user and assistant, the last the user's")
+    return messages
+
+
+def _message(given: Any) -> Message:
+    match given:
+        case {"role": "system" | "user" | "assistant" as role, "content": str(content)}:
+            return Message(role, content)
+    raise ValueError("a message without a role (system, user, assistant) or a text as content")

@@ -21,7 +21,6 @@ from lightweight.corpus.lengths import histogram
 from lightweight.corpus.reading import How, load
 from lightweight.corpus.rows import (
     IGNORED,
-    MIN_LENGTH,
     Encoded,
     Long,
     Row,
@@ -40,7 +39,6 @@ from lightweight.corpus.template import LossOn
 __all__ = [
     "FORMATS",
     "IGNORED",
-    "MIN_LENGTH",
     "THERAPIST",
     "Conversation",
     "Corpus",

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from transformers import PretrainedConfig
 
 from lightweight import models
-from lightweight.corpus import Corpus
+from lightweight.corpus import Corpus, Long, LossOn
 from lightweight.forecast import replay, tracer
 from lightweight.forecast.replay import Cause, Forecast, Verdict
 from lightweight.forecast.tracer import ForecastError
@@ -21,7 +21,7 @@ from lightweight.methods import Method
 from lightweight.models import Model, ModelError
 from lightweight.record import Entry, method_digest, seconds_per_token
 from lightweight.targets import CONTEXT_BYTES, NATIVE, Capability, Target
-from lightweight.trial import MAX_LENGTH, Trial
+from lightweight.trial import MAX_LENGTH, Padding, Trial
 
 PlanVerdict = Verdict | Literal["cannot_be_forecast"]
 
@@ -31,12 +31,16 @@ class Question:
     """What is asked of every model x method x target.
 
     The sequences of a forward pass are a method's own, or, unless the question `keeps_passes`, the most that fit in
-    more passes of the same optimizer step. `max_length` is in tokens a row. `gpus` share a trial. `max_batch` asks for
+    more passes of the same optimizer step. `max_length` is in tokens a row; what else is said of rows changes no
+    forecast, which knows no corpus and holds for rows of that length. `gpus` share a trial. `max_batch` asks for
     the largest batch that fits as well, and `fewest_gpus` for the least number of GPUs that suffices.
     """
 
     keeps_passes: bool = False
     max_length: int = MAX_LENGTH
+    loss_on: LossOn = "all"
+    long: Long = "cut"
+    padding: Padding | None = None
     gpus: int = 1
     max_batch: bool = False
     fewest_gpus: bool = False
@@ -149,6 +153,9 @@ class _Cell:
             target=NATIVE,
             corpus=Corpus(train=(), heldout=(), digest=""),
             max_length=self.question.max_length,
+            loss_on=self.question.loss_on,
+            long=self.question.long,
+            padding=self.question.padding,
             world_size=gpus,
         )
 

@@ -167,7 +167,9 @@ def notes(entries: Sequence[Entry], runs: Sequence[Run] = ()) -> list[str]:
         lines.append(one_line(f"Set from the command line: {said}."))
     lengths = sorted({entry.max_length for entry in entries if entry.max_length})
     if lengths not in ([], [MAX_LENGTH]):
-        lines.append(f"Rows of {' and '.join(map(str, lengths))} tokens.")
+        lines.append(f"Rows of at most {' and '.join(map(str, lengths))} tokens.")
+    forms = {(entry.loss_on, entry.long) for entry in entries} - {("all", "cut")}
+    lines += [f"Conversations: --loss-on {loss_on} --long {long}." for loss_on, long in sorted(forms)]
     unclean = [run for run in runs if run.is_dirty and run.entries]
     if unclean:
         names = ", ".join(f"{run.name} (after commit {(run.commit or 'unknown')[:7]})" for run in unclean)

@@ -160,7 +160,7 @@ OPTIONS = {
     + " ".join(setting.flag for setting in SETTINGS),
     "report": "-o --format --into --figures",
     "gate": f"--against --undecided --missing --require-match {' '.join(limit.flag for limit in LIMITS)}",
-    "chat": "--prompt --max-tokens --temperature",
+    "chat": "--prompt --system --max-tokens --temperature",
 }
 FLAGS = ("--resume", "--overwrite", "--max-batch", "--traceback", "--require-match")
 
