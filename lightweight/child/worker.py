@@ -214,6 +214,7 @@ def set_up(
         "adapted_layers": methods.adapted_layers(network),
         "base_quantization": models.quantization_of(network),
         "training_rows": len(training.rows),
+        "example_tokens": {str(bound): count for bound, count in corpus.histogram(training.tokens).items()},
         "truncated_sequences": training.truncated,
         "split_examples": training.split,
         "dropped_examples": training.dropped,

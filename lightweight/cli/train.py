@@ -81,7 +81,8 @@ def run(job: Job, progress: Callable[[str], None] = lambda text: None) -> Outcom
 
 def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) -> Outcome:
     output = Output(job.output.absolute())
-    dialogues = corpus.load(job.corpus)
+    dialogues = corpus.load(job.corpus, job.reading, progress)
+    say(str(dialogues.origin))
     _check_tracker(job.report_to)
     on_gpu = torch.cuda.is_available()
     if on_gpu and ranks.world_size() == 1:
