@@ -1,5 +1,5 @@
 """The command line: `lightweight plan MODEL`, `lightweight train --model MODEL --output DIR`, `lightweight chat DIR`,
-`lightweight report RECORD.json`, `lightweight gate NEW.json`."""
+`lightweight data FILE`, `lightweight report RECORD.json`, `lightweight gate NEW.json`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightweight import __version__, models, names, record, targets
 from lightweight.cli import checkpoints
 from lightweight.cli.output import Output
 from lightweight.report import comparison, write
-from lightweight.settings import SETTINGS, Settings
+from lightweight.settings import OF_CORPUS, SETTINGS, Settings, how_read
 from lightweight.verdict import gate
 from lightweight.verdict.limits import LIMITS, Limits
 
@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_plan(commands.add_parser("plan", help="forecast which methods fit which cards, without a GPU or the weights"))
     _add_train(commands.add_parser("train", help="fine-tune a model and save it, with checkpoints on the way"))
+    _add_data(commands.add_parser("data", help="look at a corpus before training: lengths, and what the loss is on"))
     _add_chat(commands.add_parser("chat", help="let a model that was trained answer prompts"))
     _add_report(commands.add_parser("report", help="what saved records say: a page, markdown, or tables"))
     _add_gate(commands.add_parser("gate", help="hold a saved record against older ones; status 1 where it got worse"))
@@ -205,7 +206,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", metavar="NAME", help="a known name or package.module:NAME (default: the fastest forecast to fit)"
     )
-    parser.add_argument("--corpus", type=Path, default=Path("corpus.json"), metavar="PATH", help="a JSON list of turns")
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        default=Path("corpus.json"),
+        metavar="PATH",
+        help="what to train on: a file, or hub:NAME[:SPLIT] (default: corpus.json)",
+    )
+    _add_how_read(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the trained model goes")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is there already")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of an interrupted job")
@@ -234,6 +242,7 @@ def _train(options: argparse.Namespace) -> int:
         for option in ("epochs", "max_steps", "save_steps"):
             _at_least(options, option, 1)
         options.settings = _settings(options)
+        options.reading = how_read(lambda name: getattr(options, name))
         if not 0 <= options.seed < 2**32:
             raise ValueError(f"--seed {options.seed}: give a number from 0 to {2**32 - 1}, which is what numpy takes")
         models.named(options.model)
@@ -288,6 +297,11 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     # transformers and peft call activation checkpointing by its older name
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
+
+
+def _add_how_read(parser: argparse.ArgumentParser) -> None:
+    for one in OF_CORPUS:
+        parser.add_argument(f"--{one.name}", help=one.help.replace("%", "%%"), **one.settings)
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -360,6 +374,35 @@ def _chat(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    return 0
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_data)
+    parser.add_argument("corpus", type=Path, metavar="FILE", help="a corpus: a file, or hub:NAME[:SPLIT]")
+    parser.add_argument("--model", metavar="NAME", help="whose tokens are counted: a known name, a hub id or a folder")
+    _add_how_read(parser)
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+
+
+def _data(options: argparse.Namespace) -> int:
+    from lightweight.cli import data
+
+    how = how_read(lambda name: getattr(options, name))
+    try:
+        if options.model is not None:
+            models.named(options.model)
+            _quiet()
+        found, read, tokenizer = data.run(options.corpus, how, options.model, progress=_show)
+        if options.format == "json":
+            print(data.written(found))
+            return 0
+        print(data.text(found))
+        if tokenizer is not None:
+            in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+            print(data.shown(read, tokenizer, in_colour=in_colour))
+    except data.REFUSALS as error:
+        return _refuse(error)
     return 0
 
 

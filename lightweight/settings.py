@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from lightweight import names
 
 if TYPE_CHECKING:  # a method takes seconds to import
+    from lightweight.corpus import How
     from lightweight.methods import Method
 
 MAX_LENGTH = 256
@@ -83,6 +84,45 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+FORMATS = ("turns", "preference", "messages", "sharegpt", "alpaca", "prompt-completion", "text")
+"""What `corpus.FORMATS` are called, which is not imported to say so."""
+
+
+@dataclass(frozen=True)
+class OfCorpus:
+    """An option that says how a corpus is read, with argparse's other `settings`."""
+
+    name: str
+    help: str
+    settings: Mapping[str, Any]
+
+
+OF_CORPUS = (
+    OfCorpus(
+        "corpus-format",
+        f"how the corpus is written: {', '.join(FORMATS)} (default: what its keys tell)",
+        {"choices": FORMATS, "metavar": "NAME"},
+    ),
+    OfCorpus(
+        "skip-bad",
+        "leave rows out that cannot be used, and count them (default: the first one is an error)",
+        {"action": "store_true", "default": False},
+    ),
+    OfCorpus(
+        "held-out",
+        "what is held out: another corpus, or a share of this one such as 0.1 (default: a sixth)",
+        {"metavar": "FILE|SHARE"},
+    ),
+)
+
+
+def how_read(said: Callable[[str], Any]) -> How:
+    """How a corpus is read, by what is `said` for each of OF_CORPUS."""
+    from lightweight.corpus import How
+
+    return How(format=said("corpus_format"), skip_bad=said("skip_bad"), held_out=said("held_out"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -170,6 +170,7 @@ class Measurements:
     trainable_parameters: int | None = None
     parameters: int | None = None
     training_rows: int | None = None
+    example_tokens: dict[str, int] | None = None
     truncated_sequences: int | None = None
     split_examples: int | None = None
     dropped_examples: int | None = None

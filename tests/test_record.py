@@ -15,7 +15,7 @@ from transformers import SchedulerType
 
 from lightweight import record, targets
 from lightweight.methods import LORA, QLORA, QLORA_CAPTURED, CapturedStep
-from lightweight.record import SAME_BASELINE, SAME_BUT_RANKS, SAME_CELL, SAME_METHOD, SAME_TRIAL, RecordError
+from lightweight.record import SAME_BASELINE, SAME_BUT_RANKS, SAME_CELL, SAME_METHOD, SAME_TRIAL, RecordError, codec
 from lightweight.targets import Device
 from lightweight.trial import Completed, Crashed, Diverged, Measurements, Outcome, OutOfMemory, TimedOut, Trial
 from lightweight.verdict import noninferiority
@@ -402,3 +402,14 @@ def test_the_gpus_peak_is_that_of_the_fullest_rank_and_else_the_hosts():
     assert (alone.gpu_peak_bytes, alone.peak_bytes) == (None, 2**30)
     assert samples.entry().memory_share(samples.stopped()) is None
     assert samples.entry(peak_allocated_bytes=2**30).memory_share(samples.entry()) == 0.25
+
+
+def test_a_record_from_before_conversations_is_of_pairs_padded_to_their_length():
+    """As every corpus was then: it compares with what is written now."""
+    now = record.as_json(samples.entry())
+    before = {key: now[key] for key in now if key not in ("trained_on", "loss_on", "long", "padding", "training_rows")}
+    old, new = codec.entry_of(before), codec.entry_of(now)
+    assert (old.trained_on, old.loss_on, old.long, old.padding) == ("pairs", "all", "cut", "max")
+    assert SAME_CELL.holds(old, new)
+    for change in ({"padding": "longest"}, {"loss_on": "last"}, {"long": "split"}):
+        assert SAME_CELL.differing(samples.entry(**change), new) == list(change)

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 
-from lightweight import arguments, methods, record
+from lightweight import arguments, corpus, methods, record, settings
 from lightweight.corpus import Long, LossOn
 from lightweight.corpus.rows import MIN_LENGTH
 from lightweight.methods import BASELINE, LORA, QLORA, Method, MethodError
@@ -226,3 +226,7 @@ def test_every_key_is_one_of_the_library_or_the_trial():
     assert read(max_length=str(MIN_LENGTH)).max_length == MIN_LENGTH
     for name, words in (("loss_on", LossOn), ("long", Long), ("padding", Padding)):
         assert [getattr(read(**{name: word}), name) for word in get_args(words)] == [*get_args(words)]
+
+
+def test_the_formats_that_can_be_said_are_those_that_are_read():
+    assert settings.FORMATS == corpus.FORMATS

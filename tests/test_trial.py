@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 
 from lightweight import targets
+from lightweight.corpus import Conversation, Message, Text
 from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, QLORA
 from lightweight.models import OPT_350M
 from lightweight.trial import Measurements, Trial
@@ -56,3 +57,20 @@ def test_an_adapter_learns_nothing_from_random_weights(trial):
 def test_cold_seconds_leave_the_heldout_evaluations_out():
     measured = Measurements(phase_seconds={"start": 1.0, "build": 2.0, "evaluate": 100.0, "train": 4.0, "save": 8.0})
     assert measured.cold_seconds == 15.0
+
+
+def test_pairs_are_padded_as_the_original_scripts_do_and_others_to_the_longest_of_a_batch(trial):
+    talk = Conversation((Message("user", "Hi"), Message("assistant", "Hello")))
+    assert (trial.corpus.kind, trial.pads_to_max) == ("pairs", True)
+    for train, kind in (((talk,), "conversations"), ((Text("", "Once"),), "texts")):
+        of_it = replace(trial, corpus=replace(trial.corpus, train=train))
+        assert (of_it.corpus.kind, of_it.pads_to_max) == (kind, False)
+        assert replace(of_it, padding="max").pads_to_max
+    assert not replace(trial, padding="longest").pads_to_max
+
+
+def test_steps_are_those_of_the_rows_that_examples_became(trial):
+    assert trial.with_rows(None) is trial
+    split = replace(trial, epochs=2).with_rows(41)
+    assert (split.steps_per_epoch, split.steps, split.rounds) == (6, 12, 2)
+    assert replace(split, max_steps=7).rounds == 2

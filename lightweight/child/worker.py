@@ -165,7 +165,7 @@ class Heldout(NamedTuple):
     elsewhere: list[corpus.Row]
 
 
-class Job(NamedTuple):
+class Prepared(NamedTuple):
     """A trial before its first step: it, knowing its rows; the Trainer over its network, the training rows, and what is
     held out."""
 
@@ -175,7 +175,9 @@ class Job(NamedTuple):
     heldout: Heldout
 
 
-def set_up(trial: Trial, device: torch.device, meter: Meter, rounds: Rounds, folder: Path, **overrides: Any) -> Job:
+def set_up(
+    trial: Trial, device: torch.device, meter: Meter, rounds: Rounds, folder: Path, **overrides: Any
+) -> Prepared:
     """Everything before the first step. `overrides` are TrainingArguments, as for `stock.make_trainer`. Raises
     CorpusError where no example fits into a row, and what the parts raise."""
     with meter.during("build"):
@@ -212,11 +214,12 @@ def set_up(trial: Trial, device: torch.device, meter: Meter, rounds: Rounds, fol
         "adapted_layers": methods.adapted_layers(network),
         "base_quantization": models.quantization_of(network),
         "training_rows": len(training.rows),
+        "example_tokens": {str(bound): count for bound, count in corpus.histogram(training.tokens).items()},
         "truncated_sequences": training.truncated,
         "split_examples": training.split,
         "dropped_examples": training.dropped,
     }
-    return Job(trial, trainer, rows, heldout)
+    return Prepared(trial, trainer, rows, heldout)
 
 
 def _encoded(trial: Trial, examples: Sequence[corpus.Example], tokenizer: Any) -> corpus.Encoded:

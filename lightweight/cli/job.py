@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lightweight.corpus import How
 from lightweight.models import Weights
 from lightweight.settings import Settings
 
@@ -21,7 +22,8 @@ class NothingFitsError(JobError):
 class Job:
     """What to train and where to leave it. Names are those of the command line; `None` is what it chooses itself.
 
-    `save_steps` are optimizer steps between checkpoints, `None` one every five minutes.
+    `reading` is how the corpus is read. `save_steps` are optimizer steps between checkpoints, `None` one every five
+    minutes.
     """
 
     model: str
@@ -32,6 +34,7 @@ class Job:
     weights: Weights | None = None
     epochs: int = 10
     max_steps: int | None = None
+    reading: How = field(default_factory=How)
     settings: Settings = field(default_factory=Settings)
     seed: int = 0
     report_to: str = "none"

@@ -22,14 +22,18 @@ def model_card(entry: Entry, base_model: str | None) -> ModelCard:
     losses, per_epoch = entry.train_loss or (), entry.steps_per_epoch or 1
     began, ended = training_loss(losses, per_epoch) or (losses[0], losses[-1])
     part = "epoch" if len(losses) >= 2 * per_epoch else "tenth of the steps"
-    rows = f"{per_epoch} an epoch, rows of {entry.max_length} tokens, seed {entry.seed}"
+    rows = f"{per_epoch} an epoch, rows of at most {entry.max_length} tokens, seed {entry.seed}"
     facts = {
         "base model": f"{entry.model} ({weights})",
         "method": _method(entry),
-        "corpus": f"sha256 `{entry.corpus_digest}` of its pairs",
+        "corpus": f"{entry.trained_on}, sha256 `{entry.corpus_digest}`",
+        "loss": f"on {entry.loss_on} of the assistant's turns",
         "optimizer steps": f"{len(losses)} ({rows})",
         "device": entry.device,
     }
+    counts = {"cut": entry.truncated_sequences, "split": entry.split_examples, "left out": entry.dropped_examples}
+    if too_long := [f"{count} {what}" for what, count in counts.items() if count]:
+        facts["too long"] = ", ".join(too_long)
     nats = {
         f"training, mean of the first {part}": began,
         f"training, mean of the last {part}": ended,
@@ -43,7 +47,7 @@ def model_card(entry: Entry, base_model: str | None) -> ModelCard:
         f"# {_cell(entry.model)}, fine-tuned by {_cell(entry.method)}",
         _table("", "", facts),
         "## Losses",
-        "Cross-entropy of the answers, in nats a token; held out: the pairs of the corpus that were not trained on.",
+        "Cross-entropy of the answers, in nats a token; held out: what of the corpus was not trained on.",
         _table("", "loss", {name: f"{loss:.4f}" for name, loss in nats.items()}),
         "## Use",
         "`lightweight chat` with this folder answers prompts."

@@ -81,7 +81,8 @@ def run(job: Job, progress: Callable[[str], None] = lambda text: None) -> Outcom
 
 def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) -> Outcome:
     output = Output(job.output.absolute())
-    dialogues = corpus.load(job.corpus)
+    dialogues = corpus.load(job.corpus, job.reading, progress)
+    say(str(dialogues.origin))
     _check_tracker(job.report_to)
     on_gpu = torch.cuda.is_available()
     if on_gpu and ranks.world_size() == 1:
@@ -150,6 +151,8 @@ def _carry_out(
             trial, trainer, rows, heldout = worker.set_up(
                 trial, torch_device, meter, Unattended(), output.unfinished, **_arguments(job, output)
             )
+            if told := _too_long(trial, meter):
+                say(told)
             _require_room(trial, trainer, output)
             draw_curves_in(trainer, output.partial / "runs")  # one curve, also of a job that is resumed
             trainer.remove_callback(PrinterCallback)
@@ -186,6 +189,13 @@ def _save(trial: Trial, trainer: Trainer, meter: Meter, device: Device, output: 
 
 
 # Before the first step
+
+
+def _too_long(trial: Trial, meter: Meter) -> str:
+    """What became of examples that are longer than a row, in one line; nothing where none is."""
+    words = {"truncated_sequences": "cut", "split_examples": "split", "dropped_examples": "left out"}
+    told = [f"{meter.facts[fact]:,} {what}" for fact, what in words.items() if meter.facts[fact]]
+    return f"longer than {trial.max_length:,} tokens: {', '.join(told)}" if told else ""
 
 
 def _require_room(trial: Trial, trainer: Trainer, output: Output) -> None:

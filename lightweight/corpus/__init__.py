@@ -16,6 +16,8 @@ from lightweight.corpus.conversation import (
     Text,
     pair,
 )
+from lightweight.corpus.formats import NAMES as FORMATS
+from lightweight.corpus.lengths import histogram
 from lightweight.corpus.reading import How, load
 from lightweight.corpus.rows import (
     IGNORED,
@@ -35,6 +37,7 @@ from lightweight.corpus.split import in_latin_letters
 from lightweight.corpus.template import LossOn
 
 __all__ = [
+    "FORMATS",
     "IGNORED",
     "THERAPIST",
     "Conversation",
@@ -58,6 +61,7 @@ __all__ = [
     "encode_text",
     "encode_whole",
     "ends_of_answers",
+    "histogram",
     "in_latin_letters",
     "load",
     "pair",

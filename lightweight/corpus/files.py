@@ -7,6 +7,7 @@ what has been made of it is one item, or some, and of a damaged list at most the
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import io
 import itertools
@@ -49,21 +50,24 @@ class Item(NamedTuple):
 
 
 def fail(path: Path | str, problem: str) -> NoReturn:
-    """Refuse the corpus at `path`."""
+    """Refuse the corpus at `path`: raises CorpusError."""
     raise CorpusError(f"corpus {path}: {problem}") from None
 
 
 def items(path: Path, progress: Callable[[str], None]) -> Iterator[Item]:
     """What the JSON file at `path` holds, telling `progress` on the way how much of it has been read. Raises
     CorpusError."""
+    with opened(path, progress) as (stream, told):
+        yield from _lines(stream, told) if LINES.search(path.name) else _list_or_lines(stream, path, told)
+
+
+@contextlib.contextmanager
+def opened(path: Path, progress: Callable[[str], None]) -> Iterator[tuple[io.BufferedReader, Told]]:
+    """The bytes of the file at `path`, decompressed, and what tells `progress` how much of it has been read. Raises
+    CorpusError, also for what fails while they are read."""
     try:
         with path.open("rb") as raw:
-            told = _Told(raw, path, progress)
-            stream = _unzipped(raw)
-            if LINES.search(path.name):
-                yield from _lines(stream, told)
-            else:
-                yield from _list_or_lines(stream, path, told)
+            yield _unzipped(raw), Told(raw, path, progress)
     except FileNotFoundError:
         fail(path, "does not exist: give --corpus the path of a JSON file")
     except IsADirectoryError:
@@ -81,7 +85,7 @@ def _unzipped(raw: io.BufferedReader) -> io.BufferedReader:
     return io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw)), CHUNK_BYTES)
 
 
-class _Told:
+class Told:
     """How much of a file has been read, told whenever it is another hundredth."""
 
     def __init__(self, raw: BinaryIO, path: Path, progress: Callable[[str], None]) -> None:
@@ -99,7 +103,7 @@ class _Told:
             self._progress(f"reading {self._path.name}: {share} %")
 
 
-def _lines(lines: Iterable[bytes], told: _Told) -> Iterator[Item]:
+def _lines(lines: Iterable[bytes], told: Told) -> Iterator[Item]:
     """One value a line. Empty lines are none."""
     for number, line in enumerate(lines, 1):
         told.look()
@@ -123,7 +127,7 @@ def _value(line: bytes) -> Any:
         return Defect(TOO_LONG)
 
 
-def _list_or_lines(stream: io.BufferedReader, path: Path, told: _Told) -> Iterator[Item]:
+def _list_or_lines(stream: io.BufferedReader, path: Path, told: Told) -> Iterator[Item]:
     """The items of a list. A file whose first line is a whole JSON object, and not all there is, holds one a line."""
     head = [] if _begins_a_list(stream) else list(_up_to_second(stream))
     written = [line for line in head if line.strip()]
@@ -152,7 +156,7 @@ class _Listed:
     over.
     """
 
-    def __init__(self, head: bytes, stream: BinaryIO, path: Path, told: _Told) -> None:
+    def __init__(self, head: bytes, stream: BinaryIO, path: Path, told: Told) -> None:
         self._stream, self._path, self._told = stream, path, told
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._bytes = 0

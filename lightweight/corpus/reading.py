@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightweight.corpus import files, formats, turns
+from lightweight.corpus import files, formats, tables, turns
 from lightweight.corpus.conversation import Conversation, Corpus, Defect, Example, Origin
 from lightweight.corpus.files import Item, fail
 from lightweight.corpus.split import share_of, split, split_from
@@ -52,7 +52,7 @@ def load(path: Path | str, how: How = AS_IT_IS, progress: Progress = lambda text
 def _examples(path: Path | str, how: How, progress: Progress) -> tuple[list[Example], Origin]:
     """What the corpus at `path` says."""
     source = _Source(path, how.skip_bad)
-    items = files.items(Path(path), progress)
+    items = tables.items(path, progress) if tables.holds(path) else files.items(Path(path), progress)
     first, items = _first_sound(items, source, how.format)
     name = how.format or first
     if name == formats.TURNS:

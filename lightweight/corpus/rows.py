@@ -79,10 +79,11 @@ class Rows(Sequence[Row]):
 
 @dataclass(frozen=True)
 class Encoded:
-    """The `rows` of some examples, of which `truncated` lack something of theirs; and how many examples were `split`
-    into several rows, or `dropped`."""
+    """The `rows` of some examples, which have so many `tokens` when they are whole. `truncated` rows lack something of
+    their example; and so many examples were `split` into several rows, or `dropped`."""
 
     rows: list[Row]
+    tokens: tuple[int, ...]
     truncated: int
     split: int
     dropped: int
@@ -92,10 +93,11 @@ def encode_all(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, 
     """All rows of `examples`, in their order. Raises as `encode` does."""
     fitted = [_fitted(example, tokenizer, form) for example in examples]
     return Encoded(
-        rows=[row for rows, _ in fitted for row in rows],
-        truncated=sum(lacks for _, lacks in fitted),
-        split=sum(len(rows) > 1 for rows, _ in fitted),
-        dropped=sum(not rows for rows, _ in fitted),
+        rows=[row for rows, _, _ in fitted for row in rows],
+        tokens=tuple(tokens for _, _, tokens in fitted),
+        truncated=sum(lacks for _, lacks, _ in fitted),
+        split=sum(len(rows) > 1 for rows, _, _ in fitted),
+        dropped=sum(not rows for rows, _, _ in fitted),
     )
 
 
@@ -165,19 +167,21 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) 
 # What does not fit
 
 
-def _fitted(example: Example, tokenizer: PreTrainedTokenizerBase, form: RowForm) -> tuple[list[Row], int]:
-    """The rows of `example`, and how many of them lack something."""
+def _fitted(example: Example, tokenizer: PreTrainedTokenizerBase, form: RowForm) -> tuple[list[Row], int, int]:
+    """The rows of `example`, how many of them lack something, and the tokens of the whole of it."""
     whole = encode_whole(example, tokenizer, form.loss_on)
-    if len(whole["input_ids"]) <= form.max_length:
-        return [whole], 0
+    tokens = len(whole["input_ids"])
+    if tokens <= form.max_length:
+        return [whole], 0, tokens
     if form.long == "drop":
-        return [], 0
+        return [], 0, tokens
     if isinstance(example, Conversation):
         exchanges = _Exchanges(example, tokenizer, form)
-        return exchanges.split() if form.long == "split" and form.loss_on == "all" else exchanges.cut()
+        rows, lacking = exchanges.split() if form.long == "split" and form.loss_on == "all" else exchanges.cut()
+        return rows, lacking, tokens
     if form.long == "split" and not example.prompt:
-        return _pieces(whole, form.max_length), 0
-    return [_shortened(whole, form.max_length)], 1
+        return _pieces(whole, form.max_length), 0, tokens
+    return [_shortened(whole, form.max_length)], 1, tokens
 
 
 class _Exchanges:

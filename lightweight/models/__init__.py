@@ -10,6 +10,7 @@ from lightweight.models.config import configuration, configuration_beside_weight
 from lightweight.models.known import (
     GPT_NEO_1_3B,
     GPT_NEO_TINY,
+    LLAMA_TINY,
     MODELS,
     OPT_350M,
     OPT_TINY,
@@ -22,11 +23,12 @@ from lightweight.models.model import Model, ModelError, Weights, ran_out, reason
 from lightweight.models.quantization import quantization_of, settle_quantization, stored_quantization
 from lightweight.models.sources import can_be_random, find
 from lightweight.models.tokenizer import check_rows, load_tokenizer
-from lightweight.models.writing import write
+from lightweight.models.writing import drawn_tokenizer, write
 
 __all__ = [
     "GPT_NEO_1_3B",
     "GPT_NEO_TINY",
+    "LLAMA_TINY",
     "MODELS",
     "OPT_350M",
     "OPT_TINY",
@@ -40,6 +42,7 @@ __all__ = [
     "configuration",
     "configuration_beside_weights",
     "count_parameters",
+    "drawn_tokenizer",
     "find",
     "load",
     "load_tokenizer",

@@ -96,8 +96,24 @@ GPT_NEO_TINY = Model(
         "max_position_embeddings": 512,
     },
 )
+LLAMA_TINY = Model(
+    name="llama-tiny",
+    architecture={
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 384,
+        "max_position_embeddings": 2048,  # for rows of conversations, in bytes
+    },
+)
 
-MODELS = {model.name: model for model in (OPT_350M, GPT_NEO_1_3B, SMOLLM2_135M, TINYLLAMA_1_1B, OPT_TINY, GPT_NEO_TINY)}
+MODELS = {
+    model.name: model
+    for model in (OPT_350M, GPT_NEO_1_3B, SMOLLM2_135M, TINYLLAMA_1_1B, OPT_TINY, GPT_NEO_TINY, LLAMA_TINY)
+}
 """What `--model` knows by name: the originals' two, one with real weights without a hub, and small twins for a CPU."""
 
 

@@ -73,14 +73,20 @@ def _unpacked(model: Model) -> PreTrainedModel:
     return network
 
 
-def _architecture(model: Model) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    """The configuration that random weights are drawn for, its special tokens those of the tokenizer."""
+def drawn_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model whose weights are drawn: its folder's, else the byte-level one of ByT5. Raises
+    ModelError."""
     from transformers import ByT5Tokenizer
 
-    config = configuration(model)
-    tokenizer: PreTrainedTokenizerBase = ByT5Tokenizer()
     if model.architecture is None and has_tokenizer(Path(model.source or "")):
-        tokenizer = load_tokenizer(replace(model, location=model.source))
+        return load_tokenizer(replace(model, location=model.source))
+    return ByT5Tokenizer()
+
+
+def _architecture(model: Model) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """The configuration that random weights are drawn for, its special tokens those of the tokenizer."""
+    config = configuration(model)
+    tokenizer = drawn_tokenizer(model)
     config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     config.bos_token_id = tokenizer.bos_token_id
     return config, tokenizer

@@ -90,10 +90,11 @@ class Entry:
     `weights_revision` the hub's commit of them; `method`, told from others of its name by `method_digest`, with its
     settings as peft and transformers write them, and in `changed` those that the command line has changed; the card
     whose memory it got, `target`, and whether another one gave it its times, `emulated`; the data, `corpus_digest` and
-    `elsewhere_digest`, which are `trained_on` as pairs, conversations or texts, in rows of at most `max_length` tokens,
-    the loss on `loss_on` of the assistant's turns, a `long` conversation cut, split or dropped, batches with the
-    `padding` to their longest row or to `max_length`; `tokens_per_step` in a full step at most, padding included, for
-    `planned_steps` optimizer steps. `world_size` ranks trained it together.
+    `elsewhere_digest`, read from the format `corpus_format` with `corpus_skipped` rows left out, which are `trained_on`
+    as pairs, conversations or texts, in rows of at most `max_length` tokens, the loss on `loss_on` of the assistant's
+    turns, a `long` conversation cut, split or dropped, batches with the `padding` to their longest row or to
+    `max_length`; `tokens_per_step` in a full step at most, padding included, for `planned_steps` optimizer steps.
+    `world_size` ranks trained it together.
 
     How it ended: `outcome`, in which `phase` and for what `reason`, with `details` such as a traceback. Out of memory
     has `requested_bytes`, a trial that diverged `diverged_at_step`, one of several ranks `failed_rank`.
@@ -131,6 +132,8 @@ class Entry:
     captured_step: Settings | None = None
     corpus_digest: Name
     elsewhere_digest: str | None = None
+    corpus_format: str | None = None
+    corpus_skipped: Count | None = None
     seed: Count | None
     planned_steps: Count | None = None
     steps_per_epoch: AtLeast1 | None = None
@@ -174,6 +177,7 @@ class Entry:
     parameters: Count | None = None
     training_rows: Count | None = None
     truncated_sequences: Count | None = None
+    example_tokens: Mapping[str, Count] | None = None
     split_examples: Count | None = None
     dropped_examples: Count | None = None
     adapted_layers: tuple[str, ...] | None = None

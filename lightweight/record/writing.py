@@ -59,6 +59,8 @@ def settings(trial: Trial) -> dict[str, Any]:
         else codec.plain(dataclasses.asdict(method.captured_step)),
         "corpus_digest": trial.corpus.digest,
         "elsewhere_digest": trial.corpus.elsewhere_digest,
+        "corpus_format": trial.corpus.origin and trial.corpus.origin.format,
+        "corpus_skipped": trial.corpus.origin and trial.corpus.origin.skipped,
         "seed": trial.seed,
         "planned_steps": trial.steps,
         "steps_per_epoch": trial.steps_per_epoch,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightweight.record import BASELINE, Entry, Run
-from lightweight.report import drawing, loss_figures, memory_figures, select, speed, speed_figures
+from lightweight.report import data_figures, drawing, loss_figures, memory_figures, select, speed, speed_figures
 from lightweight.report.drawing import Picture
 
 SHORTEST = 5
@@ -17,7 +17,7 @@ SHORTEST = 5
 
 
 def pictures(runs: Sequence[Run]) -> list[Picture]:
-    """Every picture there is something to draw for: loss, quality, memory, speedup, ladder, frontier, history."""
+    """Every picture there is something to draw for: loss, data, quality, memory, speedup, ladder, frontier, history."""
     entries = select.newest(runs)
     cells = select.main_cells(entries)
     drawn: list[Picture] = []
@@ -35,12 +35,13 @@ def pictures(runs: Sequence[Run]) -> list[Picture]:
             if len(shown) > 1 and any(_is_compared(entry, entries) for entry in shown):
                 drawn.append(speed_figures.speedups(f"speedup-{number}", shown, group, entries))
         drawn += memory_figures.forecasts(runs, cells)
+        drawn += [data_figures.lengths(f"data-{n}", e, entries) for n, e in enumerate(select.of_data(entries))]
         drawn += loss_figures.qualities(entries)
         for number, rungs in enumerate(select.ladders(entries)):
             drawn.append(speed_figures.ladder(number, rungs, entries))
         drawn += memory_figures.frontiers(runs, entries)
         drawn += speed_figures.histories(runs, entries)
-    order = ("loss", "no-worse", "speedup", "memory", "ladder", "frontier", "history")
+    order = ("loss", "data", "no-worse", "speedup", "memory", "ladder", "frontier", "history")
     return sorted(drawn, key=lambda picture: order.index(picture.kind))
 
 

@@ -27,6 +27,7 @@ from lightweight.report.table import Table
 
 SECTIONS = {
     "loss": "Each method over its baseline. Thin: every step; thick: the mean of an epoch around it.",
+    "data": "Examples by their tokens, before anything is cut. Filled: they fit into a row. Hollow: not all do.",
     "no-worse": "Means over seeds and their 90 % intervals: held-out loss over the baseline's of the same seed, and "
     "how much the loss on plain English from elsewhere rose in training.",
     "memory": "Upper bar: the forecast, by cause. Lower bar: what was measured. Upright line: what the target has.",
@@ -37,7 +38,7 @@ SECTIONS = {
 }
 """What to know before looking at the pictures of a table."""
 
-NAMES = {"results": "Cells", "no-worse": "No worse?", "others": "Other trials"}
+NAMES = {"results": "Cells", "data": "Data", "no-worse": "No worse?", "others": "Other trials"}
 """What a table is called in the page's list of parts, where not as its key."""
 
 

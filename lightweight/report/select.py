@@ -20,6 +20,9 @@ from lightweight.record import (
 SAME_PLACE = SAME_METHOD.also("seed")
 """What the trials of a cell have in common, however long they are."""
 
+SAME_DATA = Likeness(("model", "corpus_digest", "max_length"))
+"""What trials have in common whose examples have the same lengths."""
+
 SAME_CLIMB = Likeness(("model", "target", "world_size", "device"))
 """What the rungs of a ladder have in common beside their test."""
 
@@ -47,6 +50,18 @@ def trend(entry: Entry, runs: Sequence[Run]) -> list[tuple[Run, Entry]]:
     """A trial in every run that has it, the oldest first."""
     same = [(run, [then for then in run.entries if SAME_TRIAL.holds(then, entry)]) for run in by_age(runs)]
     return [(run, of_run[-1]) for run, of_run in same if of_run]
+
+
+def of_data(entries: Sequence[Entry]) -> list[Entry]:
+    """Of the entries that know how long their examples are, the first of each model, corpus and length of rows."""
+    known = [entry for entry in entries if lengths_of(entry)]
+    return [group[0] for group in SAME_DATA.groups(known)]
+
+
+def lengths_of(entry: Entry) -> list[tuple[int, int]]:
+    """How many examples have up to how many tokens, and more than the bound before it."""
+    written = entry.example_tokens or {}
+    return sorted((int(bound), count) for bound, count in written.items() if bound.isascii() and bound.isdigit())
 
 
 def main_cells(entries: Sequence[Entry]) -> list[Entry]:

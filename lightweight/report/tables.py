@@ -31,6 +31,7 @@ def tables(runs: Sequence[Run]) -> list[Table]:
     every = [
         results(cells, among=entries, runs=runs),
         losses(cells),
+        data(entries),
         qualities(entries),
         speedups(cells, entries),
         memory_by_cause(cells, select.forecasts(runs)),
@@ -164,6 +165,35 @@ def _mean(values: Sequence[float | None]) -> str:
 
 def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def data(entries: Sequence[Entry]) -> Table:
+    """One row for what each model made of each corpus: how long its examples are, in tokens. They are counted up to
+    powers of two, and so a median is told as a bound."""
+    shown = select.of_data(entries)
+    columns: list[Column[Entry]] = [
+        ("model", "l", lambda entry: entry.model),
+        ("corpus", "l", lambda entry: f"{entry.corpus_format or entry.trained_on or '-'} {entry.corpus_digest[:8]}"),
+        ("examples", "r", lambda entry: f"{sum((entry.example_tokens or {}).values()):,}"),
+        ("skipped", "r", lambda entry: "-" if entry.corpus_skipped is None else f"{entry.corpus_skipped:,}"),
+        ("half are up to", "r", lambda entry: _bound(entry, 0.5)),
+        ("the longest", "r", lambda entry: _bound(entry, 1.0)),
+        ("tokens a row", "r", lambda entry: str(entry.max_length or "-")),
+        ("cut", "r", lambda entry: "-" if entry.truncated_sequences is None else f"{entry.truncated_sequences:,}"),
+    ]
+    note = "Tokens of the examples to train on, whole. Cut: rows that lack something of their example."
+    return table("data", "What was trained on", columns, shown, shown, [note])
+
+
+def _bound(entry: Entry, share: float) -> str:
+    """Up to how many tokens at least `share` of the examples have."""
+    lengths = select.lengths_of(entry)
+    total, so_far = sum(count for _, count in lengths), 0
+    for bound, count in lengths:
+        so_far += count
+        if so_far >= share * total:
+            return f"{bound:,}"
+    return "-"
 
 
 def qualities(entries: Sequence[Entry]) -> Table:

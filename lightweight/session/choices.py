@@ -15,7 +15,7 @@ from lightweight.models import Model
 from lightweight.session import options
 from lightweight.session.options import TRUE_SIZES, TWINS
 from lightweight.session.progress import Progress
-from lightweight.settings import Settings
+from lightweight.settings import Settings, how_read
 from lightweight.targets import CPU, NATIVE, T4, Device, GiB, Target
 from lightweight.verdict import ratio
 
@@ -119,12 +119,16 @@ class Choices:
 
     @cached_property
     def corpus(self) -> corpus.Corpus:
-        """The dialogues of `--corpus`, else of `corpus.json` in pytest's root."""
-        path = self.option("corpus") or self.config.rootpath / "corpus.json"
+        """The examples of `--corpus`, else of `corpus.json` in pytest's root."""
+        given = self.option("corpus")
+        path = given or self.config.rootpath / "corpus.json"
         try:
-            return corpus.load(path)
+            loaded = corpus.load(path, how_read(self.option), self.progress.show)
         except corpus.CorpusError as error:
             raise pytest.UsageError(str(error)) from None
+        if given:
+            self.progress.note(str(loaded.origin))
+        return loaded
 
     @cached_property
     def models(self) -> list[str]:

@@ -16,7 +16,7 @@ import pytest
 
 from lightweight import models, names, targets
 from lightweight.internals.pytest import before_parsing, taken_names
-from lightweight.settings import SETTINGS, Setting
+from lightweight.settings import OF_CORPUS, SETTINGS, Setting
 from lightweight.verdict.limits import LIMITS, Limit
 
 TRUE_SIZES = ("opt-350m", "gpt-neo-1.3b")
@@ -76,7 +76,12 @@ OPTIONS = (
         "train every trial on N ranks, one on each of N GPUs, or N processes on a CPU (default: 1)",
         {"type": int, "default": 1, "metavar": "N"},
     ),
-    Option("corpus", "the dialogues to train on (default: corpus.json)", {"type": Path, "metavar": "PATH"}),
+    Option(
+        "corpus",
+        "what to train on: a file, or hub:NAME[:SPLIT] (default: corpus.json)",
+        {"type": Path, "metavar": "PATH"},
+    ),
+    *(Option(one.name, one.help, one.settings) for one in OF_CORPUS),
     Option(
         "weights",
         "where weights come from (default: pretrained where they can be had, else random)",

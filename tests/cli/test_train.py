@@ -211,6 +211,23 @@ def weigh_checkpoints() -> None:
     train_command.sizes, train_command.Checkpoints.on_save = reckon, weigh
 
 
+def test_a_job_says_how_its_corpus_was_read_and_its_record_does(train, dialogues, out, capsys):
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "Yes. " * (n + 1)}]}
+        for n in range(12)
+    ]
+    dialogues.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"messages": []}]), "utf-8")
+    assert train("refused") == 2
+    assert "line 13: messages: is empty: write its messages or leave the row out" in capsys.readouterr().err
+    assert train("a", "--skip-bad", "--held-out", "0.25", "--corpus-format", "messages") == 0
+    assert "messages: 12 conversations, 2.0 turns each; 1 rows skipped" in capsys.readouterr().out
+    found = entry(out / "a")
+    assert (found.corpus_format, found.corpus_skipped) == ("messages", 1)
+    assert sum(found.example_tokens.values()) == 9
+    assert train("b", "--skip-bad") == 0
+    assert entry(out / "b").corpus_digest != found.corpus_digest
+
+
 @pytest.mark.parametrize("method", ["baseline", "lora-captured"])
 def test_a_job_on_two_ranks_of_which_one_is_interrupted_resumes_to_the_same_bits(
     base, dialogues, out, tmp_path, method
@@ -349,7 +366,8 @@ def test_a_second_signal_and_one_before_training_stop_at_once(train, out, monkey
 def test_the_result_says_what_it_is_and_peft_loads_it(train, base, dialogues, out, capsys):
     assert train("a", method="lora") == 0
     folder = out / "a"
-    (line,) = capsys.readouterr().out.splitlines()
+    too_long, line = capsys.readouterr().out.splitlines()
+    assert too_long == "longer than 64 tokens: 20 cut"
     assert "20 steps, training loss" in line and line.endswith(f"saved in {folder}")
     found = entry(folder)
     card = ModelCard.load(folder / "README.md")
@@ -636,6 +654,16 @@ def test_a_cards_training_losses_are_means_and_not_those_of_single_batches(losse
     card = str(model_card(samples.entry(steps_per_epoch=2, train_loss=losses), None))
     assert f"| training, mean of the first {part} | {first} |" in card
     assert f"| training, mean of the last {part} | {last} |" in card
+
+
+def test_a_card_says_what_was_too_long():
+    card = str(
+        model_card(samples.entry(max_length=64, truncated_sequences=3, split_examples=0, dropped_examples=2), None)
+    )
+    assert "| too long | 3 cut, 2 left out |" in card
+    assert "rows of at most 64 tokens" in card
+    assert "| loss | on all of the assistant's turns |" in card
+    assert "too long" not in str(model_card(samples.entry(truncated_sequences=0), None))
 
 
 def without(name: str) -> Callable[[Path], None]:

@@ -194,10 +194,20 @@ def test_pairs_are_added_at_the_looks_until_it_is_enough_or_the_cap(trial, start
 
 
 def test_the_ratio_is_per_token(trial, start):
+    """Of padded rows where all have one length; its steps are full, as those of `trial_of_rounds`."""
     smaller = replace(methods.LORA, training_arguments={"per_device_train_batch_size": 4})
     children, _ = start({"baseline": [1.0] * 20, "lora": [1.0] * 20})
-    found = alternation.alternate(trial, replace(trial, method=smaller), children, lambda pairs: True, cap=8)
+    full = trial.with_rows(40)
+    found = alternation.alternate(full, replace(full, method=smaller), children, lambda pairs: True, cap=8)
     assert found.log_ratios == pytest.approx([-math.log(2)] * 8)
+
+
+def test_where_batches_have_their_longest_rows_length_it_is_per_token_of_the_dialogues(trial, folder):
+    with owner.Child(replace(trial, padding="longest", threads=1), folder) as child:
+        (per_token,) = alternation.seconds_per_token(child)
+        measured = child.measured
+        assert sum(measured.step_tokens) < sum(measured.step_padded_tokens) < 20 * 256
+        assert per_token == pytest.approx(measured.cpu_seconds / sum(measured.step_tokens))
 
 
 def test_what_does_not_fit_side_by_side_runs_one_after_the_other(trial, start):

@@ -1,0 +1,183 @@
+"""What would a training see of this corpus? `lightweight data FILE`: counts, lengths, and conversations as rows."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightweight import corpus, models
+from lightweight.corpus import IGNORED, Conversation, Corpus, Example, Text
+from lightweight.names import one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LENGTHS = (512, 1024, 2048, 4096)
+"""Tokens a row, for each of which it is told what share is cut."""
+
+SHOWN = 3
+"""Examples that are shown as a model sees them."""
+
+SHOWN_TOKENS = 256
+"""Of each of them; a longer one is shown by its beginning and its end."""
+
+BAR = 40
+"""Characters of the longest bar of the histogram."""
+
+REFUSALS = (corpus.CorpusError, models.ModelError)
+"""What is raised where there is nothing to look at, each with one clear line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What a corpus is before training. `told` is what was read, in one line. Of both sides together: `lengths`,
+    examples by up to how many `unit` they have, and the `longest` one; `cut` the share that is longer than so many, for
+    tokens alone. `shared_prompts` are held-out examples that begin as one does that is trained on."""
+
+    told: str
+    format: str
+    train: int
+    heldout: int
+    duplicates: int
+    leaked: int
+    skipped: int
+    shared_prompts: int
+    unit: str
+    longest: int
+    mean: float
+    lengths: dict[int, int]
+    cut: dict[int, float] | None
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--format json` writes."""
+        return asdict(self)
+
+
+def look(read: Corpus, tokenizer: PreTrainedTokenizerBase | None) -> Look:
+    """What `read` is, in tokens of `tokenizer`, or in characters where there is none. Raises ModelError."""
+    origin = read.origin
+    assert origin is not None
+    every = [*read.train, *read.heldout]
+    if tokenizer is None:
+        lengths = [sum(map(len, _texts(example))) for example in every]
+    else:
+        lengths = [len(corpus.encode_whole(example, tokenizer)["input_ids"]) for example in every]
+    begun = {_prompt(example) for example in read.train}
+    return Look(
+        told=str(origin),
+        format=origin.format,
+        train=len(read.train),
+        heldout=len(read.heldout),
+        duplicates=origin.duplicates,
+        leaked=origin.leaked,
+        skipped=origin.skipped,
+        shared_prompts=sum(bool(_prompt(example)) and _prompt(example) in begun for example in read.heldout),
+        unit="characters" if tokenizer is None else "tokens",
+        longest=max(lengths),
+        mean=sum(lengths) / len(lengths),
+        lengths=corpus.histogram(lengths),
+        cut=None if tokenizer is None else {size: sum(n > size for n in lengths) / len(lengths) for size in LENGTHS},
+    )
+
+
+def _texts(example: Example) -> tuple[str, ...]:
+    if isinstance(example, Text):
+        return example.prompt, example.completion
+    return tuple(message.content for message in example.messages)
+
+
+def _prompt(example: Example) -> str:
+    """What is asked first; nothing for a text without a prompt."""
+    if isinstance(example, Text):
+        return example.prompt
+    return next((message.content for message in example.messages if message.role == "user"), "")
+
+
+def text(found: Look) -> str:
+    """`found` as a person reads it, with a histogram."""
+    width = min(BAR, max(10, shutil.get_terminal_size().columns - 30))
+    most = max(found.lengths.values())
+    of = max(len(f"{bound:,}") for bound in found.lengths)
+    lines = [
+        found.told,
+        f"{found.train:,} to train on, {found.heldout:,} held out",
+        "",
+        f"{found.unit} of an example: {found.mean:,.0f} on average, {found.longest:,} the longest",
+    ]
+    for bound, count in found.lengths.items():
+        bar = "#" * max(round(width * count / most), bool(count))
+        lines.append(f"  up to {bound:>{of},}  {bar:<{width}}  {count:,}")
+    if found.cut is None:
+        lines.append("These are characters: --model NAME counts the tokens of its tokenizer")
+    else:
+        shares = ", ".join(f"{share:.1%} at {size:,}" for size, share in found.cut.items())
+        lines.append(f"longer than a row, and cut: {shares}")
+    if found.shared_prompts:
+        lines.append(
+            f"{found.shared_prompts:,} held-out examples begin with a prompt that is also trained on: "
+            "their loss says little of what is new"
+        )
+    return "\n".join(lines)
+
+
+def shown(read: Corpus, tokenizer: PreTrainedTokenizerBase, *, in_colour: bool) -> str:
+    """The first examples to train on as the model sees them; what the loss is on is green, or between [[ and ]]."""
+    begin, end = ("\x1b[32m", "\x1b[0m") if in_colour else ("[[", "]]")
+    key = f"{begin}what the loss is on{end}"
+    lines = []
+    for number, example in enumerate(read.train[:SHOWN], 1):
+        kind = "conversation" if isinstance(example, Conversation) else "text"
+        row = corpus.encode_whole(example, tokenizer)
+        pieces = "".join(
+            f"{begin}{piece}{end}" if is_learned else piece
+            for is_learned, piece in _pieces(row["input_ids"].tolist(), row["labels"].tolist(), tokenizer)
+        )
+        lines += ["", f"{kind} {number}, {len(row['input_ids']):,} tokens, {key}:", pieces]
+    return "\n".join(lines)
+
+
+def _pieces(
+    ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[bool, str]]:
+    """The text of a row in runs of what the loss is on and is not, its middle left out where it is long."""
+    half = SHOWN_TOKENS // 2
+    middle = range(half, len(ids) - half) if len(ids) > SHOWN_TOKENS else range(0)
+    places = [place for place in range(len(ids)) if place not in middle or place == half]
+    for (is_learned, is_gap), run in itertools.groupby(
+        places, key=lambda place: (labels[place] != IGNORED, place in middle)
+    ):
+        if is_gap:
+            yield False, f" [... {len(middle):,} tokens ...] "
+        else:
+            said = str(tokenizer.decode([ids[place] for place in run], skip_special_tokens=False))
+            yield is_learned, "\n".join(one_line(line) for line in said.split("\n"))
+
+
+def run(path: Path, how: corpus.How, model: str | None, progress: Any) -> tuple[Look, Corpus, Any]:
+    """What there is to see in the corpus at `path`, it, and the model's tokenizer, None without one. Raises one of
+    REFUSALS."""
+    read = corpus.load(path, how, progress)
+    tokenizer = None
+    if model is not None:
+        progress(f"loading the tokenizer of {model}")
+        tokenizer = _tokenizer(models.find(models.named(model))[0])
+        progress("counting tokens")
+    found = look(read, tokenizer)
+    progress("")
+    return found, read, tokenizer
+
+
+def _tokenizer(model: models.Model) -> PreTrainedTokenizerBase:
+    if model.gguf_file is not None:
+        raise models.ModelError(f"model {model.name}: its tokenizer is inside of a GGUF file: name the model it is of")
+    return models.load_tokenizer(model) if model.is_loadable else models.drawn_tokenizer(model)
+
+
+def written(found: Look) -> str:
+    """`found` as JSON."""
+    return json.dumps(found.as_json(), indent=1, ensure_ascii=False)

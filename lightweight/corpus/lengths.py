@@ -1,0 +1,21 @@
+"""How long are examples? Counts of them by their tokens, few enough for a record, and for a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+SHORTEST = 16
+"""Tokens up to which examples are counted together."""
+
+
+def histogram(tokens: Iterable[int]) -> dict[int, int]:
+    """How many examples have up to so many tokens and more than the bound before it. Bounds are powers of two, from
+    SHORTEST to the longest without a gap, so that what is cut at one of them is counted exactly."""
+    found = Counter(max(SHORTEST, 1 << (number - 1).bit_length()) for number in tokens)
+    if not found:
+        return {}
+    bounds = [min(found)]
+    while bounds[-1] < max(found):
+        bounds.append(2 * bounds[-1])
+    return {bound: found[bound] for bound in bounds}

@@ -1,0 +1,214 @@
+"""What is asked of a trained model is put to it as it was trained; the model is a real one, its answers are its own."""
+
+import io
+import json
+
+import pytest
+
+from lightweight import corpus, record
+from lightweight.__main__ import main
+from lightweight.cli import chat
+from lightweight.corpus import THERAPIST, Conversation, Message, Text
+
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<extra_id_0>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """A function of rows of JSON: the folder of a model trained a step on them."""
+    root = tmp_path_factory.mktemp("chat")
+    made = {}
+
+    def train(name, rows):
+        if name not in made:
+            (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+            given = f"train --model {base} --method baseline --corpus {root / name}.jsonl --output {root / name}"
+            assert main([*given.split(), "--max-steps", "1", "--max-length", "96"]) == 0
+            made[name] = root / name
+        return made[name]
+
+    return train
+
+
+TALKS = [
+    {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": f"Hello {number}"},
+            {"role": "assistant", "content": "Yes?"},
+            {"role": "user", "content": "And now?"},
+            {"role": "assistant", "content": "Sleep" + "." * number},
+        ]
+    }
+    for number in range(6)
+]
+
+
+@pytest.fixture
+def conversations(trained):
+    return trained("talks", TALKS)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The ids that networks are asked to go on from, one list a question."""
+    found = []
+    own = chat.load
+
+    def load(*given, **options):
+        loaded = own(*given, **options)
+        generate = loaded.network.generate
+
+        def recorded(**arguments):
+            found.append(arguments["input_ids"][0].tolist())
+            return generate(**arguments)
+
+        monkeypatch.setattr(loaded.network, "generate", recorded)
+        return loaded
+
+    monkeypatch.setattr(chat, "load", load)
+    return found
+
+
+def talked(monkeypatch, folder, lines, *more):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    return main(["chat", str(folder), "--max-tokens", "4", *more])
+
+
+def test_what_a_model_was_trained_on_is_in_its_record(conversations, trained):
+    (entry,) = record.load(conversations / "record.json").entries
+    assert (entry.trained_on, entry.loss_on, entry.long, entry.padding) == ("conversations", "all", "cut", "longest")
+    assert entry.training_rows == 5
+    assert sum(entry.step_tokens) < sum(entry.step_padded_tokens) <= 8 * 96
+    (entry,) = record.load(trained("texts", [{"text": f"Once {n}"} for n in range(4)]) / "record.json").entries
+    assert entry.trained_on == "texts"
+
+
+def test_a_dialogue_is_kept_taken_back_and_begun_anew(monkeypatch, conversations, asked, capsys):
+    lines = ["Hello", "", "And now?", "/undo", "And then?", "/new", "/undo", "Bye"]
+    assert talked(monkeypatch, conversations, lines, "--system", "Be brief.") == 0
+    assert "nothing was said yet" in capsys.readouterr().err
+    tokenizer = chat.load(conversations).tokenizer
+    prompts = [str(tokenizer.decode(ids)) for ids in asked]
+    begun = "System: Be brief.\nUser: Hello\nAssistant: "
+    assert prompts[0] == begun
+    assert all(prompt.startswith(begun) for prompt in prompts[:3])
+    assert prompts[1].endswith("</s>User: And now?\nAssistant: ")
+    assert prompts[2] == prompts[1].replace("now", "then")
+    assert prompts[3] == "System: Be brief.\nUser: Bye\nAssistant: "
+
+
+def test_it_is_put_as_in_training(conversations, asked):
+    loaded = chat.load(conversations)
+    dialogue = chat.Dialogue(loaded, "Be brief.")
+    first = dialogue.say("Hello", max_tokens=3)
+    dialogue.say("And now?", max_tokens=3)
+    said = (
+        *(Message("system", "Be brief."), Message("user", "Hello"), Message("assistant", first.strip())),
+        *(Message("user", "And now?"), Message("assistant", "x")),
+    )
+    row = corpus.encode_whole(Conversation(said), loaded.tokenizer)
+    assert asked[1] == row["input_ids"].tolist()[:-2]
+
+
+def test_a_chat_template_marks_the_dialogue_up_and_ends_it(conversations, asked):
+    loaded = chat.load(conversations)
+    loaded.tokenizer.chat_template = CHATML
+    end = loaded.tokenizer.convert_tokens_to_ids("<extra_id_0>")
+    assert corpus.ends_of_answers(loaded.tokenizer) == [loaded.tokenizer.eos_token_id, end]
+    chat.Dialogue(loaded, "Be brief.").say("Hello", max_tokens=2)
+    expected = "<|im_start|>system\nBe brief.<extra_id_0>\n<|im_start|>user\nHello<extra_id_0>\n<|im_start|>assistant\n"
+    assert asked[-1] == loaded.tokenizer.encode(expected, add_special_tokens=False)
+
+
+def test_of_a_dialogue_without_room_the_first_turns_go(conversations, asked):
+    loaded = chat.load(conversations)
+    dialogue = chat.Dialogue(loaded, "Be brief.")
+    for number in range(12):  # of 256 positions
+        dialogue.say(f"Question number {number}", max_tokens=2)
+    last = str(loaded.tokenizer.decode(asked[-1]))
+    assert last.startswith("System: Be brief.\nUser: Question number ")
+    assert last.endswith("User: Question number 11\nAssistant: ")
+    assert "number 0" not in last
+    assert len(asked[-1]) <= 254
+
+
+def test_a_model_of_pairs_answers_each_prompt_by_itself(monkeypatch, trained, asked, capsys):
+    pairs = [{"role": role, "content": f"{role} {n}"} for n in range(4) for role in ("user", "therapist")]
+    folder = trained("pairs", pairs)
+    assert talked(monkeypatch, folder, ["Hello", "/new"]) == 0
+    loaded = chat.load(folder)
+    expected = [Conversation((Message("user", text),), THERAPIST) for text in ("Hello", "/new")]
+    assert asked == [corpus.encode_prompt(each, loaded.tokenizer) for each in expected]
+    capsys.readouterr()
+    assert talked(monkeypatch, folder, ["Hello"], "--system", "Be brief.") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "--system" in line and "was trained on pairs, which have no system message: leave it out" in line
+
+
+def test_a_model_of_texts_goes_on_from_a_prompt(trained, asked):
+    loaded = chat.load(trained("texts", [{"text": f"Once {n}"} for n in range(4)]))
+    chat.Dialogue(loaded).say("Once", max_tokens=2)
+    assert asked == [corpus.encode_prompt(Text("Once", ""), loaded.tokenizer)]
+
+
+def test_a_file_of_prompts_gives_json_lines(conversations, asked, tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    dialogue = [*TALKS[0]["messages"][:3], {"role": "user", "content": "그래"}]
+    file.write_text("\n".join(map(json.dumps, ["Hello", {"prompt": "Bye"}, {"messages": dialogue}])), "utf-8")
+    assert main(["chat", str(conversations), "--prompt", str(file), "--max-tokens", "4", "--system", "Be kind."]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [set(each) for each in told] == [{"prompt", "answer"}, {"prompt", "answer"}, {"messages"}]
+    assert told[2]["messages"][:-1] == dialogue
+    assert told[2]["messages"][-1]["role"] == "assistant"
+    tokenizer = chat.load(conversations).tokenizer
+    assert [tokenizer.decode(ids) for ids in asked] == [
+        "System: Be kind.\nUser: Hello\nAssistant: ",
+        "System: Be kind.\nUser: Bye\nAssistant: ",
+        "System: Be brief.\nUser: Hello 0\nAssistant: Yes?</s>User: 그래\nAssistant: ",
+    ]
+    plain = tmp_path / "prompts.txt"
+    plain.write_text('Hello\n\n{"prompt": 1}\n', "utf-8")
+    assert main(["chat", str(conversations), "--prompt", str(plain), "--max-tokens", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["Hello", '{"prompt": 1}']
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "has no prompt: write one a line"),
+        (b"\xff", "cannot be read"),
+        (b'"a"\n{', "line 2: "),
+        (b"[" * 100_000, "line 1: "),
+        (b"3", "line 1: no prompt and no messages"),
+        (b'{"prompt": " "}', "line 1: no prompt and no messages"),
+        (b'{"messages": []}', "line 1: messages that are no turns"),
+        (b'{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "a"}]}', "are no turns of user"),
+        (b'{"messages": [{"role": "tool", "content": "a"}]}', "a message without a role"),
+        (b'{"messages": ["a"]}', "a message without a role"),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_used_is_one_line(conversations, tmp_path, capsys, content, words):
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(content)
+    assert main(["chat", str(conversations), "--prompt", str(file)]) == 2
+    found = capsys.readouterr()
+    (line,) = found.err.strip().splitlines()
+    assert words in line and str(file) in line and not found.out
+
+
+def test_a_dialogue_for_a_model_of_pairs_is_one_line(trained, tmp_path, capsys):
+    pairs = [{"role": role, "content": f"{role} {n}"} for n in range(4) for role in ("user", "therapist")]
+    folder = trained("pairs", pairs)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"messages": TALKS[0]["messages"][1:4]}), "utf-8")
+    capsys.readouterr()
+    assert main(["chat", str(folder), "--prompt", str(file)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "has a dialogue, where" in line and "was trained on pairs: ask one turn" in line

@@ -1,0 +1,118 @@
+import csv
+import gzip
+import json
+import sys
+
+import pytest
+
+from lightweight import corpus
+from lightweight.corpus import CorpusError, How
+
+ALPACA = [{"instruction": f"Say {n},\nplease", "input": "", "output": f"{n}"} for n in range(8)]
+MESSAGES = [
+    {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}]} for n in range(8)
+]
+
+
+def lined(folder, rows):
+    path = folder / "same.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return corpus.load(path)
+
+
+def separated(path, rows, delimiter=","):
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t"), ("a.CSV", ","), ("a.csv.gz", ",")])
+def test_separated_values_are_what_the_same_lines_are(tmp_path, name, delimiter):
+    """Numbers are texts, cells have line breaks, and no package is needed."""
+    path = separated(tmp_path / name, ALPACA, delimiter)
+    if name.endswith("gz"):
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    assert corpus.load(path) == lined(tmp_path, ALPACA)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'instruction,output\n"a\nb",c\nd,\n', r"line 4: output: is empty"),
+        (b"instruction,output\na,b,c\n", r"line 2: has 3 cells, and the first line 2: quote"),
+        (b"instruction,output\na\n", r"line 2: has 1 cells"),
+        (b'instruction,output\na,"b" c\n', r"line 2: is no CSV"),
+        (b"instruction,output\na,\xff\n", r"is not UTF-8 at byte 2 of line 2"),
+        (b"a,b\nc,d\n", r"line 2: has the keys 'a', 'b', which no format has"),
+        (b"", r"has 0 pair\(s\)"),
+    ],
+)
+def test_a_bad_cell_is_one_line(tmp_path, content, expected):
+    path = tmp_path / "a.csv"
+    path.write_bytes(content)
+    with pytest.raises(CorpusError, match=expected) as raised:
+        corpus.load(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_cell_may_be_long_and_a_bad_row_is_skipped(tmp_path):
+    rows = [*ALPACA, {"instruction": "a", "input": "", "output": " "}]
+    rows[0] = rows[0] | {"output": "x" * 200_000}
+    loaded = corpus.load(separated(tmp_path / "a.csv", rows), How(skip_bad=True))
+    assert loaded.origin.skipped == 1 and len(loaded.train + loaded.heldout) == 8
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+@pytest.mark.parametrize("rows", [ALPACA, MESSAGES], ids=["alpaca", "messages"])
+def test_a_file_of_datasets_is_what_the_same_lines_are(tmp_path, monkeypatch, name, rows):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    table = datasets.Dataset.from_list(rows)
+    if name == "a.parquet":
+        table.to_parquet(tmp_path / name)
+    else:
+        table.save_to_disk(tmp_path / "saved")
+        (file,) = (tmp_path / "saved").glob("*.arrow")
+        file.rename(tmp_path / name)
+    assert corpus.load(tmp_path / name) == lined(tmp_path, rows)
+    assert not list((tmp_path / "cache").rglob("*.arrow"))  # no copy of it
+
+
+def test_a_data_set_of_the_hub_is_loaded_by_its_name_and_split(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(MESSAGES)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert corpus.load("hub:owner/talks:test_sft") == corpus.load("hub:owner/talks") == lined(tmp_path, MESSAGES)
+    assert asked == [("owner/talks", "test_sft"), ("owner/talks", "train")]
+
+
+def test_what_datasets_cannot_read_is_one_line(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "a.parquet").write_bytes(b"no parquet" * 9)
+    with pytest.raises(CorpusError, match=r"a\.parquet: datasets cannot read it \(.*\): write it once more") as raised:
+        corpus.load(tmp_path / "a.parquet")
+    assert "\n" not in str(raised.value)
+    with pytest.raises(CorpusError, match="does not exist"):
+        corpus.load(tmp_path / "b.parquet")
+
+    def refuse(name, split):
+        raise ValueError("Unknown split \"tran\". Should be one of ['train'].")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(CorpusError, match=r'hub:a/b:tran: datasets cannot read it .*Unknown split "tran"'):
+        corpus.load("hub:a/b:tran")
+
+
+def test_without_datasets_the_command_that_installs_it_is_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    for path in (tmp_path / "a.parquet", "hub:a/b"):
+        with pytest.raises(CorpusError, match=r"needs the package datasets.*: pip install 'lightweight-llm\[data\]'"):
+            corpus.load(path)

@@ -1,0 +1,149 @@
+"""What a conversation in one row trains is what its turns in rows of their own train, and long ones train too."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lightweight import corpus, models, targets
+from lightweight.captured import loop
+from lightweight.child import owner, worker
+from lightweight.corpus import Conversation, Corpus, Message, Rows
+from lightweight.forecast import tracer
+from lightweight.methods import BASELINE, LORA, CapturedStep
+from lightweight.models import LLAMA_TINY
+from lightweight.training import stock
+from lightweight.training.meter import Meter
+from lightweight.trial import Completed, Crashed, Trial
+from training.test_stock import Unattended
+
+CPU = torch.device("cpu")
+TALKS = tuple(
+    Conversation(
+        (
+            *(Message("user", f"Hello {number}"), Message("assistant", "Good morning to you" * (1 + number % 2))),
+            *(Message("user", "And now?"), Message("assistant", "Sleep well" * (1 + number % 3))),
+        )
+    )
+    for number in range(4)
+)
+
+
+def rows_apart(tokenizer):
+    """Each answer in a row of its own, behind the same history."""
+    firsts = [corpus.encode_whole(replace(talk, messages=talk.messages[:2]), tokenizer) for talk in TALKS]
+    return [*firsts, *(corpus.encode_whole(talk, tokenizer, "last") for talk in TALKS)]
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(
+    ("step", "note", "padding"),
+    [
+        ("trainer", None, "longest"),
+        ("trainer", None, "max"),
+        (CapturedStep(packing=False), "no GPU", "longest"),
+        (CapturedStep(packing=False), "no GPU", "max"),
+        (CapturedStep(packing=True), "packing makes", "max"),
+    ],
+    ids=["stock", "stock-max", "captured", "captured-max", "packed"],
+)
+def test_two_turns_in_one_row_give_the_loss_of_two_rows(micro, folder, step, note, padding, passes):
+    """The losses of two steps, so that the first step's gradients are compared as well; fp32, no dropout."""
+    tokenizer = models.load_tokenizer(micro)
+    together = [corpus.encode_whole(talk, tokenizer) for talk in TALKS]
+    losses = []
+    for each in (together, rows_apart(tokenizer)):
+        arguments = {"per_device_train_batch_size": len(each) // passes, "gradient_accumulation_steps": passes}
+        method = replace(BASELINE, step=step, training_arguments=arguments | {"learning_rate": 1e-3})
+        data = Corpus(train=(*TALKS, *TALKS)[: len(each)], heldout=TALKS[:1], digest="")
+        trial = Trial(
+            model=micro, method=method, target=targets.CPU, corpus=data, max_steps=2, padding=padding, max_length=256
+        )
+        rows = Rows(each, tokenizer.pad_token_id, 256 if padding == "max" else None)
+        meter = Meter(CPU, 0.0)
+        trainer = stock.make_trainer(trial, worker.build(trial, CPU), rows, meter, Unattended(), folder)
+        if note is None:
+            trainer.train()
+        else:
+            job = loop.prepare(trial, trainer, rows, meter)
+            assert job is not None
+            job.train()
+            assert note in meter.facts["capture_note"]
+            assert "given up" not in meter.facts["capture_note"]
+        losses.append(meter.measurements().train_loss)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][0] != pytest.approx(losses[0][1], abs=1e-3)
+
+
+LONG = tuple(
+    Conversation(
+        tuple(
+            message
+            for turn in range(12)
+            for message in (
+                Message("user", f"Question {turn} of {number}? " * 3),
+                Message("assistant", f"The answer to {turn} is {number}. " * 6),
+            )
+        )
+    )
+    for number in range(9)
+)
+"""Nine of some 2,500 bytes each."""
+
+
+@pytest.fixture(scope="module")
+def llama_tiny(tmp_path_factory):
+    found, _ = models.find(LLAMA_TINY)
+    return models.write(found, tmp_path_factory.mktemp("llama-tiny"), seed=0)
+
+
+CAPTURED = replace(LORA, step="captured", name="lora-captured")
+
+
+@pytest.mark.parametrize(
+    ("method", "long"),
+    [(CAPTURED, "cut"), (BASELINE, "cut"), (BASELINE, "split"), (BASELINE, "drop")],
+    ids=["captured-cut", "stock-cut", "stock-split", "stock-drop"],
+)
+def test_a_corpus_of_2048_tokens_a_row_trains(llama_tiny, folder, method, long):
+    method = method.with_batch(2).with_learning_rate(1e-3)
+    few = tuple(replace(talk, messages=talk.messages[:4]) for talk in LONG[:4])
+    data = Corpus(train=(*LONG[:4], *few), heldout=(*LONG[4:5], *few[:1]), digest="")
+    given = Trial(
+        model=llama_tiny,
+        method=method,
+        target=targets.CPU,
+        corpus=data,
+        epochs=2,
+        max_length=2048,
+        long=long,
+    )
+    with owner.Child(given, folder) as child:
+        rows = {"cut": 8, "split": 12, "drop": 4}[long]
+        assert (child.trial.rows, child.trial.steps) == (rows, rows)
+        outcome = child.finish()
+    assert isinstance(outcome, Completed), outcome.reason
+    measured = outcome.measured
+    assert (measured.training_rows, len(measured.train_loss)) == (rows, rows)
+    told = {"cut": (4, 0, 0), "split": (0, 4, 0), "drop": (0, 0, 4)}[long]
+    assert (measured.truncated_sequences, measured.split_examples, measured.dropped_examples) == told
+    assert measured.train_loss[-1] < measured.train_loss[0]
+    if long == "cut":
+        assert max(measured.step_padded_tokens) > 2 * 1800
+    assert sum(measured.step_tokens) <= sum(measured.step_padded_tokens)
+    if method.captured_step is None:
+        longest, _ = tracer._longest_batches(given)
+        assert max(measured.step_padded_tokens) <= 2 * longest.max_length <= 2 * 2048
+
+
+def test_where_every_conversation_is_dropped_that_is_one_line(micro, folder):
+    data = Corpus(train=LONG[:4], heldout=LONG[4:5], digest="")
+    trial = Trial(
+        model=micro, method=BASELINE, target=targets.CPU, corpus=data, max_steps=1, max_length=64, long="drop"
+    )
+    with owner.Child(trial, folder) as child:
+        outcome = child.finish()
+    assert isinstance(outcome, Crashed)
+    expected = "each of its 4 examples to train on is longer than 64 tokens and was dropped: cut or split them"
+    assert expected in outcome.reason
+    assert "\n" not in outcome.reason
