@@ -8,6 +8,7 @@ from lightweight import corpus
 from lightweight.__main__ import main
 from lightweight.cli import data
 from lightweight.corpus import IGNORED, histogram
+from lightweight.corpus.conversation import contents
 
 
 def talks(path, count=12):
@@ -39,8 +40,8 @@ def test_what_is_counted_is_what_is_trained_on(tmp_path, capsys):
     assert found["cut"] == {str(n): sum(of > n for of in lengths) / len(lengths) for n in (512, 1024, 2048, 4096)}
     assert 0 < found["cut"]["1024"] <= 1
     assert (found["train"], found["heldout"], found["duplicates"]) == (len(read.train), len(read.heldout), 1)
-    first = [example.messages[0].content for example in read.train]
-    assert found["shared_prompts"] == sum(example.messages[0].content in first for example in read.heldout) > 0
+    begun = {contents(example)[0] for example in read.train}
+    assert found["shared_prompts"] == sum(contents(example)[0] in begun for example in read.heldout) > 0
 
 
 def test_characters_are_not_called_tokens(tmp_path, capsys):
@@ -59,9 +60,8 @@ def test_three_conversations_are_shown_with_what_the_loss_is_on(tmp_path):
     coloured = data.shown(read, tokenizer, in_colour=True)
     assert coloured == plain.replace("[[", "\x1b[32m").replace("]]", "\x1b[0m")
     assert len(re.findall(r"^conversation \d, ", plain, re.MULTILINE)) == 3
-    first = read.train[0]
-    said = first.messages
-    assert f"User: {said[0].content}\nAssistant: [[{said[1].content[:20]}" in plain
+    asked, answered = contents(read.train[0])
+    assert f"User: {asked}\nAssistant: [[{answered[:20]}" in plain
     whole = corpus.Corpus((corpus.Text("The sky is", " blue."),), (), "")
     shown = data.shown(whole, tokenizer, in_colour=False)
     row = corpus.encode_whole(whole.train[0], tokenizer)
