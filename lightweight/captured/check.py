@@ -41,9 +41,11 @@ class Check:
     def __init__(self, trial: Trial, trainer: Trainer, step: Step, epochs: Epochs) -> None:
         self._method, self._step, self._epochs = trial.running_method, step, epochs
         self._network, self._passes = step.passes.network, step.passes
+        self._precision = self._coarsest()
         self._reference = Reference(trainer, halves=self._precision == "fp16")
         self._names = agreement.trained(self._network)
         self._full = NOTHING
+        self._taken_on: Parts | None = None
         self._expected: list[Expected] = []
         self._both: dict[Expected, tuple[Expected, Expected] | None] = {}  # in half precision and in fp32
         self._chaos: float | None = None  # how far half precision moves the Trainer's own gradient, if too far
@@ -96,8 +98,7 @@ class Check:
     def _is_half(self) -> bool:
         return self._precision in ("fp16", "bf16")
 
-    @property
-    def _precision(self) -> str:
+    def _coarsest(self) -> str:
         """The coarsest arithmetic of the step, a key of agreement.TOLERANCES; of the weights as they are now."""
         method = self._method
         dtypes = {parameter.dtype for parameter in self._passes.model.parameters()}
@@ -112,8 +113,12 @@ class Check:
 
     def _use(self, parts: Parts) -> None:
         """Compute steps with `parts` from now on. Raises what `Passes.use` raises."""
+        if parts == self._taken_on:
+            return
+        self._taken_on = None
         self._passes.use(parts, self._allowed)
         self._epochs.lay_out(parts)
+        self._taken_on = parts
 
     # How far is it off?
 

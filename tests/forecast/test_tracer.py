@@ -197,9 +197,8 @@ def test_the_state_of_an_optimizer_is_what_it_holds_after_a_step_on_this_cpu(tmp
     row: Row = {name: np.ones(16, np.int32) for name in ("input_ids", "labels")}  # type: ignore[assignment]
     meter = Meter(torch.device("cpu"), start_seconds=0.0)
     with mock.patch.object(GlobalOptimManager, "_instance", None):
-        trainer = stock.make_trainer(
-            replace(of, max_steps=1), network, Rows([row] * 4, 0), meter, Unattended(), tmp_path
-        )
+        rows = Rows([row] * 4, 0)
+        trainer = stock.make_trainer(replace(of, max_steps=1), network, rows, meter, Unattended(), tmp_path)
         trainer.train()
     held = [v for state in trainer.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     assert trace(of).replay().by_cause["optimizer"] == blocks(held)
