@@ -40,7 +40,7 @@ from lightweight.captured.agreement import (
     Tolerance,
 )
 from lightweight.captured.capture import first_line, on_a_side_stream, recorded, what_cannot_be_captured
-from lightweight.captured.fused import compiling
+from lightweight.captured.kernels import compiling
 from lightweight.captured.optimizer import Optimizer, adamw_of
 from lightweight.captured.packing import Buffers, Layout, Shape
 from lightweight.captured.passes import NOTHING, Passes
