@@ -159,7 +159,7 @@ def _plan(options: argparse.Namespace) -> int:
         measured = [entry for path in options.record for entry in record.load(path).entries]
 
         from lightweight import methods
-        from lightweight.forecast import plan, tracer  # torch takes seconds, and names have been checked
+        from lightweight.forecast import plan, plan_table, tracer  # torch takes seconds, and names have been checked
         from lightweight.trial import MAX_LENGTH
 
         stock = [method.name for method in methods.METHODS.values() if method.captured_step is None]
@@ -168,15 +168,18 @@ def _plan(options: argparse.Namespace) -> int:
     except ValueError as error:
         return _refuse(error)
     try:
+        question = plan.Question(
+            batch_size=options.batch_size,
+            max_length=options.max_length or MAX_LENGTH,
+            gpus=options.gpus or 1,
+            max_batch=options.max_batch,
+            fewest_gpus=options.gpus is not None,
+        )
         rows = plan.plan(
             wanted_models,
             wanted_methods,
             wanted_targets,
-            batch_size=options.batch_size,
-            max_length=options.max_length or MAX_LENGTH,
-            max_batch=options.max_batch,
-            gpus=options.gpus or 1,
-            fewest=options.gpus is not None,
+            question,
             measured=measured,
             progress=_show,
             failed=_show_traceback if options.traceback else lambda error: None,
@@ -185,10 +188,11 @@ def _plan(options: argparse.Namespace) -> int:
         return _refuse(error)
     finally:
         _show("")
-    print(json.dumps(rows, indent=1) if options.format == "json" else plan.table(rows))
+    is_json = options.format == "json"
+    print(json.dumps([row.as_json() for row in rows], indent=1) if is_json else plan_table.table(rows))
     if options.target:
         return 0 if plan.each_target_has_a_method(rows) else 1
-    return 0 if any(row["chosen"] for row in rows) else 1
+    return 0 if any(row.chosen for row in rows) else 1
 
 
 def _show_traceback(error: Exception) -> None:

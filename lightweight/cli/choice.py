@@ -5,13 +5,15 @@ By forecast: of what fits, the one that is expected to be the fastest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lightweight import methods
 from lightweight.child import helper, reaper
 from lightweight.cli.job import Job, NothingFitsError
+from lightweight.cli.output import Interrupted
 from lightweight.cli.terminal import say
 from lightweight.forecast import plan, tracer
 from lightweight.methods import Method
@@ -26,14 +28,14 @@ def choose(
     model: Model,
     target: Target,
     device: Device,
-    before: dict[str, Any],
+    before: Interrupted | None,
     progress: Callable[[str], None],
 ) -> Method:
     """The method of a job that was given none, which is told in one line, with as many rows a pass as fit. Raises
     NothingFitsError."""
-    if before.get("method") is not None:
-        say(f"method {before['method']}: what the interrupted job was trained with")
-        return _with_stored_passes(methods.named(before["method"]), before["training_arguments"])
+    if before is not None and before.method is not None:
+        say(f"method {before.method}: what the interrupted job was trained with")
+        return _with_stored_passes(methods.named(before.method), before.training_arguments)
     if device.total_bytes is None and target.total_bytes is None:
         if model.weights == "random":
             say("method baseline: without GPU or --target nothing is forecast; random weights give adapters no ground")
@@ -41,31 +43,31 @@ def choose(
         say("method lora: without GPU or --target nothing is forecast; it trains the fewest weights, fp32 on a CPU")
         return methods.LORA
     rows = _forecasts(job, model, target, device, (), progress)
-    row = next((row for row in rows if row["chosen"]), None)
-    budget = rows[0]["budget_bytes"]
-    if row is None:
-        known = [row for row in rows if row["verdict"] != "cannot_be_forecast"]
+    row = next((row for row in rows if row.chosen), None)
+    budget = rows[0].target.budget_bytes or 0
+    if row is None or row.forecast is None:
+        known = [(row.forecast.reserved_bytes, row.method.name) for row in rows if row.forecast is not None]
         if not known:
-            raise NothingFitsError(f"model {job.model}: no method can be forecast: {rows[0]['reason']}: give --method")
-        least = min(known, key=lambda row: row["forecast_reserved_bytes"])
+            raise NothingFitsError(f"model {job.model}: no method can be forecast: {rows[0].reason}: give --method")
+        least, name = min(known, key=operator.itemgetter(0))
         raise NothingFitsError(
-            f"model {job.model}: no method is forecast to fit {size(budget)}: {least['method']} takes least, "
-            f"{size(least['forecast_reserved_bytes'])}: take a smaller --batch-size or --max-length, or more memory"
+            f"model {job.model}: no method is forecast to fit {size(budget)}: {name} takes least, "
+            f"{size(least)}: take a smaller --batch-size or --max-length, or more memory"
         )
-    fitting = [row["method"] for row in rows if row["verdict"] == "fits"]
+    fitting = [row.method.name for row in rows if row.verdict == "fits"]
     where = "" if device.total_bytes else ", though trained on this CPU, which has no such budget"
-    method = methods.named(row["method"])
-    chosen = method.with_passes(row["accumulation"])
-    passes = "" if chosen == method else f" in {row['passes']} passes of {row['batch_size']} rows a step"
+    method = methods.named(row.method.name)
+    chosen = method.with_passes(row.accumulation)
+    passes = "" if chosen == method else f" in {row.passes} passes of {row.batch_size} rows a step"
     say(
-        f"method {row['method']}{passes}: {size(row['forecast_reserved_bytes'])} of {target.name}'s {size(budget)} "
+        f"method {method.name}{passes}: {size(row.forecast.reserved_bytes)} of {target.name}'s {size(budget)} "
         f"by forecast, expected to be the fastest of what fits ({', '.join(fitting)}; captured steps are not forecast)"
         f"{where}"
     )
     return chosen
 
 
-def _with_stored_passes(method: Method, stored: dict[str, Any]) -> Method:
+def _with_stored_passes(method: Method, stored: Mapping[str, Any]) -> Method:
     """`method` with those passes that a job of its stored arguments was planned with."""
     wanted = stored.get("per_device_train_batch_size", 8), stored.get("gradient_accumulation_steps", 1)
     for planned in (method, *plan.smaller_passes(method, ranks.world_size())):
@@ -89,13 +91,13 @@ def _forecasts(
     ]
     if target.total_bytes is None:  # the card as it is
         target = replace(target, total_bytes=device.total_bytes)
-    wanted: dict[str, Any] = {"batch_size": job.batch_size, "max_length": job.max_length, "gpus": ranks.world_size()}
+    question = plan.Question(batch_size=job.batch_size, max_length=job.max_length, gpus=ranks.world_size())
     try:
         if ranks.world_size() == 1:
-            return plan.plan([model], candidates, [target], progress=progress, **wanted)
+            return plan.plan([model], candidates, [target], question, progress=progress)
         # A forecast of one of several ranks plays that it is one, which a process that is one cannot.
         with reaper.own.temporary_folder() as folder:
-            return helper.call(plan.plan, folder, [model], candidates, [target], **wanted)
+            return helper.call(plan.plan, folder, [model], candidates, [target], question)
     finally:
         progress("")
 
@@ -109,12 +111,12 @@ def instead(trial: Trial, job: Job, device: Device, progress: Callable[[str], No
         rows = _forecasts(job, trial.model, trial.target, device, (trial.method.name,), progress)
     except tracer.ForecastError as error:
         return f"{smaller} ({error})"
-    row = next((row for row in rows if row["chosen"]), None)
-    if row is None:
+    row = next((row for row in rows if row.chosen), None)
+    if row is None or row.forecast is None:
         return f"no other method is forecast to fit: {smaller}"
     batch = ""
-    if row["accumulation"] != methods.named(row["method"]).passes_per_step:
-        if row["gpus"] > 1:
+    if row.accumulation != methods.named(row.method.name).passes_per_step:
+        if row.question.gpus > 1:
             return smaller
-        batch = f" --batch-size {row['batch_size']}"
-    return f"--method {row['method']}{batch} is forecast to fit, with {size(row['forecast_reserved_bytes'])}"
+        batch = f" --batch-size {row.batch_size}"
+    return f"--method {row.method.name}{batch} is forecast to fit, with {size(row.forecast.reserved_bytes)}"

@@ -16,8 +16,9 @@ import os
 import resource
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightweight.cli import checkpoints
 from lightweight.cli.checkpoints import step_of
@@ -40,15 +41,29 @@ class OutputError(ValueError):
     """An output folder that cannot be used. The message names it and the mend."""
 
 
-class Interrupted(NamedTuple):
-    """What an interrupted job has left in `place`: its `settings`, and either a whole `checkpoint` or its `finished`
-    result, as the entry of its record. `passed_over`: a line for each newer checkpoint, none of them whole."""
+@dataclass(frozen=True, kw_only=True)
+class Interrupted:
+    """What an interrupted job has left in `place`: a whole `checkpoint`, or its result where it `is_finished`.
+
+    `settings` are its JSON as `record.settings` gives it, after which a finished one has all of its entry.
+    `passed_over`: a line for each newer checkpoint, none of them whole.
+    """
 
     place: Path
-    settings: dict[str, Any]
+    settings: Mapping[str, Any]
     checkpoint: Path | None = None
-    finished: dict[str, Any] | None = None
+    is_finished: bool = False
     passed_over: Sequence[str] = ()
+
+    @property
+    def method(self) -> str | None:
+        """The name of the job's method, where its settings say it."""
+        return self.settings.get("method")
+
+    @property
+    def training_arguments(self) -> Mapping[str, Any]:
+        """What each of the job's ranks told the Trainer."""
+        return self.settings.get("training_arguments") or {}
 
 
 class Output:
@@ -241,10 +256,12 @@ class Output:
         """What can be gone on with; None where nothing is left. Raises OutputError where nothing left is whole."""
         for place in (self.result, *(() if self._overwrite else (self.folder,))):
             if (entry := entry_in(place)) is not None:
-                return Interrupted(place, entry, finished=entry)
+                return Interrupted(place=place, settings=entry, is_finished=True)
         checkpoint, passed_over = checkpoints.newest(self.partial)
         if checkpoint is not None and (manifest := checkpoints.read(checkpoint)) is not None:
-            return Interrupted(self.partial, manifest.job, checkpoint, passed_over=passed_over)
+            return Interrupted(
+                place=self.partial, settings=manifest.job, checkpoint=checkpoint, passed_over=passed_over
+            )
         if passed_over:
             raise OutputError(
                 f"--output {self.folder}: {'; '.join(passed_over)}: no checkpoint is left to go on with: start anew "

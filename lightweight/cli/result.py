@@ -49,7 +49,7 @@ def _closing_line(trial: Trial, measured: Measurements, output: Output) -> str:
 
 
 def publish_finished(entry: Mapping[str, Any], output: Output) -> Completed:
-    """What the interrupted job had finished, now in its place."""
+    """What the interrupted job had finished, now in its place; `entry` is its record's, as JSON."""
     ranks.of_first(output.publish)
     names = {field.name for field in fields(Measurements)}
     say(f"nothing is left to train: the interrupted job had finished; saved in {output.folder}")

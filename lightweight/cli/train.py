@@ -100,8 +100,7 @@ def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) 
         model = _located(models.named(job.model), job.weights)
         before = ranks.of_first(output.interrupted) if job.resume else None
         if method is None:
-            settings_before = before.settings if before else {}
-            method = ranks.of_first(lambda: choose(job, model, target, device, settings_before, progress))
+            method = ranks.of_first(lambda: choose(job, model, target, device, before, progress))
         if job.batch_size is not None:
             method = method.with_batch(job.batch_size)
         if job.learning_rate is not None:
@@ -109,8 +108,8 @@ def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) 
         trial = _trial(job, model, method, target, dialogues, on_gpu)
         if job.resume:
             _check_same(trial, before, output)
-        if before and before.finished is not None:
-            return publish_finished(before.finished, output)
+        if before and before.is_finished:
+            return publish_finished(before.settings, output)
         progress(f"{trial.name}: loading")
         settings = record.settings(trial)
         trial = replace(trial, model=ranks.of_first(lambda: _written(model, output, job.seed, settings)))
@@ -143,7 +142,7 @@ def _carry_out(
 ) -> Outcome:
     torch_device = worker.take_device(trial)
     meter = Meter(torch_device, start_seconds=0.0)
-    checkpoint = before and before.checkpoint
+    checkpoint = before.checkpoint if before else None
     saving = Checkpoints(
         interruption,
         checkpoints.Clock(None if job.save_steps else checkpoints.SECONDS),

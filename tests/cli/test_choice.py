@@ -1,13 +1,19 @@
 """The method of a job that was given none."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import samples
 
 from conftest import MICRO
 from lightweight import methods, models, targets
 from lightweight.cli import choice
 from lightweight.cli.job import Job, NothingFitsError
+from lightweight.cli.output import Interrupted
+from lightweight.forecast.plan import PlanRow, Question
+from lightweight.forecast.replay import Forecast
+from lightweight.methods import Method
 from lightweight.training import ranks
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
@@ -19,7 +25,7 @@ def test_on_several_ranks_methods_are_forecast_for_as_many(base, monkeypatch):
     model, _ = models.find(models.named(str(base)), None)
     target, device = targets.named("16GiB"), targets.Device(name="cpu")
     (row,) = choice._forecasts(wanted, model, target, device, ("lora", "qlora"), lambda text: None)
-    assert (row["method"], row["gpus"], row["batch_size"], row["verdict"]) == ("baseline", 2, 1, "fits")
+    assert (row.method.name, row.question.gpus, row.batch_size, row.verdict) == ("baseline", 2, 1, "fits")
 
 
 def chosen(monkeypatch, before, *rows, world_size=1):
@@ -29,16 +35,15 @@ def chosen(monkeypatch, before, *rows, world_size=1):
     return choice.choose(wanted, MICRO, targets.T4, targets.Device(name="cpu"), before, lambda text: None)
 
 
-PLANNED = {"method": "lora", "verdict": "fits", "chosen": True, "accumulation": 4, "passes": 4, "batch_size": 2} | {
-    "budget_bytes": 2**34,
-    "forecast_reserved_bytes": 2**30,
-}
+def row(method: Method, forecast: Forecast | None, **changes) -> PlanRow:
+    return PlanRow(model="micro", method=method, target=targets.T4, question=Question(), forecast=forecast, **changes)
 
 
 def test_what_was_planned_is_what_is_trained(monkeypatch, capsys):
-    assert chosen(monkeypatch, {}, PLANNED) == methods.LORA.with_passes(4)
-    assert "method lora in 4 passes of 2 rows a step: 1.00 GiB of t4's 16.00 GiB" in capsys.readouterr().out
-    assert chosen(monkeypatch, {}, PLANNED | {"accumulation": 1}) == methods.LORA
+    planned = row(methods.LORA.with_passes(4), samples.predicted(), chosen=True)
+    assert chosen(monkeypatch, None, planned) == methods.LORA.with_passes(4)
+    assert "method lora in 4 passes of 2 rows a step: 1.00 GiB of t4's 14.16 GiB" in capsys.readouterr().out
+    assert chosen(monkeypatch, None, replace(planned, method=methods.LORA)) == methods.LORA
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -46,15 +51,14 @@ def test_what_was_planned_is_what_is_trained(monkeypatch, capsys):
 def test_what_was_planned_is_what_goes_on(monkeypatch, passes, world_size):
     planned = methods.LORA.with_passes(passes)
     settings = {"method": "lora", "training_arguments": dict(planned.on_rank(world_size).training_arguments)}
-    resumed = chosen(monkeypatch, settings, world_size=world_size)
+    resumed = chosen(monkeypatch, Interrupted(place=Path("any"), settings=settings), world_size=world_size)
     assert resumed.on_rank(world_size) == planned.on_rank(world_size)
 
 
 def test_where_no_method_can_be_forecast_the_reason_is_told(monkeypatch):
-    nothing = {"method": "lora", "verdict": "cannot_be_forecast", "chosen": False, "reason": "cannot be built: no"}
-    nothing |= {"budget_bytes": 2**34, "forecast_reserved_bytes": None}
+    nothing = row(methods.LORA, None, reason="cannot be built: no")
     with pytest.raises(NothingFitsError, match="no method can be forecast: cannot be built: no: give --method"):
-        chosen(monkeypatch, {}, nothing)
-    too_much = nothing | {"verdict": "does_not_fit", "forecast_reserved_bytes": 2**35, "method": "baseline"}
+        chosen(monkeypatch, None, nothing)
+    too_much = row(methods.BASELINE, samples.predicted("does_not_fit", 2**35))
     with pytest.raises(NothingFitsError, match=r"baseline takes least, 32\.00 GiB"):
-        chosen(monkeypatch, {}, nothing, too_much)
+        chosen(monkeypatch, None, nothing, too_much)

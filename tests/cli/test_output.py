@@ -224,7 +224,8 @@ def test_the_old_model_goes_only_when_the_new_one_is_there(tmp_path, monkeypatch
         assert name_of(at / "a") == ("new" if last == 6 else "old")
         again.claim(resume=True, overwrite=True)
         if finished:
-            assert again.interrupted().finished["model"] == "new"
+            before = again.interrupted()
+            assert before.is_finished and before.settings["model"] == "new"
             again.publish()
         again.release()
         assert name_of(at / "a") == ("new" if finished or last == 6 else "old"), last

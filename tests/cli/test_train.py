@@ -23,7 +23,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from conftest import torchruns, torchruns_store, turns
-from lightweight import models, record
+from lightweight import methods, models, record
 from lightweight.__main__ import main
 from lightweight.child import failure, forkserver, helper, worker
 from lightweight.child.process import redirect_output
@@ -312,9 +312,10 @@ def run_out_of_memory() -> None:
     def runs_out(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 394.00 MiB.")
 
-    def planned(function, folder, models, methods, targets, *, gpus, **_):
-        assert function is plan.plan and gpus == 2
-        return [{"chosen": True, "method": "lora", "gpus": 2, "accumulation": 1, "forecast_reserved_bytes": 2**30}]
+    def planned(function, folder, models, candidates, targets, question):
+        assert function is plan.plan and question.gpus == 2
+        made = {"method": methods.LORA, "target": targets[0], "question": question, "forecast": samples.predicted()}
+        return [plan.PlanRow(model="micro", chosen=True, **made)]
 
     failure._allocator_ran_out = lambda device: True
     helper.call = planned  # type: ignore[assignment]
@@ -374,12 +375,12 @@ def test_the_result_says_what_it_is_and_peft_loads_it(train, base, dialogues, ou
 def test_the_trained_model_answers_as_it_was_taught(train, out, capsys, monkeypatch, method):
     """Every answer of the corpus is nearly the same, and a model that has learned them by heart says it and stops."""
     sure = replace(
-        train_command.methods.METHODS[method],
+        methods.METHODS[method],
         training_arguments={"lr_scheduler_type": "constant"},
     )
     if sure.adapter is not None:
         sure = replace(sure, adapter=peft.LoraConfig(r=32, lora_alpha=64, target_modules=["fc1", "fc2"]))
-    monkeypatch.setitem(train_command.methods.METHODS, method, sure)
+    monkeypatch.setitem(methods.METHODS, method, sure)
     assert train("a", "--epochs", "25", "--max-length", "128", "--learning-rate", "1e-2", method=method) == 0
     assert entry(out / "a").training_arguments["learning_rate"] == 1e-2
     capsys.readouterr()
@@ -449,8 +450,8 @@ def test_out_of_memory_is_one_line_that_names_what_fits(train, out, monkeypatch,
 
 
 def test_a_loss_that_is_no_number_is_one_line(train, monkeypatch, capsys):
-    wild = replace(train_command.methods.BASELINE, training_arguments={"learning_rate": 1e30, "max_grad_norm": 0.0})
-    monkeypatch.setitem(train_command.methods.METHODS, "baseline", wild)
+    wild = replace(methods.BASELINE, training_arguments={"learning_rate": 1e30, "max_grad_norm": 0.0})
+    monkeypatch.setitem(methods.METHODS, "baseline", wild)
     assert train("a") == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightweight: ")]
     assert "training loss is nan at step" in line
@@ -520,7 +521,7 @@ def test_a_tracker_is_told_the_losses_of_both_kinds_of_steps(train, out, method)
     losses = entry(out / "a").train_loss
     for step, mean in ((1, losses[0]), (10, fmean(losses[1:10])), (20, fmean(losses[10:20]))):
         assert told["train/loss", step] == pytest.approx(mean, abs=1e-4)
-    rate = train_command.methods.BASELINE.training_arguments.get("learning_rate", 5e-5)
+    rate = methods.BASELINE.training_arguments.get("learning_rate", 5e-5)
     assert told["train/learning_rate", 20] == pytest.approx(rate / 20, abs=1e-9)
     assert told["train/epoch", 20] == 2
 

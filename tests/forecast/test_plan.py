@@ -13,7 +13,8 @@ import samples
 from conftest import MICRO
 from lightweight import record, targets
 from lightweight.__main__ import main
-from lightweight.forecast import plan, tracer
+from lightweight.forecast import plan, plan_table, tracer
+from lightweight.forecast.plan import PlanRow, Question
 from lightweight.forecast.replay import MARGIN, Trace
 from lightweight.forecast.tracer import ForecastError
 from lightweight.methods import BASELINE, LORA, QLORA
@@ -259,8 +260,8 @@ def traced(monkeypatch):
 
 
 def planned(method, mib, **changes):
-    (row,) = plan.plan([MICRO], [method], [card(mib)], **changes)
-    return row, (row["passes"], row["batch_size"], row["accumulation"], row["verdict"], row["chosen"])
+    (row,) = plan.plan([MICRO], [method], [card(mib)], Question(**changes))
+    return row, (row.passes, row.batch_size, row.accumulation, row.verdict, row.chosen)
 
 
 @pytest.mark.parametrize(("mib", "passes", "rows"), [(1000, 1, 8), (900, 2, 4), (600, 2, 4), (400, 4, 2), (250, 8, 1)])
@@ -290,9 +291,9 @@ def test_fewer_rows_are_not_sought_where_what_every_pass_holds_is_too_much(trace
 
 
 def test_several_gpus_take_the_rows_that_fit_each(traced):
-    row, shape = planned(LORA, 400, gpus=2, fewest=True)
+    row, shape = planned(LORA, 400, gpus=2, fewest_gpus=True)
     assert shape == (2, 2, 4, "fits", True), "2 passes of 2 rows on each of two GPUs: 4 of 2 on one"
-    assert row["fewest_gpus"] == 1
+    assert row.fewest_gpus == 1
     assert [method.passes_per_step for method in plan.smaller_passes(LORA, 2)] == [4, 8]
 
 
@@ -304,20 +305,24 @@ def test_a_trace_that_fails_is_tried_once_for_all_cards(monkeypatch):
         raise ForecastError(f"{trial.name}: no")
 
     monkeypatch.setattr(tracer, "trace", trace)
-    rows = plan.plan([MICRO], [LORA, BASELINE], [targets.T4, targets.L4], fewest=True)
-    assert [row["reason"] for row in rows] == ["no"] * 4
+    rows = plan.plan([MICRO], [LORA, BASELINE], [targets.T4, targets.L4])
+    assert [row.reason for row in rows] == ["no"] * 4
     assert tried == ["micro x lora", "micro x baseline"]
 
 
 def test_passes_that_cannot_be_shared_among_gpus_are_a_line_of_that_method(traced):
-    lora, qlora = plan.plan([MICRO], [LORA, QLORA], [card(900)], batch_size=2, gpus=3)
-    assert lora["verdict"] == "cannot_be_forecast" and "which 3 ranks cannot share" in lora["reason"]
-    assert qlora["verdict"] == "fits" and qlora["chosen"]
+    lora, qlora = plan.plan([MICRO], [LORA, QLORA], [card(900)], Question(batch_size=2, gpus=3))
+    assert lora.verdict == "cannot_be_forecast" and "which 3 ranks cannot share" in lora.reason
+    assert qlora.verdict == "fits" and qlora.chosen
 
 
-def row_of(method, **changes):
-    row = {"model": "m", "method": method.name, "verdict": "fits", "chosen": False, "gpus": 1, "max_length": 256}
-    return row | {"batch_size": method.sequences_per_pass, "passes": method.passes_per_step} | changes, method
+def row_of(method, verdict="fits"):
+    forecast = samples.predicted(verdict)
+    return PlanRow(model="m", method=method, target=targets.T4, question=Question(), forecast=forecast)
+
+
+def names_of_chosen(rows):
+    return [row.method.name for row in rows if row.chosen]
 
 
 def entry(method, seconds, device="H200", **changes):
@@ -372,46 +377,45 @@ FAST_QLORA = [entry(method, 1.0 + (method != QLORA), "L4") for method in ALL]
     ],
 )
 def test_the_fastest_method_that_fits_is_chosen(measured, chosen, device):
-    made = [row_of(method) for method in ALL]
-    plan._choose(made, targets.T4, measured)
-    assert [row["method"] for row, _ in made if row["chosen"]] == [chosen]
-    assert {row["measured_on"] for row, _ in made} == {device}
+    made = plan.with_choice([row_of(method) for method in ALL], measured)
+    assert names_of_chosen(made) == [chosen]
+    assert {row.measured_on for row in made} == {device}
 
 
 def test_of_methods_that_cost_alike_the_one_with_fewer_passes_is_chosen():
     made = [row_of(replace(LORA, name="more").with_passes(4)), row_of(LORA.with_passes(2))]
-    plan._choose(made, targets.T4, [])
-    assert [row["method"] for row, _ in made if row["chosen"]] == ["lora"]
+    assert names_of_chosen(plan.with_choice(made, [])) == ["lora"]
 
 
 def test_lora_in_more_passes_is_expected_to_be_faster_than_qlora():
     made = [row_of(QLORA), row_of(LORA.with_passes(2))]
-    plan._choose(made, targets.T4, [])
-    assert [row["method"] for row, _ in made if row["chosen"]] == ["lora"]
+    assert names_of_chosen(plan.with_choice(made, [])) == ["lora"]
 
 
 def test_the_table_says_which_device_the_order_comes_from(traced):
     of_micro = [entry(method, 1.0, "NVIDIA H200", model="micro") for method in ALL]
     rows = plan.plan([MICRO], ALL, [card(1000)], measured=of_micro)
-    assert {row["measured_on"] for row in rows} == {"NVIDIA H200"}
-    assert "card: the fastest by step times measured on NVIDIA H200." in plan.table(rows)
-    assert "measured on" not in plan.table(plan.plan([MICRO], ALL, [card(1000)]))
+    assert {row.measured_on for row in rows} == {"NVIDIA H200"}
+    assert "card: the fastest by step times measured on NVIDIA H200." in plan_table.table(rows)
+    assert "measured on" not in plan_table.table(plan.plan([MICRO], ALL, [card(1000)]))
 
 
 def test_paged_state_has_a_column_of_its_own_and_is_in_no_peak(traced, monkeypatch):
-    plain = plan.table(plan.plan([MICRO], [LORA], [card(1000)]))
+    plain = plan_table.table(plan.plan([MICRO], [LORA], [card(1000)]))
     assert "paged" not in plain
     trace = tracer.trace
     monkeypatch.setattr(tracer, "trace", lambda *given: replace(trace(*given), paged_bytes=900 * MiB))
     (row,) = rows = plan.plan([MICRO], [LORA], [card(1000)])
-    assert (row["verdict"], row["paged_bytes"], row["forecast_allocated_bytes"]) == ("fits", 900 * MiB, 900 * MiB)
-    assert "paged" in plan.table(rows) and "managed memory" in plan.table(rows)
+    assert (row.verdict, row.forecast.paged_bytes, row.forecast.allocated_bytes) == ("fits", 900 * MiB, 900 * MiB)
+    assert "paged" in plan_table.table(rows) and "managed memory" in plan_table.table(rows)
 
 
 def test_what_does_not_surely_fit_is_never_chosen():
-    made = [row_of(LORA, verdict="too_close_to_call"), row_of(QLORA)]
-    plan._choose(made, targets.T4, [])
-    assert [row["chosen"] for row, _ in made] == [False, True]
+    made = [row_of(LORA, "too_close_to_call"), row_of(QLORA)]
+    entries = [entry(QLORA, 1.0), entry(LORA, 0.5)]
+    rows = plan.with_choice(made, entries)
+    assert [(row.chosen, row.measured_on) for row in rows] == [(False, None), (True, "H200")]
+    assert plan.with_choice(made[:1], entries) == made[:1]
 
 
 @pytest.mark.parametrize("largest", [0, 1, 2, 7, 8, 9, 100, 4097])
