@@ -51,6 +51,11 @@ class Parts:
     loss: Loss
     lean: bool
 
+    @property
+    def needs_trainers_passes(self) -> bool:
+        """Whether a step must have the Trainer's own passes, since the model computes its loss over one of them."""
+        return self.loss == "model" and not self.packing
+
     def given_up(self, rest: Parts) -> list[str]:
         """The parts of this that `rest` does not have; packing that goes because attention does is no part of its
         own."""

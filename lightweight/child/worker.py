@@ -26,7 +26,7 @@ import torch
 import transformers
 
 from lightweight import corpus, methods, models
-from lightweight.captured import attention, kernels, step
+from lightweight.captured import attention, kernels, loop
 from lightweight.child import unsloth
 from lightweight.child.failure import outcome_of
 from lightweight.child.process import lead_a_group, log_of, redirect_output, see_gpus
@@ -241,7 +241,7 @@ def train(
     else:
         begin()
         with meter.during("capture"):
-            job = step.prepare(trial, trainer, rows, meter)
+            job = loop.prepare(trial, trainer, rows, meter)
         if checkpoint is not None:
             _check_kind(trial, checkpoint, is_captured=job is not None)
         enter("train")
@@ -256,7 +256,7 @@ def train(
 def _check_kind(trial: Trial, checkpoint: Path, *, is_captured: bool) -> None:
     """Raise MethodError where a checkpoint is of the other step than the one that would go on: their optimizers' states
     differ, and on another machine the check of the captured step may have come out otherwise."""
-    if (checkpoint / step.CAPTURED_STATE).is_file() != is_captured:
+    if (checkpoint / loop.CAPTURED_STATE).is_file() != is_captured:
         now, then = ("captured step", "Trainer") if is_captured else ("Trainer", "captured step")
         raise methods.MethodError(
             f"--resume: {trial.name}: {checkpoint} was saved by the {then}, and here the {now} runs the steps: "

@@ -657,14 +657,14 @@ def test_a_checkpoint_of_the_other_step_is_one_line(train, out, signal_at, monke
     """The check of the captured step may come out otherwise where the job is resumed."""
     with monkeypatch.context() as patched:
         if not captured_first:
-            patched.setattr(worker.step, "prepare", lambda *_: None)
+            patched.setattr(worker.loop, "prepare", lambda *_: None)
         signal_at(3)
         assert train("a", method="lora-captured") == 130
     monkeypatch.setattr(
         train_command.Unattended, "step_ended", train_command.Unattended.training_began
     )  # no further signal
     if captured_first:
-        monkeypatch.setattr(worker.step, "prepare", lambda *_: None)
+        monkeypatch.setattr(worker.loop, "prepare", lambda *_: None)
     capsys.readouterr()
     assert train("a", "--resume", method="lora-captured") == 2
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightweight: ")]
@@ -675,7 +675,7 @@ def test_the_card_says_what_ran_where_it_was_not_the_captured_step(train, out, m
     def refused(trial, trainer, rows, meter):
         meter.facts |= {"captured": False, "capture_note": "the Trainer runs the steps"}
 
-    monkeypatch.setattr(worker.step, "prepare", refused)
+    monkeypatch.setattr(worker.loop, "prepare", refused)
     assert train("a", "--max-steps", "1", method="lora-captured") == 0
     assert "captured step (the Trainer runs the steps)" in (out / "a" / "README.md").read_text()
 

@@ -11,10 +11,10 @@ import torch
 from training.test_stock import Unattended
 
 from lightweight import corpus, models, record, targets
+from lightweight.captured import loop, packing
 from lightweight.captured import optimizer as optimizer_module
-from lightweight.captured import packing
-from lightweight.captured import step as captured_step
 from lightweight.captured.capture import what_cannot_be_captured
+from lightweight.captured.step import Step
 from lightweight.child import owner, worker
 from lightweight.corpus import Corpus
 from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, QLORA, CapturedStep, Method
@@ -84,7 +84,7 @@ def trained(trial, folder):
     if trial.method.captured_step is None:
         trainer.train()
     else:
-        job = captured_step.CapturedTraining(trial, trainer, rows, meter)
+        job = loop.CapturedTraining(trial, trainer, rows, meter)
         job.prepare()
         job.train()
     return trainer, meter, owner
@@ -144,7 +144,7 @@ def trial(written, dialogues):
 
 def job_of(trial, folder):
     trainer, rows, meter, _ = prepared(trial, folder)
-    job = captured_step.CapturedTraining(trial, trainer, rows, meter)
+    job = loop.CapturedTraining(trial, trainer, rows, meter)
     job.prepare()
     return job
 
@@ -156,9 +156,9 @@ def gradients(job, layout):
     def keep():
         found.update({n: p.grad.clone() for n, p in job.network.named_parameters() if p.grad is not None})
 
-    job._optimizer.step = keep
+    job.step.optimizer.step = keep
     job._run(layout)
-    return found, job.loss.item()
+    return found, job.step.loss.item()
 
 
 @pytest.mark.parametrize("model", ["opt-tiny", "gpt-neo-tiny", "llama-tiny"])
@@ -167,8 +167,8 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_of_one_dialogue(trial, 
     trial = replace(trial, model=written[model], method=method)
     packs = job_of(trial, tmp_path / "packs")
     alone = job_of(replace(trial, method=replace(method, step=CapturedStep(packing=False))), tmp_path / "alone")
-    assert packs.parts.packing and not alone.parts.packing
-    packed, unpacked = packs.epochs[0][0], alone.epochs[0][0]
+    assert packs.step.parts.packing and not alone.step.parts.packing
+    packed, unpacked = packs.epochs.layouts[0][0], alone.epochs.layouts[0][0]
     assert len(packed.rows) < len(unpacked.rows) == 8
     assert max(len(row) for row in packed.rows) > 1
     (ours, loss), (expected, expected_loss) = gradients(packs, packed), gradients(alone, unpacked)
@@ -181,7 +181,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_of_one_dialogue(trial, 
 def test_packing_is_left_out_where_it_saves_no_rows(trial, tmp_path):
     long = tuple(replace(pair, answer=pair.answer * 20) for pair in trial.corpus.train)
     job = job_of(replace(trial, corpus=replace(trial.corpus, train=long)), tmp_path)
-    assert not job.parts.packing
+    assert not job.step.parts.packing
     assert job.meter.facts["capture_note"].startswith("packing would make 36 rows of 36")
 
 
@@ -311,12 +311,12 @@ def test_a_rehearsal_leaves_no_trace_in_what_is_trained(trial, tmp_path, steps):
     losses = []
     for index, rehearses in enumerate((False, True)):
         trainer, rows, meter, _ = prepared(trial, tmp_path / str(index))
-        job = captured_step.CapturedTraining(trial, trainer, rows, meter)
+        job = loop.CapturedTraining(trial, trainer, rows, meter)
         job.prepare()
         if rehearses:
-            with job._optimizer.rehearsing():
+            with job.step.optimizer.rehearsing():
                 for _ in range(4):
-                    job._run(job.epochs[0][0])
+                    job._run(job.epochs.layouts[0][0])
         job.train()
         losses.append(meter.measurements().train_loss)
     assert losses[0] == losses[1]
@@ -329,7 +329,7 @@ def test_what_prevents_a_capture_is_named_with_its_module(trial, tmp_path):
     def waits(*_):
         raise RuntimeError("called a synchronizing CUDA operation\nand more")
 
-    step = lambda: job._run(job.epochs[0][0])  # noqa: E731
+    step = lambda: job._run(job.epochs.layouts[0][0])  # noqa: E731
     assert what_cannot_be_captured(job.network, step) is None
     handle = layer.fc1.register_forward_pre_hook(waits)
     found = what_cannot_be_captured(job.network, step)
@@ -349,9 +349,9 @@ def test_a_model_whose_logits_are_more_than_its_heads_keeps_its_own_loss(trial, 
         return output
 
     trainer.model.get_base_model().forward = capped
-    job = captured_step.CapturedTraining(trial, trainer, rows, meter)
+    job = loop.CapturedTraining(trial, trainer, rows, meter)
     job.prepare()
-    assert job.parts.loss != "chunked"
+    assert job.step.parts.loss != "chunked"
     assert "loss given up: its head is not the last thing it does" in meter.facts["capture_note"]
 
 
@@ -365,7 +365,7 @@ def test_an_optimizer_that_only_the_trainer_runs_is_refused_in_one_line(trial, t
     trainer, rows, meter, _ = prepared(trial, tmp_path)
     trainer.args.optim = "sgd"  # past the check of the trial's own arguments
     with pytest.raises(ValueError, match="runs torch's AdamW, and `optim` asks for SGD: leave it out") as raised:
-        captured_step.CapturedTraining(trial, trainer, rows, meter)
+        loop.CapturedTraining(trial, trainer, rows, meter)
     assert "\n" not in str(raised.value)
 
 
@@ -396,7 +396,7 @@ def test_a_data_seed_orders_captured_steps_as_the_trainers(trial, tmp_path):
 
 def test_the_schedule_does_not_move_on_a_skipped_step(trial, tmp_path):
     job = job_of(trial, tmp_path)
-    optimizer = job._optimizer
+    optimizer = job.step.optimizer
     rates = optimizer_module._learning_rates(trial, job.trainer)
     assert rates == pytest.approx([5e-5 * (1 - step / trial.steps) for step in range(trial.steps)])
     for skipped, taken in ((0.0, 1), (1.0, 1), (0.0, 2)):
@@ -410,24 +410,24 @@ def test_the_schedule_does_not_move_on_a_skipped_step(trial, tmp_path):
     [(None, 5_999, False), (None, 6_000, True), (True, 1, True), (False, 1_000_000, False)],
 )
 def test_a_job_is_compiled_where_it_is_long_enough_or_asked_for(asked, steps, compiled):
-    assert captured_step.compiles(CapturedStep(compile=asked), steps) == compiled
+    assert loop.compiles(CapturedStep(compile=asked), steps) == compiled
 
 
 def test_a_loss_scale_changes_no_step_and_skips_one_that_overflows(trial, tmp_path):
     """As fp16 has it on a GPU: fused AdamW takes the scale and whether something overflowed, all on the device."""
     trial = replace(trial, method=without_dropout(trial.method))
     plain, scaled = (job_of(trial, tmp_path / name) for name in ("plain", "scaled"))
-    scaled._optimizer._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    for layout in plain.epochs[0][:3]:
+    scaled.step.optimizer._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for layout in plain.epochs.layouts[0][:3]:
         plain._run(layout)
         scaled._run(layout)
-    before = [weight.detach().clone() for weight in scaled._optimizer.weights]
-    for found, expected in zip(before, plain._optimizer.weights, strict=True):
+    before = [weight.detach().clone() for weight in scaled.step.optimizer.weights]
+    for found, expected in zip(before, plain.step.optimizer.weights, strict=True):
         assert torch.allclose(found, expected, atol=1e-6)
-    scaled._optimizer._scaler.update(float("inf"))
-    scaled._run(plain.epochs[0][3])
-    assert all(torch.equal(*pair) for pair in zip(before, scaled._optimizer.weights, strict=True))
-    assert scaled._optimizer._taken.item() == 3
+    scaled.step.optimizer._scaler.update(float("inf"))
+    scaled._run(plain.epochs.layouts[0][3])
+    assert all(torch.equal(*pair) for pair in zip(before, scaled.step.optimizer.weights, strict=True))
+    assert scaled.step.optimizer._taken.item() == 3
 
 
 class StandInGraph:
@@ -456,15 +456,15 @@ def graphs(monkeypatch):
     """Everything of CUDA graphs but CUDA."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", StandInGraph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
-    monkeypatch.setattr(captured_step, "on_a_side_stream", contextlib.nullcontext)
-    step = captured_step.CapturedTraining._step
+    monkeypatch.setattr(loop, "on_a_side_stream", contextlib.nullcontext)
+    run = Step.run
 
-    def watched(job, buffers):
+    def watched(step, buffers):
         if StandInGraph.recording is not None:
-            StandInGraph.recording.again = lambda: step(job, buffers)
-        step(job, buffers)
+            StandInGraph.recording.again = lambda: run(step, buffers)
+        run(step, buffers)
 
-    monkeypatch.setattr(captured_step.CapturedTraining, "_step", watched)
+    monkeypatch.setattr(Step, "run", watched)
 
 
 def test_replays_train_as_the_steps_they_recorded_in_every_shape(trial, tmp_path, graphs, monkeypatch):
@@ -472,13 +472,13 @@ def test_replays_train_as_the_steps_they_recorded_in_every_shape(trial, tmp_path
     trial = replace(trial, epochs=2)
     _, expected, _ = trained(trial, tmp_path / "uncaptured")
     trainer, rows, meter, _ = prepared(trial, tmp_path / "captured")
-    job = captured_step.CapturedTraining(trial, trainer, rows, meter)
+    job = loop.CapturedTraining(trial, trainer, rows, meter)
     job.prepare()
-    with job._optimizer.rehearsing():
+    with job.step.optimizer.rehearsing():
         job.captured = job._capture()
     assert job.captured
     shapes = list(job._graphs)
-    assert len(shapes) > 1 and set(shapes) == set(job._shapes.values())
+    assert len(shapes) > 1 and set(shapes) == set(job.epochs.shapes.values())
     assert shapes[0].rows == max(shape.rows for shape in shapes)  # memory is laid out by the largest
     assert [graph.in_pool for graph in job._graphs.values()] == [None] + ["pool"] * (len(shapes) - 1)  # type: ignore[attr-defined]
     job.train()
@@ -494,7 +494,7 @@ def test_out_of_memory_in_a_capture_is_that_and_any_other_failure_a_note(trial, 
         raise error from None
 
     monkeypatch.setattr(torch.cuda, "graph", failing)
-    with job._optimizer.rehearsing():
+    with job.step.optimizer.rehearsing():
         error = RuntimeError("operation not permitted when stream is capturing\nand more")
         assert job._capture() is False
         assert job.notes[-1] == "uncaptured: OPTForCausalLM: operation not permitted when stream is capturing"

@@ -1,0 +1,556 @@
+import dataclasses
+from contextlib import nullcontext
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch.utils.data import SequentialSampler
+from training.test_stock import Unattended
+from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
+from transformers.trainer_pt_utils import LabelSmoother
+
+from lightweight import corpus, targets
+from lightweight.captured import agreement, attention, check, loop, passes, projections
+from lightweight.captured.agreement import Tolerance
+from lightweight.captured.packing import Buffers
+from lightweight.child import worker
+from lightweight.methods import CapturedStep, Method
+from lightweight.models import Model
+from lightweight.training import ranks, stock
+from lightweight.training.meter import Meter
+from lightweight.trial import Trial
+
+CPU = torch.device("cpu")
+LENGTH = 96
+
+ANY = {"vocab_size": 384, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+WIDE = ANY | {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": WIDE,
+    "opt": ANY
+    | {
+        "hidden_size": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 32,
+        "max_position_embeddings": 128,
+        "dropout": 0.0,
+    },
+    "mamba": ANY | {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 4},
+    "qwen3_next": WIDE
+    | {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_experts": 0,
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "mlp_only_layers": [0, 1],
+    },
+    "mixtral": WIDE
+    | {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "output_router_logits": True,
+        "router_aux_loss_coef": 0.5,
+        "sliding_window": None,
+    },
+    "mistral": WIDE | {"sliding_window": 16},
+    "gemma2": WIDE | {"head_dim": 16, "sliding_window": 16},
+    "cohere": WIDE,
+    "roberta": ANY
+    | {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+        "is_decoder": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+    "gpt_oss": WIDE
+    | {
+        "head_dim": 16,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gpt_neo": ANY
+    | {
+        "hidden_size": 64,
+        "num_layers": 8,
+        "num_heads": 2,
+        "attention_types": [[["global", "local"], 4]],
+        "window_size": 16,
+        "max_position_embeddings": 128,
+    },
+    "bloom": ANY | {"hidden_size": 32, "n_layer": 2, "n_head": 2},
+    "bart": ANY
+    | {
+        "d_model": 32,
+        "decoder_layers": 2,
+        "encoder_layers": 1,
+        "decoder_attention_heads": 2,
+        "encoder_attention_heads": 2,
+        "decoder_ffn_dim": 64,
+        "max_position_embeddings": 128,
+        "dropout": 0.0,
+        "forced_eos_token_id": None,
+        "decoder_start_token_id": 1,
+    },
+}
+
+
+def lora(**settings):
+    return peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        **{"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear", **settings},
+    )
+
+
+def method(adapter=None, step=None, **more):
+    arguments = {"per_device_train_batch_size": 4, "learning_rate": 1e-3} | more
+    return Method(name="m", adapter=adapter, step=step or CapturedStep(), training_arguments=arguments)
+
+
+def network(architecture, scale=4.0):
+    """Weights that are larger than random ones are, so that a wrong context shows in the loss."""
+    transformers.set_seed(0)
+    config = AutoConfig.for_model(architecture, **CONFIGS[architecture])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() >= 2:
+                weight.mul_(scale)
+            if architecture == "gpt_neo" and ("q_proj" in name or "k_proj" in name):
+                weight.mul_(scale)  # it does not scale their products, which makes a chaos of its layers
+    return model
+
+
+@pytest.fixture
+def prepare(small_corpus, tmp_path):
+    """Trainer, rows, meter and trial of four steps over dialogues of which some share a row."""
+    pairs = [
+        dataclasses.replace(pair, prompt="u", answer=pair.answer[: 6 + 17 * (index % 5)])
+        for index, pair in enumerate(small_corpus.train)
+    ]
+    found = dataclasses.replace(small_corpus, train=tuple(pairs))
+    rows = [corpus.encode(pair, ByT5Tokenizer(), LENGTH) for pair in found.train]
+
+    def prepare(architecture, method, dtype=torch.float32):
+        trial = Trial(
+            model=Model(name=architecture, architecture={"model_type": architecture}),
+            method=method,
+            target=targets.CPU,
+            corpus=found,
+            max_steps=4,
+            max_length=LENGTH,
+        )
+        built = network(architecture).to(dtype)
+        transformers.set_seed(0)
+        meter = Meter(CPU, 0.0)
+        trainer = stock.make_trainer(trial, method.adapt(built), rows, meter, Unattended(), tmp_path)
+        return trainer, rows, meter, trial
+
+    return prepare
+
+
+def run(trainer, rows, meter, trial):
+    """Losses of the job and its note, by whom it is that runs its steps."""
+    heldout = worker.Heldout(rows[:2], [])
+    worker.train(trial, trainer, rows, heldout, meter, lambda phase: None)
+    return meter.measurements().train_loss, meter.facts.get("capture_note")
+
+
+@pytest.fixture
+def losses(prepare):
+    """The Trainer's losses of a job, the captured step's, and its note."""
+
+    def losses(architecture, method):
+        theirs, _ = run(*prepare(architecture, dataclasses.replace(method, step="trainer")))
+        ours, note = run(*prepare(architecture, method))
+        return theirs, ours, note
+
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("architecture", "given_up"),
+    [
+        ("llama", []),
+        ("mistral", []),  # its window is shorter than a row
+        ("mamba", ["packing"]),  # a state runs along the row
+        ("qwen3_next", ["packing"]),
+        ("mixtral", ["loss"]),  # the router's
+        ("cohere", ["loss"]),  # logits are scaled
+        ("gemma2", ["attention and with it packing", "loss"]),  # both are capped
+        ("bart", ["packing", "loss"]),  # labels are not shifted, positions are not given
+        ("bloom", ["attention and with it packing"]),  # asks no registry
+    ],
+)
+def test_captured_losses_are_the_trainers_in_any_architecture(losses, architecture, given_up):
+    theirs, ours, note = losses(architecture, method())
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert note.startswith("packing makes")
+    assert [part.split(" given up: ")[0] for part in note.split("; ") if "given up" in part] == given_up
+    assert note.endswith("no GPU: the same step without a graph")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "given_up"),
+    [
+        (lora(), []),
+        (lora(target_modules=["q_proj", "lm_head"]), ["loss"]),
+        (peft.IA3Config(task_type="CAUSAL_LM"), []),
+        (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), ["packing", "loss"]),
+        (
+            peft.AdaLoraConfig(task_type="CAUSAL_LM", init_r=4, target_r=2, total_step=10, target_modules=["q_proj"]),
+            ["loss"],  # it adds a penalty
+        ),
+    ],
+    ids=["lora", "lora of the head", "ia3", "prompt tuning", "adalora"],
+)
+def test_captured_losses_are_the_trainers_with_any_adapter(losses, adapter, given_up):
+    theirs, ours, note = losses("llama", method(adapter))
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert [part.split(" given up: ")[0] for part in note.split("; ") if "given up" in part] == given_up
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "bart", "llama"])
+def test_accumulated_passes_are_the_trainers_also_where_the_model_computes_its_own_loss(losses, architecture):
+    accumulated = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}  # of 20: the last step is short
+    theirs, ours, note = losses(architecture, method(**accumulated))
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert "the Trainer runs the steps" not in note
+
+
+def forgets_its_mask(monkeypatch):
+    monkeypatch.setattr(attention, "packed", lambda dialogues: nullcontext())
+
+
+def counts_positions_through(monkeypatch):
+    fill = Buffers.fill
+
+    def wrong(buffers, *arguments):
+        fill(buffers, *arguments)
+        buffers.position_ids.copy_(torch.arange(buffers.shape.time))
+
+    monkeypatch.setattr(Buffers, "fill", wrong)
+
+
+def scales_its_scores(monkeypatch):
+    forward = attention._OPTAttention.forward
+
+    def wrong(layer, hidden_states, **options):
+        return forward(layer, 1.05 * hidden_states, **options)
+
+    monkeypatch.setattr(attention._OPTAttention, "forward", wrong)
+
+
+def looks_ahead(monkeypatch):
+    monkeypatch.setattr(attention, "_mask", lambda *_, q_length, **__: torch.ones(1, 1, q_length, q_length).bool())
+    monkeypatch.setattr(
+        attention.AttentionMaskInterface,
+        "_global_mapping",
+        attention.AttentionMaskInterface._global_mapping | {attention.NAME: attention._mask},
+    )
+
+
+def drops_a_weight(monkeypatch):
+    real = passes.linear_cross_entropy
+
+    def wrong(hidden, head, bias, tokens, weights):
+        return real(hidden, head, bias, tokens, torch.cat([torch.zeros(1), weights[1:]]))
+
+    monkeypatch.setattr(passes, "linear_cross_entropy", wrong)
+
+
+def halves_a_gradient(monkeypatch):
+    real = projections._adapter_backward
+
+    def wrong(*arguments):
+        a, b = real(*arguments)
+        return a / 2, b
+
+    monkeypatch.setattr(projections, "_adapter_backward", wrong)
+
+
+def raises(monkeypatch):
+    def wrong(*_):
+        raise IndexError("index 256 is out of bounds\nand more")
+
+    monkeypatch.setattr(projections.Family, "project", wrong)
+
+
+@pytest.mark.parametrize(
+    ("fault", "part"),
+    [
+        (forgets_its_mask, "packing given up: "),
+        (counts_positions_through, "packing given up: its loss is "),
+        (scales_its_scores, "attention and with it packing given up: its loss is "),
+        (drops_a_weight, "loss given up: its loss is "),
+        (halves_a_gradient, "lean given up: its loss is "),
+        (raises, "lean given up: its step fails (IndexError: index 256 is out of bounds);"),
+    ],
+)
+def test_a_fault_in_a_part_costs_that_part_alone(losses, monkeypatch, fault, part):
+    fault(monkeypatch)
+    theirs, ours, note = losses("opt", method(lora()))
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert part in note
+    assert note.count("given up") == 1
+
+
+@pytest.mark.parametrize("limit", [-1.0, 0, 0.01])
+def test_gradients_are_clipped_where_the_trainer_clips_them(losses, limit):
+    theirs, ours, _ = losses("llama", method(max_grad_norm=limit))
+    assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_dialogues_are_seen_to_be_apart_under_reentrant_checkpointing(losses):
+    arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    theirs, ours, note = losses("llama", method(lora(), **arguments))
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert "given up" not in note
+    _, _, note = losses("mamba", method(lora(target_modules=["x_proj"]), **arguments))
+    assert "of a dialogue's gradient is another's in its row" in note
+
+
+def test_an_attention_that_looks_ahead_is_given_up(losses, monkeypatch):
+    looks_ahead(monkeypatch)
+    theirs, ours, note = losses("opt", method(lora(), CapturedStep(packing=False)))
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert note.startswith("attention given up: its loss is ")
+
+
+def test_two_faults_cost_two_parts(losses, monkeypatch):
+    drops_a_weight(monkeypatch)
+    halves_a_gradient(monkeypatch)
+    theirs, ours, note = losses("opt", method(lora()))
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert "loss given up" in note and "lean given up" in note and note.count("given up") == 2
+
+
+def test_where_nothing_agrees_the_trainer_runs_the_steps_from_the_same_weights(prepare):
+    """Here since the Trainer smooths labels, which no part knows of."""
+    results = []
+    for step in ("trainer", "captured"):
+        trainer, rows, meter, trial = prepare("opt", dataclasses.replace(method(lora(lora_dropout=0.1)), step=step))
+        trainer.label_smoother = LabelSmoother(0.3)
+        results.append(run(trainer, rows, meter, trial))
+        assert trainer.state.global_step == 4
+    (theirs, _), (ours, note) = results
+    assert ours == theirs
+    assert meter.facts["captured"] is False and meter.facts["compiled"] is False
+    assert "the Trainer runs the steps, since no captured one is its: its loss is " in note
+
+
+@pytest.mark.parametrize("other", ["order", "number"])
+def test_rows_that_the_trainer_draws_otherwise_are_its_own_to_train(prepare, other):
+    trainer, rows, meter, trial = prepare("opt", method(per_device_train_batch_size=6))
+    trial = dataclasses.replace(trial, max_steps=None, epochs=1)
+    if other == "order":
+        trainer._get_train_sampler = lambda *_: SequentialSampler(rows)
+    else:
+        trainer.args.dataloader_drop_last = True  # of 20 rows, two
+    _, note = run(trainer, rows, meter, trial)
+    assert note.endswith("the Trainer runs the steps, since it draws other rows than the captured step")
+
+
+def test_what_several_ranks_share_is_not_left_to_the_trainer(prepare, monkeypatch):
+    trainer, rows, meter, trial = prepare("opt", method())
+    monkeypatch.setattr(agreement.Reference, "draws", lambda reference, passes: False)
+    job = loop.CapturedTraining(dataclasses.replace(trial, world_size=2), trainer, rows, meter)
+    with pytest.raises(ranks.RanksError, match="train it on one rank"):
+        job.prepare()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_bit_for_bit_and_in_their_own_format_after_a_step_that_is_withdrawn(prepare, dtype):
+    step = dataclasses.replace(method(), weights_dtype="bfloat16")
+    trainer, rows, meter, trial = prepare("opt", step, dtype)
+    before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    trainer.label_smoother = LabelSmoother(0.9)
+    assert loop.CapturedTraining(trial, trainer, rows, meter).prepare() is False
+    for name, weight in trainer.model.named_parameters():
+        assert weight.dtype == dtype and torch.equal(weight, before[name]), name
+        assert weight.grad is None
+
+
+def test_the_comparison_leaves_no_trace_in_what_is_trained(prepare, monkeypatch):
+    """Dropout's numbers, moments, schedule and all: the same bits with and without it."""
+    dropping = method(lora(lora_dropout=0.2))
+
+    def job():
+        trainer, rows, meter, trial = prepare("opt", dropping)
+        trial = dataclasses.replace(trial, max_steps=20)
+        state = torch.get_rng_state()
+        job = loop.CapturedTraining(trial, trainer, rows, meter)
+        assert job.prepare()
+        assert torch.equal(torch.get_rng_state(), state)
+        job.train()
+        return meter.measurements().train_loss
+
+    compared = job()
+    monkeypatch.setattr(agreement, "search", lambda parts, losses, measure: (parts, []))
+    monkeypatch.setattr(agreement.Reference, "gradients", lambda reference, sample: (sample, None))
+    assert job() == compared
+    assert len(compared) == 20
+
+
+@pytest.mark.parametrize("fits", [3, 1])
+def test_as_many_dialogues_are_compared_as_the_trainers_step_has_memory_for(prepare, monkeypatch, fits):
+    real, seen = agreement.Reference._gradients, []
+
+    def short_of_memory(reference, sample, scale):
+        if sample.size > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        seen.append(sample.size)
+        return real(reference, sample, scale)
+
+    monkeypatch.setattr(agreement.Reference, "_gradients", short_of_memory)
+    drops_a_weight(monkeypatch)
+    trainer, rows, meter, trial = prepare("opt", method())
+    assert loop.CapturedTraining(trial, trainer, rows, meter).prepare()
+    assert seen and max(seen) <= fits
+    assert "loss given up" in meter.facts["capture_note"]
+
+
+def test_out_of_memory_of_what_was_asked_for_is_that(prepare, monkeypatch):
+    def short_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer, rows, meter, trial = prepare("opt", method())
+    monkeypatch.setattr(passes, "linear_cross_entropy", short_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        loop.CapturedTraining(trial, trainer, rows, meter).prepare()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "adapter", "precision"),
+    [("llama", lora(lora_dropout=0.1), "bfloat16"), ("opt", None, "bfloat16"), ("opt", lora(), "float16")],
+)
+def test_half_precision_rounds_but_gives_nothing_up(prepare, architecture, adapter, precision):
+    step = dataclasses.replace(method(adapter), weights_dtype=precision)
+    trainer, rows, meter, trial = prepare(architecture, step, getattr(torch, precision))
+    job = loop.CapturedTraining(trial, trainer, rows, meter)
+    assert job.prepare()
+    assert "given up" not in meter.facts["capture_note"]
+    assert job.step.parts.packing
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_what_passes_for_the_rounding_of_a_half_is_found_in_fp32(prepare, monkeypatch, architecture):
+    halves_a_gradient(monkeypatch)
+    step = dataclasses.replace(method(lora()), weights_dtype="bfloat16")
+    trainer, rows, meter, trial = prepare(architecture, step, torch.bfloat16)
+    assert loop.CapturedTraining(trial, trainer, rows, meter).prepare()
+    assert "lean given up: " in meter.facts["capture_note"]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("none left"), RuntimeError("no kernel for fp32")])
+def test_where_fp32_cannot_be_had_halves_are_compared(prepare, monkeypatch, error):
+    gradients = agreement.Reference._gradients
+    asked = []
+
+    def short(reference, sample, scale, autocast=None):
+        asked.append(next(reference._model.parameters()).dtype)
+        if autocast is not None:
+            raise error
+        return gradients(reference, sample, scale)
+
+    monkeypatch.setattr(agreement.Reference, "_gradients", short)
+    step = dataclasses.replace(method(lora()), weights_dtype="bfloat16")
+    trainer, rows, meter, trial = prepare("opt", step, torch.bfloat16)
+    job = loop.CapturedTraining(trial, trainer, rows, meter)
+    assert job.prepare()
+    assert asked == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert "given up" not in meter.facts["capture_note"] and job.step.parts.lean
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_what_half_precision_makes_of_a_deep_network_is_compared_in_fp32(prepare, precision):
+    """Its attention, which does not scale its products, enlarges the last digit of a half until no gradient is left."""
+    step = dataclasses.replace(method(lora()), weights_dtype=precision)
+    trainer, rows, meter, trial = prepare("gpt_neo", step, getattr(torch, precision))
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    job = loop.CapturedTraining(trial, trainer, rows, meter)
+    assert job.prepare()
+    note = meter.facts["capture_note"]
+    assert "compared in fp32: " in note and "given up" not in note
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, before[name].to(tensor.dtype)), name
+
+
+def test_as_much_is_compared_in_fp32_as_there_is_memory_for(prepare, monkeypatch):
+    gradients = agreement.Reference._gradients
+    sizes = []
+
+    def short(reference, sample, scale, autocast=None):
+        if autocast is not None:
+            sizes.append(sample.size)
+            if sample.size > 2:
+                raise torch.OutOfMemoryError("none left")
+        return gradients(reference, sample, scale, autocast)
+
+    monkeypatch.setattr(agreement.Reference, "_gradients", short)
+    step = dataclasses.replace(method(lora()), weights_dtype="bfloat16")
+    trainer, rows, meter, trial = prepare("gpt_neo", step, torch.bfloat16)
+    assert loop.CapturedTraining(trial, trainer, rows, meter).prepare()
+    assert sizes[-2:] == [4, 2]
+    assert "compared in fp32: " in meter.facts["capture_note"] and "given up" not in meter.facts["capture_note"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "part"),
+    [
+        (forgets_its_mask, "packing given up: "),
+        (counts_positions_through, "packing given up: its loss is "),
+        (halves_a_gradient, "lean given up: its loss is "),
+        (drops_a_weight, "loss given up: its loss is "),
+    ],
+)
+def test_a_fault_is_found_where_half_precision_leaves_no_gradient(prepare, monkeypatch, fault, part):
+    fault(monkeypatch)
+    step = dataclasses.replace(method(lora()), weights_dtype="bfloat16")
+    trainer, rows, meter, trial = prepare("gpt_neo", step, torch.bfloat16)
+    assert loop.CapturedTraining(trial, trainer, rows, meter).prepare()
+    assert part in meter.facts["capture_note"]
+
+
+def test_a_state_that_half_precision_would_hide_is_found(prepare):
+    """Its share in a gradient is less than what bf16 rounds; that it is not 0 tells."""
+    step = dataclasses.replace(method(), weights_dtype="bfloat16")
+    trainer, rows, meter, trial = prepare("mamba", step, torch.bfloat16)
+    assert loop.CapturedTraining(trial, trainer, rows, meter).prepare()
+    assert "packing given up: " in meter.facts["capture_note"]
+    assert "of a dialogue's gradient is another's in its row" in meter.facts["capture_note"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "further", "given_up"),
+    [
+        ("mixtral", {"router_aux_loss_coef": 0.001}, "loss"),  # the default, of a loss of 6
+        ("bart", {}, "packing"),  # counts positions through
+        ("roberta", {}, "packing"),  # begins with another position
+        ("gpt_oss", {}, "attention and with it packing"),  # has sinks
+    ],
+)
+def test_what_half_precision_would_hide_is_found(prepare, monkeypatch, architecture, further, given_up):
+    monkeypatch.setitem(CONFIGS, architecture, CONFIGS[architecture] | further)
+    monkeypatch.setattr(check.Check, "_allowed", Tolerance(loss=1, gradient=1e3, tensor=1e3, floor=1))
+    _, note = run(*prepare(architecture, method(bf16=True)))
+    assert f"; {given_up} given up: " in note
