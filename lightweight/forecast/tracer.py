@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,7 +24,8 @@ from transformers import PretrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightweight import corpus, models
-from lightweight.forecast import skeleton, steps
+from lightweight.captured.loop import compiles
+from lightweight.forecast import captured, skeleton, steps
 from lightweight.forecast.cuda_rules import BatchKind, CudaRules
 from lightweight.forecast.fake_ranks import rank_zero_of
 from lightweight.forecast.recorder import Recorder, seeing_libraries
@@ -32,8 +33,9 @@ from lightweight.forecast.replay import Trace
 from lightweight.internals import torch as torch_internals
 from lightweight.internals.torch import FAKE_TENSOR_LOGGER, FakeTensorMode
 from lightweight.methods import MethodError
-from lightweight.targets import Capability, Device
+from lightweight.targets import Capability, Device, has_bf16
 from lightweight.training.meter import Meter
+from lightweight.training.stock import Row
 from lightweight.trial import Trial
 
 
@@ -44,29 +46,40 @@ class ForecastError(ValueError):
 def trace_on(trial: Trial, device: Device) -> Trace:
     """The trace of a trial as it is run on `device`, with that device's kernels.
 
-    Where the model's tokenizer is at hand, only the kinds of batches that the corpus gives are traced. Raises
-    ForecastError.
+    Where the model's tokenizer is at hand, it is of the rows that the corpus gives. Raises ForecastError.
     """
     try:
-        paddings = _paddings(trial)
+        rows = _rows(trial)
     except Exception as error:  # a tokenizer is others' code, too
         raise ForecastError(f"{trial.name}: its rows cannot be made: {_reason(error)}") from error
-    return trace(trial, device.capability or trial.target.capability, paddings)
+    return trace(trial, device.capability or trial.target.capability, rows)
 
 
-def _paddings(trial: Trial) -> tuple[BatchKind, ...]:
-    if not trial.model.is_loadable or not trial.corpus.train:
+def _rows(trial: Trial) -> list[Row] | None:
+    """The training rows; None where the corpus or the tokenizer is not at hand."""
+    if not trial.corpus.train:
+        return None
+    if trial.model.is_loadable:
+        tokenizer = models.load_tokenizer(trial.model)
+    elif trial.model.weights == "random" and trial.method.captured_step is not None:
+        tokenizer = models.tokenizer_of_random(trial.model)
+    else:
+        return None
+    return [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.train]
+
+
+def _paddings(trial: Trial, rows: Sequence[Row] | None) -> tuple[BatchKind, ...]:
+    """The kinds of batches that `rows` give."""
+    if rows is None:
         return "full", "padded"
-    tokenizer = models.load_tokenizer(trial.model)
-    rows = [corpus.encode(pair, tokenizer, trial.max_length) for pair in trial.corpus.train]
     full = sum(all(row["attention_mask"]) for row in rows)
     padded: tuple[BatchKind, ...] = ("padded",) if full < len(rows) else ()
     return ("full", *padded) if full >= min(trial.method.sequences_per_pass, len(rows)) else padded
 
 
-def trace(trial: Trial, capability: Capability, paddings: tuple[BatchKind, ...] = ("full", "padded")) -> Trace:
-    """Trace a trial on a GPU of this compute capability, its batches of the kinds in `paddings`. Of several ranks this
-    is the trace of the first, whose shards are the largest.
+def trace(trial: Trial, capability: Capability, rows: Sequence[Row] | None = None) -> Trace:
+    """Trace a trial over `rows` on a GPU of this compute capability; without rows, over such as take most. Of several
+    ranks this is the trace of the first, whose shards are the largest.
 
     Needs the model's configuration, and no weights. Raises ForecastError, and ModelError where there is no
     configuration.
@@ -75,21 +88,29 @@ def trace(trial: Trial, capability: Capability, paddings: tuple[BatchKind, ...] 
     if (reason := refusal(trial, config)) is not None:
         raise ForecastError(f"{trial.name}: {reason}")
     trial = replace(trial, method=replace(trial.method, quantization=_settled(trial, config)))
+    step = trial.method.captured_step
+    if step is not None:
+        bf16 = trial.target.bf16 and has_bf16(capability)
+        trial = replace(trial, device_index=0, method=trial.method.on_gpu(bf16=bf16))
     method = trial.method.on_rank(trial.world_size)
     dtype = getattr(torch, method.weights_dtype)
     try:
         with _quiet():
-            network = method.adapt(models.skeleton(config, dtype, method.quantization))
+            network = models.skeleton(config, dtype, method.quantization)
+            network = method.adapt(network, upcast=step is None or step.upcast)
     except Exception as error:  # of transformers, peft or the quantizer: what they say of one method is its own line
         raise ForecastError(f"{trial.name}: cannot be built: {_reason(error)}") from error
     with rank_zero_of(trial.world_size), _garbage_of_its_own():
-        return _trace(trial, capability, paddings, network, config.get_text_config().vocab_size)
+        return _trace(trial, capability, rows, network, config.get_text_config().vocab_size)
 
 
 def refusal(trial: Trial, config: PretrainedConfig) -> str | None:
     """Why a trial of a model with `config` cannot be forecast, as far as that is known before it is traced."""
-    if trial.method.captured_step is not None:
-        return "the captured step is not forecast, only steps that the Trainer runs"
+    step = trial.method.captured_step
+    if step is not None and trial.world_size > 1:
+        return "the captured step is forecast on one GPU, not on several"
+    if step is not None and compiles(step, trial.steps if trial.corpus.train else 0):
+        return "what torch.compile makes of the captured step is not forecast: take compile=False"
     if trial.method.library != "peft":
         return f"{trial.method.library} is not forecast, only transformers and peft"
     longest = models.longest_row(config)
@@ -107,13 +128,13 @@ def _settled(trial: Trial, config: PretrainedConfig) -> QuantizationConfigMixin 
     return models.settle_quantization(trial.model, config, trial.method, sharded=trial.is_sharded)
 
 
-def _trace(
-    trial: Trial, capability: Capability, paddings: tuple[BatchKind, ...], network: Any, vocabulary: int
-) -> Trace:
+def _trace(trial: Trial, capability: Capability, rows: Sequence[Row] | None, network: Any, vocabulary: int) -> Trace:
     dtype = getattr(torch, trial.method.weights_dtype)
-    rules = CudaRules(capability)
+    step = trial.method.captured_step
+    rules = CudaRules(capability, cudnn=step is None or step.attention == "model")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    recorder = Recorder(mode, Meter(torch.device("cpu"), start_seconds=0.0), rules, vocabulary)
+    meter = Meter(torch.device("cpu"), start_seconds=0.0)
+    recorder = Recorder(mode, meter, rules, vocabulary, is_sharded=trial.is_sharded)
     with _quiet(), mode, rules, recorder, seeing_libraries(recorder):
         recorder.meter.phase = "build"
         with _module_names(network) as entered:
@@ -121,9 +142,15 @@ def _trace(
                 skeleton.materialise(network, dtype, recorder)
                 parameters, trainable = (models.count_parameters(network, trainable=only) for only in (False, True))
                 with torch_internals.no_hooks_left():
-                    steps.train(network, trial, paddings, recorder)
+                    if step is None:
+                        steps.train(network, trial, _paddings(trial, rows), recorder)
+                    else:
+                        recorder.answers = lambda: not entered  # what a module asks for, no graph can have
+                        captured.train(network, trial, rows, recorder)
             except steps.AllTracedError:
                 pass
+            except captured.UncapturedError as error:
+                raise ForecastError(f"{trial.name}: cannot be captured: {error}") from None
             except skeleton.UntraceableError as error:
                 raise ForecastError(f"{trial.name}: {error}") from None
             except Exception as error:  # of any model's code, or a library's, which is the reason that is given
@@ -136,6 +163,10 @@ def _trace(
         causes=recorder.causes,
         phases=recorder.phases,
         streams=recorder.streams,
+        kept=frozenset(recorder.kept),
+        emptied=recorder.emptied,
+        training_from=recorder.training_from,
+        optional=recorder.optional,
         paged_bytes=recorder.paged_bytes,
     )
 

@@ -22,7 +22,7 @@ from lightweight.models.model import Model, ModelError, Weights, ran_out, reason
 from lightweight.models.quantization import quantization_of, settle_quantization, stored_quantization
 from lightweight.models.sources import can_be_random, find
 from lightweight.models.tokenizer import check_rows, load_tokenizer
-from lightweight.models.writing import write
+from lightweight.models.writing import tokenizer_of_random, write
 
 __all__ = [
     "GPT_NEO_1_3B",
@@ -51,5 +51,6 @@ __all__ = [
     "settle_quantization",
     "skeleton",
     "stored_quantization",
+    "tokenizer_of_random",
     "write",
 ]

@@ -73,6 +73,11 @@ def _unpacked(model: Model) -> PreTrainedModel:
     return network
 
 
+def tokenizer_of_random(model: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer that `write` puts beside random weights. Raises ModelError."""
+    return _architecture(model)[1]
+
+
 def _architecture(model: Model) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
     """The configuration that random weights are drawn for, its special tokens those of the tokenizer."""
     from transformers import ByT5Tokenizer
