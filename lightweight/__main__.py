@@ -162,8 +162,7 @@ def _plan(options: argparse.Namespace) -> int:
         from lightweight.forecast import plan, plan_table, tracer  # torch takes seconds, and names have been checked
         from lightweight.trial import MAX_LENGTH
 
-        stock = [method.name for method in methods.METHODS.values() if method.captured_step is None]
-        wanted_methods = [methods.named(name) for name in dict.fromkeys(options.method or stock)]
+        wanted_methods = [methods.named(name) for name in dict.fromkeys(options.method or ())] or [*methods.PLANNED]
         names.refuse_namesakes("method", wanted_methods)
     except ValueError as error:
         return _refuse(error)

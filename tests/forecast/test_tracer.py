@@ -389,11 +389,15 @@ def test_rows_longer_than_the_model_takes_are_refused():
         trace(trial(OPT_TINY, LORA, max_length=1024))
 
 
+def paddings(of):
+    return tracer._paddings(of, tracer._rows(of))
+
+
 def test_only_batches_that_the_corpus_gives_are_traced(micro, small_corpus):
     short = Trial(model=micro, method=BASELINE, target=NATIVE, corpus=small_corpus)
-    assert tracer._paddings(short) == ("padded",)
-    assert tracer._paddings(replace(short, max_length=8)) == ("full",)
-    assert tracer._paddings(replace(short, model=replace(micro, location=None))) == ("full", "padded")
+    assert paddings(short) == ("padded",)
+    assert paddings(replace(short, max_length=8)) == ("full",)
+    assert paddings(replace(short, model=replace(micro, location=None))) == ("full", "padded")
 
 
 def test_a_large_model_is_forecast_in_seconds_without_much_memory(tmp_path):
@@ -443,14 +447,13 @@ def test_records_say_what_was_forecast():
     ],
 )
 def test_out_of_memory_is_an_answer_where_it_was_forecast(verdict, ends, micro, small_corpus):
-    """For a captured step, whose own forecast there is not, the Trainer's."""
     ran_out = OutOfMemory(
         phase="train", requested_bytes=1, budget_bytes=1, reason="out of memory", measured=Measurements()
     )
     laboratory = SimpleNamespace(
         takes_long=lambda _: False,
         trial=lambda *_: Trial(model=micro, method=LORA_CAPTURED, target=NATIVE, corpus=small_corpus),
-        try_to_forecast=lambda of: of.method.step == "trainer" and verdict and SimpleNamespace(verdict=verdict),
+        try_to_forecast=lambda _: verdict and SimpleNamespace(verdict=verdict),
     )
     with nullcontext() if ends is None else pytest.raises(ends[0], match=ends[1]):
         training_experiment.test_training(lambda *_: ran_out, laboratory, "opt-tiny", "lora-captured")  # type: ignore[arg-type]
