@@ -211,17 +211,20 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _module_names(network: nn.Module) -> Iterator[list[str]]:
-    """The modules whose forward has been entered and not left, by name and class, the innermost last."""
+    """The modules whose forward has been entered and not left, by name and class, the innermost last; without those
+    that a backward pass computes again, which checkpointing leaves in their middle."""
     names = {
         id(module): f"{name or 'the network'} ({type(module).__name__})" for name, module in network.named_modules()
     }
     entered: list[str] = []
 
     def enter(module: nn.Module, _: Any) -> None:
-        entered.append(names.get(id(module), type(module).__name__))
+        if not torch_internals.in_backward():
+            entered.append(names.get(id(module), type(module).__name__))
 
     def leave(*_: Any) -> None:
-        entered.pop()
+        if not torch_internals.in_backward():
+            entered.pop()
 
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     try:
