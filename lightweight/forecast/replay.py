@@ -94,7 +94,9 @@ class _Replay:
         self._sizes: dict[int, int] = {}
         self._held, self._at_peak = dict.fromkeys(CAUSES, 0), dict.fromkeys(CAUSES, 0)
         self._phase: Phase = "build"
-        self._peak_phase, self._stopped_in, self._peak_bytes = self._phase, None, 0
+        self._peak_phase: Phase = self._phase
+        self._stopped_in: Phase | None = None
+        self._peak_bytes = 0
         self._left_out: set[int] = set()  # names in spans that there was no room for
         self._left_out_until = 0  # the end of the last of these
 
