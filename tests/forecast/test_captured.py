@@ -123,7 +123,7 @@ def test_rows_that_are_at_hand_are_the_ones_traced():
         tracer.trace_on(one, Device(name="a card", capability=HOPPER)).replay().by_cause["activations"]
         for one in (of, unpacked)
     )
-    assert packed < alone / 2
+    assert packed < 0.7 * alone
 
 
 def test_full_training_in_fp32_is_forecast():
