@@ -156,8 +156,8 @@ def _plan(options: argparse.Namespace) -> int:
         from lightweight import methods
         from lightweight.forecast import plan, plan_table, tracer  # torch takes seconds, and names have been checked
 
-        stock = [method.name for method in methods.METHODS.values() if method.captured_step is None]
-        wanted_methods = settings.applied(methods.named(name) for name in dict.fromkeys(options.method or stock))
+        named = [methods.named(name) for name in dict.fromkeys(options.method or ())] or methods.PLANNED
+        wanted_methods = settings.applied(named)
         names.refuse_namesakes("method", wanted_methods)
     except ValueError as error:
         return _refuse(error)

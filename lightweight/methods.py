@@ -133,11 +133,12 @@ class Method:
         """What orders methods from the fastest to the slowest where nothing was measured.
 
         4-bit weights are dequantized in every pass, checkpointing computes each forward twice, fp32 leaves the tensor
-        cores idle, and training every parameter moves optimizer state for all of them: in this order on an H200
-        (experiments/records), where lora is 1.7 times as fast as baseline and qlora a tenth.
+        cores idle, the Trainer's steps wait for Python, and training every parameter moves optimizer state for all of
+        them: in this order on an H200 (experiments/records), where lora is 1.7 times as fast as baseline and qlora a
+        tenth, and on an H100, where either is faster captured.
         """
-        checkpointing = bool(self.training_arguments.get("gradient_checkpointing"))
-        return self.quantization is not None, checkpointing, self.precision == "fp32", self.adapter is None
+        checkpointing, fp32 = bool(self.training_arguments.get("gradient_checkpointing")), self.precision == "fp32"
+        return self.quantization is not None, checkpointing, fp32, self.captured_step is None, self.adapter is None
 
     def with_batch(self, sequences: int) -> Method:
         """The method with `sequences` in a forward pass."""
@@ -339,6 +340,9 @@ QLORA_CAPTURED = replace(
 
 METHODS = {method.name: method for method in (BASELINE, LORA, QLORA, BASELINE_CAPTURED, LORA_CAPTURED, QLORA_CAPTURED)}
 """What `--method` knows by name."""
+
+PLANNED = (BASELINE, LORA, QLORA, LORA_CAPTURED, QLORA_CAPTURED)
+"""What a plan lists, and a job takes one of, where no method is named."""
 
 
 def named(text: str) -> Method:

@@ -28,7 +28,7 @@ FORBIDDEN = {
     "training": ABOVE | PYTEST | {"verdict", "record", "child", "captured", "forecast"},
     "captured": ABOVE | PYTEST | {"verdict", "record", "child", "forecast"},
     "child": ABOVE | PYTEST | {"verdict", "record", "forecast"},
-    "forecast": ABOVE | PYTEST | {"verdict", "child", "captured"},
+    "forecast": ABOVE | PYTEST | {"verdict", "child"},
     "record": ABOVE | NETWORKS | PYTEST | TRAINING | {"verdict", "internals"},
     "verdict": ENTRANCES | NETWORKS | PYTEST | TRAINING | {"session", "cli", "internals", "report"},
     "report": ENTRANCES | NETWORKS | PYTEST | TRAINING | {"session", "cli", "internals"},

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lightweight.captured.fused import kernels
+from lightweight.captured import kernels
 
 CHUNK_BYTES = 64 * 2**20
 """Logits that exist at one time: 667 tokens of a vocabulary of 50 272 in half precision, enough rows to keep a matrix
@@ -108,7 +108,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _cross_entropy_(logits: torch.Tensor, vocabulary: int, targets: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Each row's cross-entropy, [tokens], fp32; the first `vocabulary` columns of `logits` then hold `scales` times its
     gradient, and the rest means nothing before and after."""
-    if kernels is not None and logits.is_cuda:
+    if kernels.take(logits):
         return kernels.cross_entropy_(logits, vocabulary, targets, scales)
     whole, index = logits[:, :vocabulary].float(), targets.unsqueeze(1)
     normaliser = whole.logsumexp(1, keepdim=True)

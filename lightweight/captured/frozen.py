@@ -10,6 +10,7 @@ rounding.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,11 +19,12 @@ from lightweight.preload import peft  # isort: skip  # before transformers, whic
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, rms_norm, silu
 from transformers.activations import NewGELUActivation, SiLUActivation
 
 from lightweight.captured import recomputed
 from lightweight.captured.projections import Family
+from lightweight.internals import torch as torch_internals
 
 SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 """Names under which a module's children project one and the same input."""
@@ -83,7 +85,7 @@ def _forward_of(module: Any, widths: set[int]) -> Callable[[torch.Tensor], torch
         function = functools.partial(recomputed.norm, module.weight, module.bias, module.eps, True)
     elif type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
         function = functools.partial(recomputed.norm, module.weight, None, module.variance_epsilon, False)
-        if not _agree(function, module, module.weight):  # some add one to the weight
+        if not _is_plain(module):
             return None
     elif type(module) is NewGELUActivation:
         function = functools.partial(gelu, approximate="tanh")  # the same formula, in one pass instead of eight
@@ -96,10 +98,17 @@ def _forward_of(module: Any, widths: set[int]) -> Callable[[torch.Tensor], torch
     return functools.partial(recomputed.recomputable, function)
 
 
-def _agree(function: Callable[[torch.Tensor], torch.Tensor], module: Any, like: torch.Tensor) -> bool:
-    sample = torch.linspace(-3, 3, 4 * like.numel(), device=like.device, dtype=like.dtype).view(4, -1)
-    with torch.no_grad():
-        return torch.allclose(function(sample), module(sample), rtol=2e-2, atol=1e-3)
+def _is_plain(module: Any) -> bool:
+    """Whether an RMS norm of transformers is torch's with its weight, to which some add one. Asked of a twin with
+    numbers of its own, since a forecast's weights have none."""
+    with torch_internals.with_numbers(), torch.no_grad():
+        twin = copy.copy(module)
+        vars(twin).pop("forward", None)
+        weight = torch.linspace(0.5, 2.0, module.weight.numel())
+        twin._parameters = {"weight": torch.nn.Parameter(weight)}
+        sample = torch.linspace(-3, 3, 4 * weight.numel()).view(4, -1)
+        found: torch.Tensor = twin(sample)
+        return torch.allclose(found, rms_norm(sample, weight.shape, weight, module.variance_epsilon), atol=1e-3)
 
 
 def _is_plain_lora(module: Any) -> bool:

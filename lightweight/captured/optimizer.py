@@ -133,6 +133,11 @@ class Optimizer:
                     tensor.zero_()
             self._scaler.load_state_dict(scaler)
 
+    def held(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What is kept beside the network from step to step: masters and moments, and the masters' gradients."""
+        moments = [tensor for state in self._adamw.state.values() for tensor in state.values()]
+        return [*self._masters.values(), *moments], [*self._sums.values()]
+
     @property
     def rate(self) -> float:
         """The learning rate of the last step; waits for the device."""

@@ -53,9 +53,10 @@ class Passes:
         # Cast weights that it caches would outlive the pass, in a graph's memory.
         return torch.autocast(self._device.type, self._dtype, cache_enabled=False)
 
-    def use(self, parts: Parts, allowed: Tolerance) -> None:
-        """Compute with `parts` from now on; `allowed` is what rounding may make of the loss. Raises PartError, and what
-        else a part raises that cannot be had."""
+    def use(self, parts: Parts, allowed: Tolerance | None) -> None:
+        """Compute with `parts` from now on; `allowed` is what rounding may make of the loss, None where nothing is
+        computed that could be asked, in a forecast. Raises PartError, and what else a part raises that cannot be
+        had."""
         self._lean_on(False)
         if self._undo_attention is not None:
             self._undo_attention()
@@ -63,9 +64,9 @@ class Passes:
         self.parts = parts
         if parts.attention:
             self._undo_attention = attention.install(self.model)
-        if parts.loss != "model":
+        if allowed is not None and parts.loss != "model":
             probes.check_loss(self.network, self.autocast, allowed)
-        if parts.loss == "chunked":
+        if allowed is not None and parts.loss == "chunked":
             probes.check_head(self.model, self.autocast)
         self._lean_on(parts.lean)
 

@@ -14,8 +14,8 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from torch.nn.functional import linear
 
+from lightweight.captured import kernels
 from lightweight.captured.dropout import drop, drop_backward, probability
-from lightweight.captured.fused import kernels
 from lightweight.captured.recomputed import recipe_of
 
 
@@ -162,7 +162,7 @@ def _add_adapter_(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Add scaling * dropout(x) @ a.T @ b.T to y, [tokens, out]; return what b was multiplied with, [tokens, r], and
     dropout's mask where it must be kept."""
-    if kernels is not None and x.is_cuda:
+    if kernels.take(x):
         site, p = projection.site, projection.p
         return kernels.add_adapter_(y, x, a, b, projection.scaling, p, seed, site), None
     x, mask = drop(x, projection.p)
@@ -190,7 +190,7 @@ def _adapter_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of the adapter's two weights, given that of `_add_adapter_`'s y; adds that of x to `grad_x`."""
     a, b, inner, mask = adapter
-    if kernels is not None and x.is_cuda:
+    if kernels.take(x):
         site, p = projection.site, projection.p
         return kernels.adapter_backward(grad, inner, x, a, b, grad_x, projection.scaling, p, seed, site)
     reached = (grad @ b) * projection.scaling

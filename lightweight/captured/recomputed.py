@@ -17,8 +17,8 @@ from torch.nn.functional import layer_norm, rms_norm, silu
 from transformers.activations import SiLUActivation
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
+from lightweight.captured import kernels
 from lightweight.captured.dropout import drop, drop_backward, probability
-from lightweight.captured.fused import kernels
 
 Recipe = tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]
 """How to compute a tensor again, and from what."""
@@ -39,7 +39,7 @@ def recomputable(function: Callable[..., torch.Tensor], *sources: torch.Tensor) 
 
 def norm(weight: torch.Tensor, bias: torch.Tensor | None, eps: float, centred: bool, x: torch.Tensor) -> torch.Tensor:
     """Layer norm, or RMS norm where it is not `centred`: [..., width] -> [..., width], `weight` and `bias` frozen."""
-    if kernels is not None and x.is_cuda:
+    if kernels.take(x):
         result: torch.Tensor = _Norm.apply(x, weight, bias, eps, centred)  # type: ignore[no-untyped-call]
         return result
     return layer_norm(x, weight.shape, weight, bias, eps) if centred else rms_norm(x, weight.shape, weight, eps)
@@ -73,14 +73,14 @@ def relu(widths: set[int], x: torch.Tensor) -> torch.Tensor:
 class _Relu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        result, positive = kernels.relu(x) if kernels is not None and x.is_cuda else (torch.relu(x), x > 0)
+        result, positive = kernels.relu(x) if kernels.take(x) else (torch.relu(x), x > 0)
         ctx.save_for_backward(positive)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:
         (positive,) = ctx.saved_tensors
-        if kernels is not None and grad_output.is_cuda:
+        if kernels.take(grad_output):
             return kernels.relu_backward(grad_output, positive)
         grad: torch.Tensor = grad_output * positive
         return grad
@@ -132,7 +132,7 @@ class _AddNorm(torch.autograd.Function):
         seed: torch.Tensor,
         site: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if kernels is not None and branch.is_cuda:
+        if kernels.take(branch):
             mask = None
             result, total, statistics = kernels.add_norm(branch, past, weight, bias, eps, p, seed, site)
         else:
@@ -151,7 +151,7 @@ class _AddNorm(torch.autograd.Function):
         total, weight, statistics, seed, mask = ctx.saved_tensors
         p, site = ctx.settings
         grads = [grad for grad in grad_outputs[:2] if grad is not None]
-        if kernels is not None and total.is_cuda:
+        if kernels.take(total):
             grad_branch, grad_past = kernels.add_norm_backward(grads, total, weight, statistics, p, seed, site)
         else:
             mean, factor = (part.contiguous() for part in statistics.split(1, -1))
@@ -182,7 +182,7 @@ def gated(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return kernels.gate(gate, up) if kernels is not None and gate.is_cuda else silu(gate) * up
+    return kernels.gate(gate, up) if kernels.take(gate) else silu(gate) * up
 
 
 class _Gate(torch.autograd.Function):
@@ -196,6 +196,6 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
-        if kernels is not None and gate.is_cuda:
+        if kernels.take(gate):
             return kernels.gate_backward(grad_output, gate, up)
         return torch.ops.aten.silu_backward(grad_output * up, gate), grad_output * silu(gate)

@@ -35,7 +35,8 @@ def choose(
     NothingFitsError."""
     if before is not None and before.method is not None:
         say(f"method {before.method}: what the interrupted job was trained with")
-        return _with_stored_passes(job.settings.apply(methods.named(before.method)), before.training_arguments)
+        method = job.settings.apply(_as_forecast(methods.named(before.method)))
+        return _with_stored_passes(method, before.training_arguments)
     if device.total_bytes is None and target.total_bytes is None:
         if model.weights == "random" and job.settings.fits(methods.BASELINE):
             say("method baseline: without GPU or --target nothing is forecast; random weights give adapters no ground")
@@ -56,15 +57,28 @@ def choose(
         )
     fitting = [row.method.name for row in rows if row.verdict == "fits"]
     where = "" if device.total_bytes else ", though trained on this CPU, which has no such budget"
-    method = job.settings.apply(methods.named(row.method.name))
+    method = job.settings.apply(_as_forecast(methods.named(row.method.name)))
     chosen = method.with_passes(row.accumulation)
     passes = "" if chosen == method else f" in {row.passes} passes of {row.batch_size} rows a step"
     say(
         f"method {method.name}{passes}: {size(row.forecast.reserved_bytes)} of {target.name}'s {size(budget)} "
-        f"by forecast, expected to be the fastest of what fits ({', '.join(fitting)}; captured steps are not forecast)"
-        f"{where}"
+        f"by forecast, expected to be the fastest of what fits ({', '.join(fitting)}){_check(method)}{where}"
     )
     return chosen
+
+
+def _as_forecast(method: Method) -> Method:
+    """`method`, its step not compiled, however long the job: what a compiler makes of it is not forecast."""
+    step = method.captured_step
+    return method if step is None else replace(method, step=replace(step, compile=False))
+
+
+def _check(method: Method) -> str:
+    """What a captured step is subject to, in words."""
+    if method.captured_step is None:
+        return ""
+    stock = method.name.removesuffix("-captured")
+    return f"; its steps are captured once they agree with the Trainer's, which runs them with --method {stock}"
 
 
 def _with_stored_passes(method: Method, stored: Mapping[str, Any]) -> Method:
@@ -85,11 +99,14 @@ def _forecasts(
     without: Sequence[str],
     progress: Callable[[str], None],
 ) -> list[plan.PlanRow]:
-    """A row for each of the suite's methods that can be forecast and have what is set, but those called `without`."""
+    """A row for each method that a plan lists and that has what is set, but those called `without`; captured ones where
+    there is a GPU."""
     candidates = [
         job.settings.apply(method)
-        for method in methods.METHODS.values()
-        if method.captured_step is None and method.name not in without and job.settings.fits(method)
+        for method in methods.PLANNED
+        if method.name not in without
+        and job.settings.fits(method)
+        and (device.total_bytes is not None or method.captured_step is None)
     ]
     if target.total_bytes is None:  # the card as it is
         target = replace(target, total_bytes=device.total_bytes)

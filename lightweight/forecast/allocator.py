@@ -58,11 +58,14 @@ class _Block:
 @dataclass
 class CachingAllocator:
     """The allocator of one device, in bytes. `budget_bytes` is what it may reserve at most; `None` is no limit.
+    What streams in `kept` have reserved is never given back: a CUDA graph has recorded its addresses. Ibid.,
+    PrivatePool.
 
     `allocated_bytes` counts whole blocks, as `torch.cuda.memory_allocated` does; `reserved_bytes` counts segments.
     """
 
     budget_bytes: float | None = None
+    kept: frozenset[int] = frozenset()
     allocated_bytes: int = 0
     reserved_bytes: int = 0
     peak_allocated_bytes: int = 0
@@ -109,6 +112,8 @@ class CachingAllocator:
     def empty_cache(self) -> None:
         """Give every segment back of which no block is in use, as `torch.cuda.empty_cache` does."""
         for pool, free in self._free.items():
+            if pool[0] in self.kept:
+                continue
             kept = [(order, block) for order, block in free if block.size < block.segment.total_bytes]
             self.reserved_bytes -= sum(order[0] for order, _ in free) - sum(order[0] for order, _ in kept)
             self._free[pool] = kept

@@ -58,12 +58,13 @@ CUBLASLT_WORKSPACE_BYTES = MiB  # ibid., getCUDABlasLtWorkspaceSize: for product
 class CudaRules:
     """A context in which operators on CPU tensors hold what they would hold on a GPU of this compute capability.
 
-    `padding` says what the batches are like, which fake tensors cannot.
+    `padding` says what the batches are like, which fake tensors cannot; `cudnn` whether its attention may be chosen.
     """
 
-    def __init__(self, capability: Capability, padding: BatchKind = "padded") -> None:
+    def __init__(self, capability: Capability, padding: BatchKind = "padded", *, cudnn: bool = True) -> None:
         self.capability = capability
         self.padding = padding
+        self._cudnn = cudnn
 
     def __enter__(self) -> Self:
         library = torch.library.Library("aten", "IMPL")
@@ -136,7 +137,7 @@ class CudaRules:
         needs_grad = any(tensor.requires_grad for tensor in (query, key, value))
         if attn_mask is not None:
             attn_mask = attn_mask.expand(rows, heads, length, key.size(-2))
-        if half and fits and self.capability in ((9, 0), (10, 0)) and width <= 128:
+        if self._cudnn and half and fits and self.capability in ((9, 0), (10, 0)) and width <= 128:
             if enable_gqa:  # the kernel reads one key head for several query heads; its fake twin wants them all
                 key, value = (_expand_heads(tensor, heads) for tensor in (key, value))
             return torch_internals.cudnn_attention(  # type: ignore[no-any-return]

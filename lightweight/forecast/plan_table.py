@@ -36,14 +36,15 @@ def _causes(rows: Sequence[PlanRow]) -> str:
         return title
     causes = [cause for cause in CAUSES if cause != "gathered" or gpus > 1]
     paged = any(forecast.paged_bytes for _, forecast in known)
-    peaks: dict[tuple[str, str, tuple[int, ...]], list[str]] = {}
+    peaks: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
     for row, forecast in known:
         sizes = [forecast.allocated_bytes, *(forecast.by_cause[cause] for cause in causes)]
-        key = row.method.name, _step(row), (*sizes, *([forecast.paged_bytes] if paged else []))
+        sizes += [forecast.paged_bytes] if paged else []
+        key = row.method.name, _step(row), tuple(map(_size_or_dash, sizes))
         peaks.setdefault(key, []).append(row.target.name)
     order = list(dict.fromkeys(row.method.name for row, _ in known))
     lines = [
-        [method, step, *map(_size_or_dash, sizes), ", ".join(targets)]
+        [method, step, *sizes, ", ".join(targets)]
         for (method, step, sizes), targets in sorted(peaks.items(), key=lambda item: order.index(item[0][0]))
     ]
     headers = ["method", STEP, "peak", *causes, *(["paged"] if paged else []), "with the kernels of"]

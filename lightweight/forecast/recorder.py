@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightweight.captured.cross_entropy import ALIGNMENT
 from lightweight.forecast.cuda_rules import CudaRules
-from lightweight.forecast.replay import Cause
+from lightweight.forecast.replay import Cause, Event, Optional
 from lightweight.internals import bitsandbytes as bitsandbytes_internals
 from lightweight.internals.torch import (
     DEVICE_OF,
+    READ_BY_THE_HOST,
     VIEW_THAT_SAYS_IT_IS_NONE,
     DispatchMode,
     FakeTensor,
     address,
     fake_constant,
     fake_device,
+    in_backward,
     in_kernel_invocation_manager,
     no_dispatch,
     own_part,
@@ -40,24 +43,35 @@ _CPU = torch.device("cpu")
 
 class Recorder(DispatchMode):
     """Writes down what operators allocate, and when it is released: when the last tensor of a storage goes, or the
-    storage is resized to nothing."""
+    storage is resized to nothing.
 
-    def __init__(self, mode: Any, meter: Meter, rules: CudaRules, vocabulary: int) -> None:
+    While it `answers`, a program may read numbers, which fake tensors do not have: conditions hold, and what is
+    compared is 0 apart.
+    """
+
+    def __init__(self, mode: Any, meter: Meter, rules: CudaRules, vocabulary: int, *, is_sharded: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._mode = mode
         self._results: dict[Any, tuple[Any, Any, torch.dtype]] = {}
         self.meter = meter
         self.rules = rules
         self.paused = False
-        self.events: list[tuple[int, int]] = []
+        self.events: list[Event] = []
         self.causes: dict[int, Cause] = {}
         self.phases: list[tuple[int, Phase]] = []
         self.streams: dict[int, int] = {}
+        self.kept: set[int] = set()
+        self.emptied: list[int] = []
+        self.training_from = 0
+        self.optional: list[Optional] = []
         self.paged_bytes = 0
-        self._vocabulary = vocabulary
+        self.answers: Callable[[], bool] = lambda: False
+        self._logits = {vocabulary, -(-vocabulary // ALIGNMENT) * ALIGNMENT}
+        self._is_sharded = is_sharded
+        self._graphs_stream = torch.cpu.Stream()
         self._stream_numbers = {torch.cpu.current_stream(): 0}
         self._names: dict[int, int | None] = {}
-        self._workspaces: set[tuple[str, bool]] = set()
+        self._workspaces: set[tuple[str, int, bool]] = set()
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
@@ -69,14 +83,16 @@ class Recorder(DispatchMode):
             return fake_constant(self._mode, 1.0)
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # and see what it does with the rank's own part
+        if operator is READ_BY_THE_HOST and self.answers():
+            return arguments[0].dtype == torch.bool  # True, or 0 that differs from nothing
         if self.paused:
             return operator(*arguments, **options or {})
         self._enter_phase()
         for sent_or_received in written_by_fsdp(operator, arguments, options or {}):
             self.mark(sent_or_received, "gathered")
-        # Each thread that multiplies matrices has workspaces of its own, and backward runs in another thread.
+        # Each thread that multiplies matrices has workspaces in each stream, and backward runs in another thread.
         for kind, size in self.rules.workspace_bytes(operator).items():
-            if (workspace := (kind, self.meter.phase == "backward")) not in self._workspaces:
+            if (workspace := (kind, self._stream(), in_backward())) not in self._workspaces:
                 self._workspaces.add(workspace)
                 self._allocate(size, "workspace")
         scratch_bytes = self.rules.scratch_bytes(operator, arguments)
@@ -127,6 +143,56 @@ class Recorder(DispatchMode):
         finally:
             self.paused = False
 
+    def reserve(self, size: int) -> None:
+        """Have a block of so many bytes allocated and released."""
+        self._enter_phase()
+        self.events.append((self._allocate(size, "weights"), 0))
+
+    def begin_training(self) -> None:
+        """Empty the cache, and let peaks count from here on."""
+        self.empty_cache()
+        self.training_from = len(self.events)
+
+    def empty_cache(self) -> None:
+        """As `torch.cuda.empty_cache`."""
+        self.emptied.append(len(self.events))
+
+    @contextmanager
+    def in_a_stream(self) -> Iterator[None]:
+        """Inside, memory is that of a further stream, which no other gets."""
+        with torch.cpu.stream(torch.cpu.Stream()):
+            yield
+
+    @contextmanager
+    def in_the_graphs_pool(self) -> Iterator[None]:
+        """Inside, memory is of the pool that all graphs share, and stays theirs."""
+        with torch.cpu.stream(self._graphs_stream):
+            self.kept.add(self._stream())
+            yield
+
+    @contextmanager
+    def optionally(self, instead: Sequence[Event] = ()) -> Iterator[None]:
+        """Inside is what is left out where there is no room for it; then there must be for `instead`."""
+        begin = len(self.events)
+        yield
+        self.optional.append(Optional(begin=begin, end=len(self.events), instead=tuple(instead)))
+
+    @contextmanager
+    def aside(self) -> Iterator[list[Event]]:
+        """What is allocated and released inside, as if it had not happened."""
+        main = self.events, self.phases, set(self._workspaces)
+        apart: list[Event] = []
+        self.events, self.phases = apart, []
+        try:
+            yield apart
+        finally:
+            self.events, self.phases, self._workspaces = main
+            allocated, released = ({name for name, size in apart if bool(size) == kept} for kept in (True, False))
+            self.events += [(name, 0) for name in released - allocated]
+            for key, name in self._names.items():
+                if name in allocated:
+                    self._names[key] = None
+
     def page(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor in managed memory, which the caching allocator knows nothing of."""
         with self.unseen():
@@ -153,11 +219,11 @@ class Recorder(DispatchMode):
         key, size = address(storage), storage.nbytes()
         if key in self._names or size == 0:
             return
-        if self._stream():
+        if self._is_sharded and self._stream():
             cause: Cause = "gathered"
         elif self.meter.phase == "build":
             cause = "weights"
-        elif tensor.dim() > 1 and tensor.size(-1) == self._vocabulary:
+        elif tensor.dim() > 1 and tensor.size(-1) in self._logits:
             cause = "logits"
         else:
             cause = "activations"
@@ -173,8 +239,8 @@ class Recorder(DispatchMode):
         return name
 
     def _stream(self) -> int:
-        """Where memory is allocated now. FSDP2 gathers and reduces in streams of its own, each with a pool of the
-        caching allocator's; torch gives the CPU such streams in name."""
+        """Where memory is allocated now, each stream having a pool of the caching allocator's: FSDP2 gathers and
+        reduces in streams of its own. torch gives the CPU such streams in name."""
         return self._stream_numbers.setdefault(torch.cpu.current_stream(), len(self._stream_numbers))
 
     def _release(self, key: int) -> None:
@@ -187,6 +253,8 @@ class Recorder(DispatchMode):
 
     def _enter_phase(self) -> None:
         if not self.phases or self.phases[-1][1] != self.meter.phase:
+            if self.phases and self.phases[-1][1] == "build":
+                self.begin_training()
             self.phases.append((len(self.events), self.meter.phase))
 
 

@@ -38,59 +38,132 @@ class Peak:
     out_of_memory_in: Phase | None = None
 
 
+Event = tuple[int, int]
+"""A name allocated with its bytes, or released with 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optional:
+    """Events `begin` to `end`, the last one not included, that are left out where there is no room for them, but for
+    what they leave behind; and what then is done `instead`, which there must be room for."""
+
+    begin: int
+    end: int
+    instead: tuple[Event, ...] = ()
+
+
 @dataclass(kw_only=True)
 class Trace:
     """Every allocation and release of building a network and training it for a few optimizer steps.
 
-    `events` are (name, bytes) in order: a name allocated with its bytes, or released with 0. `causes` says by name what
-    each was for, `phases` where in `events` each phase began, `streams` in which stream it was allocated, where that is
-    another than the first, 0. `paged_bytes` are of no event: optimizer state in managed memory, which the driver moves
+    `events` are in order. `causes` says by name what each was for, `phases` where in `events` each phase began,
+    `streams` in which stream it was allocated, where that is another than the first, 0. What `kept` streams have
+    reserved stays reserved: a CUDA graph's own pool. `emptied` is where the cache was emptied, and `training_from`
+    where peaks began to count. `paged_bytes` are of no event: optimizer state in managed memory, which the driver moves
     between card and host.
     """
 
     parameters: int
     trainable_parameters: int
-    events: list[tuple[int, int]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
     causes: dict[int, Cause] = field(default_factory=dict)
     phases: list[tuple[int, Phase]] = field(default_factory=list)
     streams: dict[int, int] = field(default_factory=dict)
+    kept: frozenset[int] = frozenset()
+    emptied: list[int] = field(default_factory=list)
+    training_from: int = 0
+    optional: list[Optional] = field(default_factory=list)
     paged_bytes: int = 0
 
     def replay(self, budget_bytes: float | None = None) -> Peak:
         """The peak of training, on a card whose allocator may reserve `budget_bytes`."""
-        allocator = CachingAllocator(budget_bytes)
-        sizes: dict[int, int] = {}
-        held, at_peak = dict.fromkeys(CAUSES, 0), dict.fromkeys(CAUSES, 0)
-        begins = dict(self.phases)
-        phase: Phase = "build"
-        peak_phase, stopped_in, peak_bytes = phase, None, 0
+        replaying = _Replay(self, budget_bytes)
         for index, (name, size) in enumerate(self.events):
-            if index in begins:
-                if phase == "build":
-                    allocator.empty_cache()
-                    allocator.reset_peaks()
-                    peak_bytes = 0
-                phase = begins[index]
-            if size == 0:
-                allocator.release(name)
-                held[self.causes[name]] -= sizes.pop(name)
-                continue
-            before = allocator.allocated_bytes
-            try:
-                allocator.allocate(name, size, self.streams.get(name, 0))
-            except OutOfBudgetError:
-                stopped_in = phase
+            if not replaying.take(index, name, size):
                 break
-            sizes[name] = allocator.allocated_bytes - before
-            held[self.causes[name]] += sizes[name]
-            if allocator.allocated_bytes > peak_bytes:
-                peak_bytes, peak_phase, at_peak = allocator.allocated_bytes, phase, dict(held)
+        return replaying.peak()
+
+
+class _Replay:
+    """A trace's events going through the allocator, one after the other."""
+
+    def __init__(self, trace: Trace, budget_bytes: float | None) -> None:
+        self._trace = trace
+        self._allocator = CachingAllocator(budget_bytes, kept=trace.kept)
+        self._begins, self._emptied = dict(trace.phases), set(trace.emptied)
+        self._sizes: dict[int, int] = {}
+        self._held, self._at_peak = dict.fromkeys(CAUSES, 0), dict.fromkeys(CAUSES, 0)
+        self._phase: Phase = "build"
+        self._peak_phase: Phase = self._phase
+        self._stopped_in: Phase | None = None
+        self._peak_bytes = 0
+        self._left_out: set[int] = set()  # names in spans that there was no room for
+        self._left_out_until = 0  # the end of the last of these
+
+    def take(self, index: int, name: int, size: int) -> bool:
+        """Replay event `index`. Whether there was room for it, or it need not be."""
+        self._phase = self._begins.get(index, self._phase)
+        if index in self._emptied:
+            self._allocator.empty_cache()
+        if index == self._trace.training_from:
+            self._allocator.reset_peaks()
+            self._peak_bytes = 0
+        if name in self._left_out:
+            return True
+        if size == 0:
+            self._release(name)
+            return True
+        try:
+            self._allocate(name, size)
+        except OutOfBudgetError:
+            span = next((span for span in self._trace.optional if span.begin <= index < span.end), None)
+            if span is None or span.end == self._left_out_until or not self._leave_out(span):
+                self._stopped_in = self._phase
+                return False
+            return name in self._left_out or self.take(index, name, size)
+        return True
+
+    def _leave_out(self, span: Optional) -> bool:
+        """Release what the span has allocated and does not leave behind, and have the rest of it left out. Whether
+        there is room for what is done instead."""
+        events = self._trace.events[span.begin : span.end]
+        released = {name for name, size in events if size == 0}
+        passing = {name for name, size in events if size and name in released}
+        self._left_out |= passing
+        self._left_out_until = span.end
+        for name in passing & self._sizes.keys():
+            self._release(name)
+        held = set(self._sizes)
+        try:
+            for name, size in span.instead:
+                self._allocate(name, size) if size else self._release(name)
+        except OutOfBudgetError:
+            return False
+        for name in self._sizes.keys() - held:
+            self._release(name)
+        return True
+
+    def _allocate(self, name: int, size: int) -> None:
+        before = self._allocator.allocated_bytes
+        self._allocator.allocate(name, size, self._trace.streams.get(name, 0))
+        held = self._allocator.allocated_bytes
+        self._sizes[name] = held - before
+        self._held[self._trace.causes[name]] += held - before
+        if held > self._peak_bytes:
+            self._peak_bytes, self._peak_phase, self._at_peak = held, self._phase, dict(self._held)
+
+    def _release(self, name: int) -> None:
+        self._allocator.release(name)
+        self._held[self._trace.causes[name]] -= self._sizes.pop(name)
+
+    def peak(self) -> Peak:
+        """What was found so far."""
         return Peak(
-            allocated_bytes=allocator.peak_allocated_bytes,
-            reserved_bytes=allocator.peak_reserved_bytes,
-            phase=peak_phase,
-            by_cause=at_peak,
-            out_of_memory_in=stopped_in,
+            allocated_bytes=self._allocator.peak_allocated_bytes,
+            reserved_bytes=self._allocator.peak_reserved_bytes,
+            phase=self._peak_phase,
+            by_cause=self._at_peak,
+            out_of_memory_in=self._stopped_in,
         )
 
 

@@ -30,6 +30,7 @@ def materialise(network: Any, dtype: torch.dtype, recorder: Recorder) -> None:
             made[id(tensor)] = new
         return made[id(tensor)]
 
+    recorder.reserve(_bytes_to_load(network))
     for name, module in network.named_modules():
         if isinstance(module, Linear8bitLt):
             raise UntraceableError(f"{name} is quantized to 8 bits, which cannot be traced: use 4 bits, or none")
@@ -50,3 +51,10 @@ def _quantized(weight: Any, dtype: torch.dtype, recorder: Recorder) -> nn.Parame
     for tensor in state:
         recorder.mark(tensor, "quantization state")
     return quantized
+
+
+def _bytes_to_load(network: nn.Module) -> int:
+    """The weights' bytes, for which transformers allocates one block before it loads them into what it has left.
+    transformers/modeling_utils.py, `caching_allocator_warmup`."""
+    packed = {module.weight for module in network.modules() if isinstance(module, Linear4bit)}
+    return sum(p.numel() // 2 if p in packed else p.numel() * p.element_size() for p in network.parameters())

@@ -24,7 +24,9 @@ from transformers import PretrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightweight import corpus, models
-from lightweight.forecast import skeleton, steps
+from lightweight.captured.loop import compiles
+from lightweight.corpus import Rows
+from lightweight.forecast import captured, skeleton, steps
 from lightweight.forecast.cuda_rules import BatchKind, CudaRules
 from lightweight.forecast.fake_ranks import rank_zero_of
 from lightweight.forecast.recorder import Recorder, seeing_libraries
@@ -32,7 +34,7 @@ from lightweight.forecast.replay import Trace
 from lightweight.internals import torch as torch_internals
 from lightweight.internals.torch import FAKE_TENSOR_LOGGER, FakeTensorMode
 from lightweight.methods import MethodError
-from lightweight.targets import Capability, Device
+from lightweight.targets import Capability, Device, has_bf16
 from lightweight.training.meter import Meter
 from lightweight.trial import Trial
 
@@ -44,36 +46,49 @@ class ForecastError(ValueError):
 def trace_on(trial: Trial, device: Device) -> Trace:
     """The trace of a trial as it is run on `device`, with that device's kernels.
 
-    Where the model's tokenizer is at hand, only the kinds of batches that the corpus gives are traced. Raises
-    ForecastError.
+    Where the model's tokenizer is at hand, it is of the rows that the corpus gives. Raises ForecastError.
     """
     try:
-        trial, paddings = _longest_batches(trial)
+        trial, rows = _with_rows(trial)
     except Exception as error:  # a tokenizer is others' code, too
         raise ForecastError(f"{trial.name}: its rows cannot be made: {_reason(error)}") from error
-    return trace(trial, device.capability or trial.target.capability, paddings)
+    return trace(trial, device.capability or trial.target.capability, rows)
 
 
-def _longest_batches(trial: Trial) -> tuple[Trial, tuple[BatchKind, ...]]:
-    """The trial with the longest batches that its corpus can make, and of which kinds these can be: such a batch has
-    one of the longest rows, and as many others as the method says."""
-    if not trial.model.is_loadable or not trial.corpus.train:
+def _with_rows(trial: Trial) -> tuple[Trial, Rows | None]:
+    """The trial, and its training rows; None where the corpus or the tokenizer is not at hand."""
+    if not trial.corpus.train:
+        return trial, None
+    if trial.model.is_loadable:
+        tokenizer = models.load_tokenizer(trial.model)
+    elif trial.model.weights == "random" and trial.method.captured_step is not None:
+        tokenizer = models.drawn_tokenizer(trial.model)
+    else:
+        return trial, None
+    each = corpus.encode_all(trial.corpus.train, tokenizer, trial.row_form).rows
+    if not each:  # all were too long, which is for the child to say
+        return trial, None
+    return trial.with_rows(len(each)), Rows(each, 0, trial.max_length if trial.pads_to_max else None)
+
+
+def _longest_batches(trial: Trial, rows: Rows | None) -> tuple[Trial, tuple[BatchKind, ...]]:
+    """The trial with the longest batches that `rows` can make, and of which kinds these can be: such a batch has one of
+    the longest rows, and as many others as the method says."""
+    if rows is None:
         return trial, ("full", "padded")
-    rows = corpus.encode_all(trial.corpus.train, models.load_tokenizer(trial.model), trial.row_form).rows
-    lengths = [len(row["input_ids"]) for row in rows] or [trial.max_length]
-    width, in_a_pass = trial.max_length, trial.method.on_rank(trial.world_size).sequences_per_pass
+    in_a_pass = trial.method.on_rank(trial.world_size).sequences_per_pass
     if not trial.pads_to_max:
-        trial, width = replace(trial, max_length=max(lengths)), max(lengths)
+        trial = replace(trial, max_length=rows.width)
         if in_a_pass == 1:
             return trial, ("full",)
-    full = lengths.count(width)
-    padded: tuple[BatchKind, ...] = ("padded",) if full < len(lengths) else ()
-    return trial, ("full", *padded) if full >= min(in_a_pass, len(lengths)) else padded
+    full = sum(len(row["input_ids"]) == rows.width for row in rows)
+    padded: tuple[BatchKind, ...] = ("padded",) if full < len(rows) else ()
+    return trial, ("full", *padded) if full >= min(in_a_pass, len(rows)) else padded
 
 
-def trace(trial: Trial, capability: Capability, paddings: tuple[BatchKind, ...] = ("full", "padded")) -> Trace:
-    """Trace a trial on a GPU of this compute capability, its batches of the kinds in `paddings`. Of several ranks this
-    is the trace of the first, whose shards are the largest.
+def trace(trial: Trial, capability: Capability, rows: Rows | None = None) -> Trace:
+    """Trace a trial over `rows` on a GPU of this compute capability; without rows, over such as take most. Of several
+    ranks this is the trace of the first, whose shards are the largest.
 
     Needs the model's configuration, and no weights. Raises ForecastError, and ModelError where there is no
     configuration.
@@ -82,21 +97,29 @@ def trace(trial: Trial, capability: Capability, paddings: tuple[BatchKind, ...] 
     if (reason := refusal(trial, config)) is not None:
         raise ForecastError(f"{trial.name}: {reason}")
     trial = replace(trial, method=replace(trial.method, quantization=_settled(trial, config)))
+    step = trial.method.captured_step
+    if step is not None:
+        bf16 = trial.target.bf16 and has_bf16(capability)
+        trial = replace(trial, device_index=0, method=trial.method.on_gpu(bf16=bf16))
     method = trial.method.on_rank(trial.world_size)
     dtype = getattr(torch, method.weights_dtype)
     try:
         with _quiet():
-            network = method.adapt(models.skeleton(config, dtype, method.quantization))
+            network = models.skeleton(config, dtype, method.quantization)
+            network = method.adapt(network, upcast=step is None or step.upcast)
     except Exception as error:  # of transformers, peft or the quantizer: what they say of one method is its own line
         raise ForecastError(f"{trial.name}: cannot be built: {_reason(error)}") from error
     with rank_zero_of(trial.world_size), _garbage_of_its_own():
-        return _trace(trial, capability, paddings, network, config.get_text_config().vocab_size)
+        return _trace(trial, capability, rows, network, config.get_text_config().vocab_size)
 
 
 def refusal(trial: Trial, config: PretrainedConfig) -> str | None:
     """Why a trial of a model with `config` cannot be forecast, as far as that is known before it is traced."""
-    if trial.method.captured_step is not None:
-        return "the captured step is not forecast, only steps that the Trainer runs"
+    step = trial.method.captured_step
+    if step is not None and trial.world_size > 1:
+        return "the captured step is forecast on one GPU, not on several"
+    if step is not None and compiles(step, trial.steps if trial.corpus.train else 0):
+        return "what torch.compile makes of the captured step is not forecast: take compile=False"
     if trial.method.library != "peft":
         return f"{trial.method.library} is not forecast, only transformers and peft"
     longest = models.longest_row(config)
@@ -114,13 +137,13 @@ def _settled(trial: Trial, config: PretrainedConfig) -> QuantizationConfigMixin 
     return models.settle_quantization(trial.model, config, trial.method, sharded=trial.is_sharded)
 
 
-def _trace(
-    trial: Trial, capability: Capability, paddings: tuple[BatchKind, ...], network: Any, vocabulary: int
-) -> Trace:
+def _trace(trial: Trial, capability: Capability, rows: Rows | None, network: Any, vocabulary: int) -> Trace:
     dtype = getattr(torch, trial.method.weights_dtype)
-    rules = CudaRules(capability)
+    step = trial.method.captured_step
+    rules = CudaRules(capability, cudnn=step is None or step.attention == "model")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    recorder = Recorder(mode, Meter(torch.device("cpu"), start_seconds=0.0), rules, vocabulary)
+    meter = Meter(torch.device("cpu"), start_seconds=0.0)
+    recorder = Recorder(mode, meter, rules, vocabulary, is_sharded=trial.is_sharded)
     with _quiet(), mode, rules, recorder, seeing_libraries(recorder):
         recorder.meter.phase = "build"
         with _module_names(network) as entered:
@@ -128,9 +151,15 @@ def _trace(
                 skeleton.materialise(network, dtype, recorder)
                 parameters, trainable = (models.count_parameters(network, trainable=only) for only in (False, True))
                 with torch_internals.no_hooks_left():
-                    steps.train(network, trial, paddings, recorder)
+                    if step is None:
+                        steps.train(network, *_longest_batches(trial, rows), recorder)
+                    else:
+                        recorder.answers = lambda: not entered  # what a module asks for, no graph can have
+                        captured.train(network, trial, rows, recorder)
             except steps.AllTracedError:
                 pass
+            except captured.UncapturedError as error:
+                raise ForecastError(f"{trial.name}: cannot be captured: {error}") from None
             except skeleton.UntraceableError as error:
                 raise ForecastError(f"{trial.name}: {error}") from None
             except Exception as error:  # of any model's code, or a library's, which is the reason that is given
@@ -143,6 +172,10 @@ def _trace(
         causes=recorder.causes,
         phases=recorder.phases,
         streams=recorder.streams,
+        kept=frozenset(recorder.kept),
+        emptied=recorder.emptied,
+        training_from=recorder.training_from,
+        optional=recorder.optional,
         paged_bytes=recorder.paged_bytes,
     )
 
@@ -187,17 +220,20 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _module_names(network: nn.Module) -> Iterator[list[str]]:
-    """The modules whose forward has been entered and not left, by name and class, the innermost last."""
+    """The modules whose forward has been entered and not left, by name and class, the innermost last; without those
+    that a backward pass computes again, which checkpointing leaves in their middle."""
     names = {
         id(module): f"{name or 'the network'} ({type(module).__name__})" for name, module in network.named_modules()
     }
     entered: list[str] = []
 
     def enter(module: nn.Module, _: Any) -> None:
-        entered.append(names.get(id(module), type(module).__name__))
+        if not torch_internals.in_backward():
+            entered.append(names.get(id(module), type(module).__name__))
 
     def leave(*_: Any) -> None:
-        entered.pop()
+        if not torch_internals.in_backward():
+            entered.pop()
 
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     try:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.nn import functional
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
 __all__ = ["FakeTensor", "FakeTensorMode", "in_kernel_invocation_manager", "no_dispatch", "tree_iter"]
@@ -126,6 +126,12 @@ def fake_constant(mode: FakeTensorMode, value: float) -> FakeTensor:
     return mode.fake_tensor_converter.from_real_tensor(mode, real, make_constant=True)
 
 
+def with_numbers() -> AbstractContextManager[Any]:
+    """Inside, tensors that are made have content, and nobody sees what is computed with them, whatever modes are on.
+    torch/utils/_python_dispatch.py."""
+    return _disable_current_modes()
+
+
 DEVICE_OF = torch.ops.prim.device.default
 """By what torch's C++ asks a fake tensor where it is: `FakeTensor.__torch_dispatch__`.
 torch/_subclasses/fake_tensor.py."""
@@ -134,6 +140,15 @@ torch/_subclasses/fake_tensor.py."""
 def fake_device(tensor: Any) -> torch.device:
     """Where a fake tensor says it is. Ibid."""
     return tensor.fake_device  # type: ignore[no-any-return]
+
+
+READ_BY_THE_HOST = aten._local_scalar_dense.default
+"""By what `item`, `bool` and `tolist` read a number. Ibid."""
+
+
+def in_backward() -> bool:
+    """Whether this thread is in a backward pass. torch/csrc/autograd/init.cpp."""
+    return torch._C._current_graph_task_id() != -1
 
 
 FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"

@@ -54,5 +54,6 @@ __all__ = [
     "settle_quantization",
     "skeleton",
     "stored_quantization",
+    "tokenizer_of_random",
     "write",
 ]

@@ -13,7 +13,7 @@ from lightweight.cli.job import Job, NothingFitsError
 from lightweight.cli.output import Interrupted
 from lightweight.forecast.plan import PlanRow, Question
 from lightweight.forecast.replay import Forecast
-from lightweight.methods import Method
+from lightweight.methods import CapturedStep, Method
 from lightweight.settings import Settings
 from lightweight.training import ranks
 
@@ -56,6 +56,25 @@ def test_what_was_planned_is_what_goes_on(monkeypatch, passes, world_size):
     settings = {"method": "lora", "training_arguments": dict(planned.on_rank(world_size).training_arguments)}
     resumed = chosen(monkeypatch, Interrupted(place=Path("any"), settings=settings), world_size=world_size)
     assert resumed.on_rank(world_size) == planned.on_rank(world_size)
+
+
+def test_on_a_gpu_the_captured_step_is_taken_where_it_fits_and_said_and_on_a_cpu_it_is_no_candidate(capsys):
+    wanted = Job(model="micro", corpus=Path("any"), output=Path("any"), settings=Settings(max_length=16))
+    gpu = targets.Device(name="a card", total_bytes=16 * 2**30, capability=targets.HOPPER)
+    taken = choice.choose(wanted, MICRO, targets.NATIVE, gpu, None, lambda text: None)
+    assert taken == replace(methods.LORA_CAPTURED, step=CapturedStep(compile=False)), "as it was forecast"
+    line = capsys.readouterr().out
+    assert line.startswith("method lora-captured: ")
+    assert "(baseline, lora, qlora, lora-captured, qlora-captured)" in line
+    assert "once they agree with the Trainer's, which runs them with --method lora" in line
+    tried = choice._forecasts(wanted, MICRO, targets.T4, targets.Device(name="cpu"), ("qlora",), lambda text: None)
+    assert [row.method.name for row in tried] == ["baseline", "lora"]
+
+
+def test_a_captured_job_goes_on_as_it_was_begun(monkeypatch):
+    planned = replace(methods.LORA_CAPTURED, step=CapturedStep(compile=False)).with_passes(2)
+    settings = {"method": "lora-captured", "training_arguments": dict(planned.training_arguments)}
+    assert chosen(monkeypatch, Interrupted(place=Path("any"), settings=settings)) == planned
 
 
 def test_where_no_method_can_be_forecast_the_reason_is_told(monkeypatch):

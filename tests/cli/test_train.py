@@ -438,7 +438,7 @@ def test_without_a_method_the_fastest_that_fits_is_taken_and_said(train, out, ba
     assert train("a", "--target", "16GiB", "--max-steps", "1", method=None) == 0
     first = capsys.readouterr().out.splitlines()[0]
     assert first.startswith("method lora: ") and "of 16GiB's 15.58 GiB by forecast" in first
-    assert "(baseline, lora, qlora; captured steps are not forecast)" in first
+    assert "(baseline, lora, qlora), though trained on this CPU" in first
     assert train("b", "--max-steps", "1", method=None) == 0
     assert capsys.readouterr().out.startswith("method lora: without GPU or --target nothing is forecast")
     assert train("c", "--max-steps", "1", "--weights", "random", method=None) == 0

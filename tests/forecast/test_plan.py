@@ -17,7 +17,7 @@ from lightweight.forecast import plan, tracer
 from lightweight.forecast.plan import PlanRow, Question
 from lightweight.forecast.replay import MARGIN, Trace
 from lightweight.forecast.tracer import ForecastError
-from lightweight.methods import BASELINE, LORA, QLORA
+from lightweight.methods import BASELINE, BASELINE_CAPTURED, LORA, LORA_CAPTURED, QLORA, QLORA_CAPTURED, CapturedStep
 from lightweight.models import OPT_TINY
 from lightweight.targets import CONTEXT_BYTES, HOPPER, MiB, Target
 
@@ -44,7 +44,9 @@ def test_json_has_a_row_for_every_model_method_and_target(capsys):
     status, found = rows(capsys, "opt-tiny", "--target", "t4", "--target", "2GiB", "--max-length", "64")
     assert status == 0
     assert [(row["method"], row["target"]) for row in found] == [
-        (method, target) for target in ("t4", "2GiB") for method in ("baseline", "lora", "qlora")
+        (method, target)
+        for target in ("t4", "2GiB")
+        for method in ("baseline", "lora", "qlora", "lora-captured", "qlora-captured")
     ]
     for row in found:
         assert set(row) >= KEYS
@@ -75,7 +77,7 @@ def test_the_table_says_what_is_held_and_what_to_take(capsys):
     for word in ("opt-tiny", "quantization state", "optimizer", "logits", "workspace", "430 MiB"):
         assert word in printed
     (chosen,) = [line for line in printed.splitlines() if "take this" in line]
-    assert "lora" in chosen.split()
+    assert "lora-captured" in chosen.split()
 
 
 def test_bf16_is_refused_where_the_card_has_none(capsys, monkeypatch, tmp_path, small):
@@ -150,6 +152,7 @@ NEOX = {"model_type": "gpt_neox", "hidden_size": 32, "num_attention_heads": 2, "
 
 
 Q_LORA = replace(LORA, name="q-lora", adapter=replace(LORA.adapter, target_modules=["q_proj"]))  # type: ignore[call-arg]
+COMPILED = replace(LORA_CAPTURED, name="compiled", step=CapturedStep(compile=True))
 
 
 @pytest.fixture
@@ -174,7 +177,14 @@ def test_a_model_without_a_configuration_is_a_line_among_the_others(capsys, smal
 
 def test_a_method_that_cannot_be_forecast_is_a_line_among_the_others(capsys, neox, tmp_path):
     asked = [neox, "--target", "t4", "--target", "l4", "--max-length", "32", "--max-batch"]
-    methods = ["--method", "forecast.test_plan:Q_LORA", "--method", "baseline", "--method", "lora-captured"]
+    methods = [
+        "--method",
+        "forecast.test_plan:Q_LORA",
+        "--method",
+        "baseline",
+        "--method",
+        "forecast.test_plan:COMPILED",
+    ]
     status = main(["plan", *asked, *methods, "--format", "json"])
     printed = capsys.readouterr().out
     found = json.loads(printed)
@@ -183,7 +193,7 @@ def test_a_method_that_cannot_be_forecast_is_a_line_among_the_others(capsys, neo
     assert [row["chosen"] for row in found] == [False, True, False] * 2
     no_lora, _, no_captured = found[:3]
     assert no_lora["reason"].startswith("cannot be built: ") and "q_proj" in no_lora["reason"]
-    assert "captured" in no_captured["reason"]
+    assert "take compile=False" in no_captured["reason"]
     assert no_lora["forecast_reserved_bytes"] is None and no_lora["max_batch"] is None
     (tmp_path / "plan.json").write_text(printed)
     assert [row.method for row in record.load(tmp_path / "plan.json").forecasts] == ["baseline", "baseline"]
@@ -510,18 +520,21 @@ def test_the_table_says_what_one_of_several_gpus_holds(capsys):
 
 def test_expected_cost_orders_methods_as_they_were_measured():
     no_checkpointing = replace(QLORA, training_arguments={"fp16": True})
-    ordered = [LORA, replace(BASELINE, weights_dtype="bfloat16"), BASELINE, no_checkpointing, QLORA]
+    halves = replace(BASELINE, weights_dtype="bfloat16")
+    ordered = [LORA_CAPTURED, LORA, halves, BASELINE_CAPTURED, BASELINE, QLORA_CAPTURED, no_checkpointing, QLORA]
     assert all(a.expected_cost < b.expected_cost for a, b in pairwise(ordered))
 
 
 def test_the_docs_show_what_the_command_prints(capsys, monkeypatch):
-    """Where the cards' kernels are alike: this model's attention is matrix products."""
+    """Where the cards' kernels are alike, once for all of them: this model's own attention is matrix products."""
     traces: dict[Any, Any] = {}
     trace = tracer.trace
 
-    def traced_once(trial, _):
-        key = trial.name, trial.method.passes_per_step
-        return traces.get(key) or traces.setdefault(key, trace(trial, targets.named("t4").capability))
+    def traced_once(trial, capability):
+        if trial.method.captured_step is None:
+            capability = targets.named("t4").capability
+        key = trial.name, trial.method.passes_per_step, capability
+        return traces.get(key) or traces.setdefault(key, trace(trial, capability))
 
     monkeypatch.setattr(tracer, "trace", traced_once)
     page = (Path(__file__).parents[2] / "docs" / "plan.md").read_text("utf-8")

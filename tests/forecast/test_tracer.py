@@ -383,13 +383,17 @@ def test_rows_longer_than_the_model_takes_are_refused():
         trace(trial(OPT_TINY, LORA, max_length=1024))
 
 
+def longest_batches(of):
+    return tracer._longest_batches(*tracer._with_rows(of))
+
+
 def test_only_batches_that_the_corpus_gives_are_traced(micro, small_corpus):
     short = Trial(model=micro, method=BASELINE, target=NATIVE, corpus=small_corpus)
-    assert tracer._longest_batches(short) == (short, ("padded",))
+    assert longest_batches(short) == (short.with_rows(20), ("padded",))
     of_8 = replace(short, max_length=8)
-    assert tracer._longest_batches(of_8) == (of_8, ("full",))
+    assert longest_batches(of_8) == (of_8.with_rows(20), ("full",))
     unknown = replace(short, model=replace(micro, location=None))
-    assert tracer._longest_batches(unknown) == (unknown, ("full", "padded"))
+    assert longest_batches(unknown) == (unknown, ("full", "padded"))
 
 
 def test_where_batches_are_padded_to_their_longest_that_of_the_longest_row_is_traced(micro, small_corpus):
@@ -403,12 +407,12 @@ def test_where_batches_are_padded_to_their_longest_that_of_the_longest_row_is_tr
         padding="longest",
     )
     longest = len("User: Hi\nTherapist: ") + 100 + 1
-    assert tracer._longest_batches(given) == (replace(given, max_length=longest), ("padded",))
+    assert longest_batches(given) == (replace(given, max_length=longest, rows=10), ("padded",))
     alone = replace(given, method=BASELINE.with_batch(1))  # no row has another beside it
-    assert tracer._longest_batches(alone) == (replace(alone, max_length=longest), ("full",))
+    assert longest_batches(alone) == (replace(alone, max_length=longest, rows=10), ("full",))
     alike = replace(given, corpus=replace(small_corpus, train=train[-1:] * 10))
-    assert tracer._longest_batches(alike)[1] == ("full",)
-    assert tracer._longest_batches(replace(given, padding="max"))[0].max_length == 200
+    assert longest_batches(alike)[1] == ("full",)
+    assert longest_batches(replace(given, padding="max"))[0].max_length == 200
 
 
 def test_the_forecast_of_a_batch_padded_to_its_longest_is_that_of_the_longest_row(micro, small_corpus):
@@ -474,14 +478,13 @@ def test_records_say_what_was_forecast():
     ],
 )
 def test_out_of_memory_is_an_answer_where_it_was_forecast(verdict, ends, micro, small_corpus):
-    """For a captured step, whose own forecast there is not, the Trainer's."""
     ran_out = OutOfMemory(
         phase="train", requested_bytes=1, budget_bytes=1, reason="out of memory", measured=Measurements()
     )
     laboratory = SimpleNamespace(
         takes_long=lambda _: False,
         trial=lambda *_: Trial(model=micro, method=LORA_CAPTURED, target=NATIVE, corpus=small_corpus),
-        try_to_forecast=lambda of: of.method.step == "trainer" and verdict and SimpleNamespace(verdict=verdict),
+        try_to_forecast=lambda _: verdict and SimpleNamespace(verdict=verdict),
     )
     with nullcontext() if ends is None else pytest.raises(ends[0], match=ends[1]):
         training_experiment.test_training(lambda *_: ran_out, laboratory, "opt-tiny", "lora-captured")  # type: ignore[arg-type]

@@ -1,0 +1,317 @@
+"""The captured step's own GPU kernels, as Triton compiles them. What calls them is `kernels`.
+
+Importing this needs Triton, which torch brings along on CUDA.
+"""
+
+import triton
+import triton.language as tl
+
+VARYING = ["site", "threshold", "tokens", "rank_"]
+"""What a kernel is not compiled anew for."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _kept(seed, row, tile, width, threshold, columns: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether each element of a tile is kept: [rows, columns]. One draw of Philox is eight 16-bit numbers, for eight
+    neighbours in a row."""
+    group = tile * (columns // 8) + tl.arange(0, columns // 8)
+    place = row[:, None] * tl.cdiv(width, columns) * (columns // 8) + group[None, :]
+    first, second, third, fourth = tl.randint4x(seed, place, n_rounds=7)
+    left = tl.join(_pair(first, threshold), _pair(second, threshold))
+    right = tl.join(_pair(third, threshold), _pair(fourth, threshold))
+    return tl.reshape(tl.join(left, right), (row.shape[0], columns)) != 0
+
+
+@triton.jit
+def _pair(number, threshold):  # type: ignore[no-untyped-def]
+    low = ((number & 0xFFFF) >= threshold).to(tl.int8)
+    high = (((number >> 16) & 0xFFFF) >= threshold).to(tl.int8)
+    return tl.join(low, high)
+
+
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
+def project(  # type: ignore[no-untyped-def]
+    x, a, projected, seed, site, threshold, scale, tokens, width, rank_,
+    drops: tl.constexpr, rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    unit = tl.arange(0, rank)
+    start = row[:, None].to(tl.int64) * width
+    total = tl.zeros((rows, rank), dtype=tl.float32)
+    key = tl.load(seed) + site
+    for tile in range(0, tl.cdiv(width, columns)):
+        column = tile * columns + tl.arange(0, columns)
+        inside = (row[:, None] < tokens) & (column[None, :] < width)
+        value = tl.load(x + start + column[None, :], mask=inside, other=0.0)
+        if drops:
+            value = tl.where(_kept(key, row, tile, width, threshold, columns), value, 0.0).to(x.dtype.element_ty)
+        there = (unit[None, :] < rank_) & (column[:, None] < width)
+        weight = tl.load(a + unit[None, :] * width + column[:, None], mask=there, other=0.0)
+        total = tl.dot(value, weight, total, input_precision="ieee")
+    there = (row[:, None] < tokens) & (unit[None, :] < rank_)
+    tl.store(projected + row[:, None] * rank_ + unit[None, :], total * scale, mask=there)
+
+
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
+def project_backward(  # type: ignore[no-untyped-def]
+    grad, x, a, grad_x, grad_a, seed, site, threshold, scale, tokens, width, rank_,
+    drops: tl.constexpr, reaches_x: tl.constexpr, rank: tl.constexpr, share: tl.constexpr, rows: tl.constexpr,
+    columns: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(1)
+    column, unit = tile * columns + tl.arange(0, columns), tl.arange(0, rank)
+    there = (unit[:, None] < rank_) & (column[None, :] < width)
+    weight = tl.load(a + unit[:, None] * width + column[None, :], mask=there, other=0.0)
+    total = tl.zeros((rank, columns), dtype=tl.float32)
+    key = tl.load(seed) + site
+    for step in range(0, share // rows):
+        row = tl.program_id(0) * share + step * rows + tl.arange(0, rows)
+        inside = (row[:, None] < tokens) & (column[None, :] < width)
+        place = row[:, None].to(tl.int64) * width + column[None, :]
+        value = tl.load(x + place, mask=inside, other=0.0)
+        here = (row[:, None] < tokens) & (unit[None, :] < rank_)
+        inner = tl.load(grad + row[:, None] * rank_ + unit[None, :], mask=here, other=0.0)
+        if drops:
+            kept = _kept(key, row, tile, width, threshold, columns)
+            value = tl.where(kept, value, 0.0).to(x.dtype.element_ty)
+        total = tl.dot(tl.trans(inner), value, total, input_precision="ieee")
+        if reaches_x:
+            change = tl.dot(inner, weight, input_precision="ieee") * scale
+            if drops:
+                change = tl.where(kept, change, 0.0)
+            before = tl.load(grad_x + place, mask=inside, other=0.0).to(tl.float32)
+            tl.store(grad_x + place, before + change, mask=inside)
+    first = tl.program_id(0) * rank_ * width
+    tl.store(grad_a + first + unit[:, None] * width + column[None, :], total * scale, mask=there)
+
+
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
+def add_adapter(  # type: ignore[no-untyped-def]
+    y, x, a, b, inner, seed, site, threshold, scale, tokens, width, out, stride, rank_,
+    drops: tl.constexpr, rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    unit = tl.arange(0, rank)
+    start = row[:, None].to(tl.int64) * width
+    total = tl.zeros((rows, rank), dtype=tl.float32)
+    key = tl.load(seed) + site
+    for tile in range(0, tl.cdiv(width, columns)):
+        column = tile * columns + tl.arange(0, columns)
+        inside = (row[:, None] < tokens) & (column[None, :] < width)
+        value = tl.load(x + start + column[None, :], mask=inside, other=0.0)
+        if drops:
+            value = tl.where(_kept(key, row, tile, width, threshold, columns), value, 0.0).to(x.dtype.element_ty)
+        there = (unit[None, :] < rank_) & (column[:, None] < width)
+        weight = tl.load(a + unit[None, :] * width + column[:, None], mask=there, other=0.0)
+        total = tl.dot(value, weight, total, input_precision="ieee")
+    projected = (total * scale).to(x.dtype.element_ty)
+    here = (row[:, None] < tokens) & (unit[None, :] < rank_)
+    tl.store(inner + row[:, None] * rank_ + unit[None, :], projected, mask=here)
+    begin = row[:, None].to(tl.int64) * stride
+    for tile in range(0, tl.cdiv(out, columns)):
+        reached = tile * columns + tl.arange(0, columns)
+        known = (unit[:, None] < rank_) & (reached[None, :] < out)
+        spread = tl.load(b + reached[None, :] * rank_ + unit[:, None], mask=known, other=0.0)
+        within = (row[:, None] < tokens) & (reached[None, :] < out)
+        before = tl.load(y + begin + reached[None, :], mask=within, other=0.0).to(tl.float32)
+        tl.store(y + begin + reached[None, :], tl.dot(projected, spread, before, input_precision="ieee"), mask=within)
+
+
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
+def adapter_backward(  # type: ignore[no-untyped-def]
+    grad, inner, x, a, b, grad_x, shares, seed, site, threshold, scale, tokens, width, out, rank_,
+    drops: tl.constexpr, reaches_x: tl.constexpr, rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    unit = tl.arange(0, rank)
+    here = (row[:, None] < tokens) & (unit[None, :] < rank_)
+    projected = tl.load(inner + row[:, None] * rank_ + unit[None, :], mask=here, other=0.0)
+    share_a = shares + tl.program_id(0).to(tl.int64) * (rank_ * (width + out))
+    share_b = share_a + rank_ * width
+    total = tl.zeros((rows, rank), dtype=tl.float32)
+    begin = row[:, None].to(tl.int64) * out
+    for tile in range(0, tl.cdiv(out, columns)):
+        reached = tile * columns + tl.arange(0, columns)
+        within = (row[:, None] < tokens) & (reached[None, :] < out)
+        change = tl.load(grad + begin + reached[None, :], mask=within, other=0.0)
+        known = (reached[:, None] < out) & (unit[None, :] < rank_)
+        at = reached[:, None] * rank_ + unit[None, :]
+        total = tl.dot(change, tl.load(b + at, mask=known, other=0.0), total, input_precision="ieee")
+        tl.store(share_b + at, tl.dot(tl.trans(change), projected, input_precision="ieee"), mask=known)
+    inner_grad = total.to(x.dtype.element_ty)
+    key = tl.load(seed) + site
+    start = row[:, None].to(tl.int64) * width
+    for tile in range(0, tl.cdiv(width, columns)):
+        column = tile * columns + tl.arange(0, columns)
+        inside = (row[:, None] < tokens) & (column[None, :] < width)
+        value = tl.load(x + start + column[None, :], mask=inside, other=0.0)
+        if drops:
+            kept = _kept(key, row, tile, width, threshold, columns)
+            value = tl.where(kept, value, 0.0).to(x.dtype.element_ty)
+        there = (unit[:, None] < rank_) & (column[None, :] < width)
+        place = unit[:, None] * width + column[None, :]
+        tl.store(share_a + place, tl.dot(tl.trans(inner_grad), value, input_precision="ieee") * scale, mask=there)
+        if reaches_x:
+            weight = tl.load(a + place, mask=there, other=0.0)
+            change_x = tl.dot(inner_grad, weight, input_precision="ieee") * scale
+            if drops:
+                change_x = tl.where(kept, change_x, 0.0)
+            before = tl.load(grad_x + start + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            tl.store(grad_x + start + column[None, :], before + change_x, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def cross_entropy(  # type: ignore[no-untyped-def]
+    logits, targets, scales, losses, vocabulary, stride, columns: tl.constexpr
+):
+    row = tl.program_id(0)
+    start = logits + row.to(tl.int64) * stride
+    target = tl.load(targets + row)
+    predicted = tl.load(start + target).to(tl.float32)
+    largest, total = predicted, 0.0
+    for first in range(0, stride, columns):
+        column = first + tl.arange(0, columns)
+        value = tl.load(start + column, mask=column < stride, other=0.0).to(tl.float32)
+        value = tl.where(column < vocabulary, value, float("-inf"))
+        highest = tl.maximum(largest, tl.max(value, 0))
+        total = total * tl.exp(largest - highest) + tl.sum(tl.exp(value - highest), 0)
+        largest = highest
+    normaliser = largest + tl.log(total)
+    tl.store(losses + row, normaliser - predicted)
+    scale = tl.load(scales + row)
+    for first in range(0, stride, columns):
+        column = first + tl.arange(0, columns)
+        value = tl.load(start + column, mask=column < stride, other=0.0).to(tl.float32)
+        gradient = (tl.exp(value - normaliser) - tl.where(column == target, 1.0, 0.0)) * scale
+        tl.store(start + column, tl.where(column < vocabulary, gradient, 0.0), mask=column < stride)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def norm(  # type: ignore[no-untyped-def]
+    x, weight, bias, result, statistics, eps, width, centred: tl.constexpr, biased: tl.constexpr, columns: tl.constexpr
+):
+    row = tl.program_id(0)
+    column = tl.arange(0, columns)
+    inside = column < width
+    place = row.to(tl.int64) * width + column
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    mean = 0.0
+    if centred:
+        mean = tl.sum(value, 0) / width
+    centre = tl.where(inside, value - mean, 0.0)
+    factor = 1 / tl.sqrt(tl.sum(centre * centre, 0) / width + eps)
+    scaled = centre * factor * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if biased:
+        scaled += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(result + place, scaled, mask=inside)
+    tl.store(statistics + 2 * row, mean)
+    tl.store(statistics + 2 * row + 1, factor)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def norm_backward(  # type: ignore[no-untyped-def]
+    grad, x, weight, statistics, grad_x, width, centred: tl.constexpr, columns: tl.constexpr
+):
+    row = tl.program_id(0)
+    column = tl.arange(0, columns)
+    inside = column < width
+    place = row.to(tl.int64) * width + column
+    mean, factor = tl.load(statistics + 2 * row), tl.load(statistics + 2 * row + 1)
+    normal = tl.where(inside, (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean) * factor, 0.0)
+    change = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+    change *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    result = change - normal * (tl.sum(change * normal, 0) / width)
+    if centred:
+        result -= tl.sum(change, 0) / width
+    tl.store(grad_x + place, result * factor, mask=inside)
+
+
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
+def add_norm(  # type: ignore[no-untyped-def]
+    branch, residual, weight, bias, result, sums, statistics, eps, seed, site, threshold, factor_kept, width,
+    drops: tl.constexpr, biased: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) + tl.arange(0, 1)
+    column = tl.arange(0, columns)[None, :]
+    inside = column < width
+    place = row[:, None].to(tl.int64) * width + column
+    added = tl.load(branch + place, mask=inside, other=0.0).to(tl.float32)
+    if drops:
+        added = tl.where(_kept(tl.load(seed) + site, row, 0, width, threshold, columns), added * factor_kept, 0.0)
+    value = tl.load(residual + place, mask=inside, other=0.0).to(tl.float32) + added
+    value = value.to(sums.dtype.element_ty)  # as it is kept: the norm is computed again from that
+    tl.store(sums + place, value, mask=inside)
+    value = value.to(tl.float32)
+    mean = tl.sum(value, 1) / width
+    centre = tl.where(inside, value - mean[:, None], 0.0)
+    factor = 1 / tl.sqrt(tl.sum(centre * centre, 1) / width + eps)
+    scaled = centre * factor[:, None] * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if biased:
+        scaled += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(result + place, scaled, mask=inside)
+    tl.store(statistics + 2 * row, mean)
+    tl.store(statistics + 2 * row + 1, factor)
+
+
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
+def add_norm_backward(  # type: ignore[no-untyped-def]
+    first, second, sums, weight, statistics, grad_branch, grad_residual, seed, site, threshold, factor_kept, width,
+    drops: tl.constexpr, two: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) + tl.arange(0, 1)
+    column = tl.arange(0, columns)[None, :]
+    inside = column < width
+    place = row[:, None].to(tl.int64) * width + column
+    mean, factor = tl.load(statistics + 2 * row)[:, None], tl.load(statistics + 2 * row + 1)[:, None]
+    normal = tl.where(inside, (tl.load(sums + place, mask=inside, other=0.0).to(tl.float32) - mean) * factor, 0.0)
+    change = tl.load(first + place, mask=inside, other=0.0).to(tl.float32)
+    if two:
+        change += tl.load(second + place, mask=inside, other=0.0).to(tl.float32)
+    change *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    grad = change - normal * (tl.sum(change * normal, 1)[:, None] / width) - tl.sum(change, 1)[:, None] / width
+    grad *= factor
+    tl.store(grad_residual + place, grad, mask=inside)
+    if drops:
+        kept = _kept(tl.load(seed) + site, row, 0, width, threshold, columns)
+        tl.store(grad_branch + place, tl.where(kept, grad * factor_kept, 0.0), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def relu(x, result, positive, count, elements: tl.constexpr):  # type: ignore[no-untyped-def]
+    first = tl.program_id(0).to(tl.int64) * elements
+    place = first + tl.arange(0, elements)
+    value = tl.load(x + place, mask=place < count, other=0.0)
+    tl.store(result + place, tl.where(value < 0, 0.0, value), mask=place < count)  # as torch does, NaN stays NaN
+    bits = tl.reshape((value > 0).to(tl.int32), (elements // 8, 8)) << tl.arange(0, 8)[None, :]
+    byte = first // 8 + tl.arange(0, elements // 8)
+    tl.store(positive + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte < tl.cdiv(count, 8))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def relu_backward(grad, positive, result, count, elements: tl.constexpr):  # type: ignore[no-untyped-def]
+    first = tl.program_id(0).to(tl.int64) * elements
+    place = first + tl.arange(0, elements)
+    value = tl.load(grad + place, mask=place < count, other=0.0)
+    byte = first // 8 + tl.arange(0, elements // 8)
+    bits = tl.load(positive + byte, mask=byte < tl.cdiv(count, 8), other=0).to(tl.int32)
+    kept = tl.reshape((bits[:, None] >> tl.arange(0, 8)[None, :]) & 1, (elements,))
+    tl.store(result + place, tl.where(kept != 0, value, 0.0), mask=place < count)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def gate(gate, up, result, count, elements: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0).to(tl.int64) * elements + tl.arange(0, elements)
+    value = tl.load(gate + place, mask=place < count, other=0.0).to(tl.float32)
+    other = tl.load(up + place, mask=place < count, other=0.0).to(tl.float32)
+    tl.store(result + place, value * tl.sigmoid(value) * other, mask=place < count)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def gate_backward(grad, gate, up, grad_gate, grad_up, count, elements: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0).to(tl.int64) * elements + tl.arange(0, elements)
+    change = tl.load(grad + place, mask=place < count, other=0.0).to(tl.float32)
+    value = tl.load(gate + place, mask=place < count, other=0.0).to(tl.float32)
+    other = tl.load(up + place, mask=place < count, other=0.0).to(tl.float32)
+    share = tl.sigmoid(value)
+    tl.store(grad_up + place, change * value * share, mask=place < count)
+    tl.store(grad_gate + place, change * other * share * (1 + value * (1 - share)), mask=place < count)

@@ -1,0 +1,190 @@
+"""How is the captured step prepared and recorded on fake tensors? By its own code, in the order of `captured.loop`.
+
+The job's check comes first: its peaks do not count, but there must be room for it, and the weights that it casts to and
+fro lie afterwards where there was room. What it compares and reads is taken to agree. Then a step warms up in a stream
+of its own, and the step that is recorded allocates from the graph's own pool, which is kept for as long as the job.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightweight.captured import agreement, dropout, kernels, packing
+from lightweight.captured.agreement import Loss, PartError, Parts, Reference, Sample
+from lightweight.captured.capture import what_cannot_be_captured
+from lightweight.captured.epochs import Epochs
+from lightweight.captured.packing import Buffers
+from lightweight.captured.passes import NOTHING
+from lightweight.captured.step import Step
+from lightweight.corpus import Row, Rows
+from lightweight.forecast.recorder import Recorder
+from lightweight.internals import accelerate as accelerate_internals
+from lightweight.internals import torch as torch_internals
+from lightweight.methods import CapturedStep
+from lightweight.training import stock
+from lightweight.training.stock import Request
+from lightweight.trial import Trial
+
+
+class UncapturedError(ValueError):
+    """A step that no graph can have. The message names the module that prevents it, and the reason."""
+
+
+def _one_full_step(trial: Trial) -> tuple[Trial, Rows]:
+    """The trial with one optimizer step, and rows for it, each full of an answer: what takes most, where the job's own
+    are not at hand."""
+    tokens = np.ones(trial.max_length, np.int32)
+    row: Row = {"input_ids": tokens, "labels": tokens}
+    count = trial.method.sequences_per_step
+    return replace(trial, rows=count, max_steps=1), Rows([row] * count, pad_token_id=0)
+
+
+def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> None:
+    """Prepare and record the steps of a trial over `rows`, whose method is that of its device. Raises
+    UncapturedError."""
+    asked = trial.method.captured_step
+    assert asked is not None
+    if rows is None:
+        trial, rows = _one_full_step(trial)
+    folder = Path(tempfile.gettempdir())  # which is there, as the Trainer will have it, and gets nothing
+    trainer = stock.make_trainer(
+        replace(trial, device_index=None), network, rows, recorder.meter, _NobodyAsks(), folder
+    )
+    if trial.method.training_arguments.get("fp16"):
+        accelerate_internals.autocast_on_cpu(trainer, None)
+    network.train()
+    if trainer.args.gradient_checkpointing:
+        network.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+        network.enable_input_require_grads()
+    for weight in agreement.trained(network):
+        weight.register_post_accumulate_grad_hook(lambda grown: recorder.mark(grown.grad, "gradients"))
+    recorder.meter.phase = "capture"
+    with kernels.shapes_alone():
+        step = Step(trial, trainer)
+        with torch_internals.with_numbers():  # of the rows that are drawn
+            epochs = Epochs(trial, trainer, rows, packing_asked=asked.packing, most=None)
+        with dropout.off():
+            _check(step, epochs, Reference(trainer, halves=False), _wanted(asked, step, epochs), recorder)
+        _mark_weights(step, recorder)
+        agreement.drop_gradients(network)
+        recorder.begin_training()
+        _record(step, epochs, recorder, is_graph=asked.graph)
+
+
+class _NobodyAsks:
+    """The owner of a training that no request is made of."""
+
+    def training_began(self) -> None: ...
+    def await_request(self, request: Request) -> None: ...
+    def step_ended(self) -> None: ...
+    def round_ended(self) -> None: ...
+
+
+def _mark_weights(step: Step, recorder: Recorder) -> None:
+    """Say so of the network's weights and buffers, which are made anew when they are cast and joined."""
+    network = step.passes.network
+    for tensor in (*network.parameters(), *network.buffers()):
+        recorder.mark(tensor, "weights")
+
+
+def _mark_state(step: Step, recorder: Recorder) -> None:
+    state, gradients = step.optimizer.held()
+    for tensor in state:
+        recorder.mark(tensor, "optimizer")
+    for tensor in gradients:
+        recorder.mark(tensor, "gradients")
+
+
+def _wanted(asked: CapturedStep, step: Step, epochs: Epochs) -> Parts:
+    return Parts(
+        packing=epochs.packs,
+        attention=asked.attention == "sdpa",
+        loss="chunked" if asked.loss == "chunked" else "model",
+        lean=asked.lean and not step.passes.casts,
+    )
+
+
+def _check(step: Step, epochs: Epochs, reference: Reference, wanted: Parts, recorder: Recorder) -> None:
+    """What `check.Check` has computed, where all that is asked for agrees."""
+    begin, rows = epochs.samples()
+    weights = step.passes.model.parameters()
+    is_half = step.passes.casts or any(weight.dtype in agreement.HALVES for weight in weights)
+    numbers = {*chain(*begin.rows, *rows.rows)}
+    is_full = all(packing.length(epochs.rows[number]) == epochs.rows.width for number in numbers)
+    recorder.rules.padding = "full" if is_full else "padded"
+    with recorder.aside() as least:  # what alone there must be room for
+        reference.gradients(begin.first(1))
+    with recorder.optionally(least):
+        expected = [reference.gradients(begin)]
+    recorder.meter.phase = "capture"
+    if is_half:
+        step.make_optimizer()
+        _mark_state(step, recorder)
+        with recorder.optionally():
+            exact = reference.in_fp32(rows)
+            recorder.meter.phase = "capture"
+            _mark_weights(step, recorder)
+    else:
+        expected.append(reference.gradients(rows))
+        recorder.meter.phase = "capture"
+        step.make_optimizer()
+        exact = None
+    _use(step, epochs, wanted)
+    _mark_weights(step, recorder)
+    computed = [_gradients(step, epochs, begin)]
+    if exact is None:
+        computed.append(_gradients(step, epochs, rows))
+    else:
+        with recorder.optionally():
+            with step.passes.fp32():
+                computed.append(_gradients(step, epochs, rows))
+                agreement.drop_gradients(step.passes.network)
+            _mark_weights(step, recorder)
+    _use(step, epochs, step.parts)
+
+
+def _use(step: Step, epochs: Epochs, wanted: Parts) -> None:
+    """Take on as many of the parts that are `wanted` as this network can have."""
+    losses: list[Loss] = list(dict.fromkeys([wanted.loss, "logits", "model"]))
+    for parts in wanted.fewer(losses):
+        try:
+            step.passes.use(parts, None)
+        except PartError:
+            continue
+        break
+    else:
+        step.passes.use(NOTHING, None)
+    epochs.lay_out(step.parts)
+
+
+def _gradients(step: Step, epochs: Epochs, sample: Sample) -> Any:
+    _, shape = epochs.laid_out(sample, step.parts)
+    gradients = step.gradients(Buffers(shape, step.device), 1.0)
+    agreement.drop_gradients(step.passes.network)
+    return gradients
+
+
+def _record(step: Step, epochs: Epochs, recorder: Recorder, *, is_graph: bool) -> None:
+    """The steps that are warmed up and recorded, the largest shape first, or run twice where there `is_graph` not."""
+    buffers = {shape: Buffers(shape, step.device) for shape in epochs.shapes.values()}
+    for shape in sorted(buffers, key=lambda shape: -shape.passes * shape.rows):
+        run = partial(step.run, buffers[shape])
+        with recorder.in_a_stream() if is_graph else nullcontext():
+            if (problem := what_cannot_be_captured(step.passes.network, run)) is not None:
+                raise UncapturedError(problem)
+        _mark_state(step, recorder)
+        step.optimizer.clear_gradients()
+        if is_graph:
+            recorder.empty_cache()
+            with recorder.in_the_graphs_pool():
+                run()
+        else:
+            run()
