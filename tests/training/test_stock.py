@@ -1,6 +1,7 @@
 from dataclasses import replace
 from importlib.util import find_spec
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from conftest import rows_of
 from lightweight import models, targets
 from lightweight.child import worker
-from lightweight.corpus import IGNORED
+from lightweight.corpus import IGNORED, Row
 from lightweight.methods import BASELINE, QLORA, Method, MethodError
 from lightweight.training import ranks, stock
 from lightweight.training.meter import Meter
@@ -251,6 +252,22 @@ def test_tokens_are_those_that_each_step_really_sees(trial, folder, size):
     assert sum(measured.step_tokens) == 2 * sum(len(row["input_ids"]) for row in rows)
     of_epoch = [20 * 256] if size == 64 else [8 * 256, 8 * 256, 4 * 256]
     assert measured.step_padded_tokens == tuple(of_epoch * 2)
+
+
+@pytest.mark.parametrize(("padded_to", "width"), [(None, 5), (8, 8)])
+def test_a_batch_is_as_long_as_its_longest_row_or_as_it_is_told(padded_to, width):
+    short, longer = (np.arange(10, 10 + length, dtype=np.int32) for length in (3, 5))
+    rows: list[Row] = [
+        {"input_ids": short, "labels": np.array([IGNORED, 11, 12], np.int32)},
+        {"input_ids": longer, "labels": np.full(5, IGNORED, np.int32)},  # as what fills a rank's pass has none
+    ]
+    batch = stock.Collate(7, padded_to)(rows)
+    rest = width - 5
+    assert batch["input_ids"].tolist() == [[10, 11, 12, 7, 7, *[7] * rest], [10, 11, 12, 13, 14, *[7] * rest]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, *[0] * rest], [1] * 5 + [0] * rest]
+    assert batch["labels"].tolist() == [[IGNORED, 11, 12] + [IGNORED] * (width - 3), [IGNORED] * width]
+    assert batch[stock.TOKENS] == (3, 2 * width)
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
 
 
 def test_qlora_trains_its_adapter_alone_and_after_an_evaluation_too(trial, folder):
