@@ -211,20 +211,21 @@ def weigh_checkpoints() -> None:
     train_command.sizes, train_command.Checkpoints.on_save = reckon, weigh
 
 
-def test_a_job_says_how_its_corpus_was_read_and_its_record_does(train, dialogues, out, capsys):
+def test_a_job_says_how_its_corpus_was_read_and_its_record_does(train, out, tmp_path, capsys):
     rows = [
         {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "Yes. " * (n + 1)}]}
         for n in range(12)
     ]
-    dialogues.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"messages": []}]), "utf-8")
-    assert train("refused") == 2
+    own = tmp_path / "talks.jsonl"
+    own.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"messages": []}]), "utf-8")
+    assert train("refused", "--corpus", str(own)) == 2
     assert "line 13: messages: is empty: write its messages or leave the row out" in capsys.readouterr().err
-    assert train("a", "--skip-bad", "--held-out", "0.25", "--corpus-format", "messages") == 0
+    assert train("a", "--corpus", str(own), "--skip-bad", "--held-out", "0.25", "--corpus-format", "messages") == 0
     assert "messages: 12 conversations, 2.0 turns each; 1 rows skipped" in capsys.readouterr().out
     found = entry(out / "a")
     assert (found.corpus_format, found.corpus_skipped) == ("messages", 1)
     assert sum(found.example_tokens.values()) == 9
-    assert train("b", "--skip-bad") == 0
+    assert train("b", "--corpus", str(own), "--skip-bad") == 0
     assert entry(out / "b").corpus_digest != found.corpus_digest
 
 
