@@ -10,29 +10,35 @@ import torch
 
 
 def what_cannot_be_captured(network: torch.nn.Module, step: Callable[[], None]) -> str | None:
-    """Run `step` with every wait for the device forbidden, since a graph has no host to wait: the innermost module of
-    `network` that did wait and why, in one line, or None."""
+    """Run `step`: the innermost module of `network` in which it failed and why, in one line, or None. On a device,
+    within `waiting_forbidden`."""
     inside: list[str] = []
     hooks = []
     for name, module in network.named_modules():
         label = f"{name or 'the network'} ({type(module).__name__})"
         hooks.append(module.register_forward_pre_hook(lambda *_, label=label: inside.append(label), prepend=True))
         hooks.append(module.register_forward_hook(lambda *_: inside.pop() and None))
-    waiting = torch.cuda.get_sync_debug_mode() if torch.cuda.is_available() else 0
     try:
-        if torch.cuda.is_available():
-            torch.cuda.set_sync_debug_mode("error")
         step()
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         return f"{inside[-1] if inside else 'backward, loss or optimizer'}: {first_line(error)}"
     finally:
-        if torch.cuda.is_available():
-            torch.cuda.set_sync_debug_mode(waiting)
         for hook in hooks:
             hook.remove()
     return None
+
+
+@contextlib.contextmanager
+def waiting_forbidden() -> Iterator[None]:
+    """Inside, whatever waits for the GPU raises RuntimeError, since a graph has no host to wait."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def recorded(step: Callable[[], None], pool: Any, *, several_ranks: bool) -> torch.cuda.CUDAGraph:

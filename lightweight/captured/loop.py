@@ -26,7 +26,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lightweight.captured import agreement
 from lightweight.captured.agreement import Loss, Parts
-from lightweight.captured.capture import first_line, on_a_side_stream, recorded, what_cannot_be_captured
+from lightweight.captured.capture import (
+    first_line,
+    on_a_side_stream,
+    recorded,
+    waiting_forbidden,
+    what_cannot_be_captured,
+)
 from lightweight.captured.check import Check
 from lightweight.captured.epochs import Epochs
 from lightweight.captured.packing import Buffers, Layout, Shape
@@ -241,7 +247,9 @@ class CapturedTraining:
                     self.step.compile_kernels(buffers)
                 self.step.run(buffers)  # libraries initialise themselves, and the optimizer its state
                 if pool is None:
-                    if problem := what_cannot_be_captured(self.network, functools.partial(self.step.run, buffers)):
+                    with waiting_forbidden():
+                        problem = what_cannot_be_captured(self.network, functools.partial(self.step.run, buffers))
+                    if problem:
                         self.notes.append(f"uncaptured: {problem}")
                         return False
                     self._compile()
