@@ -380,14 +380,13 @@ def _has_lora(method: Method) -> bool:
 
 def _own(method: Method, setting: Setting) -> tuple[Any, str]:
     """What `method` has for `setting`, and how it says so itself: with nothing where that is the library's default,
-    which a config of peft has whether or not somebody has said it."""
+    which a config of peft has whether or not somebody has said it, and a copy of the suite's methods spells out."""
     from lightweight import arguments
 
     if setting.of == "arguments":
-        if setting.key in method.training_arguments:
-            value = method.training_arguments[setting.key]
-            return value, f"{setting.key}={value!r}"
-        return arguments.default(setting.key), ""
+        usual = arguments.default(setting.key)
+        value = method.training_arguments.get(setting.key, usual)
+        return value, f"{setting.key}={value!r}" if value != usual else ""
     adapter: Any = method.adapter
     defaults = {field.name: field.default for field in fields(adapter)}
     others = [f"{key}={getattr(adapter, key)!r}" for key in setting.others if getattr(adapter, key, None)]
