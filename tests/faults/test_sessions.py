@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,7 +108,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_nothing_is_lost(project, fault, tried):  # noqa: F811
     cells = CELLS.replace("WHOM", fault.whom).replace("NUMBER", str(int(fault.number))).replace("PHASE", fault.phase)
     (project / "test_cells.py").write_text(cells)
-    environment = {**os.environ, "TMPDIR": str(project / "scratch"), "MARK": str(project)}
+    for _ in range(3):
+        output = hurt_session(project, fault)
+        rows = [] if fault.then == signal.SIGKILL else outcomes(project)
+        if not was_late(fault, rows):
+            break
+        for name in ("done", "out.json"):
+            (project / name).unlink()
+    survived = [row[:3] for row in rows] == expected(fault) and wait_for(lambda: not left(project), 15)
+    tried(f"{fault.what} killed, stopped or asked to end", survived=survived)
+    assert survived, (rows, left(project), output)
+    if fault.then is not None and rows:
+        by = "KeyboardInterrupt" if fault.then == signal.SIGINT else fault.then.name
+        assert rows[1][3] == f"interrupted by {by}"
+
+
+def hurt_session(folder: Path, fault: Fault) -> str:
+    """What a session of the cells says, into which `fault` is injected."""
+    environment = {**os.environ, "TMPDIR": str(folder / "scratch"), "MARK": str(folder)}
     command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider", "--epochs=2"]
     command += [
         "--benchmark-json=out.json",
@@ -116,22 +134,28 @@ def test_nothing_is_lost(project, fault, tried):  # noqa: F811
     ]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     session = subprocess.Popen(
-        command, cwd=project, env=environment, start_new_session=True, preexec_fn=hear_all, **pipes
+        command, cwd=folder, env=environment, start_new_session=True, preexec_fn=hear_all, **pipes
     )
     try:
         if fault.then is not None:
-            assert wait_for((project / "done").exists)
+            assert wait_for((folder / "done").exists)
             session.send_signal(fault.then)
         output, _ = session.communicate(timeout=240)
     finally:
         session.kill()
-    rows = [] if fault.then == signal.SIGKILL else outcomes(project)
-    survived = [row[:3] for row in rows] == expected(fault) and wait_for(lambda: not left(project), 15)
-    tried(f"{fault.what} killed, stopped or asked to end", survived=survived)
-    assert survived, (rows, left(project), output)
-    if fault.then is not None and rows:
-        by = "KeyboardInterrupt" if fault.then == signal.SIGINT else fault.then.name
-        assert rows[1][3] == f"interrupted by {by}"
+    return output
+
+
+AFTER = {"build": {"evaluate", "train", "save"}, "evaluate": {"train", "save"}, "save": set[str]()}
+"""The phases that follow each of PHASES."""
+
+
+def was_late(fault: Fault, rows: list[Any]) -> bool:
+    """Whether the child was past the phase, or done, before the signal reached it: nobody waits there for one."""
+    if fault.what not in ("child", "pytest") or len(rows) < 2:
+        return False
+    _, kind, phase, *_ = rows[1]
+    return kind == "completed" or phase in AFTER[fault.phase]
 
 
 def hear_all() -> None:
