@@ -1,8 +1,8 @@
 """Does the forecast say what happens? Peaks forecast without a GPU, beside peaks measured on one.
 
 The frontier of a T4 is asserted by forecast on every machine, for the true sizes. The cells are measured where there is
-CUDA; `experiments/records/h200-forecast.json` is such a run, and tests/forecast/test_tracer.py compares with it
-anywhere.
+CUDA; `experiments/records/h200-forecast.json` and `h100-captured-forecast.json` are such runs, and tests/forecast
+compares with them anywhere.
 """
 
 from collections.abc import Iterable
