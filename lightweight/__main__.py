@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import os
+import select
 import shlex
 import signal
 import sys
@@ -27,11 +28,28 @@ from lightweight.verdict.limits import LIMITS, Limits
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 1 for a gate that fails or a training that did not complete, 2 for
-    input that cannot be used, 130 for an interruption."""
+    input that cannot be used, 130 for an interruption, 141 where nobody reads what it prints."""
     options = parser().parse_args(arguments)
     options.given = sys.argv[1:] if arguments is None else arguments
     run: Callable[[argparse.Namespace], int] = options.run
-    return run(options)
+    try:
+        status = run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return 128 + signal.SIGPIPE
+    return status
+
+
+def _nobody_reads() -> bool:
+    """Whether who reads the output, `head` say, has read enough; what Python flushes as it ends then goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,6 +1,8 @@
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from samples import entry, forecast
@@ -169,3 +171,13 @@ def test_the_gate_tells_bad_input_in_one_line(records, tmp_path, capsys):
     assert "is not JSON" in captured.err and captured.err.count("\n") == 1
     assert main(["gate", new, "--against", str(broken), new]) == 0  # one of them can be read
     assert "is not JSON" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_who_reads_the_first_lines_alone_gets_no_traceback(tmp_path):
+    """As `lightweight data corpus.json | head` does."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "lightweight", "data", str(Path(__file__).parents[1] / "corpus.json")]
+    with os.fdopen(write, "wb") as nobody:
+        done = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -105,9 +105,8 @@ def _is_plain(module: Any) -> bool:
         twin = copy.copy(module)
         vars(twin).pop("forward", None)
         weight = torch.linspace(0.5, 2.0, module.weight.numel())
-        twin._parameters = {"weight": torch.nn.Parameter(weight)}
         sample = torch.linspace(-3, 3, 4 * weight.numel()).view(4, -1)
-        found: torch.Tensor = twin(sample)
+        found: torch.Tensor = torch.func.functional_call(twin, {"weight": weight}, (sample,))
         return torch.allclose(found, rms_norm(sample, weight.shape, weight, module.variance_epsilon), atol=1e-3)
 
 

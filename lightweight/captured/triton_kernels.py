@@ -34,6 +34,7 @@ def project(  # type: ignore[no-untyped-def]
     x, a, projected, seed, site, threshold, scale, tokens, width, rank_,
     drops: tl.constexpr, rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
+    """The first product of an adapter, and which elements dropout keeps of its input."""
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     unit = tl.arange(0, rank)
     start = row[:, None].to(tl.int64) * width
@@ -58,6 +59,7 @@ def project_backward(  # type: ignore[no-untyped-def]
     drops: tl.constexpr, reaches_x: tl.constexpr, rank: tl.constexpr, share: tl.constexpr, rows: tl.constexpr,
     columns: tl.constexpr,
 ):  # fmt: skip
+    """The gradients of an adapter's input and of its first factor."""
     tile = tl.program_id(1)
     column, unit = tile * columns + tl.arange(0, columns), tl.arange(0, rank)
     there = (unit[:, None] < rank_) & (column[None, :] < width)
@@ -90,6 +92,7 @@ def add_adapter(  # type: ignore[no-untyped-def]
     y, x, a, b, inner, seed, site, threshold, scale, tokens, width, out, stride, rank_,
     drops: tl.constexpr, rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
+    """An adapter's output, added to its layer's."""
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     unit = tl.arange(0, rank)
     start = row[:, None].to(tl.int64) * width
@@ -122,6 +125,7 @@ def adapter_backward(  # type: ignore[no-untyped-def]
     grad, inner, x, a, b, grad_x, shares, seed, site, threshold, scale, tokens, width, out, rank_,
     drops: tl.constexpr, reaches_x: tl.constexpr, rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
+    """The gradients of what an adapter multiplies."""
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     unit = tl.arange(0, rank)
     here = (row[:, None] < tokens) & (unit[None, :] < rank_)
@@ -164,6 +168,7 @@ def adapter_backward(  # type: ignore[no-untyped-def]
 def cross_entropy(  # type: ignore[no-untyped-def]
     logits, targets, scales, losses, vocabulary, stride, columns: tl.constexpr
 ):
+    """The loss of each row of logits, and its gradient in their place."""
     row = tl.program_id(0)
     start = logits + row.to(tl.int64) * stride
     target = tl.load(targets + row)
@@ -190,6 +195,7 @@ def cross_entropy(  # type: ignore[no-untyped-def]
 def norm(  # type: ignore[no-untyped-def]
     x, weight, bias, result, statistics, eps, width, centred: tl.constexpr, biased: tl.constexpr, columns: tl.constexpr
 ):
+    """A norm of each row."""
     row = tl.program_id(0)
     column = tl.arange(0, columns)
     inside = column < width
@@ -212,6 +218,7 @@ def norm(  # type: ignore[no-untyped-def]
 def norm_backward(  # type: ignore[no-untyped-def]
     grad, x, weight, statistics, grad_x, width, centred: tl.constexpr, columns: tl.constexpr
 ):
+    """The gradient of a norm's input."""
     row = tl.program_id(0)
     column = tl.arange(0, columns)
     inside = column < width
@@ -231,6 +238,7 @@ def add_norm(  # type: ignore[no-untyped-def]
     branch, residual, weight, bias, result, sums, statistics, eps, seed, site, threshold, factor_kept, width,
     drops: tl.constexpr, biased: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
+    """A sum, and a norm of each row of it."""
     row = tl.program_id(0) + tl.arange(0, 1)
     column = tl.arange(0, columns)[None, :]
     inside = column < width
@@ -258,6 +266,7 @@ def add_norm_backward(  # type: ignore[no-untyped-def]
     first, second, sums, weight, statistics, grad_branch, grad_residual, seed, site, threshold, factor_kept, width,
     drops: tl.constexpr, two: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
+    """The gradient of a sum of which a norm was taken."""
     row = tl.program_id(0) + tl.arange(0, 1)
     column = tl.arange(0, columns)[None, :]
     inside = column < width
@@ -278,6 +287,7 @@ def add_norm_backward(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def relu(x, result, positive, count, elements: tl.constexpr):  # type: ignore[no-untyped-def]
+    """ReLU, and where its input was above zero."""
     first = tl.program_id(0).to(tl.int64) * elements
     place = first + tl.arange(0, elements)
     value = tl.load(x + place, mask=place < count, other=0.0)
@@ -289,6 +299,7 @@ def relu(x, result, positive, count, elements: tl.constexpr):  # type: ignore[no
 
 @triton.jit  # type: ignore[untyped-decorator]
 def relu_backward(grad, positive, result, count, elements: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The gradient of ReLU's input."""
     first = tl.program_id(0).to(tl.int64) * elements
     place = first + tl.arange(0, elements)
     value = tl.load(grad + place, mask=place < count, other=0.0)
@@ -300,6 +311,7 @@ def relu_backward(grad, positive, result, count, elements: tl.constexpr):  # typ
 
 @triton.jit  # type: ignore[untyped-decorator]
 def gate(gate, up, result, count, elements: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The product of an activated gate and what it lets through."""
     place = tl.program_id(0).to(tl.int64) * elements + tl.arange(0, elements)
     value = tl.load(gate + place, mask=place < count, other=0.0).to(tl.float32)
     other = tl.load(up + place, mask=place < count, other=0.0).to(tl.float32)
@@ -308,6 +320,7 @@ def gate(gate, up, result, count, elements: tl.constexpr):  # type: ignore[no-un
 
 @triton.jit  # type: ignore[untyped-decorator]
 def gate_backward(grad, gate, up, grad_gate, grad_up, count, elements: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The gradients of both factors of a gate."""
     place = tl.program_id(0).to(tl.int64) * elements + tl.arange(0, elements)
     change = tl.load(grad + place, mask=place < count, other=0.0).to(tl.float32)
     value = tl.load(gate + place, mask=place < count, other=0.0).to(tl.float32)

@@ -90,11 +90,11 @@ class Origin:
         if self.format == "preference":
             said.append("trained on is the chosen answer, the rejected one is not read")
         if self.duplicates:
-            said.append(f"{self.duplicates:,} say what another one says, and are on its side of the split")
+            said.append(f"exact duplicates, each on the side of its first: {self.duplicates:,}")
         if self.leaked:
-            said.append(f"{self.leaked:,} that are held out are left out of training")
+            said.append(f"held out and so left out of training: {self.leaked:,}")
         if self.skipped:
-            said.append(f"{self.skipped:,} {'turns' if self.format == 'turns' else 'rows'} skipped")
+            said.append(f"{'turns' if self.format == 'turns' else 'rows'} skipped: {self.skipped:,}")
         return f"{self.format}: {'; '.join(said)}"
 
 

@@ -47,7 +47,7 @@ def test_what_is_counted_is_what_is_trained_on(tmp_path, capsys):
 def test_characters_are_not_called_tokens(tmp_path, capsys):
     assert main(["data", str(talks(tmp_path / "a.jsonl"))]) == 0
     out = capsys.readouterr().out
-    assert "messages: 13 conversations, 2.0 turns each; 1 say what another one says" in out
+    assert "messages: 13 conversations, 2.0 turns each; exact duplicates, each on the side of its first: 1" in out
     assert "characters of an example" in out and "--model NAME counts the tokens" in out
     assert "tokens of an example" not in out and "cut" not in out
     assert "held-out examples begin with a prompt that is also trained on" in out

@@ -221,7 +221,7 @@ def test_a_job_says_how_its_corpus_was_read_and_its_record_does(train, out, tmp_
     assert train("refused", "--corpus", str(own)) == 2
     assert "line 13: messages: is empty: write its messages or leave the row out" in capsys.readouterr().err
     assert train("a", "--corpus", str(own), "--skip-bad", "--held-out", "0.25", "--corpus-format", "messages") == 0
-    assert "messages: 12 conversations, 2.0 turns each; 1 rows skipped" in capsys.readouterr().out
+    assert "messages: 12 conversations, 2.0 turns each; rows skipped: 1" in capsys.readouterr().out
     found = entry(out / "a")
     assert (found.corpus_format, found.corpus_skipped) == ("messages", 1)
     assert sum(found.example_tokens.values()) == 9

@@ -299,7 +299,7 @@ def test_a_mutant_is_one_line_with_file_place_field_and_mend_or_is_skipped(tmp_p
     skipped = corpus.load(path, How(skip_bad=True))
     assert skipped.origin.skipped == 1
     assert said(skipped) == said(corpus.load(write(tmp_path, [row, spoken_otherwise(row)], "sound.jsonl")))
-    assert "1 rows skipped" in str(skipped.origin)
+    assert "rows skipped: 1" in str(skipped.origin)
 
 
 ASKED, ANSWERED = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -378,8 +378,8 @@ def test_what_was_read_is_told_in_one_line(tmp_path):
     rows = [{"messages": [ASKED | {"content": str(n)}, ANSWERED] * (1 + n % 2)} for n in range(1204)]
     told = str(corpus.load(write(tmp_path, [*rows, rows[0], "{"]), How(skip_bad=True)).origin)
     assert told == (
-        "messages: 1,205 conversations, 3.0 turns each; 1 say what another one says, and are on its side of the "
-        "split; 1 rows skipped"
+        "messages: 1,205 conversations, 3.0 turns each; exact duplicates, each on the side of its first: 1; "
+        "rows skipped: 1"
     )
     pairs = [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(3)]
     told = str(corpus.load(write(tmp_path, pairs)).origin)

@@ -52,7 +52,7 @@ def test_a_file_is_held_out_and_nothing_of_it_is_trained_on(tmp_path):
     path = write(tmp_path / "a.jsonl", ["a", "b", "c", "b"])
     loaded = corpus.load(path, How(held_out=str(write(tmp_path / "h.jsonl", ["b", "d"]))))
     assert loaded.train == (Text("", "a"), Text("", "c")) and loaded.heldout == (Text("", "b"), Text("", "d"))
-    assert "2 that are held out are left out of training" in str(loaded.origin)
+    assert "held out and so left out of training: 2" in str(loaded.origin)
     others = [corpus.load(path, How(held_out=str(write(tmp_path / "h.jsonl", texts)))) for texts in (["b"], ["d"])]
     assert len({one.digest for one in (loaded, *others)}) == 3
     with pytest.raises(CorpusError, match="all that it says is also held out"):
