@@ -35,7 +35,7 @@ def choose(
     NothingFitsError."""
     if before is not None and before.method is not None:
         say(f"method {before.method}: what the interrupted job was trained with")
-        method = job.settings.apply(_as_forecast(methods.named(before.method)))
+        method = _as_forecast(job.settings.apply(methods.named(before.method)))
         return _with_stored_passes(method, before.training_arguments)
     if device.total_bytes is None and target.total_bytes is None:
         if model.weights == "random" and job.settings.fits(methods.BASELINE):
@@ -57,7 +57,7 @@ def choose(
         )
     fitting = [row.method.name for row in rows if row.verdict == "fits"]
     where = "" if device.total_bytes else ", though trained on this CPU, which has no such budget"
-    method = job.settings.apply(_as_forecast(methods.named(row.method.name)))
+    method = _as_forecast(job.settings.apply(methods.named(row.method.name)))
     chosen = method.with_passes(row.accumulation)
     passes = "" if chosen == method else f" in {row.passes} passes of {row.batch_size} rows a step"
     say(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightweight import corpus, models
 from lightweight.corpus import IGNORED, Conversation, Corpus, Example, Text
+from lightweight.corpus.conversation import contents
 from lightweight.names import one_line
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def look(read: Corpus, tokenizer: PreTrainedTokenizerBase | None) -> Look:
     assert origin is not None
     every = [*read.train, *read.heldout]
     if tokenizer is None:
-        lengths = [sum(map(len, _texts(example))) for example in every]
+        lengths = [sum(map(len, contents(example))) for example in every]
     else:
         lengths = [len(corpus.encode_whole(example, tokenizer)["input_ids"]) for example in every]
     begun = {_prompt(example) for example in read.train}
@@ -83,12 +84,6 @@ def look(read: Corpus, tokenizer: PreTrainedTokenizerBase | None) -> Look:
         lengths=corpus.histogram(lengths),
         cut=None if tokenizer is None else {size: sum(n > size for n in lengths) / len(lengths) for size in LENGTHS},
     )
-
-
-def _texts(example: Example) -> tuple[str, ...]:
-    if isinstance(example, Text):
-        return example.prompt, example.completion
-    return tuple(message.content for message in example.messages)
 
 
 def _prompt(example: Example) -> str:

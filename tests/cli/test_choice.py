@@ -71,6 +71,20 @@ def test_on_a_gpu_the_captured_step_is_taken_where_it_fits_and_said_and_on_a_cpu
     assert [row.method.name for row in tried] == ["baseline", "lora"]
 
 
+def test_what_is_set_of_a_captured_method_is_no_word_against_it(monkeypatch):
+    """It is the suite's own, also where its step is not compiled, as it was forecast."""
+    set_so = Settings(lora_alpha=16, batch_size=4, learning_rate=1e-3)
+    planned = row(set_so.apply(methods.LORA_CAPTURED), samples.predicted(), chosen=True)
+    monkeypatch.setattr(choice, "_forecasts", lambda *_: [planned])
+    wanted = Job(model="micro", corpus=Path("any"), output=Path("any"), settings=set_so)
+    gpu = targets.Device(name="a card", total_bytes=16 * 2**30, capability=targets.HOPPER)
+    begun = Interrupted(place=Path("any"), settings={"method": "lora-captured", "training_arguments": {}})
+    for before in (None, begun):
+        taken = choice.choose(wanted, MICRO, targets.T4, gpu, before, lambda text: None)
+        assert (taken.adapter.lora_alpha, taken.sequences_per_pass) == (16, 4)
+        assert taken.captured_step == CapturedStep(compile=False)
+
+
 def test_a_captured_job_goes_on_as_it_was_begun(monkeypatch):
     planned = replace(methods.LORA_CAPTURED, step=CapturedStep(compile=False)).with_passes(2)
     settings = {"method": "lora-captured", "training_arguments": dict(planned.training_arguments)}
