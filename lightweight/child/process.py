@@ -11,6 +11,9 @@ from pathlib import Path
 CAN_PIN = hasattr(os, "sched_setaffinity")
 """Whether this system keeps a process on a core when asked; macOS does not."""
 
+OOM_SCORE = Path("/proc/self/oom_score_adj")
+"""How gladly Linux kills this process for memory, up to 1000: any process may say so of itself."""
+
 _gpus_are_chosen = False
 
 
@@ -34,9 +37,12 @@ def log_of(rank: int, folder: Path) -> Path:
 
 def lead_a_group() -> None:
     """Make this process the leader of a session and group of its own: whoever ends it ends what it started as well, and
-    a terminal's Ctrl-C reaches its owner alone, which then ends it."""
+    a terminal's Ctrl-C reaches its owner alone, which then ends it. Where the host's memory runs out, Linux kills it
+    before its owner, which has the rows of the trials that are done."""
     with suppress(OSError):  # it leads one already
         os.setsid()
+    with suppress(OSError):  # another system than Linux
+        OOM_SCORE.write_text("1000")
 
 
 def redirect_output(path: Path) -> None:

@@ -458,6 +458,7 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", StandInGraph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(loop, "on_a_side_stream", contextlib.nullcontext)
+    monkeypatch.setattr(loop, "waiting_forbidden", contextlib.nullcontext)
     run = Step.run
 
     def watched(step, buffers):

@@ -439,13 +439,14 @@ def test_an_adapter_on_random_weights_finds_them_again(dialogues, out):
 def test_without_a_method_the_fastest_that_fits_is_taken_and_said(train, out, base, capsys):
     """By forecast where there is a budget; on a CPU alone by what the weights are."""
     assert train("a", "--target", "16GiB", "--max-steps", "1", method=None) == 0
-    first = capsys.readouterr().out.splitlines()[0]
-    assert first.startswith("method lora: ") and "of 16GiB's 15.58 GiB by forecast" in first
-    assert "(baseline, lora, qlora), though trained on this CPU" in first
+    read, line, *_ = capsys.readouterr().out.splitlines()
+    assert read == "turns: 24 conversations, 2.0 turns each"
+    assert line.startswith("method lora: ") and "of 16GiB's 15.58 GiB by forecast" in line
+    assert "(baseline, lora, qlora), though trained on this CPU" in line
     assert train("b", "--max-steps", "1", method=None) == 0
-    assert capsys.readouterr().out.startswith("method lora: without GPU or --target nothing is forecast")
+    assert "\nmethod lora: without GPU or --target nothing is forecast" in capsys.readouterr().out
     assert train("c", "--max-steps", "1", "--weights", "random", method=None) == 0
-    assert capsys.readouterr().out.startswith("method baseline: without GPU or --target nothing is forecast")
+    assert "\nmethod baseline: without GPU or --target nothing is forecast" in capsys.readouterr().out
     assert [entry(out / name).method for name in "abc"] == ["lora", "lora", "baseline"]
 
 
@@ -766,7 +767,7 @@ def test_a_signal_in_training_saves_a_checkpoint(train, out, signal_at, number):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_before_set_up_is_one_line(train, out, monkeypatch, capsys, number):
-    monkeypatch.setattr(train_command.corpus, "load", lambda path: os.kill(os.getpid(), number))
+    monkeypatch.setattr(train_command.corpus, "load", lambda *_: os.kill(os.getpid(), number))
     assert train("a") == 130
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("lightweight: ")

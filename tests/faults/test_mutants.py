@@ -119,7 +119,10 @@ def test_broken_model_folders_are_a_line_or_the_right_answer(given, tmp_path, se
     whole.mkdir()
     found, _ = models.find(replace(MICRO, architecture=kind))
     models.write(found, whole, seed=3)
-    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<answer>"
+    template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
     if architecture == "llama":
         (whole / "chat_template.jinja").write_text(template)
     out, lost = tmp_path / "a", []

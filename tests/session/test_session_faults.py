@@ -195,7 +195,7 @@ def test_a_disk_that_fills_up_is_an_outcome_that_names_disk_and_folder_and_the_n
 
 
 # A torch for GPUs takes more memory before anything is built.
-LIMIT_BYTES, WIDTH = (900 * 2**20, 1024) if torch.version.cuda is None else (3 * 2**30, 2048)
+LIMIT_BYTES, WIDTH = (1200 * 2**20, 1024) if torch.version.cuda is None else (3 * 2**30, 2048)
 HEAVY = f"""
 from lightweight.models import Model
 
