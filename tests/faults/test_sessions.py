@@ -97,7 +97,7 @@ FAULTS = [
     *(Fault("pytest", CHILD, signal.SIGSTOP, phase, then) for then in ENDS for phase in PHASES),
     *(Fault("xdist worker", ITSELF, signal.SIGKILL, phase) for phase in PHASES),
 ]
-SAMPLE = (FAULTS[2], FAULTS[7], FAULTS[15], FAULTS[19], FAULTS[-1])
+SAMPLE = (FAULTS[2], FAULTS[15], FAULTS[-1])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
