@@ -137,22 +137,31 @@ def test_a_worker_of_xdist_that_is_killed_leaves_its_phase_and_no_process_and_no
     assert wait_for(lambda: not left(project), 15), left(project)
 
 
-@pytest.mark.parametrize("method", ["signal", "thread"])
-def test_pytest_timeout_is_an_outcome_and_the_next_cell_runs(project, method):
+TIMED = """
+@pytest.mark.parametrize("seed", [
+    pytest.param(1, marks=pytest.mark.timeout(9, method="signal")),
+    pytest.param(2, marks=pytest.mark.timeout(9, method="thread")),
+])
+def test_its_time_is_up(train, seed):
+    train(MICRO, "lora", seed=seed)
+    assert seed == 2  # whose test goes on, its children having been killed
+
+def test_afterwards(train):
+    assert train(MICRO, "baseline", seed=1).kind == "completed"
+"""
+
+
+def test_pytest_timeout_is_an_outcome_and_the_next_cell_runs(project):
     pytest.importorskip("pytest_timeout")
-    session = start(
-        project,
-        STOPPED,
-        f"--timeout-method={method}",
-        "--timeout=25",  # the first cell of a session waits for its imports
-    )
+    session = start(project, STOPPED, "-k", "baseline or its or afterwards")
+    with (project / "test_cells.py").open("a") as cells:
+        cells.write(TIMED)
     output, _ = session.communicate(timeout=120)
     assert session.returncode == 1, output
-    assert outcomes(project) == [
-        ("baseline", "completed", None, None),
-        ("lora", "timed_out", "train", "Timeout (>25.0s) from pytest-timeout."),
-    ]
-    assert "1 failed, 1 passed" in output
+    timed_out = ("lora", "timed_out", "train", "Timeout (>9.0s) from pytest-timeout.")
+    completed = ("baseline", "completed", None, None)
+    assert outcomes(project) == [completed, timed_out, timed_out, completed]
+    assert "2 failed, 2 passed" in output
     assert wait_for(lambda: not left(project), 15), left(project)
 
 
