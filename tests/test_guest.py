@@ -1,5 +1,5 @@
-"""The plugin in other people's suites: what is not used is not there. Each run is a process of its own, but for those in
-which the suite's own modules may have been imported before."""
+"""The plugin in other people's suites: what is not used is not there. Each run is a process of its own where what has
+been imported matters."""
 
 import json
 import re

@@ -52,7 +52,7 @@ class Interruption:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self) -> Generator[None, object, object]:
-        """A test is not late because one before it was: of one without a time of its own pytest-timeout tells nobody."""
+        """A test is not late because the one before was: of one without a time limit pytest-timeout tells nobody."""
         self._seconds, self.is_expired = 0.0, False
         return (yield)
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,8 @@ import torch
 
 from conftest import MICRO, turns
 from lightweight.child import reaper
+from lightweight.session.interruption import Interruption
+from lightweight.session.ledger import Ledger
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,7 +102,7 @@ def outcomes(project: Path) -> list[tuple[str, str, str | None, str | None]]:
     return [(each["method"], each["outcome"], each["phase"], each.get("reason")) for each in document["outcomes"]]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_to_pytest_ends_it_with_its_record(project, number):
     session = start(project, STOPPED)
     assert wait_for((project / "stopped").exists)
@@ -113,6 +115,24 @@ def test_a_signal_to_pytest_ends_it_with_its_record(project, number):
         ("lora", "crashed", "train", f"interrupted by {by}"),
     ]
     assert wait_for(lambda: not left(project), 15), left(project)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_each_signal_that_ends_a_session_interrupts_it_once_and_is_named(pytester, monkeypatch, number):
+    """A second one would interrupt the writing of the record."""
+    cleanups: list[Callable[[], None]] = []
+    config = pytester.parseconfig()
+    monkeypatch.setattr(config, "add_cleanup", cleanups.append)
+    signal.signal(number, signal.SIG_DFL)
+    interruption = Interruption(config, Ledger(config))
+    interruption.heed_signals()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(number)
+    signal.raise_signal(number)
+    assert interruption.reason(KeyboardInterrupt()) == f"interrupted by {number.name}"
+    for cleanup in cleanups:
+        cleanup()
+    assert signal.getsignal(number) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize("whom", ["pytest", "its group"])
