@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from lightweight import __version__, models, names, record, targets
 from lightweight.cli import checkpoints
 from lightweight.cli.output import Output
+from lightweight.imports import for_good
 from lightweight.report import comparison, write
 from lightweight.settings import OF_CORPUS, SETTINGS, Settings, how_read
 from lightweight.verdict import gate
@@ -171,8 +172,9 @@ def _plan(options: argparse.Namespace) -> int:
                 raise ValueError(f"target {target.name!r} has no amount of memory to plan for: name a card, or 16GiB")
         measured = [entry for path in options.record for entry in record.load(path).entries]
 
-        from lightweight import methods
-        from lightweight.forecast import plan, plan_table, tracer  # torch takes seconds, and names have been checked
+        with for_good():  # torch takes seconds, and names have been checked
+            from lightweight import methods
+            from lightweight.forecast import plan, plan_table, tracer
 
         named = [methods.named(name) for name in dict.fromkeys(options.method or ())] or methods.PLANNED
         wanted_methods = settings.applied(named)
@@ -290,8 +292,9 @@ def _how_to_go_on(output: Output, options: argparse.Namespace) -> str:
 
 
 def _train_job(options: argparse.Namespace) -> int:
-    from lightweight.cli import train  # torch takes seconds
-    from lightweight.cli.job import Job, NothingFitsError
+    with for_good():  # torch takes seconds
+        from lightweight.cli import train
+        from lightweight.cli.job import Job, NothingFitsError
 
     _quiet()
     names = [field.name for field in dataclasses.fields(Job)]
@@ -374,7 +377,8 @@ def _chat(options: argparse.Namespace) -> int:
     except ValueError as error:
         return _refuse(error)
 
-    from lightweight.cli import chat  # torch takes seconds
+    with for_good():  # torch takes seconds
+        from lightweight.cli import chat
 
     _quiet()
     try:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
+from lightweight.imports import without_collecting
 from lightweight.internals import pytest_benchmark
 from lightweight.session import options, xdist_bridge
 from lightweight.session.fixtures import FIXTURES, uses
@@ -105,9 +106,10 @@ class Door:
     def open(self) -> Laboratory:
         """The session's laboratory, whose hooks are called from now on."""
         if self._laboratory is None:
-            from lightweight.session.gatekeeper import Gatekeeper
-            from lightweight.session.laboratory import Laboratory
-            from lightweight.session.summary import Summary
+            with without_collecting():
+                from lightweight.session.gatekeeper import Gatekeeper
+                from lightweight.session.laboratory import Laboratory
+                from lightweight.session.summary import Summary
 
             xdist_bridge.take_place(self.config)
             self._laboratory = opened = Laboratory(self.config)

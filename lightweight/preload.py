@@ -8,6 +8,8 @@ trains, and in the forkserver a context that no forked child can use. NVML answe
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -86,5 +88,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # bitsandbytes compiles two functions that no GPU and no CPU runs, a fifth of what a process takes to start.
 with _answered_by_nvml(), torch_internals.compiling_when_called():
     import peft
+
+# Looking for garbage in all of this once more, as Python does before it ends, would take a second.
+atexit.register(gc.freeze)
 
 __all__ = ["gpus", "peft"]

@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # which torch exports without saying so
 
-import lightweight.session.laboratory  # noqa: F401  pytester unloads what its runs import, and children pickle by its names
+from lightweight.imports import without_collecting
+
+with without_collecting():
+    import torch
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # which torch exports without saying so
+
+    import lightweight.session.laboratory  # noqa: F401  pytester unloads what its runs import, and children pickle by its names
+
 from lightweight import corpus, models
 from lightweight.corpus import Corpus, Rows
 from lightweight.models import Model

@@ -1,4 +1,5 @@
-"""The plugin in other people's suites: what is not used is not there. Each run is a process of its own."""
+"""The plugin in other people's suites: what is not used is not there. Each run is a process of its own where what has
+been imported matters."""
 
 import json
 import re
@@ -37,6 +38,18 @@ def run(tmp_path):
             path.write_text(text)
         command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider", *arguments]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture
+def run_here(pytester):
+    """`run`, in this process, where what takes seconds has been imported; a project without a corpus."""
+
+    def run(*arguments: str, conftest: str = LOADS, **files: str) -> pytest.RunResult:
+        pytester.makeconftest(conftest)
+        pytester.makepyfile(**files)
+        return pytester.runpytest("-p", "no:randomly", *arguments)
 
     return run
 
@@ -92,20 +105,29 @@ def test_theirs(train, model, request):
     assert "lightweight:" not in done.stdout
 
 
-def test_an_option_whose_short_name_is_taken_has_its_long_one(run, tmp_path):
+def test_a_cell_of_somebodys_is_trained_and_leaves_theirs_as_it_was(run, tmp_path):
+    """An option whose short name is taken has its long one, nobody needs pytest-xdist, and the environment is what it
+    was."""
     (tmp_path / "corpus.json").write_text(json.dumps(turns(12)))
     theirs = "\ndef pytest_addoption(parser):\n    parser.addoption('--seed', default='theirs')\n"
-    done = run("--lightweight-seed=3", "--benchmark-json=out.json", conftest=LOADS + theirs, test_cell=CELL)
+    done = run(
+        *("-p", "no:xdist", "-W", "error::pytest.PytestUnknownMarkWarning"),
+        *("--lightweight-seed=3", "--benchmark-json=out.json"),
+        conftest=LOADS + theirs,
+        test_cell=CELL + "    import os\n    assert 'GLIBC_TUNABLES' not in os.environ\n",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "PytestUnknownMarkWarning" not in done.stdout
     (entry,) = json.loads((tmp_path / "out.json").read_text())["outcomes"]
     assert entry["seed"] == 3
 
 
-def test_a_fixture_that_asks_for_ours_is_ours(run):
+def test_a_fixture_that_asks_for_ours_is_ours(run_here):
     wraps = LOADS + "import pytest\n\n@pytest.fixture\ndef train(train):\n    return train\n"
-    done = run(conftest=wraps, test_cell=CELL)
-    assert (done.returncode, done.stderr.strip().count("\n")) == (4, 0)
-    assert "corpus.json: does not exist" in done.stderr
+    done = run_here(conftest=wraps, test_cell=CELL)
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    (line,) = filter(None, done.errlines)
+    assert "corpus.json: does not exist" in line
 
 
 @pytest.mark.parametrize("theirs", ["", "\ndef pytest_addoption(parser):\n    parser.addoption('--model')\n"])
@@ -139,12 +161,12 @@ def test_what_help_says_of_other_modules_is_so():
     assert ratio.CAP == options.CAP
 
 
-def test_an_option_that_others_register_late_is_not_lost(run):
+def test_an_option_that_others_register_late_is_not_lost(run_here, monkeypatch):
     """pytest keeps what is registered to itself; where it could not be seen, the long name is still there."""
-    hides = LOADS + "\nfrom lightweight.session import options\noptions.taken_names = lambda parser: set()\n"
+    monkeypatch.setattr(options, "taken_names", lambda parser: set())
     theirs = "\ndef pytest_addoption(parser):\n    parser.addoption('--seed', default='theirs')\n"
-    done = run("--lightweight-seed=3", conftest=hides + theirs, test_other="def test_other(): pass\n")
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_here("--lightweight-seed=3", conftest=LOADS + theirs, test_other="def test_other(): pass\n")
+    assert done.ret == 0
 
 
 @pytest.mark.parametrize("without", ["xdist", "benchmark"])
@@ -153,21 +175,17 @@ def test_other_tests_need_neither_xdist_nor_benchmark(run, without):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_cell_needs_benchmark_which_is_one_line_and_not_xdist(run, tmp_path):
-    (tmp_path / "corpus.json").write_text(json.dumps(turns(12)))
-    done = run("-p", "no:benchmark", test_cell=CELL)
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert done.stderr.strip() == "ERROR: lightweight's tests are timed by pytest-benchmark: leave out -p no:benchmark"
-    assert "INTERNALERROR" not in done.stdout
-    done = run("-p", "no:xdist", "-W", "error::pytest.PytestUnknownMarkWarning", test_cell=CELL)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "PytestUnknownMarkWarning" not in done.stdout
+def test_a_cell_needs_benchmark_which_is_one_line(run_here):
+    done = run_here("-p", "no:benchmark", test_cell=CELL)
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    (line,) = filter(None, done.errlines)
+    assert line == "ERROR: lightweight's tests are timed by pytest-benchmark: leave out -p no:benchmark"
+    assert "INTERNALERROR" not in done.stdout.str()
 
 
 @pytest.mark.parametrize("only", ["--collect-only", "--fixtures", "--fixtures-per-test", "--setup-plan"])
-def test_what_only_shows_tests_looks_for_no_corpus(run, only):
-    done = run(only, test_cell=CELL)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_what_only_shows_tests_looks_for_no_corpus(run_here, only):
+    assert run_here(only, test_cell=CELL).ret == 0
 
 
 @pytest.mark.parametrize("name", ["--model=opt_tiny", "--method=LoRA", "--target=T4x"])
@@ -189,12 +207,6 @@ def test_a_projects_own_benchmarks_keep_their_machine_and_get_no_outcomes(run, t
 def test_under_xdist_a_projects_own_benchmarks_are_off_as_they_are_without_us(run):
     own = "def test_own(benchmark):\n    assert benchmark.disabled\n    benchmark(lambda: None)\n"
     done = run("-n", "1", test_own=own)
-    assert done.returncode == 0, done.stdout
-
-
-def test_the_users_environment_is_left_as_it_was(run, tmp_path):
-    (tmp_path / "corpus.json").write_text(json.dumps(turns(12)))
-    done = run(test_cell=CELL + "    import os\n    assert 'GLIBC_TUNABLES' not in os.environ\n")
     assert done.returncode == 0, done.stdout
 
 
@@ -225,7 +237,7 @@ from torchao import device
 """
 
 
-def test_a_package_that_touches_cuda_is_named_and_children_start_anew(run, tmp_path):
+def test_a_package_that_touches_cuda_is_named_and_children_start_anew(run, tmp_path, micro):
     """As torchao asks for the device's properties, which transformers imports where it is installed. This one pretends,
     in the forkserver alone."""
     (tmp_path / "corpus.json").write_text(json.dumps(turns(12)))
@@ -237,7 +249,8 @@ def test_a_package_that_touches_cuda_is_named_and_children_start_anew(run, tmp_p
     (tmp_path / "torchao" / "device.py").write_text(
         "import sys, torch\nif 'lightweight.child.nursery' in sys.modules:\n    torch.cuda._initialized = True\n"
     )
-    done = run("-s", test_cell=CELL)
+    written = f"name='micro', source={str(micro.location)!r}"  # a child less
+    done = run("-s", test_cell=re.sub(r'name="micro", architecture=[^)]*', written, CELL))
     assert done.returncode == 0, done.stdout + done.stderr
     line = "torchao.device initialises CUDA when it is imported: children start in fresh interpreters"
     assert done.stdout.count(line) == 1

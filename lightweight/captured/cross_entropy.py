@@ -68,6 +68,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         tokens, vocabulary = hidden.shape[0], head.shape[0]
         size = min(tokens, max(1, CHUNK_BYTES // (head.element_size() * vocabulary)))
         buffer = torch.empty(size, -(-vocabulary // ALIGNMENT) * ALIGNMENT, dtype=head.dtype, device=head.device)
+        # A product in bf16 on Intel's AMX reads on to the end of a tile, and multiplies what it finds there by zero:
+        # where the memory had held a NaN, gradients were NaN (torch 2.13).
+        buffer[:, vocabulary:] = 0
         aligned = vocabulary // ALIGNMENT * ALIGNMENT
         for start in range(0, tokens, size):
             part = slice(start, start + size)

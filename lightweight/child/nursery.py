@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from lightweight.imports import for_good
+
 MODULES = (
     "lightweight.preload",  # first: it keeps the imports after it off the GPU
     "lightweight.child.worker",
@@ -37,7 +39,7 @@ def touches_cuda() -> bool:
 
 def load(modules: Sequence[str]) -> str | None:
     """Import `modules`. The one of them, or of what they import, that has initialised CUDA, or None."""
-    with _watching() as touched:
+    with _watching() as touched, for_good():
         for name in modules:
             # Whatever is wrong with a package is told where it is used: in the child that imports it again.
             with suppress(Exception):

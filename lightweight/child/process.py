@@ -8,6 +8,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from lightweight.imports import for_good
+
 CAN_PIN = hasattr(os, "sched_setaffinity")
 """Whether this system keeps a process on a core when asked; macOS does not."""
 
@@ -59,9 +61,10 @@ def run_fresh(connection: Connection, pickled: bytes, gpus: tuple[int, int] | No
     lead_a_group()
     if gpus is not None:
         see_gpus(*gpus)
-    from lightweight import preload  # noqa: F401  # before anything else of what follows
+    with for_good():
+        from lightweight import preload  # noqa: F401  # before anything else of what follows
 
-    function, args = pickle.loads(pickled)  # noqa: S301  from the owner
+        function, args = pickle.loads(pickled)  # noqa: S301  from the owner
     function(connection, *args)
 
 

@@ -50,6 +50,12 @@ class Interruption:
             return self.expiry
         return f"interrupted by {self.ended_by.name if self.ended_by else type(error).__name__}"
 
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self) -> Generator[None, object, object]:
+        """A test is not late because the one before was: of one without a time limit pytest-timeout tells nobody."""
+        self._seconds, self.is_expired = 0.0, False
+        return (yield)
+
     @pytest.hookimpl(optionalhook=True, tryfirst=True)
     def pytest_timeout_set_timer(self, item: pytest.Item, settings: Any) -> bool | None:
         """pytest-timeout's thread would end this process and lose its record: here it kills the children, whose trial

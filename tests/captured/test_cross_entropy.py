@@ -54,6 +54,23 @@ def test_tokens_without_weight_change_nothing(problem):
     assert linear_cross_entropy(hidden, head, bias, targets, torch.zeros_like(weights)).item() == 0.0
 
 
+@pytest.fixture
+def nan_where_nothing_was_written():
+    torch.use_deterministic_algorithms(True)  # which fills what `torch.empty` gives
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_was_in_the_memory_before_changes_nothing(problem, nan_where_nothing_was_written, dtype):
+    *tensors, targets, weights = problem
+    given = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+    assert torch.empty(1).isnan()
+    found = linear_cross_entropy(*given, targets, weights)  # type: ignore[call-arg]
+    for gradient in torch.autograd.grad(found, given):
+        assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_gradients_survive_small_weights_and_large_loss_scales(problem, dtype):
     """A thousandth of a token's weight times 2^16, as in fp16 training; the loss itself is fp32."""

@@ -46,14 +46,15 @@ def test_children_have_huge_pages_where_the_kernel_gives_them(folder):
 def test_a_forkserver_that_is_gone_or_stopped_costs_no_trial_and_leaves_no_process(trial, tmp_path, number):
     for name in "abc":
         (tmp_path / name).mkdir()
-    with Child(trial, tmp_path / "a", silence_seconds=30) as child:
+    with (
+        Child(trial, tmp_path / "a", silence_seconds=30) as child,
+        Child(trial, tmp_path / "b", silence_seconds=30) as other,
+    ):
         os.kill(forkserver_pid(), number)
         assert isinstance(child.finish(), Completed)
+        os.kill(other.pids[0], signal.SIGKILL)
+        outcome = other.finish()
     assert not reaper.is_running(child.pids[0], reaper.started(child.pids[0]))  # whoever is to wait for its end now
-    with Child(trial, tmp_path / "b") as child:
-        os.kill(forkserver_pid(), number)
-        os.kill(child.pids[0], signal.SIGKILL)
-        outcome = child.finish()
     assert isinstance(outcome, Crashed)
     assert "forkserver" in outcome.reason or outcome.reason.startswith("killed by SIGKILL")
     with Child(trial, tmp_path / "c") as child:
@@ -112,8 +113,13 @@ def test_where_multiprocessing_names_no_server_nothing_is_done_about_it(monkeypa
 
 def test_a_long_path_of_temporary_files_is_no_hindrance(tmp_path):
     program = (
-        "import os\nfrom pathlib import Path\nfrom lightweight.child import helper\n"
-        f"if __name__ == '__main__': print(helper.call(int, Path({str(tmp_path)!r})))"
+        "from lightweight.child import forkserver\n"
+        "if __name__ == '__main__':\n"
+        "    forkserver.context.set_forkserver_preload([])\n"
+        "    process = forkserver.context.Process(target=int)\n"
+        "    assert forkserver.start(process, 60) is None\n"
+        "    process.join()\n"
+        "    print(process.exitcode)"
     )
     (tmp_path / "program.py").write_text(program)
     long = tmp_path / ("x" * 100)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,8 @@ import torch
 
 from conftest import MICRO, turns
 from lightweight.child import reaper
+from lightweight.session.interruption import Interruption
+from lightweight.session.ledger import Ledger
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,7 +102,7 @@ def outcomes(project: Path) -> list[tuple[str, str, str | None, str | None]]:
     return [(each["method"], each["outcome"], each["phase"], each.get("reason")) for each in document["outcomes"]]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_to_pytest_ends_it_with_its_record(project, number):
     session = start(project, STOPPED)
     assert wait_for((project / "stopped").exists)
@@ -113,6 +115,24 @@ def test_a_signal_to_pytest_ends_it_with_its_record(project, number):
         ("lora", "crashed", "train", f"interrupted by {by}"),
     ]
     assert wait_for(lambda: not left(project), 15), left(project)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_each_signal_that_ends_a_session_interrupts_it_once_and_is_named(pytester, monkeypatch, number):
+    """A second one would interrupt the writing of the record."""
+    cleanups: list[Callable[[], None]] = []
+    config = pytester.parseconfig()
+    monkeypatch.setattr(config, "add_cleanup", cleanups.append)
+    signal.signal(number, signal.SIG_DFL)
+    interruption = Interruption(config, Ledger(config))
+    interruption.heed_signals()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(number)
+    signal.raise_signal(number)
+    assert interruption.reason(KeyboardInterrupt()) == f"interrupted by {number.name}"
+    for cleanup in cleanups:
+        cleanup()
+    assert signal.getsignal(number) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize("whom", ["pytest", "its group"])
@@ -137,22 +157,31 @@ def test_a_worker_of_xdist_that_is_killed_leaves_its_phase_and_no_process_and_no
     assert wait_for(lambda: not left(project), 15), left(project)
 
 
-@pytest.mark.parametrize("method", ["signal", "thread"])
-def test_pytest_timeout_is_an_outcome_and_the_next_cell_runs(project, method):
+TIMED = """
+@pytest.mark.parametrize("seed", [
+    pytest.param(1, marks=pytest.mark.timeout(9, method="signal")),
+    pytest.param(2, marks=pytest.mark.timeout(9, method="thread")),
+])
+def test_its_time_is_up(train, seed):
+    train(MICRO, "lora", seed=seed)
+    assert seed == 2  # whose test goes on, its children having been killed
+
+def test_afterwards(train):
+    assert train(MICRO, "baseline", seed=1).kind == "completed"
+"""
+
+
+def test_pytest_timeout_is_an_outcome_and_the_next_cell_runs(project):
     pytest.importorskip("pytest_timeout")
-    session = start(
-        project,
-        STOPPED,
-        f"--timeout-method={method}",
-        "--timeout=25",  # the first cell of a session waits for its imports
-    )
+    session = start(project, STOPPED, "-k", "baseline or its or afterwards")
+    with (project / "test_cells.py").open("a") as cells:
+        cells.write(TIMED)
     output, _ = session.communicate(timeout=120)
     assert session.returncode == 1, output
-    assert outcomes(project) == [
-        ("baseline", "completed", None, None),
-        ("lora", "timed_out", "train", "Timeout (>25.0s) from pytest-timeout."),
-    ]
-    assert "1 failed, 1 passed" in output
+    timed_out = ("lora", "timed_out", "train", "Timeout (>9.0s) from pytest-timeout.")
+    completed = ("baseline", "completed", None, None)
+    assert outcomes(project) == [completed, timed_out, timed_out, completed]
+    assert "2 failed, 2 passed" in output
     assert wait_for(lambda: not left(project), 15), left(project)
 
 
