@@ -159,7 +159,7 @@ def _carry_out(
             trainer.add_callback(saving)
             trainer.add_callback(bar)
             if checkpoint is not None:
-                stock.resume_meter(meter, checkpoint)
+                stock.resume_meter(meter, trainer, checkpoint)
                 say(f"going on after step {step_of(checkpoint)} of {trial.steps}")
 
             def enter(phase: Phase) -> None:

@@ -88,7 +88,8 @@ class Entry:
 
     What was tried: `model` and its `weights`, from `weights_file` where they were stored in fewer bits,
     `weights_revision` the hub's commit of them; `method`, told from others of its name by `method_digest`, with its
-    settings as peft and transformers write them, and in `changed` those that the command line has changed; the card
+    settings as peft and transformers write them, `own_code` the functions and classes of its author by field, each with
+    its import path and the SHA-256 of its source, and in `changed` those that the command line has changed; the card
     whose memory it got, `target`, and whether another one gave it its times, `emulated`; the data, `corpus_digest` and
     `elsewhere_digest`, read from the format `corpus_format` with `corpus_skipped` rows left out, which are `trained_on`
     as pairs, conversations or texts, in rows of at most `max_length` tokens, the loss on `loss_on` of the assistant's
@@ -129,6 +130,7 @@ class Entry:
     quantization: Settings | None = None
     training_arguments: Settings | None = None
     library: str | None = None
+    own_code: Settings | None = field(default=None, metadata={ONLY_WITH: "own_code"})
     captured_step: Settings | None = None
     corpus_digest: Name
     elsewhere_digest: str | None = None
@@ -185,6 +187,7 @@ class Entry:
     captured: bool | None = None
     compiled: bool | None = None
     capture_note: str | None = None
+    data_note: str | None = field(default=None, metadata={ONLY_WITH: "data_note"})
     phase_seconds: Mapping[str, Amount] | None = None
 
     steady_step_seconds: Positive | None
