@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import TrainingArguments
 
-from lightweight.methods import BASELINE, LORA
+from lightweight.methods import BASELINE, LORA, LORA_CAPTURED
 from lightweight.preload import peft
 
 from peft.optimizers import create_loraplus_optimizer  # isort: skip  # after preload, which decides how peft is imported
@@ -47,6 +47,7 @@ def lora_plus(network: Any, arguments: TrainingArguments) -> torch.optim.Optimiz
 
 
 LORA_PLUS = replace(LORA, name="lora-plus", optimizer=lora_plus)
+LORA_PLUS_CAPTURED = replace(LORA_CAPTURED, name="lora-plus-captured", optimizer=lora_plus)  # AdamW is what it runs
 
 
 # Muon (https://kellerjordan.github.io/posts/muon/): steps of hidden matrices are made orthogonal; the rest by AdamW.
