@@ -58,8 +58,8 @@ def described(value: Any) -> Any:
             return own | {"args": described(value.args), "keywords": described(value.keywords)}
     if not callable(value):
         return value if isinstance(value, str | int | float | bool | None) else repr(value)
-    digest = source_digest(value)
-    return {"import_path": import_path(value)} | ({} if digest is None else {"source_sha256": digest})
+    path, digest = import_path(value), source_digest(value)
+    return {"import_path": path} | ({} if digest is None else {"source_sha256": digest})
 
 
 def source_digest(value: Any) -> str | None:

@@ -103,6 +103,7 @@ class Entry:
     What was measured, as in `trial.Measurements`: `train_loss`, `step_seconds`, `step_tokens` and `step_padded_tokens`
     have one number an optimizer step; losses are in nats a token; `rank_peak_*` has an element a rank where there are
     several, and other peaks are the largest. `steady_step_seconds` is the median step after the first epoch.
+    `data_note` says how the rows that reached the network differ from those of every other method, if they do.
     `tokens_per_second` counts the tokens of dialogues and `padded_tokens_per_second` all that were computed, of all
     ranks together, `rank_tokens_per_second` what each did; in records without `step_tokens`, `tokens_per_second` is
     `tokens_per_step` over the median step. `cold_seconds` is the whole job without held-out evaluations.
@@ -216,6 +217,12 @@ class Entry:
 
     run: str | None = field(default=None, metadata={NO_KEY: True})
     stored: Mapping[str, Any] | None = field(default=None, metadata={NO_KEY: True}, repr=False, compare=False)
+
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether its training losses are on a scale of its own; held-out losses never are."""
+        own, arguments = self.own_code or {}, self.training_arguments or {}
+        return bool({"compute_loss", "trainer"} & own.keys() or arguments.get("label_smoothing_factor"))
 
     @property
     def gpu_peak_bytes(self) -> int | None:
