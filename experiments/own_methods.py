@@ -1,7 +1,7 @@
 """Methods of one's own, to be trained beside the suite's: five that people have published since 2024, or that they use.
 
     python -m pytest experiments --method baseline --method lora --method experiments/own_methods.py:MUON
-    lightweight plan --method experiments/own_methods.py:DORA
+    lightweight plan smollm2-135m --method experiments/own_methods.py:DORA
     lightweight train --method experiments/own_methods.py:LORA_PLUS --model ... --corpus ...
 
 Each is what its author would write: a config of peft where peft implements it, else a function. docs/experiments.md
