@@ -29,13 +29,13 @@ DORA = replace(LORA, name="dora", adapter=peft.LoraConfig(**ADAPTER, use_dora=Tr
 PISSA = replace(
     LORA,
     name="pissa",
-    adapter=peft.LoraConfig(**ADAPTER | {"lora_alpha": 8, "lora_dropout": 0.0}, init_lora_weights="pissa_niter_16"),
+    adapter=peft.LoraConfig(**ADAPTER | {"lora_alpha": 8, "lora_dropout": 0.0}, init_lora_weights="pissa"),
 )
 
 
 # LoRA+ (https://arxiv.org/abs/2402.12354): B of an adapter learns 16 times as fast as A.
 def lora_plus(network: Any, arguments: TrainingArguments) -> torch.optim.Optimizer:
-    return create_loraplus_optimizer(  # type: ignore[no-any-return]
+    return create_loraplus_optimizer(
         network,
         torch.optim.AdamW,
         lr=arguments.learning_rate,
@@ -60,7 +60,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         others = [weight for weight in trained if weight.ndim != 2 or id(weight) in ids]
         rate, decay = arguments.learning_rate, arguments.weight_decay
         muon = torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-        self.parts = (muon, torch.optim.AdamW(others, lr=rate, weight_decay=decay))
+        self.parts: Any = (muon, torch.optim.AdamW(others, lr=rate, weight_decay=decay))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self.state = muon.state | self.parts[1].state
 
@@ -84,7 +84,8 @@ MUON = replace(BASELINE, name="muon", optimizer=MuonAndAdamW)
 # DFT (https://arxiv.org/abs/2508.05629): each token's cross-entropy counts by the probability that it already has.
 def dynamic_fine_tuning(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
     losses = cross_entropy(outputs.logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
-    return (losses * torch.exp(-losses.detach())).sum() / num_items_in_batch
+    weighted: torch.Tensor = losses * torch.exp(-losses.detach())
+    return weighted.sum() / num_items_in_batch
 
 
 DFT = replace(LORA, name="dft", compute_loss=dynamic_fine_tuning)

@@ -187,7 +187,7 @@ def test_a_method_is_found_in_a_file_and_its_code_by_a_child(tmp_path, monkeypat
     (tmp_path / "trial").mkdir()
     with Child(trial, tmp_path / "trial") as child:
         outcome = child.finish()
-    assert outcome.kind == "completed", outcome.reason
+    assert outcome.kind == "completed", outcome
 
 
 @pytest.mark.parametrize(

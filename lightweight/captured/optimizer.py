@@ -206,15 +206,15 @@ def adamw_of(trial: Trial, trainer: Trainer) -> torch.optim.AdamW:
     and for one with hooks around its steps."""
     created = trainer.create_optimizer()
     trainer.optimizer = None
-    is_adamw = type(created) is torch.optim.AdamW
-    if not is_adamw or torch_internals.has_step_hooks(created):
-        by = "its optimizer is" if trial.method.optimizer is not None else "`optim` asks for"
-        kind = "one with hooks around its steps" if is_adamw else type(created).__name__
-        raise MethodError(
-            f"method {trial.method.name}: the captured step runs torch's AdamW, and {by} {kind}: leave it out, or let "
-            "the Trainer run the steps"
-        )
-    return created
+    hooks = torch_internals.has_step_hooks(created)
+    if type(created) is torch.optim.AdamW and not hooks:
+        return created
+    by = "its optimizer is" if trial.method.optimizer is not None else "`optim` asks for"
+    kind = type(created).__name__ + (" with hooks around its steps" if hooks else "")
+    raise MethodError(
+        f"method {trial.method.name}: the captured step runs torch's AdamW, and {by} {kind}: leave it out, or let the "
+        "Trainer run the steps"
+    )
 
 
 def _learning_rates(trial: Trial, trainer: Trainer, created: torch.optim.Optimizer) -> list[list[float]]:

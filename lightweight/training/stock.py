@@ -114,11 +114,12 @@ def _made(
     meter: Meter,
     rounds: Rounds,
 ) -> _MeasuredTrainer:
-    """The Trainer, or the method's own kind of it, with what else of the method is its author's code."""
+    """The Trainer, or the method's own kind of it, with what else of the method is its author's code. What measures
+    comes before what its author overrides."""
     method = trial.method
-    kind = _MeasuredTrainer if trial.world_size == 1 else _RankTrainer
+    kind: type[_MeasuredTrainer] = _MeasuredTrainer if trial.world_size == 1 else _RankTrainer
     if method.trainer is not None:
-        kind = type(method.trainer.__name__, (kind, method.trainer), {})  # what is measured goes first
+        kind = cast("type[_MeasuredTrainer]", type(method.trainer.__name__, (kind, method.trainer), {}))
     collate = Collate(rows.pad_token_id, rows.padded_to)
     callbacks = [_RoundBegin(meter, rounds), *(make() for make in method.callbacks), _RoundBoundary(meter, rounds)]
     options: dict[str, Any] = {} if method.compute_loss is None else {"compute_loss_func": method.compute_loss}

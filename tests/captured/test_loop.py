@@ -398,8 +398,9 @@ def test_a_data_seed_orders_captured_steps_as_the_trainers(trial, tmp_path):
 def test_the_schedule_does_not_move_on_a_skipped_step(trial, tmp_path):
     job = job_of(trial, tmp_path)
     optimizer = job.step.optimizer
-    rates = optimizer_module._learning_rates(trial, job.trainer)
-    assert rates == pytest.approx([5e-5 * (1 - step / trial.steps) for step in range(trial.steps)])
+    rates = optimizer_module._learning_rates(trial, job.trainer, job.step._adamw)
+    expected = [5e-5 * (1 - step / trial.steps) for step in range(trial.steps)]
+    assert rates == [pytest.approx([rate, rate]) for rate in expected]  # weights with decay, and without
     for skipped, taken in ((0.0, 1), (1.0, 1), (0.0, 2)):
         optimizer._adamw.found_inf = torch.tensor([skipped])
         optimizer._count_step(optimizer._adamw)

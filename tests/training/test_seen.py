@@ -125,7 +125,7 @@ def test_a_training_that_ends_early_is_told(trained):
 
 class Sequential(Trainer):
     def _get_train_sampler(self, *_):
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+        return torch.utils.data.SequentialSampler(list(self.train_dataset))
 
 
 class Sharpness(Trainer):
