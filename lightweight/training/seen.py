@@ -113,7 +113,9 @@ class Seen:
             self._on_device = torch.from_numpy(self._factors).to(ids.device)
         places = (mask.cumsum(1) - 1).clamp_(min=0) % LONGEST
         rows = ((ids + 1) * self._on_device[places] * mask).sum(1)
-        again = torch.isin(rows, torch.cat(self._pass)) if self._pass else torch.zeros_like(rows, dtype=torch.bool)
+        again = torch.zeros_like(rows, dtype=torch.bool)
+        for before in self._pass:
+            again |= (rows[:, None] == before[None]).any(1)  # `isin` may wait for the device
         self._counts.append(((mask.sum(1) * ~again).sum(), ids.numel()))
         self._pass.append(rows)
         self._pending.append((self.step, rows))
