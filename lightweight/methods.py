@@ -43,6 +43,10 @@ CAPTURED_WITH = ("optimizer", "transform")
 """Those of them that a captured step can have: its check compares what they make of it with the Trainer's step."""
 
 
+ELEMENT_BY_ELEMENT = ("torch.optim.adamw:AdamW", "torch.optim.sgd:SGD")
+"""Optimizers that do with a shard of a weight what they would with that part of it; `arguments` says so of `optim`."""
+
+
 class MethodError(ValueError):
     """A method that asks for something that what runs it does not do. The message names it and the mend."""
 
@@ -153,6 +157,15 @@ class Method:
     def own_code(self) -> dict[str, Any]:
         """What of OWN_CODE it has, by name."""
         return {name: value for name in OWN_CODE if (value := getattr(self, name))}
+
+    @property
+    def not_for_ranks(self) -> list[str]:
+        """What of OWN_CODE may have several ranks train otherwise than one. Those of a captured step each hold the
+        whole network; FSDP2 replaces the weights by shards, on which an optimizer must work element by element."""
+        allowed: tuple[str, ...] = CAPTURED_WITH if self.captured_step is not None else ()
+        if isinstance(self.optimizer, tuple) and importable.import_path(self.optimizer[0]) in ELEMENT_BY_ELEMENT:
+            allowed = (*allowed, "optimizer")
+        return [name for name in self.own_code if name not in allowed]
 
     @property
     def precision(self) -> Precision:

@@ -70,7 +70,7 @@ class Trial:
                 f"method {self.method.name} computes in bf16, which target {self.target.name} does not have: "
                 "use fp16 there, or another target"
             )
-        if self.world_size > 1 and (own := self.method.own_code):
+        if self.world_size > 1 and (own := self.method.not_for_ranks):
             raise ValueError(
                 f"method {self.method.name}: with its own {', '.join(own)} several ranks may train otherwise than one: "
                 "train it on one GPU"

@@ -149,7 +149,8 @@ def test_a_peer_trains_with_nothing_of_ones_own():
 @pytest.mark.parametrize(
     ("changes", "world_size", "expected"),
     [
-        ({"optimizer": (torch.optim.SGD, {})}, 2, "with its own optimizer several ranks may train otherwise than one"),
+        ({"optimizer": (torch.optim.Adagrad, {})}, 2, "with its own optimizer several ranks may train otherwise"),
+        ({"compute_loss": module_level, "optimizer": (torch.optim.SGD, {})}, 2, "with its own compute_loss several"),
         (
             {"optimizer": (torch.optim.SGD, {}), "training_arguments": {"optim": "sgd"}},
             1,
