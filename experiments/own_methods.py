@@ -82,10 +82,9 @@ MUON = replace(BASELINE, name="muon", optimizer=MuonAndAdamW)
 
 
 # DFT (https://arxiv.org/abs/2508.05629): each token's cross-entropy counts by the probability that it already has.
-def dynamic_fine_tuning(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+def dynamic_fine_tuning(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
     losses = cross_entropy(outputs.logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
-    weighted: torch.Tensor = losses * torch.exp(-losses.detach())
-    return weighted.sum() / num_items_in_batch
+    return (losses * torch.exp(-losses.detach())).sum() / num_items_in_batch
 
 
 DFT = replace(LORA, name="dft", compute_loss=dynamic_fine_tuning)
