@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from lightweight.corpus import Rows
+from lightweight.corpus import IGNORED, Rows
 
 LONGEST = 2**16
 """Places of a row that have a factor of their own; a longer row begins with the first again."""
@@ -27,10 +27,11 @@ class Seen:
     def __init__(self, network: torch.nn.Module, rows: Rows, *, is_compiled: bool) -> None:
         self._rows = rows
         self._factors = np.random.default_rng(0).integers(-(2**62), 2**62, LONGEST, dtype=np.int64)
-        self._on_device: torch.Tensor | None = None
+        self._on_device: dict[torch.device, torch.Tensor] = {}
         self._began, self.step = 0, 0
         self._steps: list[list[int]] = []
-        self._pending: list[tuple[int, torch.Tensor]] = []  # by step, not yet read from the device
+        self._labels: list[int] = []  # what the labels of a step add up to
+        self._pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # by step, not yet read from the device
         self._pass: list[torch.Tensor] = []
         self._counts: list[tuple[torch.Tensor | int, int]] = []
         self._looks = True
@@ -50,9 +51,15 @@ class Seen:
         finally:
             self._looks = before
 
-    def begin_pass(self) -> None:
-        """What comes now is of one forward pass of the Trainer."""
+    def begin_pass(self, batch: Mapping[str, Any]) -> None:
+        """What comes now is of one forward pass of the Trainer, over `batch` as a collator made it."""
         self._pass, self._counts = [], []
+        labels, mask = batch.get("labels"), batch.get("attention_mask")
+        if not isinstance(labels, torch.Tensor) or labels.dim() != 2:
+            return
+        mask = torch.ones_like(labels) if mask is None or mask.shape != labels.shape else mask
+        answers = self._identities(labels, mask * (labels != IGNORED), self._places(mask)).sum()
+        self._pending.append((self.step, labels.new_empty(0), answers))
 
     @property
     def tokens(self) -> tuple[Any, int]:
@@ -62,9 +69,12 @@ class Seen:
 
     def read(self) -> None:
         """Take what was seen from the device; waits for it."""
-        for step, rows in self._pending:
-            self._steps += [[] for _ in range(step - self._began + 1 - len(self._steps))]
+        for step, rows, answers in self._pending:
+            more = step - self._began + 1 - len(self._steps)
+            self._steps += [[] for _ in range(more)]
+            self._labels += [0] * more
             self._steps[step - self._began] += rows.tolist()
+            self._labels[step - self._began] += int(answers)
         self._pending = []
 
     def note(self, steps: Sequence[Sequence[int]]) -> str | None:
@@ -75,6 +85,7 @@ class Seen:
         if self.step < len(steps):
             told.append(f"it ended after {self.step} of {len(steps)} optimizer steps")
         own = [self._identity(row["input_ids"]) for row in self._rows]
+        answers = [self._identity(row["labels"], row["labels"] != IGNORED) for row in self._rows]
         planned = [Counter(own[number] for number in numbers) for numbers in steps[self._began : self.step]]
         seen = [Counter(step) for step in self._steps]
         planned += [Counter() for _ in range(len(seen) - len(planned))]
@@ -93,13 +104,28 @@ class Seen:
             other = next((step for step, (a, b) in enumerate(zip(planned, seen, strict=True), 1) if a != b), None)
             if other is not None:
                 told.append(f"the rows came in another order from step {self._began + other} on")
+            expected = [sum(answers[number] for number in numbers) for numbers in steps[self._began : self.step]]
+            pairs = zip(expected, self._labels, planned, seen, strict=False)
+            if others := sum(a == b and (one - other_) % 2**64 != 0 for one, other_, a, b in pairs):
+                told.append(f"the loss was on other labels than the corpus's in {others:,} of {len(expected):,} steps")
         return "; ".join(told) or None
 
-    def _identity(self, ids: np.ndarray) -> int:
-        """What tells a row of `ids`, [time], from others."""
+    def _identity(self, ids: np.ndarray, counted: np.ndarray | None = None) -> int:
+        """What tells a row of `ids`, [time], of which those that are `counted`, from others."""
         with np.errstate(over="ignore"):
             places = self._factors[np.arange(len(ids)) % LONGEST]
-            return int(((ids.astype(np.int64) + 1) * places).sum())
+            return int(((ids.astype(np.int64) + 1) * places * (1 if counted is None else counted)).sum())
+
+    def _identities(self, ids: torch.Tensor, counted: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """The same of each row of `ids`, [rows, time], on its device."""
+        if ids.device not in self._on_device:
+            self._on_device[ids.device] = torch.from_numpy(self._factors).to(ids.device)
+        return ((ids + 1) * self._on_device[ids.device][places] * counted).sum(1)
+
+    @staticmethod
+    def _places(mask: torch.Tensor) -> torch.Tensor:
+        """Which token of its row each is, whatever side is padded."""
+        return (mask.to(torch.int64).cumsum(1) - 1).clamp_(min=0) % LONGEST
 
     def _see(self, network: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         if not self._looks or not (network.training or torch.is_grad_enabled()):
@@ -109,13 +135,10 @@ class Seen:
         if ids is None:  # embeddings in their place, which are no rows of anybody's
             ids = torch.zeros(options["inputs_embeds"].shape[:2], dtype=torch.int64)
         mask = torch.ones_like(ids) if mask is None or mask.shape != ids.shape else mask.to(torch.int64)
-        if self._on_device is None or self._on_device.device != ids.device:
-            self._on_device = torch.from_numpy(self._factors).to(ids.device)
-        places = (mask.cumsum(1) - 1).clamp_(min=0) % LONGEST
-        rows = ((ids + 1) * self._on_device[places] * mask).sum(1)
+        rows = self._identities(ids, mask, self._places(mask))
         again = torch.zeros_like(rows, dtype=torch.bool)
         for before in self._pass:
             again |= (rows[:, None] == before[None]).any(1)  # `isin` may wait for the device
         self._counts.append(((mask.sum(1) * ~again).sum(), ids.numel()))
         self._pass.append(rows)
-        self._pending.append((self.step, rows))
+        self._pending.append((self.step, rows, rows.new_zeros(())))

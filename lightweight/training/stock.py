@@ -325,7 +325,7 @@ class _MeasuredTrainer(TrainerHooks, Trainer):
         real, padded = inputs.pop(TOKENS, (0, 0))  # a forecast's batches have none
         if self.seen is not None:
             self.seen.step = self._meter.steps
-            self.seen.begin_pass()
+            self.seen.begin_pass(inputs)
         loss = super().training_step(model, inputs, *arguments, **options)
         if self.seen is not None:
             real, padded = self.seen.tokens

@@ -107,6 +107,31 @@ def test_rows_that_a_collator_changes_are_told(trained):
     assert own.data_note == f"{strange}; 40 of 40 rows did not reach it"
 
 
+def test_labels_that_a_collator_changes_are_told(trained):
+    own = trained(Method(name="easy", data_collator=easy))
+    assert own.data_note == "the loss was on other labels than the corpus's in 6 of 6 steps"
+    assert own.heldout_loss_before == pytest.approx(trained().heldout_loss_before, abs=1e-6)
+
+
+def left(collate):
+    """Pads on the left, which changes no row."""
+
+    def call(rows):
+        batch = collate(rows)
+        lengths = batch["attention_mask"].sum(1).tolist()
+        turned = {name: [] for name in ("input_ids", "attention_mask", "labels")}
+        for name, rows_of_batch in turned.items():
+            rows_of_batch += [row.roll(-length) for row, length in zip(batch[name], lengths, strict=True)]
+        return {name: torch.stack(rows_of_batch) for name, rows_of_batch in turned.items()}
+
+    return call
+
+
+def test_the_side_that_is_padded_makes_no_other_rows(trained):
+    own = trained(Method(name="left", data_collator=left))
+    assert (own.data_note, own.step_tokens) == (None, trained().step_tokens)
+
+
 @pytest.mark.parametrize("collator", [Half, Beginnings, easy])
 def test_held_out_losses_are_of_the_suites_own_rows(trained, collator):
     own = trained(Method(name=f"heldout-{collator.__name__}", data_collator=collator))
