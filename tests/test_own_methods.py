@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from training.test_stock import CPU, Unattended
 
 from conftest import turns
@@ -14,7 +15,7 @@ from lightweight import methods, models, record, targets
 from lightweight.__main__ import main
 from lightweight.child import worker
 from lightweight.forecast import tracer
-from lightweight.methods import BASELINE, LORA, LORA_CAPTURED
+from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, Method
 from lightweight.models import Model
 from lightweight.training.meter import Meter
 from lightweight.trial import Trial
@@ -122,6 +123,45 @@ def test_it_is_forecast(own, name, small, small_corpus):
         peaks[method.name] = most
     theirs, ours = peaks.values()
     assert 0.5 < ours / theirs < 2
+
+
+def twice(collate):
+    """Each batch is computed twice over."""
+
+    def call(rows):
+        return {name: torch.cat([v, v]) for name, v in collate(rows).items() if isinstance(v, torch.Tensor)}
+
+    return call
+
+
+class Reading(torch.optim.SGD):
+    """Decides by numbers, which fake tensors do not have."""
+
+    def step(self, closure=None):
+        if self.param_groups[0]["params"][0].grad.norm().item() > 0:
+            super().step(closure)
+
+
+def reading(network, arguments):
+    return Reading(network.parameters(), lr=arguments.learning_rate)
+
+
+def trial_of(small, small_corpus, method):
+    return Trial(model=small, method=method, target=targets.T4, corpus=small_corpus, max_length=96)
+
+
+def test_a_forecast_has_the_batches_that_a_collator_makes(small, small_corpus):
+    logits = []
+    for collator in (None, twice):
+        traced = tracer.trace(trial_of(small, small_corpus, Method(name="m", data_collator=collator)), (7, 5))
+        logits.append(sum(size for name, size in traced.events if traced.causes.get(name) == "logits"))
+    assert logits[1] >= 2 * logits[0] > 0
+
+
+def test_what_cannot_be_traced_is_named_in_a_line(small, small_corpus):
+    with pytest.raises(tracer.ForecastError, match="small x m: optimizer test_own_methods:reading cannot") as raised:
+        tracer.trace(trial_of(small, small_corpus, Method(name="m", optimizer=reading)), (7, 5))
+    assert "\n" not in str(raised.value)
 
 
 def test_the_command_line_plans_and_trains_it(base, tmp_path, capsys):
