@@ -129,7 +129,10 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_plan)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a known name, a hub id or a local folder")
     parser.add_argument(
-        "--method", action="append", metavar="NAME", help="repeatable: a known name or package.module:NAME"
+        "--method",
+        action="append",
+        metavar="NAME",
+        help="repeatable: a known name, package.module:NAME or FILE.py:NAME",
     )
     parser.add_argument(
         "--target", action="append", metavar="NAME", help="repeatable: a card, or an amount such as 16GiB"
@@ -224,7 +227,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_train)
     parser.add_argument("--model", required=True, metavar="NAME", help="a known name, a hub id or a local folder")
     parser.add_argument(
-        "--method", metavar="NAME", help="a known name or package.module:NAME (default: the fastest forecast to fit)"
+        "--method",
+        metavar="NAME",
+        help="a known name, package.module:NAME or FILE.py:NAME (default: the fastest forecast to fit)",
     )
     parser.add_argument(
         "--corpus",

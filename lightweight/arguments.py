@@ -180,6 +180,7 @@ def check(method: Method, target: Target, world_size: int) -> None:
         refusal = _refusal(argument, value, captured=method.captured_step is not None, world_size=world_size)
         if refusal is not None:
             raise MethodError(f"method {method.name}: {name}={_brief(value)} {refusal}")
+    _check_beside_own_code(method)
     _check_step(method, defaults)
     if method.training_arguments.get("tf32") and not target.bf16:
         raise MethodError(f"method {method.name}: tf32 is asked for, which target {target.name} lacks: leave it out")
@@ -224,6 +225,24 @@ def _check_value(method: Method, name: str, value: Any) -> None:
             f"method {method.name}: {name} with {others[0]!r} is not honoured here, only with torch.utils.checkpoint's "
             f"{', '.join(sorted(CHECKPOINTING_KEYS))}: leave it out"
         )
+
+
+BESIDE_OWN_CODE: Mapping[str, tuple[str, ...]] = {
+    "optimizer": ("optim", "optim_args", "optim_target_modules"),
+    "compute_loss": ("label_smoothing_factor",),
+}
+"""What the Trainer passes over where a method has code of its author's in its place."""
+
+
+def _check_beside_own_code(method: Method) -> None:
+    for field, names_beside in BESIDE_OWN_CODE.items():
+        for name in names_beside:
+            if field in method.own_code and name in method.training_arguments:
+                value = _brief(method.training_arguments[name])
+                raise MethodError(
+                    f"method {method.name}: {name}={value} would be passed over, since its {field} says what takes its "
+                    "place: leave one of both out"
+                )
 
 
 OF_OPTIMIZER = ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")

@@ -1,5 +1,5 @@
 """How a model is trained: a peft config, a quantization config and TrainingArguments overrides, in their own
-vocabulary.
+vocabulary, and where these do not say it, functions and classes of one's own, in the Trainer's.
 
 `BASELINE`, `LORA` and `QLORA` are the settings of the four original scripts. A variant is made with
 `dataclasses.replace`, a new method by writing one `Method`. `*_CAPTURED` train the same with the captured step.
@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import copy
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lightweight import names
+from lightweight import importable, names
 from lightweight.internals import peft as peft_internals
 from lightweight.models import ran_out, reason
 from lightweight.preload import peft
 
 from peft.tuners.tuners_utils import BaseTunerLayer  # isort: skip  # after preload, which decides how peft is imported
+
+if TYPE_CHECKING:  # the Trainer takes seconds to import, and torch's optimizers are nothing to wait for here
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
 Precision = Literal["fp32", "fp16", "bf16", "half"]
 """`half` is bf16 on a target that has it and fp16 elsewhere; a `Trial` knows which."""
@@ -29,6 +34,17 @@ Precision = Literal["fp32", "fp16", "bf16", "half"]
 
 QUERIES_AND_VALUES = {"q_proj", "v_proj"}
 """What LoRA was first put on (https://arxiv.org/abs/2106.09685, section 4.2), as most architectures call it."""
+
+
+OWN_CODE = ("optimizer", "compute_loss", "trainer", "callbacks", "data_collator", "transform")
+"""The fields of a Method that take code of its author's."""
+
+CAPTURED_WITH = ("optimizer", "transform")
+"""Those of them that a captured step can have: its check compares what they make of it with the Trainer's step."""
+
+
+ELEMENT_BY_ELEMENT = ("torch.optim.adamw:AdamW", "torch.optim.sgd:SGD")
+"""Optimizers that do with a shard of a weight what they would with that part of it; `arguments` says so of `optim`."""
 
 
 class MethodError(ValueError):
@@ -73,8 +89,19 @@ class Method:
     learning rate 5e-5, linear decay. `step` is what runs an optimizer step: HF `Trainer`, or the captured step, whose
     parts a `CapturedStep` switches. `library` is what loads the network and puts its adapter on: transformers with
     peft, or a peer of theirs, which then trains by the Trainer's steps. `changed` is what `Settings` have changed of
-    what its author said, by their names. Raises ValueError for a peer that the method's other parts leave nothing to
-    do.
+    what its author said, by their names.
+
+    What these do not say is said in code: functions and classes at the top level of a module, or functools.partial of
+    one. `optimizer` makes the optimizer from the network, which has its adapter on, and the TrainingArguments, whose
+    `learning_rate` it is to take; or it is the Trainer's `optimizer_cls_and_kwargs`, a class and its keywords, which
+    gets `learning_rate` as `lr`. `compute_loss` is the Trainer's `compute_loss_func`: outputs of the network, labels
+    and `num_items_in_batch` to a scalar. `trainer` is a subclass of the Trainer, `callbacks` are made anew for every
+    trial, of classes as they are. `data_collator` is given the suite's own collator and returns the one to train with.
+    `transform` is given the network, with its adapter on, and returns the one to train. Held-out losses are the
+    suite's, whatever these do.
+
+    Raises MethodError, a ValueError, for code that no other process could import, for code that the captured step does
+    not run, and for a peer that the method's other parts leave nothing to do.
     """
 
     name: str
@@ -84,11 +111,61 @@ class Method:
     training_arguments: Mapping[str, Any] = field(default_factory=dict)
     step: Literal["trainer", "captured"] | CapturedStep = "trainer"
     library: Literal["peft", "unsloth"] = "peft"
+    optimizer: (
+        Callable[[Any, TrainingArguments], torch.optim.Optimizer]
+        | tuple[type[torch.optim.Optimizer], Mapping[str, Any]]
+        | None
+    ) = None
+    compute_loss: Callable[..., torch.Tensor] | None = None
+    trainer: type[Trainer] | None = None
+    callbacks: tuple[Callable[[], TrainerCallback], ...] = ()
+    data_collator: Callable[[Any], Callable[..., dict[str, Any]]] | None = None
+    transform: Callable[[Any], Any] | None = None
     changed: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.library == "unsloth" and not (self.step == "trainer" and isinstance(self.adapter, peft.LoraConfig)):
-            raise ValueError(f"method {self.name}: unsloth trains LoRA by the Trainer's steps: give it both, or peft")
+            raise MethodError(f"method {self.name}: unsloth trains LoRA by the Trainer's steps: give it both, or peft")
+        self._check_own_code()
+
+    def _check_own_code(self) -> None:
+        for name, value in self.own_code.items():
+            for part in value if isinstance(value, tuple) else (value,):
+                if name == "optimizer" and isinstance(part, Mapping):
+                    continue
+                try:
+                    importable.described(part)
+                except ValueError as error:
+                    raise MethodError(f"method {self.name}: its {name} {error}") from error
+            if self.library == "unsloth":
+                raise MethodError(f"method {self.name}: unsloth trains with no {name} of one's own: give peft")
+            if self.step != "trainer" and name not in CAPTURED_WITH:
+                raise MethodError(
+                    f"method {self.name}: the captured step does not run its {name}: let the Trainer run the steps, by "
+                    "step='trainer'"
+                )
+        if isinstance(self.optimizer, tuple) and not (
+            len(self.optimizer) == 2 and isinstance(self.optimizer[0], type) and isinstance(self.optimizer[1], Mapping)
+        ):
+            raise MethodError(f"method {self.name}: its optimizer is a tuple: give (class, keywords), or a function")
+        if not isinstance(self.callbacks, tuple):
+            raise MethodError(f"method {self.name}: its callbacks are no tuple: give (callback,)")
+        if self.trainer is not None and "transformers.trainer" not in {of.__module__ for of in _lineage(self.trainer)}:
+            raise MethodError(f"method {self.name}: its trainer is no subclass of transformers' Trainer: give one")
+
+    @property
+    def own_code(self) -> dict[str, Any]:
+        """What of OWN_CODE it has, by name."""
+        return {name: value for name in OWN_CODE if (value := getattr(self, name))}
+
+    @property
+    def not_for_ranks(self) -> list[str]:
+        """What of OWN_CODE may have several ranks train otherwise than one. Those of a captured step each hold the
+        whole network; FSDP2 replaces the weights by shards, on which an optimizer must work element by element."""
+        allowed: tuple[str, ...] = CAPTURED_WITH if self.captured_step is not None else ()
+        if isinstance(self.optimizer, tuple) and importable.import_path(self.optimizer[0]) in ELEMENT_BY_ELEMENT:
+            allowed = (*allowed, "optimizer")
+        return [name for name in self.own_code if name not in allowed]
 
     @property
     def precision(self) -> Precision:
@@ -188,17 +265,28 @@ class Method:
         return replace(self, training_arguments=arguments, quantization=quantization)
 
     def adapt(self, network: Any, upcast: bool = True) -> Any:
-        """`network`, loaded or on the meta device, with its adapter on, as peft's own documentation does it. `upcast`
-        holds what a quantized model leaves unquantized in fp32. Raises MethodError where the adapter cannot be put on
-        this architecture."""
+        """`network`, loaded or on the meta device, with its adapter on, as peft's own documentation does it, and what
+        its `transform` makes of that. `upcast` holds what a quantized model leaves unquantized in fp32. Raises
+        MethodError where the adapter cannot be put on this architecture, or the transform returns no network."""
         if getattr(network, "is_quantized", False) and upcast:
             network = peft.prepare_model_for_kbit_training(
                 network,
                 use_gradient_checkpointing=self.training_arguments.get("gradient_checkpointing", False),
                 gradient_checkpointing_kwargs=self.training_arguments.get("gradient_checkpointing_kwargs"),
             )
-        if self.adapter is None:
+        if self.adapter is not None:
+            network = self._with_adapter(network)
+        if self.transform is None:
             return network
+        transformed = self.transform(network)
+        if not hasattr(transformed, "named_parameters"):
+            where = importable.import_path(self.transform)
+            raise MethodError(
+                f"method {self.name}: its transform {where} returns a {type(transformed).__name__}: return the network"
+            )
+        return transformed
+
+    def _with_adapter(self, network: Any) -> Any:
         adapter = self.adapter_for(network)
         try:
             return peft.get_peft_model(network, adapter)
@@ -215,8 +303,14 @@ class Method:
     def adapter_for(self, network: Any) -> Any:
         """A copy of the adapter for peft to write into. Where it leaves its layers to the architecture
         (`target_modules` None), they are those of peft's own mapping; where that knows none, the projections of queries
-        and values, which most of the mapping names; where the network has none of that name, all linear layers."""
+        and values, which most of the mapping names; where the network has none of that name, all linear layers. What an
+        adapter computes from weights to begin with (PiSSA, OLoRA) it cannot from those of the meta device, and has the
+        shapes of any other beginning there."""
         adapter: Any = copy.deepcopy(self.adapter)
+        if isinstance(getattr(adapter, "init_lora_weights", None), str) and any(
+            w.is_meta for w in network.parameters()
+        ):
+            adapter.init_lora_weights = True
         mapping = _target_mapping(adapter)
         if mapping is None or adapter.target_modules is not None or getattr(adapter, "target_parameters", None):
             return adapter
@@ -262,6 +356,10 @@ class Method:
         dtype: Literal["bfloat16", "float16"] = "bfloat16" if bf16 else "float16"
         quantization = _with_4bit(self.quantization, bnb_4bit_compute_dtype=dtype)
         return replace(self, quantization=quantization, weights_dtype=dtype)
+
+
+def _lineage(of: Any) -> tuple[type, ...]:
+    return of.__mro__ if isinstance(of, type) else ()
 
 
 def _target_mapping(adapter: Any) -> Mapping[str, Any] | None:
@@ -346,12 +444,15 @@ PLANNED = (BASELINE, LORA, QLORA, LORA_CAPTURED, QLORA_CAPTURED)
 
 
 def named(text: str) -> Method:
-    """The method called `text`, or the `Method` object at an import path `package.module:NAME`. Raises ValueError."""
+    """The method called `text`, or the `Method` object at an import path `package.module:NAME`, or in a file,
+    `path/to/file.py:NAME`. Raises ValueError."""
     if text in METHODS:
         return METHODS[text]
     names.check_method(text)
+    where, _, name = text.rpartition(":")
     try:
-        method = pkgutil.resolve_name(text)
+        module = importable.module_of(Path(where)) if where.endswith(".py") else where
+        method = pkgutil.resolve_name(f"{module}:{name}")
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"method {text!r} cannot be imported: {error}") from error
     if not isinstance(method, Method):

@@ -12,9 +12,9 @@ METHODS = ("baseline", "lora", "qlora", "baseline-captured", "lora-captured", "q
 
 
 def check_method(text: str) -> None:
-    """Raise ValueError unless `text` is a known method or looks like `package.module:NAME`."""
+    """Raise ValueError unless `text` is a known method or looks like `package.module:NAME` or `file.py:NAME`."""
     if text not in METHODS and ":" not in text:
-        raise ValueError(unknown("method", text, METHODS, "give your own as package.module:NAME"))
+        raise ValueError(unknown("method", text, METHODS, "give your own as package.module:NAME or file.py:NAME"))
 
 
 def unknown(kind: str, text: str, known: Iterable[str], otherwise: str) -> str:

@@ -70,6 +70,11 @@ class Trial:
                 f"method {self.method.name} computes in bf16, which target {self.target.name} does not have: "
                 "use fp16 there, or another target"
             )
+        if self.world_size > 1 and (own := self.method.not_for_ranks):
+            raise ValueError(
+                f"method {self.method.name}: with its own {', '.join(own)} several ranks may train otherwise than one: "
+                "train it on one GPU"
+            )
         arguments.check(self.method, self.target, self.world_size)
 
     @property
@@ -125,7 +130,7 @@ class Trial:
     @property
     def can_learn(self) -> bool:
         """Whether losses say something: an adapter on random weights has nothing to adapt."""
-        return self.model.weights == "pretrained" or self.method.adapter is None
+        return self.model.weights == "pretrained" or (self.method.adapter is None and not self.method.transform)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +151,8 @@ class Measurements:
     `phase_seconds` leaves out waiting for the next request. `adapted_layers` are the names of the layers that the
     adapter was put on, `base_quantization` how the weights are really quantized, by the method or as they came.
     `captured` and `compiled` say how a captured step really ran, and `capture_note` why not otherwise and which parts
-    of it were given up; None for the Trainer's.
+    of it were given up; None for the Trainer's. `data_note` says how what a method of one's own trained on differs
+    from what every other method trains on, None where it does not.
     """
 
     train_loss: tuple[float, ...] = ()
@@ -179,6 +185,7 @@ class Measurements:
     captured: bool | None = None
     compiled: bool | None = None
     capture_note: str | None = None
+    data_note: str | None = None
     phase_seconds: dict[str, float] = field(default_factory=dict)
 
     @property

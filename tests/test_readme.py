@@ -104,11 +104,13 @@ def test_no_python_of_a_page_goes_untested():
     "page", [page for page in PAGES if any("MINE" in b for b in blocks(page))], ids=lambda p: p.name
 )
 def test_the_method_can_be_named(page, tmp_path, monkeypatch):
-    (code,) = (block for block in blocks(page) if "MINE" in block)
-    (tmp_path / "mine.py").write_text(code, "utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
-    assert isinstance(methods.named("mine:MINE"), Method)
+    for number, code in enumerate(block for block in blocks(page) if "MINE" in block):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "mine.py").write_text(code, "utf-8")
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.delitem(sys.modules, "mine", raising=False)
+        assert isinstance(methods.named("mine:MINE"), Method)
 
 
 def test_the_experiment_of_ones_own_runs(pytester, without_gpu):

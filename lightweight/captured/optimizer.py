@@ -25,9 +25,9 @@ class Optimizer:
 
     def __init__(self, trial: Trial, trainer: Trainer, created: torch.optim.AdamW, device: torch.device) -> None:
         self._max_norm = trainer.args.max_grad_norm
-        self._rates = torch.tensor(_learning_rates(trial, trainer), device=device)  # [steps]
+        self._rates = torch.tensor(_learning_rates(trial, trainer, created), device=device)  # [steps, groups]
         self._taken = torch.zeros(1, dtype=torch.int64, device=device)  # steps that were not skipped
-        self._rate = torch.zeros((), device=device)
+        self._rate = torch.zeros(len(created.param_groups), device=device)
         self.weights = [weight for group in created.param_groups for weight in group["params"]]
         dtype = getattr(torch, trial.running_method.weights_dtype)
         self._masters: dict[torch.nn.Parameter, torch.Tensor] = {}
@@ -43,18 +43,15 @@ class Optimizer:
                 weight.data = weight.detach().to(computed_in)
         groups = [
             {
+                **{name: group[name] for name in OF_GROUP},
                 "params": [self._masters.get(weight, weight) for weight in group["params"]],
-                "weight_decay": group["weight_decay"],
+                "lr": rate,
             }
-            for group in created.param_groups
+            for group, rate in zip(created.param_groups, self._rate.unbind(), strict=True)
         ]
-        defaults = created.defaults
         self._adamw = torch.optim.AdamW(
             groups,
-            lr=self._rate,
-            betas=defaults["betas"],
-            eps=defaults["eps"],
-            amsgrad=defaults["amsgrad"],
+            lr=self._rate[0],
             fused=True,
             capturable=device.type == "cuda",
         )
@@ -140,8 +137,8 @@ class Optimizer:
 
     @property
     def rate(self) -> float:
-        """The learning rate of the last step; waits for the device."""
-        return self._rate.item()
+        """The learning rate of the last step, of the first group as the Trainer logs it; waits for the device."""
+        return self._rate[0].item()
 
     def state(self) -> dict[str, Any]:
         """What `load` needs to go on from here: trained weights, moments, loss scale and place in the schedule."""
@@ -200,26 +197,36 @@ class Optimizer:
         self._taken += 1 if skipped is None else (1 - skipped).long()
 
 
+OF_GROUP = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
+"""What AdamW does with a group of weights, but for its learning rate."""
+
+
 def adamw_of(trial: Trial, trainer: Trainer) -> torch.optim.AdamW:
-    """The Trainer's optimizer, with its parameter groups and settings. Raises MethodError for any but torch's AdamW."""
+    """The Trainer's optimizer, with its parameter groups and settings. Raises MethodError for any but torch's AdamW,
+    and for one with hooks around its steps."""
     created = trainer.create_optimizer()
     trainer.optimizer = None
-    if type(created) is not torch.optim.AdamW:
-        raise MethodError(
-            f"method {trial.method.name}: the captured step runs torch's AdamW, and `optim` asks for "
-            f"{type(created).__name__}: leave it out, or let the Trainer run the steps"
-        )
-    return created
+    hooks = torch_internals.has_step_hooks(created)
+    if type(created) is torch.optim.AdamW and not hooks:
+        return created
+    by = "its optimizer is" if trial.method.optimizer is not None else "`optim` asks for"
+    kind = type(created).__name__ + (" with hooks around its steps" if hooks else "")
+    raise MethodError(
+        f"method {trial.method.name}: the captured step runs torch's AdamW, and {by} {kind}: leave it out, or let the "
+        "Trainer run the steps"
+    )
 
 
-def _learning_rates(trial: Trial, trainer: Trainer) -> list[float]:
-    """The learning rate of each optimizer step, by the Trainer's own scheduler."""
-    stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=trainer.args.learning_rate)
+def _learning_rates(trial: Trial, trainer: Trainer, created: torch.optim.Optimizer) -> list[list[float]]:
+    """The learning rates of each optimizer step, one for each group of `created`, by the Trainer's own scheduler."""
+    stand_in = torch.optim.SGD(
+        [{"params": [torch.nn.Parameter(torch.zeros(()))], "lr": group["lr"]} for group in created.param_groups]
+    )
     scheduler = trainer.create_scheduler(num_training_steps=trial.steps, optimizer=stand_in)
     trainer.lr_scheduler = None
     rates = []
     for _ in range(trial.steps):
-        rates.append(float(scheduler.get_last_lr()[0]))
+        rates.append([float(rate) for rate in scheduler.get_last_lr()])
         stand_in.step()
         scheduler.step()
     return rates

@@ -284,6 +284,7 @@ def train(
             else:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     meter.end_training()
+    stock.tell_what_was_seen(trial, trainer, rows, meter)
 
 
 def _check_kind(trial: Trial, checkpoint: Path, *, is_captured: bool) -> None:

@@ -47,7 +47,8 @@ def model_card(entry: Entry, base_model: str | None) -> ModelCard:
         f"# {_cell(entry.model)}, fine-tuned by {_cell(entry.method)}",
         _table("", "", facts),
         "## Losses",
-        "Cross-entropy of the answers, in nats a token; held out: what of the corpus was not trained on.",
+        "Cross-entropy of the answers, in nats a token; held out: what of the corpus was not trained on."
+        + (" Those of training are the method's own loss, on another scale." if entry.has_own_loss else ""),
         _table("", "loss", {name: f"{loss:.4f}" for name, loss in nats.items()}),
         "## Use",
         "`lightweight chat` with this folder answers prompts."
@@ -71,6 +72,9 @@ def _method(entry: Entry) -> str:
     if quantization["quant_method"]:
         parts.append(f"base quantized by {quantization['quant_method']}")
     parts += [f"{name}={value}" for name, value in (entry.training_arguments or {}).items()]
+    parts += [f"its own {name}" for name in entry.own_code or {}]
+    if entry.data_note:
+        parts.append(entry.data_note)
     if entry.captured_step:
         note = "" if entry.captured else entry.capture_note  # where other steps ran than were asked for
         parts.append("captured step" + (f" ({note})" if note else ""))

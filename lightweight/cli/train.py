@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, which imports peft
+from lightweight.preload import peft  # isort: skip  # before Trainer, which imports peft
 
 import torch
 from accelerate.utils import gather_object
@@ -37,6 +37,7 @@ from lightweight.cli.output import Interrupted, Output, OutputError
 from lightweight.cli.result import finish, publish_finished
 from lightweight.cli.terminal import fail, say
 from lightweight.forecast import tracer
+from lightweight.importable import import_path
 from lightweight.internals.transformers import draw_curves_in
 from lightweight.methods import Method, MethodError
 from lightweight.models import Model
@@ -153,13 +154,14 @@ def _carry_out(
             )
             if told := _too_long(trial, meter):
                 say(told)
+            _check_saved(trial, trainer.model)
             _require_room(trial, trainer, output)
             draw_curves_in(trainer, output.partial / "runs")  # one curve, also of a job that is resumed
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(saving)
             trainer.add_callback(bar)
             if checkpoint is not None:
-                stock.resume_meter(meter, checkpoint)
+                stock.resume_meter(meter, trainer, checkpoint)
                 say(f"going on after step {step_of(checkpoint)} of {trial.steps}")
 
             def enter(phase: Phase) -> None:
@@ -196,6 +198,28 @@ def _too_long(trial: Trial, meter: Meter) -> str:
     words = {"truncated_sequences": "cut", "split_examples": "split", "dropped_examples": "left out"}
     told = [f"{meter.facts[fact]:,} {what}" for fact, what in words.items() if meter.facts[fact]]
     return f"longer than {trial.max_length:,} tokens: {', '.join(told)}" if told else ""
+
+
+def _check_saved(trial: Trial, network: Any) -> None:
+    """Raise MethodError where a method's transform trains what would not be loaded from the result: it is saved as
+    transformers and peft load it, which know nothing of a transform."""
+    method = trial.method
+    if method.transform is None:
+        return
+    if method.adapter is not None and isinstance(network, peft.PeftModel):
+        saved = peft.get_peft_model_state_dict(network, save_embedding_layers=False)
+        places = {tensor.data_ptr() for tensor in saved.values()}
+        lost = {name for name, weight in network.named_parameters() if weight.requires_grad} - {
+            name for name, weight in network.named_parameters() if weight.data_ptr() in places
+        }
+    else:
+        lost = network.state_dict().keys() ^ models.skeleton(network.config, torch.float32, None).state_dict().keys()
+    if lost:
+        raise MethodError(
+            f"method {method.name}: what its transform {import_path(method.transform)} makes of the network is not "
+            f"what transformers and peft would load again ({len(lost)} tensors, such as {min(lost)}): the suite "
+            "measures it, train saves no result of it"
+        )
 
 
 def _require_room(trial: Trial, trainer: Trainer, output: Output) -> None:

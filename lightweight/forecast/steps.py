@@ -23,6 +23,7 @@ from lightweight.corpus import Row, Rows
 from lightweight.forecast.cuda_rules import BatchKind
 from lightweight.forecast.recorder import Recorder
 from lightweight.internals import accelerate as accelerate_internals
+from lightweight.internals import torch as torch_internals
 from lightweight.internals import transformers as transformers_internals
 from lightweight.training import stock
 from lightweight.training.stock import Request
@@ -57,14 +58,22 @@ def train(network: Any, trial: Trial, paddings: tuple[BatchKind, ...], recorder:
     trainer: Any = stock.make_trainer(trial, network, rows, recorder.meter, owner, folder, **overrides)
     owner.trainer = trainer
     if arguments.get("fp16"):
-        accelerate_internals.autocast_on_cpu(trainer, torch.amp.GradScaler("cpu"))
+        accelerate_internals.autocast_on_cpu(trainer, torch_internals.FindingAllFinite("cpu"))
     kinds = iter([kind for step in steps for kind in step])
     network.register_forward_pre_hook(lambda *_: setattr(recorder.rules, "padding", next(kinds)))
-    shape = (method.sequences_per_pass, trial.max_length)
-    batch = {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
+    batch = _batch(trainer, method.sequences_per_pass, trial.max_length)
     transformers_internals.feed(trainer, [dict(batch) for step in steps for _ in step])
     with _whole_gradients_marked_by(recorder) if trial.world_size > 1 else nullcontext():
         trainer.train()
+
+
+def _batch(trainer: Any, rows: int, width: int) -> dict[str, Tensor]:
+    """What the trainer's collator makes of so many rows, each full of an answer."""
+    tokens = np.ones(width, np.int32)
+    row: Row = {"input_ids": tokens, "labels": tokens}
+    with torch_internals.with_numbers():
+        made = trainer.data_collator([row] * rows)
+    return {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in made.items() if name != stock.TOKENS}
 
 
 @contextmanager

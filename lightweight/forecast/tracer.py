@@ -31,6 +31,7 @@ from lightweight.forecast.cuda_rules import BatchKind, CudaRules
 from lightweight.forecast.fake_ranks import rank_zero_of
 from lightweight.forecast.recorder import Recorder, seeing_libraries
 from lightweight.forecast.replay import Trace
+from lightweight.importable import import_path
 from lightweight.internals import torch as torch_internals
 from lightweight.internals.torch import FAKE_TENSOR_LOGGER, FakeTensorMode
 from lightweight.methods import MethodError
@@ -163,7 +164,7 @@ def _trace(trial: Trial, capability: Capability, rows: Rows | None, network: Any
             except skeleton.UntraceableError as error:
                 raise ForecastError(f"{trial.name}: {error}") from None
             except Exception as error:  # of any model's code, or a library's, which is the reason that is given
-                where = f"{entered[-1]} " if entered else _optimizer_at_fault(trial, recorder)
+                where = f"{entered[-1]} " if entered else _part_at_fault(trial, recorder)
                 raise ForecastError(f"{trial.name}: {where}cannot be traced: {_reason(error)}") from error
     return Trace(
         parameters=parameters,
@@ -180,12 +181,19 @@ def _trace(trial: Trial, capability: Capability, rows: Rows | None, network: Any
     )
 
 
-def _optimizer_at_fault(trial: Trial, recorder: Recorder) -> str:
-    """The optimizer by name, where it is being made or steps."""
-    name = trial.method.training_arguments.get("optim")
-    if name is None or recorder.meter.phase not in ("build", "optimizer"):
-        return ""
-    return f"optim={getattr(name, 'value', name)!r} "
+def _part_at_fault(trial: Trial, recorder: Recorder) -> str:
+    """What of the method is at fault, by name, where no module is: its optimizer, where that is being made or steps;
+    else the code that its author brings along."""
+    method = trial.method
+    name = method.training_arguments.get("optim")
+    if recorder.meter.phase in ("build", "optimizer"):
+        if method.optimizer is not None:
+            of = method.optimizer[0] if isinstance(method.optimizer, tuple) else method.optimizer
+            return f"optimizer {import_path(of)} "
+        if name is not None:
+            return f"optim={getattr(name, 'value', name)!r} "
+    own = ", ".join(method.own_code)
+    return f"its own {own} " if own else ""
 
 
 @contextmanager

@@ -74,6 +74,20 @@ def add_each_(targets: Sequence[Tensor], others: Sequence[Tensor]) -> None:
     torch._foreach_add_(list(targets), list(others))
 
 
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether something is called before or after the steps of `optimizer`, beside what all have called.
+    torch/optim/optimizer.py."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
+class FindingAllFinite(torch.amp.GradScaler):
+    """A loss scaler that takes every gradient for finite, since a fake one cannot be asked: optimizers that do not ask
+    themselves, on the device, are asked for. torch/amp/grad_scaler.py."""
+
+    def _maybe_opt_step(self, optimizer: Any, optimizer_state: Any, *arguments: Any, **options: Any) -> Any:
+        return optimizer.step(*arguments, **options)
+
+
 # The dispatcher
 
 # The kernels behind `scaled_dot_product_attention`, by which of them keeps what for the backward pass. The public

@@ -88,7 +88,8 @@ class Entry:
 
     What was tried: `model` and its `weights`, from `weights_file` where they were stored in fewer bits,
     `weights_revision` the hub's commit of them; `method`, told from others of its name by `method_digest`, with its
-    settings as peft and transformers write them, and in `changed` those that the command line has changed; the card
+    settings as peft and transformers write them, `own_code` the functions and classes of its author by field, each with
+    its import path and the SHA-256 of its source, and in `changed` those that the command line has changed; the card
     whose memory it got, `target`, and whether another one gave it its times, `emulated`; the data, `corpus_digest` and
     `elsewhere_digest`, read from the format `corpus_format` with `corpus_skipped` rows left out, which are `trained_on`
     as pairs, conversations or texts, in rows of at most `max_length` tokens, the loss on `loss_on` of the assistant's
@@ -102,6 +103,7 @@ class Entry:
     What was measured, as in `trial.Measurements`: `train_loss`, `step_seconds`, `step_tokens` and `step_padded_tokens`
     have one number an optimizer step; losses are in nats a token; `rank_peak_*` has an element a rank where there are
     several, and other peaks are the largest. `steady_step_seconds` is the median step after the first epoch.
+    `data_note` says how the rows that reached the network differ from those of every other method, if they do.
     `tokens_per_second` counts the tokens of dialogues and `padded_tokens_per_second` all that were computed, of all
     ranks together, `rank_tokens_per_second` what each did; in records without `step_tokens`, `tokens_per_second` is
     `tokens_per_step` over the median step. `cold_seconds` is the whole job without held-out evaluations.
@@ -129,6 +131,7 @@ class Entry:
     quantization: Settings | None = None
     training_arguments: Settings | None = None
     library: str | None = None
+    own_code: Settings | None = field(default=None, metadata={ONLY_WITH: "own_code"})
     captured_step: Settings | None = None
     corpus_digest: Name
     elsewhere_digest: str | None = None
@@ -185,6 +188,7 @@ class Entry:
     captured: bool | None = None
     compiled: bool | None = None
     capture_note: str | None = None
+    data_note: str | None = field(default=None, metadata={ONLY_WITH: "data_note"})
     phase_seconds: Mapping[str, Amount] | None = None
 
     steady_step_seconds: Positive | None
@@ -213,6 +217,12 @@ class Entry:
 
     run: str | None = field(default=None, metadata={NO_KEY: True})
     stored: Mapping[str, Any] | None = field(default=None, metadata={NO_KEY: True}, repr=False, compare=False)
+
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether its training losses are on a scale of its own; held-out losses never are."""
+        own, arguments = self.own_code or {}, self.training_arguments or {}
+        return bool({"compute_loss", "trainer"} & own.keys() or arguments.get("label_smoothing_factor"))
 
     @property
     def gpu_peak_bytes(self) -> int | None:

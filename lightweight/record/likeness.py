@@ -60,7 +60,7 @@ SAME_BUT_RANKS = SAME_TRIAL.but("world_size")
 """A trial on one GPU and the same on several."""
 
 
-OF_METHOD = ("adapter", "quantization", "weights_dtype", "training_arguments", "captured_step", "library")
+OF_METHOD = ("adapter", "quantization", "weights_dtype", "training_arguments", "captured_step", "library", "own_code")
 """Fields of an `Entry` that its `method_digest` is of."""
 
 WITH_DEFAULTS = ("adapter", "quantization")

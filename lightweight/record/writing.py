@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from lightweight import __version__
+from lightweight import __version__, importable
 from lightweight.record import codec
 from lightweight.record.codec import as_json
 from lightweight.record.entries import Entry, ForecastRow
@@ -54,6 +54,7 @@ def settings(trial: Trial) -> dict[str, Any]:
         "quantization": None if method.quantization is None else codec.plain(method.quantization.to_dict()),
         "training_arguments": codec.plain(method.training_arguments),
         "library": method.library,
+        "own_code": own_code(method),
         "captured_step": None
         if method.captured_step is None
         else codec.plain(dataclasses.asdict(method.captured_step)),
@@ -186,7 +187,14 @@ def method_digest(method: Method) -> str:
         "captured_step": _said(method.captured_step),
         "library": method.library,
     }
-    return digest(said)
+    own = own_code(method)
+    return digest(said if own is None else said | {"own_code": own})
+
+
+def own_code(method: Method) -> dict[str, Any] | None:
+    """What `method` has of its author's code, by field: import paths, with the SHA-256 of the source where no installed
+    package has it; None for nothing."""
+    return {name: importable.described(value) for name, value in method.own_code.items()} or None
 
 
 def weights_revision(location: str | None) -> str | None:

@@ -165,6 +165,13 @@ def notes(entries: Sequence[Entry], runs: Sequence[Run] = ()) -> list[str]:
     if changes:
         said = ", ".join(f"{method} ({changed})" for method, changed in changes)
         lines.append(one_line(f"Set from the command line: {said}."))
+    lines += dict.fromkeys(
+        one_line(f"Not trained on what the others are: {entry.model} x {entry.method}: {entry.data_note}.")
+        for entry in entries
+        if entry.data_note
+    )
+    if scales := dict.fromkeys(entry.method for entry in entries if entry.has_own_loss):
+        lines.append(one_line(f"Training losses on a scale of their own, unlike held-out ones: {', '.join(scales)}."))
     lengths = sorted({entry.max_length for entry in entries if entry.max_length})
     if lengths not in ([], [MAX_LENGTH]):
         lines.append(f"Rows of at most {' and '.join(map(str, lengths))} tokens.")

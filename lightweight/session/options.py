@@ -62,7 +62,7 @@ OPTIONS = (
     Option(
         "method",
         "a method to train with, repeatable: baseline, lora, qlora, each also as NAME-captured, or package.module:NAME "
-        "(default: all)",
+        "or FILE.py:NAME (default: all)",
         {"action": "append", "metavar": "NAME"},
     ),
     Option(

@@ -30,11 +30,13 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LabelSmoother
 
 from lightweight.corpus import IGNORED, Row, Rows
+from lightweight.importable import import_path
 from lightweight.internals.transformers import TrainerHooks
-from lightweight.methods import MethodError
+from lightweight.methods import Method, MethodError
 from lightweight.models import reason
-from lightweight.training import ranks
+from lightweight.training import own_optimizer, ranks
 from lightweight.training.meter import DivergedError, Meter
+from lightweight.training.seen import Seen
 from lightweight.trial import Trial
 
 TOKENS = "tokens"
@@ -95,16 +97,7 @@ def make_trainer(
         Trainer.get_optimizer_cls_and_kwargs(training_arguments, cast("Any", model))  # whose package may be missing
     except (ImportError, TypeError, ValueError) as error:
         raise MethodError(f"method {trial.method.name}: TrainingArguments refuse it: {reason(error)}") from error
-    kind = _MeasuredTrainer if trial.world_size == 1 else _RankTrainer
-    trainer = kind(
-        model=model,
-        args=training_arguments,
-        data_collator=Collate(rows.pad_token_id, rows.padded_to),
-        train_dataset=list(rows),
-        callbacks=[_RoundBoundary(meter, rounds)],
-        meter=meter,
-        step=trial.method.sequences_per_step,
-    )
+    trainer = _made(trial, model, training_arguments, rows, meter, rounds)
     if trial.world_size > 1 and not trainer.model_accepts_loss_kwargs:
         raise ranks.RanksError(
             f"model {trial.model.name}: its loss is the mean over a rank's own tokens, not over a step's, so that of "
@@ -113,22 +106,81 @@ def make_trainer(
     return trainer
 
 
+def _made(
+    trial: Trial,
+    model: torch.nn.Module,
+    arguments: TrainingArguments,
+    rows: Rows,
+    meter: Meter,
+    rounds: Rounds,
+) -> _MeasuredTrainer:
+    """The Trainer, or the method's own kind of it, with what else of the method is its author's code. What measures
+    comes before what its author overrides."""
+    method = trial.method
+    kind: type[_MeasuredTrainer] = _MeasuredTrainer if trial.world_size == 1 else _RankTrainer
+    if method.trainer is not None:
+        kind = cast("type[_MeasuredTrainer]", type(method.trainer.__name__, (kind, method.trainer), {}))
+    collate = Collate(rows.pad_token_id, rows.padded_to)
+    callbacks = [_RoundBegin(meter, rounds), *(make() for make in method.callbacks), _RoundBoundary(meter, rounds)]
+    options: dict[str, Any] = {} if method.compute_loss is None else {"compute_loss_func": method.compute_loss}
+    try:
+        trainer = kind(
+            model=model,
+            args=arguments,
+            data_collator=collate if method.data_collator is None else method.data_collator(collate),
+            train_dataset=list(rows),
+            callbacks=callbacks,
+            meter=meter,
+            method=method,
+            collate=collate,
+            **options,
+        )
+    except TypeError as error:
+        if method.trainer is None:
+            raise
+        where = import_path(method.trainer)
+        raise MethodError(f"method {method.name}: its trainer {where} cannot be made ({reason(error)})") from error
+    if method.optimizer is not None or method.trainer is not None:
+        own_optimizer.check(trainer, method)
+    if method.captured_step is None and set(method.own_code) - {"optimizer"}:
+        trainer.seen = Seen(model, rows, is_compiled=arguments.torch_compile)
+    return trainer
+
+
+def _planned(trial: Trial, trainer: Trainer, rows: Rows) -> list[list[int]]:
+    """The numbers of the rows that each optimizer step of a trial takes, whatever the method."""
+    sampler, size = ranks.draws(trainer, rows), trial.method.sequences_per_step
+    steps: list[list[int]] = []
+    for epoch in range(trial.rounds):
+        sampler.set_epoch(epoch)
+        numbers = list(sampler)
+        steps += [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    return steps[: trial.steps]
+
+
 def heldout_loss(trainer: Trainer, rows: Sequence[Row]) -> float:
     """Mean cross-entropy (nats a token) of each next token over the answers of `rows`, under the trainer's own
     autocast.
 
     From the logits alone, in fp32: the network's own loss may hold more (a router's balance, an adapter's penalty), and
     is of the same token instead of the next one where the architecture shifts no labels (BART as a decoder). Weighted
-    by tokens, unlike `Trainer.evaluate`, which averages batches and so depends on the batch size. Raises TypeError for
-    a network that gives no logits.
+    by tokens, unlike `Trainer.evaluate`, which averages batches and so depends on the batch size. What code a method
+    brings along changes none of that; where it could have the network see what it is to predict, that is looked for.
+    Raises TypeError for a network that gives no logits, and MethodError for one that sees the tokens it predicts.
     """
+    measured = cast("_MeasuredTrainer", trainer)
     model = trainer.model
     assert model is not None
     model.eval()
-    collate = cast("Collate", trainer.data_collator)
+    optimizer: Any = trainer.optimizer
+    if callable(getattr(optimizer, "eval", None)):
+        optimizer.eval()  # one without a schedule has other weights to evaluate than to train; its next step goes back
+    collate = measured.collate
     batch_size = trainer.args.per_device_train_batch_size
     total, tokens = 0.0, 0
-    with torch.no_grad(), trainer.compute_loss_context_manager():
+    with torch.no_grad(), measured.evaluating():
+        if set(measured.method.own_code) - {"optimizer"}:
+            _check_causal(measured, collate([max(rows, key=lambda row: len(row["input_ids"]))]))
         for start in range(0, len(rows), batch_size):
             batch = collate(rows[start : start + batch_size])
             ids, mask, labels = (
@@ -142,6 +194,34 @@ def heldout_loss(trainer: Trainer, rows: Sequence[Row]) -> float:
             total += summed
             tokens += predicted
     return total / tokens
+
+
+LEAK = 0.05
+"""How far later tokens may move the logits of earlier ones, of what those vary by: by rounding, where experts compute
+what is routed to them together."""
+
+
+def _check_causal(trainer: _MeasuredTrainer, batch: dict[str, Any]) -> None:
+    """Raise MethodError where the logits of the first half of a row, the one of `batch`, depend on its second half."""
+    model: Any = trainer.model
+    ids, mask = (batch[name].to(trainer.args.device) for name in ("input_ids", "attention_mask"))
+    end = int(mask.sum()) // 2
+
+    def first_half(ids: torch.Tensor) -> Any:
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return logits[0, -ids.shape[1] :][:end].float() if isinstance(logits, torch.Tensor) else None
+
+    logits = first_half(ids)
+    if logits is None or end == 0 or not logits.isfinite().all():
+        return
+    others = ids.clone()
+    others[0, end:] = (others[0, end:] + 1) % logits.shape[-1]
+    moved = (first_half(others) - logits).norm() / (logits - logits.mean()).norm().clamp_min(1e-12)
+    if not moved <= LEAK:
+        raise MethodError(
+            f"method {trainer.method.name}: its network sees the tokens that it is to predict: later tokens move the "
+            f"logits of earlier ones by {float(moved):.0%}, and no held-out loss of it could be compared"
+        )
 
 
 def _next_token_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
@@ -191,13 +271,40 @@ class _NextTokenSmoother(LabelSmoother):
 
 
 class _MeasuredTrainer(TrainerHooks, Trainer):
-    """The Trainer, telling the meter where it is and which losses it saw. `step`: sequences of an optimizer step."""
+    """The Trainer, telling the meter where it is and which losses it saw. `collate` is the suite's own collator, and
+    `seen` what reaches the network, where code of the method could change that."""
 
-    def __init__(self, *, meter: Meter, step: int, **arguments: Any) -> None:
+    seen: Seen | None = None
+
+    def __init__(self, *, meter: Meter, method: Method, collate: Collate, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._meter, self.sequences_per_step = meter, step
+        self._meter, self.method, self.collate = meter, method, collate
         if self.label_smoother is not None:
             self.label_smoother = _NextTokenSmoother(epsilon=self.args.label_smoothing_factor)
+
+    def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
+        """The method's own, where it brings one along."""
+        if self.method.optimizer is None or self.optimizer is not None:
+            made: torch.optim.Optimizer = super().create_optimizer(*arguments)
+            return made
+        network: Any = arguments[0] if arguments and arguments[0] is not None else self.model
+        own = own_optimizer.make(self.method, network, self.args)
+        if isinstance(own, torch.optim.Optimizer):
+            self.optimizer = own
+            return own
+        self.optimizer_cls_and_kwargs = own
+        return Trainer.create_optimizer(self, *arguments)
+
+    def evaluating(self) -> contextlib.AbstractContextManager[Any]:
+        """What held-out losses are computed in: the autocast that the TrainingArguments ask for."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(self._autocast())
+        if self.seen is not None:
+            stack.enter_context(self.seen.looking_away())
+        return stack
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return Trainer.compute_loss_context_manager(self)
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
         self._meter.phase = "forward"
@@ -209,12 +316,19 @@ class _MeasuredTrainer(TrainerHooks, Trainer):
         """Nothing, after the last step: the Trainer, resumed there in the middle of an epoch, would take another."""
         if self.state.global_step < self.state.max_steps:
             super().run_epoch(*arguments, **options)
+        if self.seen is not None:
+            self.seen.read()
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
     ) -> torch.Tensor:
         real, padded = inputs.pop(TOKENS, (0, 0))  # a forecast's batches have none
+        if self.seen is not None:
+            self.seen.step = self._meter.steps
+            self.seen.begin_pass(inputs)
         loss = super().training_step(model, inputs, *arguments, **options)
+        if self.seen is not None:
+            real, padded = self.seen.tokens
         of_all, *tokens = self._over_ranks(loss, real, padded)
         self._meter.add_loss(of_all)
         self._meter.add_tokens(*tokens)
@@ -260,6 +374,9 @@ class _RankTrainer(_MeasuredTrainer):
             stack.enter_context(self.accelerator.autocast())
         return stack
 
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return self.compute_loss_context_manager()
+
     def run_epoch(self, model: torch.nn.Module, epoch: int, *arguments: Any, **options: Any) -> None:
         """With the order of this epoch also where batches are skipped to go on in the middle of one: what accelerate
         skips them with does not pass the epoch's number on to a sampler that it has wrapped for several ranks."""
@@ -271,7 +388,7 @@ class _RankTrainer(_MeasuredTrainer):
         rows: Any = self.train_dataset
         self._deal = deal = ranks.Deal(
             ranks.draws(self, rows[:-1]),
-            step=self.sequences_per_step,
+            step=self.method.sequences_per_step,
             batch=self.args.per_device_train_batch_size,
             world_size=self.args.world_size,
             nothing=len(rows) - 1,
@@ -289,11 +406,21 @@ class _RankTrainer(_MeasuredTrainer):
         super().write_weights(output_dir, state_dict)
 
 
-def resume_meter(meter: Meter, checkpoint: Path) -> None:
-    """Give `meter` what was measured when `checkpoint` was saved."""
+def tell_what_was_seen(trial: Trial, trainer: Trainer, rows: Rows, meter: Meter) -> None:
+    """Add to the facts of `meter` how what the network was trained on differs from what every other method's is."""
+    seen = cast("_MeasuredTrainer", trainer).seen
+    if seen is not None:
+        seen.step = meter.steps
+        meter.facts["data_note"] = seen.note(_planned(trial, trainer, rows))
+
+
+def resume_meter(meter: Meter, trainer: Trainer, checkpoint: Path) -> None:
+    """Give `meter`, that of `trainer`, what was measured when `checkpoint` was saved."""
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     callbacks: Any = state.stateful_callbacks
     meter.resume(**callbacks[_RoundBoundary.__name__]["attributes"])
+    if (seen := cast("_MeasuredTrainer", trainer).seen) is not None:
+        seen.go_on_from(meter.steps)
 
 
 def _is_finite(network: torch.nn.Module) -> bool:
@@ -303,7 +430,20 @@ def _is_finite(network: torch.nn.Module) -> bool:
     return all(bool(shard.isfinite().all()) for shard in shards)
 
 
+class _RoundBegin(TrainerCallback):
+    """Begins a round before any other callback is told of an epoch, so that what they do then is of the round."""
+
+    def __init__(self, meter: Meter, rounds: Rounds) -> None:
+        self.meter, self.rounds = meter, rounds
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.rounds.await_request("round")
+        self.meter.begin_round()
+
+
 class _RoundBoundary(TrainerCallback, ExportableState):
+    """Ends steps and rounds after a method's own callbacks, so that what these do is of the step."""
+
     def __init__(self, meter: Meter, rounds: Rounds) -> None:
         self.meter, self.rounds = meter, rounds
 
@@ -313,10 +453,6 @@ class _RoundBoundary(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.rounds.training_began()
-
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.rounds.await_request("round")
-        self.meter.begin_round()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -395,11 +395,47 @@ def test_a_data_seed_orders_captured_steps_as_the_trainers(trial, tmp_path):
     assert losses[1] == pytest.approx(losses[0], abs=2e-4)
 
 
+def freeze_embeddings(network):
+    network.get_input_embeddings().requires_grad_(False)
+    return network
+
+
+def adamw_with_a_hook(network, arguments):
+    optimizer = torch.optim.AdamW(network.parameters(), lr=arguments.learning_rate)
+    optimizer.register_step_post_hook(lambda *_: None)
+    return optimizer
+
+
+def test_a_transform_is_captured_as_the_trainer_trains_it(trial, tmp_path):
+    method = replace(without_dropout(trial.method), transform=freeze_embeddings)
+    losses, counts = [], []
+    for step in ("trainer", "captured"):
+        trainer, meter, _ = trained(replace(trial, method=replace(method, step=step)), tmp_path / step)
+        losses.append(meter.measurements().train_loss)
+        counts.append(models.count_parameters(trainer.model, trainable=True))
+    assert losses[1] == pytest.approx(losses[0], abs=2e-4)
+    assert counts[0] == counts[1] < models.count_parameters(trainer.model)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [
+        ((torch.optim.SGD, {}), "its optimizer is SGD: leave it out, or let the Trainer run the steps"),
+        (adamw_with_a_hook, "its optimizer is AdamW with hooks around its steps"),
+    ],
+)
+def test_an_optimizer_of_ones_own_that_is_not_what_the_step_runs_is_refused(trial, tmp_path, optimizer, expected):
+    method = Method(name="own", step="captured", optimizer=optimizer)
+    with pytest.raises(ValueError, match=f"method own: the captured step runs torch's AdamW, and {expected}"):
+        job_of(replace(trial, method=method), tmp_path)
+
+
 def test_the_schedule_does_not_move_on_a_skipped_step(trial, tmp_path):
     job = job_of(trial, tmp_path)
     optimizer = job.step.optimizer
-    rates = optimizer_module._learning_rates(trial, job.trainer)
-    assert rates == pytest.approx([5e-5 * (1 - step / trial.steps) for step in range(trial.steps)])
+    rates = optimizer_module._learning_rates(trial, job.trainer, job.step._adamw)
+    expected = [5e-5 * (1 - step / trial.steps) for step in range(trial.steps)]
+    assert rates == [pytest.approx([rate, rate]) for rate in expected]  # weights with decay, and without
     for skipped, taken in ((0.0, 1), (1.0, 1), (0.0, 2)):
         optimizer._adamw.found_inf = torch.tensor([skipped])
         optimizer._count_step(optimizer._adamw)

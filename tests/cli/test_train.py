@@ -1,6 +1,7 @@
 """The job through its command line, on a model that trains a step in milliseconds."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -94,8 +95,17 @@ def signal_at(monkeypatch):
     return arrange
 
 
-@pytest.mark.parametrize("method", ["baseline", "lora", "baseline-captured", "lora-captured"])
-@pytest.mark.parametrize("step", [7, 10])
+OWN = Path(__file__).parents[2] / "experiments" / "own_methods.py"
+
+
+@pytest.mark.parametrize(
+    ("method", "step"),
+    [
+        *itertools.product(["baseline", "lora", "baseline-captured", "lora-captured"], [7, 10]),
+        (f"{OWN}:MUON", 7),
+        (f"{OWN}:DFT", 10),
+    ],
+)
 def test_an_interrupted_job_resumes_to_the_same_bits(train, out, signal_at, capsys, method, step):
     """In the middle of an epoch and at its end; with dropout."""
     assert train("whole", method=method) == 0
@@ -115,6 +125,7 @@ def test_an_interrupted_job_resumes_to_the_same_bits(train, out, signal_at, caps
     assert len(uncut.train_loss or ()) == uncut.steps == resumed.steps == 20
     for key in ("train_loss", "heldout_loss_before", "heldout_loss_after"):
         assert getattr(resumed, key) == getattr(uncut, key), key
+    assert resumed.data_note is uncut.data_note is None
     assert not (out / "cut.partial").exists()
 
 
@@ -638,6 +649,45 @@ def test_what_would_train_something_else_is_refused_in_a_line(train, tmp_path, c
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lightweight: ")]
     assert line.endswith(expected)
     assert not (tmp_path / "out" / "refused").exists()
+
+
+def with_another_layer(network):
+    network.beside = torch.nn.Linear(4, 4)
+    return network
+
+
+def with_norms(network):
+    for name, weight in network.named_parameters():
+        if "layer_norm" in name:
+            weight.requires_grad_(True)
+    return network
+
+
+def without_embeddings(network):
+    network.get_input_embeddings().requires_grad_(False)
+    return network
+
+
+ANOTHER_LAYER = Method(name="mine", transform=with_another_layer)
+NORMS = Method(name="mine", adapter=methods.LORA.adapter, transform=with_norms)
+WITHOUT_EMBEDDINGS = Method(name="mine", transform=without_embeddings)
+
+
+@pytest.mark.parametrize(("name", "lost"), [("ANOTHER_LAYER", "beside.bias"), ("NORMS", "layer_norm.bias")])
+def test_a_result_that_would_be_loaded_as_another_is_refused_before_it_is_trained(train, out, capfd, name, lost):
+    assert train("a", method=f"cli.test_train:{name}") == 2
+    (line,) = told(capfd.readouterr().err.splitlines())
+    assert line.startswith("lightweight: method mine: what its transform cli.test_train:with_")
+    assert lost in line and line.endswith("the suite measures it, train saves no result of it")
+    assert not (out / "a").exists()
+
+
+def test_a_result_of_a_transform_that_is_loaded_as_it_is_is_saved(train, out, base):
+    assert train("a", method="cli.test_train:WITHOUT_EMBEDDINGS") == 0
+    trained, before = (load_file(next(folder.glob("*.safetensors"))) for folder in (out / "a", base))
+    same = {name for name in before if torch.equal(trained[name], before[name])}
+    assert any("embed_tokens" in name for name in same)
+    assert len(same) < len(before)
 
 
 def test_weights_from_fewer_bits_are_said_in_record_and_card(base):

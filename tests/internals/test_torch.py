@@ -53,6 +53,31 @@ def test_tensors_are_copied_and_added_each_to_its_own():
     assert [target.tolist() for target in targets] == [[2.0] * 2, [4.0] * 3]
 
 
+def test_hooks_around_an_optimizers_steps_are_seen():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))])
+    torch.optim.lr_scheduler.ConstantLR(optimizer)  # which wraps the step and hooks nothing
+    assert not torch_internals.has_step_hooks(optimizer)
+    hook = optimizer.register_step_post_hook(lambda *_: None)
+    assert torch_internals.has_step_hooks(optimizer)
+    hook.remove()
+    optimizer.register_step_pre_hook(lambda *_: None)
+    assert torch_internals.has_step_hooks(optimizer)
+
+
+def test_a_scaler_that_finds_all_finite_takes_every_step():
+    """One that asks would skip this one."""
+    weights = {}
+    for kind in (torch.amp.GradScaler, torch_internals.FindingAllFinite):
+        weight = torch.nn.Parameter(torch.zeros(2))
+        optimizer, scaler = torch.optim.SGD([weight], lr=1.0), kind("cpu")
+        scaler.scale(weight.sum()).backward()
+        weight.grad[0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        weights[kind] = weight.detach().tolist()
+    assert list(weights.values()) == [[0.0, 0.0], [-torch.inf, -1.0]]
+
+
 def test_a_pinned_network_stays_where_it_is():
     network = torch.nn.Linear(2, 2)
     torch_internals.pin(network)

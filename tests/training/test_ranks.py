@@ -102,6 +102,32 @@ def test_gradients_of_several_ranks_are_as_large_as_those_of_one(trial, tmp_path
     assert max(one.measured.train_loss) - min(one.measured.train_loss) > 0.01
 
 
+def adamw_by_names(network, arguments):
+    rates = {"lora_A": arguments.learning_rate, "lora_B": 8 * arguments.learning_rate}
+    groups = [
+        {"params": [w for name, w in network.named_parameters() if of in name], "lr": rate}
+        for of, rate in rates.items()
+    ]
+    return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        quick(replace(BASELINE, optimizer=(torch.optim.SGD, {"momentum": 0.9})), learning_rate=0.1),
+        quick(replace(METHODS["lora-captured"], optimizer=adamw_by_names)),
+    ],
+    ids=["a class that works element by element", "captured"],
+)
+def test_an_optimizer_of_ones_own_trains_on_several_ranks_as_on_one(trial, tmp_path, method):
+    trial = replace(trial, method=method, max_steps=6)
+    one, two = (outcome(replace(trial, world_size=size), tmp_path / str(size)) for size in (1, 2))
+    assert isinstance(two, Completed), two
+    assert two.measured.train_loss == pytest.approx(one.measured.train_loss, abs=EQUAL)
+    assert two.measured.heldout_loss_after == pytest.approx(one.measured.heldout_loss_after, abs=EQUAL)
+    assert one.measured.heldout_loss_after != pytest.approx(one.measured.heldout_loss_before, abs=EQUAL)
+
+
 @pytest.mark.parametrize("adapter", [None, METHODS["lora"].adapter], ids=["whole", "lora"])
 def test_labels_smoothed_on_several_ranks_are_those_of_one(trial, tmp_path, adapter):
     """The Trainer does not know the network's class behind FSDP2's, and would not shift the labels."""

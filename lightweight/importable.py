@@ -1,0 +1,142 @@
+"""Which function is this, and is it still the same? A method's own code by its import path and its source.
+
+A trial goes into another process, which finds a function by the name of its module; and a record tells a method whose
+function was changed since from what it was. Imports nothing that takes long.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib
+import inspect
+import json
+import re
+import sys
+import sysconfig
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any
+
+ROOT = __name__.partition(".")[0]
+
+
+def import_path(value: Any) -> str:
+    """Where another process finds `value`, a function or a class: `package.module:NAME`. Raises ValueError, with what
+    keeps it from being found, in words that come after its name."""
+    if isinstance(value, functools.partial):
+        return import_path(value.func)
+    if not isinstance(value, type | FunctionType | BuiltinFunctionType):
+        kind = type(value).__name__
+        raise ValueError(f"is a {kind}: give a function or a class of a module, or functools.partial of one")
+    module, name = value.__module__, value.__qualname__
+    if "<" in name:
+        raise ValueError(f"is {name}, which no other process can import: define it at the top level of a module")
+    if module == "__main__" or not _is_found(module.partition(".")[0]):
+        raise ValueError(f"is in {module}, which no other process can import: put it into a module that can be")
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if found is not value:
+        raise ValueError(f"is {module}:{name} no longer: that name has become something else: give it one of its own")
+    return f"{module}:{name}"
+
+
+def described(value: Any) -> Any:
+    """What tells `value` from others, as plain JSON: a function or class by its import path and the SHA-256 of its
+    source, a partial also by what it has been given. Raises ValueError for one that cannot be imported."""
+    match value:
+        case tuple() | list():
+            return [described(item) for item in value]
+        case Mapping():
+            return {str(key): described(item) for key, item in value.items()}
+        case functools.partial():
+            own = described(value.func)
+            return own | {"args": described(value.args), "keywords": described(value.keywords)}
+    if not callable(value):
+        return value if isinstance(value, str | int | float | bool | None) else repr(value)
+    path, digest = import_path(value), source_digest(value)
+    return {"import_path": path} | ({} if digest is None else {"source_sha256": digest})
+
+
+def source_digest(value: Any) -> str | None:
+    """SHA-256 over the source of `value`, a function or class, and of what it names in modules that are not installed;
+    None for one of an installed package, which its version tells. Raises ValueError where there is no source."""
+    if _is_installed(sys.modules[value.__module__]):
+        return None
+    texts: dict[str, str] = {}
+    _collect(value, texts)
+    return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
+
+
+def module_of(file: Path) -> str:
+    """The name by which `file`, a Python file, is imported, also by the processes that this one starts. Raises
+    ValueError."""
+    file = file.absolute()
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}")
+    root, parts = file.parent, [file.stem]
+    while (root / "__init__.py").is_file():
+        root, parts = root.parent, [root.name, *parts]
+    if not all(part.isidentifier() for part in parts):
+        raise ValueError(f"{file.name} has no name that Python can import: call it by letters, digits and _")
+    if str(root) not in sys.path:
+        sys.path.append(str(root))
+        importlib.invalidate_caches()
+    name = ".".join(parts)
+    found = getattr(importlib.import_module(name), "__file__", None)
+    if found is None or not file.samefile(found):
+        raise ValueError(f"{name} is already the name of {found or 'a built-in module'}: call the file otherwise")
+    return name
+
+
+def _is_found(package: str) -> bool:
+    """Whether a new process with the same path finds `package`."""
+    finders = (getattr(finder, "find_spec", None) for finder in sys.meta_path)
+    return any(find is not None and find(package, None) is not None for find in finders)
+
+
+@functools.cache
+def _is_package_folder(folder: Path) -> bool:
+    """Whether packages are installed in `folder`, Python's own included."""
+    own = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return folder in own or any(folder.glob("*.dist-info"))
+
+
+def _is_installed(module: ModuleType) -> bool:
+    package = sys.modules.get(module.__name__.partition(".")[0], module)
+    file = getattr(package, "__file__", None)
+    if file is None or package.__name__ == ROOT:
+        return True
+    path = Path(file).absolute()
+    return _is_package_folder(path.parent.parent if path.stem == "__init__" else path.parent)
+
+
+def _collect(value: Any, texts: dict[str, str]) -> None:
+    """Add to `texts`, by name, the source of `value` and of what it names."""
+    module = sys.modules[value.__module__]
+    key = f"{value.__module__}:{value.__qualname__}"
+    if key in texts:
+        return
+    try:
+        texts[key] = source = textwrap.dedent(inspect.getsource(value))
+    except (OSError, TypeError) as error:
+        raise ValueError(f"is {key}, whose source cannot be read ({error}): keep it in a file") from error
+    for name, named in _named_in(source, module):
+        if isinstance(named, ModuleType):
+            if not _is_installed(named):
+                texts[named.__name__] = inspect.getsource(named)
+        elif isinstance(named, type | FunctionType):
+            if named.__module__ in sys.modules and not _is_installed(sys.modules[named.__module__]):
+                _collect(named, texts)
+        elif isinstance(named, str | int | float | bool | tuple | list | dict | None):
+            texts[f"{module.__name__}:{name}"] = re.sub(r" at 0x[0-9a-f]+", "", repr(named))
+
+
+def _named_in(source: str, module: ModuleType) -> Iterator[tuple[str, Any]]:
+    """The names in `source` that `module` has, with what they stand for there."""
+    names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    return ((name, vars(module)[name]) for name in sorted(names & vars(module).keys()))

@@ -1,0 +1,256 @@
+"""What code of a method's own makes of the data is told, and changes nothing of what is compared."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, one_hot
+from transformers import Trainer, TrainerCallback
+
+from lightweight import targets
+from lightweight.child import worker
+from lightweight.corpus import IGNORED
+from lightweight.methods import BASELINE, Method, MethodError
+from lightweight.training.meter import Meter
+from lightweight.trial import Trial
+from training.test_stock import CPU, Unattended
+
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
+
+@pytest.fixture(scope="module")
+def trained(micro, small_corpus, tmp_path_factory):
+    """Trains by a method, as a child does: what was measured."""
+    known: dict[str, Any] = {}
+
+    def train(method):
+        trial = Trial(model=micro, method=method, target=targets.CPU, corpus=small_corpus, epochs=2)
+        meter, owner = Meter(CPU, 0.0), Unattended()
+        prepared = worker.set_up(trial, CPU, meter, owner, tmp_path_factory.mktemp("trial"))
+        worker.train(*prepared[:3], prepared.heldout, meter, lambda phase: None)
+        worker.evaluate(prepared.trainer, prepared.heldout, meter)
+        return meter.measurements()
+
+    def once(method=BASELINE):
+        if method.name not in known:
+            known[method.name] = train(method)
+        return known[method.name]
+
+    return once
+
+
+def mean_of_answers(outputs, labels, num_items_in_batch, scale=1.0):
+    losses = cross_entropy(outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="sum")
+    return scale * losses / num_items_in_batch
+
+
+def test_a_loss_of_ones_own_that_is_the_networks_trains_the_same(trained):
+    own = trained(Method(name="same", compute_loss=mean_of_answers))
+    assert own.train_loss == pytest.approx(trained().train_loss, abs=1e-5)
+    assert own.heldout_loss_after == pytest.approx(trained().heldout_loss_after, abs=1e-5)
+    assert (own.data_note, own.step_tokens) == (None, trained().step_tokens)
+
+
+def test_a_loss_on_another_scale_changes_no_held_out_nats(trained):
+    own = trained(Method(name="thousandth", compute_loss=partial(mean_of_answers, scale=1e-3)))
+    assert own.train_loss[0] == pytest.approx(trained().train_loss[0] / 1000, rel=1e-3)
+    assert own.heldout_loss_before == pytest.approx(trained().heldout_loss_before, abs=1e-6)
+    assert own.heldout_loss_after == pytest.approx(trained().heldout_loss_after, abs=0.02)  # Adam knows no scale
+    nothing = trained(Method(name="nothing", compute_loss=partial(mean_of_answers, scale=0.0)))
+    assert nothing.train_loss == (0.0,) * 6
+    assert nothing.heldout_loss_after == pytest.approx(nothing.heldout_loss_before, abs=1e-6)
+
+
+class Half:
+    """Trains on every other row of a batch, and says that it had all."""
+
+    def __init__(self, collate):
+        self.collate = collate
+
+    def __call__(self, rows):
+        batch = self.collate(rows)
+        return {name: value[::2] if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+class Beginnings:
+    """Leaves the last token of every row out."""
+
+    def __init__(self, collate):
+        self.collate = collate
+
+    def __call__(self, rows):
+        return self.collate([{name: value[:-1] for name, value in row.items()} for row in rows])
+
+
+def easy(collate):
+    """Says that every token is the first of the vocabulary."""
+
+    def call(rows):
+        batch = collate(rows)
+        return batch | {"labels": torch.where(batch["labels"] == IGNORED, IGNORED, 0)}
+
+    return call
+
+
+def test_rows_that_a_collator_leaves_out_are_told_and_counted(trained):
+    own = trained(Method(name="half", data_collator=Half))
+    assert own.data_note == "20 of 40 rows did not reach it"
+    assert 0.4 < sum(own.step_tokens) / sum(trained().step_tokens) < 0.6
+    assert 2 * sum(own.step_padded_tokens) == sum(trained().step_padded_tokens)
+
+
+def test_rows_that_a_collator_changes_are_told(trained):
+    own = trained(Method(name="beginnings", data_collator=Beginnings))
+    strange = "40 rows reached the network that are none of the corpus's as they stand there"
+    assert own.data_note == f"{strange}; 40 of 40 rows did not reach it"
+
+
+def test_labels_that_a_collator_changes_are_told(trained):
+    own = trained(Method(name="easy", data_collator=easy))
+    assert own.data_note == "the loss was on other labels than the corpus's in 6 of 6 steps"
+    assert own.heldout_loss_before == pytest.approx(trained().heldout_loss_before, abs=1e-6)
+
+
+def left(collate):
+    """Pads on the left, which changes no row."""
+
+    def call(rows):
+        batch = collate(rows)
+        lengths = batch["attention_mask"].sum(1).tolist()
+        turned = {name: [] for name in ("input_ids", "attention_mask", "labels")}
+        for name, rows_of_batch in turned.items():
+            rows_of_batch += [row.roll(-length) for row, length in zip(batch[name], lengths, strict=True)]
+        return {name: torch.stack(rows_of_batch) for name, rows_of_batch in turned.items()}
+
+    return call
+
+
+def test_the_side_that_is_padded_makes_no_other_rows(trained):
+    own = trained(Method(name="left", data_collator=left))
+    assert (own.data_note, own.step_tokens) == (None, trained().step_tokens)
+
+
+@pytest.mark.parametrize("collator", [Half, Beginnings, easy])
+def test_held_out_losses_are_of_the_suites_own_rows(trained, collator):
+    own = trained(Method(name=f"heldout-{collator.__name__}", data_collator=collator))
+    assert own.heldout_loss_before == pytest.approx(trained().heldout_loss_before, abs=1e-6)
+
+
+class Stops(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step == 4
+
+
+def test_a_training_that_ends_early_is_told(trained):
+    own = trained(Method(name="stops", callbacks=(Stops,)))
+    assert (own.data_note, len(own.train_loss)) == ("it ended after 4 of 6 optimizer steps", 4)
+
+
+class Sequential(Trainer):
+    def _get_train_sampler(self, *_):
+        rows: Any = self.train_dataset
+        return torch.utils.data.SequentialSampler(rows)
+
+
+class Sharpness(Trainer):
+    """Two gradients a pass, as sharpness-aware minimization takes."""
+
+    def training_step(self, model, inputs, *arguments, **options):
+        super().training_step(model, dict(inputs), *arguments, **options)
+        model.zero_grad()
+        return super().training_step(model, inputs, *arguments, **options)
+
+
+class Elsewhere(Trainer):
+    def get_train_dataloader(self):
+        self.train_dataset = self.train_dataset[:8]
+        return super().get_train_dataloader()
+
+
+def test_another_order_is_told(trained):
+    own = trained(Method(name="sequential", trainer=Sequential))
+    assert own.data_note == "the rows came in another order from step 1 on"
+    assert sum(own.step_tokens) == sum(trained().step_tokens)
+
+
+def test_what_is_computed_twice_is_counted_once_and_told(trained):
+    own = trained(Method(name="sharpness", trainer=Sharpness))
+    assert own.data_note == "40 rows reached it more often than once a pass over the corpus"
+    assert own.step_tokens == trained().step_tokens
+    assert sum(own.step_padded_tokens) == 2 * sum(trained().step_padded_tokens)
+
+
+def test_other_rows_than_the_others_are_told(trained):
+    own = trained(Method(name="elsewhere", trainer=Elsewhere))
+    assert "it ended after 2 of 6 optimizer steps" in own.data_note
+    assert "rows reached it more often" in own.data_note
+
+
+def test_a_trainer_that_changes_nothing_trains_the_same(trained):
+    own = trained(Method(name="plain", trainer=Plain))
+    assert own.train_loss == trained().train_loss
+    assert (own.heldout_loss_after, own.data_note) == (trained().heldout_loss_after, None)
+    assert own.step_tokens == trained().step_tokens
+
+
+class Plain(Trainer):
+    def compute_loss_context_manager(self):
+        return super().compute_loss_context_manager()
+
+
+class Peeks(torch.nn.Module):
+    """Adds to its logits the tokens that they are to predict."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.config = network, network.config
+
+    def forward(self, input_ids, **options):
+        outputs = self.network(input_ids=input_ids, **options)
+        return outputs | {"logits": outputs.logits + 5 * one_hot(input_ids.roll(-1, 1), outputs.logits.shape[-1])}
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.network, name)
+
+
+def test_a_network_that_sees_what_it_predicts_is_refused(trained):
+    with pytest.raises(MethodError, match="method peeks: its network sees the tokens that it is to predict"):
+        trained(Method(name="peeks", transform=Peeks))
+
+
+def freeze_embeddings(network):
+    network.get_input_embeddings().requires_grad_(False)
+    return network
+
+
+def test_a_transform_is_trained_as_it_is(trained):
+    own = trained(Method(name="frozen", transform=freeze_embeddings))
+    assert own.trainable_parameters < own.parameters == trained().parameters
+    assert own.data_note is None
+    assert own.heldout_loss_before == trained().heldout_loss_before
+
+
+class Records(TrainerCallback):
+    told: ClassVar[list[str]] = []
+
+    def on_epoch_begin(self, *_, **__):
+        Records.told.append("epoch")
+
+    def on_epoch_end(self, *_, **__):
+        Records.told.append("end")
+
+
+def test_what_a_callback_does_is_of_the_round(micro, small_corpus, folder, monkeypatch):
+    method = replace(BASELINE, name="records", callbacks=(Records,))
+    trial = Trial(model=micro, method=method, target=targets.CPU, corpus=small_corpus, epochs=2)
+    meter, owner = Meter(CPU, 0.0), Unattended()
+    monkeypatch.setattr(Records, "told", [])
+    monkeypatch.setattr(owner, "await_request", lambda request: Records.told.append(request))
+    monkeypatch.setattr(owner, "round_ended", lambda: Records.told.append("round ended"))
+    worker.set_up(trial, CPU, meter, owner, folder).trainer.train()
+    assert Records.told == ["round", "epoch", "end", "round ended"] * 2
