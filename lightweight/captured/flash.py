@@ -27,6 +27,7 @@ WIDEST = 256
 
 _capability: Capability | None = None
 _met: set[_Kernel] = set()
+_checked: set[_Kernel] = set()
 
 
 @contextmanager
@@ -123,7 +124,9 @@ def attend(
         return None
     if sequences is not None and rows != 1:
         raise PartError(f"{rows} rows are in the place of one in its attention")
-    _met.add(_Kernel(query.device, query.dtype, 1 if heads == key.shape[1] else 2, width, window))
+    kernel = _Kernel(query.device, query.dtype, 1 if heads == key.shape[1] else 2, width, window)
+    if kernel not in _checked:
+        _met.add(kernel)
     # as the kernels want them, time before heads; a single row has no dimension of its own
     query, key, value = (
         (tensor if sequences is None else tensor.squeeze(0)).transpose(-2, -3) for tensor in (query, key, value)
@@ -167,6 +170,7 @@ def check_met() -> None:
         kernel = _met.pop()
         if (problem := _problem_of(kernel)) is not None:
             raise PartError(f"flash attention {problem}, with heads of {kernel.width} and a window of {kernel.window}")
+        _checked.add(kernel)
 
 
 def _problem_of(kernel: _Kernel) -> str | None:
