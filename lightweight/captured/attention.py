@@ -227,7 +227,7 @@ def _attention(
             if output is not None:
                 return output, None
         attention_mask = attention_mask.mask(query.shape[2], query.device)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[arg-type]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
 AttentionInterface.register(NAME, _attention)
@@ -254,11 +254,12 @@ class _GPTNeoAttention(GPTNeoSelfAttention):
             projection(hidden_states).view(rows, time, self.num_heads, self.head_dim).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.attention_type == "local" and isinstance(attention_mask, Reach):
-            attention_mask = attention_mask.within(self.config.window_size)
-        elif self.attention_type == "local" and time > self.config.window_size:
-            window = self.bias[:, :, :time, :time]  # causal, and no further back than the window
-            attention_mask = window if attention_mask is None else attention_mask & window
+        if self.attention_type == "local":
+            if isinstance(attention_mask, Reach):
+                attention_mask = attention_mask.within(self.config.window_size)
+            elif time > self.config.window_size:
+                window = self.bias[:, :, :time, :time]  # causal, and no further back than the window
+                attention_mask = window if attention_mask is None else attention_mask & window
         p = self.attn_dropout.p if self.training else 0.0
         output = _attend(query, key, value, attention_mask, p, 1.0)
         return self.resid_dropout(self.out_proj(output)), None

@@ -111,7 +111,7 @@ def attend(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
-    if not all(has_kernels(tensor.device, tensor.dtype) for tensor in (query, key, value)):
+    if query.dtype not in HALVES or not query.dtype == key.dtype == value.dtype:
         return None
     rows, heads, time, width = query.shape
     if width % 8 or width > WIDEST or value.shape[-1] != width or key.shape[-1] != width:
@@ -124,9 +124,9 @@ def attend(
         return None
     if sequences is not None and rows != 1:
         raise PartError(f"{rows} rows are in the place of one in its attention")
-    kernel = _Kernel(query.device, query.dtype, 1 if heads == key.shape[1] else 2, width, window)
-    if kernel not in _checked:
-        _met.add(kernel)
+    if not torch.compiler.is_compiling():  # whose layers have run before
+        kernel = _Kernel(query.device, query.dtype, 1 if heads == key.shape[1] else 2, width, window)
+        _met.update({kernel} - _checked)
     # as the kernels want them, time before heads; a single row has no dimension of its own
     query, key, value = (
         (tensor if sequences is None else tensor.squeeze(0)).transpose(-2, -3) for tensor in (query, key, value)
@@ -194,8 +194,8 @@ def _problem_of(kernel: _Kernel) -> str | None:
         )
 
     def expected(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        own = [tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value)]
-        output = functional.scaled_dot_product_attention(*own, attn_mask=mask, enable_gqa=True)
+        query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+        output = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
         return output.squeeze(0).transpose(0, 1)
 
     results = []

@@ -42,12 +42,14 @@ NO_DIALOGUE = -1
 class Layout:
     """One optimizer step: `rows[i]` are the numbers of the dialogues in row i, one behind the other. `weights` has for
     each dialogue what one of its answer tokens weighs in the step's loss. Of the whole step, `answers` counts the
-    tokens that are predicted, and `tokens` all of its dialogues'."""
+    tokens that are predicted, `tokens` all of its dialogues', and `fullest` those of its longest row, where dialogues
+    are joined: ranks take one shape for the step, whichever of its rows are theirs."""
 
     rows: list[list[int]]
     weights: dict[int, float]
     answers: int
     tokens: int = 0
+    fullest: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def joined(layout: Layout, rows: Rows, most: int, ranks: int = 1) -> Layout:
         emptiest = taken.index(min(taken))
         even[emptiest].append(number)
         taken[emptiest] += length(rows[number])
-    return replace(layout, rows=even if max(taken) <= most else filled + [[]] * (count - len(filled)))
+    chosen = even if max(taken) <= most else filled + [[]] * (count - len(filled))
+    return replace(layout, rows=chosen, fullest=max(tokens_of(row, rows) for row in chosen))
 
 
 def share(layout: Layout, rank: int, world_size: int) -> Layout:
@@ -168,9 +171,7 @@ def joined_shapes(layouts: Sequence[Layout], rows: Rows, ranks: int, most: int |
     """The static shapes for a job's `layouts`, of joined rows, of all ranks together: those that make the least of the
     tokens that are computed, each shape counted as SHAPE_TOKENS more; at most `most`, and MOST_SHAPES, of them. A step
     runs in the smallest that it fits in, see `holding_joined`."""
-    sizes = Counter(
-        (len(layout.rows) // ranks, max(_blocks(tokens_of(row, rows)) for row in layout.rows)) for layout in layouts
-    )
+    sizes = Counter((len(layout.rows) // ranks, _blocks(_fullest(layout, rows))) for layout in layouts)
     ordered = sorted(sizes)
     # the cheapest way to serve the first so many sizes with so many shapes: what it costs, and the shapes
     best: list[dict[int, tuple[int, list[tuple[int, int]]]]] = [{0: (0, [])}]
@@ -186,8 +187,8 @@ def joined_shapes(layouts: Sequence[Layout], rows: Rows, ranks: int, most: int |
                     ways[count + 1] = whole, [*chosen, shape]
         best.append(ways)
     _, chosen = min(best[-1].values())
-    longest = max(length(rows[number]) for layout in layouts for row in layout.rows for number in row or [0])
     everywhere = [row for layout in layouts for row in layout.rows]
+    longest = max((length(rows[number]) for row in everywhere for number in row), default=rows.width)
     return [_joined_shape(passes, blocks * TOKEN_BLOCK, longest, everywhere, rows) for passes, blocks in chosen]
 
 
@@ -206,7 +207,7 @@ def _joined_shape(passes: int, time: int, longest: int, everywhere: list[list[in
 
 def holding_joined(layout: Layout, rows: Rows, shapes: Iterable[Shape]) -> Shape | None:
     """The smallest of `shapes` with room for the joined rows of `layout`; None where there is none."""
-    most = max(tokens_of(row, rows) for row in layout.rows)
+    most = _fullest(layout, rows)
     large_enough = [shape for shape in shapes if shape.passes >= len(layout.rows) and shape.time >= most]
     return min(large_enough, key=lambda shape: shape.tokens, default=None)
 
@@ -222,6 +223,10 @@ def part(row: list[int], rows: Rows, first: int | None = None) -> list[int]:
         if tokens_of([*taken, number], rows) <= rows.width:
             taken.append(number)
     return taken
+
+
+def _fullest(layout: Layout, rows: Rows) -> int:
+    return max(layout.fullest, *(tokens_of(row, rows) for row in layout.rows))
 
 
 def tokens_of(row: list[int], rows: Rows) -> int:

@@ -39,8 +39,8 @@ class Passes:
         arguments = method.training_arguments
         self._dtype = torch.float16 if arguments.get("fp16") else torch.bfloat16 if arguments.get("bf16") else None
         self.in_fp32 = False
-        half = self._dtype or self.model.dtype
-        self.on_flash = flash.has_kernels(self._device, half) and flash.takes(self.model.config)
+        dtype: Any = self._dtype or self.model.dtype
+        self.on_flash = flash.has_kernels(self._device, dtype) and flash.takes(self.model.config)
         self._lean: Lean | None = None
         self._undo_attention: Callable[[], None] | None = None
 

@@ -23,8 +23,11 @@ def test_the_reference_is_what_torch_computes_from_a_mask():
     query, key, value, upstream = (torch.randn(12, heads, 8, dtype=torch.float64) for heads in (4, 2, 2, 4))
     dialogues = torch.tensor([[0] * 3 + [1] * 9])
     leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+    first, second, third = (leaf.transpose(0, 1)[None] for leaf in leaves)
     expected = functional.scaled_dot_product_attention(
-        *(leaf.transpose(0, 1)[None] for leaf in leaves),
+        first,
+        second,
+        third,
         attn_mask=Reach(window, dialogues).mask(12, CPU),
         enable_gqa=True,
         scale=scale,
@@ -33,7 +36,7 @@ def test_the_reference_is_what_torch_computes_from_a_mask():
     assert torch.allclose(flash_reference.attention(query, key, value, lengths, window, scale), expected)
     found = flash_reference.gradients(upstream, query, key, value, lengths, window, scale)
     for own, leaf in zip(found, leaves, strict=True):
-        assert torch.allclose(own, leaf.grad)  # type: ignore[arg-type]
+        assert torch.allclose(own, leaf.grad)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +297,7 @@ def test_kernels_are_those_of_fp64_forward_and_backward(dtype, width, groups, wi
     leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
     options: dict[str, Any] = {"window": window, "dropout": 0.0, "scale": 0.11}
-    output = torch_internals.flash_attention_forward(*leaves, ends, 700, **options)
+    output = torch_internals.flash_attention_forward(leaves[0], leaves[1], leaves[2], ends, 700, **options)
     output.backward(upstream)
     doubles = [tensor.double() for tensor in (query, key, value)]
     expected = flash_reference.attention(*doubles, lengths, window, 0.11)
@@ -314,7 +317,9 @@ def test_a_graph_takes_other_dialogues_at_every_replay():
     ends = torch.tensor([0, *itertools.accumulate(lengths[0])], dtype=torch.int32, device=device)
 
     def run():
-        output = torch_internals.flash_attention_forward(*leaves, ends, 384, window=64, dropout=0.0, scale=None)
+        output = torch_internals.flash_attention_forward(
+            leaves[0], leaves[1], leaves[2], ends, 384, window=64, dropout=0.0, scale=None
+        )
         return [output.detach(), *torch.autograd.grad(output, leaves, upstream)]
 
     stream = torch.cuda.Stream()

@@ -132,6 +132,19 @@ def test_every_rank_has_as_many_joined_rows():
     assert lengths(joined(5, most=47, ranks=2)) == [4, 0]
 
 
+def test_every_rank_runs_a_step_in_one_shape(monkeypatch):
+    """What they add up of their gradients, they add up in that shape's graph: as many are captured on every rank."""
+    monkeypatch.setattr(packing, "TOKEN_BLOCK", 1)
+    monkeypatch.setattr(packing, "SHAPE_TOKENS", 0)
+    layouts = [joined(4, 3, 5, most=47, ranks=2), joined(5, 3, 2, most=47, ranks=2), joined(5, most=47, ranks=2)]
+    found = packing.joined_shapes(layouts, ROWS, 2, None)
+    assert len(found) == 3
+    for layout in layouts:
+        shares = [packing.share(layout, rank, 2) for rank in range(2)]
+        assert lengths(shares[0]) != lengths(shares[1])
+        assert packing.holding_joined(shares[0], ROWS, found) == packing.holding_joined(shares[1], ROWS, found)
+
+
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(packing, "TOKEN_BLOCK", 4)
@@ -142,7 +155,7 @@ def test_a_further_shape_of_joined_rows_is_made_where_it_saves_enough_tokens(mon
     monkeypatch.setattr(packing, "SHAPE_TOKENS", 119)
     found = packing.joined_shapes(layouts, ROWS, 1, None)
     assert [(shape.passes, shape.rows, shape.time) for shape in found] == [(1, 1, 12), (1, 1, 36)]
-    assert [packing.holding_joined(layout, ROWS, found).time for layout in layouts[::5]] == [36, 12, 12]  # type: ignore[union-attr]
+    assert [packing.holding_joined(layout, ROWS, found).time for layout in layouts[::5]] == [36, 12, 12]
     monkeypatch.setattr(packing, "SHAPE_TOKENS", 39)
     assert [shape.time for shape in packing.joined_shapes(layouts, ROWS, 1, None)] == [4, 12, 36]
     assert [shape.time for shape in packing.joined_shapes(layouts, ROWS, 1, 1)] == [36]
