@@ -50,12 +50,15 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def takes(config: Any) -> bool:
-    """Whether the heads of a model with this `config` are as the kernels want them, as far as it says."""
+    """Whether the heads of a model with this `config` are as the kernels want them, as far as it says; `attend` asks
+    the layers."""
     config = config.get_text_config()
     names = ("head_dim", "global_head_dim", "qk_head_dim", "v_head_dim")
     widths = {width for name in names if isinstance(width := getattr(config, name, None), int)}
-    widths = widths or {config.hidden_size // config.num_attention_heads}
-    return all(width % 8 == 0 and width <= WIDEST for width in widths) and len(widths) == 1
+    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    if not widths and isinstance(hidden, int) and isinstance(heads, int):
+        widths = {hidden // heads}
+    return all(width % 8 == 0 and width <= WIDEST for width in widths) and len(widths) <= 1
 
 
 @dataclass(frozen=True)

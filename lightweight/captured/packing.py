@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 
@@ -189,18 +190,21 @@ def joined_shapes(layouts: Sequence[Layout], rows: Rows, ranks: int, most: int |
     _, chosen = min(best[-1].values())
     everywhere = [row for layout in layouts for row in layout.rows]
     longest = max((length(rows[number]) for row in everywhere for number in row), default=rows.width)
-    return [_joined_shape(passes, blocks * TOKEN_BLOCK, longest, everywhere, rows) for passes, blocks in chosen]
+    answers = {number: answer_tokens(rows[number]) for number in set(chain.from_iterable(everywhere))}
+    contents = {(tokens_of(row, rows), len(row), sum(answers[number] for number in row)) for row in everywhere}
+    return [_joined_shape(passes, blocks * TOKEN_BLOCK, longest, [(0, 0, 0), *contents]) for passes, blocks in chosen]
 
 
-def _joined_shape(passes: int, time: int, longest: int, everywhere: list[list[int]], rows: Rows) -> Shape:
-    """A shape with room for every row of `everywhere` that is not longer than `time` tokens."""
-    fitting = [row for row in everywhere if tokens_of(row, rows) <= time]
+def _joined_shape(passes: int, time: int, longest: int, contents: Iterable[tuple[int, int, int]]) -> Shape:
+    """A shape with room for every row that is not longer than `time` tokens; `contents` are each one's tokens,
+    dialogues and answers."""
+    fitting = [content for content in contents if content[0] <= time]
     return Shape(
         passes,
         rows=1,
         time=time,
-        answers=_room(max(1, *(sum(answer_tokens(rows[number]) for number in row) for row in fitting))),
-        sequences=max(len(row) + -(-(time - tokens_of(row, rows)) // longest) for row in [[], *fitting]),
+        answers=_room(max(1, *(answers for _, _, answers in fitting))),
+        sequences=max(dialogues + -(-(time - tokens) // longest) for tokens, dialogues, _ in fitting),
         longest=longest,
     )
 

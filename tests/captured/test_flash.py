@@ -225,6 +225,10 @@ def test_a_config_tells_heads_that_kernels_take(config, takes):
     assert flash.takes(AutoConfig.for_model("llama", **{"head_dim": None} | WIDE | config)) is takes
 
 
+def test_a_config_without_heads_says_nothing_against_them():
+    assert flash.takes(AutoConfig.for_model("mamba", hidden_size=30))
+
+
 def test_nothing_is_dropped_while_dropout_is_off(asked):
     tensor = torch.randn(1, 2, 6, 16, dtype=torch.float64)
     with dropout.off():
