@@ -105,7 +105,7 @@ class CudaRules:
             # bitsandbytes/backends/cuda/ops.py, _gemm_4bit_use_custom_cuda
             return int(math.prod(arguments[2])) * int(arguments[0].element_size())
         if operator is torch_internals.FLASH_BACKWARD:
-            return _flash_scratch_bytes(*arguments[1:3], arguments[6])
+            return _flash_scratch_bytes(arguments[1], arguments[2], arguments[6])
         return 0
 
     def _ignore_mask(
