@@ -56,8 +56,9 @@ class CapturedStep:
     """One optimizer step as one CUDA graph, and what is changed in it beside that; each part has a switch, so that what
     it buys can be measured.
 
-    `attention` "sdpa" runs every attention through `scaled_dot_product_attention`, without a mask where causality is
-    all there is to say. `loss` "chunked" never holds the logits whole. `packing` puts several dialogues into one row.
+    `attention` "sdpa" runs every attention on flash kernels where the card has them, and else through
+    `scaled_dot_product_attention`, without a mask where causality is all there is to say. `loss` "chunked" never holds
+    the logits whole. `packing` puts several dialogues into one row.
     `lean` keeps less of the forward pass of frozen layers and computes again what is cheap. `graph` False runs the same
     step uncaptured. `compile` None decides from the number of steps. `upcast` holds the norms, embeddings and head of a
     quantized model in fp32, as `prepare_model_for_kbit_training` does. A part that would make the step another one than

@@ -25,9 +25,9 @@ import numpy
 import torch
 from transformers import Trainer
 
-from lightweight.captured import dropout
+from lightweight.captured import dropout, packing
 from lightweight.captured.packing import Layout
-from lightweight.corpus import Row
+from lightweight.corpus import Rows
 from lightweight.internals import accelerate as accelerate_internals
 from lightweight.internals import bitsandbytes as bitsandbytes_internals
 from lightweight.internals import torch as torch_internals
@@ -108,15 +108,15 @@ class Sample:
         return Sample(passes, rows)
 
 
-def samples(layouts: Sequence[Layout], first: list[list[int]], rows: Sequence[Row], rows_per_pass: int) -> list[Sample]:
+def samples(layouts: Sequence[Layout], first: list[list[int]], rows: Rows, rows_per_pass: int) -> list[Sample]:
     """The first two passes of the job's first step, which has the passes `first`, and one of two rows: that with the
     longest dialogue, where a window or a table of positions shows itself, and that with the most dialogues, where
-    packing does. A step with so few rows also leaves others of its shape empty. `layouts` are those of the whole job,
-    the first step's first."""
-    everywhere = [row for layout in layouts for row in layout.rows]
-    lengths = [len(row["input_ids"]) for row in rows]
-    longest = max(everywhere, key=lambda row: max(lengths[number] for number in row))
-    fullest = max(everywhere, key=len)
+    packing does; of what is joined to a longer row as much as fills one. A step with so few rows also leaves others of
+    its shape empty. `layouts` are those of the whole job, the first step's first."""
+    everywhere = [row for layout in layouts for row in layout.rows if row]
+    longest = max(everywhere, key=lambda row: max(packing.length(rows[number]) for number in row))
+    fullest = packing.part(max(everywhere, key=len), rows)
+    longest = packing.part(longest, rows, first=max(longest, key=lambda number: packing.length(rows[number])))
     pair = [longest] if longest == fullest else [longest, [n for n in fullest if n not in longest]]
     numbers = list(chain.from_iterable(pair))
     passes = [numbers[start : start + rows_per_pass] for start in range(0, len(numbers), rows_per_pass)]

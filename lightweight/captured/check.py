@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from transformers import Trainer
 
-from lightweight.captured import agreement, probes
+from lightweight.captured import agreement, flash, probes
 from lightweight.captured.agreement import (
     Deviation,
     Expected,
@@ -135,6 +136,8 @@ class Check:
         for expected in self._expected:
             if off.is_rounding:
                 off = self._deviation_from(expected, parts)
+        if off.is_rounding and parts.attention:
+            off = replace(off, error=self._problem_of(flash.check_met, asked_for=False))
         return off
 
     def _deviation_from(self, expected: Expected, parts: Parts) -> Deviation:
@@ -211,7 +214,10 @@ class Check:
 
     def _check_dialogues_are_apart(self) -> None:
         """Raise PartError where what shares a row is not apart, by the row with the most dialogues."""
-        layout, shape = self._epochs.fullest_row()
+        fullest = self._epochs.fullest_row()
+        if fullest is None:
+            return
+        layout, shape = fullest
         buffers = Buffers(shape, self._step.device)
         buffers.fill(layout, self._epochs.rows)
         own = buffers.dialogues[0, 0] == layout.rows[0][1]

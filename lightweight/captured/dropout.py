@@ -29,6 +29,11 @@ def off() -> Iterator[None]:
             _is_off = False
 
 
+def is_off() -> bool:
+    """Whether nothing is to be dropped now."""
+    return _is_off
+
+
 def probability(module: torch.nn.Module, p: float) -> float:
     """The share that `module`, whose share is `p`, drops now, for kernels of our own.
 

@@ -15,23 +15,27 @@ from lightweight.training import ranks
 from lightweight.trial import Trial
 
 PACKING_SHARE = 1 / 8
-"""Rows that packing must save, of all: it pays with a mask in every attention, which flash kernels do not take."""
+"""Rows that packing must save, of all, where attention has no kernel that knows dialogues: it pays with a mask in every
+layer."""
 
 
 class Epochs:
     """The layouts of every epoch of a job, with one dialogue a row and packed; once it is known which of both is
-    trained, `layouts`, epoch by epoch, are this rank's, and `shapes` those that they run in, by their number of rows.
+    trained, `layouts`, epoch by epoch, are this rank's, and `shapes` those that they run in.
 
     `first_epoch` has for each of its optimizer steps the passes, which are numbers of rows. `packs` is whether packing
-    was asked for and is worth its mask, and `note` what it makes of the rows, None where it was not asked for.
+    was asked for and is worth what it costs, and `note` what it makes of the rows, None where it was not asked for.
     """
 
     layouts: list[list[Layout]]
-    shapes: dict[int, Shape]
+    shapes: list[Shape]
 
-    def __init__(self, trial: Trial, trainer: Trainer, rows: Rows, *, packing_asked: bool, most: int | None):
-        """`most`: shapes in all, None for any number."""
-        self.rows = rows
+    def __init__(
+        self, trial: Trial, trainer: Trainer, rows: Rows, *, packing_asked: bool, joins: bool, most: int | None
+    ):
+        """`joins`: whether dialogues are packed into a single row for each pass, which attention on flash kernels
+        takes without a mask. `most`: shapes in all, None for any number."""
+        self.rows, self.joins = rows, joins
         self._trial, self._most = trial, most
         self._over_step = trainer.model_accepts_loss_kwargs
         order = _drawn(trial, trainer, rows)
@@ -40,28 +44,67 @@ class Epochs:
         self._packed, self.packs = self._alone, False
         self.note: str | None = None
         if packing_asked:
-            packed = [[packing.packed(layout, rows) for layout in epoch] for epoch in self._alone]
+            self._pack()
+
+    def _pack(self) -> None:
+        """Pack what is worth packing, and say what it makes."""
+        if self.joins:
+            most = self._trial.running_method.sequences_per_pass * self.rows.width
+            world_size = self._trial.world_size
+            packed = [
+                [packing.joined(layout, self.rows, most, world_size) for layout in epoch] for epoch in self._alone
+            ]
+            self._joined = packing.joined_shapes(
+                [layout for epoch in packed for layout in epoch], self.rows, world_size, self._most
+            )
+            before, after = (
+                sum(size(layout) for epoch in epochs for layout in epoch)
+                for epochs, size in ((self._alone, self._width), (packed, self._joined_tokens))
+            )
+            self.packs = after < before
+            made, of = f"{after:,} tokens", f"{before:,}"
+        else:
+            packed = [[packing.packed(layout, self.rows) for layout in epoch] for epoch in self._alone]
             before, after = (
                 sum(len(layout.rows) for epoch in epochs for layout in epoch) for epochs in (self._alone, packed)
             )
             self.packs = after <= before * (1 - PACKING_SHARE)
-            self.note = f"packing {'makes' if self.packs else 'would make'} {after} rows of {before}"
-            if self.packs:
-                self._packed = packed
+            made, of = f"{after} rows", f"{before}"
+        self.note = f"packing {'makes' if self.packs else 'would make'} {made} of {of}"
+        if self.packs:
+            self._packed = packed
+
+    def _width(self, layout: Layout) -> int:
+        """Tokens that are computed for `layout` with a dialogue in each row."""
+        return len(layout.rows) * self.rows.width
+
+    def _joined_tokens(self, layout: Layout) -> int:
+        """And with all in joined rows, by all ranks."""
+        return self._joined_shape(self._share(layout, 0)).tokens * self._trial.world_size
+
+    def _joined_shape(self, layout: Layout) -> Shape:
+        shape = packing.holding_joined(layout, self.rows, self._joined)
+        assert shape is not None, "every step was counted when shapes were chosen"
+        return shape
+
+    def _share(self, layout: Layout, rank: int) -> Layout:
+        world_size = self._trial.world_size
+        return packing.share(layout, rank, world_size) if world_size > 1 else layout
 
     def lay_out(self, parts: Parts) -> None:
         """Take the layouts and shapes of steps with `parts`."""
-        world_size = self._trial.world_size
-        self.layouts = self._packed if parts.packing else self._alone
-        if world_size > 1:
-            self.layouts = [
-                [packing.share(layout, ranks.rank(), world_size) for layout in epoch] for epoch in self.layouts
-            ]
-        self.shapes = self._shaped([layout for epoch in self.layouts for layout in epoch], parts)
+        layouts = self._packed if parts.packing else self._alone
+        self.layouts = [[self._share(layout, ranks.rank()) for layout in epoch] for epoch in layouts]
+        self._is_joined = parts.packing and self.joins
+        if self._is_joined:
+            self.shapes = self._joined
+        else:
+            self._by_rows = self._shaped([layout for epoch in self.layouts for layout in epoch], parts)
+            self.shapes = list(dict.fromkeys(self._by_rows.values()))
 
     def shape_of(self, layout: Layout) -> Shape:
         """The shape that `layout`, one of the job's, runs in."""
-        return self.shapes[len(layout.rows)]
+        return self._joined_shape(layout) if self._is_joined else self._by_rows[len(layout.rows)]
 
     def samples(self) -> list[Sample]:
         """The dialogues that speak for the job: see `agreement.samples`."""
@@ -74,16 +117,28 @@ class Epochs:
         if parts.packing:
             layout = replace(layout, rows=sample.rows)
         layout = packing.share(layout, ranks.rank(), self._trial.world_size)
-        shape = packing.holding(layout, self.rows, () if parts.needs_trainers_passes else self.shapes.values())
+        if parts.packing and self.joins:
+            shape = packing.holding_joined(layout, self.rows, self.shapes)
+            return layout, shape or self._joined_alone(layout)
+        shape = packing.holding(layout, self.rows, () if parts.needs_trainers_passes else self.shapes)
         if shape is None:
             (shape,) = self._shaped([layout], parts).values()
         return layout, shape
 
-    def fullest_row(self) -> tuple[Layout, Shape]:
-        """The row with the most dialogues, alone in a step, whose loss nobody asks for."""
+    def fullest_row(self) -> tuple[Layout, Shape] | None:
+        """The row with the most dialogues, or as many of them as fill one, alone in a step whose loss nobody asks for;
+        None where every row has one."""
         row = max((row for epoch in self._packed for layout in epoch for row in layout.rows), key=len)
+        if len(row) < 2:
+            return None
+        row = packing.part(row, self.rows)
         layout = Layout([row], dict.fromkeys(row, 1.0), 0)
-        return layout, packing.exact_shapes([layout], self.rows, 1)[1]
+        return layout, self._joined_alone(layout) if self.joins else packing.exact_shapes([layout], self.rows, 1)[1]
+
+    def _joined_alone(self, layout: Layout) -> Shape:
+        """A shape for `layout`, of joined rows, and nothing else."""
+        (shape,) = packing.joined_shapes([layout], self.rows, 1, 1)
+        return shape
 
     def _one_a_row(self, passes: list[list[int]]) -> Layout:
         return packing.one_a_row(passes, self.rows, over_step=self._over_step)

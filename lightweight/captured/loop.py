@@ -91,6 +91,7 @@ class CapturedTraining:
             self.trainer,
             self.rows,
             packing_asked=self._asked.packing,
+            joins=self.step.passes.on_flash and self._asked.attention == "sdpa",
             most=1 if self.compiled else None,
         )
         if self.epochs.note is not None:
@@ -216,7 +217,7 @@ class CapturedTraining:
         parts, notes = check.search(wanted, self._losses)
         self.notes += notes
         if parts is not None:
-            self._buffers = {shape: Buffers(shape, self.step.device) for shape in self.epochs.shapes.values()}
+            self._buffers = {shape: Buffers(shape, self.step.device) for shape in self.epochs.shapes}
         return parts is not None
 
     @property
@@ -239,7 +240,7 @@ class CapturedTraining:
         """Record a graph for each shape, all in one memory pool, the largest first. Whether it could be done."""
         examples = {self.epochs.shape_of(layout): layout for epoch in self.epochs.layouts for layout in epoch}
         pool = None
-        for shape, layout in sorted(examples.items(), key=lambda item: -item[0].passes * item[0].rows):
+        for shape, layout in sorted(examples.items(), key=lambda item: -item[0].tokens):
             buffers = self._buffers[shape]
             buffers.fill(layout, self.rows)
             with on_a_side_stream():

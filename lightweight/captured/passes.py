@@ -12,9 +12,10 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import Trainer
 
-from lightweight.captured import agreement, attention, probes
+from lightweight.captured import agreement, attention, flash, probes
 from lightweight.captured.agreement import Parts, Tolerance
 from lightweight.captured.cross_entropy import linear_cross_entropy
+from lightweight.captured.flash import Sequences
 from lightweight.captured.frozen import Lean
 from lightweight.captured.packing import Buffers
 from lightweight.methods import Method
@@ -38,6 +39,8 @@ class Passes:
         arguments = method.training_arguments
         self._dtype = torch.float16 if arguments.get("fp16") else torch.bfloat16 if arguments.get("bf16") else None
         self.in_fp32 = False
+        dtype: Any = self._dtype or self.model.dtype
+        self.on_flash = flash.has_kernels(self._device, dtype) and flash.takes(self.model.config)
         self._lean: Lean | None = None
         self._undo_attention: Callable[[], None] | None = None
 
@@ -102,7 +105,7 @@ class Passes:
     def logits(self, buffers: Buffers, index: int) -> torch.Tensor:
         """What the network makes of pass `index`: [rows, time, vocabulary], without virtual tokens before the row."""
         inputs, dialogues = self._inputs(buffers, index)
-        with attention.packed(dialogues), self.autocast():
+        with self._attending(dialogues, buffers, index), self.autocast():
             logits: torch.Tensor = self.network(**inputs, use_cache=False).logits[:, -buffers.shape.time :]
         return logits
 
@@ -113,7 +116,7 @@ class Passes:
             logits = self.logits(buffers, index)
             chosen = logits.flatten(0, 1).index_select(0, answers).float()
             return (cross_entropy(chosen, targets, reduction="none") * weights).sum()
-        with attention.packed(dialogues):
+        with self._attending(dialogues, buffers, index):
             if self.parts.loss == "model":
                 return self._models_own_loss(inputs, buffers, index)
             hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
@@ -127,6 +130,17 @@ class Passes:
         if not self.parts.packing:
             return inputs, None
         return inputs | {"position_ids": buffers.position_ids[index]}, buffers.dialogues[index]
+
+    @contextlib.contextmanager
+    def _attending(self, dialogues: torch.Tensor | None, buffers: Buffers, index: int) -> Iterator[None]:
+        """Inside, attention is that of pass `index`: apart where `dialogues` are, and on flash kernels where it can."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(attention.packed(dialogues))
+            if self.on_flash and self.parts.attention:
+                shape = buffers.shape
+                joined = Sequences(buffers.ends[index], shape.longest) if shape.sequences else None
+                stack.enter_context(attention.on_flash(joined))
+            yield
 
     def _models_own_loss(self, inputs: dict[str, torch.Tensor], buffers: Buffers, index: int) -> torch.Tensor:
         labels = buffers.labels[index]

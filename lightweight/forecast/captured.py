@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lightweight.captured import agreement, dropout, kernels, packing
+from lightweight.captured import agreement, dropout, flash, kernels, packing
 from lightweight.captured.agreement import Loss, PartError, Parts, Reference, Sample
 from lightweight.captured.capture import what_cannot_be_captured
 from lightweight.captured.epochs import Epochs
@@ -67,10 +67,11 @@ def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> 
     for weight in agreement.trained(network):
         weight.register_post_accumulate_grad_hook(lambda grown: recorder.mark(grown.grad, "gradients"))
     recorder.meter.phase = "capture"
-    with kernels.shapes_alone():
+    with kernels.shapes_alone(), flash.as_on(recorder.rules.capability):
         step = Step(trial, trainer)
         with torch_internals.with_numbers():  # of the rows that are drawn
-            epochs = Epochs(trial, trainer, rows, packing_asked=asked.packing, most=None)
+            joins = step.passes.on_flash and asked.attention == "sdpa"
+            epochs = Epochs(trial, trainer, rows, packing_asked=asked.packing, joins=joins, most=None)
         with dropout.off():
             _check(step, epochs, Reference(trainer, halves=False), _wanted(asked, step, epochs), recorder)
         _mark_weights(step, recorder)
@@ -174,8 +175,8 @@ def _gradients(step: Step, epochs: Epochs, sample: Sample) -> Any:
 
 def _record(step: Step, epochs: Epochs, recorder: Recorder, *, is_graph: bool) -> None:
     """The steps that are warmed up and recorded, the largest shape first, or run twice where there `is_graph` not."""
-    buffers = {shape: Buffers(shape, step.device) for shape in epochs.shapes.values()}
-    for shape in sorted(buffers, key=lambda shape: -shape.passes * shape.rows):
+    buffers = {shape: Buffers(shape, step.device) for shape in epochs.shapes}
+    for shape in sorted(buffers, key=lambda shape: -shape.tokens):
         run = partial(step.run, buffers[shape])
         with recorder.in_a_stream() if is_graph else nullcontext():
             if (problem := what_cannot_be_captured(step.passes.network, run)) is not None:

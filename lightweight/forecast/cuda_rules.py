@@ -104,6 +104,8 @@ class CudaRules:
             # The whole weight dequantized, where there are enough tokens to make that the faster way.
             # bitsandbytes/backends/cuda/ops.py, _gemm_4bit_use_custom_cuda
             return int(math.prod(arguments[2])) * int(arguments[0].element_size())
+        if operator is torch_internals.FLASH_BACKWARD:
+            return _flash_scratch_bytes(arguments[1], arguments[2], arguments[6])
         return 0
 
     def _ignore_mask(
@@ -158,6 +160,19 @@ class CudaRules:
         return torch_internals.math_attention(  # type: ignore[no-any-return]
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )[0]
+
+
+def _flash_scratch_bytes(query: Tensor, key: Tensor, ends: Tensor | None) -> int:
+    """The gradient of the queries in fp32, and where heads share keys, the keys' and values' for each head.
+    aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd and mha_varlen_bwd."""
+    heads, width = query.shape[-2:]
+    tokens = query.numel() // (heads * width)
+    # tiles of 128 tokens; where sequences lie one behind the other, each may begin another one
+    rounded = (
+        tokens + 128 * (ends.numel() - 1) if ends is not None else query.shape[0] * (-(-query.shape[1] // 128) * 128)
+    )
+    of_queries = rounded * heads * (-(-width // 32) * 32 + 1) * 4  # and a number for each token and head
+    return of_queries + (0 if key.shape[-2] == heads else 2 * tokens * heads * width * key.element_size())
 
 
 _PRODUCTS = frozenset(["aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "bitsandbytes::gemm_4bit"])

@@ -97,6 +97,49 @@ flash_attention = aten._scaled_dot_product_flash_attention
 efficient_attention = aten._scaled_dot_product_efficient_attention
 math_attention = aten._scaled_dot_product_attention_math
 
+
+def flash_attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: Tensor | None,
+    longest: int,
+    *,
+    window: int | None,
+    dropout: float,
+    scale: float | None,
+) -> Tensor:
+    """Causal attention on FlashAttention's kernels, with its backward pass.
+
+    `query`: [tokens, heads, width], `key` and `value` with as many heads or a divisor of them, where `ends`, int32
+    [sequences + 1], says how many tokens lie before each sequence, of `longest` tokens at most; [rows, time, heads,
+    width] where it is None. A token sees `window` tokens, itself included, or all before it.
+
+    `torch.nn.attention.varlen.varlen_attn` is the public name; it has no dropout and no rows of one length, wraps this
+    operator in one of Python, and takes other arguments in 2.13 than in 2.11.
+    aten/src/ATen/native/transformers/cuda/attention.cu.
+    """
+    attended: Tensor = aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        ends,
+        ends,
+        longest,
+        longest,
+        dropout,
+        window is None,
+        False,
+        scale=scale,
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=0,
+    )[0]
+    return attended
+
+
+FLASH_FORWARD = aten._flash_attention_forward.default
+FLASH_BACKWARD = aten._flash_attention_backward.default
+
 # softmax(input, dim, half_to_float), which reads fp16 and writes fp32 where the last is True. Ibid.
 softmax = aten._softmax
 log_softmax = aten._log_softmax

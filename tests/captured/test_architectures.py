@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from captured import flash_reference
 from lightweight import corpus, methods, models
+from lightweight.captured import flash, packing
 from lightweight.child import worker
 from lightweight.cli.train import Unattended
 from lightweight.corpus import pair
@@ -32,6 +34,9 @@ SAMPLE = (
     *("llama", "mistral", "mixtral", "mpt", "olmo2", "phi3", "qwen3", "qwen3_next", "recurrent_gemma", "rwkv"),
 )
 """Own losses and attentions, scaled logits, windows, soft caps, experts, recurrences, position biases."""
+
+ON_FLASH = ("gemma3_text", "gpt_neox", "olmo3")
+"""The sample on flash kernels: full and sliding layers in one network, partial rotary embeddings, no groups."""
 
 RANDOM = ("big_bird",)
 """What draws the tokens that it looks at: no two runs have the same losses."""
@@ -62,6 +67,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     every = metafunc.config.getoption("every_architecture", False)
     known = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(RANDOM))
     kinds = known if every else [kind for kind in SAMPLE if kind in CONFIG_MAPPING]
+    if "kind_on_flash" in metafunc.fixturenames:
+        metafunc.parametrize("kind_on_flash", known if every else ON_FLASH)
     if "kind" in metafunc.fixturenames:
         metafunc.parametrize("kind", kinds)
 
@@ -86,6 +93,38 @@ def test_captured_steps_train_what_the_trainer_trains(kind: str, tmp_path: Path)
     captured, note = _trained(tmp_path, kind, replace(stock, name="captured", step="captured"))
     assert captured == pytest.approx(losses, abs=1e-4), note
     assert kind not in SAMPLE or "the Trainer runs the steps" not in note, note
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_captured_steps_on_flash_kernels_train_what_they_train_with_masks(
+    kind_on_flash: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels' part is played by a reference for the CPU, and in fp32, so that nothing passes for rounding."""
+    network = _small(kind_on_flash)
+    if isinstance(network, str):
+        pytest.skip(f"not run: {kind_on_flash} is not made small: {network}")
+    network.save_pretrained(tmp_path / kind_on_flash)
+    ByT5Tokenizer().save_pretrained(tmp_path / kind_on_flash)
+    adapter = replace(methods.LORA.adapter, lora_dropout=0.0)  # type: ignore[call-arg]
+    settings = {"per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    captured = Method(name="captured", adapter=adapter, training_arguments=settings, step="captured")
+    try:
+        expected, with_masks = _trained(tmp_path, kind_on_flash, captured)
+    except (methods.MethodError, RuntimeError, ValueError) as error:
+        pytest.skip(f"not run: {kind_on_flash} is not trained by the captured step: {error}")
+    monkeypatch.setattr(flash, "HALVES", (torch.float32,))
+    monkeypatch.setitem(flash.OFF, torch.float32, 1e-4)
+    monkeypatch.setattr(packing, "TOKEN_BLOCK", 16)
+    asked: list[tuple[Any, ...]] = []
+    with flash_reference.on_a_cpu(asked):
+        losses, note = _trained(tmp_path, kind_on_flash, captured)
+    assert losses == pytest.approx(expected, abs=1e-4), note
+    assert _given_up(note) == _given_up(with_masks), note
+    assert kind_on_flash not in ON_FLASH or asked, note
+
+
+def _given_up(note: str) -> list[str]:
+    return [part.split(" given up: ")[0] for part in note.split("; ") if " given up: " in part]
 
 
 def _small(kind: str) -> Any:

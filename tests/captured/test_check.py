@@ -11,11 +11,13 @@ from training.test_stock import Unattended
 from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
 from transformers.trainer_pt_utils import LabelSmoother
 
+from captured import flash_reference
 from lightweight import corpus, targets
-from lightweight.captured import agreement, attention, check, loop, passes, projections
+from lightweight.captured import agreement, attention, check, flash, loop, packing, passes, projections
 from lightweight.captured.agreement import Tolerance
 from lightweight.captured.packing import Buffers
 from lightweight.child import worker
+from lightweight.internals import torch as torch_internals
 from lightweight.methods import CapturedStep, Method
 from lightweight.models import Model
 from lightweight.training import ranks, stock
@@ -555,3 +557,102 @@ def test_what_half_precision_would_hide_is_found(prepare, monkeypatch, architect
     monkeypatch.setattr(check.Check, "_allowed", Tolerance(loss=1, gradient=1e3, tensor=1e3, floor=1))
     _, note = run(*prepare(architecture, method(bf16=True)))
     assert f"; {given_up} given up: " in note
+
+
+@pytest.fixture
+def asked_of_flash(monkeypatch):
+    """What flash kernels were asked for, which the CPU has here; each is new to the check."""
+    monkeypatch.setattr(packing, "TOKEN_BLOCK", 16)  # or so short dialogues would be padded as much as rows are
+    seen: list[tuple[Any, ...]] = []
+    with flash_reference.on_a_cpu(seen):
+        yield seen
+    flash._met.clear()
+    flash._checked.clear()
+
+
+def half(architecture, prepare, adapter=None, **more):
+    """A job in bf16, prepared and trained; the Trainer's losses of the same one, ours, the job and its note."""
+    step = dataclasses.replace(method(adapter, **more), weights_dtype="bfloat16")
+    theirs, _ = run(*prepare(architecture, dataclasses.replace(step, step="trainer"), torch.bfloat16))
+    trainer, rows, meter, trial = prepare(architecture, step, torch.bfloat16)
+    job = loop.CapturedTraining(trial, trainer, rows, meter)
+    assert job.prepare(), job.notes
+    job.train()
+    return theirs, meter.measurements().train_loss, job, meter.facts["capture_note"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "adapter", "arguments", "given_up"),
+    [
+        ("llama", lora(), {}, []),
+        ("llama", lora(), {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}, []),
+        ("llama", lora(), {"gradient_checkpointing": True}, []),
+        ("opt", None, {}, []),
+        ("mistral", lora(), {}, []),
+        ("gpt_neo", lora(), {}, []),
+        ("qwen3_next", None, {}, ["packing"]),  # a state runs along the row
+        ("gemma2", lora(), {}, ["attention and with it packing", "loss"]),
+        ("bloom", None, {}, ["attention and with it packing"]),
+    ],
+)
+def test_rows_joined_for_flash_kernels_make_the_trainers_step(
+    prepare, asked_of_flash, architecture, adapter, arguments, given_up
+):
+    theirs, ours, job, note = half(architecture, prepare, adapter, **arguments)
+    assert ours == pytest.approx(theirs, rel=5e-3 if architecture != "gpt_neo" else 3e-2)  # which is a chaos of halves
+    assert [part.split(" given up: ")[0] for part in note.split("; ") if "given up" in part] == given_up
+    assert note.startswith("packing makes") and "tokens of" in note.split(";")[0]
+    if given_up:
+        assert all(shape.time == LENGTH and not shape.sequences for shape in job.epochs.shapes)
+        return
+    assert all(shape.rows == 1 for shape in job.epochs.shapes)
+    in_step = [lengths for _, lengths, *_ in asked_of_flash if lengths]
+    assert any(sum(map(bool, lengths)) > 1 for lengths in in_step)
+    if architecture == "mistral":
+        assert {window for *_, window in asked_of_flash[-8:]} == {15}
+
+
+@pytest.mark.parametrize(
+    ("fault", "note"),
+    [
+        (lambda options: options | {"window": options["window"] + 1}, "sees 17 tokens where 16 are to be seen"),
+        (lambda options: options | {"window": None}, "attention and with it packing given up: "),
+        (lambda options: options | {"scale": 1.05 * options["scale"]}, "attention and with it packing given up: "),
+    ],
+    ids=["a token more", "no window", "scaled"],
+)
+def test_a_flash_kernel_that_computes_something_else_is_given_up(prepare, asked_of_flash, monkeypatch, fault, note):
+    """A window's edge is less than what bf16 rounds, and in fp32 flash kernels do not run."""
+    real = torch_internals.flash_attention_forward
+    monkeypatch.setattr(
+        torch_internals, "flash_attention_forward", lambda *tensors, **options: real(*tensors, **fault(options))
+    )
+    theirs, ours, _, found = half("mistral", prepare, lora())
+    assert ours == pytest.approx(theirs, rel=5e-3)
+    assert "attention and with it packing given up: " in found and note in found
+
+
+def test_a_flash_kernel_that_takes_dialogues_for_one_costs_packing_alone(prepare, asked_of_flash, monkeypatch):
+    real = torch_internals.flash_attention_forward
+
+    def wrong(query, key, value, ends, longest, **options):
+        if ends is not None:
+            ends = ends.clone()
+            ends[1:] = ends[-1]
+            longest = int(ends[-1])
+        return real(query, key, value, ends, longest, **options)
+
+    monkeypatch.setattr(torch_internals, "flash_attention_forward", wrong)
+    monkeypatch.setattr(flash, "check_met", lambda: None)  # which finds it, too
+    theirs, ours, job, note = half("llama", prepare, lora())
+    assert ours == pytest.approx(theirs, rel=5e-3)
+    assert "; packing given up: " in note and "of a dialogue's gradient is another's" in note
+    assert job.step.parts.attention
+
+
+def test_dialogues_are_joined_where_each_pass_has_one(prepare, asked_of_flash):
+    """So that none is computed longer than it is; there are no two to hold apart."""
+    theirs, ours, job, note = half("llama", prepare, lora(), per_device_train_batch_size=1)
+    assert ours == pytest.approx(theirs, rel=5e-3)
+    assert "given up" not in note
+    assert job.step.parts.packing and all(shape.time < LENGTH for shape in job.epochs.shapes)

@@ -516,7 +516,7 @@ def test_replays_train_as_the_steps_they_recorded_in_every_shape(trial, tmp_path
         job.captured = job._capture()
     assert job.captured
     shapes = list(job._graphs)
-    assert len(shapes) > 1 and set(shapes) == set(job.epochs.shapes.values())
+    assert len(shapes) > 1 and set(shapes) == set(job.epochs.shapes)
     assert shapes[0].rows == max(shape.rows for shape in shapes)  # memory is laid out by the largest
     assert [graph.in_pool for graph in job._graphs.values()] == [None] + ["pool"] * (len(shapes) - 1)  # type: ignore[attr-defined]
     job.train()

@@ -128,6 +128,17 @@ def test_rows_that_are_at_hand_are_the_ones_traced():
     assert packed < 0.7 * alone
 
 
+def test_dialogues_that_need_no_mask_are_traced_one_behind_the_other():
+    """And where a card has no flash kernels, in rows that are as wide as the widest, of which some is padding."""
+    model, _ = models.find(WIDE, "random")
+    read = corpus.load(ROOT / "corpus.json")
+    of = Trial(model=model, method=LORA_CAPTURED, target=NATIVE, corpus=read, max_length=1024, max_steps=2)
+    joined, in_rows = (
+        tracer.trace_on(of, Device(name="a card", capability=capability)) for capability in (HOPPER, (7, 5))
+    )
+    assert joined.replay().by_cause["activations"] < 0.8 * in_rows.replay().by_cause["activations"]
+
+
 def test_full_training_in_fp32_is_forecast():
     traced = trace(OPT_TINY, BASELINE_CAPTURED)
     assert traced.replay().by_cause["optimizer"] == pytest.approx(8 * traced.trainable_parameters, rel=0.05)

@@ -145,3 +145,16 @@ def test_workspaces_are_those_of_the_card():
     with_bias = CudaRules(TURING).workspace_bytes(torch.ops.aten.addmm.default)
     assert with_bias == {"cublas": 8_519_680, "cublasLt": MiB}
     assert CudaRules(HOPPER).workspace_bytes(torch.ops.aten.add.Tensor) == {}
+
+
+def test_flash_attention_backward_holds_gradients_in_fp32_and_those_of_shared_heads_apart():
+    rules = CudaRules(HOPPER)
+    operator = torch.ops.aten._flash_attention_backward.default
+    rows = [torch.empty(2, 200, heads, 64, dtype=torch.float16) for heads in (8, 8, 8)]
+    of_queries = 2 * 256 * 8 * (64 + 1) * 4
+    assert rules.scratch_bytes(operator, [rows[0], *rows, None, None, None]) == of_queries
+    joined = [torch.empty(400, heads, 64, dtype=torch.float16) for heads in (8, 2, 2)]
+    ends = torch.empty(6, dtype=torch.int32)
+    of_queries, of_each_head = (400 + 5 * 128) * 8 * (64 + 1) * 4, 2 * 400 * 8 * 64 * 2
+    assert rules.scratch_bytes(operator, [joined[0], *joined, None, None, ends]) == of_queries + of_each_head
+    assert rules.scratch_bytes(torch.ops.aten.relu.default, rows) == 0

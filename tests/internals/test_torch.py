@@ -93,6 +93,27 @@ def test_every_kernel_of_attention_is_called_as_the_rules_call_it(kernel):
     assert output.shape == heads.shape
 
 
+@pytest.mark.parametrize(("shape", "ends"), [((12, 4, 16), True), ((2, 6, 4, 16), False)])
+@pytest.mark.parametrize("window", [None, 3])
+def test_flash_attention_is_called_as_its_operators_want_it_forward_and_backward(shape, ends, window):
+    seen = []
+
+    class Mode(torch_internals.DispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+            seen.append(operator)
+            return operator(*arguments, **options or {})
+
+    with FakeTensorMode(), Mode():
+        query = torch.empty(shape, dtype=torch.bfloat16, requires_grad=True)
+        key = torch.empty(*shape[:-2], 2, 16, dtype=torch.bfloat16, requires_grad=True)
+        own = torch.tensor([0, 6, 12, 12], dtype=torch.int32) if ends else None
+        output = torch_internals.flash_attention_forward(query, key, key, own, 6, window=window, dropout=0.1, scale=1.0)
+        assert output.shape == shape
+        output.sum().backward()
+    assert {torch_internals.FLASH_FORWARD, torch_internals.FLASH_BACKWARD} <= {*seen}
+    assert query.grad.shape == shape and key.grad.shape == key.shape
+
+
 def test_softmax_says_whether_it_writes_fp32():
     with FakeTensorMode():
         half = torch.empty(2, 3, dtype=torch.float16, device="meta")
