@@ -139,10 +139,9 @@ def _are_taken(layer: Any, form: Form, norms: dict[Any, Norm]) -> bool:
 
 def normed(module: Any, norm: Norm, x: torch.Tensor) -> torch.Tensor:
     """The forward pass of a `module` that takes a `norm`: what was computed together with `x`, if it was."""
-    taker, result = getattr(x, "normed", (None, None))
-    if taker is module:
-        del x.normed  # or it would live as long as `x`, which is kept
-        return result  # type: ignore[no-any-return]
+    taken: tuple[Any, torch.Tensor] | None = vars(x).pop("normed", None)  # or it would live as long as `x` is kept
+    if taken is not None and taken[0] is module:
+        return taken[1]
     return recomputed.recomputable(functools.partial(recomputed.norm, norm), x)
 
 

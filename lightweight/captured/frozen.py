@@ -72,13 +72,13 @@ class Lean:
             site += len(modules)
 
     def _norm(self, model: torch.nn.Module, norms: dict[Any, Norm], rotations: dict[Any, rotary.Rotation]) -> None:
-        """Have norms computed again in the backward pass, together with the sum or before the turn that they go with."""
+        """Have norms computed again in the backward pass, with the sums they are of, and the turns that follow them."""
         for module, norm in norms.items():
             self._change(module, functools.partial(blocks.normed, module, norm))
         for block in blocks.blocks_of(model, norms):
             self._change(block.layer, block.forward)
         for attention, rotation in rotations.items():
-            heads = [getattr(attention, name, None) for name in HEAD_NORMS]
+            heads: list[Any] = [getattr(attention, name, None) for name in HEAD_NORMS]
             width = getattr(attention, "head_dim", None)
             if not all(module in norms and norms[module].weight.numel() == width for module in heads):
                 continue

@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from lightweight.captured import kernels
 from lightweight.captured.kernels import Activation
-from lightweight.captured.recomputed import recomputable
 from lightweight.internals import torch as torch_internals
 
 FUNCTIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -358,10 +358,11 @@ def add_norm_backward(
     grad_residual = torch.empty_like(total)
     grad_branch = torch.empty_like(total) if made.p or after else grad_residual
     extra = after or made.norm
+    branch = total if branch is None else branch.contiguous()
     launch(
         "add_norm_backward", (total.numel() // width,),
-        first, second, past, total, made.norm.weight, summed.statistics, total if branch is None else branch.contiguous(),
-        extra.weight, summed.statistics if summed.after_statistics is None else summed.after_statistics,
+        first, second, past, total, made.norm.weight, summed.statistics, branch, extra.weight,
+        summed.statistics if summed.after_statistics is None else summed.after_statistics,
         grad_branch, grad_residual, made.norm.offset, extra.offset, seed, made.site, _threshold(made.p),
         1 / (1 - made.p), width,
         drops=made.p > 0, two=len(grads) == 2, passed=grad_total is not None, centred=made.norm.centred,

@@ -179,10 +179,9 @@ class _Project(torch.autograd.Function):
         adapters = [_Kept(next(weights), next(weights)) for projection in projections if projection.adapter]
         own = [(projection, grad) for projection, grad in zip(projections, grads, strict=True) if projection.adapter]
         adapter_grads: list[torch.Tensor | None] = []
-        if together and all(grad is not None for _, grad in own):
-            adapter_grads += _adapters_backward(
-                [grad for _, grad in own], adapters, next(kept), x, grad_x, own[0][0].scaling
-            )
+        known = [grad for _, grad in own if grad is not None]
+        if together and len(known) == len(own):
+            adapter_grads += _adapters_backward(known, adapters, next(kept), x, grad_x, own[0][0].scaling)
         else:
             inners = next(kept).split(_ranks(adapters), -1) if together else None
             for index, (adapter, (projection, grad)) in enumerate(zip(adapters, own, strict=True)):

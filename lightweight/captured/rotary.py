@@ -50,7 +50,10 @@ def rotate(queries_keys: Pair, results: Pair, turns: Turns, norms: tuple[Norm, N
     batch, heads, time, width = q.shape
     factors = None
     if norms is not None:
-        factors = tuple(torch.empty(batch, time, x.shape[1], device=q.device) for x in (q, k))
+        factors = (
+            torch.empty(batch, time, heads, device=q.device),
+            torch.empty(batch, time, k.shape[1], device=q.device),
+        )
     q_norm, k_norm = norms or (Norm(q, None, 0.0, False),) * 2
     q_factors, k_factors = factors or (q, k)
     sizes, settings = _turned(width, (heads, k.shape[1]), turns, copies=new_q is not q)
@@ -347,10 +350,7 @@ class _Rotate(torch.autograd.Function):
         grad_q, grad_k = (grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grad_outputs)
         q, k, *rest = saved or (grad_q, grad_k)
         factors = (rest[0], rest[1]) if rest else None
-        if row is None:
-            results = _laid_out_alike(grad_q), _laid_out_alike(grad_k)
-        else:
-            results = _parts_of(row, grad_q, grad_k)
+        results = (_laid_out_alike(grad_q), _laid_out_alike(grad_k)) if row is None else _parts_of(row, grad_q, grad_k)
         turns = Turns(cos, sin, *pairing)
         rotate_backward((grad_q, grad_k), (q, k), results, turns, norms, factors, turned=in_place)
         return *results, *(None,) * 5
@@ -358,7 +358,7 @@ class _Rotate(torch.autograd.Function):
 
 def _row_of(q: torch.Tensor, k: torch.Tensor) -> int | None:
     """How wide the rows are that begin with a token's queries and then its keys, where they lie so."""
-    batch, heads, time, width = q.shape
+    _, heads, time, width = q.shape
     row = q.stride(2)
     strides = (time * row, width, row, 1)
     if q.stride() != strides or k.stride() != strides or _place(q)[0] != _place(k)[0]:

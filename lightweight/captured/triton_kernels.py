@@ -29,7 +29,7 @@ def _pair(number, threshold):  # type: ignore[no-untyped-def]
     return tl.join(low, high)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _projected(  # type: ignore[no-untyped-def]
     x, a, row, seed, site, threshold, tokens, width, rank_,
     drops: tl.constexpr, rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
@@ -209,7 +209,7 @@ def norm(  # type: ignore[no-untyped-def]
     tl.store(result + place, scaled, mask=inside)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _normal(  # type: ignore[no-untyped-def]
     value, weight, bias, statistics, eps, offset, width, row, column, inside, centred: tl.constexpr,
     biased: tl.constexpr,
@@ -244,7 +244,7 @@ def norm_backward(  # type: ignore[no-untyped-def]
     tl.store(grad_x + place, result, mask=inside)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _normal_backward(  # type: ignore[no-untyped-def]
     change, value, weight, statistics, offset, width, row, column, inside, centred: tl.constexpr
 ):
@@ -344,7 +344,7 @@ def relu_backward(grad, positive, result, count, elements: tl.constexpr):  # typ
     tl.store(result + place, tl.where(kept != 0, value, 0.0), mask=place < count)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _activated(value, activation: tl.constexpr):  # type: ignore[no-untyped-def]
     """An activation and its slope, in fp32."""
     if activation == "silu":

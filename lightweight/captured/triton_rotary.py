@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _turns(  # type: ignore[no-untyped-def]
     cos, sin, half_, neighbours: tl.constexpr, repeated: tl.constexpr, half: tl.constexpr
 ):
@@ -28,7 +28,7 @@ def _turns(  # type: ignore[no-untyped-def]
     return first, second, first_cos, second_cos, first_sin, second_sin
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _rotated(  # type: ignore[no-untyped-def]
     x, result, weight, factors, cos, sin, eps, offset, heads_, head_stride, result_stride, half_, rest_,
     neighbours: tl.constexpr, repeated: tl.constexpr, normed: tl.constexpr, heads: tl.constexpr, half: tl.constexpr,
@@ -81,7 +81,7 @@ def rotate(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _rotated_backward(  # type: ignore[no-untyped-def]
     grad, kept, result, weight, factors, cos, sin, offset, heads_, grad_stride, kept_stride, result_stride, half_,
     rest_, neighbours: tl.constexpr, repeated: tl.constexpr, normed: tl.constexpr, turned: tl.constexpr,

@@ -1,15 +1,13 @@
 """Are the layers of a decoder, with our kernels in them, the layers they were? Whole networks on the CPU, their kernels
 interpreted by Triton, or on the GPU where there is one: loss and gradients against peft's own, in fp32."""
 
-import importlib.util
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightweight.captured import blocks, gates, kernels, rotary
+from lightweight.captured import kernels, rotary
 from lightweight.captured.frozen import Lean
 from lightweight.internals.transformers import rotation_of
 from lightweight.preload import peft
@@ -68,23 +66,23 @@ def build(kind: str) -> Any:
 
 
 def loss_and_gradients(network: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    ids = torch.randint(1, 64, (2, 16), generator=torch.Generator().manual_seed(3)).to(network.device)
+    ids = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(3)).to(network.device)
     loss = network(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     gradients = {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
     assert all(gradient is not None for gradient in gradients.values())
-    return loss.item(), gradients  # type: ignore[return-value]
+    return loss.item(), gradients
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"), [*((kind, False) for kind in KINDS), ("qwen3", True), ("gemma3_text", True)]
+)
 def test_a_decoder_with_our_kernels_has_its_own_loss_and_gradients(apart, kind, checkpointing) -> None:  # noqa: F811
     apart(check_decoder, kind, checkpointing)
 
 
 def check_decoder(kind: str, checkpointing: bool) -> None:
-    kernels.take = lambda x: True  # type: ignore[assignment]
-    torch.backends.cuda.matmul.allow_tf32 = False
+    take, kernels.take = kernels.take, lambda x: True
     reference, network = build(kind), build(kind)
     expected_loss, expected = loss_and_gradients(reference)
     before = rotation_of(next(m for m in network.modules() if hasattr(m, "o_proj") or hasattr(m, "qkv_proj")))[0]
@@ -111,10 +109,9 @@ def check_decoder(kind: str, checkpointing: bool) -> None:
             assert launched.count("add_norm_backward") == 2 * wanted["blocks"]
             assert launched.count("gate_backward") == wanted["gates"]
         lean.undo()
-        again, own = build(kind), network
-        own.zero_grad()
         attention = next(m for m in network.modules() if hasattr(m, "o_proj") or hasattr(m, "qkv_proj"))
         assert rotation_of(attention)[0] is before
-        assert not any("forward" in vars(module) for module in own.modules()), again
+        assert not any("forward" in vars(module) for module in network.modules())
     finally:
+        kernels.take = take
         kernels.launch = rotary.launch = launch
