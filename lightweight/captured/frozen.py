@@ -52,16 +52,19 @@ class Lean:
             return
         rotations, self._undo_rotations = rotary.install(model)
         norms = {module: norm for module in model.modules() if (norm := _norm_of(module)) is not None}
-        self._project(model, adapted, rotations)
+        families = self._project(model, adapted, rotations)
         self._norm(model, norms, rotations)
-        self._activate(model, {module.in_features for module in adapted}, sites=len(self.changed))
+        self._activate(model, families)
 
-    def _project(self, model: torch.nn.Module, adapted: list[Any], rotations: dict[Any, rotary.Rotation]) -> None:
-        """Have layers with adapters project what they share at once."""
+    def _project(
+        self, model: torch.nn.Module, adapted: list[Any], rotations: dict[Any, rotary.Rotation]
+    ) -> dict[Any, Family]:
+        """Have layers with adapters project what they share at once. The family of each."""
         # Where rotary embeddings make new queries and keys, and not in place, the old ones would be kept as well in one
         # tensor with the values.
         turns = getattr(getattr(model, "config", None), "rope_parameters", None) is not None
         most = max(module.in_features * module.out_features for module in adapted)
+        families: dict[Any, Family] = {}
         site = 0
         for parent, modules in _families(model, adapted):
             in_place = parent in rotations and kernels.take(self._seed)
@@ -70,6 +73,8 @@ class Lean:
             for index, module in enumerate(modules):
                 self._change(module, functools.partial(family.project, index))
             site += len(modules)
+            families |= dict.fromkeys(modules, family)
+        return families
 
     def _norm(self, model: torch.nn.Module, norms: dict[Any, Norm], rotations: dict[Any, rotary.Rotation]) -> None:
         """Have norms computed again in the backward pass, with the sums they are of, and the turns that follow them."""
@@ -87,13 +92,13 @@ class Lean:
                 module.forward = functools.partial(rotation.defer, rotary.HeadNorm.of(norms[module]))
             self._change(attention, functools.partial(rotation.forward, attention, own))
 
-    def _activate(self, model: torch.nn.Module, widths: set[int], sites: int) -> None:
-        """Have gates and activations computed again in the backward pass, and OPT's last norms with their sums, whose
-        dropout is drawn for sites from `sites` on."""
-        site = sites
+    def _activate(self, model: torch.nn.Module, families: dict[Any, Family]) -> None:
+        """Have gates and activations computed again in the backward pass, and OPT's last norms with their sums."""
+        widths = {module.in_features for module in families}
+        site = len(families)  # for dropout, after those of the families
         for module in model.modules():
             if (activation := gates.gating_of(module)) is not None:
-                self._change(module, functools.partial(gates.gated, module, activation))
+                self._change(module, functools.partial(gates.gated, module, activation, families.get(module.down_proj)))
             elif recomputed.is_post_norm_opt(module):
                 self._change(module, functools.partial(recomputed.post_norm_opt, module, self._seed, site))
                 site += 2

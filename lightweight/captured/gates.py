@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from lightweight.captured import kernels
 from lightweight.captured.kernels import Activation
+from lightweight.captured.projections import Family, Projection, weight_of
 from lightweight.internals import torch as torch_internals
 
 FUNCTIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -86,9 +87,13 @@ def gating_of(module: Any) -> Activation | None:
     return activation if is_gated else None
 
 
-def gated(module: Any, activation: Activation, x: torch.Tensor) -> torch.Tensor:
-    """The forward pass of such a layer: [..., width] -> [..., width]."""
+def gated(module: Any, activation: Activation, down: Family | None, x: torch.Tensor) -> torch.Tensor:
+    """The forward pass of such a layer, whose last projection is that of `down`, if of any: [..., width] ->
+    [..., width]."""
     gate, up = module.gate_proj(x), module.up_proj(x)
+    if kernels.take(gate) and down is not None and (projection := down.alone()) is not None:
+        projected: torch.Tensor = _GatedProject.apply(gate, up, *projection.adapter, projection, activation)  # type: ignore[no-untyped-call]
+        return projected
     product: torch.Tensor = _Gate.apply(gate, up, activation)  # type: ignore[no-untyped-call]
     product.recipe = (functools.partial(_gate, activation), (gate.detach(), up.detach()))  # type: ignore[attr-defined]
     down: torch.Tensor = module.down_proj(product)
@@ -129,3 +134,35 @@ class _Gate(torch.autograd.Function):
         change = grad_output if up is None else grad_output * up
         (grad_gate,) = torch.autograd.grad(value, source, change)
         return grad_gate, None if up is None else grad_output * value.detach(), None
+
+
+class _GatedProject(torch.autograd.Function):
+    """activation(gate) * up, projected by a frozen layer with its adapter a [r, in] and b [out, r], without dropout."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        projection: Projection,
+        activation: Activation,
+    ) -> torch.Tensor:
+        product = kernels.gate(gate, up, activation)
+        y: torch.Tensor = type(projection.base).forward(projection.base, product)
+        inner = kernels.project(product.view(-1, product.shape[-1]), a, projection.scaling)
+        y.view(-1, y.shape[-1]).addmm_(inner, b.t())
+        ctx.save_for_backward(gate, up, a, b, inner)
+        ctx.settings = projection, activation
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up, a, b, inner = ctx.saved_tensors
+        projection, activation = ctx.settings
+        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_product = grad @ weight_of(projection.base, grad.dtype)
+        reached = kernels.Reached(grad @ b, a, projection.scaling)
+        grad_gate, grad_up, grad_a = kernels.gate_project_backward(grad_product, reached, gate, up, activation)
+        return grad_gate, grad_up, grad_a, grad.t() @ inner, None, None

@@ -423,6 +423,37 @@ def gate_backward(
     return grads[0], None if up is None else grads[1]
 
 
+class Reached(NamedTuple):
+    """What comes back to an adapter's first factor `a` [r, in]: the gradient of its product, [tokens, r], without its
+    `scaling`."""
+
+    grad: torch.Tensor
+    a: torch.Tensor
+    scaling: float
+
+
+def gate_project_backward(
+    grad: torch.Tensor, reached: Reached, gate: torch.Tensor, up: torch.Tensor, activation: Activation
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of `gate` and `up`, as `gate_backward` has them, and of an adapter's first factor, which was
+    multiplied with their product, given the gradient that others had for that product and what `reached` the adapter:
+    in one pass, without that product."""
+    grad, (gate, up, stride) = grad.contiguous(), _rows_alike(gate, up)
+    assert up is not None
+    width, a = gate.shape[-1], reached.a.contiguous()
+    tokens = gate.numel() // width
+    grads = torch.empty(*gate.shape[:-1], 2 * width, dtype=gate.dtype, device=gate.device).split(width, -1)
+    count = _over(tokens, ROWS_OF_A_SHARE)
+    shares = torch.empty(count, *a.shape, dtype=a.dtype, device=a.device)
+    launch(
+        "gate_project_backward", (count, _over(width, COLUMNS)),
+        grad, reached.grad.contiguous(), gate, up, a, *grads, shares, reached.scaling, tokens, width, a.shape[0],
+        stride, 2 * width,
+        activation=activation, rank=_padded(a.shape[0]), share=ROWS_OF_A_SHARE, rows=32, columns=COLUMNS,
+    )  # fmt: skip
+    return *grads, shares.sum(0)
+
+
 def _rows_alike(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, int]:
     """Both with rows that lie equally far apart, and how far."""
     strides = {_row_stride(x) for x in (gate, up) if x is not None}

@@ -48,6 +48,13 @@ class Family:
             self._x = None
         return output
 
+    def alone(self) -> Projection | None:
+        """The projection of a family of one, where it has an adapter, and nothing is dropped of what it takes."""
+        if len(self._modules) > 1:
+            return None
+        projection = Projection.of(self._modules[0], self._site)
+        return projection if projection.adapter and not projection.p else None
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -112,10 +119,25 @@ def _joined(bases: list[Any], most: int) -> _Joint | None:
         return _Joint(bases, widths, None, bias) if is_fast else None
     if any(type(base) is not torch.nn.Linear for base in bases):
         return None
-    whole = torch.cat([base.weight for base in bases])
-    for base, part in zip(bases, whole.split(widths), strict=True):
-        base.weight.data = part
+    weights = [base.weight for base in bases]
+    if (whole := _as_they_lie(weights)) is None:
+        whole = torch.cat(weights)
+        for weight, part in zip(weights, whole.split(widths), strict=True):
+            weight.data = part
     return _Joint(bases, widths, whole, bias)
+
+
+def _as_they_lie(weights: list[torch.Tensor]) -> torch.Tensor | None:
+    """Weights [out, in] as one, [sum of out, in], where each already lies behind the one before it."""
+    first, place = weights[0], weights[0].storage_offset()
+    storage = torch_internals.address(first.untyped_storage())
+    for weight in weights:
+        is_next = torch_internals.address(weight.untyped_storage()) == storage and weight.storage_offset() == place
+        if not (is_next and weight.is_contiguous() and weight.dtype == first.dtype):
+            return None
+        place += weight.numel()
+    rows = sum(weight.shape[0] for weight in weights)
+    return first.detach().as_strided((rows, first.shape[1]), first.stride(), first.storage_offset())
 
 
 class _Kept(NamedTuple):
@@ -222,7 +244,7 @@ def _grad_of_input(
     for projection, grad in zip(projections, grads, strict=True):
         if grad is None:
             continue
-        weight = _weight(projection.base, grad.dtype)
+        weight = weight_of(projection.base, grad.dtype)
         grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
     return grad_x
 
@@ -304,7 +326,7 @@ def _adapter_backward(
     return reached.t() @ drop_backward(x, mask, projection.p), grad.t() @ inner
 
 
-def _weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
+def weight_of(base: Any, dtype: torch.dtype) -> torch.Tensor:
     """[out, in], dequantized where it is quantized."""
     if isinstance(base, Linear4bit):
         packed: Any = base.weight

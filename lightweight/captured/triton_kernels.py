@@ -397,3 +397,33 @@ def gate_backward(  # type: ignore[no-untyped-def]
         tl.store(grad_up + there, change * value, mask=column < width)
         change *= tl.load(up + place, mask=column < width, other=0.0).to(tl.float32)
     tl.store(grad_gate + there, change * slope, mask=column < width)
+
+
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
+def gate_project_backward(  # type: ignore[no-untyped-def]
+    grad, reached, gate, up, a, grad_gate, grad_up, grad_a, scale, tokens, width, rank_, stride, grad_stride,
+    activation: tl.constexpr, rank: tl.constexpr, share: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    """`project_backward` of a gate's product, which is made again, and `gate_backward` of what it makes of `grad`."""
+    column, unit = tl.program_id(1) * columns + tl.arange(0, columns), tl.arange(0, rank)
+    there = (unit[:, None] < rank_) & (column[None, :] < width)
+    weight = tl.load(a + unit[:, None] * width + column[None, :], mask=there, other=0.0)
+    total = tl.zeros((rank, columns), dtype=tl.float32)
+    for step in range(0, share // rows):
+        row = tl.program_id(0) * share + step * rows + tl.arange(0, rows)
+        inside = (row[:, None] < tokens) & (column[None, :] < width)
+        place = row[:, None].to(tl.int64) * stride + column[None, :]
+        value, slope = _activated(tl.load(gate + place, mask=inside, other=0.0).to(tl.float32), activation)
+        passed = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
+        here = (row[:, None] < tokens) & (unit[None, :] < rank_)
+        inner = tl.load(reached + row[:, None] * rank_ + unit[None, :], mask=here, other=0.0)
+        product = (value * passed).to(gate.dtype.element_ty)  # as it was projected
+        total = tl.dot(tl.trans(inner), product, total, input_precision="ieee")
+        place = row[:, None].to(tl.int64) * width + column[None, :]
+        change = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+        change += tl.dot(inner, weight, input_precision="ieee") * scale
+        place = row[:, None].to(tl.int64) * grad_stride + column[None, :]
+        tl.store(grad_up + place, change * value, mask=inside)
+        tl.store(grad_gate + place, change * passed * slope, mask=inside)
+    first = tl.program_id(0) * rank_ * width
+    tl.store(grad_a + first + unit[:, None] * width + column[None, :], total * scale, mask=there)

@@ -107,7 +107,7 @@ def check_decoder(kind: str, checkpointing: bool) -> None:
             wanted = FUSED[kind]
             assert launched.count("rotate") == launched.count("rotate_backward") == wanted["rotated"]
             assert launched.count("add_norm_backward") == 2 * wanted["blocks"]
-            assert launched.count("gate_backward") == wanted["gates"]
+            assert launched.count("gate_project_backward") == wanted["gates"]
         lean.undo()
         attention = next(m for m in network.modules() if hasattr(m, "o_proj") or hasattr(m, "qkv_proj"))
         assert rotation_of(attention)[0] is before

@@ -11,6 +11,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from typing import Any
 
 import pytest
 import torch
@@ -335,7 +336,7 @@ def test_a_gated_activation_and_its_gradients(apart, dtype, shape, activation, g
     apart(check_gate, dtype, shape, activation, gated)
 
 
-def check_gate(dtype: torch.dtype, shape: tuple[int, ...], activation: str, gated: bool) -> None:
+def check_gate(dtype: torch.dtype, shape: tuple[int, ...], activation: Any, gated: bool) -> None:
     from lightweight.captured import gates, kernels
 
     wide = (*shape[:-1], 2 * shape[-1])
@@ -343,15 +344,39 @@ def check_gate(dtype: torch.dtype, shape: tuple[int, ...], activation: str, gate
     for gate, up in (both.split(shape[-1], -1), (both[..., : shape[-1]].contiguous(), apart)):
         up = up if gated else None
         sources = exact(gate) if up is None else exact(gate, up)
-        expected = gates.FUNCTIONS[activation](sources[0])  # type: ignore[index]
+        expected = gates.FUNCTIONS[activation](sources[0])
         if gated:
             expected = expected * sources[1]
         expected.backward(grad.cpu().double())
-        near(kernels.gate(gate, up, activation), expected.detach())  # type: ignore[arg-type]
-        grads = kernels.gate_backward(grad, gate, up, activation)  # type: ignore[arg-type]
+        near(kernels.gate(gate, up, activation), expected.detach())
+        grads = kernels.gate_backward(grad, gate, up, activation)
         for found, reference in zip(grads, sources, strict=False):
             near(found, reference.grad)
         assert (grads[1] is None) == (not gated)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu2"])
+@pytest.mark.parametrize("shape", [(39, 201, 3), (80, 256, 16)], ids=["odd", "whole-tiles"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gates_gradients_come_with_an_adapters(apart, dtype, shape, activation):
+    if dtype == torch.bfloat16 and not HAS_CUDA:
+        pytest.skip("not run: Triton's interpreter multiplies matrices of bfloat16 as if they were integers")
+    apart(check_gate_and_adapter, dtype, shape, activation)
+
+
+def check_gate_and_adapter(dtype: torch.dtype, shape: tuple[int, int, int], activation: Any) -> None:
+    from lightweight.captured import gates, kernels
+
+    tokens, width, rank = shape
+    both, grad, reached, a = random(dtype, (tokens, 2 * width), (tokens, width), (tokens, rank), (rank, width))
+    gate, up = both.split(width, -1)
+    exact_gate, exact_up, exact_a = exact(gate, up, a)
+    product = gates.FUNCTIONS[activation](exact_gate) * exact_up
+    inner = 2 * product @ exact_a.t()
+    torch.autograd.backward([product, inner], [grad.cpu().double(), reached.cpu().double()])
+    found = kernels.gate_project_backward(grad, kernels.Reached(reached, a, 2.0), gate, up, activation)
+    for each, reference in zip(found, (exact_gate, exact_up, exact_a), strict=True):
+        near(each, reference.grad)
 
 
 # Rotary embeddings
