@@ -92,12 +92,12 @@ def gated(module: Any, activation: Activation, down: Family | None, x: torch.Ten
     [..., width]."""
     gate, up = module.gate_proj(x), module.up_proj(x)
     if kernels.take(gate) and down is not None and (projection := down.alone()) is not None:
+        assert projection.adapter is not None
         projected: torch.Tensor = _GatedProject.apply(gate, up, *projection.adapter, projection, activation)  # type: ignore[no-untyped-call]
         return projected
     product: torch.Tensor = _Gate.apply(gate, up, activation)  # type: ignore[no-untyped-call]
     product.recipe = (functools.partial(_gate, activation), (gate.detach(), up.detach()))  # type: ignore[attr-defined]
-    down: torch.Tensor = module.down_proj(product)
-    return down
+    return module.down_proj(product)  # type: ignore[no-any-return]
 
 
 def activated(activation: Activation, x: torch.Tensor) -> torch.Tensor:

@@ -51,6 +51,7 @@ GATE_COLUMNS = 1024
 
 _asked_for: dict[object, tuple[str, tuple[object, ...], dict[str, Any]]] | None = None
 _computes = True
+_are_drawn = False
 _started: Future[None] | None = None
 
 
@@ -60,15 +61,28 @@ def take(x: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def shapes_alone() -> Iterator[None]:
+def shapes_alone(*, drawn: bool = False) -> Iterator[None]:
     """Inside, tensors of every device are taken, and what is given back has a shape and no content: nothing is
-    launched, and no Triton is needed. A forecast sees what is allocated."""
-    global _computes
-    _computes = False
+    launched, and no Triton is needed. A forecast sees what is allocated. `drawn`: whether the weights will be as an
+    initialisation draws them."""
+    global _computes, _are_drawn
+    _computes, _are_drawn = False, drawn
     try:
         yield
     finally:
-        _computes = True
+        _computes, _are_drawn = True, False
+
+
+def are_even(scales: torch.Tensor, spread: float) -> bool:
+    """Whether the largest of a norm's `scales` is at most `spread` times the smallest. Those that have no numbers are
+    if they will be drawn, since initialisations make them all one."""
+    if not _computes:
+        return _are_drawn
+    sizes = scales.detach().float().abs()
+    return bool(sizes.max() <= spread * sizes.min())
+
+
+_are_drawn = False
 
 
 def warm_up() -> None:
@@ -438,8 +452,7 @@ def gate_project_backward(
     """The gradients of `gate` and `up`, as `gate_backward` has them, and of an adapter's first factor, which was
     multiplied with their product, given the gradient that others had for that product and what `reached` the adapter:
     in one pass, without that product."""
-    grad, (gate, up, stride) = grad.contiguous(), _rows_alike(gate, up)
-    assert up is not None
+    grad, (gate, let_through, stride) = grad.contiguous(), _rows_alike(gate, up)
     width, a = gate.shape[-1], reached.a.contiguous()
     tokens = gate.numel() // width
     grads = torch.empty(*gate.shape[:-1], 2 * width, dtype=gate.dtype, device=gate.device).split(width, -1)
@@ -447,8 +460,8 @@ def gate_project_backward(
     shares = torch.empty(count, *a.shape, dtype=a.dtype, device=a.device)
     launch(
         "gate_project_backward", (count, _over(width, COLUMNS)),
-        grad, reached.grad.contiguous(), gate, up, a, *grads, shares, reached.scaling, tokens, width, a.shape[0],
-        stride, 2 * width,
+        grad, reached.grad.contiguous(), gate, let_through, a, *grads, shares, reached.scaling, tokens, width,
+        a.shape[0], stride, 2 * width,
         activation=activation, rank=_padded(a.shape[0]), share=ROWS_OF_A_SHARE, rows=32, columns=COLUMNS,
     )  # fmt: skip
     return *grads, shares.sum(0)

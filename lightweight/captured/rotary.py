@@ -182,11 +182,8 @@ class HeadNorm:
 
     @classmethod
     def of(cls, norm: Norm) -> HeadNorm:
-        """With its weights looked at; those of a forecast have no numbers, and are taken for what keeps more."""
-        if isinstance(norm.weight, torch_internals.FakeTensor) or norm.weight.is_meta:
-            return cls(norm, is_reversible=False)
-        scales = (norm.weight.detach().float() + norm.offset).abs()
-        return cls(norm, is_reversible=bool(scales.max() <= MOST_SPREAD * scales.min()))
+        """With its weights looked at."""
+        return cls(norm, kernels.are_even(norm.weight + norm.offset, MOST_SPREAD))
 
 
 class Rotation:

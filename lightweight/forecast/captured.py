@@ -67,7 +67,7 @@ def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> 
     for weight in agreement.trained(network):
         weight.register_post_accumulate_grad_hook(lambda grown: recorder.mark(grown.grad, "gradients"))
     recorder.meter.phase = "capture"
-    with kernels.shapes_alone():
+    with kernels.shapes_alone(drawn=trial.model.weights == "random"):
         step = Step(trial, trainer)
         with torch_internals.with_numbers():  # of the rows that are drawn
             epochs = Epochs(trial, trainer, rows, packing_asked=asked.packing, most=None)
