@@ -10,7 +10,6 @@ rounding.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,15 +18,21 @@ from lightweight.preload import peft  # isort: skip  # before transformers, whic
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit
-from torch.nn.functional import gelu, rms_norm, silu
-from transformers.activations import NewGELUActivation, SiLUActivation
+from torch.nn.functional import rms_norm
 
-from lightweight.captured import recomputed
+from lightweight.captured import blocks, gates, kernels, recomputed, rotary
+from lightweight.captured.kernels import Norm
 from lightweight.captured.projections import Family
 from lightweight.internals import torch as torch_internals
 
 SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 """Names under which a module's children project one and the same input."""
+
+HEAD_NORMS = ("q_norm", "k_norm")
+"""Names of the norms that an attention takes of each head of its queries and keys."""
+
+ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
+"""Where modules that may be activations are written."""
 
 
 class Lean:
@@ -42,22 +47,62 @@ class Lean:
         device = next(model.parameters()).device
         self._seed = torch.zeros((), dtype=torch.int64, device=device)
         adapted: list[Any] = [module for module in model.modules() if _is_plain_lora(module)]
-        widths = {module.in_features for module in adapted}
-        # Rotary embeddings make new queries and keys; in one tensor with the values the old ones would be kept as well.
-        joins = getattr(getattr(model, "config", None), "rope_parameters", None) is None
+        if not adapted:
+            self._undo_rotations: Callable[[], None] = lambda: None
+            return
+        rotations, self._undo_rotations = rotary.install(model)
+        norms = {module: norm for module in model.modules() if (norm := _norm_of(module)) is not None}
+        families = self._project(model, adapted, rotations)
+        self._norm(model, norms, rotations)
+        self._activate(model, families)
+
+    def _project(
+        self, model: torch.nn.Module, adapted: list[Any], rotations: dict[Any, rotary.Rotation]
+    ) -> dict[Any, Family]:
+        """Have layers with adapters project what they share at once. The family of each."""
+        # Where rotary embeddings make new queries and keys, and not in place, the old ones would be kept as well in one
+        # tensor with the values.
+        turns = getattr(getattr(model, "config", None), "rope_parameters", None) is not None
+        most = max(module.in_features * module.out_features for module in adapted)
+        families: dict[Any, Family] = {}
         site = 0
-        for modules in _families(model, adapted):
-            family = Family(modules, self._seed, site, joins=joins)
+        for parent, modules in _families(model, adapted):
+            in_place = parent in rotations and kernels.take(self._seed)
+            joins = not turns or in_place or hasattr(parent, "gate_proj")
+            family = Family(modules, self._seed, site, joins=joins, most=most)
             for index, module in enumerate(modules):
                 self._change(module, functools.partial(family.project, index))
             site += len(modules)
-        for module in model.modules() if adapted else ():
-            if recomputed.is_gated(module):
-                self._change(module, functools.partial(recomputed.gated, module))
+            families |= dict.fromkeys(modules, family)
+        return families
+
+    def _norm(self, model: torch.nn.Module, norms: dict[Any, Norm], rotations: dict[Any, rotary.Rotation]) -> None:
+        """Have norms computed again in the backward pass, with the sums they are of, and the turns that follow them."""
+        for module, norm in norms.items():
+            self._change(module, functools.partial(blocks.normed, module, norm))
+        for block in blocks.blocks_of(model, norms):
+            self._change(block.layer, block.forward)
+        for attention, rotation in rotations.items():
+            heads: list[Any] = [getattr(attention, name, None) for name in HEAD_NORMS]
+            width = getattr(attention, "head_dim", None)
+            if not all(module in norms and norms[module].weight.numel() == width for module in heads):
+                continue
+            own = {module: module.forward for module in heads}
+            for module in heads:
+                module.forward = functools.partial(rotation.defer, rotary.HeadNorm.of(norms[module]))
+            self._change(attention, functools.partial(rotation.forward, attention, own))
+
+    def _activate(self, model: torch.nn.Module, families: dict[Any, Family]) -> None:
+        """Have gates and activations computed again in the backward pass, and OPT's last norms with their sums."""
+        widths = {module.in_features for module in families}
+        site = len(families)  # for dropout, after those of the families
+        for module in model.modules():
+            if (activation := gates.gating_of(module)) is not None:
+                self._change(module, functools.partial(gates.gated, module, activation, families.get(module.down_proj)))
             elif recomputed.is_post_norm_opt(module):
                 self._change(module, functools.partial(recomputed.post_norm_opt, module, self._seed, site))
                 site += 2
-            elif (forward := _forward_of(module, widths)) and not any(p.requires_grad for p in module.parameters()):
+            elif (forward := _activation_of(module, widths)) is not None:
                 self._change(module, forward)
 
     def roll(self) -> None:
@@ -69,45 +114,61 @@ class Lean:
         for module in self.changed:
             del module.forward
         self.changed.clear()
+        self._undo_rotations()
+        self._undo_rotations = lambda: None
 
     def _change(self, module: Any, forward: Callable[..., torch.Tensor]) -> None:
         module.forward = forward
         self.changed.append(module)
 
 
-def _forward_of(module: Any, widths: set[int]) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """A forward pass of a norm or an activation whose output can be computed again; None for any other module.
-
-    `widths`: what the adapted layers take; an activation no adapter looks at need not be kept itself.
-    """
-    function: Callable[[torch.Tensor], torch.Tensor]
-    if type(module) is torch.nn.LayerNorm and len(module.normalized_shape) == 1 and module.weight is not None:
-        function = functools.partial(recomputed.norm, module.weight, module.bias, module.eps, True)
-    elif type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-        function = functools.partial(recomputed.norm, module.weight, None, module.variance_epsilon, False)
-        if not _is_plain(module):
-            return None
-    elif type(module) is NewGELUActivation:
-        function = functools.partial(gelu, approximate="tanh")  # the same formula, in one pass instead of eight
-    elif type(module) in (SiLUActivation, torch.nn.SiLU):
-        function = silu
-    elif type(module) is torch.nn.ReLU:
-        return functools.partial(recomputed.relu, widths)
-    else:
+def _norm_of(module: Any) -> Norm | None:
+    """The frozen norm that `module` takes; None for any other module."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or any(p.requires_grad for p in module.parameters()):
         return None
-    return functools.partial(recomputed.recomputable, function)
+    if type(module) is torch.nn.LayerNorm:
+        return Norm(weight, module.bias, module.eps, True)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(eps, float) or len([*module.parameters()]) > 1:
+        return None
+    for offset in (0.0, 1.0):
+        norm = Norm(weight, None, eps, False, offset)
+        if _takes(module, norm):
+            return norm
+    return None
 
 
-def _is_plain(module: Any) -> bool:
+def _takes(module: Any, norm: Norm) -> bool:
     """Whether an RMS norm of transformers is torch's with its weight, to which some add one. Asked of a twin with
     numbers of its own, since a forecast's weights have none."""
     with torch_internals.with_numbers(), torch.no_grad():
-        twin = copy.copy(module)
-        vars(twin).pop("forward", None)
-        weight = torch.linspace(0.5, 2.0, module.weight.numel())
-        sample = torch.linspace(-3, 3, 4 * weight.numel()).view(4, -1)
-        found: torch.Tensor = torch.func.functional_call(twin, {"weight": weight}, (sample,))
-        return torch.allclose(found, rms_norm(sample, weight.shape, weight, module.variance_epsilon), atol=1e-3)
+        twin = gates.twin_of(module, {})
+        weight = torch.linspace(0.5, 2.0, norm.weight.numel())
+        sample = torch.linspace(-3, 3, 4 * weight.numel()).view(4, -1) * torch.tensor([[1.0], [1.0], [1.0], [1e-3]])
+        try:
+            found = torch.func.functional_call(twin, {"weight": weight}, (sample,))
+        except Exception:  # noqa: BLE001  of any model's code: it is something else
+            return False
+        expected = rms_norm(sample, weight.shape, weight + norm.offset, norm.eps)
+        return isinstance(found, torch.Tensor) and torch.allclose(found, expected, atol=1e-3)
+
+
+def _activation_of(module: Any, widths: set[int]) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """A forward pass of an activation whose output can be computed again; None for any other module.
+
+    `widths`: what the adapted layers take; an activation no adapter looks at need not be kept itself.
+    """
+    if type(module) is torch.nn.ReLU:
+        return functools.partial(recomputed.relu, widths)
+    if type(module).__module__ not in ACTIVATIONS:
+        return None
+    activation = gates.activation_of(module)
+    if activation is None:
+        return None
+    if activation == "relu2":
+        return functools.partial(gates.activated, activation)
+    return functools.partial(recomputed.recomputable, gates.FUNCTIONS[activation])
 
 
 def _is_plain_lora(module: Any) -> bool:
@@ -131,8 +192,9 @@ def _is_plain_lora(module: Any) -> bool:
     )
 
 
-def _families(model: torch.nn.Module, adapted: list[Any]) -> Iterator[list[Any]]:
-    """The adapted layers, each together with the frozen ones that project the same input."""
+def _families(model: torch.nn.Module, adapted: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
+    """The adapted layers, each together with the frozen ones that project the same input, and whose they are, where
+    there are several."""
     left = dict.fromkeys(adapted)
     for parent in model.modules():
         for names in SIBLINGS:
@@ -141,10 +203,10 @@ def _families(model: torch.nn.Module, adapted: list[Any]) -> Iterator[list[Any]]
                 child in left or _is_frozen_linear(child) for child in family
             ):
                 continue
-            yield family
+            yield parent, family
             for child in family:
                 left.pop(child, None)
-    yield from ([module] for module in left)
+    yield from ((None, [module]) for module in left)
 
 
 def _is_frozen_linear(module: Any) -> bool:

@@ -15,14 +15,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from lightweight.internals.triton import build_launcher
 
 try:
-    from lightweight.captured import triton_kernels
+    from lightweight.captured import triton_kernels, triton_rotary
 except ImportError:  # no Triton
     triton_kernels = None  # type: ignore[assignment]
 
@@ -45,8 +46,12 @@ unit takes."""
 ELEMENTS = 2048
 """Elements of one program of an activation."""
 
+GATE_COLUMNS = 1024
+"""Columns of one program of a gate."""
+
 _asked_for: dict[object, tuple[str, tuple[object, ...], dict[str, Any]]] | None = None
 _computes = True
+_are_drawn = False
 _started: Future[None] | None = None
 
 
@@ -56,15 +61,28 @@ def take(x: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def shapes_alone() -> Iterator[None]:
+def shapes_alone(*, drawn: bool = False) -> Iterator[None]:
     """Inside, tensors of every device are taken, and what is given back has a shape and no content: nothing is
-    launched, and no Triton is needed. A forecast sees what is allocated."""
-    global _computes
-    _computes = False
+    launched, and no Triton is needed. A forecast sees what is allocated. `drawn`: whether the weights will be as an
+    initialisation draws them."""
+    global _computes, _are_drawn
+    _computes, _are_drawn = False, drawn
     try:
         yield
     finally:
-        _computes = True
+        _computes, _are_drawn = True, False
+
+
+def are_even(scales: torch.Tensor, spread: float) -> bool:
+    """Whether the largest of a norm's `scales` is at most `spread` times the smallest. Those that have no numbers are
+    if they will be drawn, since initialisations make them all one."""
+    if not _computes:
+        return _are_drawn
+    sizes = scales.detach().float().abs()
+    return bool(sizes.max() <= spread * sizes.min())
+
+
+_are_drawn = False
 
 
 def warm_up() -> None:
@@ -105,17 +123,21 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, count), initializer=torch.cuda.set_device, initargs=(device,))
 
 
+def _kernel(name: str) -> Any:
+    return getattr(triton_rotary if hasattr(triton_rotary, name) else triton_kernels, name)
+
+
 def _compile(name: str, types: tuple[object, ...], settings: dict[str, Any]) -> None:
-    compiled = getattr(triton_kernels, name).warmup(*types, grid=(1,), **settings)
+    compiled = _kernel(name).warmup(*types, grid=(1,), **settings)
     if compiled is not None:  # as it is where kernels are interpreted
         build_launcher(compiled)
 
 
-def _launch(name: str, programs: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
-    """Have `programs` of the kernel called `name` in `triton_kernels` run on the device."""
+def launch(name: str, programs: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
+    """Have `programs` of the kernel called `name`, in `triton_kernels` or `triton_rotary`, run on the device."""
     if not _computes:
         return
-    kernel = getattr(triton_kernels, name)
+    kernel = _kernel(name)
     if _asked_for is None:
         kernel[programs](*arguments, **settings)
         return
@@ -150,14 +172,10 @@ def add_adapter_(
     inner = torch.empty(tokens, a.shape[0], dtype=x.dtype, device=x.device)
     dropout = seed, site, _threshold(p), scaling / (1 - p)
     if max(width, b.shape[0]) > NARROW:
-        _launch(
-            "project", (_over(tokens, 16),),
-            x, a, inner, *dropout, tokens, width, a.shape[0],
-            drops=p > 0, rank=_padded(a.shape[0]), rows=16, columns=COLUMNS, num_stages=4,
-        )  # fmt: skip
+        _project(x, a, inner, dropout)
         y.addmm_(inner, b.t())
     else:
-        _launch(
+        launch(
             "add_adapter", (_over(tokens, NARROW_TILE["rows"]),),
             y, x, a, b, inner, *dropout, tokens, width, b.shape[0], y.stride(0), a.shape[0],
             drops=p > 0, rank=_padded(a.shape[0]), columns=512 // x.element_size(), num_stages=4, **NARROW_TILE,
@@ -187,17 +205,11 @@ def adapter_backward(
     if grad_x is None:
         grad_x = x  # not written to
     if max(width, b.shape[0]) > NARROW:
-        count = _over(tokens, ROWS_OF_A_SHARE)
-        shares = torch.empty(count, *a.shape, dtype=a.dtype, device=a.device)
-        _launch(
-            "project_backward", (count, _over(width, COLUMNS)),
-            grad @ b, x, a, grad_x, shares, *dropout, tokens, width, a.shape[0],
-            share=ROWS_OF_A_SHARE, rows=32, columns=COLUMNS, **settings,
-        )  # fmt: skip
-        return shares.sum(0), grad.t() @ inner
+        grad_a = _project_backward(grad @ b, x, a, grad_x, dropout, **settings)
+        return grad_a, grad.t() @ inner
     count = _over(tokens, NARROW_TILE["rows"])
     shares = torch.empty(count, a.numel() + b.numel(), dtype=a.dtype, device=a.device)
-    _launch(
+    launch(
         "adapter_backward", (count,),
         grad, inner, x, a, b, grad_x, shares, *dropout, tokens, width, b.shape[0], a.shape[0],
         columns=512 // x.element_size(), num_stages=3, **settings, **NARROW_TILE,
@@ -206,93 +218,169 @@ def adapter_backward(
     return grad_a.view_as(a), grad_b.view_as(b)
 
 
+def project(x: torch.Tensor, a: torch.Tensor, scaling: float) -> torch.Tensor:
+    """`scaling * x @ a.T`, [tokens, r], given `x` [tokens, in] and `a` [r, in]: the first product of adapters, where
+    nothing is dropped."""
+    x, a = x.contiguous(), a.contiguous()
+    inner = torch.empty(x.shape[0], a.shape[0], dtype=x.dtype, device=x.device)
+    _project(x, a, inner, (x, 0, 0, scaling))
+    return inner
+
+
+def project_backward(
+    grad: torch.Tensor, x: torch.Tensor, a: torch.Tensor, grad_x: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """The gradient of `project`'s `a` [r, in], given that of its result; adds that of `x` to `grad_x` [tokens, in],
+    contiguous, where there is one."""
+    reaches_x = grad_x is not None
+    return _project_backward(
+        grad.contiguous(), x.contiguous(), a.contiguous(), x if grad_x is None else grad_x, (x, 0, 0, scaling),
+        drops=False, reaches_x=reaches_x, rank=_padded(a.shape[0]),
+    )  # fmt: skip
+
+
+Dropout = tuple[torch.Tensor, int, int, float]
+"""A seed, a site, below which numbers elements fall, and what the rest is multiplied with."""
+
+
+def _project(x: torch.Tensor, a: torch.Tensor, inner: torch.Tensor, dropout: Dropout) -> None:
+    launch(
+        "project", (_over(x.shape[0], 16),),
+        x, a, inner, *dropout, *x.shape, a.shape[0],
+        drops=dropout[2] > 0, rank=_padded(a.shape[0]), rows=16, columns=COLUMNS, num_stages=4,
+    )  # fmt: skip
+
+
+def _project_backward(
+    grad: torch.Tensor, x: torch.Tensor, a: torch.Tensor, grad_x: torch.Tensor, dropout: Dropout, **settings: Any
+) -> torch.Tensor:
+    tokens, width = x.shape
+    count = _over(tokens, ROWS_OF_A_SHARE)
+    shares = torch.empty(count, *a.shape, dtype=a.dtype, device=a.device)
+    launch(
+        "project_backward", (count, _over(width, COLUMNS)),
+        grad, x, a, grad_x, shares, *dropout, tokens, width, a.shape[0],
+        share=ROWS_OF_A_SHARE, rows=32, columns=COLUMNS, **settings,
+    )  # fmt: skip
+    return shares.sum(0)
+
+
 def cross_entropy_(logits: torch.Tensor, vocabulary: int, targets: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """The cross-entropy (nats) of the first `vocabulary` columns of `logits` [tokens, columns] against `targets`
     [tokens]: [tokens], fp32. Afterwards these columns hold `scales` [tokens] times its gradient, and those behind them,
     there to make rows begin where a wide load can, hold zeros."""
     losses = torch.empty(logits.shape[0], device=logits.device)
-    _launch(
+    launch(
         "cross_entropy", (logits.shape[0],),
         logits, targets, scales, losses, vocabulary, logits.shape[1], columns=4096, num_warps=8,
     )  # fmt: skip
     return losses
 
 
-def norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, centred: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Layer norm over the last axis of `x`, or RMS norm where it is not `centred`, and each row's mean and reciprocal
-    deviation, [rows, 2] in fp32, for `norm_backward`."""
+class Norm(NamedTuple):
+    """Layer norm over the last axis, or RMS norm where it is not `centred`, times `weight + offset`; all frozen."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    eps: float
+    centred: bool
+    offset: float = 0.0
+
+
+def norm(x: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of `x` over its last axis, and each row's mean and reciprocal deviation, [rows, 2] in fp32, for
+    `norm_backward`."""
     x = x.contiguous()
     width = x.shape[-1]
     rows = x.numel() // width
     result, statistics = torch.empty_like(x), torch.empty(rows, 2, device=x.device)
-    _launch(
+    weight, bias, eps, centred, offset = norm
+    launch(
         "norm", (rows,),
-        x, weight, weight if bias is None else bias, result, statistics, eps, width, centred=centred,
-        biased=bias is not None, columns=_power_of_2(width),
+        x, weight, weight if bias is None else bias, result, statistics, eps, offset, width, centred=centred,
+        biased=bias is not None, columns=power_of_2(width),
     )  # fmt: skip
     return result, statistics
 
 
-def norm_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, statistics: torch.Tensor, centred: bool
-) -> torch.Tensor:
+def norm_backward(grad: torch.Tensor, x: torch.Tensor, norm: Norm, statistics: torch.Tensor) -> torch.Tensor:
     """The gradient of `norm`'s `x`, given that of its result and the statistics it returned beside it."""
     grad, x = grad.contiguous(), x.contiguous()
     width = x.shape[-1]
     grad_x = torch.empty_like(x)
-    _launch(
+    launch(
         "norm_backward", (x.numel() // width,),
-        grad, x, weight, statistics, grad_x, width, centred=centred, columns=_power_of_2(width),
+        grad, x, norm.weight, statistics, grad_x, norm.offset, width, centred=norm.centred, columns=power_of_2(width),
     )  # fmt: skip
     return grad_x
 
 
-def add_norm(
-    branch: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    eps: float,
-    p: float,
-    seed: torch.Tensor,
-    site: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Layer norm over the last axis of `residual + dropout(branch)`; that sum; and its statistics as `norm` has them.
-    Dropout as in `add_adapter_`."""
+@dataclass(frozen=True)
+class Sum:
+    """`residual + dropout(after(branch))`, and the `norm` of that; `after` is an RMS norm, if any. Dropout as in
+    `add_adapter_`, with a `site` of its own."""
+
+    norm: Norm
+    after: Norm | None = None
+    p: float = 0.0
+    site: int = 0
+
+
+class Summed(NamedTuple):
+    """A sum's `total`, the `result` of the norm of it, and both norms' statistics, as `norm` has them."""
+
+    total: torch.Tensor
+    result: torch.Tensor
+    statistics: torch.Tensor
+    after_statistics: torch.Tensor | None
+
+
+def add_norm(branch: torch.Tensor, residual: torch.Tensor, made: Sum, seed: torch.Tensor) -> Summed:
+    """What is `made` of `branch` and `residual`, [..., width]."""
     branch, residual = branch.contiguous(), residual.contiguous()
     width = branch.shape[-1]
     rows = branch.numel() // width
+    (weight, bias, eps, centred, offset), after = made.norm, made.after
     result, total = torch.empty_like(branch), torch.empty_like(branch)
     statistics = torch.empty(rows, 2, device=branch.device)
-    _launch(
+    after_statistics = None if after is None else torch.empty_like(statistics)
+    second = after or made.norm
+    launch(
         "add_norm", (rows,),
-        branch, residual, weight, weight if bias is None else bias, result, total, statistics, eps, seed, site,
-        _threshold(p), 1 / (1 - p), width, drops=p > 0, biased=bias is not None, columns=_whole(width),
+        branch, residual, weight, weight if bias is None else bias, second.weight, result, total, statistics,
+        statistics if after_statistics is None else after_statistics, eps, offset, second.eps, second.offset,
+        seed, made.site, _threshold(made.p), 1 / (1 - made.p), width,
+        drops=made.p > 0, centred=centred, biased=bias is not None, normed=after is not None, columns=_whole(width),
     )  # fmt: skip
-    return result, total, statistics
+    return Summed(total, result, statistics, after_statistics)
 
 
 def add_norm_backward(
     grads: list[torch.Tensor],
-    total: torch.Tensor,
-    weight: torch.Tensor,
-    statistics: torch.Tensor,
-    p: float,
+    grad_total: torch.Tensor | None,
+    branch: torch.Tensor | None,
+    summed: Summed,
+    made: Sum,
     seed: torch.Tensor,
-    site: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of `add_norm`'s `branch` and `residual`, given those of its result, one or two to be added."""
+    """The gradients of `add_norm`'s `branch` and `residual`, given those of its result, one or two to be added, and
+    of its total, where there is one. `branch` is asked for where it was normed."""
     first, second = grads[0].contiguous(), grads[-1].contiguous()
-    total = total.contiguous()
+    total, after = summed.total.contiguous(), made.after
+    past = total if grad_total is None else grad_total.contiguous()
     width = total.shape[-1]
     grad_residual = torch.empty_like(total)
-    grad_branch = torch.empty_like(total) if p else grad_residual
-    _launch(
+    grad_branch = torch.empty_like(total) if made.p or after else grad_residual
+    extra = after or made.norm
+    branch = total if branch is None else branch.contiguous()
+    launch(
         "add_norm_backward", (total.numel() // width,),
-        first, second, total, weight, statistics, grad_branch, grad_residual, seed, site, _threshold(p), 1 / (1 - p),
-        width, drops=p > 0, two=len(grads) == 2, columns=_whole(width),
+        first, second, past, total, made.norm.weight, summed.statistics, branch, extra.weight,
+        summed.statistics if summed.after_statistics is None else summed.after_statistics,
+        grad_branch, grad_residual, made.norm.offset, extra.offset, seed, made.site, _threshold(made.p),
+        1 / (1 - made.p), width,
+        drops=made.p > 0, two=len(grads) == 2, passed=grad_total is not None, centred=made.norm.centred,
+        normed=after is not None, columns=_whole(width),
     )  # fmt: skip
     return grad_branch, grad_residual
 
@@ -302,7 +390,7 @@ def relu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.contiguous()
     result = torch.empty_like(x)
     positive = torch.empty(_over(x.numel(), 8), dtype=torch.uint8, device=x.device)
-    _launch("relu", (_over(x.numel(), ELEMENTS),), x, result, positive, x.numel(), elements=ELEMENTS)
+    launch("relu", (_over(x.numel(), ELEMENTS),), x, result, positive, x.numel(), elements=ELEMENTS)
     return result, positive
 
 
@@ -310,25 +398,93 @@ def relu_backward(grad: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
     """The gradient of `relu`'s `x`, given that of its result and the bits it returned beside it."""
     grad = grad.contiguous()
     result = torch.empty_like(grad)
-    _launch("relu_backward", (_over(grad.numel(), ELEMENTS),), grad, positive, result, grad.numel(), elements=ELEMENTS)
+    launch("relu_backward", (_over(grad.numel(), ELEMENTS),), grad, positive, result, grad.numel(), elements=ELEMENTS)
     return result
 
 
-def gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, of one shape."""
-    gate, up = gate.contiguous(), up.contiguous()
-    result = torch.empty_like(gate)
-    _launch("gate", (_over(gate.numel(), ELEMENTS),), gate, up, result, gate.numel(), elements=ELEMENTS)
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
+"""What a gate may be activated by: SiLU, GELU as it is and by its usual approximation, or the square of ReLU."""
+
+
+def gate(gate: torch.Tensor, up: torch.Tensor | None, activation: Activation) -> torch.Tensor:
+    """activation(gate) * up, of one shape, [..., width]; without `up`, the activation alone. Rows of both may lie
+    apart."""
+    gate, up, stride = _rows_alike(gate, up)
+    width = gate.shape[-1]
+    result = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    launch(
+        "gate", (gate.numel() // width, _over(width, GATE_COLUMNS)),
+        gate, gate if up is None else up, result, stride, width,
+        activation=activation, gated=up is not None, columns=GATE_COLUMNS,
+    )  # fmt: skip
     return result
 
 
-def gate_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of `gate` and `up`, given that of what `gate` returned."""
-    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
-    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-    count = _over(gate.numel(), ELEMENTS)
-    _launch("gate_backward", (count,), grad, gate, up, grad_gate, grad_up, gate.numel(), elements=ELEMENTS)
-    return grad_gate, grad_up
+def gate_backward(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None, activation: Activation
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradients of `gate` and `up`, given that of what `gate` returned: side by side in one tensor, as the output
+    of one product would be."""
+    grad, (gate, up, stride) = grad.contiguous(), _rows_alike(gate, up)
+    width = gate.shape[-1]
+    parts = 1 if up is None else 2
+    grads = torch.empty(*gate.shape[:-1], parts * width, dtype=gate.dtype, device=gate.device).split(width, -1)
+    launch(
+        "gate_backward", (gate.numel() // width, _over(width, GATE_COLUMNS)),
+        grad, gate, gate if up is None else up, grads[0], grads[-1], stride, parts * width, width,
+        activation=activation, gated=up is not None, columns=GATE_COLUMNS,
+    )  # fmt: skip
+    return grads[0], None if up is None else grads[1]
+
+
+class Reached(NamedTuple):
+    """What comes back to an adapter's first factor `a` [r, in]: the gradient of its product, [tokens, r], without its
+    `scaling`."""
+
+    grad: torch.Tensor
+    a: torch.Tensor
+    scaling: float
+
+
+def gate_project_backward(
+    grad: torch.Tensor, reached: Reached, gate: torch.Tensor, up: torch.Tensor, activation: Activation
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of `gate` and `up`, as `gate_backward` has them, and of an adapter's first factor, which was
+    multiplied with their product, given the gradient that others had for that product and what `reached` the adapter:
+    in one pass, without that product."""
+    grad, (gate, let_through, stride) = grad.contiguous(), _rows_alike(gate, up)
+    width, a = gate.shape[-1], reached.a.contiguous()
+    tokens = gate.numel() // width
+    grads = torch.empty(*gate.shape[:-1], 2 * width, dtype=gate.dtype, device=gate.device).split(width, -1)
+    count = _over(tokens, ROWS_OF_A_SHARE)
+    shares = torch.empty(count, *a.shape, dtype=a.dtype, device=a.device)
+    launch(
+        "gate_project_backward", (count, _over(width, COLUMNS)),
+        grad, reached.grad.contiguous(), gate, let_through, a, *grads, shares, reached.scaling, tokens, width,
+        a.shape[0], stride, 2 * width,
+        activation=activation, rank=_padded(a.shape[0]), share=ROWS_OF_A_SHARE, rows=32, columns=COLUMNS,
+    )  # fmt: skip
+    return *grads, shares.sum(0)
+
+
+def _rows_alike(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    """Both with rows that lie equally far apart, and how far."""
+    strides = {_row_stride(x) for x in (gate, up) if x is not None}
+    if len(strides) == 1 and (stride := strides.pop()) is not None:
+        return gate, up, stride
+    return gate.contiguous(), None if up is None else up.contiguous(), gate.shape[-1]
+
+
+def _row_stride(x: torch.Tensor) -> int | None:
+    """How far apart the rows of `x` [..., width] lie, where that is the same for all."""
+    if x.dim() == 1:
+        return x.shape[0]
+    expected = x.stride(-2)
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if stride != expected and size != 1:
+            return None
+        expected = stride * size
+    return x.stride(-2) if x.stride(-1) == 1 else None
 
 
 def _threshold(p: float) -> int:
@@ -341,16 +497,16 @@ def _over(count: int, size: int) -> int:
     return -(-count // size)
 
 
-def _power_of_2(count: int) -> int:
+def power_of_2(count: int) -> int:
     """The smallest power of two that is not below `count`."""
     return 1 << (count - 1).bit_length()
 
 
 def _whole(width: int) -> int:
     """Columns of a tile that holds a whole row, with room for one draw of random numbers."""
-    return max(8, _power_of_2(width))
+    return max(8, power_of_2(width))
 
 
 def _padded(rank: int) -> int:
     """A matrix unit takes 16 columns at the least."""
-    return max(16, _power_of_2(rank))
+    return max(16, power_of_2(rank))

@@ -17,18 +17,21 @@ from torch.nn.functional import linear
 from lightweight.captured import kernels
 from lightweight.captured.dropout import drop, drop_backward, probability
 from lightweight.captured.recomputed import recipe_of
+from lightweight.internals import torch as torch_internals
 
 
 class Family:
     """Layers that project one input. The first one asked computes all; its siblings then hand theirs out.
 
     Dropout is drawn from `seed`, one number on the device, for each layer with a number of its own from `site` on.
-    `joins`: whether their weights may become one.
+    `joins`: whether their outputs may be parts of one tensor; `most` is how many elements a weight may have that is
+    dequantized for all of them.
     """
 
-    def __init__(self, modules: list[Any], seed: torch.Tensor, site: int, *, joins: bool) -> None:
+    def __init__(self, modules: list[Any], seed: torch.Tensor, site: int, *, joins: bool, most: int = 0) -> None:
         self._modules, self._seed, self._site = modules, seed, site
-        self._joint = _joined([Projection.of(module, site).base for module in modules]) if joins else None
+        bases = [Projection.of(module, site).base for module in modules]
+        self._joint = _joined(bases, most) if joins else None
         self._x: torch.Tensor | None = None
         self._waiting: dict[int, torch.Tensor] = {}
 
@@ -44,6 +47,13 @@ class Family:
         if not self._waiting:
             self._x = None
         return output
+
+    def alone(self) -> Projection | None:
+        """The projection of a family of one, where it has an adapter, and nothing is dropped of what it takes."""
+        if len(self._modules) > 1:
+            return None
+        projection = Projection.of(self._modules[0], self._site)
+        return projection if projection.adapter and not projection.p else None
 
 
 @dataclass(frozen=True)
@@ -70,30 +80,73 @@ class Projection:
 
 @dataclass(frozen=True)
 class _Joint:
-    """The weights of several linear layers in one: [sum of `widths`, in], and their biases."""
+    """The weights of several layers as one, which feeds a matrix unit better: [sum of `widths`, in], and their biases.
+    Where they are of 4 bits, they are made one when they are dequantized."""
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    bases: list[Any]
     widths: list[int]
+    whole: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """[sum of widths, in]."""
+        if self.whole is not None:
+            return self.whole
+        packed: Any = [base.weight for base in self.bases]
+        shape = sum(self.widths), self.bases[0].in_features
+        joint = torch.empty(shape, dtype=packed[0].quant_state.dtype, device=packed[0].device)
+        for part, each in zip(joint.split(self.widths), packed, strict=True):
+            bitsandbytes.functional.dequantize_4bit(each.data, each.quant_state, out=part)
+        return joint.to(dtype)
+
+    def bias_in(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """[sum of widths], if any."""
+        return None if self.bias is None else self.bias.to(dtype)
 
 
 @torch.no_grad()
-def _joined(bases: list[Any]) -> _Joint | None:
-    """Several whole linear layers as one, which feeds a matrix unit better; their own weights become parts of it. None
-    where that cannot be."""
-    if len(bases) == 1 or any(type(base) is not torch.nn.Linear for base in bases):
-        return None
+def _joined(bases: list[Any], most: int) -> _Joint | None:
+    """Several layers as one; the weights of whole ones become parts of one. None where that cannot be, and where one of
+    4 bits would have more than `most` elements."""
     biases = [base.bias for base in bases if base.bias is not None]
-    if len(biases) not in (0, len(bases)):
+    if len(bases) == 1 or len(biases) not in (0, len(bases)):
         return None
-    joint = _Joint(
-        torch.cat([base.weight for base in bases]),
-        torch.cat(biases) if biases else None,
-        [base.out_features for base in bases],
-    )
-    for base, part in zip(bases, joint.weight.split(joint.widths), strict=True):
-        base.weight.data = part
-    return joint
+    bias = torch.cat(biases) if biases else None
+    widths = [base.out_features for base in bases]
+    if all(isinstance(base, Linear4bit) for base in bases):
+        elements = sum(widths) * bases[0].in_features
+        is_fast = elements <= most and kernels.take(bases[0].weight)
+        return _Joint(bases, widths, None, bias) if is_fast else None
+    if any(type(base) is not torch.nn.Linear for base in bases):
+        return None
+    weights = [base.weight for base in bases]
+    if (whole := _as_they_lie(weights)) is None:
+        whole = torch.cat(weights)
+        for weight, part in zip(weights, whole.split(widths), strict=True):
+            weight.data = part
+    return _Joint(bases, widths, whole, bias)
+
+
+def _as_they_lie(weights: list[torch.Tensor]) -> torch.Tensor | None:
+    """Weights [out, in] as one, [sum of out, in], where each already lies behind the one before it."""
+    first, place = weights[0], weights[0].storage_offset()
+    storage = torch_internals.address(first.untyped_storage())
+    for weight in weights:
+        is_next = torch_internals.address(weight.untyped_storage()) == storage and weight.storage_offset() == place
+        if not (is_next and weight.is_contiguous() and weight.dtype == first.dtype):
+            return None
+        place += weight.numel()
+    rows = sum(weight.shape[0] for weight in weights)
+    return first.detach().as_strided((rows, first.shape[1]), first.stride(), first.storage_offset())
+
+
+class _Kept(NamedTuple):
+    """What an adapter's backward pass needs: its weights, and what `_add_adapter_` returned."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    inner: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
 
 class _Project(torch.autograd.Function):
@@ -115,46 +168,128 @@ class _Project(torch.autograd.Function):
         outputs: list[torch.Tensor]
         kept: list[torch.Tensor | None] = []
         if joint is not None:
-            outputs = list(linear(x, joint.weight, joint.bias).split(joint.widths, -1))
+            outputs = list(linear(x, joint.weight(x.dtype), joint.bias_in(x.dtype)).split(joint.widths, -1))
         else:  # each by its own forward pass, whatever stands in for it
             outputs = [type(projection.base).forward(projection.base, x) for projection in projections]
         weights = iter(tensors)
-        for projection, y in zip(projections, outputs, strict=True):
-            if projection.adapter:
-                a, b = next(weights), next(weights)
-                kept += _add_adapter_(y.view(-1, y.shape[-1]), flat, a, b, projection, seed)
+        adapters = [_Kept(next(weights), next(weights)) for projection in projections if projection.adapter]
+        adapted = [(projection, y) for projection, y in zip(projections, outputs, strict=True) if projection.adapter]
+        together = kernels.take(x) and _is_one_product(projections, adapters)
+        if together:
+            inner = kernels.project(flat, torch.cat([adapter.a for adapter in adapters]), adapted[0][0].scaling)
+            for part, adapter, (_, y) in zip(inner.split(_ranks(adapters), -1), adapters, adapted, strict=True):
+                y.view(-1, y.shape[-1]).addmm_(part, adapter.b.t())
+            kept.append(inner)
+        else:
+            for adapter, (projection, y) in zip(adapters, adapted, strict=True):
+                kept += _add_adapter_(y.view(-1, y.shape[-1]), flat, adapter.a, adapter.b, projection, seed)
         ctx.save_for_backward(seed, *tensors, *kept)
-        ctx.settings = projections, function, len(tensors), x.shape
+        ctx.settings = projections, joint, function, len(tensors), x.shape, together
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        projections, function, count, shape = ctx.settings
+        projections, joint, function, count, shape, together = ctx.settings
         seed, *saved = ctx.saved_tensors
         adapted = 2 * sum(projection.adapter is not None for projection in projections)
         weights, sources, kept = iter(saved[:adapted]), saved[adapted:count], iter(saved[count:])
         x = sources[0] if function is None else function(*sources)
         x = x.reshape(-1, x.shape[-1])
         grads = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]  # [tokens, out]
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            for projection, grad in zip(projections, grads, strict=True):
-                if grad is None:
-                    continue
-                weight = _weight(projection.base, grad.dtype)
-                grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
+        grad_x = _grad_of_input(grads, projections, joint) if ctx.needs_input_grad[0] else None
+        adapters = [_Kept(next(weights), next(weights)) for projection in projections if projection.adapter]
+        own = [(projection, grad) for projection, grad in zip(projections, grads, strict=True) if projection.adapter]
         adapter_grads: list[torch.Tensor | None] = []
-        for projection, grad in zip(projections, grads, strict=True):
-            if not projection.adapter:
-                continue
-            adapter = _Kept(next(weights), next(weights), next(kept), next(kept))
-            if grad is None:
-                adapter_grads += [None, None]
-                continue
-            adapter_grads += _adapter_backward(grad, adapter, x, grad_x, projection, seed)
+        known = [grad for _, grad in own if grad is not None]
+        if together and len(known) == len(own):
+            adapter_grads += _adapters_backward(known, adapters, next(kept), x, grad_x, own[0][0].scaling)
+        else:
+            inners = next(kept).split(_ranks(adapters), -1) if together else None
+            for index, (adapter, (projection, grad)) in enumerate(zip(adapters, own, strict=True)):
+                inner, mask = (inners[index].contiguous(), None) if inners else (next(kept), next(kept))
+                if grad is None:
+                    adapter_grads += [None, None]
+                    continue
+                adapter_grads += _adapter_backward(
+                    grad, adapter._replace(inner=inner, mask=mask), x, grad_x, projection, seed
+                )
         grad_x = None if grad_x is None else grad_x.view(shape)
         return grad_x, None, None, None, None, *adapter_grads, *(None,) * len(sources)
+
+
+MOST_RANKS = 128
+"""Ranks of all adapters of a family that one kernel's program has in its registers."""
+
+
+def _is_one_product(projections: list[Projection], adapters: list[_Kept]) -> bool:
+    """Whether the first factors of several adapters can be one: nothing is dropped, so that they see the same."""
+    adapted = [projection for projection in projections if projection.adapter]
+    if len(adapted) < 2 or len({projection.scaling for projection in adapted}) > 1:
+        return False
+    return not any(projection.p for projection in adapted) and sum(_ranks(adapters)) <= MOST_RANKS
+
+
+def _ranks(adapters: list[_Kept]) -> list[int]:
+    return [adapter.a.shape[0] for adapter in adapters]
+
+
+def _grad_of_input(
+    grads: list[torch.Tensor | None], projections: list[Projection], joint: _Joint | None
+) -> torch.Tensor | None:
+    """The frozen layers' part of the gradient of their input, [tokens, in], given those of their outputs."""
+    if joint is not None and (row := _side_by_side(grads)) is not None:
+        return row @ joint.weight(row.dtype)
+    grad_x = None
+    for projection, grad in zip(projections, grads, strict=True):
+        if grad is None:
+            continue
+        weight = weight_of(projection.base, grad.dtype)
+        grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
+    return grad_x
+
+
+def _side_by_side(grads: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """Gradients [tokens, out], all in one tensor, [tokens, sum of out]: where they are parts of one already, or the
+    first are, in rows with room for the rest, which are then copied there. None where they lie elsewhere."""
+    first = grads[0]
+    if first is None or any(grad is None for grad in grads):
+        return None
+    tokens, width = first.shape[0], sum(grad.shape[1] for grad in grads if grad is not None)
+    storage = first.untyped_storage()
+    if first.stride() != (width, 1) or first.storage_offset() != 0:
+        return None
+    if storage.nbytes() != tokens * width * first.element_size():
+        return None
+    row, place = first.as_strided((tokens, width), (width, 1)), 0
+    for grad in grads:
+        assert grad is not None
+        is_there = torch_internals.address(grad.untyped_storage()) == torch_internals.address(storage)
+        if is_there and (grad.stride() != (width, 1) or grad.storage_offset() != place):
+            return None
+        if not is_there:
+            row[:, place : place + grad.shape[1]].copy_(grad)
+        place += grad.shape[1]
+    return row
+
+
+def _adapters_backward(
+    grads: list[torch.Tensor],
+    adapters: list[_Kept],
+    inner: torch.Tensor,
+    x: torch.Tensor,
+    grad_x: torch.Tensor | None,
+    scaling: float,
+) -> list[torch.Tensor]:
+    """As `_adapter_backward`, of several adapters whose first factors were one."""
+    ranks = _ranks(adapters)
+    reached = torch.empty_like(inner)  # what comes back through the second factors
+    for part, grad, adapter in zip(reached.split(ranks, -1), grads, adapters, strict=True):
+        torch.mm(grad, adapter.b, out=part)
+    whole = torch.cat([adapter.a for adapter in adapters])
+    grad_a = kernels.project_backward(reached, x, whole, grad_x, scaling)
+    grads_b = [grad.t() @ part for part, grad in zip(inner.split(ranks, -1), grads, strict=True)]
+    return [each for pair in zip(grad_a.split(ranks), grads_b, strict=True) for each in pair]
 
 
 def _add_adapter_(
@@ -171,15 +306,6 @@ def _add_adapter_(
     return inner, mask
 
 
-class _Kept(NamedTuple):
-    """What an adapter's backward pass needs: its weights, and what `_add_adapter_` returned."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    inner: torch.Tensor
-    mask: torch.Tensor | None
-
-
 def _adapter_backward(
     grad: torch.Tensor,
     adapter: _Kept,
@@ -190,6 +316,7 @@ def _adapter_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of the adapter's two weights, given that of `_add_adapter_`'s y; adds that of x to `grad_x`."""
     a, b, inner, mask = adapter
+    assert inner is not None
     if kernels.take(x):
         site, p = projection.site, projection.p
         return kernels.adapter_backward(grad, inner, x, a, b, grad_x, projection.scaling, p, seed, site)
@@ -199,7 +326,7 @@ def _adapter_backward(
     return reached.t() @ drop_backward(x, mask, projection.p), grad.t() @ inner
 
 
-def _weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
+def weight_of(base: Any, dtype: torch.dtype) -> torch.Tensor:
     """[out, in], dequantized where it is quantized."""
     if isinstance(base, Linear4bit):
         packed: Any = base.weight

@@ -13,12 +13,12 @@ from typing import Any
 from lightweight import preload  # isort: skip  # noqa: F401  # before transformers, which may import peft
 
 import torch
-from torch.nn.functional import layer_norm, rms_norm, silu
-from transformers.activations import SiLUActivation
+from torch.nn.functional import layer_norm, rms_norm
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from lightweight.captured import kernels
 from lightweight.captured.dropout import drop, drop_backward, probability
+from lightweight.captured.kernels import Norm, Sum, Summed
 
 Recipe = tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]
 """How to compute a tensor again, and from what."""
@@ -37,28 +37,29 @@ def recomputable(function: Callable[..., torch.Tensor], *sources: torch.Tensor) 
     return result
 
 
-def norm(weight: torch.Tensor, bias: torch.Tensor | None, eps: float, centred: bool, x: torch.Tensor) -> torch.Tensor:
-    """Layer norm, or RMS norm where it is not `centred`: [..., width] -> [..., width], `weight` and `bias` frozen."""
+def norm(norm: Norm, x: torch.Tensor) -> torch.Tensor:
+    """`norm` of `x`: [..., width] -> [..., width]."""
     if kernels.take(x):
-        result: torch.Tensor = _Norm.apply(x, weight, bias, eps, centred)  # type: ignore[no-untyped-call]
+        result: torch.Tensor = _Norm.apply(x, norm)  # type: ignore[no-untyped-call]
         return result
-    return layer_norm(x, weight.shape, weight, bias, eps) if centred else rms_norm(x, weight.shape, weight, eps)
+    weight = norm.weight + norm.offset if norm.offset else norm.weight
+    if norm.centred:
+        return layer_norm(x, weight.shape, weight, norm.bias, norm.eps)
+    return rms_norm(x, weight.shape, weight, norm.eps)
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, centred: bool
-    ) -> torch.Tensor:
-        result, statistics = kernels.norm(x, weight, bias, eps, centred)
-        ctx.save_for_backward(x, weight, statistics)
-        ctx.centred = centred
+    def forward(ctx: Any, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        result, statistics = kernels.norm(x, norm)
+        ctx.save_for_backward(x, statistics)
+        ctx.norm = norm
         return result
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, statistics = ctx.saved_tensors
-        return kernels.norm_backward(grad_output, x, weight, statistics, ctx.centred), None, None, None, None
+        x, statistics = ctx.saved_tensors
+        return kernels.norm_backward(grad_output, x, ctx.norm, statistics), None
 
 
 def relu(widths: set[int], x: torch.Tensor) -> torch.Tensor:
@@ -113,89 +114,46 @@ def _add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm `layer` of past + dropout(branch), twice: for the next branch and for what goes past it, so that the
     gradients of both are added where they are used."""
-    weight, bias, eps = layer.weight, layer.bias, layer.eps
-    result, past, total = _AddNorm.apply(branch, past, weight, bias, eps, p, seed, site)  # type: ignore[no-untyped-call]
-    result.recipe = (functools.partial(norm, weight, bias, eps, True), (total,))
+    made = Sum(Norm(layer.weight, layer.bias, layer.eps, True), None, p, site)
+    result, past, total = _AddNorm.apply(branch, past, made, seed)  # type: ignore[no-untyped-call]
+    result.recipe = (functools.partial(norm, made.norm), (total,))
     return result, past
 
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0913  autograd takes tensors one by one
-        ctx: Any,
-        branch: torch.Tensor,
-        past: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        eps: float,
-        p: float,
-        seed: torch.Tensor,
-        site: int,
+    def forward(
+        ctx: Any, branch: torch.Tensor, past: torch.Tensor, made: Sum, seed: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        mask = None
         if kernels.take(branch):
-            mask = None
-            result, total, statistics = kernels.add_norm(branch, past, weight, bias, eps, p, seed, site)
+            total, result, statistics, _ = kernels.add_norm(branch, past, made, seed)
         else:
-            kept, mask = drop(branch, p)
+            weight, bias, eps, *_ = made.norm
+            kept, mask = drop(branch, made.p)
             total = past + kept
             result, mean, factor = torch.native_layer_norm(total, weight.shape, weight, bias, eps)
             statistics = torch.cat([mean, factor], -1)
-        ctx.save_for_backward(total, weight, statistics, seed, mask)
-        ctx.settings = p, site
+        ctx.save_for_backward(total, statistics, seed, mask)
+        ctx.made = made
         ctx.mark_non_differentiable(total)
         ctx.set_materialize_grads(False)
         return result, result.detach(), total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        total, weight, statistics, seed, mask = ctx.saved_tensors
-        p, site = ctx.settings
+        total, statistics, seed, mask = ctx.saved_tensors
+        made: Sum = ctx.made
         grads = [grad for grad in grad_outputs[:2] if grad is not None]
         if kernels.take(total):
-            grad_branch, grad_past = kernels.add_norm_backward(grads, total, weight, statistics, p, seed, site)
+            summed = Summed(total, total, statistics, None)
+            grad_branch, grad_past = kernels.add_norm_backward(grads, None, None, summed, made, seed)
         else:
+            weight = made.norm.weight
             mean, factor = (part.contiguous() for part in statistics.split(1, -1))
             ends = [True, False, False]
             grad_past, *_ = torch.ops.aten.native_layer_norm_backward(
                 sum(grads), total, weight.shape, mean, factor, weight, None, ends
             )
-            grad_branch = drop_backward(grad_past, mask, p)
-        return grad_branch, grad_past, *(None,) * 6
-
-
-def is_gated(module: Any) -> bool:
-    """A gated feed-forward layer as Llama, Mistral and Qwen have it: down(silu(gate(x)) * up(x))."""
-    names = [name for name, _ in module.named_children()]
-    return sorted(names) == ["act_fn", "down_proj", "gate_proj", "up_proj"] and type(module.act_fn) in (
-        SiLUActivation,
-        torch.nn.SiLU,
-    )
-
-
-def gated(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """The forward pass of such a layer: [..., width] -> [..., width]."""
-    gate, up = module.gate_proj(x), module.up_proj(x)
-    product: torch.Tensor = _Gate.apply(gate, up)  # type: ignore[no-untyped-call]
-    product.recipe = (_gate, (gate.detach(), up.detach()))  # type: ignore[attr-defined]
-    down: torch.Tensor = module.down_proj(product)
-    return down
-
-
-def _gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return kernels.gate(gate, up) if kernels.take(gate) else silu(gate) * up
-
-
-class _Gate(torch.autograd.Function):
-    """silu(gate) * up, keeping the two alone."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
-        return _gate(gate, up)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, up = ctx.saved_tensors
-        if kernels.take(gate):
-            return kernels.gate_backward(grad_output, gate, up)
-        return torch.ops.aten.silu_backward(grad_output * up, gate), grad_output * silu(gate)
+            grad_branch = drop_backward(grad_past, mask, made.p)
+        return grad_branch, grad_past, None, None

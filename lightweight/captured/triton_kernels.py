@@ -29,13 +29,13 @@ def _pair(number, threshold):  # type: ignore[no-untyped-def]
     return tl.join(low, high)
 
 
-@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
-def project(  # type: ignore[no-untyped-def]
-    x, a, projected, seed, site, threshold, scale, tokens, width, rank_,
+@triton.jit  # type: ignore[untyped-decorator]
+def _projected(  # type: ignore[no-untyped-def]
+    x, a, row, seed, site, threshold, tokens, width, rank_,
     drops: tl.constexpr, rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """The first product of an adapter, and which elements dropout keeps of its input."""
-    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    """The product of some rows of an adapter's input, less what dropout drops of them, with its first factor:
+    [rows, rank] in fp32."""
     unit = tl.arange(0, rank)
     start = row[:, None].to(tl.int64) * width
     total = tl.zeros((rows, rank), dtype=tl.float32)
@@ -49,6 +49,18 @@ def project(  # type: ignore[no-untyped-def]
         there = (unit[None, :] < rank_) & (column[:, None] < width)
         weight = tl.load(a + unit[None, :] * width + column[:, None], mask=there, other=0.0)
         total = tl.dot(value, weight, total, input_precision="ieee")
+    return total
+
+
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
+def project(  # type: ignore[no-untyped-def]
+    x, a, projected, seed, site, threshold, scale, tokens, width, rank_,
+    drops: tl.constexpr, rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    """The first product of an adapter, and which elements dropout keeps of its input."""
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    unit = tl.arange(0, rank)
+    total = _projected(x, a, row, seed, site, threshold, tokens, width, rank_, drops, rank, rows, columns)
     there = (row[:, None] < tokens) & (unit[None, :] < rank_)
     tl.store(projected + row[:, None] * rank_ + unit[None, :], total * scale, mask=there)
 
@@ -95,18 +107,7 @@ def add_adapter(  # type: ignore[no-untyped-def]
     """An adapter's output, added to its layer's."""
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     unit = tl.arange(0, rank)
-    start = row[:, None].to(tl.int64) * width
-    total = tl.zeros((rows, rank), dtype=tl.float32)
-    key = tl.load(seed) + site
-    for tile in range(0, tl.cdiv(width, columns)):
-        column = tile * columns + tl.arange(0, columns)
-        inside = (row[:, None] < tokens) & (column[None, :] < width)
-        value = tl.load(x + start + column[None, :], mask=inside, other=0.0)
-        if drops:
-            value = tl.where(_kept(key, row, tile, width, threshold, columns), value, 0.0).to(x.dtype.element_ty)
-        there = (unit[None, :] < rank_) & (column[:, None] < width)
-        weight = tl.load(a + unit[None, :] * width + column[:, None], mask=there, other=0.0)
-        total = tl.dot(value, weight, total, input_precision="ieee")
+    total = _projected(x, a, row, seed, site, threshold, tokens, width, rank_, drops, rank, rows, columns)
     projected = (total * scale).to(x.dtype.element_ty)
     here = (row[:, None] < tokens) & (unit[None, :] < rank_)
     tl.store(inner + row[:, None] * rank_ + unit[None, :], projected, mask=here)
@@ -193,96 +194,130 @@ def cross_entropy(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def norm(  # type: ignore[no-untyped-def]
-    x, weight, bias, result, statistics, eps, width, centred: tl.constexpr, biased: tl.constexpr, columns: tl.constexpr
-):
+    x, weight, bias, result, statistics, eps, offset, width, centred: tl.constexpr, biased: tl.constexpr,
+    columns: tl.constexpr,
+):  # fmt: skip
     """A norm of each row."""
-    row = tl.program_id(0)
-    column = tl.arange(0, columns)
+    row = tl.program_id(0) + tl.arange(0, 1)
+    column = tl.arange(0, columns)[None, :]
     inside = column < width
-    place = row.to(tl.int64) * width + column
+    place = row[:, None].to(tl.int64) * width + column
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    mean = 0.0
-    if centred:
-        mean = tl.sum(value, 0) / width
-    centre = tl.where(inside, value - mean, 0.0)
-    factor = 1 / tl.sqrt(tl.sum(centre * centre, 0) / width + eps)
-    scaled = centre * factor * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    if biased:
-        scaled += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    scaled = _normal(
+        value, weight, bias, statistics, eps, offset, width, row, column, inside, centred=centred, biased=biased
+    )
     tl.store(result + place, scaled, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _normal(  # type: ignore[no-untyped-def]
+    value, weight, bias, statistics, eps, offset, width, row, column, inside, centred: tl.constexpr,
+    biased: tl.constexpr,
+):  # fmt: skip
+    """The norm of rows, [rows, columns], whose means and reciprocal deviations are written to `statistics`."""
+    mean = tl.zeros_like(row).to(tl.float32)
+    if centred:
+        mean = tl.sum(value, 1) / width
+    centre = tl.where(inside, value - mean[:, None], 0.0)
+    factor = 1 / tl.sqrt(tl.sum(centre * centre, 1) / width + eps)
     tl.store(statistics + 2 * row, mean)
     tl.store(statistics + 2 * row + 1, factor)
+    scaled = centre * factor[:, None]
+    scaled *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset
+    if biased:
+        scaled += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    return scaled
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def norm_backward(  # type: ignore[no-untyped-def]
-    grad, x, weight, statistics, grad_x, width, centred: tl.constexpr, columns: tl.constexpr
+    grad, x, weight, statistics, grad_x, offset, width, centred: tl.constexpr, columns: tl.constexpr
 ):
     """The gradient of a norm's input."""
-    row = tl.program_id(0)
-    column = tl.arange(0, columns)
+    row = tl.program_id(0) + tl.arange(0, 1)
+    column = tl.arange(0, columns)[None, :]
     inside = column < width
-    place = row.to(tl.int64) * width + column
-    mean, factor = tl.load(statistics + 2 * row), tl.load(statistics + 2 * row + 1)
-    normal = tl.where(inside, (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean) * factor, 0.0)
+    place = row[:, None].to(tl.int64) * width + column
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     change = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-    change *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    result = change - normal * (tl.sum(change * normal, 0) / width)
+    result = _normal_backward(change, value, weight, statistics, offset, width, row, column, inside, centred=centred)
+    tl.store(grad_x + place, result, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _normal_backward(  # type: ignore[no-untyped-def]
+    change, value, weight, statistics, offset, width, row, column, inside, centred: tl.constexpr
+):
+    """The gradient of what `_normal` was given, from that of its result."""
+    mean, factor = tl.load(statistics + 2 * row)[:, None], tl.load(statistics + 2 * row + 1)[:, None]
+    normal = tl.where(inside, (value - mean) * factor, 0.0)
+    change *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset
+    change = tl.where(inside, change, 0.0)
+    result = change - normal * (tl.sum(change * normal, 1)[:, None] / width)
     if centred:
-        result -= tl.sum(change, 0) / width
-    tl.store(grad_x + place, result * factor, mask=inside)
+        result -= tl.sum(change, 1)[:, None] / width
+    return result * factor
 
 
 @triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
 def add_norm(  # type: ignore[no-untyped-def]
-    branch, residual, weight, bias, result, sums, statistics, eps, seed, site, threshold, factor_kept, width,
-    drops: tl.constexpr, biased: tl.constexpr, columns: tl.constexpr,
+    branch, residual, weight, bias, after, result, sums, statistics, after_statistics, eps, offset, after_eps,
+    after_offset, seed, site, threshold, factor_kept, width,
+    drops: tl.constexpr, centred: tl.constexpr, biased: tl.constexpr, normed: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """A sum, and a norm of each row of it."""
+    """A sum, of which one term may be normed, and a norm of each row of it."""
     row = tl.program_id(0) + tl.arange(0, 1)
     column = tl.arange(0, columns)[None, :]
     inside = column < width
     place = row[:, None].to(tl.int64) * width + column
     added = tl.load(branch + place, mask=inside, other=0.0).to(tl.float32)
+    if normed:
+        added = _normal(
+            added, after, after, after_statistics, after_eps, after_offset, width, row, column, inside,
+            centred=False, biased=False,
+        )  # fmt: skip
     if drops:
         added = tl.where(_kept(tl.load(seed) + site, row, 0, width, threshold, columns), added * factor_kept, 0.0)
     value = tl.load(residual + place, mask=inside, other=0.0).to(tl.float32) + added
     value = value.to(sums.dtype.element_ty)  # as it is kept: the norm is computed again from that
     tl.store(sums + place, value, mask=inside)
-    value = value.to(tl.float32)
-    mean = tl.sum(value, 1) / width
-    centre = tl.where(inside, value - mean[:, None], 0.0)
-    factor = 1 / tl.sqrt(tl.sum(centre * centre, 1) / width + eps)
-    scaled = centre * factor[:, None] * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    if biased:
-        scaled += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    scaled = _normal(
+        value.to(tl.float32), weight, bias, statistics, eps, offset, width, row, column, inside,
+        centred=centred, biased=biased,
+    )  # fmt: skip
     tl.store(result + place, scaled, mask=inside)
-    tl.store(statistics + 2 * row, mean)
-    tl.store(statistics + 2 * row + 1, factor)
 
 
 @triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
 def add_norm_backward(  # type: ignore[no-untyped-def]
-    first, second, sums, weight, statistics, grad_branch, grad_residual, seed, site, threshold, factor_kept, width,
-    drops: tl.constexpr, two: tl.constexpr, columns: tl.constexpr,
+    first, second, past, sums, weight, statistics, branch, after, after_statistics, grad_branch, grad_residual, offset,
+    after_offset, seed, site, threshold, factor_kept, width,
+    drops: tl.constexpr, two: tl.constexpr, passed: tl.constexpr, centred: tl.constexpr, normed: tl.constexpr,
+    columns: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a sum of which a norm was taken."""
+    """The gradients of both terms of a sum of which a norm was taken."""
     row = tl.program_id(0) + tl.arange(0, 1)
     column = tl.arange(0, columns)[None, :]
     inside = column < width
     place = row[:, None].to(tl.int64) * width + column
-    mean, factor = tl.load(statistics + 2 * row)[:, None], tl.load(statistics + 2 * row + 1)[:, None]
-    normal = tl.where(inside, (tl.load(sums + place, mask=inside, other=0.0).to(tl.float32) - mean) * factor, 0.0)
+    value = tl.load(sums + place, mask=inside, other=0.0).to(tl.float32)
     change = tl.load(first + place, mask=inside, other=0.0).to(tl.float32)
     if two:
         change += tl.load(second + place, mask=inside, other=0.0).to(tl.float32)
-    change *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    grad = change - normal * (tl.sum(change * normal, 1)[:, None] / width) - tl.sum(change, 1)[:, None] / width
-    grad *= factor
+    grad = _normal_backward(change, value, weight, statistics, offset, width, row, column, inside, centred=centred)
+    if passed:
+        grad += tl.load(past + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(grad_residual + place, grad, mask=inside)
     if drops:
         kept = _kept(tl.load(seed) + site, row, 0, width, threshold, columns)
-        tl.store(grad_branch + place, tl.where(kept, grad * factor_kept, 0.0), mask=inside)
+        grad = tl.where(kept, grad * factor_kept, 0.0)
+    if normed:
+        value = tl.load(branch + place, mask=inside, other=0.0).to(tl.float32)
+        grad = _normal_backward(
+            grad, value, after, after_statistics, after_offset, width, row, column, inside, centred=False
+        )
+    if drops or normed:
+        tl.store(grad_branch + place, grad, mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -310,21 +345,85 @@ def relu_backward(grad, positive, result, count, elements: tl.constexpr):  # typ
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def gate(gate, up, result, count, elements: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The product of an activated gate and what it lets through."""
-    place = tl.program_id(0).to(tl.int64) * elements + tl.arange(0, elements)
-    value = tl.load(gate + place, mask=place < count, other=0.0).to(tl.float32)
-    other = tl.load(up + place, mask=place < count, other=0.0).to(tl.float32)
-    tl.store(result + place, value * tl.sigmoid(value) * other, mask=place < count)
+def _activated(value, activation: tl.constexpr):  # type: ignore[no-untyped-def]
+    """An activation and its slope, in fp32."""
+    if activation == "silu":
+        share = tl.sigmoid(value)
+        result = value * share
+        slope = share * (1 + value * (1 - share))
+    elif activation == "gelu":
+        share = 0.5 * (1 + tl.erf(value * 0.7071067811865476))
+        result = value * share
+        slope = share + value * 0.3989422804014327 * tl.exp(-0.5 * value * value)
+    elif activation == "gelu_tanh":
+        # 0.5 * (1 + tanh(u)) is sigmoid(2 u)
+        share = tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
+        result = value * share
+        slope = share + result * (1 - share) * (1.5957691216057308 + 0.21406444881780076 * value * value)
+    else:
+        tl.static_assert(activation == "relu2")
+        above = tl.where(value < 0, 0.0, value)  # NaN stays NaN
+        result = above * above
+        slope = 2 * above
+    return result, slope
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def gate_backward(grad, gate, up, grad_gate, grad_up, count, elements: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The gradients of both factors of a gate."""
-    place = tl.program_id(0).to(tl.int64) * elements + tl.arange(0, elements)
-    change = tl.load(grad + place, mask=place < count, other=0.0).to(tl.float32)
-    value = tl.load(gate + place, mask=place < count, other=0.0).to(tl.float32)
-    other = tl.load(up + place, mask=place < count, other=0.0).to(tl.float32)
-    share = tl.sigmoid(value)
-    tl.store(grad_up + place, change * value * share, mask=place < count)
-    tl.store(grad_gate + place, change * other * share * (1 + value * (1 - share)), mask=place < count)
+def gate(  # type: ignore[no-untyped-def]
+    gate, up, result, stride, width, activation: tl.constexpr, gated: tl.constexpr, columns: tl.constexpr
+):
+    """An activated gate, times what it lets through. Rows of both lie `stride` apart."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * columns + tl.arange(0, columns)
+    place = row * stride + column
+    value, _ = _activated(tl.load(gate + place, mask=column < width, other=0.0).to(tl.float32), activation)
+    if gated:
+        value *= tl.load(up + place, mask=column < width, other=0.0).to(tl.float32)
+    tl.store(result + row * width + column, value, mask=column < width)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def gate_backward(  # type: ignore[no-untyped-def]
+    grad, gate, up, grad_gate, grad_up, stride, grad_stride, width,
+    activation: tl.constexpr, gated: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a gate and of what it lets through."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * columns + tl.arange(0, columns)
+    place, there = row * stride + column, row * grad_stride + column
+    change = tl.load(grad + row * width + column, mask=column < width, other=0.0).to(tl.float32)
+    value, slope = _activated(tl.load(gate + place, mask=column < width, other=0.0).to(tl.float32), activation)
+    if gated:
+        tl.store(grad_up + there, change * value, mask=column < width)
+        change *= tl.load(up + place, mask=column < width, other=0.0).to(tl.float32)
+    tl.store(grad_gate + there, change * slope, mask=column < width)
+
+
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
+def gate_project_backward(  # type: ignore[no-untyped-def]
+    grad, reached, gate, up, a, grad_gate, grad_up, grad_a, scale, tokens, width, rank_, stride, grad_stride,
+    activation: tl.constexpr, rank: tl.constexpr, share: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    """`project_backward` of a gate's product, which is made again, and `gate_backward` of what it makes of `grad`."""
+    column, unit = tl.program_id(1) * columns + tl.arange(0, columns), tl.arange(0, rank)
+    there = (unit[:, None] < rank_) & (column[None, :] < width)
+    weight = tl.load(a + unit[:, None] * width + column[None, :], mask=there, other=0.0)
+    total = tl.zeros((rank, columns), dtype=tl.float32)
+    for step in range(0, share // rows):
+        row = tl.program_id(0) * share + step * rows + tl.arange(0, rows)
+        inside = (row[:, None] < tokens) & (column[None, :] < width)
+        place = row[:, None].to(tl.int64) * stride + column[None, :]
+        value, slope = _activated(tl.load(gate + place, mask=inside, other=0.0).to(tl.float32), activation)
+        passed = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
+        here = (row[:, None] < tokens) & (unit[None, :] < rank_)
+        inner = tl.load(reached + row[:, None] * rank_ + unit[None, :], mask=here, other=0.0)
+        product = (value * passed).to(gate.dtype.element_ty)  # as it was projected
+        total = tl.dot(tl.trans(inner), product, total, input_precision="ieee")
+        place = row[:, None].to(tl.int64) * width + column[None, :]
+        change = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+        change += tl.dot(inner, weight, input_precision="ieee") * scale
+        place = row[:, None].to(tl.int64) * grad_stride + column[None, :]
+        tl.store(grad_up + place, change * value, mask=inside)
+        tl.store(grad_gate + place, change * passed * slope, mask=inside)
+    first = tl.program_id(0) * rank_ * width
+    tl.store(grad_a + first + unit[:, None] * width + column[None, :], total * scale, mask=there)

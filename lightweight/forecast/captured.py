@@ -67,7 +67,8 @@ def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> 
     for weight in agreement.trained(network):
         weight.register_post_accumulate_grad_hook(lambda grown: recorder.mark(grown.grad, "gradients"))
     recorder.meter.phase = "capture"
-    with kernels.shapes_alone(), flash.as_on(recorder.rules.capability):
+    is_drawn = trial.model.weights == "random"
+    with kernels.shapes_alone(drawn=is_drawn), flash.as_on(recorder.rules.capability):
         step = Step(trial, trainer)
         with torch_internals.with_numbers():  # of the rows that are drawn
             joins = step.passes.on_flash and asked.attention == "sdpa"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -81,6 +82,25 @@ def say_attention(model: Any, name: Any) -> None:
     """Have masks made as for the attention `name`, whatever the model's own code asks for; `set_attn_implementation`
     refuses models that have no choice. Ibid."""
     model.config._attn_implementation = name
+
+
+def rotation_of(module: Any) -> tuple[Any, Callable[[Any], Callable[[], None]]]:
+    """By what an attention turns queries and keys, None where it has nothing of the kind, and what puts another
+    function in its place and gives back what undoes that: a name of its modelling module, which all attentions there
+    look up. transformers/models/*/modeling_*.py."""
+    names: dict[str, Any] = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
+    name = "apply_rotary_pos_emb"
+
+    def replace(function: Any) -> Callable[[], None]:
+        own, names[name] = names[name], function
+
+        def undo() -> None:
+            names[name] = own
+
+        return undo
+
+    looked_up = getattr(getattr(inspect.unwrap(type(module).forward), "__code__", None), "co_names", ())
+    return (names.get(name) if name in looked_up else None), replace
 
 
 def layers_not_split(model: Any) -> set[str]:

@@ -11,11 +11,12 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from typing import Any
 
 import pytest
 import torch
 from packaging.version import Version
-from torch.nn.functional import cross_entropy, layer_norm, rms_norm, silu
+from torch.nn.functional import cross_entropy, layer_norm, rms_norm
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_CUDA else "cpu"
@@ -201,14 +202,23 @@ ROWS = {"three-elements": (1, 3), "one-row": (1, 300), "odd": (3, 5, 257), "whol
 """Shapes of what is taken along the last axis."""
 
 
-@pytest.mark.parametrize(("centred", "biased"), [(True, True), (True, False), (False, False)])
+NORMS = {
+    "layer": (True, True, 0.0),
+    "no-bias": (True, False, 0.0),
+    "rms": (False, False, 0.0),
+    "one": (False, False, 1.0),
+}
+"""Whether centred, whether biased, and what is added to the weight."""
+
+
+@pytest.mark.parametrize(("centred", "biased", "offset"), NORMS.values(), ids=NORMS)
 @pytest.mark.parametrize("shape", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_norm_and_its_gradient(apart, dtype, shape, centred, biased):
-    apart(check_norm, dtype, shape, centred, biased)
+def test_a_norm_and_its_gradient(apart, dtype, shape, centred, biased, offset):
+    apart(check_norm, dtype, shape, centred, biased, offset)
 
 
-def check_norm(dtype: torch.dtype, shape: tuple[int, ...], centred: bool, biased: bool) -> None:
+def check_norm(dtype: torch.dtype, shape: tuple[int, ...], centred: bool, biased: bool, offset: float) -> None:
     from lightweight.captured import kernels
 
     width = shape[-1:]
@@ -217,16 +227,17 @@ def check_norm(dtype: torch.dtype, shape: tuple[int, ...], centred: bool, biased
     if centred:
         expected = layer_norm(exact_x, width, exact_weight, exact_bias if biased else None, 1e-5)
     else:
-        expected = rms_norm(exact_x, width, exact_weight, 1e-5)
+        expected = rms_norm(exact_x, width, exact_weight + offset, 1e-5)
     expected.backward(grad.cpu().double())
 
-    found, statistics = kernels.norm(x, weight, bias if biased else None, 1e-5, centred)
+    norm = kernels.Norm(weight, bias if biased else None, 1e-5, centred, offset)
+    found, statistics = kernels.norm(x, norm)
     near(found, expected.detach())
     rows = exact_x.detach().flatten(0, -2)
     mean = rows.mean(1) if centred else torch.zeros(len(rows), dtype=torch.float64)
     near(statistics[:, 0], mean)
     near(statistics[:, 1], ((rows - mean[:, None]).square().mean(1) + 1e-5).rsqrt())
-    near(kernels.norm_backward(grad, x, weight, statistics, centred), exact_x.grad)
+    near(kernels.norm_backward(grad, x, norm, statistics), exact_x.grad)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
@@ -240,26 +251,58 @@ def test_a_norm_together_with_the_sum_it_is_taken_of(apart, dtype, shape, biased
 def check_add_norm(dtype: torch.dtype, shape: tuple[int, ...], biased: bool, p: float) -> None:
     from lightweight.captured import kernels
 
-    width, dropout = shape[-1:], (p, seed_of(11), 9)
+    width, seed = shape[-1:], seed_of(11)
     branch, residual, grad, grad_of_others, weight, bias = random(dtype, shape, shape, shape, shape, width, width)
-    settings = weight, bias if biased else None, 1e-5
-    kept = kernels.add_norm(torch.ones_like(branch), torch.zeros_like(residual), *settings, *dropout)[1] != 0
+    made = kernels.Sum(kernels.Norm(weight, bias if biased else None, 1e-5, True), None, p, 9)
+    kept = kernels.add_norm(torch.ones_like(branch), torch.zeros_like(residual), made, seed).total != 0
     share_is(kept.float(), 1 - p)
     factor = kept.cpu().double() / (1 - p)
-    result, total, statistics = kernels.add_norm(branch, residual, *settings, *dropout)
-    grad_branch, grad_residual = kernels.add_norm_backward([grad, grad_of_others], total, weight, statistics, *dropout)
+    summed = kernels.add_norm(branch, residual, made, seed)
+    grad_branch, grad_residual = kernels.add_norm_backward([grad, grad_of_others], None, None, summed, made, seed)
 
+    total = summed.total
     exact_branch, exact_residual, exact_total, exact_weight, exact_bias = exact(branch, residual, total, weight, bias)
     near(total, (exact_residual + exact_branch * factor).detach())
     expected = layer_norm(exact_total, width, exact_weight, exact_bias if biased else None, 1e-5)  # of what is kept
     expected.backward(grad.cpu().double() + grad_of_others.cpu().double())
-    near(result, expected.detach())
+    near(summed.result, expected.detach())
     near(grad_residual, exact_total.grad)
     near(grad_branch, exact_total.grad * factor)
 
     exact_total.grad = None
     layer_norm(exact_total, width, exact_weight, None, 1e-5).backward(grad.cpu().double())
-    near(kernels.add_norm_backward([grad], total, weight, statistics, *dropout)[1], exact_total.grad)
+    near(kernels.add_norm_backward([grad], None, None, summed, made, seed)[1], exact_total.grad)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0], ids=["weight", "one-plus-weight"])
+@pytest.mark.parametrize("after", [False, True], ids=["plain", "normed-before-it-is-added"])
+@pytest.mark.parametrize("shape", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sum_that_goes_on_beside_its_norm(apart, dtype, shape, after, offset):
+    apart(check_sum, dtype, shape, after, offset)
+
+
+def check_sum(dtype: torch.dtype, shape: tuple[int, ...], after: bool, offset: float) -> None:
+    from lightweight.captured import kernels
+
+    width, seed = shape[-1:], seed_of(11)
+    branch, residual, grad, grad_of_total, weight, other = random(dtype, shape, shape, shape, shape, width, width)
+    norms = [kernels.Norm(each, None, 1e-5, False, offset) for each in (weight, other)]
+    made = kernels.Sum(norms[0], norms[1] if after else None)
+    summed = kernels.add_norm(branch, residual, made, seed)
+    grad_branch, grad_residual = kernels.add_norm_backward([grad], grad_of_total, branch, summed, made, seed)
+
+    exact_branch, exact_residual, exact_weight, exact_other = exact(branch, residual, weight, other)
+    added = rms_norm(exact_branch, width, exact_other + offset, 1e-5) if after else exact_branch
+    total = exact_residual + added
+    near(summed.total, total.detach())
+    (rounded,) = exact(summed.total)  # of what is kept
+    result = rms_norm(rounded, width, exact_weight + offset, 1e-5)
+    near(summed.result, result.detach())
+    result.backward(grad.cpu().double())
+    total.backward(rounded.grad + grad_of_total.cpu().double())
+    near(grad_residual, exact_residual.grad)
+    near(grad_branch, exact_branch.grad)
 
 
 # Activations
@@ -285,21 +328,123 @@ def check_relu(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     assert torch.equal(kernels.relu_backward(grad, positive), torch.where(x > 0, grad, 0))
 
 
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "alone"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu2"])
 @pytest.mark.parametrize("shape", ELEMENTS.values(), ids=ELEMENTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_gated_activation_and_its_gradients(apart, dtype, shape):
-    apart(check_gate, dtype, shape)
+def test_a_gated_activation_and_its_gradients(apart, dtype, shape, activation, gated):
+    apart(check_gate, dtype, shape, activation, gated)
 
 
-def check_gate(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    from lightweight.captured import kernels
+def check_gate(dtype: torch.dtype, shape: tuple[int, ...], activation: Any, gated: bool) -> None:
+    from lightweight.captured import gates, kernels
 
-    gate, up, grad = random(dtype, shape, shape, shape)
-    exact_gate, exact_up = exact(gate, up)
-    expected = silu(exact_gate) * exact_up
-    expected.backward(grad.cpu().double())
-    near(kernels.gate(gate, up), expected.detach())
-    for found, reference in zip(kernels.gate_backward(grad, gate, up), (exact_gate, exact_up), strict=True):
+    wide = (*shape[:-1], 2 * shape[-1])
+    both, apart, grad = random(dtype, wide, shape, shape)
+    for gate, up in (both.split(shape[-1], -1), (both[..., : shape[-1]].contiguous(), apart)):
+        up = up if gated else None
+        sources = exact(gate) if up is None else exact(gate, up)
+        expected = gates.FUNCTIONS[activation](sources[0])
+        if gated:
+            expected = expected * sources[1]
+        expected.backward(grad.cpu().double())
+        near(kernels.gate(gate, up, activation), expected.detach())
+        grads = kernels.gate_backward(grad, gate, up, activation)
+        for found, reference in zip(grads, sources, strict=False):
+            near(found, reference.grad)
+        assert (grads[1] is None) == (not gated)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu2"])
+@pytest.mark.parametrize("shape", [(39, 201, 3), (80, 256, 16)], ids=["odd", "whole-tiles"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gates_gradients_come_with_an_adapters(apart, dtype, shape, activation):
+    if dtype == torch.bfloat16 and not HAS_CUDA:
+        pytest.skip("not run: Triton's interpreter multiplies matrices of bfloat16 as if they were integers")
+    apart(check_gate_and_adapter, dtype, shape, activation)
+
+
+def check_gate_and_adapter(dtype: torch.dtype, shape: tuple[int, int, int], activation: Any) -> None:
+    from lightweight.captured import gates, kernels
+
+    tokens, width, rank = shape
+    both, grad, reached, a = random(dtype, (tokens, 2 * width), (tokens, width), (tokens, rank), (rank, width))
+    gate, up = both.split(width, -1)
+    exact_gate, exact_up, exact_a = exact(gate, up, a)
+    product = gates.FUNCTIONS[activation](exact_gate) * exact_up
+    inner = 2 * product @ exact_a.t()
+    torch.autograd.backward([product, inner], [grad.cpu().double(), reached.cpu().double()])
+    found = kernels.gate_project_backward(grad, kernels.Reached(reached, a, 2.0), gate, up, activation)
+    for each, reference in zip(found, (exact_gate, exact_up, exact_a), strict=True):
+        near(each, reference.grad)
+
+
+# Rotary embeddings
+
+HEADS = {
+    "one": (1, 1, 1, 1, 4, 4),
+    "odd": (2, 3, 3, 1, 12, 12),
+    "grouped": (2, 5, 8, 2, 64, 64),
+    "part": (2, 3, 4, 2, 20, 8),
+}
+"""Rows, tokens, heads of queries and of keys, width, and how much of it is turned."""
+
+
+@pytest.mark.parametrize("where", ["in place", "elsewhere"])
+@pytest.mark.parametrize("normed", [None, 0.0, 1.0], ids=["turned", "normed", "normed-by-one-plus"])
+@pytest.mark.parametrize(
+    "pairing", [(False, False), (True, False), (True, True)], ids=["halves", "neighbours", "repeated"]
+)
+@pytest.mark.parametrize("shape", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_and_keys_are_turned_and_turned_back(apart, dtype, shape, pairing, normed, where):
+    if normed is not None and shape[4] != shape[5]:
+        pytest.skip("not a case: heads are normed whole")
+    apart(check_rotation, dtype, shape, pairing, normed, where == "in place")
+
+
+def check_rotation(
+    dtype: torch.dtype, shape: tuple[int, ...], pairing: tuple[bool, bool], offset: float | None, in_place: bool
+) -> None:
+    from lightweight.captured import kernels, rotary
+
+    rows, time, heads, k_heads, width, turned_width = shape
+    both = heads + k_heads
+    joint, grads, angles = random(
+        dtype, (rows, time, both + 1, width), (rows, time, both, width), (1, time, turned_width)
+    )
+    weights = [(torch.rand(width, generator=torch.Generator().manual_seed(n)) + 0.5).to(DEVICE, dtype) for n in (1, 2)]
+    if offset is not None:  # as in all models: what is turned by two angles at once cannot be turned back
+        half = angles[..., : turned_width // 2]
+        angles = half.repeat_interleave(2, -1) if pairing == (True, False) else torch.cat([half, half], -1)
+    cos, sin = (2 * angles.float()).cos().to(dtype), (2 * angles.float()).sin().to(dtype)
+    turns = rotary.Turns(cos, sin, *pairing)
+    q, k = (part.transpose(1, 2) for part in joint.split([heads, k_heads, 1], 2)[:2])
+    grad_q, grad_k = (part.transpose(1, 2) for part in grads.split([heads, k_heads], 2))
+    norms = None
+    if offset is not None:
+        norms = kernels.Norm(weights[0], None, 1e-5, False, offset), kernels.Norm(weights[1], None, 1e-5, False, offset)
+
+    exact_q, exact_k = exact(q, k)
+    exact_turns = turns._replace(cos=cos.cpu().double(), sin=sin.cpu().double())
+    sources = [exact_q, exact_k]
+    if offset is not None:
+        scales = [weight.cpu().double() + offset for weight in weights]
+        sources = [rms_norm(x, (width,), scale, 1e-5) for x, scale in zip(sources, scales, strict=True)]
+    expected = [rotary.turned(x, exact_turns) for x in sources]
+    torch.autograd.backward(expected, [grad_q.cpu().double(), grad_k.cpu().double()])
+
+    rest = joint[:, :, both:].clone()
+    results = (q, k) if in_place else (torch.empty_like(q), torch.empty_like(k))
+    factors = rotary.rotate((q, k), results, turns, norms)
+    assert torch.equal(joint[:, :, both:], rest)
+    new_grads = torch.full_like(joint, math.nan)
+    new_q, new_k = (part.transpose(1, 2) for part in new_grads.split([heads, k_heads, 1], 2)[:2])
+    rotary.rotate_backward((grad_q, grad_k), (q, k), (new_q, new_k), turns, norms, factors, turned=in_place)
+    for found, reference in zip(results, expected, strict=True):
+        near(found, reference.detach())
+    assert new_grads[:, :, both:].isnan().all()
+    for found, reference in zip((new_q, new_k), (exact_q, exact_k), strict=True):
         near(found, reference.grad)
 
 

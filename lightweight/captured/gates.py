@@ -1,0 +1,168 @@
+"""Which activation does a module compute, and what does it let through? SwiGLU, GeGLU and their like in one pass each
+way; the backward pass computes the activation again from what it is of.
+
+What a module computes is asked of itself, with other modules in the place of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from lightweight import preload  # isort: skip  # noqa: F401  # before transformers, which may import peft
+
+import torch
+from torch.nn import functional
+
+from lightweight.captured import kernels
+from lightweight.captured.kernels import Activation
+from lightweight.captured.projections import Family, Projection, weight_of
+from lightweight.internals import torch as torch_internals
+
+FUNCTIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
+    "relu2": lambda x: torch.relu(x).square(),
+}
+"""What a gate may be activated by, as torch has it."""
+
+
+class Stub(torch.nn.Module):
+    """In a module's place where another one is asked what it makes of it: `slope * x + offset`, no two alike."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self._slope, self._offset = 1 + 0.37 * number, 0.11 * number - 0.4
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., width] -> [..., width]."""
+        return self._slope * x + self._offset
+
+
+def twin_of(module: torch.nn.Module, children: dict[str, Any]) -> Any:
+    """`module` with its class's own forward pass and other `children`."""
+    twin = copy.copy(module)
+    vars(twin).pop("forward", None)
+    vars(twin)["_modules"] = children
+    return twin
+
+
+def activation_of(module: Any) -> Activation | None:
+    """Which of `FUNCTIONS` it is that `module` computes, if any."""
+    if not isinstance(module, torch.nn.Module) or next(module.parameters(), None) is not None:
+        return None
+    with torch_internals.with_numbers(), torch.no_grad():
+        sample = torch.linspace(-6, 6, 49, dtype=torch.float64)
+        try:
+            found = twin_of(module, dict(module.named_children()))(sample)
+        except Exception:  # noqa: BLE001  of any module's code: it is none of these
+            return None
+        for name, function in FUNCTIONS.items():
+            if isinstance(found, torch.Tensor) and torch.allclose(found, function(sample), rtol=1e-6, atol=1e-6):
+                return name
+    return None
+
+
+def gating_of(module: Any) -> Activation | None:
+    """What a gated feed-forward layer, down(activation(gate(x)) * up(x)), is activated by; None for another module."""
+    names = [name for name, _ in module.named_children()]
+    if sorted(names) != ["act_fn", "down_proj", "gate_proj", "up_proj"]:
+        return None
+    activation = activation_of(module.act_fn)
+    if activation is None:
+        return None
+    gate, up, down = (Stub(number) for number in range(3))
+    stubs = {"gate_proj": gate, "up_proj": up, "down_proj": down, "act_fn": module.act_fn}
+    with torch_internals.with_numbers(), torch.no_grad():
+        sample = torch.linspace(-2, 2, 24).view(2, 3, 4)
+        try:
+            found = type(module).forward(twin_of(module, stubs), sample)
+        except Exception:  # noqa: BLE001  as above
+            return None
+        expected = down(FUNCTIONS[activation](gate(sample)) * up(sample))
+        is_gated = isinstance(found, torch.Tensor) and torch.allclose(found, expected, atol=1e-5)
+    return activation if is_gated else None
+
+
+def gated(module: Any, activation: Activation, down: Family | None, x: torch.Tensor) -> torch.Tensor:
+    """The forward pass of such a layer, whose last projection is that of `down`, if of any: [..., width] ->
+    [..., width]."""
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    if kernels.take(gate) and down is not None and (projection := down.alone()) is not None:
+        assert projection.adapter is not None
+        projected: torch.Tensor = _GatedProject.apply(gate, up, *projection.adapter, projection, activation)  # type: ignore[no-untyped-call]
+        return projected
+    product: torch.Tensor = _Gate.apply(gate, up, activation)  # type: ignore[no-untyped-call]
+    product.recipe = (functools.partial(_gate, activation), (gate.detach(), up.detach()))  # type: ignore[attr-defined]
+    return module.down_proj(product)  # type: ignore[no-any-return]
+
+
+def activated(activation: Activation, x: torch.Tensor) -> torch.Tensor:
+    """An activation alone, marked with how it came about."""
+    result: torch.Tensor = _Gate.apply(x, None, activation)  # type: ignore[no-untyped-call]
+    result.recipe = (functools.partial(_gate, activation), (x.detach(),))  # type: ignore[attr-defined]
+    return result
+
+
+def _gate(activation: Activation, gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+    if kernels.take(gate):
+        return kernels.gate(gate, up, activation)
+    value = FUNCTIONS[activation](gate)
+    return value if up is None else value * up
+
+
+class _Gate(torch.autograd.Function):
+    """activation(gate) * up, keeping the two alone."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor | None, activation: Activation) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return _gate(activation, gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        if kernels.take(gate):
+            return *kernels.gate_backward(grad_output, gate, up, ctx.activation), None
+        with torch.enable_grad():
+            source = gate.detach().requires_grad_()
+            value = FUNCTIONS[ctx.activation](source)
+        change = grad_output if up is None else grad_output * up
+        (grad_gate,) = torch.autograd.grad(value, source, change)
+        return grad_gate, None if up is None else grad_output * value.detach(), None
+
+
+class _GatedProject(torch.autograd.Function):
+    """activation(gate) * up, projected by a frozen layer with its adapter a [r, in] and b [out, r], without dropout."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        projection: Projection,
+        activation: Activation,
+    ) -> torch.Tensor:
+        product = kernels.gate(gate, up, activation)
+        y: torch.Tensor = type(projection.base).forward(projection.base, product)
+        inner = kernels.project(product.view(-1, product.shape[-1]), a, projection.scaling)
+        y.view(-1, y.shape[-1]).addmm_(inner, b.t())
+        ctx.save_for_backward(gate, up, a, b, inner)
+        ctx.settings = projection, activation
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up, a, b, inner = ctx.saved_tensors
+        projection, activation = ctx.settings
+        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_product = grad @ weight_of(projection.base, grad.dtype)
+        reached = kernels.Reached(grad @ b, a, projection.scaling)
+        grad_gate, grad_up, grad_a = kernels.gate_project_backward(grad_product, reached, gate, up, activation)
+        return grad_gate, grad_up, grad_a, grad.t() @ inner, None, None

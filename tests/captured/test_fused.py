@@ -1,0 +1,117 @@
+"""Are the layers of a decoder, with our kernels in them, the layers they were? Whole networks on the CPU, their kernels
+interpreted by Triton, or on the GPU where there is one: loss and gradients against peft's own, in fp32."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lightweight.captured import kernels, rotary
+from lightweight.captured.frozen import Lean
+from lightweight.internals.transformers import rotation_of
+from lightweight.preload import peft
+from tests.captured.test_kernels import HAS_CUDA, apart  # noqa: F401  a fixture
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "gemma3_text": {"sliding_window": 8},
+    "gemma2": {"sliding_window": 8},
+    "cohere": {},  # neighbours are turned
+    "glm": {"partial_rotary_factor": 0.5},  # and in half of a head
+    "olmo2": {},  # norms of all heads at once
+    "smollm3": {"no_rope_layer_interval": 2},
+    "granite": {"residual_multiplier": 0.3},
+    "nemotron": {"hidden_act": "relu2"},
+    "phi3": {},
+}
+FUSED = {
+    "llama": {"blocks": 2, "gates": 2, "rotated": 2},
+    "qwen3": {"blocks": 2, "gates": 2, "rotated": 2},
+    "gemma3_text": {"blocks": 2, "gates": 2, "rotated": 2},
+    "gemma2": {"blocks": 2, "gates": 2, "rotated": 2},
+    "cohere": {"blocks": 0, "gates": 2, "rotated": 2},
+    "glm": {"blocks": 2, "gates": 0, "rotated": 2},
+    "granite": {"blocks": 0, "gates": 2, "rotated": 2},
+    "smollm3": {"blocks": 2, "gates": 2, "rotated": 1},
+}
+"""What is taken of some of them."""
+
+
+def build(kind: str) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, **KINDS[kind]), dtype=torch.float32)
+    adapter = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear")
+    network = peft.get_peft_model(model, adapter).train()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.requires_grad or "norm" in name:  # B starts at zero, and norms at one
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            elif parameter.dim() == 2:
+                parameter.mul_(4.0)
+    return network.to("cuda" if HAS_CUDA else "cpu")
+
+
+def loss_and_gradients(network: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    ids = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(3)).to(network.device)
+    loss = network(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
+    assert all(gradient is not None for gradient in gradients.values())
+    return loss.item(), gradients
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"), [*((kind, False) for kind in KINDS), ("qwen3", True), ("gemma3_text", True)]
+)
+def test_a_decoder_with_our_kernels_has_its_own_loss_and_gradients(apart, kind, checkpointing) -> None:  # noqa: F811
+    apart(check_decoder, kind, checkpointing)
+
+
+def check_decoder(kind: str, checkpointing: bool) -> None:
+    take, kernels.take = kernels.take, lambda x: True
+    reference, network = build(kind), build(kind)
+    expected_loss, expected = loss_and_gradients(reference)
+    before = rotation_of(next(m for m in network.modules() if hasattr(m, "o_proj") or hasattr(m, "qkv_proj")))[0]
+    if checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+        network.enable_input_require_grads()
+    launched: list[str] = []
+    launch = kernels.launch
+
+    def counted(name: str, *arguments: Any, **settings: Any) -> None:
+        launched.append(name)
+        launch(name, *arguments, **settings)
+
+    kernels.launch = rotary.launch = counted
+    try:
+        lean = Lean(network)
+        loss, found = loss_and_gradients(network)
+        assert loss == pytest.approx(expected_loss, abs=1e-5)
+        for key, gradient in found.items():
+            assert torch.allclose(gradient, expected[key], atol=2e-5, rtol=1e-4), key
+        if kind in FUSED and not checkpointing:
+            wanted = FUSED[kind]
+            assert launched.count("rotate") == launched.count("rotate_backward") == wanted["rotated"]
+            assert launched.count("add_norm_backward") == 2 * wanted["blocks"]
+            assert launched.count("gate_project_backward") == wanted["gates"]
+        lean.undo()
+        attention = next(m for m in network.modules() if hasattr(m, "o_proj") or hasattr(m, "qkv_proj"))
+        assert rotation_of(attention)[0] is before
+        assert not any("forward" in vars(module) for module in network.modules())
+    finally:
+        kernels.take = take
+        kernels.launch = rotary.launch = launch
