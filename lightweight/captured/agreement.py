@@ -341,9 +341,10 @@ HALVES = (torch.float16, torch.bfloat16)
 
 @contextlib.contextmanager
 def in_fp32(network: torch.nn.Module) -> Iterator[None]:
-    """Inside, `network` computes in fp32 what it computes in half precision outside, autocast aside. Every half is a
-    number of fp32 too, so that nothing is lost on the way there and back. Raises PartError for weights of other
-    formats, but for bitsandbytes' 4 bits, which are dequantized to fp32 inside."""
+    """Inside, `network` computes in fp32 what it computes in half precision outside, autocast aside. The halves stay
+    where they are: what is freed and allocated anew among the rest of the check holds segments of the device's memory
+    for as long as the job lasts. Raises PartError for weights of other formats, but for bitsandbytes' 4 bits, which are
+    dequantized to fp32 inside."""
     matmul = torch.backends.cuda.matmul
     with contextlib.ExitStack() as undo:
         undo.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
@@ -353,15 +354,11 @@ def in_fp32(network: torch.nn.Module) -> Iterator[None]:
             if tensor in packed:
                 continue
             if tensor.dtype in HALVES:
-                undo.callback(_cast, tensor, tensor.dtype)
-                _cast(tensor, torch.float32)
+                undo.callback(setattr, tensor, "data", tensor.data)
+                tensor.data = tensor.data.to(torch.float32)
             elif isinstance(tensor, torch.nn.Parameter) and tensor.dtype != torch.float32:
                 raise PartError(f"{name} is {tensor.dtype}")
         yield
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    tensor.data = tensor.data.to(dtype)
 
 
 # Leaving no trace
