@@ -60,6 +60,11 @@ def take(x: torch.Tensor) -> bool:
     return not _computes or (triton_kernels is not None and x.is_cuda)
 
 
+def compute() -> bool:
+    """Whether tensors have content, or shapes alone."""
+    return _computes
+
+
 @contextlib.contextmanager
 def shapes_alone(*, drawn: bool = False) -> Iterator[None]:
     """Inside, tensors of every device are taken, and what is given back has a shape and no content: nothing is
