@@ -74,8 +74,9 @@ def _has(layer: Any, form: Form) -> bool:
         after = [stubs[name] for name in form.after] if form.after else [torch.nn.Identity()] * 2
         total = sample + after[0](norms[0](sample).sin())
         expected = total + after[1](stubs["mlp"](norms[1](total)))
-    passed = all(attention.given.get(name) is value for name, value in given.items())
-    return passed and isinstance(found, torch.Tensor) and torch.allclose(found, expected, atol=1e-5)
+        if not isinstance(found, torch.Tensor) or not torch.allclose(found, expected, atol=1e-5):
+            return False
+    return all(attention.given.get(name) is value for name, value in given.items())
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,9 @@ unit takes."""
 ELEMENTS = 2048
 """Elements of one program of an activation."""
 
+SHARE_ELEMENTS = 128
+"""Elements of one program of a sum of shares."""
+
 GATE_COLUMNS = 1024
 """Columns of one program of a gate."""
 
@@ -58,6 +61,11 @@ _started: Future[None] | None = None
 def take(x: torch.Tensor) -> bool:
     """Whether `x` is computed with here, and not by torch."""
     return not _computes or (triton_kernels is not None and x.is_cuda)
+
+
+def compute() -> bool:
+    """Whether tensors have content, or shapes alone."""
+    return _computes
 
 
 @contextlib.contextmanager
@@ -214,7 +222,7 @@ def adapter_backward(
         grad, inner, x, a, b, grad_x, shares, *dropout, tokens, width, b.shape[0], a.shape[0],
         columns=512 // x.element_size(), num_stages=3, **settings, **NARROW_TILE,
     )  # fmt: skip
-    grad_a, grad_b = shares.sum(0).split([a.numel(), b.numel()])
+    grad_a, grad_b = _sum_of(shares).split([a.numel(), b.numel()])
     return grad_a.view_as(a), grad_b.view_as(b)
 
 
@@ -262,7 +270,17 @@ def _project_backward(
         grad, x, a, grad_x, shares, *dropout, tokens, width, a.shape[0],
         share=ROWS_OF_A_SHARE, rows=32, columns=COLUMNS, **settings,
     )  # fmt: skip
-    return shares.sum(0)
+    return _sum_of(shares)
+
+
+def _sum_of(shares: torch.Tensor) -> torch.Tensor:
+    """The sum over the first axis, in fp32 and always in the same order."""
+    result = torch.empty(shares.shape[1:], dtype=shares.dtype, device=shares.device)
+    launch(
+        "sum_shares", (_over(result.numel(), SHARE_ELEMENTS),),
+        shares, result, shares.shape[0], result.numel(), rows=8, elements=SHARE_ELEMENTS,
+    )  # fmt: skip
+    return result
 
 
 def cross_entropy_(logits: torch.Tensor, vocabulary: int, targets: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -464,7 +482,7 @@ def gate_project_backward(
         a.shape[0], stride, 2 * width,
         activation=activation, rank=_padded(a.shape[0]), share=ROWS_OF_A_SHARE, rows=32, columns=COLUMNS,
     )  # fmt: skip
-    return *grads, shares.sum(0)
+    return *grads, _sum_of(shares)
 
 
 def _rows_alike(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, int]:

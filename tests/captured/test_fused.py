@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightweight.captured import kernels, rotary
+from lightweight.captured import blocks, gates, kernels, rotary
 from lightweight.captured.frozen import Lean
 from lightweight.internals.transformers import rotation_of
 from lightweight.preload import peft
@@ -27,6 +27,7 @@ SMALL: dict[str, Any] = {
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {},
+    "qwen3 of uneven norms": {},  # from whose results nothing can be had back
     "gemma3_text": {"sliding_window": 8},
     "gemma2": {"sliding_window": 8},
     "cohere": {},  # neighbours are turned
@@ -40,6 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
 FUSED = {
     "llama": {"blocks": 2, "gates": 2, "rotated": 2},
     "qwen3": {"blocks": 2, "gates": 2, "rotated": 2},
+    "qwen3 of uneven norms": {"blocks": 2, "gates": 2, "rotated": 2},
     "gemma3_text": {"blocks": 2, "gates": 2, "rotated": 2},
     "gemma2": {"blocks": 2, "gates": 2, "rotated": 2},
     "cohere": {"blocks": 0, "gates": 2, "rotated": 2},
@@ -52,7 +54,9 @@ FUSED = {
 
 def build(kind: str) -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, **KINDS[kind]), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind.split()[0], **SMALL, **KINDS[kind]), dtype=torch.float32
+    )
     adapter = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear")
     network = peft.get_peft_model(model, adapter).train()
     generator = torch.Generator().manual_seed(1)
@@ -62,6 +66,8 @@ def build(kind: str) -> Any:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
             elif parameter.dim() == 2:
                 parameter.mul_(4.0)
+            if "uneven" in kind and "q_norm" in name:
+                parameter[0] = 0.0
     return network.to("cuda" if HAS_CUDA else "cpu")
 
 
@@ -115,3 +121,48 @@ def check_decoder(kind: str, checkpointing: bool) -> None:
     finally:
         kernels.take = take
         kernels.launch = rotary.launch = launch
+
+
+def test_a_function_that_turns_otherwise_is_left_alone() -> None:
+    def turn(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        turns = rotary.Turns(cos, sin, neighbours=True, repeated=False)
+        return rotary.turned(q, turns), rotary.turned(k, turns)
+
+    assert rotary.pairing_of(turn, is_partial=False) == rotary.Pairing(neighbours=True, repeated=False)
+    assert rotary.pairing_of(lambda q, k, cos, sin: turn(q, k, cos, -sin), is_partial=False) is None
+    assert rotary.pairing_of(lambda q, k, cos, sin: (turn(q, k, cos, sin)[0], k), is_partial=False) is None
+
+
+def test_a_layer_is_of_a_form_by_what_it_computes() -> None:
+    for kind, form in (("llama", blocks.FORMS[0]), ("gemma3_text", blocks.FORMS[1]), ("granite", None)):
+        layer = next(m for m in build(kind).modules() if hasattr(m, "self_attn"))
+        assert blocks.form_of(layer) == form
+    layer = next(m for m in build("llama").modules() if hasattr(m, "self_attn"))
+    own = type(layer).forward
+
+    class Parallel(type(layer)):  # type: ignore[misc]
+        """Both branches of what comes in."""
+
+        def forward(self, hidden_states: torch.Tensor, **options: Any) -> Any:
+            return own(self, hidden_states, **options) + self.mlp(hidden_states)
+
+    layer.__class__ = Parallel
+    assert blocks.form_of(layer) is None
+
+
+def test_a_gate_is_known_by_what_it_computes() -> None:
+    mlp = next(m for m in build("llama").modules() if hasattr(m, "gate_proj"))
+    assert gates.gating_of(mlp) == "silu"
+    mlp.act_fn = torch.nn.GELU(approximate="tanh")
+    assert gates.gating_of(mlp) == "gelu_tanh"
+    mlp.act_fn = torch.nn.Sigmoid()
+    assert gates.gating_of(mlp) is None
+
+    class Swapped(type(mlp)):  # type: ignore[misc]
+        """What is let through is activated."""
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
+
+    mlp.act_fn, mlp.__class__ = torch.nn.SiLU(), Swapped
+    assert gates.gating_of(mlp) is None
