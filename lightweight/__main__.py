@@ -15,7 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lightweight import __version__, models, names, record, targets
 from lightweight.cli import checkpoints
@@ -25,6 +25,9 @@ from lightweight.report import comparison, write
 from lightweight.settings import OF_CORPUS, SETTINGS, Settings, how_read
 from lightweight.verdict import gate
 from lightweight.verdict.limits import LIMITS, Limits
+
+if TYPE_CHECKING:  # what a corpus is of takes numpy
+    from lightweight.corpus import Corpus
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -137,6 +140,14 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", action="append", metavar="NAME", help="repeatable: a card, or an amount such as 16GiB"
     )
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        metavar="PATH",
+        help="what would be trained on, a file or hub:NAME[:SPLIT]: forecasts then hold for the longest batch that it "
+        "can make (default: for rows of --max-length tokens)",
+    )
+    _add_how_read(parser)
     _add_settings(parser)
     parser.add_argument("--max-batch", action="store_true", help="also find the largest batch that fits")
     parser.add_argument(
@@ -176,18 +187,20 @@ def _plan(options: argparse.Namespace) -> int:
         measured = [entry for path in options.record for entry in record.load(path).entries]
 
         with for_good():  # torch takes seconds, and names have been checked
-            from lightweight import methods
+            from lightweight import corpus, methods
             from lightweight.forecast import plan, plan_table, tracer
 
         named = [methods.named(name) for name in dict.fromkeys(options.method or ())] or methods.PLANNED
         wanted_methods = settings.applied(named)
         names.refuse_namesakes("method", wanted_methods)
+        read = _corpus_to_plan_for(options)
     except ValueError as error:
         return _refuse(error)
     try:
         question = plan.Question(
             keeps_passes=settings.keeps_passes,
             gpus=options.gpus or 1,
+            corpus=read,
             max_batch=options.max_batch,
             fewest_gpus=options.gpus is not None,
             **settings.rows,
@@ -201,7 +214,7 @@ def _plan(options: argparse.Namespace) -> int:
             progress=_show,
             failed=_show_traceback if options.traceback else lambda error: None,
         )
-    except (tracer.ForecastError, models.ModelError) as error:
+    except (tracer.ForecastError, models.ModelError, corpus.CorpusError) as error:
         return _refuse(error)
     finally:
         _show("")
@@ -210,6 +223,22 @@ def _plan(options: argparse.Namespace) -> int:
     if options.target:
         return 0 if plan.each_target_has_a_method(rows) else 1
     return 0 if any(row.chosen for row in rows) else 1
+
+
+def _corpus_to_plan_for(options: argparse.Namespace) -> Corpus | None:
+    """The corpus that was named, None where none was. Raises ValueError."""
+    from lightweight import corpus
+
+    how = how_read(lambda name: getattr(options, name))
+    if options.corpus is not None:
+        try:
+            return corpus.load(options.corpus, how, _show)
+        finally:
+            _show("")
+    for one in OF_CORPUS:
+        if getattr(options, one.name.replace("-", "_")):
+            raise ValueError(f"--{one.name} says how a corpus is read, and none is named: give --corpus as well")
+    return None
 
 
 def _show_traceback(error: Exception) -> None:

@@ -257,7 +257,7 @@ def traced(monkeypatch):
     """Traces of 100 MiB of weights and 100 MiB a row of a pass, for each GPU of a trial; the rows and GPUs of each."""
     asked = []
 
-    def trace(trial, capability):
+    def trace(trial, capability, rows=None):
         rows = trial.method.on_rank(trial.world_size).sequences_per_pass
         asked.append((rows, trial.world_size))
         return Trace(
@@ -326,7 +326,7 @@ def test_several_gpus_take_the_rows_that_fit_each(traced):
 def test_a_trace_that_fails_is_tried_once_for_all_cards(monkeypatch):
     tried = []
 
-    def trace(trial, capability):
+    def trace(trial, capability, rows=None):
         tried.append(trial.name)
         raise ForecastError(f"{trial.name}: no")
 
@@ -530,7 +530,7 @@ def test_the_docs_show_what_the_command_prints(capsys, monkeypatch):
     traces: dict[Any, Any] = {}
     trace = tracer.trace
 
-    def traced_once(trial, capability):
+    def traced_once(trial, capability, rows=None):
         if trial.method.captured_step is None:
             capability = targets.named("t4").capability
         key = trial.name, trial.method.passes_per_step, capability
