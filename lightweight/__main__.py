@@ -15,7 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from lightweight import __version__, models, names, record, targets
 from lightweight.cli import checkpoints
@@ -23,11 +23,7 @@ from lightweight.cli.output import Output
 from lightweight.imports import for_good
 from lightweight.report import comparison, write
 from lightweight.settings import OF_CORPUS, SETTINGS, Settings, how_read
-from lightweight.verdict import gate
 from lightweight.verdict.limits import LIMITS, Limits
-
-if TYPE_CHECKING:  # what a corpus is of takes numpy
-    from lightweight.corpus import Corpus
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -188,12 +184,14 @@ def _plan(options: argparse.Namespace) -> int:
 
         with for_good():  # torch takes seconds, and names have been checked
             from lightweight import corpus, methods
+            from lightweight.cli import data
             from lightweight.forecast import plan, plan_table, tracer
 
         named = [methods.named(name) for name in dict.fromkeys(options.method or ())] or methods.PLANNED
         wanted_methods = settings.applied(named)
         names.refuse_namesakes("method", wanted_methods)
-        read = _corpus_to_plan_for(options)
+        how = how_read(lambda name: getattr(options, name))
+        read = data.read_if_named(options.corpus, how, _show)
     except ValueError as error:
         return _refuse(error)
     try:
@@ -223,22 +221,6 @@ def _plan(options: argparse.Namespace) -> int:
     if options.target:
         return 0 if plan.each_target_has_a_method(rows) else 1
     return 0 if any(row.chosen for row in rows) else 1
-
-
-def _corpus_to_plan_for(options: argparse.Namespace) -> Corpus | None:
-    """The corpus that was named, None where none was. Raises ValueError."""
-    from lightweight import corpus
-
-    how = how_read(lambda name: getattr(options, name))
-    if options.corpus is not None:
-        try:
-            return corpus.load(options.corpus, how, _show)
-        finally:
-            _show("")
-    for one in OF_CORPUS:
-        if getattr(options, one.name.replace("-", "_")):
-            raise ValueError(f"--{one.name} says how a corpus is read, and none is named: give --corpus as well")
-    return None
 
 
 def _show_traceback(error: Exception) -> None:
@@ -471,8 +453,17 @@ def _is_file(text: str) -> bool:
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_gate)
-    parser.add_argument("new", type=Path, metavar="NEW.json")
-    parser.add_argument("--against", nargs="+", type=Path, required=True, metavar="OLD.json")
+    parser.add_argument(
+        "records",
+        nargs="+",
+        type=Path,
+        metavar="RECORD.json",
+        help="the new one, with --against; else an older one and the new one: of `pytest experiments "
+        "--benchmark-json`, or plans of `lightweight plan --format json`, whose forecasts are compared",
+    )
+    parser.add_argument(
+        "--against", nargs="+", type=Path, metavar="OLD.json", help="what the new record is held against"
+    )
     for option in LIMITS:
         words = f"fail where {option.of} (default: {option.default}; none: no verdict)"
         parser.add_argument(option.flag, default=option.default, metavar=option.metavar, help=words.replace("%", "%%"))
@@ -498,16 +489,15 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
 def _gate(options: argparse.Namespace) -> int:
     try:
         limits: dict[str, Any] = {limit.name: limit.value(getattr(options, limit.name)) for limit in LIMITS}
-        entries = record.load(options.new).entries
-        runs, problems = gate.load(options.against)
-        if not runs:  # a gate without anything to hold against would pass for ever
-            raise ValueError("; ".join(problems))
+        limits |= {name: getattr(options, name) for name in ("undecided", "missing", "require_match")}
+        *older, new = options.records
+        if len(older) != (options.against is None):
+            raise ValueError("gate: give the new record and --against older ones, or an older one and the new one")
+        told, failures = comparison.of_files(new, options.against or older, Limits(**limits))
     except ValueError as error:
         return _refuse(error)
-    words: dict[str, Any] = {name: getattr(options, name) for name in ("undecided", "missing", "require_match")}
-    compared = gate.compare(entries, runs, Limits(**limits, **words))
-    print("\n".join([*problems, comparison.text(compared)]))
-    return 1 if compared.failures else 0
+    print(told)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

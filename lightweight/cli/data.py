@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,6 +165,21 @@ def run(path: Path, how: corpus.How, model: str | None, progress: Any) -> tuple[
     found = look(read, tokenizer)
     progress("")
     return found, read, tokenizer
+
+
+def read_if_named(path: Path | None, how: corpus.How, progress: Callable[[str], None]) -> Corpus | None:
+    """The corpus at `path`, None where none was named. Raises CorpusError, also where it is said how to read it and
+    none was named."""
+    if path is not None:
+        try:
+            return corpus.load(path, how, progress)
+        finally:
+            progress("")
+    if how != corpus.How():
+        raise corpus.CorpusError(
+            "--corpus-format, --skip-bad and --held-out say how a corpus is read, and none is named: give --corpus"
+        )
+    return None
 
 
 def _tokenizer(model: models.Model) -> PreTrainedTokenizerBase:

@@ -20,7 +20,8 @@ from lightweight.forecast.replay import Cause, Forecast, Verdict
 from lightweight.forecast.tracer import ForecastError
 from lightweight.methods import Method
 from lightweight.models import Model, ModelError
-from lightweight.record import Entry, method_digest, seconds_per_token
+from lightweight.record import Entry, method_digest, said_of, seconds_per_token, versions
+from lightweight.record.codec import plain
 from lightweight.targets import CONTEXT_BYTES, NATIVE, Capability, Target
 from lightweight.trial import MAX_LENGTH, Padding, Trial, pads_to_max
 
@@ -57,13 +58,13 @@ ANY_BATCH = Question()
 class PlanRow:
     """The answer for one model x method x target, each named as a user names it.
 
-    `forecast` is of one of the GPUs that share the trial, with `method` as it takes the passes that are advised; None
-    where nothing can be forecast. `reason` says why there is none, or what else than memory keeps the method off the
-    card. `chosen` is the method to take on this target, `measured_on` the device whose step times say so, None where it
-    is expected. `corpus_rows` are what the question's corpus gives the model. Where the question asks for them, and
-    there is a forecast: `max_batch`, the largest batch that fits, in sequences a pass of one GPU, 0 if none does; and
-    `fewest_gpus`, the least number of GPUs on which this batch does, None where it does not even with one for every
-    sequence of a step.
+    `forecast` is of one of the GPUs that share the trial, with `method` as it takes the passes that are advised, and as
+    it was `asked` about, where those are others; None where nothing can be forecast. `reason` says why there is none,
+    or what else than memory keeps the method off the card. `chosen` is the method to take on this target, `measured_on`
+    the device whose step times say so, None where it is expected. `corpus_rows` are what the question's corpus gives
+    the model. Where the question asks for them, and there is a forecast: `max_batch`, the largest batch that fits, in
+    sequences a pass of one GPU, 0 if none does; and `fewest_gpus`, the least number of GPUs on which this batch does,
+    None where it does not even with one for every sequence of a step.
     """
 
     model: str
@@ -77,6 +78,7 @@ class PlanRow:
     chosen: bool = False
     measured_on: str | None = None
     corpus_rows: CorpusRows | None = None
+    asked: Method | None = None
 
     @property
     def verdict(self) -> PlanVerdict:
@@ -126,11 +128,22 @@ class PlanRow:
             "phase": forecast and forecast.phase,
             "verdict": self.verdict,
             "reason": self.reason,
+            **self._made_under(),
         }
-        if question.corpus is not None and self.corpus_rows is not None:
-            row |= {"corpus_digest": question.corpus.digest, **self.corpus_rows.as_json()}
         row |= {"max_batch": self.max_batch} if question.max_batch else {}
         return row | ({"fewest_gpus": self.fewest_gpus} if question.fewest_gpus else {})
+
+    def _made_under(self) -> dict[str, Any]:
+        """What tells an unlike forecast of the same name, and which packages this one is of."""
+        question, method = self.question, self.asked or self.method
+        under: dict[str, Any] = {"method_digest": method_digest(method), "settings": said_of(method)}
+        under["changed"] = plain(method.changed) or None
+        if question.corpus is not None and self.corpus_rows is not None:
+            under |= {"corpus_digest": question.corpus.digest, **self.corpus_rows.as_json()}
+            under |= {"loss_on": question.loss_on, "long": question.long}
+            under["padding"] = "max" if pads_to_max(question.padding, question.corpus) else "longest"
+        others = () if method.library == "peft" else (method.library,)
+        return under | {"versions": versions(*others)}
 
 
 LARGEST_BATCH = 2**14
@@ -340,7 +353,7 @@ def _row(cell: _Cell, target: Target) -> PlanRow:
         forecast = cell.forecast(cell.method, question.gpus, target)
         return answer(method=cell.method, forecast=forecast, reason=reason, max_batch=0 if question.max_batch else None)
     method, forecast = cell.advised(question.gpus, target)
-    row = answer(method=method, forecast=forecast)
+    row = answer(method=method, forecast=forecast, asked=cell.method)
     if question.max_batch:
         row = replace(row, max_batch=largest_batch(partial(_with_batch, cell, target), row.batch_size))
     return replace(row, fewest_gpus=_fewest(cell, target, forecast)) if question.fewest_gpus else row

@@ -108,8 +108,8 @@ def test_a_corpus_of_which_no_row_is_left_is_one_line(talks, folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--skip-bad"], "--skip-bad says how a corpus is read, and none is named: give --corpus as well"),
-        (["--held-out", "0.2"], "--held-out says how a corpus is read"),
+        (["--skip-bad"], "say how a corpus is read, and none is named: give --corpus"),
+        (["--held-out", "0.2"], "say how a corpus is read, and none is named: give --corpus"),
         (["--corpus", "nowhere.json"], "corpus nowhere.json: does not exist"),
     ],
 )
