@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 from lightweight.forecast.plan import PlanRow
 from lightweight.forecast.replay import CAUSES
+from lightweight.settings import changes
 from lightweight.targets import CONTEXT_BYTES, MiB, size
 
 STEP = "passes x rows"
@@ -100,6 +101,8 @@ def _notes(rows: Sequence[PlanRow]) -> list[str]:
     if corpus is not None and of_model is not None:
         origin = f" ({corpus.origin})" if corpus.origin is not None else ""
         notes.append(f"The corpus{origin}: {of_model}. Forecasts hold for the longest batch that these can make.")
+    said = changes((row.method.name, (row.asked or row.method).changed) for row in rows)
+    notes += [] if said is None else [said]
     devices = {row.target.name: row.measured_on for row in rows if row.measured_on}
     notes += [f"{target}: the fastest by step times measured on {device}." for target, device in devices.items()]
     if any(row.forecast and row.forecast.paged_bytes for row in rows):

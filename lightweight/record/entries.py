@@ -258,8 +258,9 @@ class ForecastRow:
     `passes` of `batch_size` sequences a step; `paged_bytes` are optimizer state that is in no peak.
 
     A plan also says what it was made under: the method by its `method_digest` and, in `settings`, by what its author
-    said; of a corpus, `corpus_digest`, and how its rows are made, as in an `Entry`; the network by its `parameters`;
-    and `versions` of packages, as in an `Entry`.
+    said, with those in `changed` that the command line has; of a corpus, `corpus_digest`, how its rows are made, as in
+    an `Entry`, and `longest_row`, the tokens of the longest; the network by its `parameters`; and `versions` of
+    packages, as in an `Entry`.
     """
 
     model: Name
@@ -280,6 +281,7 @@ class ForecastRow:
     paged_bytes: Count | None = field(default=None, metadata={ONLY_WITH: "paged_bytes"})
     method_digest: str | None = field(default=None, metadata={ONLY_WITH: "method_digest"})
     settings: Settings | None = field(default=None, metadata={ONLY_WITH: "settings"})
+    changed: Settings | None = field(default=None, metadata={ONLY_WITH: "changed"})
     corpus_digest: str | None = field(default=None, metadata={ONLY_WITH: "corpus_digest"})
     loss_on: LossOn | None = field(default=None, metadata={ONLY_WITH: "loss_on"})
     long: Long | None = field(default=None, metadata={ONLY_WITH: "long"})

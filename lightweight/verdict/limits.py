@@ -34,9 +34,9 @@ class Limits:
     """How much worse a cell may be than the stored one; `None` asks for no verdict.
 
     Shares: of a stored speedup that may be lost, of a stored memory ratio, of a forecast's peak and of a stored step's
-    time that may come on top, `step_fail` of a captured step and `stock_step_fail` of any other on a GPU. `loss_fail` is in nats a token.
-    `undecided` says what becomes of a speedup that noise leaves open, `missing` of a stored cell that the new run
-    lacks, and `require_match` whether a run fails that nothing stored matches.
+    time that may come on top, `step_fail` of a captured step and `stock_step_fail` of any other on a GPU. `loss_fail`
+    is in nats a token. `undecided` says what becomes of a speedup that noise leaves open, `missing` of a stored cell
+    that the new run lacks, and `require_match` whether a run fails that nothing stored matches.
     """
 
     speedup_fail: float | None = None

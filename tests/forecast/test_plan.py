@@ -80,6 +80,15 @@ def test_the_table_says_what_is_held_and_what_to_take(capsys):
     assert "lora-captured" in chosen.split()
 
 
+def test_the_table_says_what_was_set(capsys, small):
+    arguments = [small, "--target", "t4", "--method", "lora", "--method", "baseline", "--max-length", "64"]
+    assert main(["plan", *arguments, "--lora-rank", "2", "--batch-size", "4"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Set from")]
+    assert line == "Set from the command line: lora (--batch-size 4 --lora-rank 2), baseline (--batch-size 4)."
+    assert main(["plan", *arguments]) == 0
+    assert "Set from" not in capsys.readouterr().out
+
+
 def test_bf16_is_refused_where_the_card_has_none(capsys, monkeypatch, tmp_path, small):
     (tmp_path / "bf16_methods.py").write_text(
         "from dataclasses import replace\nfrom lightweight.methods import BASELINE\n"
