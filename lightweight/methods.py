@@ -14,12 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightweight import importable, names
 from lightweight.internals import peft as peft_internals
-from lightweight.models import ran_out, reason
+from lightweight.models import Model, configuration, ran_out, reason, skeleton
 from lightweight.preload import peft
 
 from peft.tuners.tuners_utils import BaseTunerLayer  # isort: skip  # after preload, which decides how peft is imported
@@ -361,6 +363,31 @@ class Method:
 
 def _lineage(of: Any) -> tuple[type, ...]:
     return of.__mro__ if isinstance(of, type) else ()
+
+
+def check_layers(method: Method, model: Model) -> None:
+    """Raise MethodError, in one line, where `model` has not the layers that the adapter of `method` names: each of
+    those that the command line names; of a method's own, which may be meant for several architectures, one of them.
+    peft passes over what it does not find, until there is nothing. Raises ModelError where there is no network."""
+    wanted = getattr(method.adapter, "target_modules", None)
+    if wanted is None or isinstance(wanted, str):
+        return
+    network = skeleton(configuration(model), torch.float32, None)
+    places = [place for place, _ in network.named_modules()]
+    # as peft finds them: by the end of their place
+    missing = sorted(name for name in wanted if not any(f".{place}".endswith(f".{name}") for place in places))
+    if not missing or ("lora_layers" not in method.changed and len(missing) < len(wanted)):
+        return
+    known = sorted({place.rpartition(".")[2] for place, layer in network.named_modules() if _is_linear(layer)})
+    said = "--lora-layers" if "lora_layers" in method.changed else "target_modules"
+    raise MethodError(
+        f"{model.name} x {method.name}: {said}: there is no layer called {' or '.join(missing)}: "
+        f"name some of {', '.join(known)}{names.question(missing[0], known)}"
+    )
+
+
+def _is_linear(layer: Any) -> bool:
+    return isinstance(layer, torch.nn.Linear | Conv1D)
 
 
 def _target_mapping(adapter: Any) -> Mapping[str, Any] | None:

@@ -34,7 +34,7 @@ from lightweight.forecast.replay import Trace
 from lightweight.importable import import_path
 from lightweight.internals import torch as torch_internals
 from lightweight.internals.torch import FAKE_TENSOR_LOGGER, FakeTensorMode
-from lightweight.methods import MethodError
+from lightweight.methods import MethodError, check_layers
 from lightweight.targets import Capability, Device, has_bf16
 from lightweight.training.meter import Meter
 from lightweight.trial import Trial
@@ -130,8 +130,9 @@ def refusal(trial: Trial, config: PretrainedConfig, rows: Rows | None = None) ->
         return f"rows of {width} tokens, where the model takes {longest}"
     try:
         _settled(trial, config)
+        check_layers(trial.method, trial.model)
     except (models.ModelError, MethodError) as error:
-        return str(error)
+        return str(error).removeprefix(f"{trial.name}: ")
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightweight.record import Entry, Run, baseline_of
+from lightweight.record import Entry, Run, baseline_of, one_line
 from lightweight.report.select import method_of, several
 from lightweight.report.speed import faster
 from lightweight.settings import MAX_LENGTH, changes

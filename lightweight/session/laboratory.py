@@ -21,7 +21,7 @@ from lightweight.forecast import replay, tracer
 from lightweight.forecast.replay import Forecast
 from lightweight.forecast.tracer import ForecastError
 from lightweight.internals import pytest_benchmark
-from lightweight.methods import Method, MethodError
+from lightweight.methods import Method, MethodError, check_layers
 from lightweight.models import Model
 from lightweight.record import Entry, Speedup
 from lightweight.session import choices, speedups, xdist_bridge
@@ -69,7 +69,12 @@ class Laboratory(Choices):
             chosen = self.method(method)
         except MethodError as error:  # the test's own says otherwise
             pytest.skip(f"{NOT_RUN}{error}")
-        return Trial(model=self.find(choices.model(model)), method=chosen, **settings | changes)
+        found = self.find(choices.model(model))
+        try:
+            check_layers(chosen, found)
+        except (MethodError, models.ModelError) as error:
+            pytest.fail(str(error), pytrace=False)
+        return Trial(model=found, method=chosen, **settings | changes)
 
     def located(self, trial: Trial) -> Trial:
         """`trial` with its model's weights in a folder, written once a session where there is none. Raises ChildError

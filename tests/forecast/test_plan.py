@@ -120,6 +120,7 @@ REMOTE = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoM
         (["opt-tiny", "--schedule", "cosin"], "--schedule cosin: choose one of linear"),
         (["opt-tiny", "--method", "baseline", "--lora-rank", "4"], "method baseline has no LoRA adapter"),
         (["opt-tiny", "--max-length", "4096"], "rows of 4096 tokens"),
+        (["opt-tiny", "--method", "lora", "--lora-layers", "q_prj"], "no layer called q_prj: name some of fc1"),
         (["opt-tiny", "--gpus", "0"], "--gpus 0: give at least 1"),
         (["opt-tiny", "--gpus", "-2"], "--gpus -2: give at least 1"),
         (["opt-tiny", "--gpus", "two"], "--gpus two: give a whole number"),
