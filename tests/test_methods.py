@@ -233,7 +233,7 @@ def test_layers_that_names_alone_cannot_say_are_refused(targets, expected):
 
 
 def named_layers(*layers, **changes):
-    return replace(LORA, adapter=replace(LORA.adapter, target_modules=list(layers)), **changes)
+    return replace(LORA, adapter=peft.LoraConfig(target_modules=list(layers)), **changes)
 
 
 @pytest.mark.parametrize(

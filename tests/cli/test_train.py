@@ -636,7 +636,7 @@ def test_the_readmes_two_commands_work(base, dialogues, out, capsys):
         (("--lora-rank", "4"), "has no LoRA adapter: leave it out, or take a method that has one, such as lora"),
         (
             ("--lora-layers", "q_prj", "--method", "lora"),
-            "project_in, project_out, q_proj, v_proj; did you mean q_proj?",
+            "out_proj, q_proj, v_proj; did you mean q_proj?",
         ),
         (("--schedule", "cosin"), "warmup_stable_decay; did you mean cosine?"),
         (
