@@ -151,7 +151,7 @@ def _carry_out(
     try:
         with contextlib.closing(Progress()) as bar:
             trial, trainer, rows, heldout = worker.set_up(
-                trial, torch_device, meter, Unattended(), output.unfinished, **_arguments(job, output)
+                trial, torch_device, meter, Unattended(), output.unfinished, progress, **_arguments(job, output)
             )
             if told := _too_long(trial, meter):
                 say(told)

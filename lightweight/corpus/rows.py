@@ -7,7 +7,7 @@ split between them; where one turn and its answer alone are too long, tokens are
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -100,11 +100,7 @@ def encode_all(
 ) -> Encoded:
     """All rows of `examples`, in their order, telling `progress` at each further hundredth of many. Raises as `encode`
     does."""
-    fitted = []
-    for index, example in enumerate(examples):
-        if len(examples) >= MANY and index % -(-len(examples) // 100) == 0:
-            progress(f"encoding {len(examples):,} examples: {100 * index // len(examples)} %")
-        fitted.append(_fitted(example, tokenizer, form))
+    fitted = [_fitted(example, tokenizer, form) for example in watched(examples, progress)]
     return Encoded(
         rows=[row for rows, _, _ in fitted for row in rows],
         tokens=tuple(tokens for _, _, tokens in fitted),
@@ -112,6 +108,14 @@ def encode_all(
         split=sum(len(rows) > 1 for rows, _, _ in fitted),
         dropped=sum(not rows for rows, _, _ in fitted),
     )
+
+
+def watched(examples: Sequence[Example], progress: Callable[[str], None]) -> Iterator[Example]:
+    """`examples`, telling `progress` at each further hundredth of many how far their encoding is."""
+    for index, example in enumerate(examples):
+        if len(examples) >= MANY and index % -(-len(examples) // 100) == 0:
+            progress(f"encoding {len(examples):,} examples: {100 * index // len(examples)} %")
+        yield example
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, form: RowForm) -> list[Row]:

@@ -227,10 +227,14 @@ class Laboratory(Choices):
             self._has_named_culprit = True
             self.progress.note(f"{culprit} initialises CUDA when it is imported: children start in fresh interpreters")
         try:
-            with owner.Child(located, folder, self.option("trial_timeout"), *callbacks) as child:
+            seconds = self.option("trial_timeout")
+            with owner.Child(located, folder, seconds, *callbacks, on_told=self._show_told) as child:
                 yield child
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _show_told(self, trial: Trial, text: str) -> None:
+        self.progress.show(f"{trial.name}: {text}")
 
     def _show_step(self, trial: Trial, step: int, loss: float | None) -> None:
         of_loss = "" if loss is None else f", loss {loss:.3f}"
