@@ -64,6 +64,7 @@ class Child:
         on_step: Callable[[Trial, int, float | None], None] | None = None,
         on_round: Callable[[Trial, Measurements], None] = lambda trial, measured: None,
         on_phase: Callable[[Child], None] = lambda child: None,
+        *,
         on_told: Callable[[Trial, str], None] = lambda trial, text: None,
     ) -> None:
         self.trial = trial
