@@ -366,22 +366,21 @@ def _lineage(of: Any) -> tuple[type, ...]:
 
 
 def check_layers(method: Method, model: Model) -> None:
-    """Raise MethodError, in one line, where `model` has not the layers that the adapter of `method` names: each of
-    those that the command line names; of a method's own, which may be meant for several architectures, one of them.
-    peft passes over what it does not find, until there is nothing. Raises ModelError where there is no network."""
-    wanted = getattr(method.adapter, "target_modules", None)
-    if wanted is None or isinstance(wanted, str):
+    """Raise MethodError, in one line, where `model` has not each of the layers that the command line names for the
+    adapter of `method`. peft passes over what it does not find, until there is nothing; so it is with a method's own
+    names, which may be meant for several architectures. Raises ModelError where there is no network."""
+    wanted = method.changed.get("lora_layers", "all-linear")
+    if isinstance(wanted, str):
         return
     network = skeleton(configuration(model), torch.float32, None)
     places = [place for place, _ in network.named_modules()]
     # as peft finds them: by the end of their place
     missing = sorted(name for name in wanted if not any(f".{place}".endswith(f".{name}") for place in places))
-    if not missing or ("lora_layers" not in method.changed and len(missing) < len(wanted)):
+    if not missing:
         return
     known = sorted({place.rpartition(".")[2] for place, layer in network.named_modules() if _is_linear(layer)})
-    said = "--lora-layers" if "lora_layers" in method.changed else "target_modules"
     raise MethodError(
-        f"{model.name} x {method.name}: {said}: there is no layer called {' or '.join(missing)}: "
+        f"{model.name} x {method.name}: --lora-layers: there is no layer called {' or '.join(missing)}: "
         f"name some of {', '.join(known)}{names.question(missing[0], known)}"
     )
 

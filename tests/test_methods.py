@@ -244,7 +244,7 @@ def named_layers(*layers, **changes):
         (named_layers("q_proj", "c_attn", changed={"lora_layers": ["q_proj", "c_attn"]}), "--lora-layers: *c_attn: "),
         (named_layers("proj", changed={"lora_layers": ["proj"]}), "--lora-layers: *proj: "),  # no layer's whole name
         (named_layers("q_proj", "c_attn"), None),  # one's own, for several architectures
-        (named_layers("c_attn", "query_key_value"), "target_modules: *c_attn or query_key_value: name some of fc1, "),
+        (named_layers("c_attn", "fc3", changed={"lora_layers": ["c_attn", "fc3"]}), "--lora-layers: *c_attn or fc3: "),
         (LORA, None),
         (QLORA, None),
         (BASELINE, None),
