@@ -23,7 +23,6 @@ from lightweight.cli.output import Output
 from lightweight.imports import for_good
 from lightweight.report import comparison, write
 from lightweight.settings import OF_CORPUS, SETTINGS, Settings, how_read
-from lightweight.verdict import gate
 from lightweight.verdict.limits import LIMITS, Limits
 
 
@@ -137,6 +136,14 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", action="append", metavar="NAME", help="repeatable: a card, or an amount such as 16GiB"
     )
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        metavar="PATH",
+        help="what would be trained on, a file or hub:NAME[:SPLIT]: forecasts then hold for the longest batch that it "
+        "can make (default: for rows of --max-length tokens)",
+    )
+    _add_how_read(parser)
     _add_settings(parser)
     parser.add_argument("--max-batch", action="store_true", help="also find the largest batch that fits")
     parser.add_argument(
@@ -176,18 +183,22 @@ def _plan(options: argparse.Namespace) -> int:
         measured = [entry for path in options.record for entry in record.load(path).entries]
 
         with for_good():  # torch takes seconds, and names have been checked
-            from lightweight import methods
+            from lightweight import corpus, methods
+            from lightweight.cli import data
             from lightweight.forecast import plan, plan_table, tracer
 
         named = [methods.named(name) for name in dict.fromkeys(options.method or ())] or methods.PLANNED
         wanted_methods = settings.applied(named)
         names.refuse_namesakes("method", wanted_methods)
+        how = how_read(lambda name: getattr(options, name))
+        read = data.read_if_named(options.corpus, how, _show)
     except ValueError as error:
         return _refuse(error)
     try:
         question = plan.Question(
             keeps_passes=settings.keeps_passes,
             gpus=options.gpus or 1,
+            corpus=read,
             max_batch=options.max_batch,
             fewest_gpus=options.gpus is not None,
             **settings.rows,
@@ -201,7 +212,7 @@ def _plan(options: argparse.Namespace) -> int:
             progress=_show,
             failed=_show_traceback if options.traceback else lambda error: None,
         )
-    except (tracer.ForecastError, models.ModelError) as error:
+    except (tracer.ForecastError, models.ModelError, corpus.CorpusError) as error:
         return _refuse(error)
     finally:
         _show("")
@@ -442,8 +453,17 @@ def _is_file(text: str) -> bool:
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_gate)
-    parser.add_argument("new", type=Path, metavar="NEW.json")
-    parser.add_argument("--against", nargs="+", type=Path, required=True, metavar="OLD.json")
+    parser.add_argument(
+        "records",
+        nargs="+",
+        type=Path,
+        metavar="RECORD.json",
+        help="the new one, with --against; else an older one and the new one: of `pytest experiments "
+        "--benchmark-json`, or plans of `lightweight plan --format json`, whose forecasts are compared",
+    )
+    parser.add_argument(
+        "--against", nargs="+", type=Path, metavar="OLD.json", help="what the new record is held against"
+    )
     for option in LIMITS:
         words = f"fail where {option.of} (default: {option.default}; none: no verdict)"
         parser.add_argument(option.flag, default=option.default, metavar=option.metavar, help=words.replace("%", "%%"))
@@ -469,16 +489,15 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
 def _gate(options: argparse.Namespace) -> int:
     try:
         limits: dict[str, Any] = {limit.name: limit.value(getattr(options, limit.name)) for limit in LIMITS}
-        entries = record.load(options.new).entries
-        runs, problems = gate.load(options.against)
-        if not runs:  # a gate without anything to hold against would pass for ever
-            raise ValueError("; ".join(problems))
+        limits |= {name: getattr(options, name) for name in ("undecided", "missing", "require_match")}
+        *older, new = options.records
+        if len(older) != (options.against is None):
+            raise ValueError("gate: give the new record and --against older ones, or an older one and the new one")
+        told, failures = comparison.of_files(new, options.against or older, Limits(**limits))
     except ValueError as error:
         return _refuse(error)
-    words: dict[str, Any] = {name: getattr(options, name) for name in ("undecided", "missing", "require_match")}
-    compared = gate.compare(entries, runs, Limits(**limits, **words))
-    print("\n".join([*problems, comparison.text(compared)]))
-    return 1 if compared.failures else 0
+    print(told)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ import transformers
 from transformers import SchedulerType, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
-from lightweight import names
 from lightweight.methods import Method, MethodError
 from lightweight.models import reason
+from lightweight.settings import SCHEDULES
 
 if TYPE_CHECKING:
     from lightweight.targets import Target
@@ -63,9 +63,6 @@ def _all(names: str, argument: Argument) -> dict[str, Argument]:
 
 TORCHS_ADAMW = ("adamw_torch", "adamw_torch_fused")
 """What the captured step runs: the same arithmetic in both."""
-
-SCHEDULES = tuple(kind.value for kind in SchedulerType if kind.value not in ("reduce_lr_on_plateau", "greedy"))
-"""Those that need no evaluation on the way."""
 
 CHECKPOINTING_KEYS = {"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop"}
 """What gradient_checkpointing_kwargs may say: what torch.utils.checkpoint takes, as do peft and the captured step."""
@@ -184,13 +181,6 @@ def check(method: Method, target: Target, world_size: int) -> None:
     _check_step(method, defaults)
     if method.training_arguments.get("tf32") and not target.bf16:
         raise MethodError(f"method {method.name}: tf32 is asked for, which target {target.name} lacks: leave it out")
-
-
-def check_schedule(name: str | None) -> None:
-    """Raise MethodError, in one line, for a schedule that is none, or that needs an evaluation on the way."""
-    if name is not None and name not in SCHEDULES:
-        known, meant = ", ".join(SCHEDULES), names.question(name, SCHEDULES)
-        raise MethodError(f"--schedule {names.one_line(name)}: choose one of {known}{meant}")
 
 
 def default(name: str) -> Any:

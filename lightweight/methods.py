@@ -14,12 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightweight import importable, names
 from lightweight.internals import peft as peft_internals
-from lightweight.models import ran_out, reason
+from lightweight.models import Model, configuration, ran_out, reason, skeleton
 from lightweight.preload import peft
 
 from peft.tuners.tuners_utils import BaseTunerLayer  # isort: skip  # after preload, which decides how peft is imported
@@ -361,6 +363,30 @@ class Method:
 
 def _lineage(of: Any) -> tuple[type, ...]:
     return of.__mro__ if isinstance(of, type) else ()
+
+
+def check_layers(method: Method, model: Model) -> None:
+    """Raise MethodError, in one line, where `model` has not each of the layers that the command line names for the
+    adapter of `method`. peft passes over what it does not find, until there is nothing; so it is with a method's own
+    names, which may be meant for several architectures. Raises ModelError where there is no network."""
+    wanted = method.changed.get("lora_layers", "all-linear")
+    if isinstance(wanted, str):
+        return
+    network = skeleton(configuration(model), torch.float32, None)
+    places = [place for place, _ in network.named_modules()]
+    # as peft finds them: by the end of their place
+    missing = sorted(name for name in wanted if not any(f".{place}".endswith(f".{name}") for place in places))
+    if not missing:
+        return
+    known = sorted({place.rpartition(".")[2] for place, layer in network.named_modules() if _is_linear(layer)})
+    raise MethodError(
+        f"{model.name} x {method.name}: --lora-layers: there is no layer called {' or '.join(missing)}: "
+        f"name some of {', '.join(known)}{names.question(missing[0], known)}"
+    )
+
+
+def _is_linear(layer: Any) -> bool:
+    return isinstance(layer, torch.nn.Linear | Conv1D)
 
 
 def _target_mapping(adapter: Any) -> Mapping[str, Any] | None:

@@ -125,6 +125,13 @@ def how_read(said: Callable[[str], Any]) -> How:
     return How(format=said("corpus_format"), skip_bad=said("skip_bad"), held_out=said("held_out"))
 
 
+SCHEDULES = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"),
+    *("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"),
+)
+"""Those of transformers' `SchedulerType`, which is not imported to say so, that need no evaluation on the way."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """One of `Settings` as a command line says it. `of` is what it belongs to: a method's TrainingArguments, its LoRA
@@ -217,7 +224,7 @@ SETTINGS = (
     Setting(
         name="schedule",
         metavar="NAME",
-        read=str,
+        read=one_of(*SCHEDULES),
         help="how the learning rate goes on, as transformers calls it: linear, cosine, constant, ... (default: the "
         "method's, else linear)",
         of="arguments",
@@ -277,6 +284,12 @@ def as_typed(changed: Mapping[str, Any]) -> str:
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
 
 
+def changes(of_methods: Iterable[tuple[str, Mapping[str, Any] | None]]) -> str | None:
+    """What was set of each method, by its name, in one line; None where nothing was."""
+    said = dict.fromkeys(f"{name} ({as_typed(changed)})" for name, changed in of_methods if changed)
+    return names.one_line(f"Set from the command line: {', '.join(said)}.") if said else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What is set from a command line, None where nothing is.
@@ -328,9 +341,8 @@ class Settings:
         """`method` with what is set; LoRA's settings leave alone a method without LoRA. The suite's own methods are
         changed; any other one is where it says nothing itself. Raises MethodError where it says otherwise, and for what
         no method can have."""
-        from lightweight import arguments, methods
+        from lightweight import methods
 
-        arguments.check_schedule(self.schedule)
         is_stock = methods.METHODS.get(method.name) is method
         of_adapter = self.given("adapter") if _has_lora(method) else []
         changed: dict[str, Any] = {}

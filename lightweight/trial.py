@@ -25,6 +25,12 @@ backward, since the Trainer has no boundary before it. Capture is the preparatio
 have no boundary that the host sees."""
 
 
+def pads_to_max(padding: Padding | None, corpus: Corpus) -> bool:
+    """Whether rows of `corpus` are all made as long as one may be: those of pairs where nothing is said, as in the
+    original scripts."""
+    return (padding or ("max" if corpus.kind == "pairs" else "longest")) == "max"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trial:
     """One Model x Method x Target x Corpus x seed.
@@ -85,7 +91,7 @@ class Trial:
     @property
     def pads_to_max(self) -> bool:
         """Whether every row of a batch is made `max_length` tokens long."""
-        return (self.padding or ("max" if self.corpus.kind == "pairs" else "longest")) == "max"
+        return pads_to_max(self.padding, self.corpus)
 
     def with_rows(self, rows: int | None) -> Trial:
         """The trial, knowing how many rows its training examples became; None where that is not known yet."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from lightweight import methods
+from lightweight import methods, models
 from lightweight.methods import (
     BASELINE,
     BASELINE_CAPTURED,
@@ -18,6 +18,7 @@ from lightweight.methods import (
     MethodError,
     adapted_layers,
 )
+from lightweight.models import OPT_TINY
 from lightweight.preload import peft
 
 MINE = replace(LORA, name="mine")
@@ -229,3 +230,43 @@ def test_layers_that_names_alone_cannot_say_are_refused(targets, expected):
     method = replace(LORA, adapter=replace(LORA.adapter, target_modules=targets), library="unsloth")  # type: ignore[call-arg]
     with pytest.raises(MethodError, match=f"method lora: unsloth takes layers by name alone, .*{expected}"):
         method.named_layers(network_of("llama"))
+
+
+def named_layers(*layers, **changes):
+    return replace(LORA, adapter=peft.LoraConfig(target_modules=list(layers)), **changes)
+
+
+@pytest.mark.parametrize(
+    ("method", "missing"),
+    [
+        (named_layers("q_proj", "fc1", changed={"lora_layers": ["q_proj", "fc1"]}), None),
+        (named_layers("layers.1.fc1", changed={"lora_layers": ["layers.1.fc1"]}), None),
+        (named_layers("q_proj", "c_attn", changed={"lora_layers": ["q_proj", "c_attn"]}), "--lora-layers: *c_attn: "),
+        (named_layers("proj", changed={"lora_layers": ["proj"]}), "--lora-layers: *proj: "),  # no layer's whole name
+        (named_layers("q_proj", "c_attn"), None),  # one's own, for several architectures
+        (named_layers("c_attn", "fc3", changed={"lora_layers": ["c_attn", "fc3"]}), "--lora-layers: *c_attn or fc3: "),
+        (LORA, None),
+        (QLORA, None),
+        (BASELINE, None),
+    ],
+)
+def test_layers_that_the_model_does_not_have_are_one_line(method, missing):
+    if missing is None:
+        methods.check_layers(method, OPT_TINY)
+        return
+    with pytest.raises(MethodError, match=missing.replace("*", "there is no layer called ")) as raised:
+        methods.check_layers(method, OPT_TINY)
+    assert str(raised.value).startswith("opt-tiny x lora: ")
+
+
+def test_layers_that_are_said_to_be_missing_are_those_that_peft_does_not_find():
+    for name in ("fc1", "layers.1.fc1", "proj", "c_attn"):
+        method = named_layers(name, changed={"lora_layers": [name]})
+        network = models.skeleton(models.configuration(OPT_TINY), torch.float32, None)
+        try:
+            method.adapt(network)
+        except MethodError:
+            with pytest.raises(MethodError):
+                methods.check_layers(method, OPT_TINY)
+        else:
+            methods.check_layers(method, OPT_TINY)

@@ -440,6 +440,20 @@ def test_bad_input_is_one_line_before_any_model_is_built(project, arguments, exp
     assert "writing" not in result.stdout.str()
 
 
+def test_layers_that_one_model_does_not_have_fail_its_cells_in_a_line_without_a_child(project, monkeypatch):
+    project.makepyfile(
+        test_cells="def test_cell(train, model, method):\n    assert train(model, method).kind == 'completed'\n"
+    )
+    models = ["--model=opt-tiny", "--model=llama-tiny"]
+    result = project.runpytest(*models, "--method=lora", "--lora-layers=fc1", "--epochs=1", "--max-length=32")
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(
+        ["llama-tiny x lora: --lora-layers: there is no layer called fc1: name some of down_proj, gate_proj, *"]
+    )
+    assert "llama-tiny: writing its weights" not in result.stdout.str()
+    result.stdout.no_fnmatch_line("*Traceback*")
+
+
 @pytest.mark.parametrize("name", ["opt_tiny", "./nowhere"])
 def test_a_tests_own_model_that_nothing_has_is_one_line(project, name):
     project.makepyfile(

@@ -50,10 +50,10 @@ class Child:
 
     Ask for rounds, then `finish`. `outcome` is set as soon as the trial has ended, however it did; `rounds_done` counts
     rounds that were trained whole. `on_step(trial, step, loss)` is told of every optimizer step, `loss` being the
-    newest known, `on_round(trial, measured)` of every round's end, and `on_phase(child)` of every phase that the first
-    rank enters. A child that reports nothing for `silence_seconds` has timed out and is killed; one without `on_step`
-    reports no steps, which beside short rounds would take their time. What ends one rank ends the trial, and all of its
-    ranks.
+    newest known, `on_round(trial, measured)` of every round's end, `on_phase(child)` of every phase that the first rank
+    enters, and `on_told(trial, text)` of how far the encoding of a long corpus is. A child that reports nothing for
+    `silence_seconds` has timed out and is killed; one without `on_step` reports no steps, which beside short rounds
+    would take their time. What ends one rank ends the trial, and all of its ranks.
     """
 
     def __init__(
@@ -64,6 +64,8 @@ class Child:
         on_step: Callable[[Trial, int, float | None], None] | None = None,
         on_round: Callable[[Trial, Measurements], None] = lambda trial, measured: None,
         on_phase: Callable[[Child], None] = lambda child: None,
+        *,
+        on_told: Callable[[Trial, str], None] = lambda trial, text: None,
     ) -> None:
         self.trial = trial
         self.outcome: Outcome | None = None
@@ -74,6 +76,7 @@ class Child:
         self._on_step = on_step
         self._on_round = on_round
         self._on_phase = on_phase
+        self._on_told = on_told
 
     def __enter__(self) -> Self:
         world_size = self.trial.world_size
@@ -181,6 +184,8 @@ class Child:
                     case worker.Step(step, loss):
                         if self._on_step is not None:
                             self._on_step(self.trial, step, loss)
+                    case worker.Told(text):
+                        self._on_told(self.trial, text)
                     case worker.Entered():
                         if rank.number == 0:
                             self._on_phase(self)

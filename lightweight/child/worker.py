@@ -62,13 +62,20 @@ class Entered:
 
 
 @dataclass(frozen=True)
+class Told:
+    """How far something is that takes long before the first step, in a line."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class RoundEnded:
     """The round asked for has ended and the device is idle."""
 
     measured: Measurements
 
 
-Report = Ready | Step | Entered | RoundEnded | Outcome
+Report = Ready | Step | Entered | Told | RoundEnded | Outcome
 
 
 def describe_device(index: int) -> Device:
@@ -144,7 +151,7 @@ def _complete(trial: Trial, device: torch.device, folder: Path, meter: Meter, ow
     """Train `trial` at its owner's pace, evaluate it and save it."""
     transformers.utils.logging.disable_progress_bar()
     owner.enter("build")
-    trial, trainer, train_rows, heldout = set_up(trial, device, meter, owner, folder)
+    trial, trainer, train_rows, heldout = set_up(trial, device, meter, owner, folder, owner.tell)
     train(trial, trainer, train_rows, heldout, meter, owner.enter)
     owner.await_request("finish")
     owner.enter("evaluate")
@@ -176,10 +183,17 @@ class Prepared(NamedTuple):
 
 
 def set_up(
-    trial: Trial, device: torch.device, meter: Meter, rounds: Rounds, folder: Path, **overrides: Any
+    trial: Trial,
+    device: torch.device,
+    meter: Meter,
+    rounds: Rounds,
+    folder: Path,
+    progress: Callable[[str], None] = lambda text: None,
+    **overrides: Any,
 ) -> Prepared:
-    """Everything before the first step. `overrides` are TrainingArguments, as for `stock.make_trainer`. Raises
-    CorpusError where no example fits into a row, and what the parts raise."""
+    """Everything before the first step; `progress` is told how far the encoding of a long corpus is. `overrides` are
+    TrainingArguments, as for `stock.make_trainer`. Raises CorpusError where no example fits into a row, and what the
+    parts raise."""
     with meter.during("build"):
         if device.type == "cuda":
             _cap_memory(trial)
@@ -191,10 +205,10 @@ def set_up(
         transformers.set_seed(trial.seed)
         network = build(trial, device)
         tokenizer = models.load_tokenizer(trial.model)
-        training = _encoded(trial, trial.corpus.train, tokenizer)
+        training = _encoded(trial, trial.corpus.train, tokenizer, progress)
         trial = trial.with_rows(len(training.rows))
         heldout = Heldout(
-            _encoded(trial, trial.corpus.heldout, tokenizer).rows,
+            _encoded(trial, trial.corpus.heldout, tokenizer, progress).rows,
             corpus.encode_text(trial.corpus.elsewhere or "", tokenizer, trial.max_length),
         )
         ids = [row["input_ids"] for row in (*training.rows, *heldout.examples, *heldout.elsewhere)]
@@ -222,8 +236,10 @@ def set_up(
     return Prepared(trial, trainer, rows, heldout)
 
 
-def _encoded(trial: Trial, examples: Sequence[corpus.Example], tokenizer: Any) -> corpus.Encoded:
-    encoded = corpus.encode_all(examples, tokenizer, trial.row_form)
+def _encoded(
+    trial: Trial, examples: Sequence[corpus.Example], tokenizer: Any, progress: Callable[[str], None]
+) -> corpus.Encoded:
+    encoded = corpus.encode_all(examples, tokenizer, trial.row_form, progress)
     if not encoded.rows:
         which = "to train on" if examples is trial.corpus.train else "held out"
         raise corpus.CorpusError(
@@ -361,6 +377,10 @@ class _OwnersEnd:
 
     def enter(self, phase: Phase) -> None:
         self.report(Entered(phase))
+
+    def tell(self, text: str) -> None:
+        if ranks.is_first():
+            self.report(Told(text))
 
     def await_request(self, request: Request) -> None:
         while (received := self._receive()) != request:

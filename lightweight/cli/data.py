@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,8 @@ REFUSALS = (corpus.CorpusError, models.ModelError)
 class Look:
     """What a corpus is before training. `told` is what was read, in one line. Of both sides together: `lengths`,
     examples by up to how many `unit` they have, and the `longest` one; `cut` the share that is longer than so many, for
-    tokens alone. `shared_prompts` are held-out examples that begin as one does that is trained on."""
+    tokens alone. `shared_prompts` are held-out examples that begin as one does that is trained on. `assumed` says why
+    tokens are not those of the model's own tokenizer."""
 
     told: str
     format: str
@@ -53,21 +54,29 @@ class Look:
     mean: float
     lengths: dict[int, int]
     cut: dict[int, float] | None
+    assumed: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """What `--format json` writes."""
         return asdict(self)
 
 
-def look(read: Corpus, tokenizer: PreTrainedTokenizerBase | None) -> Look:
-    """What `read` is, in tokens of `tokenizer`, or in characters where there is none. Raises ModelError."""
+def look(
+    read: Corpus,
+    tokenizer: PreTrainedTokenizerBase | None,
+    assumed: str | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Look:
+    """What `read` is, in tokens of `tokenizer`, or in characters where there is none; `assumed` says why that is not
+    the model's own. Raises ModelError."""
     origin = read.origin
     assert origin is not None
     every = [*read.train, *read.heldout]
     if tokenizer is None:
         lengths = [sum(map(len, contents(example))) for example in every]
     else:
-        lengths = [len(corpus.encode_whole(example, tokenizer)["input_ids"]) for example in every]
+        examples = corpus.watched(every, progress)
+        lengths = [len(corpus.encode_whole(example, tokenizer)["input_ids"]) for example in examples]
     begun = {_prompt(example) for example in read.train}
     return Look(
         told=str(origin),
@@ -82,6 +91,7 @@ def look(read: Corpus, tokenizer: PreTrainedTokenizerBase | None) -> Look:
         longest=max(lengths),
         mean=sum(lengths) / len(lengths),
         lengths=corpus.histogram(lengths),
+        assumed=assumed,
         cut=None if tokenizer is None else {size: sum(n > size for n in lengths) / len(lengths) for size in LENGTHS},
     )
 
@@ -112,6 +122,8 @@ def text(found: Look) -> str:
     else:
         shares = ", ".join(f"{share:.1%} at {size:,}" for size, share in found.cut.items())
         lines.append(f"longer than a row, and cut: {shares}")
+    if found.assumed is not None:
+        lines.append(found.assumed)
     if found.shared_prompts:
         lines.append(
             f"{found.shared_prompts:,} held-out examples begin with a prompt that is also trained on: "
@@ -157,20 +169,40 @@ def run(path: Path, how: corpus.How, model: str | None, progress: Any) -> tuple[
     """What there is to see in the corpus at `path`, it, and the model's tokenizer, None without one. Raises one of
     REFUSALS."""
     read = corpus.load(path, how, progress)
-    tokenizer = None
+    tokenizer = assumed = None
     if model is not None:
         progress(f"loading the tokenizer of {model}")
-        tokenizer = _tokenizer(models.find(models.named(model))[0])
+        tokenizer, assumed = _tokenizer(models.named(model))
         progress("counting tokens")
-    found = look(read, tokenizer)
+    found = look(read, tokenizer, assumed, progress)
     progress("")
     return found, read, tokenizer
 
 
-def _tokenizer(model: models.Model) -> PreTrainedTokenizerBase:
-    if model.gguf_file is not None:
-        raise models.ModelError(f"model {model.name}: its tokenizer is inside of a GGUF file: name the model it is of")
-    return models.load_tokenizer(model) if model.is_loadable else models.drawn_tokenizer(model)
+def read_if_named(path: Path | None, how: corpus.How, progress: Callable[[str], None]) -> Corpus | None:
+    """The corpus at `path`, None where none was named. Raises CorpusError, also where it is said how to read it and
+    none was named."""
+    if path is not None:
+        try:
+            return corpus.load(path, how, progress)
+        finally:
+            progress("")
+    if how != corpus.How():
+        raise corpus.CorpusError(
+            "--corpus-format, --skip-bad and --held-out say how a corpus is read, and none is named: give --corpus"
+        )
+    return None
+
+
+def _tokenizer(model: models.Model) -> tuple[PreTrainedTokenizerBase, str | None]:
+    """The tokenizer that `model` is trained with here, and why that is not its own, if it is not. Raises ModelError."""
+    try:
+        return models.find_tokenizer(model), None
+    except models.NoTokenizerError as error:
+        if model.architecture is None:
+            raise
+        problem = str(error).split("; ")[0]
+        return models.drawn_tokenizer(model), f"{problem}; counted are bytes, which its random weights are trained on"
 
 
 def written(found: Look) -> str:

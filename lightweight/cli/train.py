@@ -39,7 +39,7 @@ from lightweight.cli.terminal import fail, say
 from lightweight.forecast import tracer
 from lightweight.importable import import_path
 from lightweight.internals.transformers import draw_curves_in
-from lightweight.methods import Method, MethodError
+from lightweight.methods import Method, MethodError, check_layers
 from lightweight.models import Model
 from lightweight.targets import CPU, NATIVE, Device, MiB, Target, size
 from lightweight.training import ranks, stock
@@ -103,6 +103,7 @@ def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) 
         before = ranks.of_first(output.interrupted) if job.resume else None
         if method is None:
             method = ranks.of_first(lambda: choose(job, model, target, device, before, progress))
+        check_layers(method, model)
         trial = _trial(job, model, method, target, dialogues, on_gpu)
         if job.resume:
             _check_same(trial, before, output)
@@ -150,7 +151,7 @@ def _carry_out(
     try:
         with contextlib.closing(Progress()) as bar:
             trial, trainer, rows, heldout = worker.set_up(
-                trial, torch_device, meter, Unattended(), output.unfinished, **_arguments(job, output)
+                trial, torch_device, meter, Unattended(), output.unfinished, progress, **_arguments(job, output)
             )
             if told := _too_long(trial, meter):
                 say(told)

@@ -32,6 +32,7 @@ from lightweight.corpus.rows import (
     encode_text,
     encode_whole,
     ends_of_answers,
+    watched,
 )
 from lightweight.corpus.split import in_latin_letters
 from lightweight.corpus.template import LossOn
@@ -65,4 +66,5 @@ __all__ = [
     "in_latin_letters",
     "load",
     "pair",
+    "watched",
 ]

@@ -186,7 +186,7 @@ class _Listed:
         kind = json_kind(self._item())
         if self._next():
             self._not_json("Extra data", self._at)
-        fail(self._path, f"holds a JSON {kind}: write a list of turns")
+        fail(self._path, f"holds a JSON {kind}: write a list of rows")
 
     def _item(self) -> Any:
         """The value that begins next."""

@@ -94,6 +94,8 @@ def _text(row: Row, *keys: str) -> str:
 
 
 def _prompt_completion(row: Row) -> Example:
+    if row.get("label") is False:  # of KTO's rows, which say of every answer whether it is wanted
+        raise Defect("label: is false, of an answer that is not wanted: leave the row out")
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list | dict):
         said = messages_of(prompt, "prompt")

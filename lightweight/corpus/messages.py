@@ -28,6 +28,9 @@ ROLES: Mapping[str, Role] = {
 OF_TOOLS = ("tool", "tools", "function", "function_call", "function_response", "observation", "ipython")
 """The roles of what a program was asked, or has answered."""
 
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""What models' thoughts are called where they stand beside an answer."""
+
 CALLS = ("tool_calls", "function_call")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
@@ -85,10 +88,15 @@ def _message(value: Any, field: str) -> Message:
     is_sharegpt = ("from" in value or "value" in value) and not ("role" in value or "content" in value)
     of_role, of_content = ("from", "value") if is_sharegpt else ("role", "content")
     role = _role(value, of_role, field)
-    if value.get("weight") == 0:
+    if role == "assistant" and value.get("weight") == 0:
         raise Defect(f"{field}.weight: is 0, and the loss is on every answer: leave the row out, or the weight")
     if of_content not in value:
-        raise Defect(f"{field}: has no {of_content!r}: give it a text")
+        others = ", ".join(repr(key) for key in value if key != of_role) or "nothing else"
+        raise Defect(f"{field}: has no {of_content!r}, but {short_text(others)}: write the text as {of_content!r}")
+    for key in THOUGHTS:
+        if value.get(key):
+            mend = "write them into the content as the model's template does, or remove them"
+            raise Defect(f"{field}.{key}: holds thoughts, which would be left out of the answer: {mend}")
     said = value[of_content]
     if role == "system":
         return Message(role, optional_text_of(_joined(said, f"{field}.{of_content}"), f"{field}.{of_content}"))
@@ -169,5 +177,9 @@ def of_hh_string(text: str, field: str) -> list[Message] | None:
 
 def short(value: Any) -> str:
     """`value` as Python writes it, cut at 60 characters."""
-    text = repr(value)
+    return short_text(repr(value))
+
+
+def short_text(text: str) -> str:
+    """`text`, cut at 60 characters."""
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -7,7 +7,7 @@ split between them; where one turn and its answer alone are too long, tokens are
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 MIN_LENGTH = 2
 """Tokens of a row: one of the prompt and one of the answer."""
+
+MANY = 1000
+"""Examples from which on it is told how far their encoding is."""
 
 IGNORED = -100
 """The label that transformers' losses leave out: prompt and padding."""
@@ -89,9 +92,15 @@ class Encoded:
     dropped: int
 
 
-def encode_all(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, form: RowForm) -> Encoded:
-    """All rows of `examples`, in their order. Raises as `encode` does."""
-    fitted = [_fitted(example, tokenizer, form) for example in examples]
+def encode_all(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    form: RowForm,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Encoded:
+    """All rows of `examples`, in their order, telling `progress` at each further hundredth of many. Raises as `encode`
+    does."""
+    fitted = [_fitted(example, tokenizer, form) for example in watched(examples, progress)]
     return Encoded(
         rows=[row for rows, _, _ in fitted for row in rows],
         tokens=tuple(tokens for _, _, tokens in fitted),
@@ -99,6 +108,14 @@ def encode_all(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, 
         split=sum(len(rows) > 1 for rows, _, _ in fitted),
         dropped=sum(not rows for rows, _, _ in fitted),
     )
+
+
+def watched(examples: Sequence[Example], progress: Callable[[str], None]) -> Iterator[Example]:
+    """`examples`, telling `progress` at each further hundredth of many how far their encoding is."""
+    for index, example in enumerate(examples):
+        if len(examples) >= MANY and index % -(-len(examples) // 100) == 0:
+            progress(f"encoding {len(examples):,} examples: {100 * index // len(examples)} %")
+        yield example
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, form: RowForm) -> list[Row]:

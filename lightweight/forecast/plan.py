@@ -13,15 +13,17 @@ from typing import Any, Literal
 from transformers import PretrainedConfig
 
 from lightweight import models
-from lightweight.corpus import Corpus, Long, LossOn
-from lightweight.forecast import replay, tracer
+from lightweight.corpus import Corpus, CorpusError, Long, LossOn, RowForm, Rows
+from lightweight.forecast import corpus_rows, replay, tracer
+from lightweight.forecast.corpus_rows import CorpusRows
 from lightweight.forecast.replay import Cause, Forecast, Verdict
 from lightweight.forecast.tracer import ForecastError
 from lightweight.methods import Method
 from lightweight.models import Model, ModelError
-from lightweight.record import Entry, method_digest, seconds_per_token
+from lightweight.record import Entry, method_digest, said_of, seconds_per_token, versions
+from lightweight.record.codec import plain
 from lightweight.targets import CONTEXT_BYTES, NATIVE, Capability, Target
-from lightweight.trial import MAX_LENGTH, Padding, Trial
+from lightweight.trial import MAX_LENGTH, Padding, Trial, pads_to_max
 
 PlanVerdict = Verdict | Literal["cannot_be_forecast"]
 
@@ -31,9 +33,10 @@ class Question:
     """What is asked of every model x method x target.
 
     The sequences of a forward pass are a method's own, or, unless the question `keeps_passes`, the most that fit in
-    more passes of the same optimizer step. `max_length` is in tokens a row; what else is said of rows changes no
-    forecast, which knows no corpus and holds for rows of that length. `gpus` share a trial. `max_batch` asks for
-    the largest batch that fits as well, and `fewest_gpus` for the least number of GPUs that suffices.
+    more passes of the same optimizer step. `max_length` is in tokens a row. Without a `corpus` a forecast holds for
+    rows of that length, and what else is said of rows changes nothing; with one, for the longest batch that its
+    training rows can make in ten epochs. `gpus` share a trial. `max_batch` asks for the largest batch that fits as
+    well, and `fewest_gpus` for the least number of GPUs that suffices.
     """
 
     keeps_passes: bool = False
@@ -41,6 +44,7 @@ class Question:
     loss_on: LossOn = "all"
     long: Long = "cut"
     padding: Padding | None = None
+    corpus: Corpus | None = None
     gpus: int = 1
     max_batch: bool = False
     fewest_gpus: bool = False
@@ -54,10 +58,11 @@ ANY_BATCH = Question()
 class PlanRow:
     """The answer for one model x method x target, each named as a user names it.
 
-    `forecast` is of one of the GPUs that share the trial, with `method` as it takes the passes that are advised; None
-    where nothing can be forecast. `reason` says why there is none, or what else than memory keeps the method off the
-    card. `chosen` is the method to take on this target, `measured_on` the device whose step times say so, None where it
-    is expected. Where the question asks for them, and there is a forecast: `max_batch`, the largest batch that fits, in
+    `forecast` is of one of the GPUs that share the trial, with `method` as it takes the passes that are advised, and as
+    it was `asked` about, where those are others; None where nothing can be forecast. `reason` says why there is none,
+    or what else than memory keeps the method off the card. `chosen` is the method to take on this target, `measured_on`
+    the device whose step times say so, None where it is expected. `corpus_rows` are what the question's corpus gives
+    the model. Where the question asks for them, and there is a forecast: `max_batch`, the largest batch that fits, in
     sequences a pass of one GPU, 0 if none does; and `fewest_gpus`, the least number of GPUs on which this batch does,
     None where it does not even with one for every sequence of a step.
     """
@@ -72,6 +77,8 @@ class PlanRow:
     fewest_gpus: int | None = None
     chosen: bool = False
     measured_on: str | None = None
+    corpus_rows: CorpusRows | None = None
+    asked: Method | None = None
 
     @property
     def verdict(self) -> PlanVerdict:
@@ -121,9 +128,22 @@ class PlanRow:
             "phase": forecast and forecast.phase,
             "verdict": self.verdict,
             "reason": self.reason,
+            **self._made_under(),
         }
         row |= {"max_batch": self.max_batch} if question.max_batch else {}
         return row | ({"fewest_gpus": self.fewest_gpus} if question.fewest_gpus else {})
+
+    def _made_under(self) -> dict[str, Any]:
+        """What tells an unlike forecast of the same name, and which packages this one is of."""
+        question, method = self.question, self.asked or self.method
+        under: dict[str, Any] = {"method_digest": method_digest(method), "settings": said_of(method)}
+        under["changed"] = plain(method.changed) or None
+        if question.corpus is not None and self.corpus_rows is not None:
+            under |= {"corpus_digest": question.corpus.digest, **self.corpus_rows.as_json()}
+            under |= {"loss_on": question.loss_on, "long": question.long}
+            under["padding"] = "max" if pads_to_max(question.padding, question.corpus) else "longest"
+        others = () if method.library == "peft" else (method.library,)
+        return under | {"versions": versions(*others)}
 
 
 LARGEST_BATCH = 2**14
@@ -136,10 +156,11 @@ LASTING: tuple[Cause, ...] = ("weights", "quantization state", "optimizer")
 @dataclass(eq=False, kw_only=True)
 class _Cell:
     """One model x method of a question, and its traces, each of which is made once. `config` is the model's, or why it
-    has none."""
+    has none; `corpus_rows` what the corpus gives it, None without one."""
 
     model: Model
-    config: PretrainedConfig | ModelError
+    config: PretrainedConfig | ModelError | CorpusError
+    corpus_rows: CorpusRows | None
     method: Method
     question: Question
     progress: Callable[[str], None]
@@ -147,27 +168,35 @@ class _Cell:
 
     def trial(self, method: Method, gpus: int) -> Trial:
         """Raises ValueError where a step has fewer sequences than `gpus`."""
-        return Trial(
+        step = method.captured_step
+        if step is not None and step.compile is None:  # as train takes it: what a compiler makes is not forecast
+            method = replace(method, step=replace(step, compile=False))
+        trial = Trial(
             model=self.model,
             method=method,
             target=NATIVE,
-            corpus=Corpus(train=(), heldout=(), digest=""),
+            corpus=self.question.corpus or Corpus(train=(), heldout=(), digest=""),
             max_length=self.question.max_length,
             loss_on=self.question.loss_on,
             long=self.question.long,
             padding=self.question.padding,
             world_size=gpus,
         )
+        return trial.with_rows(None if self.corpus_rows is None else self.corpus_rows.count)
 
     def refusal(self) -> str | None:
         """Why this cannot be forecast, as far as it is known before minutes of tracing."""
-        if isinstance(self.config, ModelError):
+        if isinstance(self.config, ValueError):
             return str(self.config)
         try:
             trial = self.trial(self.method, self.question.gpus)
         except ValueError as error:
             return str(error)
-        return tracer.refusal(trial, self.config)
+        return tracer.refusal(trial, self.config, self._rows)
+
+    @property
+    def _rows(self) -> Rows | None:
+        return None if self.corpus_rows is None else self.corpus_rows.rows
 
     def forecast(self, method: Method, gpus: int, target: Target) -> Forecast:
         """What `method`, this one with other passes, takes of each of `gpus`. Raises ForecastError."""
@@ -176,8 +205,9 @@ class _Cell:
             trial = self.trial(method, gpus)
             rows = trial.method.on_rank(gpus).sequences_per_pass
             shared = f" on {gpus} GPUs" if gpus > 1 else ""
-            self.progress(f"{trial.name}: tracing a batch of {rows} x {self.question.max_length}{shared}")
-            self._traces[key] = tracer.trace(trial, target.capability)
+            longest = self.corpus_rows.width if self.corpus_rows is not None else self.question.max_length
+            self.progress(f"{trial.name}: tracing a batch of {rows} x {longest}{shared}")
+            self._traces[key] = tracer.trace(trial, target.capability, self._rows)
         return replay.within(self._traces[key], target.budget_bytes)
 
     def advised(self, gpus: int, target: Target) -> tuple[Method, Forecast]:
@@ -206,17 +236,19 @@ def plan(
     progress: Callable[[str], None] = lambda text: None,
     failed: Callable[[ForecastError], None] = lambda error: None,
 ) -> list[PlanRow]:
-    """A row for every model x method x target. Raises ModelError where no model has a configuration, and ForecastError
-    where nothing can be forecast for another reason and that is known before anything is traced.
+    """A row for every model x method x target. Raises ModelError where no model has a configuration, CorpusError where
+    the corpus gives a model no row, and ForecastError where nothing can be forecast for another reason and that is
+    known before anything is traced.
 
     `measured` are entries of records, whose step times order the methods where they have all of them. `failed` is told
     of what makes a method's row `cannot_be_forecast` while it is traced.
     """
-    configs = [_configuration(model) for model in models]
+    known = [_known(model, question, progress) for model in models]
     cells = {
         (i, j): _Cell(
             model=model,
-            config=configs[i],
+            config=known[i][0],
+            corpus_rows=known[i][1],
             method=method,
             question=question,
             progress=progress,
@@ -227,8 +259,9 @@ def plan(
     reasons = {key: reason for key, cell in cells.items() if (reason := cell.refusal()) is not None}
     if cells and len(reasons) == len(cells):
         (first, reason), *_ = reasons.items()
-        if isinstance(configs[0], ModelError):
-            raise configs[0]
+        config, _ = known[0]
+        if isinstance(config, ValueError):
+            raise config
         raise ForecastError(f"{cells[first].model.name} x {cells[first].method.name}: {reason}")
 
     def row(key: tuple[int, int], target: Target) -> PlanRow:
@@ -249,12 +282,20 @@ def plan(
     ]
 
 
-def _configuration(model: Model) -> PretrainedConfig | ModelError:
-    """The configuration of `model`, or why there is none: that is no matter of the other models."""
+def _known(
+    model: Model, question: Question, progress: Callable[[str], None]
+) -> tuple[PretrainedConfig | ModelError | CorpusError, CorpusRows | None]:
+    """The configuration of `model`, or why it cannot be forecast, which is no matter of the other models; and the rows
+    that the question's corpus gives it."""
     try:
-        return models.configuration(model)
-    except ModelError as error:
-        return error
+        config = models.configuration(model)
+        if question.corpus is None:
+            return config, None
+        form = RowForm(question.max_length, question.loss_on, question.long)
+        padded = pads_to_max(question.padding, question.corpus)
+        return config, corpus_rows.of_model(question.corpus, model, form, pads_to_max=padded, progress=progress)
+    except (ModelError, CorpusError) as error:
+        return error, None
 
 
 def smaller_passes(method: Method, gpus: int) -> list[Method]:
@@ -306,13 +347,13 @@ def fewest_gpus(fits: Callable[[int], Forecast], sequences: int) -> int | None:
 def _row(cell: _Cell, target: Target) -> PlanRow:
     """The row of what can be forecast. Raises ForecastError."""
     question = cell.question
-    answer = partial(PlanRow, model=cell.model.name, target=target, question=question)
+    answer = partial(PlanRow, model=cell.model.name, target=target, question=question, corpus_rows=cell.corpus_rows)
     if cell.method.uses_bf16 and not target.bf16:
         reason = f"computes in bf16, which {target.name} does not have"
         forecast = cell.forecast(cell.method, question.gpus, target)
         return answer(method=cell.method, forecast=forecast, reason=reason, max_batch=0 if question.max_batch else None)
     method, forecast = cell.advised(question.gpus, target)
-    row = answer(method=method, forecast=forecast)
+    row = answer(method=method, forecast=forecast, asked=cell.method)
     if question.max_batch:
         row = replace(row, max_batch=largest_batch(partial(_with_batch, cell, target), row.batch_size))
     return replace(row, fewest_gpus=_fewest(cell, target, forecast)) if question.fewest_gpus else row
@@ -320,7 +361,14 @@ def _row(cell: _Cell, target: Target) -> PlanRow:
 
 def _row_without(cell: _Cell, target: Target, reason: str) -> PlanRow:
     """The row of what cannot be forecast."""
-    return PlanRow(model=cell.model.name, method=cell.method, target=target, question=cell.question, reason=reason)
+    return PlanRow(
+        model=cell.model.name,
+        method=cell.method,
+        target=target,
+        question=cell.question,
+        reason=reason,
+        corpus_rows=cell.corpus_rows,
+    )
 
 
 def _with_batch(cell: _Cell, target: Target, sequences: int) -> Forecast:

@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 from lightweight.forecast.plan import PlanRow
 from lightweight.forecast.replay import CAUSES
+from lightweight.settings import changes
 from lightweight.targets import CONTEXT_BYTES, MiB, size
 
 STEP = "passes x rows"
@@ -28,8 +29,10 @@ def _causes(rows: Sequence[PlanRow]) -> str:
     known = [(row, row.forecast) for row in rows if row.forecast is not None]
     gpus = rows[0].question.gpus
     parameters = f", {known[0][1].parameters / 1e6:,.0f} M parameters" if known else ""
+    of_corpus = rows[0].corpus_rows
+    length = str(rows[0].question.max_length) if of_corpus is None else f"up to {of_corpus.width}"
     title = (
-        f"{rows[0].model}{parameters}, rows of {rows[0].question.max_length} tokens: "
+        f"{rows[0].model}{parameters}, rows of {length} tokens: "
         f"allocated at the peak{f' on each of {gpus} GPUs' if gpus > 1 else ''}"
     )
     if not known:
@@ -94,6 +97,12 @@ def _notes(rows: Sequence[PlanRow]) -> list[str]:
         f"The budget is the card's memory less {CONTEXT_BYTES // MiB} MiB for a CUDA context; the margin is what of it "
         "the allocator would not reserve."
     ]
+    corpus, of_model = rows[0].question.corpus, rows[0].corpus_rows
+    if corpus is not None and of_model is not None:
+        origin = f" ({corpus.origin})" if corpus.origin is not None else ""
+        notes.append(f"The corpus{origin}: {of_model}. Forecasts hold for the longest batch that these can make.")
+    said = changes((row.method.name, (row.asked or row.method).changed) for row in rows)
+    notes += [] if said is None else [said]
     devices = {row.target.name: row.measured_on for row in rows if row.measured_on}
     notes += [f"{target}: the fastest by step times measured on {device}." for target, device in devices.items()]
     if any(row.forecast and row.forecast.paged_bytes for row in rows):

@@ -34,7 +34,7 @@ from lightweight.forecast.replay import Trace
 from lightweight.importable import import_path
 from lightweight.internals import torch as torch_internals
 from lightweight.internals.torch import FAKE_TENSOR_LOGGER, FakeTensorMode
-from lightweight.methods import MethodError
+from lightweight.methods import MethodError, check_layers
 from lightweight.targets import Capability, Device, has_bf16
 from lightweight.training.meter import Meter
 from lightweight.trial import Trial
@@ -95,7 +95,7 @@ def trace(trial: Trial, capability: Capability, rows: Rows | None = None) -> Tra
     configuration.
     """
     config = models.configuration(trial.model)
-    if (reason := refusal(trial, config)) is not None:
+    if (reason := refusal(trial, config, rows)) is not None:
         raise ForecastError(f"{trial.name}: {reason}")
     trial = replace(trial, method=replace(trial.method, quantization=_settled(trial, config)))
     step = trial.method.captured_step
@@ -114,8 +114,9 @@ def trace(trial: Trial, capability: Capability, rows: Rows | None = None) -> Tra
         return _trace(trial, capability, rows, network, config.get_text_config().vocab_size)
 
 
-def refusal(trial: Trial, config: PretrainedConfig) -> str | None:
-    """Why a trial of a model with `config` cannot be forecast, as far as that is known before it is traced."""
+def refusal(trial: Trial, config: PretrainedConfig, rows: Rows | None = None) -> str | None:
+    """Why a trial of a model with `config` over `rows`, where these are known, cannot be forecast, as far as that is
+    known before it is traced."""
     step = trial.method.captured_step
     if step is not None and trial.world_size > 1:
         return "the captured step is forecast on one GPU, not on several"
@@ -124,12 +125,14 @@ def refusal(trial: Trial, config: PretrainedConfig) -> str | None:
     if trial.method.library != "peft":
         return f"{trial.method.library} is not forecast, only transformers and peft"
     longest = models.longest_row(config)
-    if longest is not None and longest < trial.max_length:
-        return f"rows of {trial.max_length} tokens, where the model takes {longest}"
+    width = trial.max_length if rows is None else rows.width
+    if longest is not None and longest < width:
+        return f"rows of {width} tokens, where the model takes {longest}"
     try:
         _settled(trial, config)
+        check_layers(trial.method, trial.model)
     except (models.ModelError, MethodError) as error:
-        return str(error)
+        return str(error).removeprefix(f"{trial.name}: ")
     return None
 
 

@@ -21,7 +21,7 @@ from lightweight.models.known import (
 from lightweight.models.loading import count_parameters, load, skeleton
 from lightweight.models.model import Model, ModelError, Weights, ran_out, reason
 from lightweight.models.quantization import quantization_of, settle_quantization, stored_quantization
-from lightweight.models.sources import can_be_random, find
+from lightweight.models.sources import NoTokenizerError, can_be_random, find, find_tokenizer
 from lightweight.models.tokenizer import check_rows, load_tokenizer
 from lightweight.models.writing import drawn_tokenizer, write
 
@@ -36,6 +36,7 @@ __all__ = [
     "TINYLLAMA_1_1B",
     "Model",
     "ModelError",
+    "NoTokenizerError",
     "Weights",
     "can_be_random",
     "check_rows",
@@ -44,6 +45,7 @@ __all__ = [
     "count_parameters",
     "drawn_tokenizer",
     "find",
+    "find_tokenizer",
     "load",
     "load_tokenizer",
     "longest_row",

@@ -5,14 +5,25 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightweight.models.config import configuration, has_config, unreachable
 from lightweight.models.known import MODELS
 from lightweight.models.model import Model, ModelError, Weights
 from lightweight.models.quantization import stored_quantization, title
+from lightweight.models.tokenizer import has_tokenizer, load_tokenizer
+from lightweight.models.writing import drawn_tokenizer, tokenizer_of_gguf
 
-SNAPSHOT_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BESIDE_WEIGHTS = ["*.json", "*.txt", "*.model", "*.jinja"]
+SNAPSHOT_FILES = [*BESIDE_WEIGHTS, "*.safetensors"]
 """What is fetched of a hub repository: no pickled weights and no code."""
+
+
+class NoTokenizerError(ModelError):
+    """A model whose tokenizer is not at hand, which says nothing against the model."""
 
 
 def find(model: Model, weights: Weights | None = None) -> tuple[Model, str | None]:
@@ -31,6 +42,45 @@ def find(model: Model, weights: Weights | None = None) -> tuple[Model, str | Non
             raise
         problem = str(error).split("; ")[0]
         return _random(model), f"{problem}; building random weights at its true size"
+
+
+def find_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer that `model` would be trained with, without its weights: that of its folder, of the hub or of its
+    package; where its weights could only be drawn, the one of `drawn_tokenizer`. Raises NoTokenizerError where it is
+    not at hand, and ModelError for one that cannot be used."""
+    if model.source is None:
+        return drawn_tokenizer(model)
+    folder = Path(model.source)
+    if not folder.is_dir():
+        folder = _without_weights(model)
+    if has_tokenizer(folder):
+        return load_tokenizer(replace(model, location=str(folder)))
+    if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
+        return tokenizer_of_gguf(_in_folder(model, folder))
+    if has_config(model) and not any(folder.glob("*.safetensors")):
+        return drawn_tokenizer(model)
+    raise NoTokenizerError(f"model {model.name}: {folder} has no tokenizer: add its tokenizer.json")
+
+
+def _without_weights(model: Model) -> Path:
+    """The folder of what lies beside the weights of a model of the hub's, or of its package. Raises
+    NoTokenizerError."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    assert model.source is not None
+    try:
+        return Path(snapshot_download(model.source, allow_patterns=BESIDE_WEIGHTS))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        if (folder := _package_folder(model)) is not None:
+            return folder
+        raise NoTokenizerError(str(unreachable(model, error))) from error
+
+
+def _package_folder(model: Model) -> Path | None:
+    """Where the package lies that carries the model's weights, None where it is not installed."""
+    spec = importlib.util.find_spec(model.package) if model.package else None
+    return Path(spec.origin).parent if spec and spec.origin else None
 
 
 def can_be_random(model: Model) -> bool:
@@ -53,8 +103,8 @@ def _pretrained(model: Model) -> Model:
     try:
         snapshot = Path(snapshot_download(model.source, allow_patterns=SNAPSHOT_FILES))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        if model.package and (spec := importlib.util.find_spec(model.package)) and spec.origin:
-            return _in_folder(model, Path(spec.origin).parent)
+        if (package := _package_folder(model)) is not None:
+            return _in_folder(model, package)
         raise unreachable(model, error) from error
     if any(snapshot.glob("*.safetensors")):
         return replace(model, weights="pretrained", location=str(snapshot))

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+OTHER_FILE = "give another file, or a folder of safetensors"
+"""The mend where a GGUF file is of no use."""
+
+
 def write(model: Model, folder: Path, seed: int) -> Model:
     """Write the safetensors folder of a model that has none yet, and return the model located there.
 
@@ -23,15 +27,12 @@ def write(model: Model, folder: Path, seed: int) -> Model:
     has one. Raises ModelError.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import AutoModelForCausalLM, set_seed
 
-    tokenizer: PreTrainedTokenizerBase
     if model.gguf_file:
-        assert model.location is not None
-        with refused(model, f"{model.gguf_file} cannot be read", "give another file, or a folder of safetensors"):
+        with refused(model, f"{model.gguf_file} cannot be read", OTHER_FILE):
             network = _unpacked(model)
-            tokenizer = AutoTokenizer.from_pretrained(model.location, gguf_file=model.gguf_file)
-            _end_as_the_network_does(tokenizer, network.config)
+            tokenizer = tokenizer_of_gguf(model)
     else:
         config, tokenizer = _architecture(model)
         set_seed(seed)
@@ -40,6 +41,18 @@ def write(model: Model, folder: Path, seed: int) -> Model:
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return replace(model, location=str(folder), gguf_file=None)
+
+
+def tokenizer_of_gguf(model: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer in the GGUF file of a model that was found, with the ends of its network. Raises ModelError."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    assert model.location is not None
+    with refused(model, f"{model.gguf_file} cannot be read", OTHER_FILE):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.location, gguf_file=model.gguf_file)
+        config = AutoConfig.from_pretrained(model.location, gguf_file=model.gguf_file)
+        _end_as_the_network_does(tokenizer, config)
+    return tokenizer
 
 
 def _end_as_the_network_does(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:

@@ -13,6 +13,7 @@ from lightweight.record.entries import BASELINE as BASELINE
 from lightweight.record.entries import ONE_AFTER_THE_OTHER as ONE_AFTER_THE_OTHER
 from lightweight.record.entries import Entry as Entry
 from lightweight.record.entries import ForecastRow as ForecastRow
+from lightweight.record.entries import NoForecast as NoForecast
 from lightweight.record.entries import Run as Run
 from lightweight.record.entries import Speedup as Speedup
 from lightweight.record.entries import seconds_per_token as seconds_per_token
@@ -36,6 +37,7 @@ from lightweight.record.writing import document as document
 from lightweight.record.writing import entry as entry
 from lightweight.record.writing import forecast_row as forecast_row
 from lightweight.record.writing import method_digest as method_digest
+from lightweight.record.writing import said_of as said_of
 from lightweight.record.writing import settings as settings
 from lightweight.record.writing import steady_seconds_per_token as steady_seconds_per_token
 from lightweight.record.writing import steady_step_seconds as steady_step_seconds

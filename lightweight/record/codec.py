@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-from lightweight.record.entries import ONLY_WITH, Entry, ForecastRow, Speedup
+from lightweight.record.entries import ONLY_WITH, Entry, ForecastRow, NoForecast, Speedup
 from lightweight.schema import NO_KEY
 
 
@@ -34,6 +34,11 @@ def forecast_of(values: Mapping[str, Any]) -> ForecastRow:
     return ForecastRow(**_fields(ForecastRow, values))
 
 
+def no_forecast_of(values: Mapping[str, Any]) -> NoForecast:
+    """The row without a forecast that `values`, which is sound JSON, says."""
+    return NoForecast(**_fields(NoForecast, values))
+
+
 def _fields(of: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """What `values` has for fields of a dataclass, lists as tuples; keys that this version does not know have none."""
     known = {key: values[key] for key in _keys(of) if key in values}
@@ -45,11 +50,11 @@ def _keys(of: type[Any]) -> dict[str, Mapping[str, str]]:
     return {field.name: field.metadata for field in dataclasses.fields(of) if NO_KEY not in field.metadata}
 
 
-KEYS, FORECAST_KEYS = (
+KEYS, FORECAST_KEYS, NO_FORECAST_KEYS = (
     tuple(field.name for field in dataclasses.fields(of) if field.default is dataclasses.MISSING)
-    for of in (Entry, ForecastRow)
+    for of in (Entry, ForecastRow, NoForecast)
 )
-"""What every entry, and every forecast, has, and what a reader of records may rely on."""
+"""What every entry, every forecast, and every row without one has, and what a reader of records may rely on."""
 
 SPEEDUP_KEYS = tuple(key for key in _keys(Speedup) if key != "ended_after_seconds")
 """What every speedup has; those from before 2026-11-26 do not say whether the time for them was over."""

@@ -254,7 +254,13 @@ class ForecastRow:
     what `lightweight plan --format json` writes.
 
     `forecast_allocated_bytes` and `forecast_reserved_bytes` are the peak of one GPU, by cause in `bytes_by_cause`, met
-    in `phase`; `budget_bytes` is what the target has. `gpus` share the trial, in rows of `max_length` tokens.
+    in `phase`; `budget_bytes` is what the target has. `gpus` share the trial, in rows of `max_length` tokens, each in
+    `passes` of `batch_size` sequences a step; `paged_bytes` are optimizer state that is in no peak.
+
+    A plan also says what it was made under: the method by its `method_digest` and, in `settings`, by what its author
+    said, with those in `changed` that the command line has; of a corpus, `corpus_digest`, how its rows are made, as in
+    an `Entry`, and `longest_row`, the tokens of the longest; the network by its `parameters`; and `versions` of
+    packages, as in an `Entry`.
     """
 
     model: Name
@@ -271,17 +277,42 @@ class ForecastRow:
     gpus: AtLeast1 | None = field(default=None, metadata={ONLY_WITH: "gpus"})
     world_size: AtLeast1 | None = field(default=None, metadata={ONLY_WITH: "world_size"})
     batch_size: AtLeast1 | None = field(default=None, metadata={ONLY_WITH: "batch_size"})
+    passes: AtLeast1 | None = field(default=None, metadata={ONLY_WITH: "passes"})
+    paged_bytes: Count | None = field(default=None, metadata={ONLY_WITH: "paged_bytes"})
+    method_digest: str | None = field(default=None, metadata={ONLY_WITH: "method_digest"})
+    settings: Settings | None = field(default=None, metadata={ONLY_WITH: "settings"})
+    changed: Settings | None = field(default=None, metadata={ONLY_WITH: "changed"})
+    corpus_digest: str | None = field(default=None, metadata={ONLY_WITH: "corpus_digest"})
+    loss_on: LossOn | None = field(default=None, metadata={ONLY_WITH: "loss_on"})
+    long: Long | None = field(default=None, metadata={ONLY_WITH: "long"})
+    padding: Padding | None = field(default=None, metadata={ONLY_WITH: "padding"})
+    longest_row: AtLeast1 | None = field(default=None, metadata={ONLY_WITH: "longest_row"})
+    parameters: Count | None = field(default=None, metadata={ONLY_WITH: "parameters"})
+    trainable_parameters: Count | None = field(default=None, metadata={ONLY_WITH: "trainable_parameters"})
+    versions: Mapping[str, str | None] | None = field(default=None, metadata={ONLY_WITH: "versions"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoForecast:
+    """What `lightweight plan` could not forecast, and for what `reason`."""
+
+    model: Name
+    method: Name
+    target: Name
+    reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A stored run: its file, when it ended (ISO 8601, UTC), its entries, and what was forecast without training.
+    """A stored run: its file, when it ended (ISO 8601, UTC), its entries, what was forecast without training, and what
+    a plan could not forecast.
     `commit` is the code's, `is_dirty` whether it had changes that were not committed; None where nothing says so."""
 
     path: Path
     ended: str
     entries: Sequence[Entry]
     forecasts: Sequence[ForecastRow] = ()
+    unforecast: Sequence[NoForecast] = ()
     commit: str | None = None
     is_dirty: bool | None = None
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from lightweight import schema
 from lightweight.record import codec
-from lightweight.record.codec import FORECAST_KEYS, KEYS, SPEEDUP_KEYS
-from lightweight.record.entries import Entry, ForecastRow, Run, Speedup
+from lightweight.record.codec import FORECAST_KEYS, KEYS, NO_FORECAST_KEYS, SPEEDUP_KEYS
+from lightweight.record.entries import Entry, ForecastRow, NoForecast, Run, Speedup
 from lightweight.record.likeness import SAME_BASELINE
 from lightweight.record.shown import one_line
 from lightweight.record.writing import SCHEMA, digest
@@ -55,12 +55,12 @@ def run(document: Any, path: Path) -> Run:
     forecasts = document.get("forecasts") or []
     if not isinstance(forecasts, list):
         raise RecordError(f"record {path}: has no list as 'forecasts': store the run again")
-    forecasts = [row for row in forecasts if not _is_no_forecast(row)]
     for index, entry in enumerate(outcomes):
         if fault := _fault(entry):
             raise RecordError(f"record {path}: outcome {index} {fault}: store the run again")
     for index, row in enumerate(forecasts):
-        if fault := schema.fault(row, ForecastRow, FORECAST_KEYS) or schema.fault_of_rest(row):
+        of, keys = (NoForecast, NO_FORECAST_KEYS) if _is_no_forecast(row) else (ForecastRow, FORECAST_KEYS)
+        if fault := schema.fault(row, of, keys) or schema.fault_of_rest(row):
             raise RecordError(
                 f"record {path}: forecast {index} {fault}: give what `lightweight plan --format json` wrote"
             )
@@ -73,7 +73,8 @@ def run(document: Any, path: Path) -> Run:
         path=path,
         ended=ended,
         entries=[codec.entry_of(entry, run=ended, stored=entry | {"run": ended}) for entry in outcomes],
-        forecasts=[codec.forecast_of(row) for row in forecasts],
+        forecasts=[codec.forecast_of(row) for row in forecasts if not _is_no_forecast(row)],
+        unforecast=[codec.no_forecast_of(row) for row in forecasts if _is_no_forecast(row)],
         commit=None if commit.get("id") == "unknown" else _text_or_none(commit.get("id")),
         is_dirty=commit["dirty"] if isinstance(commit.get("dirty"), bool) else None,
     )

@@ -175,7 +175,12 @@ def versions(*others: str) -> dict[str, str | None]:
 
 
 def method_digest(method: Method) -> str:
-    """What tells `method` from others of its name: SHA-256 over what its author said, in hexadecimal.
+    """What tells `method` from others of its name: SHA-256 over what its author said, in hexadecimal."""
+    return digest(said_of(method))
+
+
+def said_of(method: Method) -> dict[str, Any]:
+    """What the author of `method` said, as JSON.
 
     Left out are the name, and whatever has the library's own default: a new version of peft or transformers that writes
     another setting, or its own version, into a config does not make it another method."""
@@ -188,7 +193,7 @@ def method_digest(method: Method) -> str:
         "library": method.library,
     }
     own = own_code(method)
-    return digest(said if own is None else said | {"own_code": own})
+    return said if own is None else said | {"own_code": own}
 
 
 def own_code(method: Method) -> dict[str, Any] | None:

@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from lightweight import record
 from lightweight.record import BASELINE, Entry, baseline_of, one_line
-from lightweight.report import words
+from lightweight.report import forecast_comparison, words
 from lightweight.report.table import Column, table
+from lightweight.verdict import forecasts, gate
 from lightweight.verdict.gate import Cell, Comparison
+from lightweight.verdict.limits import Limits
+
+
+def of_files(new: Path, old: Sequence[Path], limits: Limits) -> tuple[str, list[str]]:
+    """What is told of the record at `new`, held against those at `old`, trials against trials, or a plan's forecasts
+    against forecasts; and why it fails. Raises ValueError."""
+    run = record.load(new)
+    is_plan = forecasts.holds_forecasts_alone(run)
+    runs, problems = (forecasts if is_plan else gate).load(old)
+    if not runs:  # a gate without anything to hold against would pass for ever
+        what = f"record {new}: holds forecasts alone, and there are none to hold them against: " if is_plan else ""
+        raise ValueError(what + "; ".join(problems))
+    if is_plan:
+        of_forecasts = forecasts.compare(run, runs, limits)
+        return "\n".join([*problems, forecast_comparison.text(of_forecasts)]), of_forecasts.failures
+    compared = gate.compare(run.entries, runs, limits)
+    return "\n".join([*problems, text(compared)]), compared.failures
 
 
 def text(comparison: Comparison) -> str:

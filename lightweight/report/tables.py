@@ -14,6 +14,7 @@ from lightweight.report import select, words
 from lightweight.report.select import cell_of, is_card, pace_of, planned, target_of
 from lightweight.report.speed import faster, products_seconds, step_ratio
 from lightweight.report.table import Column, Table, table
+from lightweight.settings import changes
 from lightweight.targets import size
 from lightweight.verdict import noninferiority
 
@@ -282,6 +283,8 @@ def memory_by_cause(entries: Sequence[Entry], untrained: Sequence[ForecastRow] =
     only_forecast = [row for row in untrained if cell_of(row) not in measured and is_card(row.target)]
     rows: list[Entry | ForecastRow] = [*trained, *only_forecast]
     notes = ["What a cell held when memory ran out is no peak. Causes are the forecast's."] * bool(rows)
+    said = changes((row.method, row.changed) for row in only_forecast)
+    notes += [] if said is None else [said]
     return table("memory", "Peak memory by cause", columns, rows, [*trained, *[None] * len(only_forecast)], notes)
 
 

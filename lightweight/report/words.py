@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lightweight.record import Entry, Run, baseline_of, one_line
 from lightweight.report.select import method_of, several
 from lightweight.report.speed import faster
-from lightweight.settings import MAX_LENGTH, as_typed
+from lightweight.settings import MAX_LENGTH, changes
 from lightweight.targets import size
 
 RANDOM, EMULATED, HOST = "[r]", "[e]", "[h]"
@@ -160,11 +160,8 @@ def before_and_after(losses: tuple[float, float] | None) -> str:
 
 def notes(entries: Sequence[Entry], runs: Sequence[Run] = ()) -> list[str]:
     """What a reader must know beside the table: on what it was measured, and what random weights cannot say."""
-    lines = []
-    changes = {(entry.method, as_typed(entry.changed)): None for entry in entries if entry.changed}
-    if changes:
-        said = ", ".join(f"{method} ({changed})" for method, changed in changes)
-        lines.append(one_line(f"Set from the command line: {said}."))
+    said = changes((entry.method, entry.changed) for entry in entries)
+    lines = [] if said is None else [said]
     lines += dict.fromkeys(
         one_line(f"Not trained on what the others are: {entry.model} x {entry.method}: {entry.data_note}.")
         for entry in entries

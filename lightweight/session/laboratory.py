@@ -21,7 +21,7 @@ from lightweight.forecast import replay, tracer
 from lightweight.forecast.replay import Forecast
 from lightweight.forecast.tracer import ForecastError
 from lightweight.internals import pytest_benchmark
-from lightweight.methods import Method, MethodError
+from lightweight.methods import Method, MethodError, check_layers
 from lightweight.models import Model
 from lightweight.record import Entry, Speedup
 from lightweight.session import choices, speedups, xdist_bridge
@@ -69,7 +69,12 @@ class Laboratory(Choices):
             chosen = self.method(method)
         except MethodError as error:  # the test's own says otherwise
             pytest.skip(f"{NOT_RUN}{error}")
-        return Trial(model=self.find(choices.model(model)), method=chosen, **settings | changes)
+        found = self.find(choices.model(model))
+        try:
+            check_layers(chosen, found)
+        except (MethodError, models.ModelError) as error:
+            pytest.fail(str(error), pytrace=False)
+        return Trial(model=found, method=chosen, **settings | changes)
 
     def located(self, trial: Trial) -> Trial:
         """`trial` with its model's weights in a folder, written once a session where there is none. Raises ChildError
@@ -222,10 +227,14 @@ class Laboratory(Choices):
             self._has_named_culprit = True
             self.progress.note(f"{culprit} initialises CUDA when it is imported: children start in fresh interpreters")
         try:
-            with owner.Child(located, folder, self.option("trial_timeout"), *callbacks) as child:
+            seconds = self.option("trial_timeout")
+            with owner.Child(located, folder, seconds, *callbacks, on_told=self._show_told) as child:
                 yield child
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _show_told(self, trial: Trial, text: str) -> None:
+        self.progress.show(f"{trial.name}: {text}")
 
     def _show_step(self, trial: Trial, step: int, loss: float | None) -> None:
         of_loss = "" if loss is None else f", loss {loss:.3f}"

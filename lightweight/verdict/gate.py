@@ -78,6 +78,12 @@ class Comparison:
 
 def load(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     """The runs stored at `paths`, newest first, and a line for each file that is none."""
+    runs, problems = load_holding("trial", paths, lambda run: bool(run.entries))
+    return sorted(runs, key=attrgetter("ended"), reverse=True), problems
+
+
+def load_holding(what: str, paths: Iterable[Path], holds: Callable[[Run], bool]) -> tuple[list[Run], list[str]]:
+    """Those runs stored at `paths` which have `what` is compared, and a line for each other file."""
     runs, problems = [], []
     for path in paths:
         try:
@@ -85,11 +91,11 @@ def load(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
         except record.RecordError as error:
             problems.append(f"left out: {error}")
             continue
-        if run.entries:
+        if holds(run):
             runs.append(run)
         else:
-            problems.append(one_line(f"left out: record {path}: holds no trial, so nothing can be held against it"))
-    return sorted(runs, key=attrgetter("ended"), reverse=True), problems
+            problems.append(one_line(f"left out: record {path}: holds no {what}, so nothing can be held against it"))
+    return runs, problems
 
 
 def stored(now: Entry, runs: Sequence[Run]) -> tuple[Run, Entry] | None:

@@ -33,10 +33,10 @@ cards of one kind took up to 1.37 times as long from one host to the next (exper
 class Limits:
     """How much worse a cell may be than the stored one; `None` asks for no verdict.
 
-    Shares: of a stored speedup that may be lost, of a stored memory ratio and of a stored step's time that may come on
-    top, `step_fail` of a captured step and `stock_step_fail` of any other on a GPU. `loss_fail` is in nats a token.
-    `undecided` says what becomes of a speedup that noise leaves open, `missing` of a stored cell that the new run
-    lacks, and `require_match` whether a run fails that nothing stored matches.
+    Shares: of a stored speedup that may be lost, of a stored memory ratio, of a forecast's peak and of a stored step's
+    time that may come on top, `step_fail` of a captured step and `stock_step_fail` of any other on a GPU. `loss_fail`
+    is in nats a token. `undecided` says what becomes of a speedup that noise leaves open, `missing` of a stored cell
+    that the new run lacks, and `require_match` whether a run fails that nothing stored matches.
     """
 
     speedup_fail: float | None = None
@@ -121,7 +121,7 @@ LIMITS = (
         metavar="PERCENT",
         read=longer,
         default=f"{FAIL:.0%}",
-        of="a cell's memory ratio takes this share more than the stored one",
+        of="a cell's memory ratio, or a forecast's peak, takes this share more than the stored one",
     ),
     Limit(
         name="loss_fail",

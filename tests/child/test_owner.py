@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightweight import models, targets
+from lightweight import corpus, models, targets
 from lightweight.child import helper, owner, worker
 from lightweight.child.owner import Child
 from lightweight.methods import BASELINE, LORA, QLORA, Method
@@ -54,6 +54,17 @@ def test_a_trial_trains_its_whole_job_round_by_round(trial, folder, method):
     assert 0 < sum(measured.step_seconds) <= measured.phase_seconds["train"]
     saved = {file.name for file in (folder / "saved").iterdir()}
     assert ("model.safetensors" if method is BASELINE else "adapter_model.safetensors") in saved
+
+
+def test_of_a_long_corpus_it_is_told_how_far_its_encoding_is(trial, folder):
+    talks = tuple(corpus.pair(f"{number}", "a") for number in range(1200))
+    long = replace(trial, corpus=replace(trial.corpus, train=talks), max_length=16, max_steps=1)
+    told: list[str] = []
+    with Child(long, folder, on_told=lambda trial, text: told.append(f"{trial.name}: {text}")) as child:
+        assert child.outcome is None
+    assert len(told) == 100
+    assert told[0] == "micro x baseline: encoding 1,200 examples: 0 %"
+    assert told[-1] == "micro x baseline: encoding 1,200 examples: 99 %"
 
 
 def test_finishing_trains_what_is_left(trial, folder):

@@ -98,3 +98,15 @@ def test_what_cannot_be_looked_at_is_one_line(tmp_path, capsys, arguments, expec
     assert main(["data", *(argument.format(path) for argument in arguments)]) == 2
     err = capsys.readouterr().err
     assert expected in err and err.count("\n") == 1
+
+
+def test_without_the_models_own_tokenizer_it_is_said_what_is_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    corpus_file = str(talks(tmp_path / "a.jsonl"))
+    assert main(["data", corpus_file, "--model", "opt-350m"]) == 0
+    assert "counted are bytes, which its random weights are trained on" in capsys.readouterr().out
+    assert main(["data", corpus_file, "--model", "opt-tiny", "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["assumed"] is None
+    assert main(["data", corpus_file, "--model", "nobody/nothing"]) == 2
+    assert "not on this machine and not from the hub" in capsys.readouterr().err

@@ -634,6 +634,10 @@ def test_the_readmes_two_commands_work(base, dialogues, out, capsys):
         (("--model", "opt-350m"), "give a local folder, or take --weights random"),
         (("--max-length", "1"), "--max-length 1: give at least 2"),
         (("--lora-rank", "4"), "has no LoRA adapter: leave it out, or take a method that has one, such as lora"),
+        (
+            ("--lora-layers", "q_prj", "--method", "lora"),
+            "out_proj, q_proj, v_proj; did you mean q_proj?",
+        ),
         (("--schedule", "cosin"), "warmup_stable_decay; did you mean cosine?"),
         (
             ("--method", "cli.test_train:MINE", "--learning-rate", "1e-3"),

@@ -86,7 +86,7 @@ def test_split_is_the_same_every_time_and_digest_follows_the_content(tmp_path):
 MALFORMED = {
     "not JSON": (b"[{]", "line 1, column 3"),
     "empty file": (b"", "is not JSON"),
-    "an object": ({"turns": []}, "JSON object: write a list of turns"),
+    "an object": ({"turns": []}, "JSON object: write a list of rows"),
     "a string": ("hello", "JSON string"),
     "null": (None, "JSON null"),
     "too deep": (b"[" * 100_000, "nested too deeply"),

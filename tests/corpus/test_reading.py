@@ -49,6 +49,26 @@ PUBLIC: dict[str, tuple[str, dict, corpus.Example]] = {
         },
         talk(S("Be brief."), U("Hi"), A("Hello")),
     ),
+    "Open-Orca/SlimOrca": (
+        "sharegpt",
+        {
+            "conversations": [
+                {"from": "system", "value": "Be brief.", "weight": None},
+                {"from": "human", "value": "Hi", "weight": 0},
+                {"from": "gpt", "value": "Hello", "weight": 1},
+            ]
+        },
+        talk(S("Be brief."), U("Hi"), A("Hello")),
+    ),
+    "trl-lib/kto-mix-14k": (
+        "prompt-completion",
+        {
+            "prompt": [{"content": "Hi", "role": "user"}],
+            "completion": [{"content": "Hello", "role": "assistant"}],
+            "label": True,
+        },
+        talk(U("Hi"), A("Hello")),
+    ),
     "OpenAI's fine-tuning": (
         "messages",
         {
@@ -323,6 +343,26 @@ REFUSED = {
     "two in a row": ({"messages": [ASKED, ASKED, ANSWERED]}, "messages[1]: two user turns in a row"),
     "the assistant first": ({"messages": [ANSWERED, ASKED]}, "messages[0]: the first turn is the assistant's"),
     "a weight of 0": ({"messages": [ASKED, ANSWERED | {"weight": 0}]}, "messages[1].weight: is 0"),
+    "an answer that is not wanted": (
+        {"prompt": "a", "completion": "b", "label": False},
+        "label: is false, of an answer",
+    ),
+    "thoughts beside an answer": (
+        {"messages": [ASKED, ANSWERED | {"reasoning_content": "They greet."}]},
+        "messages[1].reasoning_content: holds thoughts, which would be left out",
+    ),
+    "a message's text under another key": (
+        {"messages": [{"role": "prompter", "text": "Hi"}, ANSWERED]},
+        "messages[0]: has no 'content', but 'text': write the text as 'content'",
+    ),
+    "a message of a role alone": (
+        {"messages": [{"role": "user"}, ANSWERED]},
+        "messages[0]: has no 'content', but nothing",
+    ),
+    "Open Assistant's trees": (
+        {"message_tree_id": "a1", "prompt": {"text": "Hi", "role": "prompter", "replies": []}},
+        "has the keys 'message_tree_id', 'prompt', which no format has",
+    ),
     "hh-rlhf without the last answer": (
         {"chosen": "\n\nHuman: Hi\n\nAssistant:", "rejected": ""},
         "chosen[0]: the last user turn has no answer",

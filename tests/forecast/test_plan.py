@@ -80,6 +80,15 @@ def test_the_table_says_what_is_held_and_what_to_take(capsys):
     assert "lora-captured" in chosen.split()
 
 
+def test_the_table_says_what_was_set(capsys, small):
+    arguments = [small, "--target", "t4", "--method", "lora", "--method", "baseline", "--max-length", "64"]
+    assert main(["plan", *arguments, "--lora-rank", "2", "--batch-size", "4"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Set from")]
+    assert line == "Set from the command line: lora (--batch-size 4 --lora-rank 2), baseline (--batch-size 4)."
+    assert main(["plan", *arguments]) == 0
+    assert "Set from" not in capsys.readouterr().out
+
+
 def test_bf16_is_refused_where_the_card_has_none(capsys, monkeypatch, tmp_path, small):
     (tmp_path / "bf16_methods.py").write_text(
         "from dataclasses import replace\nfrom lightweight.methods import BASELINE\n"
@@ -111,6 +120,7 @@ REMOTE = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoM
         (["opt-tiny", "--schedule", "cosin"], "--schedule cosin: choose one of linear"),
         (["opt-tiny", "--method", "baseline", "--lora-rank", "4"], "method baseline has no LoRA adapter"),
         (["opt-tiny", "--max-length", "4096"], "rows of 4096 tokens"),
+        (["opt-tiny", "--method", "lora", "--lora-layers", "q_prj"], "no layer called q_prj: name some of fc1"),
         (["opt-tiny", "--gpus", "0"], "--gpus 0: give at least 1"),
         (["opt-tiny", "--gpus", "-2"], "--gpus -2: give at least 1"),
         (["opt-tiny", "--gpus", "two"], "--gpus two: give a whole number"),
@@ -257,7 +267,7 @@ def traced(monkeypatch):
     """Traces of 100 MiB of weights and 100 MiB a row of a pass, for each GPU of a trial; the rows and GPUs of each."""
     asked = []
 
-    def trace(trial, capability):
+    def trace(trial, capability, rows=None):
         rows = trial.method.on_rank(trial.world_size).sequences_per_pass
         asked.append((rows, trial.world_size))
         return Trace(
@@ -326,7 +336,7 @@ def test_several_gpus_take_the_rows_that_fit_each(traced):
 def test_a_trace_that_fails_is_tried_once_for_all_cards(monkeypatch):
     tried = []
 
-    def trace(trial, capability):
+    def trace(trial, capability, rows=None):
         tried.append(trial.name)
         raise ForecastError(f"{trial.name}: no")
 
@@ -530,7 +540,7 @@ def test_the_docs_show_what_the_command_prints(capsys, monkeypatch):
     traces: dict[Any, Any] = {}
     trace = tracer.trace
 
-    def traced_once(trial, capability):
+    def traced_once(trial, capability, rows=None):
         if trial.method.captured_step is None:
             capability = targets.named("t4").capability
         key = trial.name, trial.method.passes_per_step, capability

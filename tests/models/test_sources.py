@@ -45,6 +45,32 @@ def test_a_snapshot_in_the_hubs_cache_needs_no_network(weights_folder, tmp_path,
     assert Path(found.location).name == "c0ffee"
 
 
+def test_a_tokenizer_is_found_without_the_weights(weights_folder, tmp_path, monkeypatch):
+    cache = tmp_path / "hub" / "models--somebody--something"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("c0ffee")
+    (cache / "snapshots").mkdir()
+    (weights_folder / "model.safetensors").unlink()
+    weights_folder.rename(cache / "snapshots" / "c0ffee")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert models.find_tokenizer(models.named("somebody/something")).encode("a") == [100, 1]
+
+
+def test_a_tokenizer_that_is_not_at_hand_is_told_apart_from_one_that_is_of_no_use(weights_folder, no_hub):
+    with pytest.raises(models.NoTokenizerError, match="not on this machine and not from the hub"):
+        models.find_tokenizer(models.OPT_350M)
+    assert len(models.find_tokenizer(models.OPT_TINY)) == 384  # what has random weights alone is trained on bytes
+    (weights_folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ModelError, match="its tokenizer cannot be used"):
+        models.find_tokenizer(models.named(str(weights_folder)))
+    (weights_folder / "tokenizer_config.json").unlink()
+    for file in (*weights_folder.glob("tokenizer*"), *weights_folder.glob("*.model")):
+        file.unlink()
+    with pytest.raises(models.NoTokenizerError, match="has no tokenizer"):
+        models.find_tokenizer(models.named(str(weights_folder)))
+
+
 @pytest.mark.usefixtures("no_hub")
 def test_without_the_hub_a_known_model_gets_random_weights_and_says_so():
     found, note = models.find(replace(models.OPT_350M))

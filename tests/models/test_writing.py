@@ -67,6 +67,10 @@ def test_a_gguf_file_is_turned_into_safetensors(tmp_path):
     loaded = models.load(written, torch.float32, CPU, None)
     assert torch.equal(loaded.lm_head.weight, network.lm_head.weight)
 
+    alone, beside = models.find_tokenizer(models.named(str(folder))), models.load_tokenizer(written)
+    assert alone.encode("abba") == beside.encode("abba")
+    assert (alone.eos_token_id, alone.pad_token_id) == (beside.eos_token_id, beside.pad_token_id)
+
 
 def test_a_tokenizer_from_gguf_ends_where_its_network_does(micro):
     """What transformers 5.17 makes of a GGUF file: another end, and nothing to pad with."""

@@ -186,6 +186,13 @@ def test_frontier_puts_what_was_measured_before_what_was_forecast():
     assert list(found[0])[2:] == ["t4", "l4"], "the smallest card first"
 
 
+def test_what_was_set_of_a_forecast_is_a_line_below_it():
+    changed = replace(forecast(method="lora"), changed={"lora_rank": 16, "lora_layers": ["q_proj", "v_proj"]})
+    table = tables.memory_by_cause([], [forecast(), changed])
+    assert table.notes[-1] == "Set from the command line: lora (--lora-rank 16 --lora-layers q_proj,v_proj)."
+    assert len(tables.memory_by_cause([], [forecast()]).notes) == 1
+
+
 def test_history_puts_runs_side_by_side_and_tells_the_newest():
     old = run(entry(steady_step_seconds=0.2), entry(method="lora"), ended="2026-01-01T00:00:00", name="old.json")
     new = run(entry(), stopped(method="lora"), ended="2026-01-02T00:00:00", name="new.json")
