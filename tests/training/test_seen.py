@@ -119,7 +119,7 @@ def left(collate):
     def call(rows):
         batch = collate(rows)
         lengths = batch["attention_mask"].sum(1).tolist()
-        turned = {name: [] for name in ("input_ids", "attention_mask", "labels")}
+        turned: dict[str, list[torch.Tensor]] = {name: [] for name in ("input_ids", "attention_mask", "labels")}
         for name, rows_of_batch in turned.items():
             rows_of_batch += [row.roll(-length) for row, length in zip(batch[name], lengths, strict=True)]
         return {name: torch.stack(rows_of_batch) for name, rows_of_batch in turned.items()}
