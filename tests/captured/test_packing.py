@@ -184,6 +184,7 @@ def test_buffers_of_joined_rows_hold_where_every_sequence_ends(monkeypatch, smal
     buffers = Buffers(shape, torch.device("cpu"))
     for layout in (layouts[0], layouts[1], layouts[0]):  # what was there before must go
         buffers.fill(layout, ROWS)
+        assert buffers.position_ids.max() < shape.longest  # a learned table of positions ends there
         for index in range(shape.passes):
             numbers = layout.rows[index] if index < len(layout.rows) else []
             ends, row = buffers.ends[index].tolist(), buffers.dialogues[index, 0]
@@ -196,7 +197,6 @@ def test_buffers_of_joined_rows_hold_where_every_sequence_ends(monkeypatch, smal
                 if number >= 0:
                     assert buffers.input_ids[index, 0, span].tolist() == ROWS[number]["input_ids"].tolist()
                     assert buffers.position_ids[index, 0, span].tolist() == list(range(packing.length(ROWS[number])))
-    assert buffers.position_ids.max() < shape.longest  # a learned table of positions ends there
     empty = Buffers(shape, torch.device("cpu"))
     assert empty.ends[0].tolist() == [0, 16, *[24] * (shape.sequences - 1)]
 
