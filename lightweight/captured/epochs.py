@@ -30,13 +30,11 @@ class Epochs:
     layouts: list[list[Layout]]
     shapes: list[Shape]
 
-    def __init__(
-        self, trial: Trial, trainer: Trainer, rows: Rows, *, packing_asked: bool, joins: bool, most: int | None
-    ):
+    def __init__(self, trial: Trial, trainer: Trainer, rows: Rows, *, packing_asked: bool, joins: bool, compiled: bool):
         """`joins`: whether dialogues are packed into a single row for each pass, which attention on flash kernels
-        takes without a mask. `most`: shapes in all, None for any number."""
+        takes without a mask. `compiled`: whether layers are compiled, for each shape anew."""
         self.rows, self.joins = rows, joins
-        self._trial, self._most = trial, most
+        self._trial, self._compiled = trial, compiled
         self._over_step = trainer.model_accepts_loss_kwargs
         order = _drawn(trial, trainer, rows)
         self.first_epoch = order[0]
@@ -55,7 +53,7 @@ class Epochs:
                 [packing.joined(layout, self.rows, most, world_size) for layout in epoch] for epoch in self._alone
             ]
             self._joined = packing.joined_shapes(
-                [layout for epoch in packed for layout in epoch], self.rows, world_size, self._most
+                [layout for epoch in packed for layout in epoch], self.rows, world_size, compiled=self._compiled
             )
             before, after = (
                 sum(size(layout) for epoch in epochs for layout in epoch)
@@ -137,7 +135,7 @@ class Epochs:
 
     def _joined_alone(self, layout: Layout) -> Shape:
         """A shape for `layout`, of joined rows, and nothing else."""
-        (shape,) = packing.joined_shapes([layout], self.rows, 1, 1)
+        (shape,) = packing.joined_shapes([layout], self.rows, 1, compiled=False)
         return shape
 
     def _one_a_row(self, passes: list[list[int]]) -> Layout:
@@ -147,7 +145,7 @@ class Epochs:
         rows_per_pass = self._trial.running_method.sequences_per_pass
         if parts.needs_trainers_passes:
             return packing.exact_shapes(layouts, self.rows, rows_per_pass)
-        return packing.shapes(layouts, self.rows, rows_per_pass, most=self._most)
+        return packing.shapes(layouts, self.rows, rows_per_pass, most=1 if self._compiled else None)
 
 
 def _drawn(trial: Trial, trainer: Trainer, rows: Rows) -> list[list[list[list[int]]]]:

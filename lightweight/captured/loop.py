@@ -92,7 +92,7 @@ class CapturedTraining:
             self.rows,
             packing_asked=self._asked.packing,
             joins=self.step.passes.on_flash and self._asked.attention == "sdpa",
-            most=1 if self.compiled else None,
+            compiled=self.compiled,
         )
         if self.epochs.note is not None:
             self.notes.append(self.epochs.note)

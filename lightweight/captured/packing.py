@@ -32,6 +32,12 @@ what capturing it takes."""
 MOST_SHAPES = 8
 """Static shapes of joined rows: a graph of thousands of kernels holds some memory for itself."""
 
+COMPILED_SHAPE_TOKENS = 1_000_000
+"""As SHAPE_TOKENS where layers are compiled anew for each shape, which took 12 s for qwen3-0.6b (H100, torch 2.11)."""
+
+MOST_COMPILED_SHAPES = 4
+"""And fewer than torch compiles one function for before it gives up: `torch._dynamo.config.recompile_limit`, 8."""
+
 TOKEN_BLOCK = 128
 """Joined rows come in multiples of this, the height of a large product's tile."""
 
@@ -168,10 +174,11 @@ def exact_shapes(layouts: Sequence[Layout], rows: Rows, rows_per_pass: int) -> d
     return _with_answers(layouts, rows, {size: (-(-size // rows_per_pass), min(size, rows_per_pass)) for size in sizes})
 
 
-def joined_shapes(layouts: Sequence[Layout], rows: Rows, ranks: int, most: int | None) -> list[Shape]:
+def joined_shapes(layouts: Sequence[Layout], rows: Rows, ranks: int, *, compiled: bool) -> list[Shape]:
     """The static shapes for a job's `layouts`, of joined rows, of all ranks together: those that make the least of the
-    tokens that are computed, each shape counted as SHAPE_TOKENS more; at most `most`, and MOST_SHAPES, of them. A step
-    runs in the smallest that it fits in, see `holding_joined`."""
+    tokens that are computed, each shape counted as SHAPE_TOKENS more, or as what it costs where layers are `compiled`;
+    at most MOST_SHAPES of them. A step runs in the smallest that it fits in, see `holding_joined`."""
+    costs, most = (COMPILED_SHAPE_TOKENS, MOST_COMPILED_SHAPES) if compiled else (SHAPE_TOKENS, MOST_SHAPES)
     sizes = Counter((len(layout.rows) // ranks, _blocks(_fullest(layout, rows))) for layout in layouts)
     ordered = sorted(sizes)
     # the cheapest way to serve the first so many sizes with so many shapes: what it costs, and the shapes
@@ -183,8 +190,8 @@ def joined_shapes(layouts: Sequence[Layout], rows: Rows, ranks: int, most: int |
             blocks, steps = max(blocks, ordered[begin][1]), steps + sizes[ordered[begin]]
             shape = ordered[end - 1][0], blocks
             for count, (cost, chosen) in best[begin].items():
-                whole = cost + SHAPE_TOKENS + steps * shape[0] * shape[1] * TOKEN_BLOCK * ranks
-                if count < min(most or MOST_SHAPES, MOST_SHAPES) and whole < ways.get(count + 1, (whole + 1,))[0]:
+                whole = cost + costs + steps * shape[0] * shape[1] * TOKEN_BLOCK * ranks
+                if count < most and whole < ways.get(count + 1, (whole + 1,))[0]:
                     ways[count + 1] = whole, [*chosen, shape]
         best.append(ways)
     _, chosen = min(best[-1].values())

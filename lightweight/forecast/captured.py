@@ -72,7 +72,7 @@ def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> 
         step = Step(trial, trainer)
         with torch_internals.with_numbers():  # of the rows that are drawn
             joins = step.passes.on_flash and asked.attention == "sdpa"
-            epochs = Epochs(trial, trainer, rows, packing_asked=asked.packing, joins=joins, most=None)
+            epochs = Epochs(trial, trainer, rows, packing_asked=asked.packing, joins=joins, compiled=False)
         with dropout.off():
             _check(step, epochs, Reference(trainer, halves=False), _wanted(asked, step, epochs), recorder)
         _mark_weights(step, recorder)

@@ -137,7 +137,7 @@ def test_every_rank_runs_a_step_in_one_shape(monkeypatch):
     monkeypatch.setattr(packing, "TOKEN_BLOCK", 1)
     monkeypatch.setattr(packing, "SHAPE_TOKENS", 0)
     layouts = [joined(4, 3, 5, most=47, ranks=2), joined(5, 3, 2, most=47, ranks=2), joined(5, most=47, ranks=2)]
-    found = packing.joined_shapes(layouts, ROWS, 2, None)
+    found = packing.joined_shapes(layouts, ROWS, 2, compiled=False)
     assert len(found) == 3
     for layout in layouts:
         shares = [packing.share(layout, rank, 2) for rank in range(2)]
@@ -153,14 +153,16 @@ def small_blocks(monkeypatch):
 def test_a_further_shape_of_joined_rows_is_made_where_it_saves_enough_tokens(monkeypatch, small_blocks):
     layouts = [joined(1, 4, 0)] * 5 + [joined(5, 2)] * 5 + [joined(5)] * 5  # 33, 10 and 4 tokens: 36, 12 and 4 computed
     monkeypatch.setattr(packing, "SHAPE_TOKENS", 119)
-    found = packing.joined_shapes(layouts, ROWS, 1, None)
+    found = packing.joined_shapes(layouts, ROWS, 1, compiled=False)
     assert [(shape.passes, shape.rows, shape.time) for shape in found] == [(1, 1, 12), (1, 1, 36)]
     assert [packing.holding_joined(layout, ROWS, found).time for layout in layouts[::5]] == [36, 12, 12]
     monkeypatch.setattr(packing, "SHAPE_TOKENS", 39)
-    assert [shape.time for shape in packing.joined_shapes(layouts, ROWS, 1, None)] == [4, 12, 36]
-    assert [shape.time for shape in packing.joined_shapes(layouts, ROWS, 1, 1)] == [36]
+    assert [shape.time for shape in packing.joined_shapes(layouts, ROWS, 1, compiled=False)] == [4, 12, 36]
+    assert [shape.time for shape in packing.joined_shapes(layouts, ROWS, 1, compiled=True)] == [36]
+    monkeypatch.setattr(packing, "COMPILED_SHAPE_TOKENS", 119)
+    assert [shape.time for shape in packing.joined_shapes(layouts, ROWS, 1, compiled=True)] == [12, 36]
     monkeypatch.setattr(packing, "SHAPE_TOKENS", 10**6)
-    assert [shape.time for shape in packing.joined_shapes(layouts, ROWS, 1, None)] == [36]
+    assert [shape.time for shape in packing.joined_shapes(layouts, ROWS, 1, compiled=False)] == [36]
 
 
 def test_every_step_fits_a_shape_in_tokens_sequences_and_answers(monkeypatch, small_blocks):
@@ -168,7 +170,7 @@ def test_every_step_fits_a_shape_in_tokens_sequences_and_answers(monkeypatch, sm
     monkeypatch.setattr(packing, "ANSWER_BLOCK", 1)
     steps = [[0, 1], [2, 3, 5], [4], [0, 1, 2, 3, 4, 5], [5], [1, 4, 0]]
     layouts = [joined(*numbers, most=24) for numbers in steps]
-    found = packing.joined_shapes(layouts, ROWS, 1, None)
+    found = packing.joined_shapes(layouts, ROWS, 1, compiled=False)
     assert len(found) > 2
     for layout in layouts:
         shape = packing.holding_joined(layout, ROWS, found)
@@ -179,11 +181,12 @@ def test_every_step_fits_a_shape_in_tokens_sequences_and_answers(monkeypatch, sm
 
 def test_buffers_of_joined_rows_hold_where_every_sequence_ends(monkeypatch, small_blocks):
     layouts = [joined(0, 2, 3, 1, 4, most=32), joined(0)]
-    shape = packing.joined_shapes(layouts, ROWS, 1, 1)[0]
+    (shape,) = packing.joined_shapes(layouts, ROWS, 1, compiled=False)
     assert (shape.passes, shape.time, shape.longest) == (2, 24, 16)
     buffers = Buffers(shape, torch.device("cpu"))
     for layout in (layouts[0], layouts[1], layouts[0]):  # what was there before must go
         buffers.fill(layout, ROWS)
+        assert buffers.position_ids.max() < shape.longest  # a learned table of positions ends there
         for index in range(shape.passes):
             numbers = layout.rows[index] if index < len(layout.rows) else []
             ends, row = buffers.ends[index].tolist(), buffers.dialogues[index, 0]
@@ -196,7 +199,6 @@ def test_buffers_of_joined_rows_hold_where_every_sequence_ends(monkeypatch, smal
                 if number >= 0:
                     assert buffers.input_ids[index, 0, span].tolist() == ROWS[number]["input_ids"].tolist()
                     assert buffers.position_ids[index, 0, span].tolist() == list(range(packing.length(ROWS[number])))
-    assert buffers.position_ids.max() < shape.longest  # a learned table of positions ends there
     empty = Buffers(shape, torch.device("cpu"))
     assert empty.ends[0].tolist() == [0, 16, *[24] * (shape.sequences - 1)]
 
