@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from lightweight.forecast.allocator import CachingAllocator, OutOfBudgetError
+from lightweight.forecast.work import NOTHING, Work
 from lightweight.targets import CONTEXT_BYTES, Device
 from lightweight.trial import Phase, Trial
 
@@ -60,7 +61,7 @@ class Trace:
     `streams` in which stream it was allocated, where that is another than the first, 0. What `kept` streams have
     reserved stays reserved: a CUDA graph's own pool. `emptied` is where the cache was emptied, and `training_from`
     where peaks began to count. `paged_bytes` are of no event: optimizer state in managed memory, which the driver moves
-    between card and host.
+    between card and host. `work` is what an optimizer step has the device do.
     """
 
     parameters: int
@@ -74,6 +75,7 @@ class Trace:
     training_from: int = 0
     optional: list[Optional] = field(default_factory=list)
     paged_bytes: int = 0
+    work: Work = NOTHING
 
     def replay(self, budget_bytes: float | None = None) -> Peak:
         """The peak of training, on a card whose allocator may reserve `budget_bytes`."""

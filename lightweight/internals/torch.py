@@ -287,6 +287,14 @@ def fake_tensors_have_addresses() -> Iterator[None]:
 
 # Functions that are replaced
 
+@contextmanager
+def gradients_clipped_at_once() -> Iterator[None]:
+    """Inside, `clip_grad_norm_` takes all gradients in a few kernels, as on a GPU: fake tensors on the CPU it would take
+    one by one. torch/nn/utils/clip_grad.py."""
+    with mock.patch.object(sys.modules["torch.nn.utils.clip_grad"], "_has_foreach_support", return_value=True):
+        yield
+
+
 DYNAMOS_MEMORY = ("caching_worker_device_properties", "caching_worker_current_devices")
 """Dictionaries of torch/_dynamo/device_interface.py."""
 
