@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_plan(commands.add_parser("plan", help="forecast which methods fit which cards, without a GPU or the weights"))
     _add_train(commands.add_parser("train", help="fine-tune a model and save it, with checkpoints on the way"))
+    _add_calibrate(commands.add_parser("calibrate", help="time this GPU's kernels, for forecasts of time: two minutes"))
     _add_data(commands.add_parser("data", help="look at a corpus before training: lengths, and what the loss is on"))
     _add_chat(commands.add_parser("chat", help="let a model that was trained answer prompts"))
     _add_report(commands.add_parser("report", help="what saved records say: a page, markdown, or tables"))
@@ -412,6 +413,28 @@ def _chat(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    return 0
+
+
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_calibrate)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="CARD.json", help="where the record goes")
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from lightweight.cli import calibrate  # torch takes seconds
+    from lightweight.forecast import calibration
+
+    try:
+        if not options.output.absolute().parent.is_dir():  # before two minutes of measuring
+            raise calibration.CalibrationError(f"{options.output}: its folder does not exist: make it first")
+        found = calibrate.run(progress=_show)
+        options.output.write_text(calibration.written(found), "utf-8")
+    except calibration.CalibrationError as error:
+        return _refuse(error)
+    finally:
+        _show("")
+    print(f"{found.device}: {len(found.samples):,} kernels timed; stored in {options.output}")
     return 0
 
 

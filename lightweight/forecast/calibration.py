@@ -52,8 +52,8 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Kernels of one `kind`, number format and shape, as in `forecast.work.Kernel`, and the seconds of one of them among
-    others of its kind in a CUDA graph."""
+    """Kernels of one `kind`, number format and shape, as in `forecast.work.Kernel`, and the seconds of one of them
+    among others of its kind in a CUDA graph."""
 
     kind: Name
     dtype: str
@@ -170,8 +170,8 @@ def load(path: Path) -> Calibration:
     fault = schema.fault(content, Calibration, required)
     if fault is None and content["schema"] > SCHEMA:
         raise CalibrationError(
-            f"calibration {path}: has schema {content['schema']}, and this version of lightweight reads up to {SCHEMA}: "
-            "update it"
+            f"calibration {path}: has schema {content['schema']}, and this version of lightweight reads up to "
+            f"{SCHEMA}: update it"
         )
     for index, sample in enumerate(content["samples"] if fault is None else ()):
         if wrong := schema.fault(sample, Sample, tuple(each.name for each in fields(Sample))):
@@ -205,5 +205,3 @@ def of_card(name: str, known: Sequence[Calibration]) -> tuple[Calibration, bool]
     if of_it is not None:
         return of_it, True
     return (known[0], False) if known else None
-
-

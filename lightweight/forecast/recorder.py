@@ -184,7 +184,9 @@ class Recorder(DispatchMode):
         finally:
             self.watch = None
 
-    def launched(self, name: str, programs: Sequence[int], arguments: Sequence[Any], settings: Mapping[str, Any]) -> None:
+    def launched(
+        self, name: str, programs: Sequence[int], arguments: Sequence[Any], settings: Mapping[str, Any]
+    ) -> None:
         """Be told of a launch of a kernel of ours."""
         if self.watch is not None:
             self.watch.launched(name, programs, arguments, settings)

@@ -1,8 +1,8 @@
 """What does the device do in an optimizer step? Its kernels, by what they compute and how much: from the trace.
 
-A kernel is known by its kind, the number format it computes in, and the few sizes its speed depends on; with them go the
-arithmetic it does and the bytes it reads and writes at the least. Kernels of one description are counted, so that the
-work of a network of any depth is some hundred of these.
+A kernel is known by its kind, the number format it computes in, and the few sizes its speed depends on; with them go
+the arithmetic it does and the bytes it reads and writes at the least. Kernels of one description are counted, so that
+the work of a network of any depth is some hundred of these.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class Watch:
             return
         self._kernels.update(kernel for kernel in kernels_of(operator, arguments, options, result) if kernel.bytes)
 
-    def launched(self, name: str, programs: Sequence[int], arguments: Sequence[Any], settings: Mapping[str, Any]) -> None:
+    def launched(
+        self, name: str, programs: Sequence[int], arguments: Sequence[Any], settings: Mapping[str, Any]
+    ) -> None:
         """Count a kernel of `captured.triton_kernels`."""
         self._operators += 1
         self._kernels[triton_kernel(name, programs, arguments, settings)] += 1
@@ -156,9 +158,7 @@ REDUCTIONS = frozenset(
     """.split()  # noqa: SIM905
 )
 
-AT_ONCE = (
-    *("aten::_foreach_", "aten::_fused_adam", "aten::_amp_foreach"),
-)
+AT_ONCE = (*("aten::_foreach_", "aten::_fused_adam", "aten::_amp_foreach"),)
 """How operators on whole lists of tensors begin."""
 
 TENSORS_OF_A_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
@@ -173,9 +173,7 @@ BACKWARD = 2.5
 """Five products in the place of two: the scores once more, and the gradients of four factors."""
 
 
-def kernels_of(
-    operator: Any, arguments: Sequence[Any], options: Mapping[str, Any], result: Any
-) -> Iterator[Kernel]:
+def kernels_of(operator: Any, arguments: Sequence[Any], options: Mapping[str, Any], result: Any) -> Iterator[Kernel]:
     """The kernels that an operator, none of whose results is a view, runs on a GPU."""
     name = schema(operator).name
     if name in SILENT or name.startswith("profiler::"):
@@ -350,5 +348,3 @@ def _layout(tensor: Tensor) -> tuple[int, ...]:
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
