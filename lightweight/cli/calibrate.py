@@ -114,7 +114,7 @@ class Bench:
                 end.synchronize()
                 milliseconds.append(begin.elapsed_time(end))
             graph.reset()
-        return sorted(milliseconds)[REPLAYS // 2] / 1e3 / count
+        return float(sorted(milliseconds)[REPLAYS // 2]) / 1e3 / count
 
 
 def run(progress: Callable[[str], None] = lambda text: None) -> Calibration:

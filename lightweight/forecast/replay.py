@@ -61,7 +61,8 @@ class Trace:
     `streams` in which stream it was allocated, where that is another than the first, 0. What `kept` streams have
     reserved stays reserved: a CUDA graph's own pool. `emptied` is where the cache was emptied, and `training_from`
     where peaks began to count. `paged_bytes` are of no event: optimizer state in managed memory, which the driver moves
-    between card and host. `work` is what an optimizer step has the device do.
+    between card and host. `work` is what an optimizer step has the device do, and
+    `flop_per_token` what training needs by the papers' count.
     """
 
     parameters: int
@@ -76,6 +77,7 @@ class Trace:
     optional: list[Optional] = field(default_factory=list)
     paged_bytes: int = 0
     work: Work = NOTHING
+    flop_per_token: float = 0.0
 
     def replay(self, budget_bytes: float | None = None) -> Peak:
         """The peak of training, on a card whose allocator may reserve `budget_bytes`."""

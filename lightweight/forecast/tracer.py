@@ -154,6 +154,7 @@ def _trace(trial: Trial, capability: Capability, rows: Rows | None, network: Any
         with _module_names(network) as entered:
             try:
                 skeleton.materialise(network, dtype, recorder)
+                flop_per_token = models.flop_per_token(network, trial.max_length)
                 parameters, trainable = (models.count_parameters(network, trainable=only) for only in (False, True))
                 with torch_internals.no_hooks_left():
                     if step is None:
@@ -183,6 +184,7 @@ def _trace(trial: Trial, capability: Capability, rows: Rows | None, network: Any
         optional=recorder.optional,
         paged_bytes=recorder.paged_bytes,
         work=_work(trial, recorder),
+        flop_per_token=flop_per_token,
     )
 
 

@@ -49,6 +49,14 @@ class Work(NamedTuple):
         return sum(kernel.flop * count for kernel, count in self.kernels.items())
 
     @property
+    def format(self) -> str:
+        """The number format in which most of that is done."""
+        of_format: Counter[str] = Counter()
+        for kernel, count in self.kernels.items():
+            of_format[kernel.dtype] += kernel.flop * count
+        return max(of_format, key=lambda dtype: of_format[dtype], default="float32")
+
+    @property
     def launches(self) -> int:
         """How many kernels run."""
         return sum(self.kernels.values())
@@ -187,7 +195,7 @@ def kernels_of(operator: Any, arguments: Sequence[Any], options: Mapping[str, An
     elif name == "bitsandbytes::dequantize_4bit":
         yield _dequantization(_bytes(arguments[0]), result.numel(), result)
     elif "scaled_dot_product" in name:
-        yield _attention(name, dict(zip(_names(operator), arguments, strict=False)) | options)
+        yield _attention(name, {**dict(zip(_names(operator), arguments, strict=False)), **options})
     elif name.startswith(AT_ONCE):
         yield from _at_once(arguments, options)
     else:

@@ -148,6 +148,7 @@ def attention_kernel(
     """The forward and the backward pass of one of these kernels, "flash", "efficient" or "cudnn", over query, key and
     value: causal where there is no `bias`, without dropout. Ibid."""
     causal = bias is None
+    saved: tuple[Any, ...]
     if name == "flash":
         forward = functools.partial(flash_attention, *tensors, 0.0, causal)
         out, normaliser, cum_q, cum_k, max_q, max_k, seed, offset, _ = forward()
