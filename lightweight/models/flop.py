@@ -24,7 +24,7 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """What configurations call the number of experts, of which each token sees `num_experts_per_tok`."""
 
 
-def flop_per_token(network: Any, length: int) -> float:
+def flop_per_token(network: Any, length: float) -> float:
     """Multiplications and additions that a token takes to be trained on, in rows of `length` tokens."""
     config = network.config.get_text_config()
     frozen, trained = multiplied_weights(network)
@@ -60,7 +60,7 @@ def _width(config: Any) -> int:
     return heads * int(width)
 
 
-def _windows(config: Any, length: int) -> list[int]:
+def _windows(config: Any, length: float) -> list[float]:
     """How far each layer's attention looks back."""
     kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
     window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
