@@ -33,8 +33,9 @@ from lightweight.targets import MiB, Rates
 POOL_BYTES = 2048 * MiB
 """Memory that factors and results are taken from, one after the other."""
 
-CACHE_BYTES = 160 * MiB
-"""So much is touched before anything is touched again: three times what an H100 caches."""
+CACHE_BYTES = 64 * MiB
+"""So much is touched before anything is touched again, somewhat more than an H100 caches: of what a kernel of a step
+reads, some was just written, and some long ago."""
 
 GRAPH_SECONDS = 1e-3
 LAUNCHES = 6, 192
@@ -92,7 +93,8 @@ class Bench:
         kernel, launches = candidate.kernel, candidate.launches
         expected = max(2 * limit(kernel, self.rates), LEAST_SECONDS)
         count = min(max(round(GRAPH_SECONDS / expected), LAUNCHES[0]), LAUNCHES[1])
-        return Sample(**kernel._asdict(), seconds=self._seconds(launches, count))
+        seconds = float(f"{self._seconds(launches, count):.4g}")  # no more digits than a second run would repeat
+        return Sample(**kernel._asdict(), seconds=seconds)
 
     def _seconds(self, launches: Sequence[Launch], count: int) -> float:
         torch.cuda.synchronize()
@@ -147,7 +149,8 @@ def run(progress: Callable[[str], None] = lambda text: None) -> Calibration:
 
 # Products
 
-THIN, WIDE, HEADS = (8, 16, 64), (256, 1024, 2048, 4096, 8192), (32_768, 131_072)
+THIN, WIDE, HEADS = (8, 16, 64), (256, 1024, 2048, 3072, 4096, 8192), (32_768, 131_072)
+COARSE = (256, 1024, 2048, 4096, 8192)
 """Sizes of a product: an adapter's rank, a layer's width or a pass's tokens, a vocabulary."""
 
 
@@ -165,12 +168,12 @@ def product_sizes() -> list[tuple[int, int, int]]:
 def _products(bench: Bench) -> Iterator[_Candidate]:
     for layout, sizes in every(("nt", "nn", "tn"), product_sizes()):
         yield _product(bench, "bfloat16", layout, sizes)
-    for layout, m, n, k in every(("nt", "nn"), WIDE[1:], WIDE[1:], (8, 16, 64, 1024, 4096)):
+    for layout, m, n, k in every(("nt", "nn"), COARSE[1:], COARSE[1:], (8, 16, 64, 1024, 4096)):
         yield _product(bench, "bfloat16", layout, (m, n, k), is_added=True)
-    for layout, sizes in every(("nt", "nn", "tn"), every(WIDE, WIDE, WIDE)):
+    for layout, sizes in every(("nt", "nn", "tn"), every(COARSE, COARSE, COARSE)):
         if math.prod(sizes) <= 2**35:  # what is larger is as fast
             yield _product(bench, "float32", layout, sizes)
-    for layout, m, n, k in every(("nt", "nn"), WIDE[1:], WIDE[1:], WIDE[1:]):
+    for layout, m, n, k in every(("nt", "nn"), COARSE[1:], COARSE[1:], COARSE[1:]):
         if math.prod((m, n, k)) <= 2**35:
             yield _product(bench, "float16", layout, (m, n, k))
 
@@ -196,8 +199,8 @@ def _product(
 ATTENTION = [
     (rows, length, width)
     for length, width in every((128, 256, 512, 1024, 2048, 4096, 8192), (64, 128, 256))
-    for rows in (8, 32, 128, 512)
-    if 2**15 <= rows * length <= 2**17 and rows * length * length * width <= 2**36
+    for rows in (2, 8, 32, 128, 512)
+    if 2**12 <= rows * length <= 2**17 and rows * length * length * width <= 2**36
 ]
 """[rows x heads], tokens, width of a head."""
 
@@ -205,7 +208,7 @@ ATTENTION = [
 def _attentions(_: Bench) -> Iterator[_Candidate]:
     cudnn = torch.cuda.get_device_capability() in ((9, 0), (10, 0))
     for rows, length, width in ATTENTION:
-        heads = 8
+        heads = min(rows, 8)
         query, key, value = (
             torch.randn(rows // heads, length, heads, width, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
             for _ in range(3)

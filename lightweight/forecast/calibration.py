@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +33,8 @@ STORED = Path(__file__).parent / "calibrations"
 LEAST_SECONDS = 2e-6
 """What a kernel takes at the least, in a graph, whatever it does."""
 
-NEIGHBOURS = 8
-"""Of how many samples the share is taken, the near ones counting more."""
+NEIGHBOURS = 2
+"""Of how many samples for each of its sizes a kernel's share is taken, the near ones counting more."""
 
 INSTEAD = {
     "concatenation": "strided",
@@ -148,9 +149,9 @@ class _Samples:
         """How many times its limit a kernel of this shape takes: that of its neighbours, by the inverse cube of the
         distance, and its own where it was measured."""
         distances = np.sqrt(((self.shapes - np.log2(np.maximum(1, shape))) ** 2).sum(1))
-        nearest = np.argsort(distances, kind="stable")[:NEIGHBOURS]
-        if distances[nearest[0]] < 1e-9:
-            return math.exp(self.excesses[nearest[0]])
+        if (same := distances < 1e-9).any():
+            return math.exp(float(self.excesses[same].mean()))
+        nearest = np.argsort(distances, kind="stable")[: NEIGHBOURS * len(shape)]
         weights = distances[nearest] ** -3
         return math.exp(float((weights * self.excesses[nearest]).sum() / weights.sum()))
 
@@ -177,6 +178,8 @@ def load(path: Path) -> Calibration:
         if wrong := schema.fault(sample, Sample, tuple(each.name for each in fields(Sample))):
             fault = f"has sample {index}, which {wrong}"
             break
+    if fault is None:
+        fault = _fault_between(content)
     if fault is None and targets.rates(content["device"]) is None:
         raise CalibrationError(f"calibration {path}: {content['device']} is a card whose data sheet is not known")
     if fault is not None:
@@ -184,6 +187,19 @@ def load(path: Path) -> Calibration:
     samples = tuple(Sample(**sample | {"shape": tuple(sample["shape"])}) for sample in content["samples"])
     known = {name: content[name] for name in required}
     return Calibration(**known | {"samples": samples})
+
+
+def _fault_between(content: Mapping[str, Any]) -> str | None:
+    """What is wrong between the samples of a calibration, each of which is of its kind, None where nothing is."""
+    if not content["samples"]:
+        return "has no samples"
+    if not content["operator_seconds"]:
+        return "has no pace of the host in 'operator_seconds'"
+    sizes: dict[tuple[str, str], int] = {}
+    for index, sample in enumerate(content["samples"]):
+        if sizes.setdefault((sample["kind"], sample["dtype"]), len(sample["shape"])) != len(sample["shape"]):
+            return f"has sample {index}, which has another number of sizes than others of its kind"
+    return None
 
 
 def written(calibration: Calibration) -> str:

@@ -114,9 +114,9 @@ class Entry:
     `tokens_per_step` over the median step. `cold_seconds` is the whole job without held-out evaluations.
 
     `forecast_*` is what was forecast of it, `forecast_seconds` of all its steps together, `budget_bytes` the limit that
-    was in force, `versions` the packages with `cuda`, what torch was built with. Only some runs have `worker`, the pytest-xdist worker that ran the trial, with
-    `visible_gpu`, the number of its GPU; `test`, the pytest node that ran it, with `shown_as`, the table that it
-    belongs to beside the main one; and `speedup`.
+    was in force, `versions` the packages with `cuda`, what torch was built with. Only some runs have `worker`, the
+    pytest-xdist worker that ran the trial, with `visible_gpu`, the number of its GPU; `test`, the pytest node that ran
+    it, with `shown_as`, the table that it belongs to beside the main one; and `speedup`.
 
     Two fields are no keys of the JSON: `run` is when the run ended that it was read from, and `stored` all that the
     file says of it, keys included that this version does not know. They are None for what was not read from a file.
