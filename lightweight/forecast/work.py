@@ -194,6 +194,8 @@ def kernels_of(operator: Any, arguments: Sequence[Any], options: Mapping[str, An
         yield product("nt", _dtype(x), x.numel() // x.shape[-1], shape[0], shape[1], x.element_size())
     elif name == "bitsandbytes::dequantize_4bit":
         yield _dequantization(_bytes(arguments[0]), result.numel(), result)
+    elif name in ("aten::_flash_attention_forward", "aten::_flash_attention_backward"):
+        yield _flash({**dict(zip(_names(operator), arguments, strict=False)), **options}, name.endswith("backward"))
     elif "scaled_dot_product" in name:
         yield _attention(name, {**dict(zip(_names(operator), arguments, strict=False)), **options})
     elif name.startswith(AT_ONCE):
@@ -258,6 +260,23 @@ def _attention(name: str, given: Mapping[str, Any]) -> Kernel:
         masked=given.get("attn_bias") is not None and given["attn_bias"].numel() > 0,
         backward=name.endswith("_backward"),
     )
+
+
+def _flash(given: Mapping[str, Any], backward: bool) -> Kernel:
+    """FlashAttention over [tokens, heads, width] of several sequences, which are taken to be as long as they are in the
+    mean; or over [rows, time, heads, width]. A window leaves of causality what lies within it."""
+    query, ends, window = given["query"], given.get("cum_seq_q"), given.get("window_size_left")
+    heads, width = query.shape[-2:]
+    tokens = query.numel() // (heads * width)
+    rows = query.shape[0] if ends is None or query.dim() == 4 else max(1, ends.numel() - 1)
+    length = max(1, tokens // rows)
+    whole = attention(
+        "flash", _dtype(query), (rows * heads, length, length, width), causal=True, masked=False, backward=backward
+    )
+    if window is None or not 0 <= window < length:
+        return whole
+    seen = (window + 1) * (2 * length - window) / length**2  # of the pairs that causality leaves
+    return whole._replace(flop=int(whole.flop * min(1, seen)))
 
 
 def _at_once(arguments: Sequence[Any], options: Mapping[str, Any]) -> Iterator[Kernel]:

@@ -53,6 +53,30 @@ def test_a_product_is_known_by_its_sizes_and_how_its_factors_lie():
     assert seen(lambda: x[:0] @ weight.t()) == {}, "nothing is launched for nothing"
 
 
+def flash(query, ends, window, name="forward"):
+    operator = getattr(torch.ops.aten, f"_flash_attention_{name}").default
+    arguments = [query, query, query, ends, ends, 64, 64, 0.0, True, False]
+    if name == "backward":
+        arguments = [query, *arguments[:3], query, query, *arguments[3:9], query, query]
+    (kernel,) = work.kernels_of(operator, arguments, {"window_size_left": window}, None)
+    return kernel
+
+
+def test_attention_of_sequences_one_behind_the_other_is_that_of_rows_of_their_mean_length():
+    rows, joined = meta(4, 64, 2, 8), meta(256, 2, 8)
+    whole = flash(rows, None, None)
+    assert whole.kind == "flash attention, causal" and whole.shape == (8, 64, 64, 8)
+    assert whole.flop == 4 * 8 * 64 * 64 * 8 // 2
+    assert flash(joined, meta(5, dtype=torch.int32), -1) == whole
+    backward = flash(rows, None, None, "backward")
+    assert (backward.kind, backward.flop) == ("flash attention backward, causal", whole.flop * 2.5)
+
+
+def test_a_window_leaves_fewer_pairs():
+    pairs = sum(min(place + 1, 16) for place in range(64))
+    assert flash(meta(4, 64, 2, 8), None, 15).flop == pytest.approx(4 * 8 * 8 * pairs, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("run", "kind", "count"),
     [
