@@ -157,9 +157,8 @@ COARSE = (256, 1024, 2048, 4096, 8192)
 def product_sizes() -> list[tuple[int, int, int]]:
     """[m, n, k]: every product of wide factors, with one thin side, and those of a head with its few tokens."""
     sizes = [*every(WIDE, WIDE, WIDE)]
-    sizes += [(thin, a, b) for thin, a, b in every(THIN, WIDE, WIDE)]
-    sizes += [(a, thin, b) for thin, a, b in every(THIN, WIDE, WIDE)]
-    sizes += [(a, b, thin) for thin, a, b in every(THIN, WIDE, WIDE)]
+    for thin, one, other in every(THIN, COARSE, COARSE):
+        sizes += [(thin, one, other), (one, thin, other), (one, other, thin)]
     for tokens, width, vocabulary in every((128, 256, 1024, 4096), (1024, 2048, 4096), HEADS):
         sizes += [(tokens, vocabulary, width), (tokens, width, vocabulary)]
     return sizes + [(32_768, n, k) for n, k in every((1024, 4096), (1024, 4096))]

@@ -18,9 +18,12 @@ def table(rows: Sequence[PlanRow], passes: str) -> str | None:
     has_jobs = any(row.job for row, _ in timed)
     costs = any(row.job and row.job.cost is not None for row, _ in timed)
     headers = ["target", "method", passes, "step", "tokens a second", "of the peak"]
-    headers += ["steps", "job"] * has_jobs + ["cost"] * costs + ["how known"]
-    lines = [[*_step(row, step), *_job(row, has_jobs, costs), _known(step)] for row, step in timed]
-    aligned = ["left", "left", *["right"] * (len(headers) - 3), "left"]
+    limited = any(row.job and row.job.too_much for row, _ in timed)
+    headers += ["steps", "job"] * has_jobs + ["cost"] * costs + ["limits"] * limited + ["how known"]
+    lines = [
+        [*_step(row, step), *_job(row, has_jobs, costs), *[_limits(row)] * limited, _known(step)] for row, step in timed
+    ]
+    aligned = ["left", "left", *["right"] * (len(headers) - 3 - limited), *["left"] * limited, "left"]
     drawn = tabulate(lines, headers, tablefmt="simple", disable_numparse=True, colalign=aligned)
     return "\n\n".join([drawn, *_notes(timed, has_jobs)])
 
@@ -32,7 +35,7 @@ def _step(row: PlanRow, step: StepTime) -> list[str]:
         f"{row.passes} x {row.batch_size}",
         _between(step.low, step.high),
         f"{step.tokens_per_second:,.0f}" if step.low == step.high else _from_to(step),
-        f"{step.share_of_peak:.0%}",
+        f"{step.share_of_peak:.1%}",
     ]
 
 
@@ -50,7 +53,11 @@ def _job(row: PlanRow, has_jobs: bool, costs: bool) -> list[str]:
         return ["-"] * (2 * has_jobs + costs)
     seconds = span(job.seconds) if job.seconds == job.high else f"{span(job.seconds)}, at most {span(job.high)}"
     cost = ["-" if job.cost is None else f"{job.cost:,.2f}"] * costs
-    return [f"{job.steps:,}", f"{seconds} ({job.too_much})" if job.too_much else seconds, *cost]
+    return [f"{job.steps:,}", seconds, *cost]
+
+
+def _limits(row: PlanRow) -> str:
+    return "-" if row.job is None else row.job.too_much or "kept"
 
 
 def _known(step: StepTime) -> str:
