@@ -59,11 +59,10 @@ class _Candidate:
 class Bench:
     """The card, and memory to measure with."""
 
-    def __init__(self, rates: Rates) -> None:
-        self.rates = rates
-        self._stream = torch.cuda.Stream()
+    def __init__(self, rates: Rates, device: str = "cuda", pool_bytes: int = POOL_BYTES) -> None:
+        self.rates, self.device = rates, device
         self._pools = {
-            dtype: torch.empty(POOL_BYTES // 4, device="cuda", dtype=dtype)
+            dtype: torch.empty(pool_bytes // 4, device=device, dtype=dtype)
             for dtype in (torch.bfloat16, torch.float16, torch.float32)
         }
         self._at: dict[torch.dtype, int] = dict.fromkeys(self._pools, 0)
@@ -77,7 +76,7 @@ class Bench:
         """A tensor of normal numbers, of the memory that was given out the longest time ago. Others may share it."""
         pool, count = self._pools[dtype], math.prod(shape)
         if count > pool.numel():
-            return torch.randn(shape, device="cuda", dtype=dtype)
+            return torch.randn(shape, device=self.device, dtype=dtype)
         if self._at[dtype] + count > pool.numel():
             self._at[dtype] = 0
         begin = self._at[dtype]
@@ -98,7 +97,7 @@ class Bench:
 
     def _seconds(self, launches: Sequence[Launch], count: int) -> float:
         torch.cuda.synchronize()
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(torch.cuda.Stream()):
             launches[0]()  # compiled, and its workspace allocated, outside of the graph
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
@@ -187,7 +186,7 @@ def _product(
     def launch() -> Launch:
         first = bench.tensor(k, m, dtype=of).t() if layout[0] == "t" else bench.tensor(m, k, dtype=of)
         second = bench.tensor(n, k, dtype=of).t() if layout[1] == "t" else bench.tensor(k, n, dtype=of)
-        result = torch.empty(m, n, dtype=of, device="cuda")
+        result = torch.empty(m, n, dtype=of, device=bench.device)
         return partial(result.addmm_, first, second) if is_added else partial(torch.mm, first, second, out=result)
 
     return _Candidate(kernel, [launch() for _ in range(bench.copies(kernel.bytes))])
@@ -204,15 +203,15 @@ ATTENTION = [
 """[rows x heads], tokens, width of a head."""
 
 
-def _attentions(_: Bench) -> Iterator[_Candidate]:
+def _attentions(bench: Bench) -> Iterator[_Candidate]:
     cudnn = torch.cuda.get_device_capability() in ((9, 0), (10, 0))
     for rows, length, width in ATTENTION:
         heads = min(rows, 8)
         query, key, value = (
-            torch.randn(rows // heads, length, heads, width, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+            torch.randn(rows // heads, length, heads, width, device=bench.device, dtype=torch.bfloat16).transpose(1, 2)
             for _ in range(3)
         )
-        mask = torch.zeros(1, 1, length, length, device="cuda", dtype=torch.bfloat16)
+        mask = torch.zeros(1, 1, length, length, device=bench.device, dtype=torch.bfloat16)
         for name, bias in (("flash", None), ("efficient", mask), ("efficient", None), ("cudnn", None)):
             if name == "cudnn" and (not cudnn or width > 128 or length < 256):
                 continue
@@ -245,7 +244,7 @@ def _elementwise(bench: Bench, numbers: int) -> Launch:
 
 def _strided(bench: Bench, numbers: int) -> Launch:
     """Heads multiplied by what they share, as rotary embeddings are."""
-    length = max(1, numbers // (2 * 8 * 128))
+    length = max(1, numbers // (2 * 8 * 128 + 128))
     heads = bench.tensor(1, length, 8, 128)
     shared, result = bench.tensor(1, 1, length, 128), torch.empty_like(heads).transpose(1, 2)
     return partial(torch.mul, heads.transpose(1, 2), shared, out=result)
@@ -272,7 +271,7 @@ def _reduction_of_columns(bench: Bench, numbers: int) -> Launch:
 
 def _row_by_row(bench: Bench, numbers: int) -> Launch:
     of = bench.tensor(max(1, numbers // 4096), 2048)
-    return partial(torch.softmax, of, -1, out=torch.empty_like(of))
+    return partial(torch.softmax, of, -1)
 
 
 PASSES: dict[str, Callable[[Bench, int], Launch]] = {
@@ -302,9 +301,9 @@ def _dequantization(bench: Bench, numbers: int) -> _Candidate:
 
 def _ours(bench: Bench) -> Iterator[_Candidate]:
     with ours.compiling():
-        for make in _calls(bench):
+        for make in our_calls(bench):
             make()
-    for make in _calls(bench):
+    for make in our_calls(bench):
         launched: list[list[tuple[Any, ...]]] = [[]]
         with ours.launches_told_to(lambda *launch: launched[-1].append(launch)):  # noqa: B023
             make()
@@ -323,9 +322,9 @@ ADAPTED = (576, 576), (1024, 512), (1024, 1024), (2048, 512), (2048, 2048), (819
 """What an adapter's layer takes and gives."""
 
 
-def _calls(bench: Bench) -> Iterator[Launch]:
-    seed = torch.zeros((), dtype=torch.int64, device="cuda")
-    of = bench.tensor
+def our_calls(bench: Bench) -> Iterator[Launch]:
+    """Calls of everything that launches kernels of this project, over the sizes that they are timed at."""
+    seed = torch.zeros((), dtype=torch.int64, device=bench.device)
     for tokens, p in every((512, 2048, 4096, 16_384), (0.0, 0.1)):
         for width, out in ADAPTED:
             for rank in (8, 64) if tokens == 2048 else (8,):
@@ -339,17 +338,15 @@ def _calls(bench: Bench) -> Iterator[Launch]:
     for tokens, width in every((512, 2048, 4096, 16_384), (1536, 4096, 8192)):
         yield partial(_activations, bench, tokens, width)
     for tokens, vocabulary in ((664, 50_304), (256, 131_072), (128, 262_144), (2048, 32_768), (64, 131_072)):
-        yield partial(
-            lambda rows, columns: ours.cross_entropy_(
-                of(rows, columns), columns, torch.zeros(rows, dtype=torch.long, device="cuda"), _ones(rows)
-            ),
-            tokens,
-            vocabulary,
-        )
+        yield partial(_cross_entropy, bench, tokens, vocabulary)
 
 
-def _ones(count: int) -> Tensor:
-    return torch.ones(count, device="cuda")
+def _cross_entropy(bench: Bench, tokens: int, vocabulary: int) -> None:
+    targets, scales = (
+        torch.zeros(tokens, dtype=torch.long, device=bench.device),
+        torch.ones(tokens, device=bench.device),
+    )
+    ours.cross_entropy_(bench.tensor(tokens, vocabulary), vocabulary, targets, scales)
 
 
 def _adapter(bench: Bench, sizes: tuple[int, int, int, int], p: float, seed: Tensor) -> None:

@@ -303,7 +303,7 @@ def _passes(
     """The passes over memory of all other operators: over each argument, and over what is written."""
     outputs = _tensors(result)
     written = sum(_bytes(tensor) for tensor in outputs)
-    inputs = _tensors((arguments, tuple(options.values())))
+    inputs = _tensors((arguments, [value for name, value in options.items() if name != "out"]))
     if name in FILLS:
         yield a_pass("elementwise", written)
         return
