@@ -22,6 +22,9 @@ from torch import Tensor
 
 from lightweight import targets
 from lightweight.captured import kernels as ours
+from lightweight.captured import rotary
+from lightweight.captured.kernels import Norm, Reached, Sum
+from lightweight.captured.rotary import Turns
 from lightweight.child.worker import describe_device
 from lightweight.cli import stock_pace
 from lightweight.forecast import work
@@ -330,22 +333,21 @@ def our_calls(bench: Bench) -> Iterator[Launch]:
             for rank in (8, 64) if tokens == 2048 else (8,):
                 yield partial(_adapter, bench, (tokens, width, out, rank), p, seed)
         for width in (1024, 2048, 4096):
-            yield partial(_add_norm, bench, tokens, width, p, seed)
+            yield partial(_sum, bench, tokens, width, p, seed)
     for tokens, width in every((512, 2048, 4096, 16_384), (576, 1024, 2048, 4096)):
         yield partial(_norm, bench, tokens, width)
     for tokens, width in every((2**14, 2**16, 2**18), (64, 128, 256)):
         yield partial(_norm, bench, tokens, width)
     for tokens, width in every((512, 2048, 4096, 16_384), (1536, 4096, 8192)):
         yield partial(_activations, bench, tokens, width)
+    for rows, heads in every((1, 2, 8), ((16, 8, 128), (32, 8, 64), (9, 3, 64), (4, 1, 256))):
+        yield partial(_rotary, bench, rows, heads)
     for tokens, vocabulary in ((664, 50_304), (256, 131_072), (128, 262_144), (2048, 32_768), (64, 131_072)):
         yield partial(_cross_entropy, bench, tokens, vocabulary)
 
 
 def _cross_entropy(bench: Bench, tokens: int, vocabulary: int) -> None:
-    targets, scales = (
-        torch.zeros(tokens, dtype=torch.long, device=bench.device),
-        torch.ones(tokens, device=bench.device),
-    )
+    targets, scales = (torch.ones(tokens, dtype=of, device=bench.device) for of in (torch.long, torch.float32))
     ours.cross_entropy_(bench.tensor(tokens, vocabulary), vocabulary, targets, scales)
 
 
@@ -357,23 +359,46 @@ def _adapter(bench: Bench, sizes: tuple[int, int, int, int], p: float, seed: Ten
 
 
 def _norm(bench: Bench, tokens: int, width: int) -> None:
-    x, weight = bench.tensor(tokens, width), bench.tensor(width)
-    _, statistics = ours.norm(x, weight, None, 1e-6, False)
-    ours.norm_backward(bench.tensor(tokens, width), x, weight, statistics, False)
+    x, norm = bench.tensor(tokens, width), Norm(bench.tensor(width), None, 1e-6, False)
+    _, statistics = ours.norm(x, norm)
+    ours.norm_backward(bench.tensor(tokens, width), x, norm, statistics)
 
 
-def _add_norm(bench: Bench, tokens: int, width: int, p: float, seed: Tensor) -> None:
+def _sum(bench: Bench, tokens: int, width: int, p: float, seed: Tensor) -> None:
+    """As blocks end: with a layer norm after the sum, with an RMS norm, and with another one before it."""
     branch, residual, weight = bench.tensor(tokens, width), bench.tensor(tokens, width), bench.tensor(width)
-    _, total, statistics = ours.add_norm(branch, residual, weight, weight, 1e-6, p, seed, 0)
-    ours.add_norm_backward([branch, residual], total, weight, statistics, p, seed, 0)
+    layer, rms = Norm(weight, weight, 1e-6, True), Norm(weight, None, 1e-6, False)
+    made = Sum(layer, p=p)
+    ours.add_norm_backward([branch, residual], None, None, ours.add_norm(branch, residual, made, seed), made, seed)
+    for made in (Sum(rms, p=p), Sum(rms, after=rms, p=p)):
+        summed = ours.add_norm(branch, residual, made, seed)
+        ours.add_norm_backward([residual], bench.tensor(tokens, width), branch, summed, made, seed)
 
 
 def _activations(bench: Bench, tokens: int, width: int) -> None:
     x, up, grad = (bench.tensor(tokens, width) for _ in range(3))
-    ours.gate(x, up)
-    ours.gate_backward(grad, x, up)
+    ours.gate(x, up, "silu")
+    ours.gate_backward(grad, x, up, "silu")
+    ours.gate_project_backward(grad, Reached(bench.tensor(tokens, 8), bench.tensor(8, width), 1e-3), x, up, "silu")
     _, positive = ours.relu(x)
     ours.relu_backward(grad, positive)
+
+
+def _rotary(bench: Bench, rows: int, sizes: tuple[int, int, int]) -> None:
+    """Heads of queries and keys turned, in place and, where they are normed, to others."""
+    heads, key_heads, width = sizes
+
+    def pair() -> tuple[Tensor, Tensor]:
+        query, key = (bench.tensor(rows, 1024, count, width).transpose(1, 2) for count in (heads, key_heads))
+        return query, key
+
+    turns = Turns(bench.tensor(1, 1024, width), bench.tensor(1, 1024, width), neighbours=False, repeated=True)
+    norm = Norm(bench.tensor(width), None, 1e-6, False)
+    given, kept, grads = pair(), pair(), pair()
+    rotary.rotate(given, given, turns, None)
+    rotary.rotate_backward(grads, given, pair(), turns, None, None, turned=False)
+    factors = rotary.rotate(given, kept, turns, (norm, norm))
+    rotary.rotate_backward(grads, given, pair(), turns, (norm, norm), factors, turned=False)
 
 
 PARTS: dict[str, Callable[[Bench], Iterator[_Candidate]]] = {

@@ -108,7 +108,7 @@ class Calibration:
     def _samples_like(self, kernel: Kernel) -> _Samples:
         kind = kernel.kind
         plain = kind.removesuffix(", added").removesuffix(", masked").removesuffix(", causal")
-        for name in (kind, INSTEAD.get(kind, kind), plain, kind.removesuffix(" with dropout"), "elementwise"):
+        for name in (kind, INSTEAD.get(kind, kind), plain, kind.partition(" with ")[0], "elementwise"):
             of_kind = self._by_kind.get(name)
             if of_kind:
                 return of_kind.get(kernel.dtype) or next(iter(of_kind.values()))

@@ -114,13 +114,15 @@ PASSED_OVER_AGAIN = {
 def triton_kernel(name: str, programs: Sequence[int], arguments: Sequence[Any], settings: Mapping[str, Any]) -> Kernel:
     """A launch of the kernel called `name` in `captured.triton_kernels`."""
     again = PASSED_OVER_AGAIN.get(name, {})
+    if name == "rotate" and arguments[0] is arguments[2]:
+        again = {0: 1, 1: 1}  # in place
     seen: dict[int, int] = {}
     for index, argument in enumerate(arguments):
         if isinstance(argument, Tensor):
             seen[id(argument)] = max(seen.get(id(argument), 0), _bytes(argument) * (1 + again.get(index, 0)))
     total = sum(seen.values())
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
-    kind = f"{name} with dropout" if settings.get("drops") else name
+    kind = name + " with dropout" * bool(settings.get("drops")) + " with a norm" * bool(settings.get("normed"))
     return Kernel(kind, _dtype(first), (total, math.prod(programs)), 0, total)
 
 

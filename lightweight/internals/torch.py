@@ -141,7 +141,6 @@ FLASH_FORWARD = aten._flash_attention_forward.default
 FLASH_BACKWARD = aten._flash_attention_backward.default
 
 
-
 def attention_kernel(
     name: str, tensors: tuple[Tensor, Tensor, Tensor], bias: Tensor | None
 ) -> tuple[Callable[[], object], Callable[[], object]]:
