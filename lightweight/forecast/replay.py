@@ -179,7 +179,8 @@ class Forecast:
     `reserved_bytes` is that of `max_memory_reserved`: under the budget where it fits, without one where it does not.
     `phase` is where it runs out of memory, or else where the peak is. `paged_bytes` is what a paged optimizer keeps
     beside that in managed memory, on the card as far as there is room and else on the host; no verdict counts it.
-    `step_seconds` is what an optimizer step takes, None where no calibration says so.
+    `step_seconds` is what an optimizer step takes, None where no calibration says so; `is_calibrated` says whether that
+    is of the same card.
     """
 
     allocated_bytes: int
@@ -192,6 +193,7 @@ class Forecast:
     trainable_parameters: int
     paged_bytes: int = 0
     step_seconds: float | None = None
+    is_calibrated: bool = False
 
 
 def within(traced: Trace, budget_bytes: int | None) -> Forecast:

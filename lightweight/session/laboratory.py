@@ -108,7 +108,9 @@ class Laboratory(Choices):
             self._traces[key] = helper.call_within(seconds, tracer.trace_on, self.folder, trial, self.device)
         forecast = replay.of_trial(self._traces[key], trial, self.device)
         step = step_time.forecast(self._traces[key], trial, self.device.name, calibration.stored())
-        return dataclasses.replace(forecast, step_seconds=None if step is None else step.seconds)
+        if step is None:
+            return forecast
+        return dataclasses.replace(forecast, step_seconds=step.seconds, is_calibrated=step.is_calibrated)
 
     def try_to_forecast(self, trial: Trial) -> Forecast | None:
         """The forecast of `trial`, or None, said in a line, where it cannot be made, whatever the reason."""
