@@ -5,6 +5,7 @@ CUDA; `experiments/records/h200-forecast.json` and `h100-captured-forecast.json`
 compares with them anywhere.
 """
 
+import statistics
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,9 @@ from lightweight.trial import Completed, Outcome, OutOfMemory
 
 ALLOCATED, RESERVED = 0.02, 0.05
 """How far from the measured peak a forecast may be."""
+
+STEP, STEP_BY_DATA_SHEET = 0.1, 0.2
+"""How far from the measured step the forecast of a captured one may be, on a card that was calibrated or was not."""
 
 
 def without_checkpointing(method: Method) -> Method:
@@ -173,7 +177,12 @@ def test_forecast_of_a_captured_step_agrees_with_measurement(train: Train, forec
     outcome = train(CAPTURED_MODELS[model], method, **changes)
     assert isinstance(outcome, Completed), outcome.reason
     assert outcome.measured.captured, outcome.measured.capture_note
-    assert_agreement(outcome, forecast_of(CAPTURED_MODELS[model], method, **changes))
+    forecast = forecast_of(CAPTURED_MODELS[model], method, **changes)
+    assert_agreement(outcome, forecast)
+    if forecast.step_seconds is not None:
+        steady = statistics.median(outcome.measured.step_seconds[1:])
+        error = STEP if forecast.is_calibrated else STEP_BY_DATA_SHEET
+        assert forecast.step_seconds == pytest.approx(steady, rel=error)
 
 
 @pytest.mark.needs_cuda

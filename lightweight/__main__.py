@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_plan(commands.add_parser("plan", help="forecast which methods fit which cards, without a GPU or the weights"))
     _add_train(commands.add_parser("train", help="fine-tune a model and save it, with checkpoints on the way"))
+    _add_calibrate(commands.add_parser("calibrate", help="time this GPU's kernels, for forecasts of time: two minutes"))
     _add_data(commands.add_parser("data", help="look at a corpus before training: lengths, and what the loss is on"))
     _add_chat(commands.add_parser("chat", help="let a model that was trained answer prompts"))
     _add_report(commands.add_parser("report", help="what saved records say: a page, markdown, or tables"))
@@ -160,10 +161,43 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         metavar="RECORD.json",
         help="repeatable: records whose step times say which method is the fastest",
     )
+    _add_job(parser)
     parser.add_argument("--format", choices=("table", "json"), default="table")
     parser.add_argument(
         "--traceback", action="store_true", help="also show where in which library a method could not be forecast"
     )
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("time", "of the whole job, and what it may take; forecast for cards only")
+    group.add_argument("--tokens", type=int, metavar="N", help="tokens of the corpus")
+    group.add_argument("--epochs", type=int, default=10, metavar="N", help="passes over the corpus (default: 10)")
+    group.add_argument("--price", type=float, metavar="AMOUNT", help="what an hour of the card costs")
+    group.add_argument("--max-hours", type=float, metavar="HOURS", help="mark, and do not choose, what takes longer")
+    group.add_argument("--max-price", type=float, metavar="AMOUNT", help="mark, and do not choose, what costs more")
+    group.add_argument(
+        "--calibration",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="CARD.json",
+        help="repeatable: what `lightweight calibrate` wrote, before those that come with the package",
+    )
+
+
+def _job(options: argparse.Namespace) -> dict[str, Any]:
+    """What the job is held to. Raises ValueError."""
+    for name in ("tokens", "epochs"):
+        _at_least(options, name, 1)
+    for name in ("price", "max_hours", "max_price"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
+    if options.max_price is not None and options.price is None:
+        raise ValueError("--max-price: give the --price of an hour as well")
+    if (options.max_hours is not None or options.max_price is not None) and options.tokens is None:
+        raise ValueError("--max-hours and --max-price are of a job: give its --tokens")
+    return {name: getattr(options, name) for name in ("tokens", "epochs", "price", "max_hours", "max_price")}
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -171,7 +205,7 @@ def _plan(options: argparse.Namespace) -> int:
         if options.gpus is not None:
             options.gpus = _whole_number("--gpus", options.gpus)
         _at_least(options, "gpus", 1)
-        settings = _settings(options)
+        settings, job = _settings(options), _job(options)
         wanted_models = [models.named(name) for name in dict.fromkeys(options.models)]
         for name in options.method or ():
             names.check_method(name)
@@ -185,13 +219,14 @@ def _plan(options: argparse.Namespace) -> int:
         with for_good():  # torch takes seconds, and names have been checked
             from lightweight import corpus, methods
             from lightweight.cli import data
-            from lightweight.forecast import plan, plan_table, tracer
+            from lightweight.forecast import calibration, plan, plan_table, step_time, tracer
 
         named = [methods.named(name) for name in dict.fromkeys(options.method or ())] or methods.PLANNED
         wanted_methods = settings.applied(named)
         names.refuse_namesakes("method", wanted_methods)
         how = how_read(lambda name: getattr(options, name))
         read = data.read_if_named(options.corpus, how, _show)
+        calibrations = [*map(calibration.load, options.calibration), *calibration.stored()]
     except ValueError as error:
         return _refuse(error)
     try:
@@ -201,6 +236,7 @@ def _plan(options: argparse.Namespace) -> int:
             corpus=read,
             max_batch=options.max_batch,
             fewest_gpus=options.gpus is not None,
+            job=step_time.Job(**job),
             **settings.rows,
         )
         rows = plan.plan(
@@ -209,6 +245,7 @@ def _plan(options: argparse.Namespace) -> int:
             wanted_targets,
             question,
             measured=measured,
+            calibrations=calibrations,
             progress=_show,
             failed=_show_traceback if options.traceback else lambda error: None,
         )
@@ -412,6 +449,28 @@ def _chat(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    return 0
+
+
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_calibrate)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="CARD.json", help="where the record goes")
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from lightweight.cli import calibrate  # torch takes seconds
+    from lightweight.forecast import calibration
+
+    try:
+        if not options.output.absolute().parent.is_dir():  # before two minutes of measuring
+            raise calibration.CalibrationError(f"{options.output}: its folder does not exist: make it first")
+        found = calibrate.run(progress=_show)
+        options.output.write_text(calibration.written(found), "utf-8")
+    except calibration.CalibrationError as error:
+        return _refuse(error)
+    finally:
+        _show("")
+    print(f"{found.device}: {len(found.samples):,} kernels timed; stored in {options.output}")
     return 0
 
 

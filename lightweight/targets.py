@@ -7,6 +7,7 @@ is a real one, raised by a real allocation.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lightweight import names
@@ -72,6 +73,42 @@ class Target:
     def emulated_on(self, device_name: str) -> bool:
         """Whether a device called `device_name` must be capped to stand for this target."""
         return self.total_bytes is not None and (self.card is None or self.card not in device_name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a card can do at most, by its data sheet: dense multiplications and additions a second by number format, on
+    matrix units where they take it, summed in fp32; and bytes a second to and from its memory."""
+
+    flop_per_second: Mapping[str, float]
+    bytes_per_second: float
+
+    def of(self, dtype: str) -> float:
+        """The rate of a number format; that of fp32 for one that the card has no units for."""
+        return self.flop_per_second.get(dtype, self.flop_per_second["float32"])
+
+
+def _rates(tera: Mapping[str, float], giga_bytes: float) -> Rates:
+    return Rates(flop_per_second={name: rate * 1e12 for name, rate in tera.items()}, bytes_per_second=giga_bytes * 1e9)
+
+
+HOPPER_TERA = {"bfloat16": 989.4, "float16": 989.4, "float32": 66.9}
+RATES = {
+    "Tesla T4": _rates({"float16": 65, "float32": 8.1}, 320),
+    "NVIDIA L4": _rates({"bfloat16": 121, "float16": 121, "float32": 30.3}, 300),
+    "NVIDIA A10": _rates({"bfloat16": 125, "float16": 125, "float32": 31.2}, 600),
+    "RTX 4090": _rates({"bfloat16": 165.2, "float16": 165.2, "float32": 82.6}, 1008),
+    "A100-SXM4-40GB": _rates({"bfloat16": 312, "float16": 312, "float32": 19.5}, 1555),
+    "A100-SXM4-80GB": _rates({"bfloat16": 312, "float16": 312, "float32": 19.5}, 2039),
+    "H100 80GB HBM3": _rates(HOPPER_TERA, 3350),
+    "H200": _rates(HOPPER_TERA, 4800),
+}
+"""By a part of the name that CUDA has for the card: NVIDIA's data sheets, and for GeForce the Ada whitepaper's."""
+
+
+def rates(device_name: str) -> Rates | None:
+    """What a card so called can do at most; None for one whose data sheet is not here."""
+    return next((rates for name, rates in RATES.items() if name in device_name), None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,6 +156,7 @@ class Measurements:
     largest, and `rank_*` has each one's; seconds are those of rank 0, but for `cpu_seconds`, which add up.
     `phase_seconds` leaves out waiting for the next request. `adapted_layers` are the names of the layers that the
     adapter was put on, `base_quantization` how the weights are really quantized, by the method or as they came.
+    `flop_per_token` are the multiplications and additions that training on a token needs (`models.flop_per_token`).
     `captured` and `compiled` say how a captured step really ran, and `capture_note` why not otherwise and which parts
     of it were given up; None for the Trainer's. `data_note` says how what a method of one's own trained on differs
     from what every other method trains on, None where it does not.
@@ -181,6 +182,7 @@ class Measurements:
     saved_bytes: int | None = None
     trainable_parameters: int | None = None
     parameters: int | None = None
+    flop_per_token: float | None = None
     training_rows: int | None = None
     example_tokens: dict[str, int] | None = None
     truncated_sequences: int | None = None

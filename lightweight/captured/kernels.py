@@ -13,7 +13,7 @@ lasts.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -52,9 +52,13 @@ SHARE_ELEMENTS = 128
 GATE_COLUMNS = 1024
 """Columns of one program of a gate."""
 
+Launched = Callable[[str, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
+"""Is told of a launch: the kernel's name, its programs, arguments and settings."""
+
 _asked_for: dict[object, tuple[str, tuple[object, ...], dict[str, Any]]] | None = None
 _computes = True
 _are_drawn = False
+_tell: Launched | None = None
 _started: Future[None] | None = None
 
 
@@ -91,6 +95,22 @@ def are_even(scales: torch.Tensor, spread: float) -> bool:
 
 
 _are_drawn = False
+
+
+@contextlib.contextmanager
+def launches_told_to(tell: Launched) -> Iterator[None]:
+    """Inside, `tell` is told of every launch."""
+    global _tell
+    _tell = tell
+    try:
+        yield
+    finally:
+        _tell = None
+
+
+def launch_again(name: str, programs: tuple[int, ...], arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
+    """Have a launch that was told of repeated, on the same tensors."""
+    launch(name, programs, *arguments, **settings)
 
 
 def warm_up() -> None:
@@ -143,6 +163,8 @@ def _compile(name: str, types: tuple[object, ...], settings: dict[str, Any]) -> 
 
 def launch(name: str, programs: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
     """Have `programs` of the kernel called `name`, in `triton_kernels` or `triton_rotary`, run on the device."""
+    if _tell is not None:
+        _tell(name, programs, arguments, settings)
     if not _computes:
         return
     kernel = _kernel(name)

@@ -225,6 +225,7 @@ def set_up(
     meter.facts = {
         "parameters": models.count_parameters(network),
         "trainable_parameters": models.count_parameters(network, trainable=True),
+        "flop_per_token": models.flop_per_token(network, _context(training.rows)),
         "adapted_layers": methods.adapted_layers(network),
         "base_quantization": models.quantization_of(network),
         "training_rows": len(training.rows),
@@ -234,6 +235,12 @@ def set_up(
         "dropped_examples": training.dropped,
     }
     return Prepared(trial, trainer, rows, heldout)
+
+
+def _context(rows: Sequence[corpus.Row]) -> float:
+    """The tokens of the row that a token is of, in the mean over tokens."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    return sum(length**2 for length in lengths) / sum(lengths)
 
 
 def _encoded(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightweight import methods
 from lightweight.child import helper, reaper
@@ -16,11 +16,19 @@ from lightweight.cli.job import Job, NothingFitsError
 from lightweight.cli.output import Interrupted
 from lightweight.cli.terminal import say
 from lightweight.forecast import plan, tracer
+from lightweight.forecast.step_time import StepTime
 from lightweight.methods import Method
 from lightweight.models import Model
 from lightweight.targets import Device, Target, size
 from lightweight.training import ranks
 from lightweight.trial import Trial
+
+
+class Choice(NamedTuple):
+    """The method of a job, and what its steps are forecast to take; None where nobody knows."""
+
+    method: Method
+    step: StepTime | None = None
 
 
 def choose(
@@ -30,19 +38,19 @@ def choose(
     device: Device,
     before: Interrupted | None,
     progress: Callable[[str], None],
-) -> Method:
+) -> Choice:
     """The method of a job that was given none, which is told in one line, with as many rows a pass as fit. Raises
     NothingFitsError."""
     if before is not None and before.method is not None:
         say(f"method {before.method}: what the interrupted job was trained with")
         method = _as_forecast(job.settings.apply(methods.named(before.method)))
-        return _with_stored_passes(method, before.training_arguments)
+        return Choice(_with_stored_passes(method, before.training_arguments))
     if device.total_bytes is None and target.total_bytes is None:
         if model.weights == "random" and job.settings.fits(methods.BASELINE):
             say("method baseline: without GPU or --target nothing is forecast; random weights give adapters no ground")
-            return job.settings.apply(methods.BASELINE)
+            return Choice(job.settings.apply(methods.BASELINE))
         say("method lora: without GPU or --target nothing is forecast; it trains the fewest weights, fp32 on a CPU")
-        return job.settings.apply(methods.LORA)
+        return Choice(job.settings.apply(methods.LORA))
     rows = _forecasts(job, model, target, device, (), progress)
     row = next((row for row in rows if row.chosen), None)
     budget = rows[0].target.budget_bytes or 0
@@ -64,7 +72,7 @@ def choose(
         f"method {method.name}{passes}: {size(row.forecast.reserved_bytes)} of {target.name}'s {size(budget)} "
         f"by forecast, expected to be the fastest of what fits ({', '.join(fitting)}){_check(method)}{where}"
     )
-    return chosen
+    return Choice(chosen, row.step)
 
 
 def _as_forecast(method: Method) -> Method:
@@ -110,6 +118,8 @@ def _forecasts(
     ]
     if target.total_bytes is None:  # the card as it is
         target = replace(target, total_bytes=device.total_bytes)
+    if device.total_bytes is not None:  # as fast as the card at hand is, whosever memory it has
+        target = replace(target, card=device.name)
     question = plan.Question(keeps_passes=job.settings.keeps_passes, gpus=ranks.world_size(), **job.settings.rows)
     try:
         if ranks.world_size() == 1:

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,12 @@ from lightweight.training import ranks
 from lightweight.trial import Completed, Measurements, Trial
 
 
-def finish(trial: Trial, outcome: Completed, device: Device, output: Output) -> None:
-    """Complete the saved weights with all that belongs to them, and put them into their place."""
-    entry = record.entry(trial, outcome, device, None)
+def finish(
+    trial: Trial, outcome: Completed, device: Device, output: Output, forecast_seconds: float | None = None
+) -> None:
+    """Complete the saved weights with all that belongs to them, and put them into their place. `forecast_seconds` is
+    what the steps were forecast to take."""
+    entry = replace(record.entry(trial, outcome, device, None), forecast_seconds=forecast_seconds)
     with output.completing() as result:
         (result / "training_args.bin").unlink(missing_ok=True)  # pickled, and full of this machine's paths
         models.load_tokenizer(trial.model).save_pretrained(result)

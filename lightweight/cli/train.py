@@ -37,6 +37,7 @@ from lightweight.cli.output import Interrupted, Output, OutputError
 from lightweight.cli.result import finish, publish_finished
 from lightweight.cli.terminal import fail, say
 from lightweight.forecast import tracer
+from lightweight.forecast.step_time import StepTime, span
 from lightweight.importable import import_path
 from lightweight.internals.transformers import draw_curves_in
 from lightweight.methods import Method, MethodError, check_layers
@@ -101,8 +102,9 @@ def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) 
     try:
         model = _located(models.named(job.model), job.weights)
         before = ranks.of_first(output.interrupted) if job.resume else None
+        step = None
         if method is None:
-            method = ranks.of_first(lambda: choose(job, model, target, device, before, progress))
+            method, step = ranks.of_first(lambda: choose(job, model, target, device, before, progress))
         check_layers(method, model)
         trial = _trial(job, model, method, target, dialogues, on_gpu)
         if job.resume:
@@ -112,7 +114,7 @@ def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) 
         progress(f"{trial.name}: loading")
         settings = record.settings(trial)
         trial = replace(trial, model=ranks.of_first(lambda: _written(model, output, job.seed, settings)))
-        return _carry_out(trial, job, output, device, progress, interruption, before)
+        return _carry_out(trial, job, output, device, progress, interruption, before, step)
     except REFUSALS:
         raise
     except Exception as error:  # safetensors and torch tell a full disk, and a file's limit, each in their own way
@@ -138,6 +140,7 @@ def _carry_out(
     progress: Callable[[str], None],
     interruption: Interruption,
     before: Interrupted | None,
+    step: StepTime | None,
 ) -> Outcome:
     torch_device = worker.take_device(trial)
     meter = Meter(torch_device, start_seconds=0.0)
@@ -156,6 +159,8 @@ def _carry_out(
             if told := _too_long(trial, meter):
                 say(told)
             _check_saved(trial, trainer.model)
+            if step is not None:
+                say(_how_long(trial, step))
             _require_room(trial, trainer, output)
             draw_curves_in(trainer, output.partial / "runs")  # one curve, also of a job that is resumed
             trainer.remove_callback(PrinterCallback)
@@ -172,7 +177,7 @@ def _carry_out(
             if saving.stopped:
                 raise KeyboardInterrupt
             worker.evaluate(trainer, heldout, meter)
-            return _save(trial, trainer, meter, device, output)
+            return _save(trial, trainer, meter, device, output, step)
     except Exception as error:
         failed = failure.outcome_of(error, trial, meter, output.unfinished)
         if isinstance(failed, Crashed):
@@ -181,12 +186,14 @@ def _carry_out(
     return failed
 
 
-def _save(trial: Trial, trainer: Trainer, meter: Meter, device: Device, output: Output) -> Completed:
+def _save(
+    trial: Trial, trainer: Trainer, meter: Meter, device: Device, output: Output, step: StepTime | None
+) -> Completed:
     """Save what was trained. Every rank takes part in gathering it; the first one alone writes, and finishes."""
     trainer.save_model(str(output.unfinished / "result"))
     outcome = Completed(measured=of_all_ranks(gather_object([meter.measurements()])))
     if ranks.is_first():
-        finish(trial, outcome, device, output)
+        finish(trial, outcome, device, output, None if step is None else trial.steps * step.seconds)
     ranks.wait_for_all()  # torchrun ends them all as soon as one has failed
     return outcome
 
@@ -221,6 +228,14 @@ def _check_saved(trial: Trial, network: Any) -> None:
             f"what transformers and peft would load again ({len(lost)} tensors, such as {min(lost)}): the suite "
             "measures it, train saves no result of it"
         )
+
+
+def _how_long(trial: Trial, step: StepTime) -> str:
+    """What the steps of a job are forecast to take, in one line; rows shorter than the longest take less."""
+    low, high = (span(trial.steps * seconds) for seconds in (step.low, step.high))
+    words = high if step.low == step.high else f"{low} to {high}"
+    known = f"calibrated on {step.measured}" if step.is_calibrated else "from its data sheet, not calibrated"
+    return f"{trial.steps:,} steps, forecast to take {words} over full rows ({known})"
 
 
 def _require_room(trial: Trial, trainer: Trainer, output: Output) -> None:

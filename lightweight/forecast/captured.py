@@ -68,7 +68,11 @@ def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> 
         weight.register_post_accumulate_grad_hook(lambda grown: recorder.mark(grown.grad, "gradients"))
     recorder.meter.phase = "capture"
     is_drawn = trial.model.weights == "random"
-    with kernels.shapes_alone(drawn=is_drawn), flash.as_on(recorder.rules.capability):
+    with (
+        kernels.shapes_alone(drawn=is_drawn),
+        kernels.launches_told_to(recorder.launched),
+        flash.as_on(recorder.rules.capability),
+    ):
         step = Step(trial, trainer)
         with torch_internals.with_numbers():  # of the rows that are drawn
             joins = step.passes.on_flash and asked.attention == "sdpa"
@@ -177,16 +181,17 @@ def _gradients(step: Step, epochs: Epochs, sample: Sample) -> Any:
 def _record(step: Step, epochs: Epochs, recorder: Recorder, *, is_graph: bool) -> None:
     """The steps that are warmed up and recorded, the largest shape first, or run twice where there `is_graph` not."""
     buffers = {shape: Buffers(shape, step.device) for shape in epochs.shapes}
-    for shape in sorted(buffers, key=lambda shape: -shape.tokens):
+    for index, shape in enumerate(sorted(buffers, key=lambda shape: -shape.tokens)):
         run = partial(step.run, buffers[shape])
         with recorder.in_a_stream() if is_graph else nullcontext():
             if (problem := what_cannot_be_captured(step.passes.network, run)) is not None:
                 raise UncapturedError(problem)
         _mark_state(step, recorder)
         step.optimizer.clear_gradients()
-        if is_graph:
+        with recorder.watching() if index == 0 else nullcontext():  # the largest is that of most steps
+            if not is_graph:
+                run()
+                continue
             recorder.empty_cache()
             with recorder.in_the_graphs_pool():
                 run()
-        else:
-            run()

@@ -14,9 +14,11 @@ from transformers import PretrainedConfig
 
 from lightweight import models
 from lightweight.corpus import Corpus, CorpusError, Long, LossOn, RowForm, Rows
-from lightweight.forecast import corpus_rows, replay, tracer
+from lightweight.forecast import calibration, corpus_rows, replay, step_time, tracer
+from lightweight.forecast.calibration import Calibration
 from lightweight.forecast.corpus_rows import CorpusRows
 from lightweight.forecast.replay import Cause, Forecast, Verdict
+from lightweight.forecast.step_time import Job, JobTime, StepTime
 from lightweight.forecast.tracer import ForecastError
 from lightweight.methods import Method
 from lightweight.models import Model, ModelError
@@ -36,7 +38,8 @@ class Question:
     more passes of the same optimizer step. `max_length` is in tokens a row. Without a `corpus` a forecast holds for
     rows of that length, and what else is said of rows changes nothing; with one, for the longest batch that its
     training rows can make in ten epochs. `gpus` share a trial. `max_batch` asks for the largest batch that fits as
-    well, and `fewest_gpus` for the least number of GPUs that suffices.
+    well, and `fewest_gpus` for the least number of GPUs that suffices. `job` is what is to be trained, and what it may
+    take.
     """
 
     keeps_passes: bool = False
@@ -48,6 +51,7 @@ class Question:
     gpus: int = 1
     max_batch: bool = False
     fewest_gpus: bool = False
+    job: Job = field(default_factory=Job)
 
 
 ANY_BATCH = Question()
@@ -64,7 +68,8 @@ class PlanRow:
     the device whose step times say so, None where it is expected. `corpus_rows` are what the question's corpus gives
     the model. Where the question asks for them, and there is a forecast: `max_batch`, the largest batch that fits, in
     sequences a pass of one GPU, 0 if none does; and `fewest_gpus`, the least number of GPUs on which this batch does,
-    None where it does not even with one for every sequence of a step.
+    None where it does not even with one for every sequence of a step. `step` and `job` are what those take, None where
+    no calibration says so.
     """
 
     model: str
@@ -79,6 +84,8 @@ class PlanRow:
     measured_on: str | None = None
     corpus_rows: CorpusRows | None = None
     asked: Method | None = None
+    step: StepTime | None = None
+    job: JobTime | None = None
 
     @property
     def verdict(self) -> PlanVerdict:
@@ -128,6 +135,7 @@ class PlanRow:
             "phase": forecast and forecast.phase,
             "verdict": self.verdict,
             "reason": self.reason,
+            **step_time.as_json(self.step, self.job),
             **self._made_under(),
         }
         row |= {"max_batch": self.max_batch} if question.max_batch else {}
@@ -164,6 +172,7 @@ class _Cell:
     method: Method
     question: Question
     progress: Callable[[str], None]
+    calibrations: Sequence[Calibration] = ()
     _traces: dict[tuple[int, int, int, Capability], replay.Trace] = field(default_factory=dict)
 
     def trial(self, method: Method, gpus: int) -> Trial:
@@ -210,6 +219,17 @@ class _Cell:
             self._traces[key] = tracer.trace(trial, target.capability, self._rows)
         return replay.within(self._traces[key], target.budget_bytes)
 
+    def timed(self, row: PlanRow) -> PlanRow:
+        """The row with what a step of its method takes, and the job."""
+        gpus, target, job = self.question.gpus, row.target, self.question.job
+        trace = self._traces[row.method.sequences_per_pass, row.method.passes_per_step, gpus, target.capability]
+        trial = self.trial(row.method, gpus)
+        if self.corpus_rows is not None and not trial.pads_to_max:
+            trial = replace(trial, max_length=self.corpus_rows.width)
+        step = step_time.forecast(trace, trial, target.card, self.calibrations) if target.card else None
+        steps = job.steps(trial.method.sequences_per_step, trial.max_length, trial.rows)
+        return replace(row, step=step, job=JobTime.of(step, steps, job) if step and steps else None)
+
     def advised(self, gpus: int, target: Target) -> tuple[Method, Forecast]:
         """The method with the most sequences a pass that fit, of the same optimizer step, and its forecast: its own
         where they fit, where nothing does, or where the question keeps them. Raises ForecastError."""
@@ -233,6 +253,7 @@ def plan(
     question: Question = ANY_BATCH,
     *,
     measured: Sequence[Entry] = (),
+    calibrations: Sequence[Calibration] | None = None,
     progress: Callable[[str], None] = lambda text: None,
     failed: Callable[[ForecastError], None] = lambda error: None,
 ) -> list[PlanRow]:
@@ -240,10 +261,12 @@ def plan(
     the corpus gives a model no row, and ForecastError where nothing can be forecast for another reason and that is
     known before anything is traced.
 
-    `measured` are entries of records, whose step times order the methods where they have all of them. `failed` is told
+    `measured` are entries of records, whose step times order the methods where they have all of them. `calibrations`
+    are what time is forecast with, those of the package where none are given. `failed` is told
     of what makes a method's row `cannot_be_forecast` while it is traced.
     """
     known = [_known(model, question, progress) for model in models]
+    calibrations = calibration.stored() if calibrations is None else calibrations
     cells = {
         (i, j): _Cell(
             model=model,
@@ -252,6 +275,7 @@ def plan(
             method=method,
             question=question,
             progress=progress,
+            calibrations=calibrations,
         )
         for i, model in enumerate(models)
         for j, method in enumerate(methods)
@@ -353,7 +377,7 @@ def _row(cell: _Cell, target: Target) -> PlanRow:
         forecast = cell.forecast(cell.method, question.gpus, target)
         return answer(method=cell.method, forecast=forecast, reason=reason, max_batch=0 if question.max_batch else None)
     method, forecast = cell.advised(question.gpus, target)
-    row = answer(method=method, forecast=forecast, asked=cell.method)
+    row = cell.timed(answer(method=method, forecast=forecast, asked=cell.method))
     if question.max_batch:
         row = replace(row, max_batch=largest_batch(partial(_with_batch, cell, target), row.batch_size))
     return replace(row, fewest_gpus=_fewest(cell, target, forecast)) if question.fewest_gpus else row
@@ -389,15 +413,26 @@ def _fewest(cell: _Cell, target: Target, forecast: Forecast) -> int | None:
 def with_choice(rows: Sequence[PlanRow], measured: Sequence[Entry]) -> list[PlanRow]:
     """The rows of one model and target, with the fastest of the methods that fit chosen: by measured step times where
     one device has those of all of them, else by what is expected."""
-    fitting = [row for row in rows if row.verdict == "fits"]
+    fitting = [row for row in rows if row.verdict == "fits" and not (row.job and row.job.too_much)]
     if not fitting:
         return list(rows)
     device, seconds = _measured(fitting, measured)
     if device is not None:
         fastest = min(fitting, key=lambda row: seconds[row.method.name])
+    elif steps := [row.step for row in fitting if row.step is not None and row.step.is_calibrated]:
+        fastest = min(fitting, key=_seconds_per_token if len(steps) == len(fitting) else _expected)
     else:
-        fastest = min(fitting, key=lambda row: (*row.method.expected_cost, row.passes))
+        fastest = min(fitting, key=_expected)
     return [replace(row, chosen=row is fastest, measured_on=device if row.verdict == "fits" else None) for row in rows]
+
+
+def _expected(row: PlanRow) -> tuple[float, ...]:
+    return (*row.method.expected_cost, row.passes)
+
+
+def _seconds_per_token(row: PlanRow) -> float:
+    assert row.step is not None
+    return 1 / row.step.tokens_per_second
 
 
 def _measured(fitting: Sequence[PlanRow], measured: Sequence[Entry]) -> tuple[str | None, dict[str, float]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
+from lightweight.forecast import time_table
 from lightweight.forecast.plan import PlanRow
 from lightweight.forecast.replay import CAUSES
 from lightweight.settings import changes
@@ -17,11 +18,11 @@ STEP = "passes x rows"
 
 def table(rows: Sequence[PlanRow]) -> str:
     """The peak of each method by cause, and each target's verdicts and choice, for every model."""
-    parts = []
+    parts: list[str | None] = []
     for model in dict.fromkeys(row.model for row in rows):
         of_model = [row for row in rows if row.model == model]
-        parts += [_causes(of_model), _verdicts(of_model)]
-    return "\n\n".join(parts)
+        parts += [_causes(of_model), _verdicts(of_model), time_table.table(of_model, STEP)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _causes(rows: Sequence[PlanRow]) -> str:

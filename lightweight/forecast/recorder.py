@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from lightweight.captured.cross_entropy import ALIGNMENT
 from lightweight.forecast.cuda_rules import CudaRules
 from lightweight.forecast.replay import Cause, Event, Optional
+from lightweight.forecast.work import Watch
 from lightweight.internals import bitsandbytes as bitsandbytes_internals
 from lightweight.internals.torch import (
     DEVICE_OF,
@@ -65,6 +66,8 @@ class Recorder(DispatchMode):
         self.training_from = 0
         self.optional: list[Optional] = []
         self.paged_bytes = 0
+        self.watch: Watch | None = None
+        self.of_pass, self.of_optimizer = Watch(), Watch()
         self.answers: Callable[[], bool] = lambda: False
         self._logits = {vocabulary, -(-vocabulary // ALIGNMENT) * ALIGNMENT}
         self._is_sharded = is_sharded
@@ -98,6 +101,8 @@ class Recorder(DispatchMode):
         scratch_bytes = self.rules.scratch_bytes(operator, arguments)
         scratch = self._allocate(scratch_bytes, "workspace") if scratch_bytes else None
         result = self._run(operator, arguments, options or {})
+        if self.watch is not None:
+            self.watch.see(operator, arguments, options or {}, result)
         for value in tree_iter(result):
             if isinstance(value, Tensor):
                 self._see(value)
@@ -169,6 +174,22 @@ class Recorder(DispatchMode):
         with torch.cpu.stream(self._graphs_stream):
             self.kept.add(self._stream())
             yield
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, what the device does is counted as the work `of_pass`."""
+        self.watch = self.of_pass = Watch()
+        try:
+            yield
+        finally:
+            self.watch = None
+
+    def launched(
+        self, name: str, programs: Sequence[int], arguments: Sequence[Any], settings: Mapping[str, Any]
+    ) -> None:
+        """Be told of a launch of a kernel of ours."""
+        if self.watch is not None:
+            self.watch.launched(name, programs, arguments, settings)
 
     @contextmanager
     def optionally(self, instead: Sequence[Event] = ()) -> Iterator[None]:
@@ -256,6 +277,17 @@ class Recorder(DispatchMode):
             if self.phases and self.phases[-1][1] == "build":
                 self.begin_training()
             self.phases.append((len(self.events), self.meter.phase))
+            self._watch_phase()
+
+    def _watch_phase(self) -> None:
+        """Count what the newest pass of the Trainer's has the device do, and the newest optimizer step."""
+        phase = self.meter.phase
+        if phase == "forward":
+            self.watch = self.of_pass = Watch()
+        elif phase == "optimizer":
+            self.watch = self.of_optimizer = Watch()
+        elif phase != "backward":
+            self.watch = None
 
 
 @contextmanager

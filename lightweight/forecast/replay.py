@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from lightweight.forecast.allocator import CachingAllocator, OutOfBudgetError
+from lightweight.forecast.work import NOTHING, Work
 from lightweight.targets import CONTEXT_BYTES, Device
 from lightweight.trial import Phase, Trial
 
@@ -60,7 +61,8 @@ class Trace:
     `streams` in which stream it was allocated, where that is another than the first, 0. What `kept` streams have
     reserved stays reserved: a CUDA graph's own pool. `emptied` is where the cache was emptied, and `training_from`
     where peaks began to count. `paged_bytes` are of no event: optimizer state in managed memory, which the driver moves
-    between card and host.
+    between card and host. `work` is what an optimizer step has the device do, and
+    `flop_per_token` what training needs by the papers' count.
     """
 
     parameters: int
@@ -74,6 +76,8 @@ class Trace:
     training_from: int = 0
     optional: list[Optional] = field(default_factory=list)
     paged_bytes: int = 0
+    work: Work = NOTHING
+    flop_per_token: float = 0.0
 
     def replay(self, budget_bytes: float | None = None) -> Peak:
         """The peak of training, on a card whose allocator may reserve `budget_bytes`."""
@@ -175,6 +179,8 @@ class Forecast:
     `reserved_bytes` is that of `max_memory_reserved`: under the budget where it fits, without one where it does not.
     `phase` is where it runs out of memory, or else where the peak is. `paged_bytes` is what a paged optimizer keeps
     beside that in managed memory, on the card as far as there is room and else on the host; no verdict counts it.
+    `step_seconds` is what an optimizer step takes, None where no calibration says so; `is_calibrated` says whether that
+    is of the same card.
     """
 
     allocated_bytes: int
@@ -186,6 +192,8 @@ class Forecast:
     parameters: int
     trainable_parameters: int
     paged_bytes: int = 0
+    step_seconds: float | None = None
+    is_calibrated: bool = False
 
 
 def within(traced: Trace, budget_bytes: int | None) -> Forecast:

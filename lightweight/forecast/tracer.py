@@ -31,6 +31,7 @@ from lightweight.forecast.cuda_rules import BatchKind, CudaRules
 from lightweight.forecast.fake_ranks import rank_zero_of
 from lightweight.forecast.recorder import Recorder, seeing_libraries
 from lightweight.forecast.replay import Trace
+from lightweight.forecast.work import Work, added
 from lightweight.importable import import_path
 from lightweight.internals import torch as torch_internals
 from lightweight.internals.torch import FAKE_TENSOR_LOGGER, FakeTensorMode
@@ -148,11 +149,12 @@ def _trace(trial: Trial, capability: Capability, rows: Rows | None, network: Any
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     meter = Meter(torch.device("cpu"), start_seconds=0.0)
     recorder = Recorder(mode, meter, rules, vocabulary, is_sharded=trial.is_sharded)
-    with _quiet(), mode, rules, recorder, seeing_libraries(recorder):
+    with _quiet(), mode, rules, recorder, seeing_libraries(recorder), torch_internals.gradients_clipped_at_once():
         recorder.meter.phase = "build"
         with _module_names(network) as entered:
             try:
                 skeleton.materialise(network, dtype, recorder)
+                flop_per_token = models.flop_per_token(network, trial.max_length)
                 parameters, trainable = (models.count_parameters(network, trainable=only) for only in (False, True))
                 with torch_internals.no_hooks_left():
                     if step is None:
@@ -181,7 +183,16 @@ def _trace(trial: Trial, capability: Capability, rows: Rows | None, network: Any
         training_from=recorder.training_from,
         optional=recorder.optional,
         paged_bytes=recorder.paged_bytes,
+        work=_work(trial, recorder),
+        flop_per_token=flop_per_token,
     )
+
+
+def _work(trial: Trial, recorder: Recorder) -> Work:
+    """What an optimizer step has the device do: a captured one was seen whole, of the Trainer's one pass and the
+    optimizer."""
+    passes = 1 if trial.method.captured_step else trial.method.on_rank(trial.world_size).passes_per_step
+    return added((recorder.of_pass.work(), passes), (recorder.of_optimizer.work(), 1))
 
 
 def _part_at_fault(trial: Trial, recorder: Recorder) -> str:

@@ -140,6 +140,32 @@ def flash_attention_forward(
 FLASH_FORWARD = aten._flash_attention_forward.default
 FLASH_BACKWARD = aten._flash_attention_backward.default
 
+
+def attention_kernel(
+    name: str, tensors: tuple[Tensor, Tensor, Tensor], bias: Tensor | None
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The forward and the backward pass of one of these kernels, "flash", "efficient" or "cudnn", over query, key and
+    value: causal where there is no `bias`, without dropout. Ibid."""
+    causal = bias is None
+    saved: tuple[Any, ...]
+    if name == "flash":
+        forward = functools.partial(flash_attention, *tensors, 0.0, causal)
+        out, normaliser, cum_q, cum_k, max_q, max_k, seed, offset, _ = forward()
+        saved = out, normaliser, cum_q, cum_k, max_q, max_k, 0.0, causal, seed, offset
+        return forward, functools.partial(aten._scaled_dot_product_flash_attention_backward, out, *tensors, *saved)
+    if name == "efficient":
+        forward = functools.partial(efficient_attention, *tensors, bias, True, 0.0, causal)
+        out, normaliser, seed, offset = forward()
+        saved = out, normaliser, seed, offset, 0.0, [True, True, True, False], causal
+        return forward, functools.partial(
+            aten._scaled_dot_product_efficient_attention_backward, out, *tensors, bias, *saved
+        )
+    forward = functools.partial(cudnn_attention, *tensors, bias, True, 0.0, causal)
+    out, normaliser, cum_q, cum_k, max_q, max_k, seed, offset, _ = forward()
+    saved = out, normaliser, seed, offset, bias, cum_q, cum_k, max_q, max_k, 0.0, causal
+    return forward, functools.partial(aten._scaled_dot_product_cudnn_attention_backward, out, *tensors, *saved)
+
+
 # softmax(input, dim, half_to_float), which reads fp16 and writes fp32 where the last is True. Ibid.
 softmax = aten._softmax
 log_softmax = aten._log_softmax
@@ -286,6 +312,19 @@ def fake_tensors_have_addresses() -> Iterator[None]:
 
 
 # Functions that are replaced
+
+
+@contextmanager
+def gradients_clipped_at_once() -> Iterator[None]:
+    """Inside, `clip_grad_norm_` takes all gradients in a few kernels, as on a GPU: fake tensors on the CPU it would
+    take one by one. torch/nn/utils/clip_grad.py."""
+
+    def has_support(*_: Any) -> bool:  # a mock would keep the gradients that it is asked about
+        return True
+
+    with mock.patch.object(sys.modules["torch.nn.utils.clip_grad"], "_has_foreach_support", has_support):
+        yield
+
 
 DYNAMOS_MEMORY = ("caching_worker_device_properties", "caching_worker_current_devices")
 """Dictionaries of torch/_dynamo/device_interface.py."""

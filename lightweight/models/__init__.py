@@ -7,6 +7,7 @@ are.
 """
 
 from lightweight.models.config import configuration, configuration_beside_weights, longest_row
+from lightweight.models.flop import flop_per_token
 from lightweight.models.known import (
     GPT_NEO_1_3B,
     GPT_NEO_TINY,
@@ -46,6 +47,7 @@ __all__ = [
     "drawn_tokenizer",
     "find",
     "find_tokenizer",
+    "flop_per_token",
     "load",
     "load_tokenizer",
     "longest_row",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightweight import targets
 from lightweight.schema import (
     NO_KEY,
     Amount,
@@ -48,6 +49,10 @@ ONE_AFTER_THE_OTHER: Pairing = "one after the other"
 
 ONLY_WITH = "only with"
 """In the metadata of a field: its key is left out of the JSON where the field of that name has nothing to say."""
+
+
+FORMATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""What `precision` says, as torch calls it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +113,10 @@ class Entry:
     ranks together, `rank_tokens_per_second` what each did; in records without `step_tokens`, `tokens_per_second` is
     `tokens_per_step` over the median step. `cold_seconds` is the whole job without held-out evaluations.
 
-    `forecast_*` is what was forecast of it, `budget_bytes` the limit that was in force, `versions` the packages with
-    `cuda`, what torch was built with. Only some runs have `worker`, the pytest-xdist worker that ran the trial, with
-    `visible_gpu`, the number of its GPU; `test`, the pytest node that ran it, with `shown_as`, the table that it
-    belongs to beside the main one; and `speedup`.
+    `forecast_*` is what was forecast of it, `forecast_seconds` of all its steps together, `budget_bytes` the limit that
+    was in force, `versions` the packages with `cuda`, what torch was built with. Only some runs have `worker`, the
+    pytest-xdist worker that ran the trial, with `visible_gpu`, the number of its GPU; `test`, the pytest node that ran
+    it, with `shown_as`, the table that it belongs to beside the main one; and `speedup`.
 
     Two fields are no keys of the JSON: `run` is when the run ended that it was read from, and `stored` all that the
     file says of it, keys included that this version does not know. They are None for what was not read from a file.
@@ -178,6 +183,7 @@ class Entry:
     saved_bytes: Count | None = None
     trainable_parameters: Count | None = None
     parameters: Count | None = None
+    flop_per_token: Amount | None = None
     training_rows: Count | None = None
     truncated_sequences: Count | None = None
     example_tokens: Mapping[str, Count] | None = None
@@ -203,6 +209,7 @@ class Entry:
     forecast_verdict: ForecastVerdict | None
     forecast_phase: Phase | None = None
     forecast_bytes_by_cause: Mapping[str, Count] | None = None
+    forecast_seconds: Amount | None = None
 
     device: Name
     device_bytes: Count | None
@@ -234,6 +241,16 @@ class Entry:
     def peak_bytes(self) -> int | None:
         """The peak allocated on the GPU, else of the whole process on the host."""
         return self.gpu_peak_bytes or self.host_peak_bytes
+
+    @property
+    def share_of_peak(self) -> float | None:
+        """The arithmetic that training on its tokens needs, over what its cards could have done meanwhile by their data
+        sheet; None where one of both is not known."""
+        rates = targets.rates(self.device)
+        if rates is None or not self.flop_per_token or not self.tokens_per_second or self.outcome != "completed":
+            return None
+        rate = rates.of(FORMATS.get(self.precision or "fp32", "float16"))
+        return self.flop_per_token * self.tokens_per_second / (rate * self.world_size)
 
     def memory_share(self, baseline: Entry | None) -> float | None:
         """The peak as a share of that of `baseline`; None unless both completed and have one."""

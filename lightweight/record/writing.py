@@ -109,6 +109,7 @@ def entry(trial: Trial, outcome: Outcome, device: Device, forecast: Forecast | N
         "forecast_verdict": forecast and forecast.verdict,
         "forecast_phase": forecast and forecast.phase,
         "forecast_bytes_by_cause": forecast and dict(forecast.by_cause),
+        "forecast_seconds": forecast and forecast.step_seconds and forecast.step_seconds * trial.steps,
         "device": device.name,
         "device_bytes": device.total_bytes,
         "device_driver": device.driver,

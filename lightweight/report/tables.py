@@ -55,12 +55,19 @@ def _names(among: Sequence[Entry]) -> list[Column[Entry]]:
     ]
 
 
+def _shares(entries: Sequence[Entry]) -> list[Column[Entry]]:
+    """The share of the card's peak, where the records know what their models need."""
+    known = any(entry.share_of_peak is not None for entry in entries)
+    return [("of the card's peak", "r", words.share_of_peak)] if known else []
+
+
 def _results(entries: Sequence[Entry], among: Sequence[Entry]) -> list[Column[Entry]]:
     return [
         *_names(entries),
         ("outcome", "l", words.outcome),
         ("total", "r", words.total),
         ("step", "r", words.step),
+        *_shares(entries),
         ("speedup", "r", lambda entry: words.speedup(entry, pace_of(entry, among))),
         ("peak memory", "r", words.memory),
         ("forecast", "r", words.forecast),
@@ -111,6 +118,7 @@ def brief(runs: Sequence[Run]) -> Table:
         *_names(cells),
         ("outcome", "l", lambda cell: words.ending(cell.outcome)),
         ("step", "r", words.step),
+        *_shares(cells),
         ("speedup", "r", lambda cell: words.times(_ratio(cell, entries))),
         ("peak memory", "r", words.memory),
     ]
@@ -304,6 +312,7 @@ def ladder(rungs: Sequence[Entry], number: int = 0) -> Table:
         ("what changed", "l", lambda step: change(*step)),
         ("outcome", "l", lambda step: words.outcome(step[1])),
         ("step", "r", lambda step: words.step(step[1])),
+        *((heading, side, lambda step, cell=cell: cell(step[1])) for heading, side, cell in _shares(rungs)),
         ("bought", "r", lambda step: words.times(step_ratio(*step))),
         ("in all", "r", lambda step: words.times(step_ratio(first, step[1]))),
         ("peak memory", "r", lambda step: words.memory(step[1])),
@@ -365,6 +374,7 @@ def peers(entries: Sequence[Entry]) -> Table:
         ("by", "l", by),
         ("outcome", "l", words.outcome),
         ("step", "r", words.step),
+        *_shares(shown),
         ("as fast", "r", as_fast),
         ("products alone", "r", lambda peer: words.milliseconds(products_seconds(peer))),
         ("peak memory", "r", words.memory),
@@ -402,6 +412,7 @@ def ranks(entries: Sequence[Entry]) -> Table:
         *((heading, side, _first(cell)) for heading, side, cell in _names(entries)),
         ("outcome", "l", _first(lambda e: words.outcome(e) + f", rank {e.failed_rank}" * (e.failed_rank is not None))),
         ("tokens/s", "r", _first(lambda entry: _rate(rate(entry)))),
+        *((heading, side, _first(cell)) for heading, side, cell in _shares(entries)),
         ("a GPU", "r", _first(lambda entry: _rate(entry.rank_tokens_per_second if rate(entry) else None))),
         ("of one GPU", "r", gained),
         ("peak of each", "r", _first(peaks)),

@@ -92,6 +92,12 @@ def step(entry: Entry) -> str:
     return milliseconds(entry.steady_step_seconds if entry.outcome == "completed" else None)
 
 
+def share_of_peak(entry: Entry) -> str:
+    """The share of its card's peak that a trial reached."""
+    share = entry.share_of_peak
+    return "-" if share is None else f"{share:.1%}"
+
+
 def milliseconds(seconds: float | None) -> str:
     """Seconds of a step."""
     return "-" if seconds is None else f"{seconds * 1000:.1f} ms"

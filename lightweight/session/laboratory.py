@@ -17,7 +17,7 @@ import pytest
 
 from lightweight import models, record
 from lightweight.child import failure, handle, helper, owner
-from lightweight.forecast import replay, tracer
+from lightweight.forecast import calibration, replay, step_time, tracer
 from lightweight.forecast.replay import Forecast
 from lightweight.forecast.tracer import ForecastError
 from lightweight.internals import pytest_benchmark
@@ -106,7 +106,11 @@ class Laboratory(Choices):
             self.progress.show(f"{trial.name}: forecasting its memory")
             seconds = self.option("trial_timeout")
             self._traces[key] = helper.call_within(seconds, tracer.trace_on, self.folder, trial, self.device)
-        return replay.of_trial(self._traces[key], trial, self.device)
+        forecast = replay.of_trial(self._traces[key], trial, self.device)
+        step = step_time.forecast(self._traces[key], trial, self.device.name, calibration.stored())
+        if step is None:
+            return forecast
+        return dataclasses.replace(forecast, step_seconds=step.seconds, is_calibrated=step.is_calibrated)
 
     def try_to_forecast(self, trial: Trial) -> Forecast | None:
         """The forecast of `trial`, or None, said in a line, where it cannot be made, whatever the reason."""

@@ -35,7 +35,7 @@ def chosen(monkeypatch, before, *rows, world_size=1):
     monkeypatch.setattr(ranks, "world_size", lambda: world_size)
     monkeypatch.setattr(choice, "_forecasts", lambda *_: list(rows))
     wanted = Job(model="micro", corpus=Path("any"), output=Path("any"))
-    return choice.choose(wanted, MICRO, targets.T4, targets.Device(name="cpu"), before, lambda text: None)
+    return choice.choose(wanted, MICRO, targets.T4, targets.Device(name="cpu"), before, lambda text: None).method
 
 
 def row(method: Method, forecast: Forecast | None, **changes) -> PlanRow:
@@ -61,7 +61,7 @@ def test_what_was_planned_is_what_goes_on(monkeypatch, passes, world_size):
 def test_on_a_gpu_the_captured_step_is_taken_where_it_fits_and_said_and_on_a_cpu_it_is_no_candidate(capsys):
     wanted = Job(model="micro", corpus=Path("any"), output=Path("any"), settings=Settings(max_length=16))
     gpu = targets.Device(name="a card", total_bytes=16 * 2**30, capability=targets.HOPPER)
-    taken = choice.choose(wanted, MICRO, targets.NATIVE, gpu, None, lambda text: None)
+    taken = choice.choose(wanted, MICRO, targets.NATIVE, gpu, None, lambda text: None).method
     assert taken == replace(methods.LORA_CAPTURED, step=CapturedStep(compile=False)), "as it was forecast"
     line = capsys.readouterr().out
     assert line.startswith("method lora-captured: ")
@@ -80,7 +80,7 @@ def test_what_is_set_of_a_captured_method_is_no_word_against_it(monkeypatch):
     gpu = targets.Device(name="a card", total_bytes=16 * 2**30, capability=targets.HOPPER)
     begun = Interrupted(place=Path("any"), settings={"method": "lora-captured", "training_arguments": {}})
     for before in (None, begun):
-        taken = choice.choose(wanted, MICRO, targets.T4, gpu, before, lambda text: None)
+        taken = choice.choose(wanted, MICRO, targets.T4, gpu, before, lambda text: None).method
         assert (getattr(taken.adapter, "lora_alpha"), taken.sequences_per_pass) == (16, 4)  # noqa: B009
         assert taken.captured_step == CapturedStep(compile=False)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments.test_forecast import ALLOCATED, CAPTURED_MODELS, RESERVED
+from experiments.test_forecast import ALLOCATED, CAPTURED_MODELS, RESERVED, STEP
 from lightweight import corpus, methods, models, record, targets
 from lightweight.child import helper
 from lightweight.corpus import Corpus
-from lightweight.forecast import tracer
+from lightweight.forecast import calibration, step_time, tracer
 from lightweight.forecast.replay import within
 from lightweight.methods import BASELINE_CAPTURED, LORA_CAPTURED, QLORA, QLORA_CAPTURED, CapturedStep
 from lightweight.models import GPT_NEO_TINY, OPT_TINY
@@ -51,6 +51,20 @@ def traces(tmp_path_factory):
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(CELLS, pool.map(traced, CELLS), strict=True))
+
+
+TIMED = [name for name, entry in CELLS.items() if entry.forecast_seconds is not None]
+"""Cells whose trials were told beforehand how long they would take: with the kernels that are traced here."""
+
+
+@pytest.mark.parametrize("cell", TIMED)
+def test_step_times_agree_with_the_committed_measurements(traces, cell):
+    """The card was calibrated on another day than it was measured."""
+    entry = CELLS[cell]
+    of = trial(CAPTURED_MODELS[entry.model], methods.named(entry.method))
+    step = step_time.forecast(traces[cell], of, entry.device, calibration.stored())
+    assert step is not None and step.is_calibrated
+    assert step.seconds == pytest.approx(entry.steady_step_seconds, rel=STEP)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -1,0 +1,223 @@
+"""What does a card really do at each size? Seconds of kernels, measured once, and from them those of any other.
+
+Between the measured sizes it is not seconds that are interpolated but the share of the card's limits that is reached:
+arithmetic and bytes are known exactly, and how well a kernel uses the card changes slowly with its sizes. The same
+shares make a forecast of a card that was not measured, from its data sheet.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightweight import schema, targets
+from lightweight.forecast.work import Kernel, Kernels
+from lightweight.schema import AtLeast1, Count, Name, Positive
+from lightweight.targets import Rates
+
+SCHEMA = 1
+"""Of the record; readers refuse larger numbers."""
+
+STORED = Path(__file__).parent / "calibrations"
+"""Records that come with the package."""
+
+LEAST_SECONDS = 2e-6
+"""What a kernel takes at the least, in a graph, whatever it does."""
+
+NEIGHBOURS = 2
+"""Of how many samples for each of its sizes a kernel's share is taken, the near ones counting more."""
+
+INSTEAD = {
+    "concatenation": "strided",
+    "strided": "elementwise",
+    "reduction of rows": "elementwise",
+    "reduction of columns": "reduction of rows",
+    "row by row": "elementwise",
+    "dequantization": "elementwise",
+}
+"""What kind of kernel stands in for one that was not measured."""
+
+
+class CalibrationError(ValueError):
+    """A record of a calibration that cannot be used, or none where one is needed. One line, with the mend."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Kernels of one `kind`, number format and shape, as in `forecast.work.Kernel`, and the seconds of one of them
+    among others of its kind in a CUDA graph."""
+
+    kind: Name
+    dtype: str
+    shape: tuple[Count, ...]
+    flop: Count
+    bytes: AtLeast1
+    seconds: Positive
+
+    @property
+    def kernel(self) -> Kernel:
+        """What was measured."""
+        return Kernel(self.kind, self.dtype, self.shape, self.flop, self.bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What was measured on a card.
+
+    `device` is CUDA's name of it, `driver` NVIDIA's version, `torch` torch's. `operator_seconds` are what the host took
+    from one operator of a stock step to the next, for each kind of step that was timed. `samples` are kernels.
+    """
+
+    schema: AtLeast1 = SCHEMA
+    device: Name
+    driver: str | None
+    torch: str
+    date: str
+    host: str
+    operator_seconds: Mapping[str, Positive]
+    samples: tuple[Sample, ...] = field(repr=False)
+
+    @property
+    def rates(self) -> Rates:
+        """The card's limits. Raises CalibrationError for a card whose data sheet is not known."""
+        found = targets.rates(self.device)
+        if found is None:
+            raise CalibrationError(f"{self.device}: its data sheet is not in lightweight/targets.py: add it to RATES")
+        return found
+
+    def seconds(self, kernels: Kernels, rates: Rates | None = None) -> float:
+        """What kernels take one after the other in a CUDA graph: on this card, or on one of other `rates`."""
+        return math.fsum(count * self.kernel_seconds(kernel, rates) for kernel, count in kernels.items())
+
+    def kernel_seconds(self, kernel: Kernel, rates: Rates | None = None) -> float:
+        """What one kernel takes, and the gap until the next."""
+        samples = self._samples_like(kernel)
+        if len(kernel.shape) != samples.shapes.shape[1]:  # a pass stands in for what has other sizes
+            kernel = kernel._replace(shape=(kernel.bytes,))
+        return limit(kernel, rates or self.rates) * samples.excess(kernel.shape)
+
+    def _samples_like(self, kernel: Kernel) -> _Samples:
+        kind = kernel.kind
+        plain = kind.removesuffix(", added").removesuffix(", masked").removesuffix(", causal")
+        for name in (kind, INSTEAD.get(kind, kind), plain, kind.partition(" with ")[0], "elementwise"):
+            of_kind = self._by_kind.get(name)
+            if of_kind:
+                return of_kind.get(kernel.dtype) or next(iter(of_kind.values()))
+        raise CalibrationError(f"the calibration of {self.device} has no passes over memory: run lightweight calibrate")
+
+    @cached_property
+    def _by_kind(self) -> Mapping[str, Mapping[str, _Samples]]:
+        grouped: dict[str, dict[str, list[Sample]]] = defaultdict(lambda: defaultdict(list))
+        for sample in self.samples:
+            grouped[sample.kind][sample.dtype].append(sample)
+        return {
+            kind: {dtype: _Samples.of(samples, self.rates) for dtype, samples in of_kind.items()}
+            for kind, of_kind in grouped.items()
+        }
+
+
+def limit(kernel: Kernel, rates: Rates) -> float:
+    """The seconds that a card needs at the least: for the arithmetic, for the bytes, or to run a kernel at all."""
+    arithmetic = kernel.flop / rates.of(kernel.dtype) if kernel.flop else 0.0
+    return max(arithmetic, kernel.bytes / rates.bytes_per_second, LEAST_SECONDS)
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Samples of one kind: their shapes, as logarithms to the base 2, and of how many times the limit they took, the
+    logarithm."""
+
+    shapes: NDArray[np.float64]  # [samples, sizes]
+    excesses: NDArray[np.float64]  # [samples]
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], rates: Rates) -> _Samples:
+        shapes = np.log2(np.maximum(1, np.array([sample.shape for sample in samples], np.float64)))
+        excesses = [math.log(sample.seconds / limit(sample.kernel, rates)) for sample in samples]
+        return cls(shapes, np.array(excesses))
+
+    def excess(self, shape: tuple[int, ...]) -> float:
+        """How many times its limit a kernel of this shape takes: that of its neighbours, by the inverse cube of the
+        distance, and its own where it was measured."""
+        distances = np.sqrt(((self.shapes - np.log2(np.maximum(1, shape))) ** 2).sum(1))
+        if (same := distances < 1e-9).any():
+            return math.exp(float(self.excesses[same].mean()))
+        nearest = np.argsort(distances, kind="stable")[: NEIGHBOURS * len(shape)]
+        weights = distances[nearest] ** -3
+        return math.exp(float((weights * self.excesses[nearest]).sum() / weights.sum()))
+
+
+# Records
+
+
+def load(path: Path) -> Calibration:
+    """The calibration stored at `path`. Raises CalibrationError."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise CalibrationError(f"calibration {path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"calibration {path}: is not JSON ({error}): run lightweight calibrate again") from error
+    required = tuple(each.name for each in fields(Calibration))
+    fault = schema.fault(content, Calibration, required)
+    if fault is None and content["schema"] > SCHEMA:
+        raise CalibrationError(
+            f"calibration {path}: has schema {content['schema']}, and this version of lightweight reads up to "
+            f"{SCHEMA}: update it"
+        )
+    for index, sample in enumerate(content["samples"] if fault is None else ()):
+        if wrong := schema.fault(sample, Sample, tuple(each.name for each in fields(Sample))):
+            fault = f"has sample {index}, which {wrong}"
+            break
+    if fault is None:
+        fault = _fault_between(content)
+    if fault is None and targets.rates(content["device"]) is None:
+        raise CalibrationError(f"calibration {path}: {content['device']} is a card whose data sheet is not known")
+    if fault is not None:
+        raise CalibrationError(f"calibration {path}: {fault}: run lightweight calibrate again")
+    samples = tuple(Sample(**sample | {"shape": tuple(sample["shape"])}) for sample in content["samples"])
+    known = {name: content[name] for name in required}
+    return Calibration(**known | {"samples": samples})
+
+
+def _fault_between(content: Mapping[str, Any]) -> str | None:
+    """What is wrong between the samples of a calibration, each of which is of its kind, None where nothing is."""
+    if not content["samples"]:
+        return "has no samples"
+    if not content["operator_seconds"]:
+        return "has no pace of the host in 'operator_seconds'"
+    sizes: dict[tuple[str, str], int] = {}
+    for index, sample in enumerate(content["samples"]):
+        if sizes.setdefault((sample["kind"], sample["dtype"]), len(sample["shape"])) != len(sample["shape"]):
+            return f"has sample {index}, which has another number of sizes than others of its kind"
+    return None
+
+
+def written(calibration: Calibration) -> str:
+    """The JSON of a calibration, a sample a line."""
+    head = json.dumps(asdict(replace(calibration, samples=())), indent=1).removesuffix("[]\n}")
+    samples = ",\n  ".join(json.dumps(asdict(sample)) for sample in calibration.samples)
+    return f"{head}[\n  {samples}\n ]\n}}\n"
+
+
+def stored() -> list[Calibration]:
+    """Those that come with the package."""
+    return [load(path) for path in sorted(STORED.glob("*.json"))]
+
+
+def of_card(name: str, known: Sequence[Calibration]) -> tuple[Calibration, bool] | None:
+    """The calibration to forecast a card with, `name` being what CUDA calls it or a part of that, and whether it is of
+    such a card; None where there is none at all. The first one stands in for cards that were not measured."""
+    of_it = next((one for one in known if name in one.device or one.device in name), None)
+    if of_it is not None:
+        return of_it, True
+    return (known[0], False) if known else None
