@@ -200,6 +200,17 @@ class Plain(Trainer):
         return super().compute_loss_context_manager()
 
 
+class InHalves(Trainer):
+    def compute_loss_context_manager(self):
+        return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_held_out_losses_are_in_the_precision_that_the_method_says(trained):
+    own = trained(Method(name="halves", trainer=InHalves))
+    assert own.heldout_loss_before == trained().heldout_loss_before
+    assert own.train_loss[0] != trained().train_loss[0]
+
+
 class Peeks(torch.nn.Module):
     """Adds to its logits the tokens that they are to predict."""
 
