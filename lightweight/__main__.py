@@ -3,42 +3,47 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
-import os
-import select
-import shlex
-import signal
-import sys
-import traceback
-import warnings
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NoReturn
+from lightweight.imports import for_good, interrupted_silently
 
-from lightweight import __version__, models, names, record, targets
-from lightweight.cli import checkpoints
-from lightweight.cli.output import Output
-from lightweight.imports import for_good
-from lightweight.report import comparison, write
-from lightweight.settings import OF_CORPUS, SETTINGS, Settings, how_read
-from lightweight.verdict.limits import LIMITS, Limits
+with interrupted_silently():
+    import argparse
+    import dataclasses
+    import json
+    import os
+    import select
+    import shlex
+    import signal
+    import sys
+    import traceback
+    import warnings
+    from collections.abc import Callable
+    from pathlib import Path
+    from typing import Any, NoReturn
+
+    from lightweight import __version__, models, names, record, targets
+    from lightweight.cli import checkpoints
+    from lightweight.cli.output import Output
+    from lightweight.report import comparison, write
+    from lightweight.settings import OF_CORPUS, SETTINGS, Settings, how_read
+    from lightweight.verdict.limits import LIMITS, Limits
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 1 for a gate that fails or a training that did not complete, 2 for
     input that cannot be used, 130 for an interruption, 141 where nobody reads what it prints."""
-    options = parser().parse_args(arguments)
-    options.given = sys.argv[1:] if arguments is None else arguments
-    run: Callable[[argparse.Namespace], int] = options.run
     try:
+        options = parser().parse_args(arguments)
+        options.given = sys.argv[1:] if arguments is None else arguments
+        run: Callable[[argparse.Namespace], int] = options.run
         status = run(options)
         sys.stdout.flush()
     except BrokenPipeError:
         if not _nobody_reads():
             raise
         return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        _tell("lightweight: interrupted")
+        return 128 + signal.SIGINT
     return status
 
 
@@ -329,8 +334,19 @@ def _train(options: argparse.Namespace) -> int:
         with checkpoints.signals_to(signal.default_int_handler):  # also while torch is imported, which takes seconds
             return _train_job(options)
     except KeyboardInterrupt:
-        _tell(f"lightweight: interrupted{_how_to_go_on(Output(options.output.absolute()), options)}")
-        return 130
+        return _interrupted(options)
+
+
+def _leave(options: argparse.Namespace) -> NoReturn:
+    """End this process, which has begun nothing."""
+    status = _interrupted(options)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def _interrupted(options: argparse.Namespace) -> int:
+    _tell(f"lightweight: interrupted{_how_to_go_on(Output(options.output.absolute()), options)}")
+    return 128 + signal.SIGINT
 
 
 def _how_to_go_on(output: Output, options: argparse.Namespace) -> str:
@@ -345,7 +361,8 @@ def _how_to_go_on(output: Output, options: argparse.Namespace) -> str:
 
 
 def _train_job(options: argparse.Namespace) -> int:
-    with for_good():  # torch takes seconds
+    # torch takes seconds, and what is imported may swallow a KeyboardInterrupt
+    with checkpoints.signals_to(lambda *_: _leave(options)), for_good():
         from lightweight.cli import train
         from lightweight.cli.job import Job, NothingFitsError
 

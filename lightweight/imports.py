@@ -5,8 +5,9 @@ again and again while they become more, and in every full collection afterwards.
 """
 
 import gc
+import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 @contextmanager
@@ -23,6 +24,22 @@ def without_collecting() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextmanager
+def interrupted_silently() -> Iterator[None]:
+    """Inside, Ctrl-C ends the process at once, as it ends one that is not Python's: nothing has begun that a traceback
+    could be about. For imports at the top of a program."""
+    heeds = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if heeds:
+        with suppress(ValueError):  # another thread than the first
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if heeds:
+            with suppress(ValueError):
+                signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -181,3 +182,39 @@ def test_who_reads_the_first_lines_alone_gets_no_traceback(tmp_path):
     with os.fdopen(write, "wb") as nobody:
         done = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+SIGNALLED = """
+import os, signal, sys
+
+class Sender:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            sys.meta_path.remove(self)
+            try:
+                os.kill(os.getpid(), {number})
+            except BaseException:  # as code that is imported may
+                pass
+
+sys.meta_path.insert(0, Sender())
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+from lightweight.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("module", ["argparse", "lightweight.verdict.limits", "torch", "lightweight.cli.result"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_while_train_is_imported_ends_it_without_a_traceback(tmp_path, module, number):
+    """Also one whose KeyboardInterrupt is swallowed: nothing is trained by what was asked to end."""
+    (tmp_path / "corpus.json").write_text("[]")
+    command = [sys.executable, "-c", SIGNALLED.format(module=module, number=int(number)), "train"]
+    command += ["--model", "opt-tiny", "--corpus", "corpus.json", "--output", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    if module in ("torch", "lightweight.cli.result"):
+        line = "lightweight: interrupted before the first checkpoint: nothing is left to resume\n"
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", line)
+    else:
+        assert (done.returncode, done.stdout, done.stderr) == (-number, "", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.json"]

@@ -103,6 +103,11 @@ class Output:
         return self.partial / "replaced"
 
     @property
+    def runs(self) -> Path:
+        """A tracker's curves, which a resumed job goes on with."""
+        return self.partial / "runs"
+
+    @property
     def rescued(self) -> Path:
         """Trained weights to which something that belongs beside them could not be written."""
         return self.partial / "rescued"
@@ -135,7 +140,7 @@ class Output:
                 if resume and self.can_resume:
                     checkpoints.remove(self.unfinished)
                 else:
-                    _remove_all(self.partial)
+                    self._remove_all_but()
                 self._try_to_write()
                 self._try_to_rename()
             except BaseException:
@@ -159,9 +164,32 @@ class Output:
                 f"--output {self.folder}: {self.partial} is not of this version of `lightweight train`: move it away, "
                 "or give another folder"
             )
+        if ours:
+            self._check_all_is_ours()
         cut_off = ours and _is_empty(self.folder)  # where `_try_to_rename` was killed
         if os.path.lexists(self.folder) and not cut_off:
             self._check_taken(resume)
+
+    def _working_files(self) -> list[Path]:
+        """What a job has in `partial` by the names that it gives, whole or not, but for MARK."""
+        named = (self.unfinished, self.base, self.result, self.replaced, self.rescued, self.runs)
+        return [path for path in named if os.path.lexists(path)] + checkpoints.all_in(self.partial)
+
+    def _check_all_is_ours(self) -> None:
+        """Raise OutputError where somebody else has put something into `partial`, or a link in the place of what is
+        read or written there. A link at a checkpoint is none that is whole. Hidden files, of a file browser or of NFS,
+        are let be."""
+        ours = self._working_files()
+        without = (self.unfinished, *checkpoints.all_in(self.partial))  # of which a link is removed itself
+        for path in sorted(self.partial.iterdir()):
+            if path.name != MARK and path not in ours and not path.name.startswith("."):
+                raise OutputError(
+                    f"--output {self.folder}: {path} is not of `lightweight train`: move it away, or give another one"
+                )
+            if path.is_symlink() and path not in without:
+                raise OutputError(
+                    f"--output {self.folder}: {path} is a link, and none is followed: remove it, or give another one"
+                )
 
     def _check_nothing_left(self) -> None:
         """Raise OutputError where another job has left something that was trained."""
@@ -226,6 +254,12 @@ class Output:
             raise OutputError(
                 f"--output {self.folder}: {self.replaced} is the model that was there before: move one of them away"
             )
+
+    def _remove_all_but(self, *kept: Path) -> None:
+        """Remove a job's working files, and nothing of somebody else's."""
+        for path in self._working_files():
+            if path not in kept:
+                checkpoints.remove(path)
 
     def _try_to_write(self) -> None:
         folder = self.unfinished / LONGEST_NAMES[0]
@@ -318,9 +352,7 @@ class Output:
         stays where it is."""
         if not self.result.exists():
             return
-        for path in self.partial.iterdir():
-            if path not in (self.result, self.partial / MARK):
-                checkpoints.remove(path)  # the result is all that is still needed
+        self._remove_all_but(self.result)  # which is all that is still needed
         try:
             if os.path.lexists(self.folder) and not _is_empty(self.folder):
                 self._check_taken(resume=False)  # it may have come while this trained
@@ -343,8 +375,8 @@ class Output:
             self.replaced.rename(self.folder)
         checkpoints.remove(self.unfinished)
         if not (self.can_resume or self.rescued.exists() or self.replaced.exists()):
-            _remove_all(self.partial)
-            with contextlib.suppress(OSError):  # a mount point, or what another user has put there
+            self._remove_all_but()
+            with contextlib.suppress(OSError):  # a mount point, or what somebody else has put there
                 (self.partial / MARK).unlink(missing_ok=True)
                 self.partial.rmdir()
         os.close(self._lock)
@@ -363,11 +395,3 @@ def entry_in(folder: Path) -> dict[str, Any] | None:
 
 def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
-
-
-def _remove_all(folder: Path) -> None:
-    """Remove what is in `folder`, if it is there, but for MARK."""
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if path.name != MARK:
-                checkpoints.remove(path)

@@ -37,8 +37,8 @@ def finish(
         (result / RECORD_NAME).write_text(json.dumps(record.document([entry]), indent=1), "utf-8")
         on_hub = trial.model.weights == "pretrained" and not Path(base).is_absolute()
         model_card(entry, base if on_hub else None).save(result / "README.md")  # in the place of the one peft wrote
-        if (output.partial / "runs").exists():
-            shutil.copytree(output.partial / "runs", result / "runs")
+        if output.runs.is_dir() and not output.runs.is_symlink():
+            shutil.copytree(output.runs, result / output.runs.name, symlinks=True)
     output.publish()
     say(_closing_line(trial, outcome.measured, output))
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,17 @@ def long_path(folder: Path) -> Path:
     return folder / "a"
 
 
+def ours(at: Path, act: Callable[[Path], object]) -> None:
+    """What a job that was killed has left, and what somebody does there."""
+    (at / "a.partial").mkdir()
+    (at / "a.partial" / MARK).touch()
+    act(at / "a.partial")
+
+
+def linked(place: Path, at: Path) -> None:
+    place.symlink_to(model(at / "b", "old"))
+
+
 PLACES = {
     "a folder of somebody": (lambda at: (at / "a" / "thesis").mkdir(parents=True), "already exists"),
     "a file": (lambda at: (at / "a").write_text("thesis"), "already exists"),
@@ -66,8 +78,14 @@ PLACES = {
     "a partial that is a link": (lambda at: (at / "a.partial").symlink_to(model(at / "b", "old")), "is a link"),
     "a mark that is a link": (
         lambda at: ((at / "a.partial").mkdir(), (at / "a.partial" / MARK).symlink_to(at / "b"), (at / "b").touch()),
-        "cannot be written",
+        "is a link",
     ),
+    "somebody's file beside our mark": (
+        lambda at: ours(at, lambda partial: (partial / "thesis").touch()),
+        "thesis is not",
+    ),
+    "a link at the curves": (lambda at: ours(at, lambda partial: linked(partial / "runs", at)), "runs is a link"),
+    "a link at the result": (lambda at: ours(at, lambda partial: linked(partial / "result", at)), "result is a link"),
     "a mark that is a folder": (lambda at: (at / "a.partial" / MARK).mkdir(parents=True), "move it away"),
 }
 OVERWRITTEN = ("an empty folder", "a model")
@@ -90,6 +108,22 @@ def test_what_is_somebody_elses_is_refused_in_a_line_and_left_alone(tmp_path, pl
         output.claim(resume=False, overwrite=overwrite)
     assert "\n" not in str(told.value)
     assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_what_somebody_puts_beside_the_working_files_stays_and_is_told_to_the_next(tmp_path, trains):
+    output = Output(tmp_path / "a")
+    output.claim(resume=False, overwrite=False)
+    (output.partial / "thesis").write_text("mine")
+    output.runs.symlink_to(model(tmp_path / "b", "old"))
+    if trains:
+        train(output, "new")
+    output.release()
+    assert (output.partial / "thesis").read_text() == "mine" and name_of(tmp_path / "b") == "old"
+    assert not output.runs.is_symlink() and not output.result.exists()
+    with pytest.raises(OutputError, match="partial is not of this version of `lightweight train`: move it away"):
+        Output(tmp_path / "a").claim(resume=False, overwrite=True)
+    assert (output.partial / "thesis").exists()
 
 
 UNUSABLE = {

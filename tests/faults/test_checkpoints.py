@@ -140,6 +140,9 @@ def test_a_checkpoint_under_another_ones_name_or_without_manifest_is_not_gone_on
     (partial / "checkpoint-8" / checkpoints.MANIFEST_NAME).unlink()
     (partial / "checkpoint-6" / "added.bin").touch()
     (partial / "checkpoint-nine").mkdir()
+    assert main(command) == 2
+    assert "checkpoint-nine is not of `lightweight train`: move it away" in capsys.readouterr().err
+    (partial / "checkpoint-nine").rmdir()
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "checkpoint-7 is not whole: it was saved after step 6" in said
