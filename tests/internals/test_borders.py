@@ -21,9 +21,12 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != INTERNAL
 LIBRARIES = {"torch", "transformers", "accelerate", "peft", "bitsandbytes", "triton"}
 PYTESTS = {"pytest", "_pytest", "pytest_benchmark", "xdist"}
 
+DOCUMENTED = {"_replace", "_asdict", "_exit"}
+"""Python's own that begin with an underscore and are no less public: of named tuples, and of `os`."""
+
 
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.endswith("__")
+    return name.startswith("_") and not name.endswith("__") and name not in DOCUMENTED
 
 
 def library_names(module: ast.Module) -> set[str]:
