@@ -15,6 +15,7 @@ from lightweight.child import helper, reaper
 from lightweight.cli.job import Job, NothingFitsError
 from lightweight.cli.output import Interrupted
 from lightweight.cli.terminal import say
+from lightweight.corpus import Corpus
 from lightweight.forecast import plan, tracer
 from lightweight.forecast.step_time import StepTime
 from lightweight.methods import Method
@@ -38,9 +39,10 @@ def choose(
     device: Device,
     before: Interrupted | None,
     progress: Callable[[str], None],
+    read: Corpus | None = None,
 ) -> Choice:
-    """The method of a job that was given none, which is told in one line, with as many rows a pass as fit. Raises
-    NothingFitsError."""
+    """The method of a job that was given none, which is told in one line, with as many rows a pass as fit: of those
+    that `read`, its corpus, gives, else of the longest there may be. Raises NothingFitsError."""
     if before is not None and before.method is not None:
         say(f"method {before.method}: what the interrupted job was trained with")
         method = _as_forecast(job.settings.apply(methods.named(before.method)))
@@ -51,7 +53,7 @@ def choose(
             return Choice(job.settings.apply(methods.BASELINE))
         say("method lora: without GPU or --target nothing is forecast; it trains the fewest weights, fp32 on a CPU")
         return Choice(job.settings.apply(methods.LORA))
-    rows = _forecasts(job, model, target, device, (), progress)
+    rows = _forecasts(job, model, target, device, (), progress, read)
     row = next((row for row in rows if row.chosen), None)
     budget = rows[0].target.budget_bytes or 0
     if row is None or row.forecast is None:
@@ -106,6 +108,7 @@ def _forecasts(
     device: Device,
     without: Sequence[str],
     progress: Callable[[str], None],
+    read: Corpus | None = None,
 ) -> list[plan.PlanRow]:
     """A row for each method that a plan lists and that has what is set, but those called `without`; captured ones where
     there is a GPU."""
@@ -120,7 +123,9 @@ def _forecasts(
         target = replace(target, total_bytes=device.total_bytes)
     if device.total_bytes is not None:  # as fast as the card at hand is, whosever memory it has
         target = replace(target, card=device.name)
-    question = plan.Question(keeps_passes=job.settings.keeps_passes, gpus=ranks.world_size(), **job.settings.rows)
+    question = plan.Question(
+        keeps_passes=job.settings.keeps_passes, gpus=ranks.world_size(), corpus=read, **job.settings.rows
+    )
     try:
         if ranks.world_size() == 1:
             return plan.plan([model], candidates, [target], question, progress=progress)
@@ -137,7 +142,7 @@ def instead(trial: Trial, job: Job, device: Device, progress: Callable[[str], No
     if device.total_bytes is None and trial.target.total_bytes is None:
         return f"{smaller}, or a method that trains less"
     try:
-        rows = _forecasts(job, trial.model, trial.target, device, (trial.method.name,), progress)
+        rows = _forecasts(job, trial.model, trial.target, device, (trial.method.name,), progress, trial.corpus)
     except tracer.ForecastError as error:
         return f"{smaller} ({error})"
     row = next((row for row in rows if row.chosen), None)

@@ -104,7 +104,7 @@ def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) 
         before = ranks.of_first(output.interrupted) if job.resume else None
         step = None
         if method is None:
-            method, step = ranks.of_first(lambda: choose(job, model, target, device, before, progress))
+            method, step = ranks.of_first(lambda: choose(job, model, target, device, before, progress, dialogues))
         check_layers(method, model)
         trial = _trial(job, model, method, target, dialogues, on_gpu)
         if job.resume:

@@ -45,10 +45,15 @@ def find(model: Model, weights: Weights | None = None) -> tuple[Model, str | Non
 
 
 def find_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer that `model` would be trained with, without its weights: that of its folder, of the hub or of its
-    package; where its weights could only be drawn, the one of `drawn_tokenizer`. Raises NoTokenizerError where it is
-    not at hand, and ModelError for one that cannot be used."""
-    if model.source is None:
+    """The tokenizer that `model` would be trained with, without its weights: where it was located, the one that lies
+    there, else that of its folder, of the hub or of its package; where its weights are drawn, or could only be, the one
+    of `drawn_tokenizer`. Raises NoTokenizerError where it is not at hand, and ModelError for one that cannot be
+    used."""
+    if model.is_loadable:
+        return load_tokenizer(model)
+    if model.gguf_file is not None:
+        return tokenizer_of_gguf(model)
+    if model.source is None or model.weights == "random":
         return drawn_tokenizer(model)
     folder = Path(model.source)
     if not folder.is_dir():

@@ -11,6 +11,7 @@ from lightweight import methods, models, targets
 from lightweight.cli import choice
 from lightweight.cli.job import Job, NothingFitsError
 from lightweight.cli.output import Interrupted
+from lightweight.corpus import Conversation, Corpus, Message
 from lightweight.forecast.plan import PlanRow, Question
 from lightweight.forecast.replay import Forecast
 from lightweight.methods import CapturedStep, Method
@@ -29,6 +30,20 @@ def test_on_several_ranks_methods_are_forecast_for_as_many(base, monkeypatch):
     target, device = targets.named("16GiB"), targets.Device(name="cpu")
     (row,) = choice._forecasts(wanted, model, target, device, ("lora", "qlora"), lambda text: None)
     assert (row.method.name, row.question.gpus, row.batch_size, row.verdict) == ("baseline", 2, 1, "fits")
+
+
+def test_a_jobs_methods_are_forecast_over_the_rows_of_its_corpus(micro):
+    talks = tuple(Conversation((Message("user", f"a{n}"), Message("assistant", f"b{n}"))) for n in range(20))
+    read = Corpus(talks, talks[:1], digest="")
+    wanted = Job(model="micro", corpus=Path("any"), output=Path("any"), settings=Settings(max_length=256))
+    target, device = targets.named("16GiB"), targets.Device(name="cpu")
+    of_rows, of_length = (
+        choice._forecasts(wanted, micro, target, device, ("lora", "qlora"), lambda text: None, *corpus)[0]
+        for corpus in ((read,), ())
+    )
+    assert of_rows.corpus_rows.longest < 40
+    for cause in ("activations", "logits"):
+        assert 0 < of_rows.forecast.by_cause[cause] < of_length.forecast.by_cause[cause] / 2
 
 
 def chosen(monkeypatch, before, *rows, world_size=1):

@@ -61,6 +61,8 @@ def test_a_tokenizer_that_is_not_at_hand_is_told_apart_from_one_that_is_of_no_us
     with pytest.raises(models.NoTokenizerError, match="not on this machine and not from the hub"):
         models.find_tokenizer(models.OPT_350M)
     assert len(models.find_tokenizer(models.OPT_TINY)) == 384  # what has random weights alone is trained on bytes
+    assert len(models.find_tokenizer(replace(models.OPT_350M, weights="random"))) == 384
+    assert models.find_tokenizer(replace(models.OPT_350M, location=str(weights_folder))).encode("a") == [100, 1]
     (weights_folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(ModelError, match="its tokenizer cannot be used"):
         models.find_tokenizer(models.named(str(weights_folder)))
