@@ -114,6 +114,7 @@ def check_decoder(kind: str, checkpointing: bool) -> None:
             assert launched.count("rotate") == launched.count("rotate_backward") == wanted["rotated"]
             assert launched.count("add_norm_backward") == 2 * wanted["blocks"]
             assert launched.count("gate_project_backward") == wanted["gates"]
+            assert not wanted["blocks"] or "norm_backward" not in launched  # none is left without its sum
         lean.undo()
         attention = next(m for m in network.modules() if hasattr(m, "o_proj") or hasattr(m, "qkv_proj"))
         assert rotation_of(attention)[0] is before
