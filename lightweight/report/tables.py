@@ -10,7 +10,7 @@ from typing import Any
 
 from lightweight.record import BASELINE, SAME_BASELINE, SAME_BUT_RANKS, Entry, ForecastRow, Run, baseline_of
 from lightweight.report import frontier as fitting
-from lightweight.report import select, words
+from lightweight.report import select, studies, words
 from lightweight.report.select import cell_of, is_card, pace_of, planned, target_of
 from lightweight.report.speed import faster, products_seconds, step_ratio
 from lightweight.report.table import Column, Table, table
@@ -31,6 +31,7 @@ def tables(runs: Sequence[Run]) -> list[Table]:
     cells = select.main_cells(entries)
     every = [
         results(cells, among=entries, runs=runs),
+        over_seeds(entries),
         losses(cells),
         data(entries),
         qualities(entries),
@@ -96,6 +97,28 @@ def results(entries: Sequence[Entry], among: Sequence[Entry] | None = None, runs
     baseline's of its own run where one is `among` those. `runs` are what the entries come from, where that is known."""
     columns = [*_results(entries, among or entries), *_seed_and_worker(entries)]
     return table("results", "Every cell", columns, entries, entries, words.notes(entries, runs))
+
+
+def over_seeds(entries: Sequence[Entry]) -> Table:
+    """One row a cell that several seeds have trained: means with their intervals, and pairs of the same seed."""
+    columns: list[Column[studies.Study]] = [
+        ("model", "l", lambda study: study.first.model),
+        ("method", "l", lambda study: words.method_among(study.first, entries)),
+        ("card", "l", lambda study: words.marked_card(study.first)),
+        ("seeds", "r", words.seeds),
+        ("steps", "r", lambda study: str(study.first.planned_steps or "-")),
+        ("step", "r", lambda study: words.estimate(study.mean(words.step_ms), "{:.1f}", " ms")),
+        ("speedup", "r", lambda study: words.estimate(study.speedup, "{:.2f}", "x")),
+        ("peak memory", "r", words.largest),
+        ("held-out loss", "r", lambda study: words.estimate(study.mean(lambda e: e.heldout_loss_after), "{:.3f}")),
+        ("over baseline", "r", lambda study: words.estimate(study.over_baseline, "{:+.3f}")),
+    ]
+    rows = studies.studies(entries)
+    note = (
+        "Means over seeds. In brackets the two-sided 95 % t-interval over seeds; a speedup is the geometric mean. "
+        "Speedup and loss over baseline are taken from the baseline of the same seed. Peak memory: the largest."
+    )
+    return table("seeds", "Over seeds", columns, rows, [study.first for study in rows], [note])
 
 
 def others(entries: Sequence[Entry]) -> Table:

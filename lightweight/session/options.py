@@ -89,6 +89,12 @@ OPTIONS = (
     ),
     Option("seed", "seed of every trial (default: 0)", {"type": int, "default": 0, "metavar": "N"}),
     Option(
+        "seeds",
+        "train every cell N times, with the seeds from --seed on: the order of the data, the adapter's first values and "
+        "dropout, and random weights, are each seed's own (default: 1)",
+        {"type": int, "metavar": "N"},
+    ),
+    Option(
         "epochs",
         f"passes over the training pairs (default: {CUDA_EPOCHS}; without CUDA: {CPU_EPOCHS})",
         {"type": int, "metavar": "N"},

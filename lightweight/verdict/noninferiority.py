@@ -1,8 +1,6 @@
 """Is a method no worse than its baseline, and what did it forget? Losses of several seeds in pairs, and an interval.
 
-A method and its baseline are trained with the same seed, so on the same batches in the same order; the difference of
-their losses then leaves out what the order did, and its mean over seeds has Student's t-interval. Seeds are the only
-thing drawn at random: the interval says how far another seed may be from these, for this corpus and this held-out part.
+The differences of method and baseline with the same seed have Student's t-interval (seeds.py).
 
 "No worse" is claimed as non-inferiority (Piaggio et al., JAMA 308, 2012): the one-sided 95 % upper bound of method
 minus baseline is below a margin set beforehand. That bound is the upper end of the two-sided 90 % interval, which is
@@ -11,13 +9,14 @@ what is shown everywhere.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Literal
 
 from lightweight.record import BASELINE, SAME_BASELINE, Entry
+from lightweight.verdict import seeds
+from lightweight.verdict.seeds import Estimate as Estimate
 
 Conclusion = Literal["no worse", "worse", "not shown"]
 """Which side of the margin the whole interval is on; not shown where it is on both."""
@@ -29,18 +28,6 @@ pairs bring the baseline of smollm2-135m on the English dialogues (CHANGELOG.md)
 
 CONFIDENCE = 0.95
 """Of the one-sided bound."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds in nats a token, and its two-sided 90 % t-interval: minus to plus infinity for one seed."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +58,9 @@ class Quality:
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
-    """The mean of one value a seed with its interval. Raises ValueError without any."""
-    from scipy.stats import t  # half a second, and a record without seeds to compare needs none
-
-    if not values:
-        raise ValueError("a mean over seeds needs at least one")
-    mean = fmean(values)
-    if len(values) == 1:
-        return Estimate(mean, -math.inf, math.inf)
-    half = float(t.ppf(CONFIDENCE, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return Estimate(mean, mean - half, mean + half)
+    """The mean of one value a seed, in nats a token, between the one-sided bounds on either side. Raises ValueError
+    without any."""
+    return seeds.over_seeds(values, 2 * CONFIDENCE - 1)
 
 
 def conclusion(difference: Estimate, margin: float = MARGIN) -> Conclusion:
