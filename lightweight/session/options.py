@@ -90,8 +90,8 @@ OPTIONS = (
     Option("seed", "seed of every trial (default: 0)", {"type": int, "default": 0, "metavar": "N"}),
     Option(
         "seeds",
-        "train every cell N times, with the seeds from --seed on: the order of the data, the adapter's first values and "
-        "dropout, and random weights, are each seed's own (default: 1)",
+        "train every cell N times, with the seeds from --seed on: the order of the data, the adapter's first values, "
+        "dropout, and random weights are each seed's own (default: 1)",
         {"type": int, "metavar": "N"},
     ),
     Option(
