@@ -16,14 +16,14 @@ with interrupted_silently():
     import sys
     import traceback
     import warnings
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
     from typing import Any, NoReturn
 
     from lightweight import __version__, models, names, record, targets
     from lightweight.cli import checkpoints
     from lightweight.cli.output import Output
-    from lightweight.report import comparison, write
+    from lightweight.report import comparison, publish, write
     from lightweight.settings import OF_CORPUS, SETTINGS, Settings, how_read
     from lightweight.verdict.limits import LIMITS, Limits
 
@@ -106,7 +106,21 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, metavar="PATH", help="write it there: a page, or markdown for .md")
     parser.add_argument(
-        "--format", choices=("terminal", "markdown", "html"), help="(default: what PATH is called, else terminal)"
+        "--format",
+        choices=("terminal", "markdown", "html", "latex", "csv"),
+        help="(default: what PATH is called, else terminal); latex and csv are one table, a row a cell",
+    )
+    parser.add_argument(
+        "--columns",
+        metavar="NAME,...",
+        help=f"one table for a paper, a row a cell with all its seeds, in these columns: {', '.join(publish.COLUMNS)}",
+    )
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="DIR|FILE.zip",
+        help="write what repeats the run of RUN.json with one command: records, tests, methods, corpus and versions; "
+        "call it where pytest was called",
     )
     parser.add_argument(
         "--into", type=Path, metavar="README.md", help="write the tables whose marks this file has between them"
@@ -122,12 +136,37 @@ def _report(options: argparse.Namespace) -> int:
         if options.into:
             write.into(options.into, runs)
         if options.output:
-            write.save(options.output, runs, options.format)
-        elif options.format or not (options.into or options.figures):
-            print(write.rendered(runs, options.format or "terminal"), end="")
-    except (record.RecordError, write.ReportError) as error:
+            write.write(options.output, _content(options, runs))
+        elif options.format or options.columns or not (options.into or options.figures or options.bundle):
+            print(_content(options, runs), end="")
+    except (record.RecordError, write.ReportError, publish.ColumnError) as error:
+        return _refuse(error)
+    return _bundle(options.bundle, runs) if options.bundle else 0
+
+
+def _bundle(path: Path, runs: Sequence[record.Run]) -> int:
+    from lightweight.cli import bundle  # torch takes seconds
+
+    try:
+        _tell(f"lightweight: {bundle.write(path, runs)}")
+    except bundle.BundleError as error:
         return _refuse(error)
     return 0
+
+
+OF_NAME: dict[str, publish.Form] = {".tex": "latex", ".csv": "csv", ".md": "markdown"}
+"""What a file is written as where nobody says."""
+
+
+def _content(options: argparse.Namespace, runs: Sequence[record.Run]) -> str:
+    """The report, or the one table for a paper. Raises ColumnError and ReportError."""
+    suffix = options.output.suffix if options.output else ""
+    form = options.format or OF_NAME.get(suffix) or ("html" if options.output else "terminal")
+    if options.columns is None and form not in ("latex", "csv"):
+        return write.rendered(runs, form)
+    if form == "html":
+        raise write.ReportError("--columns: a page has every column: take --format latex, csv, markdown or terminal")
+    return publish.published(runs, form, publish.chosen(options.columns))
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:

@@ -323,7 +323,8 @@ class NoForecast:
 class Run:
     """A stored run: its file, when it ended (ISO 8601, UTC), its entries, what was forecast without training, and what
     a plan could not forecast.
-    `commit` is the code's, `is_dirty` whether it had changes that were not committed; None where nothing says so."""
+    `commit` is the code's, `is_dirty` whether it had changes that were not committed; None where nothing says so.
+    `command` are the arguments by which pytest trains the same again, in its root; none where nothing says so."""
 
     path: Path
     ended: str
@@ -332,6 +333,7 @@ class Run:
     unforecast: Sequence[NoForecast] = ()
     commit: str | None = None
     is_dirty: bool | None = None
+    command: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

@@ -12,6 +12,7 @@ import pytest
 from lightweight import record
 from lightweight.child import forkserver
 from lightweight.report import tables, write
+from lightweight.session.command import command
 from lightweight.session.laboratory import Laboratory
 
 
@@ -51,6 +52,7 @@ class Summary:
     def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
         if self.ledger.is_used:
             output_json |= record.document(self.ledger.entries, self.ledger.forecasts)
+            output_json["command"] = command(self.config)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write the report."""
