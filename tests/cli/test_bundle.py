@@ -92,7 +92,8 @@ def test_a_bundle_repeats_its_run_in_a_fresh_process(project, tmp_path, monkeypa
     now = json.loads((bundle / "repeated-run.json").read_text("utf-8"))["outcomes"]
     then = json.loads((project / "run.json").read_text("utf-8"))["outcomes"]
     assert [entry["train_loss"] for entry in now] == [entry["train_loss"] for entry in then]
-    (cell,) = [line for line in done.stdout.splitlines() if line.startswith("llama-tiny  mine")]  # of the gate
+    of_gate = done.stdout.rpartition("verdict\n")[2].splitlines()
+    (cell,) = [line for line in of_gate if line.startswith("llama-tiny")]
     assert "no stored run" not in cell
     # and a cell that got worse fails: the gate is really asked
     stored = bundle / "records" / "run.json"
