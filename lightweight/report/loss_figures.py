@@ -267,7 +267,7 @@ def _estimates(
         if row.estimate:
             of = LIGHT["fail" if row.failed else "blue"]
             shown = [min(max(end, min(ends) - room), max(ends) + room) for end in (row.estimate.low, row.estimate.high)]
-            face = "none" if row.conclusion == "not shown" else of
+            face = "none" if row.conclusion == "inconclusive" else of
             marks += axes.plot(shown, [y + 26] * 2, color=of, linewidth=4, alpha=0.45, solid_capstyle="butt")
             marks += axes.plot(
                 *(row.estimate.mean, y + 26, "X" if row.failed else "o"),

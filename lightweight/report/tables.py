@@ -16,11 +16,11 @@ from lightweight.report.speed import faster, products_seconds, step_ratio
 from lightweight.report.table import Column, Table, table
 from lightweight.settings import changes
 from lightweight.targets import size
-from lightweight.verdict import noninferiority
+from lightweight.verdict import noninferiority, power
 
 NO_WORSE_NOTE = (
     "Losses in nats a token, means over seeds. In brackets the two-sided 90 % t-interval over seeds, differences taken "
-    f"from the baseline of the same seed; no worse: all of it below the margin of {noninferiority.MARGIN} nats. "
+    "from the baseline of the same seed; no worse: all of it below the margin of {:g} nats. "
     "Elsewhere: plain English that is not from the corpus; forgotten: how much its loss rose in training."
 )
 
@@ -228,21 +228,29 @@ def _bound(entry: Entry, share: float) -> str:
     return "-"
 
 
-def qualities(entries: Sequence[Entry]) -> Table:
-    """Whether a method that several seeds have trained on real weights does worse than its baseline, and what it
-    forgot."""
+def qualities(entries: Sequence[Entry], margin: float = noninferiority.MARGIN) -> Table:
+    """Whether a method that several seeds have trained on real weights does worse than its baseline, by more than
+    `margin` nats a token, and what it forgot."""
     columns: list[Column[noninferiority.Quality]] = [
         ("model", "l", lambda quality: quality.model),
         ("method", "l", lambda quality: words.method_among(quality.entries[0], entries)),
         ("seeds", "r", lambda quality: f"{len(quality.entries)}" + f", {quality.failed} failed" * bool(quality.failed)),
         ("held-out loss", "r", lambda quality: words.before_and_after(quality.heldout)),
         ("over baseline", "r", lambda quality: str(quality.difference or "-")),
-        ("no worse?", "l", lambda quality: quality.conclusion or "-"),
+        ("no worse?", "l", _conclusion),
         ("elsewhere", "r", lambda quality: words.before_and_after(quality.elsewhere)),
         ("forgotten", "r", lambda quality: str(quality.forgotten or "-")),
     ]
-    rows = noninferiority.qualities(entries)
-    return table("no-worse", "No worse?", columns, rows, [None] * len(rows), [NO_WORSE_NOTE])
+    rows = noninferiority.qualities(entries, margin)
+    return table("no-worse", "No worse?", columns, rows, [None] * len(rows), [NO_WORSE_NOTE.format(margin)])
+
+
+def _conclusion(quality: noninferiority.Quality) -> str:
+    """What is concluded, and how many more seeds would decide where that is nothing."""
+    if quality.conclusion != "inconclusive" or quality.failed:
+        return quality.conclusion or "-"
+    more = power.more_seeds(quality.differences, quality.margin)
+    return "inconclusive" + (f", {more} more seed{'s' * (more > 1)}" if more else "")
 
 
 def speedups(entries: Sequence[Entry], among: Sequence[Entry] = ()) -> Table:

@@ -43,7 +43,7 @@ class Choices:
             ratio.looks(self.option("pairs"))
         except ValueError as error:
             raise pytest.UsageError(f"--pairs: {error}") from None
-        for key in ("epochs", "trial_timeout", "gpus_per_trial", "seeds"):
+        for key in ("epochs", "trial_timeout", "gpus_per_trial", "seeds", "margin"):
             value = self.option(key)
             if value is not None and value <= 0:
                 raise pytest.UsageError(f"--{key.replace('_', '-')} {value:g}: give more than 0")

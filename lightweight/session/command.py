@@ -13,7 +13,7 @@ import pytest
 
 from lightweight.session import options
 
-OF_A_SESSION = {"report", "require_match", "missing", "undecided", "trial_timeout", "false_alarms"}
+OF_A_SESSION = {"report", "require_match", "missing", "undecided", "trial_timeout", "false_alarms", "pilot"}
 """Options that say nothing of the trials."""
 
 

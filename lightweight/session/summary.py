@@ -30,7 +30,11 @@ class Summary:
             terminalreporter.section("lightweight: does it fit, how fast is it, what does it do to the loss")
         if entries:
             terminalreporter.write_line(tables.results(entries).text("terminal"))
-            for further in (tables.over_seeds(entries), tables.ranks(entries), tables.qualities(entries)):
+            for further in (
+                tables.over_seeds(entries),
+                tables.ranks(entries),
+                tables.qualities(entries, self.laboratory.option("margin")),
+            ):
                 if further.rows:
                     terminalreporter.write_line("\n" + further.text("terminal"))
         if by := self.interruption.ended_by:

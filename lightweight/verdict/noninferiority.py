@@ -18,8 +18,8 @@ from lightweight.record import BASELINE, SAME_BASELINE, Entry
 from lightweight.verdict import seeds
 from lightweight.verdict.seeds import Estimate as Estimate
 
-Conclusion = Literal["no worse", "worse", "not shown"]
-"""Which side of the margin the whole interval is on; not shown where it is on both."""
+Conclusion = Literal["no worse", "worse", "inconclusive"]
+"""Which side of the margin the whole interval is on; inconclusive where it is on both."""
 
 MARGIN = 0.05
 """Nats a token that a method may lose on its baseline: 5 % more perplexity. A person does not tell two models of one
@@ -35,9 +35,10 @@ class Quality:
     """A method beside the baseline of the same seeds, all losses in nats a token.
 
     `heldout` and `elsewhere` are the method's mean losses before and after training, None where there are none;
-    `difference` is the held-out loss after it less the baseline's, None for the baseline itself; `forgotten` is how
-    much the loss elsewhere rose. `entries` are the method's, one a seed; `failed` counts those of them without losses
-    or without a baseline of their seed that has some, which no mean includes.
+    `difference` is the held-out loss after it less the baseline's, None for the baseline itself, and `differences` are
+    those of each seed, held against `margin`; `forgotten` is how much the loss elsewhere rose. `entries` are the
+    method's, one a seed; `failed` counts those of them without losses or without a baseline of their seed that has
+    some, which no mean includes.
     """
 
     model: str
@@ -48,13 +49,15 @@ class Quality:
     forgotten: Estimate | None
     failed: int
     entries: Sequence[Entry]
+    differences: Sequence[float] = ()
+    margin: float = MARGIN
 
     @property
     def conclusion(self) -> Conclusion | None:
         """Whether the method was shown to be no worse, None for the baseline. A failed trial shows nothing."""
         if self.method == BASELINE:
             return None
-        return "not shown" if self.difference is None or self.failed else conclusion(self.difference)
+        return "inconclusive" if self.difference is None or self.failed else conclusion(self.difference, self.margin)
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
@@ -64,29 +67,29 @@ def over_seeds(values: Sequence[float]) -> Estimate:
 
 
 def conclusion(difference: Estimate, margin: float = MARGIN) -> Conclusion:
-    """No worse when the whole interval is below `margin`, worse when it is all above, else not shown."""
+    """No worse when the whole interval is below `margin`, worse when it is all above, else inconclusive."""
     if difference.high < margin:
         return "no worse"
-    return "worse" if difference.low > margin else "not shown"
+    return "worse" if difference.low > margin else "inconclusive"
 
 
 SAME_JOB = SAME_BASELINE.also("elsewhere_digest", "planned_steps", "max_length", "tokens_per_step")
 """What method and baseline must have in common beside the seed."""
 
 
-def qualities(entries: Iterable[Entry]) -> list[Quality]:
+def qualities(entries: Iterable[Entry], margin: float = MARGIN) -> list[Quality]:
     """Every method with trained weights that has been trained with at least two seeds, in the order of `entries`, the
     baseline itself included. Random weights say nothing of quality and are left out."""
     pretrained = [entry for entry in entries if entry.weights == "pretrained"]
     baselines = [entry for entry in pretrained if entry.method == BASELINE]
     return [
-        _quality(of_method, [entry for entry in baselines if SAME_JOB.of(entry) == SAME_JOB.of(of_method[0])])
+        _quality(of_method, [entry for entry in baselines if SAME_JOB.of(entry) == SAME_JOB.of(of_method[0])], margin)
         for of_method in SAME_JOB.also("method", "method_digest").groups(pretrained)
         if len({entry.seed for entry in of_method}) > 1
     ]
 
 
-def _quality(of_method: Sequence[Entry], baselines: Sequence[Entry]) -> Quality:
+def _quality(of_method: Sequence[Entry], baselines: Sequence[Entry], margin: float) -> Quality:
     newest = {entry.seed: entry for entry in of_method}
     of_baseline = {entry.seed: losses for entry in baselines if (losses := _heldout(entry))}
     known = {seed: losses for seed, entry in newest.items() if seed in of_baseline and (losses := _heldout(entry))}
@@ -102,6 +105,8 @@ def _quality(of_method: Sequence[Entry], baselines: Sequence[Entry]) -> Quality:
         forgotten=over_seeds(rises) if rises else None,
         failed=len(newest) - len(known),
         entries=list(newest.values()),
+        differences=differences,
+        margin=margin,
     )
 
 
