@@ -34,7 +34,7 @@ from lightweight.corpus.rows import (
     ends_of_answers,
     watched,
 )
-from lightweight.corpus.split import in_latin_letters
+from lightweight.corpus.split import in_latin_letters, without_heldout
 from lightweight.corpus.template import LossOn
 
 __all__ = [
@@ -67,4 +67,5 @@ __all__ = [
     "load",
     "pair",
     "watched",
+    "without_heldout",
 ]
