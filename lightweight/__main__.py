@@ -163,8 +163,10 @@ OF_NAME: dict[str, publish.Form] = {".tex": "latex", ".csv": "csv", ".md": "mark
 def _content(options: argparse.Namespace, runs: Sequence[record.Run]) -> str:
     """The report, or the one table for a paper. Raises ColumnError and ReportError."""
     suffix = options.output.suffix if options.output else ""
-    form = options.format or OF_NAME.get(suffix) or ("html" if options.output else "terminal")
-    if options.columns is None and form not in ("latex", "csv"):
+    form: publish.Form | write.Format = (
+        options.format or OF_NAME.get(suffix) or ("html" if options.output else "terminal")
+    )
+    if options.columns is None and form != "latex" and form != "csv":
         return write.rendered(runs, form)
     if form == "html":
         raise write.ReportError("--columns: a page has every column: take --format latex, csv, markdown or terminal")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -182,7 +181,7 @@ class _Search:
         beside = sweep.output.with_name(f".{sweep.output.name}.partial")
         try:
             beside.write_text(json.dumps(content, indent=1), "utf-8")
-            os.replace(beside, sweep.output)
+            beside.replace(sweep.output)
         except OSError as error:
             raise SweepError(f"--output {sweep.output}: cannot be written ({error.strerror})") from error
 
