@@ -468,7 +468,7 @@ def _sweep(options: argparse.Namespace) -> int:
             _at_least(options, option, 1)
         low, _, high = options.learning_rate.partition("..")
         try:
-            ends = {"low": float(low), "high": float(high)}
+            ends: dict[str, Any] = {"low": float(low), "high": float(high)}
         except ValueError:
             raise ValueError(f"--learning-rate {options.learning_rate}: give a range, such as 1e-5..1e-2") from None
         settings = Settings.read(lambda name: None if name == "learning_rate" else getattr(options, name))

@@ -527,6 +527,23 @@ def test_a_stored_seed_that_nobody_asked_for_now_is_not_missed(project, micro):
     fewer.stdout.no_fnmatch_line("*missing*")
 
 
+def test_a_task_is_asked_before_and_after_and_recorded(project, micro):
+    project.makepyfile("def test_cell(train, model, method):\n    train(model, method)\n")
+    (project.path / "task.jsonl").write_text('{"prompt": "Now?", "answer": "no"}\n{"prompt": "So?", "answer": "no"}\n')
+    cell = (f"--model={micro.location}", "--method=lora", "--task=task.jsonl")
+    result, document = run_json(project, *cell, "--seeds=2", "--max-length=48")
+    result.assert_outcomes(passed=2)
+    found = [(e["task_questions"], e["task_matches_before"], e["task_matches_after"]) for e in document["outcomes"]]
+    assert found == [(2, 0, 0)] * 2
+    assert "--task=task.jsonl" in document["command"]
+    result.stdout.fnmatch_lines(
+        ["*questions*before*after*", "* lora * 2 *0.000 [[]0.000, 0.658] *0.000 [[]0.000, 0.658]*"]
+    )
+    refused = project.runpytest(*cell[:2], "--task=nowhere.jsonl")
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+    refused.stderr.fnmatch_lines(["ERROR: task nowhere.jsonl: cannot be read (*"])
+
+
 def test_more_ranks_than_gpus_are_refused_before_any_model_is_built(project, monkeypatch):
     project.makepyfile(CELLS)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

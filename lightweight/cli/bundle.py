@@ -229,6 +229,7 @@ def _corpora(run: Run, root: Path, notes: list[str]) -> Iterator[Path]:
     if not digests & {entry.corpus_digest for entry in run.entries}:
         raise BundleError(f"--bundle: corpus {given} is another one now than in record {run.path}: its digest differs")
     yield path
+    yield from (root / task for task in _said(run, "task"))
     for sweep in _said(run, "learning-rate"):
         if sweep.endswith(".json"):
             yield root / sweep

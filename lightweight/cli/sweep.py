@@ -23,6 +23,7 @@ import torch
 
 from lightweight import corpus, methods, models, record, targets
 from lightweight.child import handle, helper, owner, reaper, worker
+from lightweight.corpus import How
 from lightweight.methods import Method, MethodError
 from lightweight.record import Entry
 from lightweight.settings import Settings
@@ -53,7 +54,7 @@ class Sweep:
     weights: models.Weights | None = None
     epochs: int = 10
     max_steps: int | None = None
-    reading: corpus.How = field(default_factory=corpus.How)
+    reading: How = field(default_factory=How)
     settings: Settings = field(default_factory=Settings)
     seed: int = 0
 

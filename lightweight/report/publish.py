@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -58,7 +59,7 @@ class Number:
         value = self.of(study)
         if not isinstance(value, Estimate):
             return ["" if value is None else repr(value), *[""] * 2 * self.varies]
-        ends = (value.low, value.high) if len(study.completed) > 1 else (None, None)
+        ends = (value.low, value.high) if math.isfinite(value.high) else (None, None)
         return ["" if one is None else repr(one) for one in (value.mean, *ends)]
 
 
@@ -106,6 +107,7 @@ COLUMNS: Mapping[str, Word | Number] = {
         heading="held-out loss", unit="nats", form="{:.3f}", of=lambda s: s.mean(lambda e: e.heldout_loss_after)
     ),
     "over-baseline": Number(heading="over baseline", unit="nats", form="{:+.3f}", of=lambda study: study.over_baseline),
+    "task": Number(heading="answered right", unit="", form="{:.3f}", of=lambda study: study.answered),
     "forgotten": Number(heading="forgotten", unit="nats", form="{:+.3f}", of=lambda study: study.mean(_forgotten)),
 }
 """The columns that there are, by the names that `--columns` takes."""
@@ -255,6 +257,11 @@ SAID = (
         "logits in fp32, the same for every method",
     ),
     (("over-baseline",), "Over baseline is the difference from the baseline of the same seed"),
+    (
+        ("task",),
+        "Answered right is the share of the task's questions whose greedy answer is exactly the right one (of one seed "
+        "with Wilson's 95% interval)",
+    ),
     (("forgotten",), "Forgotten is how much the loss on plain text that is not of the corpus rose"),
 )
 """What is said of a number where one of its columns is shown."""

@@ -10,7 +10,7 @@ from lightweight.report.speed import faster
 from lightweight.verdict import seeds
 from lightweight.verdict.seeds import Estimate
 
-SAME_BUT_SEED = SAME_CELL.also("planned_steps", "elsewhere_digest")
+SAME_BUT_SEED = SAME_CELL.also("planned_steps", "elsewhere_digest", "task_digest")
 """What the seeds of a cell have in common: everything but the seed."""
 
 PAIRED = SAME_BASELINE.also(
@@ -60,6 +60,21 @@ class Study:
         if self.is_baseline or not differences or len(differences) < len(self.completed):
             return None
         return seeds.over_seeds(differences)
+
+    @property
+    def answered(self) -> Estimate | None:
+        """The share of the task's questions that was answered exactly right after training: of one seed with Wilson's
+        interval, of several their mean with Student's."""
+        shares = [
+            (entry.task_matches_after, entry.task_questions)
+            for entry in self.completed
+            if entry.task_matches_after is not None and entry.task_questions
+        ]
+        if not shares or len(shares) < len(self.completed):
+            return None
+        if len(shares) == 1:
+            return seeds.share(*shares[0])
+        return seeds.over_seeds([count / of for count, of in shares])
 
     @property
     def speedup(self) -> Estimate | None:

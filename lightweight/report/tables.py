@@ -16,7 +16,7 @@ from lightweight.report.speed import faster, products_seconds, step_ratio
 from lightweight.report.table import Column, Table, table
 from lightweight.settings import changes
 from lightweight.targets import size
-from lightweight.verdict import noninferiority, power
+from lightweight.verdict import noninferiority, power, seeds
 
 NO_WORSE_NOTE = (
     "Losses in nats a token, means over seeds. In brackets the two-sided 90 % t-interval over seeds, differences taken "
@@ -35,6 +35,7 @@ def tables(runs: Sequence[Run]) -> list[Table]:
         losses(cells),
         data(entries),
         qualities(entries),
+        answered(entries),
         speedups(cells, entries),
         memory_by_cause(cells, select.forecasts(runs)),
         *(ladder(rungs, number) for number, rungs in enumerate(select.ladders(entries))),
@@ -251,6 +252,26 @@ def _conclusion(quality: noninferiority.Quality) -> str:
         return quality.conclusion or "-"
     more = power.more_seeds(quality.differences, quality.margin)
     return "inconclusive" + (f", {more} more seed{'s' * (more > 1)}" if more else "")
+
+
+def answered(entries: Sequence[Entry]) -> Table:
+    """How many of a task's questions each cell answers right, before training and after."""
+    shown = [entry for entry in entries if entry.task_questions and entry.task_matches_before is not None]
+
+    def share(count: int | None, entry: Entry) -> str:
+        return "-" if count is None else seeds.share(count, entry.task_questions or 1).text("{:.3f}")
+
+    columns: list[Column[Entry]] = [
+        *_names(entries),
+        ("seed", "r", lambda entry: str(entry.seed)),
+        ("outcome", "l", words.outcome),
+        ("task", "l", lambda entry: (entry.task_digest or "")[:8]),
+        ("questions", "r", lambda entry: str(entry.task_questions)),
+        ("before", "r", lambda entry: share(entry.task_matches_before, entry)),
+        ("after", "r", lambda entry: share(entry.task_matches_after, entry)),
+    ]
+    note = "The share of questions whose greedy answer is exactly the right one, in brackets Wilson's 95 % interval."
+    return table("task", "Answered right", columns, shown, shown, [note])
 
 
 def speedups(entries: Sequence[Entry], among: Sequence[Entry] = ()) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,8 @@ class Choices:
         path = given or self.config.rootpath / "corpus.json"
         try:
             loaded = corpus.load(path, how_read(self.option), self.progress.show)
+            if (task := self.option("task")) is not None:
+                loaded = dataclasses.replace(loaded, task=corpus.load_task(task, loaded))
         except corpus.CorpusError as error:
             raise pytest.UsageError(str(error)) from None
         if given:

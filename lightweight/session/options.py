@@ -84,6 +84,11 @@ OPTIONS = (
     ),
     *(Option(one.name, one.help, one.settings) for one in OF_CORPUS),
     Option(
+        "task",
+        "JSON lines of prompts with answers, asked before and after training: how many are answered exactly right",
+        {"type": Path, "metavar": "FILE.jsonl"},
+    ),
+    Option(
         "weights",
         "where weights come from (default: pretrained where they can be had, else random)",
         {"choices": ("pretrained", "random")},

@@ -33,6 +33,7 @@ class Summary:
             for further in (
                 tables.over_seeds(entries),
                 tables.ranks(entries),
+                tables.answered(entries),
                 tables.qualities(entries, self.laboratory.option("margin")),
             ):
                 if further.rows:

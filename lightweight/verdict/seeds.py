@@ -48,6 +48,14 @@ def over_seeds(values: Sequence[float], confidence: float = CONFIDENCE) -> Estim
     return Estimate(mean, mean - half, mean + half)
 
 
+def share(count: int, of: int, confidence: float = CONFIDENCE) -> Estimate:
+    """A share, `count` of so many, with Wilson's interval: how far it may be on other questions of the kind."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(count, of).proportion_ci(confidence, method="wilson")
+    return Estimate(count / of, float(interval.low), float(interval.high))
+
+
 def ratio_over_seeds(ratios: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
     """The geometric mean of one ratio a seed, above 0, with the interval of its logarithm; 0 to infinity for one
     seed."""

@@ -115,3 +115,16 @@ def test_the_command_line_writes_the_chosen_columns(tmp_path, capsys):
     assert main(["report", str(stored), "--columns", "method,los"]) == 2
     assert "--columns: there is no 'los': choose from model, " in capsys.readouterr().err
     assert main(["report", str(stored), "--columns", "loss", "--format", "html"]) == 2
+
+
+def test_a_task_has_wilsons_interval_of_one_seed_and_students_of_several():
+    asked = {"task_digest": "q", "task_questions": 10}
+    (one,) = fields(entry(task_matches_after=8, **asked), columns=("task",))
+    assert (float(one["task"]), float(one["task low"]), float(one["task high"])) == pytest.approx(
+        (0.8, 0.4902, 0.9433), abs=1e-4
+    )
+    two = [entry(task_matches_after=count, seed=count, **asked) for count in (7, 9)]
+    (several,) = fields(*two, columns=("task",))
+    assert float(several["task"]) == pytest.approx(0.8)
+    assert float(several["task low"]) == pytest.approx(0.8 - 12.7062 * 0.1, abs=1e-3)
+    assert "Wilson" in publish.published([run(*two)], "terminal", ("task",))

@@ -28,3 +28,11 @@ def test_ratios_are_averaged_as_factors():
     found = seeds.ratio_over_seeds([0.5, 2.0])
     assert found.mean == pytest.approx(1.0)
     assert found.low * found.high == pytest.approx(1.0)
+
+
+def test_a_share_has_wilsons_interval():
+    found = seeds.share(8, 10)
+    z = stats.norm.ppf(0.975)
+    center, half = (0.8 + z**2 / 20) / (1 + z**2 / 10), z * math.sqrt(0.8 * 0.2 / 10 + z**2 / 400) / (1 + z**2 / 10)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.8, center - half, center + half))
+    assert seeds.share(0, 10).low == 0 and seeds.share(10, 10).high == pytest.approx(1)
