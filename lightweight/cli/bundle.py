@@ -124,10 +124,10 @@ def _sources(run: Run, root: Path) -> Iterator[Path]:
         found += [file, *_named_beside(file)]
         found += [conftest for folder in above if (conftest := folder / "conftest.py").is_file()]
     for name in _said(run, "method"):
-        module = name.partition(":")[0]
+        where = name.rpartition(":")[0]
         if name in methods.METHODS:
             continue
-        files = _of_module(module, root)
+        files = _of_file(where, root) if where.endswith(".py") else _of_module(where, root)
         if not files:
             raise BundleError(f"--bundle: method {name}: its module is not here: call it where pytest was called")
         found += files
@@ -139,6 +139,12 @@ def _named_beside(file: Path) -> list[Path]:
     texts = (node.value for node in ast.walk(_parsed(file)) if isinstance(node, ast.Constant))
     names = {text for text in texts if isinstance(text, str) and 0 < len(text) < 200 and "\n" not in text}
     return [beside for beside in file.parent.iterdir() if beside.name in names and beside.is_file()]
+
+
+def _of_file(name: str, root: Path) -> list[Path]:
+    """The file that a method is in, where it is under `root`."""
+    file = (root / name).resolve()
+    return [file] if file.is_file() and file.is_relative_to(root) else []
 
 
 def _of_module(name: str, root: Path) -> list[Path]:

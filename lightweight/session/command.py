@@ -27,7 +27,9 @@ def command(config: pytest.Config) -> list[str]:
         if option.key in OF_A_SESSION | limits or value == option.settings.get("default"):
             continue
         for one in value if isinstance(value, list) else [value]:
-            of_option = _from_root(config, str(one)) if isinstance(one, Path) else str(one)
+            is_file = isinstance(one, Path) or (option.key == "method" and ".py:" in one)
+            is_file = is_file or (option.key in ("held_out", "learning_rate") and Path(str(one)).is_file())
+            of_option = _from_root(config, str(one)) if is_file else str(one)
             said.append(f"--{option.name}" if one is True else f"--{option.name}={of_option}")
     for flag, key in (("-k", "keyword"), ("-m", "markexpr")):
         if words := config.getoption(key, ""):
@@ -37,7 +39,8 @@ def command(config: pytest.Config) -> list[str]:
 
 def _from_root(config: pytest.Config, argument: str) -> str:
     """A path, or a test in a file, as it is called from pytest's root; by its name alone where it is elsewhere."""
-    place, colons, test = argument.partition("::")
+    place, colons, test = argument.partition("::" if "::" in argument else ".py:")
+    place, colons = (f"{place}.py", ":") if colons == ".py:" else (place, colons)
     if place.startswith("hub:"):
         return argument
     path = (config.invocation_params.dir / place).resolve()

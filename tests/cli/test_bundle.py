@@ -35,7 +35,7 @@ def test_cell(train, model, method):
     assert train(model, method).kind == "completed"
 """
 
-COMMAND = ("cells", "--model=llama-tiny", "--method=mine:MINE", "--seed=2", "--epochs=1", "--max-length=48")
+COMMAND = ("cells", "--model=llama-tiny", "--method=mine.py:MINE", "--seed=2", "--epochs=1", "--max-length=48")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_requirements_are_exact_and_name_where_torchs_builds_are(project, tmp_pa
         ("rates.py", "RATE = 1e-3\n", "method mine is another one now than in record *: its digest differs"),
         ("corpus.json", json.dumps(turns(13)), "corpus corpus.json is another one now than in record"),
         ("cells/test_cells.py", None, "cells/test_cells.py is not here: call it where pytest was called"),
-        ("mine.py", None, "method mine:MINE: its module is not here: call it where pytest was called"),
+        ("mine.py", None, "method mine.py:MINE: its module is not here: call it where pytest was called"),
     ],
 )
 def test_what_has_changed_since_is_refused(project, tmp_path, file, text, problem):
