@@ -35,8 +35,8 @@ def load_task(path: Path, corpus: Corpus) -> Task:
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        said = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise CorpusError(f"task {path}: cannot be read ({said}): give a file of JSON lines") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise CorpusError(f"task {path}: cannot be read ({reason}): give a file of JSON lines") from error
     asked: list[_Asked] = []
     for number, line in enumerate(lines, 1):
         if line.strip():

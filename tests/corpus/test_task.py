@@ -28,7 +28,7 @@ def test_questions_are_put_as_the_examples_that_are_trained_on(small_corpus, tmp
     talks = replace(small_corpus, train=(talk,))
     assert corpus.load_task(path, talks).questions[0].begun == Conversation((Message("user", "How are you?"),))
     dialogue = written(tmp_path, {"messages": [{"role": "user", "content": "a"}], "answer": "well"}, name="talk.jsonl")
-    assert corpus.load_task(dialogue, talks).questions[0].begun.messages == (Message("user", "a"),)
+    assert corpus.load_task(dialogue, talks).questions[0].begun == Conversation((Message("user", "a"),))
     assert corpus.load_task(path, texts).digest == of_pairs.digest != corpus.load_task(dialogue, talks).digest
 
 

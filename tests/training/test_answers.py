@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -64,8 +65,8 @@ def test_a_models_own_penalties_are_not_greedy(micro, small_corpus, tmp_path):
     tokenizer = models.load_tokenizer(micro)
     each = answers.encode(asks("a", "b", "c"), tokenizer).each
     plain = answers.answers(trainer, each, 12, tokenizer)
-    network.generation_config.repetition_penalty = 50.0
-    network.generation_config.no_repeat_ngram_size = 1
+    own: Any = network.generation_config
+    own.repetition_penalty, own.no_repeat_ngram_size = 50.0, 1
     assert answers.answers(trainer, each, 12, tokenizer) == plain
 
 
