@@ -67,6 +67,10 @@ def _tokens(entry: Entry) -> float | None:
     return entry.tokens_per_second if entry.step_tokens else None  # older records counted padding
 
 
+def _percent_of_peak(entry: Entry) -> float | None:
+    return None if entry.share_of_peak is None else entry.share_of_peak * 100
+
+
 def _forgotten(entry: Entry) -> float | None:
     before, after = entry.elsewhere_loss_before, entry.elsewhere_loss_after
     return None if before is None or after is None else after - before
@@ -98,6 +102,9 @@ COLUMNS: Mapping[str, Word | Number] = {
     "peak": Number(heading="peak memory", unit="GiB", form="{:.2f}", of=_peak, varies=False),
     "step": Number(heading="step", unit="ms", form="{:.1f}", of=lambda study: study.mean(words.step_ms)),
     "tokens": Number(heading="tokens", unit="1/s", form="{:,.0f}", of=lambda study: study.mean(_tokens)),
+    "share": Number(
+        heading="of the card's peak", unit="%", form="{:.1f}", of=lambda study: study.mean(_percent_of_peak)
+    ),
     "speedup": Number(heading="speedup", unit="x", form="{:.2f}", of=lambda study: study.speedup),
     "total": Number(heading="total", unit="s", form="{:.1f}", of=lambda study: study.mean(lambda e: e.cold_seconds)),
     "loss-before": Number(
