@@ -5,7 +5,9 @@ seed's pairs in the same order for every method. Asserted is non-inferiority: th
 held-out loss over the baseline's of the same seed is below a margin (lightweight/verdict/noninferiority.py says which
 and why). Beside it stands the loss on plain English that is not from the corpus, before and after.
 
-It runs where a model with real weights is named: `pytest experiments --model smollm2-135m`.
+It runs where a model with real weights is named: `pytest experiments --model smollm2-135m`. With `--method` it is of
+the methods that are named, with `--corpus` on the whole of that corpus; `--seeds`, `--margin` and the usual settings go
+before those below. Before it begins it tells what so many seeds can show.
 """
 
 from collections.abc import Callable
@@ -15,13 +17,17 @@ from typing import Any
 
 import pytest
 
-from lightweight import corpus
+from lightweight import corpus, methods, record
 from lightweight.methods import BASELINE, BASELINE_CAPTURED, LORA, LORA_CAPTURED, QLORA, QLORA_CAPTURED, Method
 from lightweight.plugin import NOT_RUN, Laboratory, Train
+from lightweight.record import RecordError
+from lightweight.session import options
 from lightweight.trial import Completed
-from lightweight.verdict import noninferiority
+from lightweight.verdict import noninferiority, power
 
 ELSEWHERE = Path(__file__).parent / "elsewhere.txt"
+PILOT = Path(__file__).parent / "records" / "h200-no-worse.json"
+"""Says how far losses scatter from seed to seed, where `--pilot` names no other record."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,64 +73,117 @@ def at_rate(method: Method, learning_rate: float) -> Method:
 NO_WORSE = (BASELINE_CAPTURED, LORA, QLORA, LORA_CAPTURED, QLORA_CAPTURED)
 OTHER_RATES = (LORA_CAPTURED, at_rate(BASELINE_CAPTURED, 2e-4))  # captured, since they take seconds
 
-Difference = Callable[[Method], noninferiority.Estimate]
+Differences = Callable[[Method], list[float]]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The methods that `--method` names, else the suite's own."""
+    if metafunc.function is test_no_worse_than_the_baseline:
+        given = options.value(metafunc.config, "method")
+        variants = [name for name in dict.fromkeys(given) if name != BASELINE.name] if given else NO_WORSE
+        metafunc.parametrize("variant", variants, ids=lambda one: one if isinstance(one, str) else one.name)
 
 
 @pytest.fixture
-def difference(
+def differences(
     request: pytest.FixtureRequest, train: Train, outcome_of: Train, laboratory: Laboratory, model: str
-) -> Difference:
-    """Train a method with every seed: its held-out loss over the baseline's, in nats a token."""
+) -> Differences:
+    """Train a method with every seed: each one's held-out loss over the baseline's, in nats a token."""
     if not request.config.getoption("--model"):
         pytest.skip(f"{NOT_RUN}takes minutes; name a model with real weights, such as --model smollm2-135m")
     if laboratory.trial(model, BASELINE).model.weights != "pretrained":
         pytest.skip(f"{NOT_RUN}random weights say nothing of quality")
     try:
-        english = corpus.in_latin_letters(laboratory.corpus)
+        examples = laboratory.corpus if laboratory.option("corpus") else corpus.in_latin_letters(laboratory.corpus)
     except corpus.CorpusError as error:
         pytest.skip(f"{NOT_RUN}{error}")
     settings = SETTINGS[laboratory.has_cuda]
     elsewhere = "\n\n".join(ELSEWHERE.read_text("utf-8").split("\n\n")[: settings.paragraphs])
-    changes = {**settings.changes, "corpus": replace(english, elsewhere=elsewhere)}
+    changes = {**_length(settings, laboratory), "corpus": replace(examples, elsewhere=elsewhere)}
+    seeds = _seeds(laboratory)
+    _tell_power(laboratory, len(seeds))
 
     def heldout_loss(how: Train, method: Method, seed: int) -> float:
-        outcome = how(model, _in_steps_of(settings, method), seed=seed, **changes)
+        sized = method if laboratory.settings.keeps_passes else _in_steps_of(settings, method)
+        outcome = how(model, sized, seed=seed, **changes)
         assert isinstance(outcome, Completed), f"{method.name}, seed {seed}: {outcome.reason}"
         loss = outcome.measured.heldout_loss_after
         assert loss is not None
         return loss
 
-    def measure(method: Method) -> noninferiority.Estimate:
-        first, *others = settings.seeds  # the first is timed: pytest-benchmark stores no run in which nothing was
+    def measure(method: Method) -> list[float]:
+        first, *others = seeds  # the first is timed: pytest-benchmark stores no run in which nothing was
         losses = [heldout_loss(train, method, first), *(heldout_loss(outcome_of, method, seed) for seed in others)]
-        baseline = [heldout_loss(outcome_of, BASELINE, seed) for seed in settings.seeds]
-        return noninferiority.over_seeds([loss - of for loss, of in zip(losses, baseline, strict=True)])
+        baseline = [heldout_loss(outcome_of, BASELINE, seed) for seed in seeds]
+        return [loss - of for loss, of in zip(losses, baseline, strict=True)]
 
     return measure
 
 
-@pytest.mark.parametrize("variant", NO_WORSE, ids=lambda method: method.name)
 def test_no_worse_than_the_baseline(
-    difference: Difference, laboratory: Laboratory, model: str, variant: Method
+    differences: Differences, laboratory: Laboratory, model: str, variant: str | Method
 ) -> None:
-    if variant.adapter is not None:
+    method = methods.named(variant) if isinstance(variant, str) else variant
+    is_ours = method is methods.METHODS.get(method.name)
+    if is_ours and method.adapter is not None and laboratory.option("learning_rate") is None:
         rates = SETTINGS[laboratory.has_cuda].adapter_rates
-        variant = at_rate(variant, rates[variant.name.removesuffix("-captured")])
-    found = difference(variant)
-    assert noninferiority.conclusion(found) == "no worse", f"{model} x {variant.name}: {found} nats over the baseline"
+        method = at_rate(method, rates[method.name.removesuffix("-captured")])
+    margin = laboratory.option("margin")
+    of_seeds = differences(method)
+    found = noninferiority.over_seeds(of_seeds)
+    concluded = noninferiority.conclusion(found, margin)
+    told = f"{model} x {method.name}: {concluded}: {found} nats over the baseline, the margin {margin:g}"
+    if concluded == "inconclusive":
+        more = power.more_seeds(of_seeds, margin)
+        told += f": {more} more would decide: --seeds {len(of_seeds) + more}" if more else ": no seeds would decide"
+    assert concluded == "no worse", told
 
 
 @pytest.mark.needs_cuda  # for the time it takes
 @pytest.mark.parametrize("variant", OTHER_RATES, ids=lambda method: method.name)
-def test_the_rates_are_fair_to_both_sides(difference: Difference, model: str, variant: Method) -> None:
+def test_the_rates_are_fair_to_both_sides(
+    differences: Differences, laboratory: Laboratory, model: str, variant: Method
+) -> None:
     """At the originals' rate an adapter learns too little, which is why it has a larger one here; the baseline gains
     nothing to speak of by a larger one."""
-    found = difference(variant)
+    if laboratory.option("method"):
+        pytest.skip(f"{NOT_RUN}methods were named, and these are the suite's own")
+    found = noninferiority.over_seeds(differences(variant))
     told = f"{model} x {variant.name}: {found} nats over the baseline"
     if variant.adapter is not None:
         assert noninferiority.conclusion(found) == "worse", told
     else:
         assert found.low > -noninferiority.MARGIN, told
+
+
+def _seeds(laboratory: Laboratory) -> range:
+    """Those of `--seeds`, else as many as the settings say."""
+    return laboratory.seeds if laboratory.option("seeds") else SETTINGS[laboratory.has_cuda].seeds
+
+
+def _length(settings: Settings, laboratory: Laboratory) -> dict[str, Any]:
+    """How long is trained, in rows of how many tokens: as the command line says, else as the settings do."""
+    changes = dict(settings.changes)
+    if laboratory.option("epochs"):
+        changes = {name: value for name, value in changes.items() if name not in ("epochs", "max_steps")}
+    if "max_length" in laboratory.settings.rows:
+        del changes["max_length"]
+    return changes
+
+
+def _tell_power(laboratory: Laboratory, seeds: int) -> None:
+    """What so many seeds can show, from the run of `--pilot` or from a committed one: the widest spread counts."""
+    path = laboratory.option("pilot") or PILOT
+    try:
+        spreads = power.spreads(record.load(path).entries)
+    except RecordError as error:
+        if laboratory.option("pilot"):
+            raise pytest.UsageError(f"--pilot: {error}") from None
+        return
+    if not spreads:
+        pytest.skip(f"{NOT_RUN}--pilot {path}: holds no method and baseline with the same two seeds on real weights")
+    widest = max(spreads, key=lambda spread: spread.bound)
+    laboratory.progress.note(f"{power.planned(widest, seeds, laboratory.option('margin'))} (from {path.name})")
 
 
 def _in_steps_of(settings: Settings, method: Method) -> Method:

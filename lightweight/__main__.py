@@ -1,5 +1,6 @@
 """The command line: `lightweight plan MODEL`, `lightweight train --model MODEL --output DIR`, `lightweight chat DIR`,
-`lightweight data FILE`, `lightweight report RECORD.json`, `lightweight gate NEW.json`."""
+`lightweight data FILE`, `lightweight sweep --model MODEL --method A --method B`, `lightweight report RECORD.json`,
+`lightweight gate NEW.json`."""
 
 from __future__ import annotations
 
@@ -16,14 +17,14 @@ with interrupted_silently():
     import sys
     import traceback
     import warnings
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
     from typing import Any, NoReturn
 
     from lightweight import __version__, models, names, record, targets
     from lightweight.cli import checkpoints
     from lightweight.cli.output import Output
-    from lightweight.report import comparison, write
+    from lightweight.report import comparison, publish, write
     from lightweight.settings import OF_CORPUS, SETTINGS, Settings, how_read
     from lightweight.verdict.limits import LIMITS, Limits
 
@@ -72,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     _add_plan(commands.add_parser("plan", help="forecast which methods fit which cards, without a GPU or the weights"))
     _add_train(commands.add_parser("train", help="fine-tune a model and save it, with checkpoints on the way"))
     _add_calibrate(commands.add_parser("calibrate", help="time this GPU's kernels, for forecasts of time: two minutes"))
+    _add_sweep(commands.add_parser("sweep", help="search for each method's learning rate, each with the same budget"))
     _add_data(commands.add_parser("data", help="look at a corpus before training: lengths, and what the loss is on"))
     _add_chat(commands.add_parser("chat", help="let a model that was trained answer prompts"))
     _add_report(commands.add_parser("report", help="what saved records say: a page, markdown, or tables"))
@@ -106,7 +108,21 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, metavar="PATH", help="write it there: a page, or markdown for .md")
     parser.add_argument(
-        "--format", choices=("terminal", "markdown", "html"), help="(default: what PATH is called, else terminal)"
+        "--format",
+        choices=("terminal", "markdown", "html", "latex", "csv"),
+        help="(default: what PATH is called, else terminal); latex and csv are one table, a row a cell",
+    )
+    parser.add_argument(
+        "--columns",
+        metavar="NAME,...",
+        help=f"one table for a paper, a row a cell with all its seeds, in these columns: {', '.join(publish.COLUMNS)}",
+    )
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="DIR|FILE.zip",
+        help="write what repeats the run of RUN.json with one command: records, tests, methods, corpus and versions; "
+        "call it where pytest was called",
     )
     parser.add_argument(
         "--into", type=Path, metavar="README.md", help="write the tables whose marks this file has between them"
@@ -122,12 +138,39 @@ def _report(options: argparse.Namespace) -> int:
         if options.into:
             write.into(options.into, runs)
         if options.output:
-            write.save(options.output, runs, options.format)
-        elif options.format or not (options.into or options.figures):
-            print(write.rendered(runs, options.format or "terminal"), end="")
-    except (record.RecordError, write.ReportError) as error:
+            write.write(options.output, _content(options, runs))
+        elif options.format or options.columns or not (options.into or options.figures or options.bundle):
+            print(_content(options, runs), end="")
+    except (record.RecordError, write.ReportError, publish.ColumnError) as error:
+        return _refuse(error)
+    return _bundle(options.bundle, runs) if options.bundle else 0
+
+
+def _bundle(path: Path, runs: Sequence[record.Run]) -> int:
+    from lightweight.cli import bundle  # torch takes seconds
+
+    try:
+        _tell(f"lightweight: {bundle.write(path, runs)}")
+    except bundle.BundleError as error:
         return _refuse(error)
     return 0
+
+
+OF_NAME: dict[str, publish.Form] = {".tex": "latex", ".csv": "csv", ".md": "markdown"}
+"""What a file is written as where nobody says."""
+
+
+def _content(options: argparse.Namespace, runs: Sequence[record.Run]) -> str:
+    """The report, or the one table for a paper. Raises ColumnError and ReportError."""
+    suffix = options.output.suffix if options.output else ""
+    form: publish.Form | write.Format = (
+        options.format or OF_NAME.get(suffix) or ("html" if options.output else "terminal")
+    )
+    if options.columns is None and form != "latex" and form != "csv":
+        return write.rendered(runs, form)
+    if form == "html":
+        raise write.ReportError("--columns: a page has every column: take --format latex, csv, markdown or terminal")
+    return publish.published(runs, form, publish.chosen(options.columns))
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -390,15 +433,85 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
 
 
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_sweep)
+    parser.add_argument("--model", required=True, metavar="NAME", help="a known name, a hub id or a local folder")
+    parser.add_argument(
+        "--method",
+        action="append",
+        required=True,
+        metavar="NAME",
+        help="repeatable: a known name or package.module:NAME",
+    )
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        default=Path("corpus.json"),
+        metavar="PATH",
+        help="on what: a file, or hub:NAME[:SPLIT]; what it holds out is not used (default: corpus.json)",
+    )
+    _add_how_read(parser)
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="where the record goes")
+    parser.add_argument("--budget", type=int, default=8, metavar="N", help="trials of each method (default: 8)")
+    parser.add_argument("--target", metavar="NAME", help="the card whose memory trials get (default: all)")
+    parser.add_argument("--weights", choices=("pretrained", "random"), help="where weights come from (default: either)")
+    parser.add_argument("--epochs", type=int, default=10, metavar="N", help="passes over the corpus (default: 10)")
+    parser.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps, instead of epochs")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    _add_settings(parser, learning_rate="the range that is searched (default: 1e-5..1e-2)")
+    parser.set_defaults(learning_rate="1e-5..1e-2")
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    try:
+        for option in ("epochs", "max_steps"):
+            _at_least(options, option, 1)
+        low, _, high = options.learning_rate.partition("..")
+        try:
+            ends: dict[str, Any] = {"low": float(low), "high": float(high)}
+        except ValueError:
+            raise ValueError(f"--learning-rate {options.learning_rate}: give a range, such as 1e-5..1e-2") from None
+        settings = Settings.read(lambda name: None if name == "learning_rate" else getattr(options, name))
+        models.named(options.model)
+        for name in options.method:
+            names.check_method(name)
+        if options.target is not None:
+            targets.named(options.target)
+        if not options.output.absolute().parent.is_dir():
+            raise ValueError(f"--output {options.output}: there is no folder {options.output.absolute().parent}")
+    except ValueError as error:
+        return _refuse(error)
+    from lightweight.cli import sweep  # torch takes seconds
+
+    _quiet()
+    same = ("model", "corpus", "output", "budget", "target", "weights", "epochs", "max_steps", "seed")
+    given = {name: getattr(options, name) for name in same}
+    reading = how_read(lambda name: getattr(options, name))
+    try:
+        asked = sweep.Sweep(**given, **ends, methods=options.method, reading=reading, settings=settings)
+        for line in sweep.run(asked, progress=_show):
+            _show("")
+            print(line, flush=True)
+    except sweep.REFUSALS as error:
+        return _refuse(error)
+    except KeyboardInterrupt:
+        _tell(f"lightweight: interrupted: what was tried until then is in {options.output}")
+        return 130
+    print(f"{options.output}: take the rates with --learning-rate {shlex.quote(str(options.output))}")
+    return 0
+
+
 def _add_how_read(parser: argparse.ArgumentParser) -> None:
     for one in OF_CORPUS:
         parser.add_argument(f"--{one.name}", help=one.help.replace("%", "%%"), **one.settings)
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def _add_settings(parser: argparse.ArgumentParser, **others: str) -> None:
+    """The settings; `others` are the words of those that mean something else here."""
     group = parser.add_argument_group("settings", "of the method, and of the rows that it trains on")
     for setting in SETTINGS:
-        group.add_argument(setting.flag, metavar=setting.metavar, help=setting.help.replace("%", "%%"))
+        words = others.get(setting.name, setting.help)
+        group.add_argument(setting.flag, metavar=setting.metavar, help=words.replace("%", "%%"))
 
 
 def _settings(options: argparse.Namespace) -> Settings:

@@ -9,7 +9,8 @@ Load it from a conftest.py: `pytest_plugins = ["lightweight.plugin"]`. Tests the
 - `forecast_of(model, method, **changes)`: the Forecast of a cell, which needs no GPU and no weights;
 - `speedup(model, method, **changes)`: how many times as fast as its baseline a cell is, from alternating rounds.
 
-A test that takes `model` and `method` arguments beside any of them is parametrised over `--model` x `--method`.
+A test that takes `model` and `method` arguments beside any of them is parametrised over `--model` x `--method`, and one
+that trains also over the seeds of `--seeds`.
 
 It is a guest in other people's suites: neither torch nor anything else that takes long is imported, and nothing is
 looked for, before one of these fixtures or an option of lightweight's is used. What then happens is in the folder
@@ -163,13 +164,22 @@ def laboratory(request: pytest.FixtureRequest) -> Laboratory:
 
 
 @pytest.fixture
-def train(request: pytest.FixtureRequest, laboratory: Laboratory, benchmark: BenchmarkFixture) -> Train:
+def lightweight_seed(request: pytest.FixtureRequest, laboratory: Laboratory) -> int:
+    """The seed that this test trains with: one of those of `--seeds`, else that of `--seed`."""
+    seed: int = getattr(request, "param", laboratory.option("seed"))
+    return seed
+
+
+@pytest.fixture
+def train(
+    request: pytest.FixtureRequest, laboratory: Laboratory, benchmark: BenchmarkFixture, lightweight_seed: int
+) -> Train:
     """Train a cell, an epoch a round of pytest-benchmark, and return its Outcome."""
 
     def run(model: str | Model, method: str | Method, **changes: Any) -> Outcome:
         from lightweight.report.select import several
 
-        trial = laboratory.trial(model, method, **changes)
+        trial = laboratory.trial(model, method, **{"seed": lightweight_seed} | changes)
         benchmark.group = f"{trial.model.name} on {several(trial.world_size, trial.target.name)}"
         try:
             outcome = laboratory.run(request.node, trial, lambda child: _time_rounds(benchmark, child))
@@ -193,11 +203,11 @@ def train(request: pytest.FixtureRequest, laboratory: Laboratory, benchmark: Ben
 
 
 @pytest.fixture
-def outcome_of(request: pytest.FixtureRequest, laboratory: Laboratory) -> Train:
+def outcome_of(request: pytest.FixtureRequest, laboratory: Laboratory, lightweight_seed: int) -> Train:
     """The Outcome of a cell, trained now only if this session has not yet."""
 
     def find(model: str | Model, method: str | Method, **changes: Any) -> Outcome:
-        trial = laboratory.trial(model, method, **changes)
+        trial = laboratory.trial(model, method, **{"seed": lightweight_seed} | changes)
         return laboratory.outcome_of(trial) or laboratory.run(request.node, trial)
 
     return find
@@ -214,12 +224,13 @@ def forecast_of(request: pytest.FixtureRequest, laboratory: Laboratory) -> Forec
 
 
 @pytest.fixture
-def speedup(request: pytest.FixtureRequest, laboratory: Laboratory) -> MeasureSpeedup:
+def speedup(request: pytest.FixtureRequest, laboratory: Laboratory, lightweight_seed: int) -> MeasureSpeedup:
     """How many times as fast as its model's baseline a cell is, from rounds of both in alternation."""
 
     def measure(model: str | Model, method: str | Method, **changes: Any) -> Speedup:
         from lightweight.record import BASELINE
 
+        changes = {"seed": lightweight_seed} | changes
         trials = [laboratory.trial(model, name, **changes) for name in (method, BASELINE)]
         return laboratory.speedup(request.node, *trials)
 

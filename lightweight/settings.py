@@ -6,9 +6,11 @@ Imports nothing that takes long: a pytest that only prints its help reads the ta
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from lightweight import names
@@ -42,6 +44,31 @@ def rate(text: str) -> float:
     if not 0 < value < math.inf:
         raise ValueError("give a number above 0, such as 1e-3")
     return value
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The learning rate of each method by its name, as `lightweight sweep` wrote them to the file `path`."""
+
+    path: str
+    of: Mapping[str, float]
+
+    @classmethod
+    def read(cls, path: str) -> Self:
+        """Raises ValueError for what no sweep wrote."""
+        try:
+            found = json.loads(Path(path).read_text("utf-8"))["sweep"]["found"]
+            rates = {name: rate(str(one["learning_rate"])) for name, one in found.items()}
+        except OSError as error:
+            raise ValueError(f"cannot be read ({error.strerror}): give what `lightweight sweep` wrote") from None
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError("is no sweep: give what `lightweight sweep` wrote") from None
+        return cls(path, rates)
+
+
+def rate_or_rates(text: str) -> float | Rates:
+    """A learning rate, or those of a sweep's file. Raises ValueError."""
+    return Rates.read(text) if text.endswith(".json") else rate(text)
 
 
 def warmup(text: str) -> int | float:
@@ -216,8 +243,9 @@ SETTINGS = (
     Setting(
         name="learning_rate",
         metavar="RATE",
-        read=rate,
-        help="what the schedule begins at, after any warmup (default: the method's, else 5e-5)",
+        read=rate_or_rates,
+        help="what the schedule begins at, after any warmup, or the file of a sweep, which has one for each method "
+        "(default: the method's, else 5e-5)",
         of="arguments",
         key="learning_rate",
     ),
@@ -305,7 +333,7 @@ class Settings:
     padding: str | None = None
     batch_size: int | None = None
     accumulation: int | None = None
-    learning_rate: float | None = None
+    learning_rate: float | Rates | None = None
     schedule: str | None = None
     warmup: int | float | None = None
     lora_rank: int | None = None
@@ -347,8 +375,17 @@ class Settings:
         of_adapter = self.given("adapter") if _has_lora(method) else []
         changed: dict[str, Any] = {}
         new: dict[str, dict[str, Any]] = {"arguments": {}, "adapter": {}}
-        for setting, value in [*self.given("arguments"), *of_adapter]:
+        for setting, given in [*self.given("arguments"), *of_adapter]:
+            value = given
             own, says = _own(method, setting)
+            if isinstance(value, Rates):
+                if method.name not in value.of:
+                    swept = ", ".join(value.of) or "no method"
+                    here = f"{setting.flag} {value.path}"
+                    raise methods.MethodError(
+                        f"{here}: has no rate for method {method.name}, but for {swept}: sweep it, too"
+                    )
+                value, says = value.of[method.name], ""  # it was searched for, whatever the method says
             if own == (set(value) if isinstance(value, tuple) else value):
                 continue
             if says and not is_stock:

@@ -69,6 +69,8 @@ class Trial:
                 f"method {self.method.name} trains {self.method.sequences_per_step} sequences a step, which "
                 f"{self.world_size} ranks cannot share: take 1 to {self.method.sequences_per_step}, or larger batches"
             )
+        if self.world_size > 1 and self.corpus.task is not None:
+            raise ValueError("a task is asked on one GPU: leave out --task, or --gpus-per-trial")
         if self.world_size > 1 and self.method.library != "peft":
             raise ValueError(f"method {self.method.name}: {self.method.library} trains on one GPU: leave it out")
         if self.method.uses_bf16 and not self.target.bf16:
@@ -150,7 +152,8 @@ class Measurements:
     `step_padded_tokens` all that the device computed: with padding, in the rows that were really run. `training_rows`
     are what the training examples became, of which `truncated_sequences` lack something; `split_examples` became
     several, `dropped_examples` none. `heldout_*` are cross-entropy in nats a token over the answers held out,
-    `elsewhere_*` over the corpus's text from elsewhere.
+    `elsewhere_*` over the corpus's text from elsewhere. `task_matches_*` are how many of the corpus's questions were
+    answered exactly right.
     `peak_*` are the training's own, without building and evaluating; `average_*` are the mean over the ends of steps.
     `process_bytes` is what NVML says the whole process holds on the GPU at most. Of several ranks these are the
     largest, and `rank_*` has each one's; seconds are those of rank 0, but for `cpu_seconds`, which add up.
@@ -171,6 +174,8 @@ class Measurements:
     heldout_loss_after: float | None = None
     elsewhere_loss_before: float | None = None
     elsewhere_loss_after: float | None = None
+    task_matches_before: int | None = None
+    task_matches_after: int | None = None
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     average_allocated_bytes: int | None = None

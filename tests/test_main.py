@@ -39,7 +39,7 @@ def test_report_prints_whether_a_method_is_no_worse(tmp_path, capsys):
     assert main(["report", str(path), "--format", "markdown"]) == 0
     printed = capsys.readouterr().out
     assert "| no worse  " in printed
-    assert tables.NO_WORSE_NOTE in printed
+    assert tables.NO_WORSE_NOTE.format(0.05) in printed
 
 
 def test_report_into_a_file(run, tmp_path, capsys):

@@ -420,6 +420,8 @@ def test_parametrising_a_test_oneself_goes_before_the_command_line(project):
         (["--gpus-per-trial=0"], "--gpus-per-trial 0: give more than 0"),
         (["--gpus-per-trial=9"], "method baseline trains 8 sequences a step, which 9 ranks cannot share*"),
         (["--seed=-1"], "--seed -1: give a number from 0 to *"),
+        (["--seeds=0"], "--seeds 0: give more than 0"),
+        (["--seed=4294967295", "--seeds=2"], "--seed 4294967296 of the last of --seeds 2: give a number from 0 to *"),
         (["--report=nowhere/report.html"], "--report nowhere/report.html: there is no folder *nowhere"),
         (["--lora-rank=0"], "--lora-rank 0: give at least 1"),
         (["--schedule=cosin"], "--schedule cosin: choose one of linear, cosine, *; did you mean cosine*"),
@@ -468,6 +470,78 @@ def test_a_tests_own_model_that_nothing_has_is_one_line(project, name):
     result = project.runpytest()
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"ERROR: model {name}: no such folder; *"])
+
+
+OF_THE_COMMAND_LINE = """
+    def test_cell(train, model, method):
+        assert train(model, method).kind == "completed"
+
+    def test_again(outcome_of, model, method):
+        assert outcome_of(model, method).kind == "completed"
+"""
+
+
+def test_cells_are_repeated_over_seeds_each_as_if_it_were_alone(project, micro):
+    project.makepyfile(OF_THE_COMMAND_LINE)
+    of_cells = (f"--model={micro.location}", "--method=baseline", "--method=lora")
+    result, document = run_json(project, *of_cells, "--seed=3", "--seeds=2")
+    result.assert_outcomes(passed=8)
+    found = [(e["method"], e["seed"], e["test"].rpartition("-")[2]) for e in document["outcomes"]]
+    assert found == [(method, seed, f"seed{seed}]") for method in ("baseline", "lora") for seed in (3, 4)]
+    result.stdout.fnmatch_lines(["*method*seeds*held-out loss*over baseline*", "* lora * 2 *"])
+    alone, other = run_json(project, *of_cells, "--seed=4", "--seeds=1")
+    alone.assert_outcomes(passed=4)
+    assert [e["test"].rpartition("-")[2] for e in other["outcomes"]] == ["baseline]", "lora]"]  # as without the option
+    losses = {e["method"]: e["train_loss"] for e in document["outcomes"] if e["seed"] == 4}
+    assert losses == {e["method"]: e["train_loss"] for e in other["outcomes"]}
+
+
+def test_random_weights_are_of_each_seed_and_a_test_without_a_cell_runs_once(project):
+    project.makepyfile(
+        CELLS.replace("def test_cell(train, method)", "def test_cell(train, model, method)")
+        .replace(
+            '@pytest.mark.parametrize("method", ["baseline", "lora"])',
+            '@pytest.mark.parametrize("model", [MICRO])\n    @pytest.mark.parametrize("method", ["baseline"])',
+        )
+        .replace("train(MICRO", "train(model")
+        + """
+    def test_alone(train):
+        assert train(MICRO, "lora").kind == "completed"
+    """
+    )
+    result, document = run_json(project, "--seeds=2")
+    result.assert_outcomes(passed=3)
+    of = {(e["method"], e["seed"]): e for e in document["outcomes"]}
+    assert set(of) == {("baseline", 0), ("baseline", 1), ("lora", 0)}
+    _, single = run_json(project, "--seed=1", "-k", "cell")
+    assert of["baseline", 1]["heldout_loss_before"] == single["outcomes"][0]["heldout_loss_before"]
+    assert of["baseline", 1]["heldout_loss_before"] != of["baseline", 0]["heldout_loss_before"]
+
+
+def test_a_stored_seed_that_nobody_asked_for_now_is_not_missed(project, micro):
+    project.makepyfile("def test_cell(train, model, method):\n    train(model, method)\n")
+    cell = (f"--model={micro.location}", "--method=lora", "--epochs=1")
+    project.runpytest(*cell, "--seeds=3", "--benchmark-autosave").assert_outcomes(passed=3)
+    fewer = project.runpytest(*cell, "--seeds=2", "--benchmark-compare", "--loss-fail")
+    assert fewer.ret == pytest.ExitCode.OK
+    fewer.stdout.no_fnmatch_line("*missing*")
+
+
+def test_a_task_is_asked_before_and_after_and_recorded(project, micro):
+    project.makepyfile("def test_cell(train, model, method):\n    train(model, method)\n")
+    (project.path / "task.jsonl").write_text('{"prompt": "Now?", "answer": "no"}\n{"prompt": "So?", "answer": "no"}\n')
+    cell = (f"--model={micro.location}", "--method=lora", "--task=task.jsonl")
+    result, document = run_json(project, *cell, "--seeds=2", "--max-length=48")
+    result.assert_outcomes(passed=2)
+    found = [(e["task_questions"], e["task_matches_before"], e["task_matches_after"]) for e in document["outcomes"]]
+    assert found == [(2, 0, 0)] * 2
+    assert "--task=task.jsonl" in document["command"]
+    result.stdout.fnmatch_lines(
+        ["*questions*before*after*", "* lora * 2 *0.000 [[]0.000, 0.658] *0.000 [[]0.000, 0.658]*"]
+    )
+    refused = project.runpytest(*cell[:2], "--task=nowhere.jsonl")
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+    refused.stderr.fnmatch_lines(["ERROR: task nowhere.jsonl: cannot be read (*"])
 
 
 def test_more_ranks_than_gpus_are_refused_before_any_model_is_built(project, monkeypatch):

@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional
@@ -81,6 +82,7 @@ def install(model: PreTrainedModel) -> Callable[[], None]:
     replaced = {module: type(module) for module in model.modules() if type(module) in REPLACED}
 
     def undo() -> None:
+        _INSTALLED.pop(model, None)
         for module, theirs in replaced.items():
             module.__class__ = theirs
         if not replaced and attention_of(model) != own:
@@ -99,7 +101,20 @@ def install(model: PreTrainedModel) -> Callable[[], None]:
     except Exception:
         undo()
         raise
+    _INSTALLED[model] = undo
     return undo
+
+
+_INSTALLED: WeakKeyDictionary[torch.nn.Module, Callable[[], None]] = WeakKeyDictionary()
+"""Models that have this attention, each with what gives it its own back."""
+
+
+def give_back(network: torch.nn.Module) -> None:
+    """Give the model in `network` its own attention back, where it has this one: that keeps no cache, and sees the
+    padding on a row's left."""
+    for module in list(network.modules()):
+        if (undo := _INSTALLED.get(module)) is not None:
+            undo()
 
 
 def _mask(*arguments: Any, **options: Any) -> torch.Tensor | Reach | None:

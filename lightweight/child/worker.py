@@ -33,7 +33,7 @@ from lightweight.child.process import lead_a_group, log_of, redirect_output, see
 from lightweight.internals.bitsandbytes import never_repack
 from lightweight.internals.transformers import call_first
 from lightweight.targets import Device
-from lightweight.training import ranks, stock
+from lightweight.training import answers, ranks, stock
 from lightweight.training.meter import DivergedError, Meter
 from lightweight.training.stock import Request, Rounds
 from lightweight.trial import Completed, Measurements, Outcome, Phase, Trial
@@ -166,10 +166,13 @@ def _complete(trial: Trial, device: torch.device, folder: Path, meter: Meter, ow
 
 
 class Heldout(NamedTuple):
-    """Rows that nothing is trained on: the corpus's examples, and plain text from elsewhere."""
+    """What nothing is trained on: rows of the corpus's examples and of plain text from elsewhere, and questions, with
+    the tokenizer that their answers are read with."""
 
     examples: list[corpus.Row]
     elsewhere: list[corpus.Row]
+    questions: answers.Questions = answers.Questions()
+    tokenizer: Any = None
 
 
 class Prepared(NamedTuple):
@@ -210,12 +213,17 @@ def set_up(
         heldout = Heldout(
             _encoded(trial, trial.corpus.heldout, tokenizer, progress).rows,
             corpus.encode_text(trial.corpus.elsewhere or "", tokenizer, trial.max_length),
+            answers.encode(trial.corpus.task, tokenizer),
+            tokenizer,
         )
         ids = [row["input_ids"] for row in (*training.rows, *heldout.examples, *heldout.elsewhere)]
         models.check_rows(
             trial.model,
             network.config,
-            longest=trial.max_length if trial.pads_to_max else max(map(len, ids)),
+            longest=max(
+                trial.max_length if trial.pads_to_max else max(map(len, ids)),
+                heldout.questions.longest,
+            ),
             largest=max(int(of_row.max()) for of_row in ids),
         )
         padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -263,6 +271,10 @@ def evaluate(trainer: transformers.Trainer, heldout: Heldout, meter: Meter) -> N
         meter.heldout_losses.append(loss := stock.heldout_loss(trainer, heldout.examples))
         if heldout.elsewhere:
             meter.elsewhere_losses.append(stock.heldout_loss(trainer, heldout.elsewhere))
+        if heldout.questions.each:
+            assert trainer.model is not None
+            attention.give_back(trainer.model)  # after training; losses were taken with what has trained
+            meter.task_matches.append(answers.matches(trainer, heldout.questions, heldout.tokenizer))
         if meter.steps and not math.isfinite(loss):
             raise DivergedError(meter.steps, f"held-out loss is {loss}")
 

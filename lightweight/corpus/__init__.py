@@ -13,6 +13,7 @@ from lightweight.corpus.conversation import (
     Kind,
     Message,
     Origin,
+    Task,
     Text,
     pair,
 )
@@ -34,7 +35,8 @@ from lightweight.corpus.rows import (
     ends_of_answers,
     watched,
 )
-from lightweight.corpus.split import in_latin_letters
+from lightweight.corpus.split import in_latin_letters, without_heldout
+from lightweight.corpus.task import load_task
 from lightweight.corpus.template import LossOn
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "Row",
     "RowForm",
     "Rows",
+    "Task",
     "Text",
     "encode",
     "encode_all",
@@ -65,6 +68,8 @@ __all__ = [
     "histogram",
     "in_latin_letters",
     "load",
+    "load_task",
     "pair",
     "watched",
+    "without_heldout",
 ]

@@ -99,11 +99,28 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class Question:
+    """A dialogue up to a user's turn, or the prompt of a text, and the one answer that counts as right."""
+
+    begun: Example
+    answer: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions, none of which is trained on, with the sha256 of what they say."""
+
+    questions: tuple[Question, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
 class Corpus:
     """Examples to train on and examples held out, with the sha256 of all of them in file order.
 
     `elsewhere` is plain text from somewhere else, nothing of which is trained on: what a model could say of it before
-    and cannot after training is what it forgot. None leaves that unmeasured. `origin` is known of what was read.
+    and cannot after training is what it forgot. None leaves that unmeasured. `task` is what is asked before and after
+    training. `origin` is known of what was read.
     """
 
     train: tuple[Example, ...]
@@ -111,6 +128,7 @@ class Corpus:
     digest: str
     elsewhere: str | None = None
     origin: Origin | None = None
+    task: Task | None = None
 
     @property
     def kind(self) -> Kind:

@@ -76,6 +76,16 @@ def split_from(examples: Sequence[Example], heldout: Sequence[Example], origin: 
     )
 
 
+def without_heldout(corpus: Corpus, path: Path | str) -> Corpus:
+    """The corpus of what `corpus` trains on, a sixth of it held out anew and what was held out left out: to choose by,
+    so that what a choice is judged by later has not been seen. Raises CorpusError."""
+    if len(corpus.train) < 2:
+        raise CorpusError(f"corpus {path}: has {len(corpus.train)} example to train on: add some, to hold one out")
+    assert corpus.origin is not None
+    halved = split(corpus.train, corpus.origin, path)
+    return replace(halved, digest=digest_of_sides(halved.train, halved.heldout))
+
+
 def _sides(examples: Sequence[Example], heldout: set[int]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     return (
         tuple(example for index, example in enumerate(examples) if index not in heldout),

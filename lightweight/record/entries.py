@@ -96,11 +96,11 @@ class Entry:
     settings as peft and transformers write them, `own_code` the functions and classes of its author by field, each with
     its import path and the SHA-256 of its source, and in `changed` those that the command line has changed; the card
     whose memory it got, `target`, and whether another one gave it its times, `emulated`; the data, `corpus_digest` and
-    `elsewhere_digest`, read from the format `corpus_format` with `corpus_skipped` rows left out, which are `trained_on`
-    as pairs, conversations or texts, in rows of at most `max_length` tokens, the loss on `loss_on` of the assistant's
-    turns, a `long` conversation cut, split or dropped, batches with the `padding` to their longest row or to
-    `max_length`; `tokens_per_step` in a full step at most, padding included, for `planned_steps` optimizer steps.
-    `world_size` ranks trained it together.
+    `elsewhere_digest`, with `task_questions` of a task, `task_digest`, read from the format `corpus_format` with
+    `corpus_skipped` rows left out, which are `trained_on` as pairs, conversations or texts, in rows of at most
+    `max_length` tokens, the loss on `loss_on` of the assistant's turns, a `long` conversation cut, split or dropped,
+    batches with the `padding` to their longest row or to `max_length`; `tokens_per_step` in a full step at most,
+    padding included, for `planned_steps` optimizer steps. `world_size` ranks trained it together.
 
     How it ended: `outcome`, in which `phase` and for what `reason`, with `details` such as a traceback. Out of memory
     has `requested_bytes`, a trial that diverged `diverged_at_step`, one of several ranks `failed_rank`.
@@ -140,6 +140,8 @@ class Entry:
     captured_step: Settings | None = None
     corpus_digest: Name
     elsewhere_digest: str | None = None
+    task_digest: str | None = None
+    task_questions: AtLeast1 | None = None
     corpus_format: str | None = None
     corpus_skipped: Count | None = None
     seed: Count | None
@@ -172,6 +174,8 @@ class Entry:
     heldout_loss_after: Loss | None
     elsewhere_loss_before: Loss | None = None
     elsewhere_loss_after: Loss | None = None
+    task_matches_before: Count | None = None
+    task_matches_after: Count | None = None
     peak_allocated_bytes: Count | None
     peak_reserved_bytes: Count | None
     average_allocated_bytes: Count | None
@@ -323,7 +327,8 @@ class NoForecast:
 class Run:
     """A stored run: its file, when it ended (ISO 8601, UTC), its entries, what was forecast without training, and what
     a plan could not forecast.
-    `commit` is the code's, `is_dirty` whether it had changes that were not committed; None where nothing says so."""
+    `commit` is the code's, `is_dirty` whether it had changes that were not committed; None where nothing says so.
+    `command` are the arguments by which pytest trains the same again, in its root; none where nothing says so."""
 
     path: Path
     ended: str
@@ -332,6 +337,7 @@ class Run:
     unforecast: Sequence[NoForecast] = ()
     commit: str | None = None
     is_dirty: bool | None = None
+    command: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

@@ -66,6 +66,9 @@ def run(document: Any, path: Path) -> Run:
             )
     if number == 0:
         _tell_namesakes_apart(outcomes)
+    command = document.get("command", [])
+    if not schema.TEXT.listed().holds(command):
+        raise RecordError(f"record {path}: has no list of text as 'command': store the run again")
     commit = document.get("commit_info")
     commit = commit if isinstance(commit, dict) else {}
     ended = _text_or_none(document.get("datetime")) or ""
@@ -77,6 +80,7 @@ def run(document: Any, path: Path) -> Run:
         unforecast=[codec.no_forecast_of(row) for row in forecasts if _is_no_forecast(row)],
         commit=None if commit.get("id") == "unknown" else _text_or_none(commit.get("id")),
         is_dirty=commit["dirty"] if isinstance(commit.get("dirty"), bool) else None,
+        command=tuple(command),
     )
 
 

@@ -60,6 +60,8 @@ def settings(trial: Trial) -> dict[str, Any]:
         else codec.plain(dataclasses.asdict(method.captured_step)),
         "corpus_digest": trial.corpus.digest,
         "elsewhere_digest": trial.corpus.elsewhere_digest,
+        "task_digest": trial.corpus.task and trial.corpus.task.digest,
+        "task_questions": trial.corpus.task and len(trial.corpus.task.questions),
         "corpus_format": trial.corpus.origin and trial.corpus.origin.format,
         "corpus_skipped": trial.corpus.origin and trial.corpus.origin.skipped,
         "seed": trial.seed,

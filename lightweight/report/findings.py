@@ -67,7 +67,7 @@ def _fastest(cells: Sequence[Entry], entries: Sequence[Entry]) -> list[str]:
         return []
     first = fastest.entries[0]
     conclusion = conclusions.get(id(first))
-    words = {"no worse": ", and is no worse", "worse": ", and is worse", "not shown": ", and no worse is not shown"}
+    words = {"no worse": ", and is no worse", "worse": ", and is worse", "inconclusive": ", and no worse is not shown"}
     return [
         f"{method_among(first, cells)} trains {first.model} {fastest.text} on {timed_on(first)}"
         + (words[conclusion] if conclusion else "")

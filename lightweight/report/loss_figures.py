@@ -15,8 +15,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from lightweight.record import Entry, baseline_of
 from lightweight.report import drawing, words
 from lightweight.report.drawing import LIGHT, WIDTH, Canvas, Picture
+from lightweight.report.studies import SAME_BUT_SEED
 from lightweight.verdict import noninferiority
 from lightweight.verdict.noninferiority import SAME_JOB, Estimate, Quality
+from lightweight.verdict.seeds import over_seeds
 
 POINTS = 400
 """Points a curve is drawn with at most; a longer one is averaged into as many."""
@@ -26,9 +28,14 @@ def loss(key: str, entry: Entry, group: Sequence[Entry], entries: Sequence[Entry
     """Training loss of a method over its baseline's: against steps above, against seconds below."""
     baseline = baseline_of(entry, group)
     shown = [entry] if baseline is None or baseline is entry else [baseline, entry]
-    name = words.name_among(entry, group)
+    seeds = {id(e): _seeds(e, group) for e in shown}
+    several = len(seeds[id(entry)]) > 1
+    name = words.method_among(entry, group) if several else words.name_among(entry, group)
     title = f"{entry.model} on {words.timed_on(entry)}: {name}" + " over baseline" * (len(shown) > 1)
     summary = f"Loss against step and seconds. {'; '.join(words.headline(e) for e in shown)}"
+    if several:
+        of_seeds = f"Mean of {len(seeds[id(entry)])} seeds with its 95 % t-interval as a band; of the first seed"
+        summary = f"Loss against step and seconds. {of_seeds}: {'; '.join(words.headline(e) for e in shown)}"
     ended = [e for e in shown if e.outcome != "completed"]
     if not any(e.train_loss for e in shown):
         canvas = Canvas(key, 10 + 18 * len(ended), shown, entries)
@@ -39,9 +46,10 @@ def loss(key: str, entry: Entry, group: Sequence[Entry], entries: Sequence[Entry
     canvas = Canvas(key, 350, shown, entries)
     above, below = (canvas.axes(30, top, 236, 118) for top in (20, 200))
     paper = canvas.paper()
-    curves = [_Curve.of(e, "blue" if e is entry else "muted") for e in shown]
+    curves = [_Curve.of(e, "blue" if e is entry else "muted", seeds[id(e)]) for e in shown]
     curves = [curve for curve in curves if curve.losses]
-    heights = [value for curve in curves for value in [*curve.losses, *_heldout(curve.entry)] if math.isfinite(value)]
+    ends = [value for curve in curves for value in (*curve.losses, *curve.low, *curve.high, *curve.heldout)]
+    heights = [value for value in ends if value is not None and math.isfinite(value)]
     for axes, in_seconds in ((above, False), (below, True)):
         labels = [_drawn_curve(canvas, axes, curve, in_seconds=in_seconds) for curve in curves]
         axes.set_xlim(0, max([0.0, *(curve.over(in_seconds)[-1] for curve in curves)]) or 1)
@@ -67,21 +75,50 @@ def loss(key: str, entry: Entry, group: Sequence[Entry], entries: Sequence[Entry
 @dataclass(frozen=True)
 class _Curve:
     """A cell's losses, one an optimizer step, nan for one that is not finite; the steps and the seconds since training
-    began at which they were; and the role whose colour it is drawn in, `muted` for a baseline below another."""
+    began at which they were; and the role whose colour it is drawn in, `muted` for a baseline below another. Of several
+    seeds losses and seconds are means, and `low` and `high` the ends of their interval at every step, of losses that
+    are themselves means of an epoch; of one seed they are empty."""
 
     entry: Entry
+    seeds: Sequence[Entry]
     colour: str
     losses: Sequence[float]
     steps: Sequence[float]
     seconds: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
 
     @classmethod
-    def of(cls, entry: Entry, colour: str) -> _Curve:
+    def of(cls, entry: Entry, colour: str, seeds: Sequence[Entry]) -> _Curve:
+        """The curve of `entry`, or where there are several of its `seeds`, theirs."""
+        every = [cls._of_one(one, colour) for one in (seeds if len(seeds) > 1 else [entry])]
+        first = every[0]
+        if len(every) == 1:
+            return first
+        smooth = [_smooth(curve.losses, entry.steps_per_epoch or 1) for curve in every]
+        band = [over_seeds(at_step) for at_step in zip(*smooth, strict=True)]
+        losses, seconds = (
+            [fmean(at_step) for at_step in zip(*of, strict=True)]
+            for of in ([curve.losses for curve in every], [curve.seconds for curve in every])
+        )
+        low, high = [of_step.low for of_step in band], [of_step.high for of_step in band]
+        return cls(entry, seeds, colour, losses, first.steps, seconds, low, high)
+
+    @classmethod
+    def _of_one(cls, entry: Entry, colour: str) -> _Curve:
         losses = [math.nan if value is None else float(value) for value in entry.train_loss or ()]
         seconds = list(accumulate(value or 0.0 for value in entry.step_seconds or ()))
         count = min(len(losses), len(seconds)) if seconds else len(losses)
         steps = [float(step) for step in range(1, count + 1)]
-        return cls(entry, colour, losses[:count], steps, seconds[:count] or [0.0] * count)
+        return cls(entry, [entry], colour, losses[:count], steps, seconds[:count] or [0.0] * count)
+
+    @property
+    def heldout(self) -> tuple[float | None, float | None]:
+        """Held-out loss before and after training, the mean of the seeds where there are several."""
+        before, after = (
+            [getattr(seed, key) for seed in self.seeds] for key in ("heldout_loss_before", "heldout_loss_after")
+        )
+        return _mean(before), _mean(after)
 
     def over(self, in_seconds: bool) -> Sequence[float]:
         """Where its losses are."""
@@ -92,7 +129,11 @@ def _drawn_curve(canvas: Canvas, axes: Axes, curve: _Curve, *, in_seconds: bool)
     """Draw the losses as they are, their mean over an epoch, and what is held out; the label for `drawing.apart`."""
     e, x, colour = curve.entry, curve.over(in_seconds), LIGHT[curve.colour]
     is_baseline = curve.colour == "muted"
-    raw = axes.plot(*_thinned(x, curve.losses), color=colour, linewidth=0.7, alpha=0.4)
+    if curve.low:
+        at, low = _thinned(x, curve.low)
+        raw: list[Any] = [axes.fill_between(at, low, _thinned(x, curve.high)[1], color=colour, alpha=0.2, linewidth=0)]
+    else:
+        raw = axes.plot(*_thinned(x, curve.losses), color=colour, linewidth=0.7, alpha=0.4)
     mean = axes.plot(
         *_thinned(x, _smooth(curve.losses, e.steps_per_epoch or 1)),
         color=colour,
@@ -101,7 +142,7 @@ def _drawn_curve(canvas: Canvas, axes: Axes, curve: _Curve, *, in_seconds: bool)
         zorder=4 if is_baseline else 3,  # dashes leave what is under them to be seen
     )
     canvas.of(e, *raw, *mean)
-    before, after = e.heldout_loss_before, e.heldout_loss_after
+    before, after = curve.heldout
     points = [(at, value) for at, value in ((0.0, before), (x[-1], after)) if value is not None]
     if points:
         dots = axes.plot(
@@ -118,6 +159,19 @@ def _drawn_curve(canvas: Canvas, axes: Axes, curve: _Curve, *, in_seconds: bool)
     last = after if after is not None else _last(curve.losses)
     label = f"{x[-1]:.1f} s" if in_seconds else f"{last:.2f}"
     return last, e, f"{drawing.short(e.method, 17)}\n{label}", curve.colour
+
+
+def _seeds(entry: Entry, group: Sequence[Entry]) -> list[Entry]:
+    """The trials of `group` that are `entry` with another seed, and it, where all completed their steps; else none."""
+    same = [other for other in group if SAME_BUT_SEED.holds(other, entry) and other.outcome == "completed"]
+    whole = all(len(other.train_loss or ()) == len(entry.train_loss or ()) for other in same)
+    timed = all(len(other.step_seconds or ()) == len(other.train_loss or ()) for other in same)
+    return same if whole and timed and any(other is entry for other in same) else []
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else None
 
 
 def _crossed(paper: Axes, x: float, y: float, entry: Entry) -> list[Any]:
@@ -213,7 +267,7 @@ def _estimates(
         if row.estimate:
             of = LIGHT["fail" if row.failed else "blue"]
             shown = [min(max(end, min(ends) - room), max(ends) + room) for end in (row.estimate.low, row.estimate.high)]
-            face = "none" if row.conclusion == "not shown" else of
+            face = "none" if row.conclusion == "inconclusive" else of
             marks += axes.plot(shown, [y + 26] * 2, color=of, linewidth=4, alpha=0.45, solid_capstyle="butt")
             marks += axes.plot(
                 *(row.estimate.mean, y + 26, "X" if row.failed else "o"),

@@ -38,7 +38,14 @@ SECTIONS = {
 }
 """What to know before looking at the pictures of a table."""
 
-NAMES = {"results": "Cells", "data": "Data", "no-worse": "No worse?", "others": "Other trials"}
+NAMES = {
+    "results": "Cells",
+    "seeds": "Over seeds",
+    "data": "Data",
+    "no-worse": "No worse?",
+    "task": "Task",
+    "others": "Other trials",
+}
 """What a table is called in the page's list of parts, where not as its key."""
 
 

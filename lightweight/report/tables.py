@@ -10,17 +10,17 @@ from typing import Any
 
 from lightweight.record import BASELINE, SAME_BASELINE, SAME_BUT_RANKS, Entry, ForecastRow, Run, baseline_of
 from lightweight.report import frontier as fitting
-from lightweight.report import select, words
+from lightweight.report import select, studies, words
 from lightweight.report.select import cell_of, is_card, pace_of, planned, target_of
 from lightweight.report.speed import faster, products_seconds, step_ratio
 from lightweight.report.table import Column, Table, table
 from lightweight.settings import changes
 from lightweight.targets import size
-from lightweight.verdict import noninferiority
+from lightweight.verdict import noninferiority, power, seeds
 
 NO_WORSE_NOTE = (
     "Losses in nats a token, means over seeds. In brackets the two-sided 90 % t-interval over seeds, differences taken "
-    f"from the baseline of the same seed; no worse: all of it below the margin of {noninferiority.MARGIN} nats. "
+    "from the baseline of the same seed; no worse: all of it below the margin of {:g} nats. "
     "Elsewhere: plain English that is not from the corpus; forgotten: how much its loss rose in training."
 )
 
@@ -31,9 +31,11 @@ def tables(runs: Sequence[Run]) -> list[Table]:
     cells = select.main_cells(entries)
     every = [
         results(cells, among=entries, runs=runs),
+        over_seeds(entries),
         losses(cells),
         data(entries),
         qualities(entries),
+        answered(entries),
         speedups(cells, entries),
         memory_by_cause(cells, select.forecasts(runs)),
         *(ladder(rungs, number) for number, rungs in enumerate(select.ladders(entries))),
@@ -96,6 +98,28 @@ def results(entries: Sequence[Entry], among: Sequence[Entry] | None = None, runs
     baseline's of its own run where one is `among` those. `runs` are what the entries come from, where that is known."""
     columns = [*_results(entries, among or entries), *_seed_and_worker(entries)]
     return table("results", "Every cell", columns, entries, entries, words.notes(entries, runs))
+
+
+def over_seeds(entries: Sequence[Entry]) -> Table:
+    """One row a cell that several seeds have trained: means with their intervals, and pairs of the same seed."""
+    columns: list[Column[studies.Study]] = [
+        ("model", "l", lambda study: study.first.model),
+        ("method", "l", lambda study: words.method_among(study.first, entries)),
+        ("card", "l", lambda study: words.marked_card(study.first)),
+        ("seeds", "r", words.seeds),
+        ("steps", "r", lambda study: str(study.first.planned_steps or "-")),
+        ("step", "r", lambda study: words.estimate(study.mean(words.step_ms), "{:.1f}", " ms")),
+        ("speedup", "r", lambda study: words.estimate(study.speedup, "{:.2f}", "x")),
+        ("peak memory", "r", words.largest),
+        ("held-out loss", "r", lambda study: words.estimate(study.mean(lambda e: e.heldout_loss_after), "{:.3f}")),
+        ("over baseline", "r", lambda study: words.estimate(study.over_baseline, "{:+.3f}")),
+    ]
+    rows = studies.studies(entries)
+    note = (
+        "Means over seeds. In brackets the two-sided 95 % t-interval over seeds; a speedup is the geometric mean. "
+        "Speedup and loss over baseline are taken from the baseline of the same seed. Peak memory: the largest."
+    )
+    return table("seeds", "Over seeds", columns, rows, [study.first for study in rows], [note])
 
 
 def others(entries: Sequence[Entry]) -> Table:
@@ -205,21 +229,49 @@ def _bound(entry: Entry, share: float) -> str:
     return "-"
 
 
-def qualities(entries: Sequence[Entry]) -> Table:
-    """Whether a method that several seeds have trained on real weights does worse than its baseline, and what it
-    forgot."""
+def qualities(entries: Sequence[Entry], margin: float = noninferiority.MARGIN) -> Table:
+    """Whether a method that several seeds have trained on real weights does worse than its baseline, by more than
+    `margin` nats a token, and what it forgot."""
     columns: list[Column[noninferiority.Quality]] = [
         ("model", "l", lambda quality: quality.model),
         ("method", "l", lambda quality: words.method_among(quality.entries[0], entries)),
         ("seeds", "r", lambda quality: f"{len(quality.entries)}" + f", {quality.failed} failed" * bool(quality.failed)),
         ("held-out loss", "r", lambda quality: words.before_and_after(quality.heldout)),
         ("over baseline", "r", lambda quality: str(quality.difference or "-")),
-        ("no worse?", "l", lambda quality: quality.conclusion or "-"),
+        ("no worse?", "l", _conclusion),
         ("elsewhere", "r", lambda quality: words.before_and_after(quality.elsewhere)),
         ("forgotten", "r", lambda quality: str(quality.forgotten or "-")),
     ]
-    rows = noninferiority.qualities(entries)
-    return table("no-worse", "No worse?", columns, rows, [None] * len(rows), [NO_WORSE_NOTE])
+    rows = noninferiority.qualities(entries, margin)
+    return table("no-worse", "No worse?", columns, rows, [None] * len(rows), [NO_WORSE_NOTE.format(margin)])
+
+
+def _conclusion(quality: noninferiority.Quality) -> str:
+    """What is concluded, and how many more seeds would decide where that is nothing."""
+    if quality.conclusion != "inconclusive" or quality.failed:
+        return quality.conclusion or "-"
+    more = power.more_seeds(quality.differences, quality.margin)
+    return "inconclusive" + (f", {more} more seed{'s' * (more > 1)}" if more else "")
+
+
+def answered(entries: Sequence[Entry]) -> Table:
+    """How many of a task's questions each cell answers right, before training and after."""
+    shown = [entry for entry in entries if entry.task_questions and entry.task_matches_before is not None]
+
+    def share(count: int | None, entry: Entry) -> str:
+        return "-" if count is None else seeds.share(count, entry.task_questions or 1).text("{:.3f}")
+
+    columns: list[Column[Entry]] = [
+        *_names(entries),
+        ("seed", "r", lambda entry: str(entry.seed)),
+        ("outcome", "l", words.outcome),
+        ("task", "l", lambda entry: (entry.task_digest or "")[:8]),
+        ("questions", "r", lambda entry: str(entry.task_questions)),
+        ("before", "r", lambda entry: share(entry.task_matches_before, entry)),
+        ("after", "r", lambda entry: share(entry.task_matches_after, entry)),
+    ]
+    note = "The share of questions whose greedy answer is exactly the right one, in brackets Wilson's 95 % interval."
+    return table("task", "Answered right", columns, shown, shown, [note])
 
 
 def speedups(entries: Sequence[Entry], among: Sequence[Entry] = ()) -> Table:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from lightweight.record import Entry, Run, baseline_of, one_line
 from lightweight.report.select import method_of, several
 from lightweight.report.speed import faster
+from lightweight.report.studies import Study
 from lightweight.settings import MAX_LENGTH, changes
 from lightweight.targets import size
+from lightweight.verdict.seeds import Estimate
 
 RANDOM, EMULATED, HOST = "[r]", "[e]", "[h]"
 """Marks in the table, each explained below it where it occurs."""
@@ -96,6 +98,27 @@ def share_of_peak(entry: Entry) -> str:
     """The share of its card's peak that a trial reached."""
     share = entry.share_of_peak
     return "-" if share is None else f"{share:.1%}"
+
+
+def step_ms(entry: Entry) -> float | None:
+    """The steady step in milliseconds."""
+    return None if entry.steady_step_seconds is None else entry.steady_step_seconds * 1000
+
+
+def estimate(of: Estimate | None, form: str, unit: str = "") -> str:
+    """A mean over seeds with its interval, each number as `form` writes it."""
+    return "-" if of is None else of.text(form) + unit
+
+
+def seeds(study: Study) -> str:
+    """How many seeds there are, and how many of them did not complete."""
+    failed = len(study.entries) - len(study.completed)
+    return f"{len(study.entries)}" + f", {failed} did not complete" * bool(failed)
+
+
+def largest(study: Study) -> str:
+    """The largest peak of a cell's seeds that completed."""
+    return memory(max(study.completed or [study.first], key=lambda entry: entry.peak_bytes or 0))
 
 
 def milliseconds(seconds: float | None) -> str:

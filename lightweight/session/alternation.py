@@ -72,7 +72,7 @@ def trial_of_rounds(trial: Trial, rounds: int, steps: int) -> Trial:
     """
     method = trial.method.with_at_most(max(len(trial.corpus.train), trial.world_size))
     rows = itertools.islice(itertools.cycle(trial.corpus.train), steps * method.sequences_per_step)
-    corpus = replace(trial.corpus, train=tuple(rows))
+    corpus = replace(trial.corpus, train=tuple(rows), task=None)
     rounded = replace(trial, method=method, corpus=corpus, epochs=rounds + 1, max_steps=None)
     return replace(rounded, threads=1) if trial.device_index is None else rounded
 

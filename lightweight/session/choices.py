@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,19 +44,28 @@ class Choices:
             ratio.looks(self.option("pairs"))
         except ValueError as error:
             raise pytest.UsageError(f"--pairs: {error}") from None
-        for key in ("epochs", "trial_timeout", "gpus_per_trial"):
+        for key in ("epochs", "trial_timeout", "gpus_per_trial", "seeds", "margin"):
             value = self.option(key)
             if value is not None and value <= 0:
                 raise pytest.UsageError(f"--{key.replace('_', '-')} {value:g}: give more than 0")
         if (path := self.option("report")) and not path.absolute().parent.is_dir():
             raise pytest.UsageError(f"--report {path}: there is no folder {path.absolute().parent}")
-        seed = self.option("seed")
-        if not 0 <= seed < 2**32:
-            raise pytest.UsageError(f"--seed {seed}: give a number from 0 to {2**32 - 1}, which is what numpy takes")
+        for seed in (self.seeds[0], self.seeds[-1]):
+            if not 0 <= seed < 2**32:
+                of_several = f" of the last of --seeds {len(self.seeds)}" * (seed != self.option("seed"))
+                raise pytest.UsageError(
+                    f"--seed {seed}{of_several}: give a number from 0 to {2**32 - 1}, which is what numpy takes"
+                )
 
     def option(self, key: str) -> Any:
         """What the command line says for one of lightweight's options."""
         return options.value(self.config, key)
+
+    @property
+    def seeds(self) -> range:
+        """The seeds that every cell is trained with: `--seed`'s, and with `--seeds` those after it."""
+        first: int = self.option("seed")
+        return range(first, first + (self.option("seeds") or 1))
 
     @cached_property
     def has_cuda(self) -> bool:
@@ -124,6 +134,8 @@ class Choices:
         path = given or self.config.rootpath / "corpus.json"
         try:
             loaded = corpus.load(path, how_read(self.option), self.progress.show)
+            if (task := self.option("task")) is not None:
+                loaded = dataclasses.replace(loaded, task=corpus.load_task(task, loaded))
         except corpus.CorpusError as error:
             raise pytest.UsageError(str(error)) from None
         if given:

@@ -15,7 +15,7 @@ from lightweight.models import Model
 from lightweight.record import BASELINE
 from lightweight.session import choices, xdist_bridge
 from lightweight.session.choices import Choices
-from lightweight.session.fixtures import FIXTURES, NOT_RUN, TRAINING_FIXTURES, uses
+from lightweight.session.fixtures import FIXTURES, NOT_RUN, SEED, TRAINING_FIXTURES, uses
 from lightweight.session.ledger import Ledger
 from lightweight.trial import Trial
 
@@ -44,6 +44,9 @@ class Collection:
         for argument, values in cells.items():
             if argument in metafunc.fixturenames and argument not in marked:
                 metafunc.parametrize(argument, values)
+        is_cell = {*cells, SEED} <= set(metafunc.fixturenames)
+        if is_cell and len(self.chosen.seeds) > 1:
+            metafunc.parametrize(SEED, self.chosen.seeds, indirect=True, ids=lambda seed: f"seed{seed}")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:

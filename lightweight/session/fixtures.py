@@ -13,6 +13,8 @@ PLUGIN = "lightweight.plugin"
 """The module that defines the fixtures."""
 TRAINING_FIXTURES = ("train", "outcome_of", "speedup")
 FIXTURES = (*TRAINING_FIXTURES, "forecast_of")
+SEED = "lightweight_seed"
+"""The fixture that says with which of its seeds a test trains."""
 NOT_RUN = "not run: "
 """How the reason of a skip begins that the session's end lists as not run."""
 

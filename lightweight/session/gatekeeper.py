@@ -105,6 +105,7 @@ class Gatekeeper:
             not option("target") or then.target == here.target.name,
             not option("weights") or then.weights == option("weights"),
             option("gpus_per_trial") == 1 or then.world_size == here.world_size,
+            then.seed in here.seeds or not (then.test or "").endswith(f"seed{then.seed}]"),
         )
         if not all(is_named):
             return False

@@ -51,7 +51,7 @@ class Laboratory(Choices):
         self._is_stored = any(config.getoption(option, None) for option in stores)
         self._outcomes: dict[str, tuple[str, Outcome]] = {}  # each with the test that found it
         self._traces: dict[str, replay.Trace] = {}
-        self._written: dict[str, Model] = {}
+        self._written: dict[tuple[str, int], Model] = {}  # by name and seed
         self._has_named_culprit = False
 
     def trial(self, model: str | Model, method: str | Method, **changes: Any) -> Trial:
@@ -77,23 +77,24 @@ class Laboratory(Choices):
         return Trial(model=found, method=chosen, **settings | changes)
 
     def located(self, trial: Trial) -> Trial:
-        """`trial` with its model's weights in a folder, written once a session where there is none. Raises ChildError
-        where that fails."""
+        """`trial` with its model's weights in a folder, written once a session where there is none; with `--seeds` once
+        a seed, so that a trial is the one of a session that has its seed alone. Raises ChildError where that fails."""
         model = trial.model
         if model.is_loadable:
             return trial
-        written = self._written.get(model.name)
+        seed = trial.seed if trial.seed in self.seeds else self.option("seed")
+        written = self._written.get((model.name, seed))
         if written is None or not Path(written.location or "").is_dir():
             self.progress.show(f"{model.name}: writing its weights")
-            folder = self.folder / model.name.replace("/", "--")
+            folder = self.folder / f"{model.name.replace('/', '--')}-{seed}"
             shutil.rmtree(folder, ignore_errors=True)  # what a helper that was killed has left
-            seconds, seed = self.option("trial_timeout"), self.option("seed")
+            seconds = self.option("trial_timeout")
             try:
                 written = helper.call_within(seconds, models.write, self.folder, model, folder, seed)
             except handle.ChildError as error:
                 reason = f"writing the weights: {error.outcome.reason}"
                 raise handle.ChildError(dataclasses.replace(error.outcome, reason=reason)) from None
-            self._written[model.name] = written
+            self._written[model.name, seed] = written
         return dataclasses.replace(trial, model=written)
 
     def forecast(self, trial: Trial) -> Forecast:

@@ -18,6 +18,7 @@ from lightweight import models, names, targets
 from lightweight.internals.pytest import before_parsing, taken_names
 from lightweight.settings import OF_CORPUS, SETTINGS, Setting
 from lightweight.verdict.limits import LIMITS, Limit
+from lightweight.verdict.noninferiority import MARGIN
 
 TRUE_SIZES = ("opt-350m", "gpt-neo-1.3b")
 TWINS = ("opt-tiny", "gpt-neo-tiny")
@@ -83,11 +84,34 @@ OPTIONS = (
     ),
     *(Option(one.name, one.help, one.settings) for one in OF_CORPUS),
     Option(
+        "task",
+        "JSON lines of prompts with answers, asked before and after training: how many are answered exactly right",
+        {"type": Path, "metavar": "FILE.jsonl"},
+    ),
+    Option(
         "weights",
         "where weights come from (default: pretrained where they can be had, else random)",
         {"choices": ("pretrained", "random")},
     ),
     Option("seed", "seed of every trial (default: 0)", {"type": int, "default": 0, "metavar": "N"}),
+    Option(
+        "seeds",
+        "train every cell N times, with the seeds from --seed on: the order of the data, the adapter's first values, "
+        "dropout, and random weights are each seed's own (default: 1)",
+        {"type": int, "metavar": "N"},
+    ),
+    Option(
+        "margin",
+        "nats a token that a method may lose on its baseline and be no worse, in experiments/test_no_worse.py "
+        f"(default: {MARGIN})",
+        {"type": float, "default": MARGIN, "metavar": "NATS"},
+    ),
+    Option(
+        "pilot",
+        "a record that says how far the losses of seeds scatter, to tell before training how many show the margin "
+        "(default: a committed one)",
+        {"type": Path, "metavar": "RUN.json"},
+    ),
     Option(
         "epochs",
         f"passes over the training pairs (default: {CUDA_EPOCHS}; without CUDA: {CPU_EPOCHS})",

@@ -12,6 +12,7 @@ import pytest
 from lightweight import record
 from lightweight.child import forkserver
 from lightweight.report import tables, write
+from lightweight.session.command import command
 from lightweight.session.laboratory import Laboratory
 
 
@@ -29,7 +30,12 @@ class Summary:
             terminalreporter.section("lightweight: does it fit, how fast is it, what does it do to the loss")
         if entries:
             terminalreporter.write_line(tables.results(entries).text("terminal"))
-            for further in (tables.ranks(entries), tables.qualities(entries)):
+            for further in (
+                tables.over_seeds(entries),
+                tables.ranks(entries),
+                tables.answered(entries),
+                tables.qualities(entries, self.laboratory.option("margin")),
+            ):
                 if further.rows:
                     terminalreporter.write_line("\n" + further.text("terminal"))
         if by := self.interruption.ended_by:
@@ -51,6 +57,7 @@ class Summary:
     def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
         if self.ledger.is_used:
             output_json |= record.document(self.ledger.entries, self.ledger.forecasts)
+            output_json["command"] = command(self.config)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write the report."""

@@ -43,6 +43,7 @@ class Meter:
         self.phase: Phase = "start"
         self.heldout_losses: list[float] = []
         self.elsewhere_losses: list[float] = []
+        self.task_matches: list[int] = []
         self.facts: dict[str, Any] = {}
         self._phase_seconds: dict[str, float] = {"start": start_seconds}
         self._waited_seconds = 0.0
@@ -181,6 +182,7 @@ class Meter:
         """Everything measured so far."""
         before, after, *_ = [*self.heldout_losses, None, None]
         elsewhere_before, elsewhere_after, *_ = [*self.elsewhere_losses, None, None]
+        matches_before, matches_after, *_ = [*self.task_matches, None, None]
         allocated, reserved = self._peaks or (None, None)
         averages: list[int | None] = [round(fmean(held)) for held in zip(*self._held, strict=True)] or [None, None]
         return Measurements(
@@ -193,6 +195,8 @@ class Meter:
             heldout_loss_after=after,
             elsewhere_loss_before=elsewhere_before,
             elsewhere_loss_after=elsewhere_after,
+            task_matches_before=matches_before,
+            task_matches_after=matches_after,
             peak_allocated_bytes=allocated,
             peak_reserved_bytes=reserved,
             average_allocated_bytes=averages[0],

@@ -1,8 +1,6 @@
 """Is a method no worse than its baseline, and what did it forget? Losses of several seeds in pairs, and an interval.
 
-A method and its baseline are trained with the same seed, so on the same batches in the same order; the difference of
-their losses then leaves out what the order did, and its mean over seeds has Student's t-interval. Seeds are the only
-thing drawn at random: the interval says how far another seed may be from these, for this corpus and this held-out part.
+The differences of method and baseline with the same seed have Student's t-interval (seeds.py).
 
 "No worse" is claimed as non-inferiority (Piaggio et al., JAMA 308, 2012): the one-sided 95 % upper bound of method
 minus baseline is below a margin set beforehand. That bound is the upper end of the two-sided 90 % interval, which is
@@ -11,16 +9,17 @@ what is shown everywhere.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Literal
 
 from lightweight.record import BASELINE, SAME_BASELINE, Entry
+from lightweight.verdict import seeds
+from lightweight.verdict.seeds import Estimate as Estimate
 
-Conclusion = Literal["no worse", "worse", "not shown"]
-"""Which side of the margin the whole interval is on; not shown where it is on both."""
+Conclusion = Literal["no worse", "worse", "inconclusive"]
+"""Which side of the margin the whole interval is on; inconclusive where it is on both."""
 
 MARGIN = 0.05
 """Nats a token that a method may lose on its baseline: 5 % more perplexity. A person does not tell two models of one
@@ -31,26 +30,15 @@ CONFIDENCE = 0.95
 """Of the one-sided bound."""
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds in nats a token, and its two-sided 90 % t-interval: minus to plus infinity for one seed."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Quality:
     """A method beside the baseline of the same seeds, all losses in nats a token.
 
     `heldout` and `elsewhere` are the method's mean losses before and after training, None where there are none;
-    `difference` is the held-out loss after it less the baseline's, None for the baseline itself; `forgotten` is how
-    much the loss elsewhere rose. `entries` are the method's, one a seed; `failed` counts those of them without losses
-    or without a baseline of their seed that has some, which no mean includes.
+    `difference` is the held-out loss after it less the baseline's, None for the baseline itself, and `differences` are
+    those of each seed, held against `margin`; `forgotten` is how much the loss elsewhere rose. `entries` are the
+    method's, one a seed; `failed` counts those of them without losses or without a baseline of their seed that has
+    some, which no mean includes.
     """
 
     model: str
@@ -61,52 +49,47 @@ class Quality:
     forgotten: Estimate | None
     failed: int
     entries: Sequence[Entry]
+    differences: Sequence[float] = ()
+    margin: float = MARGIN
 
     @property
     def conclusion(self) -> Conclusion | None:
         """Whether the method was shown to be no worse, None for the baseline. A failed trial shows nothing."""
         if self.method == BASELINE:
             return None
-        return "not shown" if self.difference is None or self.failed else conclusion(self.difference)
+        return "inconclusive" if self.difference is None or self.failed else conclusion(self.difference, self.margin)
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
-    """The mean of one value a seed with its interval. Raises ValueError without any."""
-    from scipy.stats import t  # half a second, and a record without seeds to compare needs none
-
-    if not values:
-        raise ValueError("a mean over seeds needs at least one")
-    mean = fmean(values)
-    if len(values) == 1:
-        return Estimate(mean, -math.inf, math.inf)
-    half = float(t.ppf(CONFIDENCE, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return Estimate(mean, mean - half, mean + half)
+    """The mean of one value a seed, in nats a token, between the one-sided bounds on either side. Raises ValueError
+    without any."""
+    return seeds.over_seeds(values, 2 * CONFIDENCE - 1)
 
 
 def conclusion(difference: Estimate, margin: float = MARGIN) -> Conclusion:
-    """No worse when the whole interval is below `margin`, worse when it is all above, else not shown."""
+    """No worse when the whole interval is below `margin`, worse when it is all above, else inconclusive."""
     if difference.high < margin:
         return "no worse"
-    return "worse" if difference.low > margin else "not shown"
+    return "worse" if difference.low > margin else "inconclusive"
 
 
 SAME_JOB = SAME_BASELINE.also("elsewhere_digest", "planned_steps", "max_length", "tokens_per_step")
 """What method and baseline must have in common beside the seed."""
 
 
-def qualities(entries: Iterable[Entry]) -> list[Quality]:
+def qualities(entries: Iterable[Entry], margin: float = MARGIN) -> list[Quality]:
     """Every method with trained weights that has been trained with at least two seeds, in the order of `entries`, the
     baseline itself included. Random weights say nothing of quality and are left out."""
     pretrained = [entry for entry in entries if entry.weights == "pretrained"]
     baselines = [entry for entry in pretrained if entry.method == BASELINE]
     return [
-        _quality(of_method, [entry for entry in baselines if SAME_JOB.of(entry) == SAME_JOB.of(of_method[0])])
+        _quality(of_method, [entry for entry in baselines if SAME_JOB.of(entry) == SAME_JOB.of(of_method[0])], margin)
         for of_method in SAME_JOB.also("method", "method_digest").groups(pretrained)
         if len({entry.seed for entry in of_method}) > 1
     ]
 
 
-def _quality(of_method: Sequence[Entry], baselines: Sequence[Entry]) -> Quality:
+def _quality(of_method: Sequence[Entry], baselines: Sequence[Entry], margin: float) -> Quality:
     newest = {entry.seed: entry for entry in of_method}
     of_baseline = {entry.seed: losses for entry in baselines if (losses := _heldout(entry))}
     known = {seed: losses for seed, entry in newest.items() if seed in of_baseline and (losses := _heldout(entry))}
@@ -122,6 +105,8 @@ def _quality(of_method: Sequence[Entry], baselines: Sequence[Entry]) -> Quality:
         forgotten=over_seeds(rises) if rises else None,
         failed=len(newest) - len(known),
         entries=list(newest.values()),
+        differences=differences,
+        margin=margin,
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 from samples import LADDER, entry, forecast, paired, run, seeds, stopped
 
 from lightweight import record
-from lightweight.report import drawing, figures, page, select, words, write
+from lightweight.report import drawing, figures, loss_figures, page, select, words, write
 
 HOSTILE = [
     "<script>document.title='owned'</script>",
@@ -117,10 +117,21 @@ def test_intervals_are_drawn_with_the_margin_and_a_worse_method_is_a_cross():
     assert "baseline +0.250" in forgotten.summary and "baseline +" not in over.summary
 
 
-def test_of_several_seeds_one_is_drawn_and_whatever_failed():
+def test_of_several_seeds_the_mean_is_drawn_with_a_band_and_whatever_failed():
     real = seeds("baseline", 2.5, 2.7) + seeds("lora", 2.51, 2.70) + [stopped(method="lora", seed=2)]
     drawn = [p for p in figures.pictures([run(*real)]) if p.kind == "loss"]
-    assert [p.title.partition(": ")[2] for p in drawn] == ["lora, seed 0 over baseline", "lora, seed 2 over baseline"]
+    assert [p.title.partition(": ")[2] for p in drawn] == ["lora over baseline", "lora, seed 2 over baseline"]
+    assert "Mean of 2 seeds with its 95 % t-interval as a band" in drawn[0].summary
+    assert "Mean of" not in drawn[1].summary
+    (alone,) = (p for p in figures.pictures([run(entry(), entry(method="lora"))]) if p.kind == "loss")
+    assert "band" not in alone.summary
+
+
+def test_a_band_is_as_wide_as_the_seeds_are_apart():
+    flat = [entry(method="lora", seed=seed, train_loss=(2.0 + seed,) * 6) for seed in range(3)]
+    curve = loss_figures._Curve.of(flat[0], "blue", flat)
+    assert curve.losses == [3.0] * 6
+    assert (curve.low[3], curve.high[3]) == pytest.approx((3 - 2.4841, 3 + 2.4841), abs=1e-3)  # t 4.3027 / sqrt(3)
 
 
 def test_where_nothing_has_a_speedup_no_picture_says_so():

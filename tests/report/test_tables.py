@@ -86,10 +86,29 @@ def test_methods_of_several_seeds_are_held_against_the_baseline():
             *("opt-350m", r"lo\|ra", "2", "3.000 -> 2.605", "+0.005 [-0.027, +0.037]", "no worse"),
             *("2.000 -> 2.250", "+0.250 [+0.250, +0.250]"),
         ],
-        ["opt-350m", "qlora", "2, 2 failed", "-", "-", "not shown", "-", "-"],
+        ["opt-350m", "qlora", "2, 2 failed", "-", "-", "inconclusive", "-", "-"],
     ]
-    assert tables.NO_WORSE_NOTE in text
+    assert tables.NO_WORSE_NOTE.format(0.05) in text
     assert "no worse" in tables.qualities(entries).text("terminal")
+
+
+def test_over_seeds_means_have_intervals_and_pairs_are_of_the_same_seed():
+    first = [entry(seed=seed, heldout_loss_after=2.5 + seed, steady_step_seconds=0.1 * 2**seed) for seed in range(3)]
+    loras = [
+        replace(one, method="lora", heldout_loss_after=one.heldout_loss_after + extra, steady_step_seconds=step / 2)
+        for one, extra in zip(first, (0.0, 0.2, 0.1), strict=True)
+        for step in [one.steady_step_seconds]
+    ]
+    of_baseline, of_lora = rows("seeds", run(*first, *loras))
+    assert (of_baseline["seeds"], of_baseline["speedup"], of_baseline["over baseline"]) == ("3", "-", "-")
+    assert of_baseline["held-out loss"] == "3.500 [1.016, 5.984]"  # t 4.3027 x 1 / sqrt(3)
+    assert of_lora["over baseline"] == "+0.100 [-0.148, +0.348]"
+    assert of_lora["speedup"] == "2.00 [2.00, 2.00]x"  # whatever a seed's pace was
+    unpaired = rows("seeds", run(*first[:2], *loras))[1]
+    assert (unpaired["over baseline"], unpaired["speedup"]) == ("-", "-")
+    failed = rows("seeds", run(*first, *loras[:2], stopped(method="lora", seed=2)))[1]
+    assert (failed["seeds"], failed["over baseline"]) == ("3, 1 did not complete", "+0.100 [-1.171, +1.371]")
+    assert "seeds" not in {table.key for table in tables.tables([run(first[0], loras[0])])}
 
 
 def test_without_several_seeds_or_on_random_weights_nothing_is_said_of_quality():

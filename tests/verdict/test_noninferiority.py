@@ -1,3 +1,4 @@
+import json
 import math
 import random
 import shutil
@@ -53,10 +54,10 @@ def test_the_interval_is_students_for_a_mean_and_its_upper_end_the_one_sided_bou
     [
         (-0.3, -0.1, "no worse"),
         (0.01, MARGIN - 0.001, "no worse"),
-        (0.01, MARGIN, "not shown"),
-        (MARGIN, 0.2, "not shown"),
+        (0.01, MARGIN, "inconclusive"),
+        (MARGIN, 0.2, "inconclusive"),
         (MARGIN + 0.001, 0.2, "worse"),
-        (-math.inf, math.inf, "not shown"),
+        (-math.inf, math.inf, "inconclusive"),
     ],
 )
 def test_no_worse_is_claimed_only_where_the_whole_interval_is_below_the_margin(low, high, expected):
@@ -86,7 +87,7 @@ def test_a_method_that_lost_something_is_told():
     worse = [entry("lora", seed, 3.2 + seed + seed / 100) for seed in range(3)]
     assert noninferiority.qualities([*BASELINES, *worse])[1].conclusion == "worse"
     scattered = [entry("lora", seed, 3.0 + seed + extra) for seed, extra in enumerate((-0.3, 0.3, 0.0))]
-    assert noninferiority.qualities([*BASELINES, *scattered])[1].conclusion == "not shown"
+    assert noninferiority.qualities([*BASELINES, *scattered])[1].conclusion == "inconclusive"
 
 
 @pytest.mark.parametrize(
@@ -103,13 +104,13 @@ def test_another_job_is_no_baseline(key):
         assert found[0].conclusion == "no worse"
         assert noninferiority.qualities([replace(of, weights="random") for of in [*BASELINES, *LORAS]]) == []
     else:
-        assert (found[0].conclusion, found[0].difference, found[0].failed) == ("not shown", None, 3)
+        assert (found[0].conclusion, found[0].difference, found[0].failed) == ("inconclusive", None, 3)
 
 
 def test_a_failed_trial_is_counted_and_shows_nothing():
     failed = entry("lora", 3, None, outcome="out_of_memory", heldout_loss_before=None)
     found = noninferiority.qualities([*BASELINES, entry("baseline", 3, 3.0), *LORAS, failed])[1]
-    assert (found.conclusion, found.failed, len(found.entries)) == ("not shown", 1, 4)
+    assert (found.conclusion, found.failed, len(found.entries)) == ("inconclusive", 1, 4)
     assert found.difference == noninferiority.qualities([*BASELINES, *LORAS])[1].difference
 
 
@@ -186,3 +187,35 @@ def test_the_experiment_trains_every_seed_and_its_record_gives_the_table_again(e
     assert (found.conclusion, found.failed, baseline.conclusion) == ("no worse", 0, None)
     assert found.forgotten is not None
     result.stdout.fnmatch_lines("*baseline-captured * 3 *no worse*")
+
+
+def test_the_experiment_is_of_any_method_with_its_seeds_and_margin_and_tells_what_they_can_show(experiment, micro):
+    experiment.makepyfile(
+        mine="""
+        from dataclasses import replace
+
+        from lightweight.methods import LORA
+
+        MINE = replace(LORA, name="mine", training_arguments={**LORA.training_arguments, "learning_rate": 1e-3})
+        """
+    )
+    experiment.syspathinsert()
+    (experiment.path / "talks.jsonl").write_text(
+        "".join(f'{{"prompt": "say {n}", "completion": "안녕 {n}"}}\n' for n in range(8)), "utf-8"
+    )
+    of_mine = (f"--model={micro.location}", "--method=mine:MINE", "--seeds=2", "--corpus=talks.jsonl")
+    pilot = experiment.path / "pilot.json"
+    wide = [entry("baseline", seed, 3.0) for seed in range(3)]
+    wide += [entry("lora", seed, 3.0 + extra) for seed, extra in enumerate((0.0, 0.9, 0.3))]
+    pilot.write_text(json.dumps(record.document(wide)), "utf-8")
+    run = experiment.runpytest(*of_mine, f"--pilot={pilot}", "--margin=0.2", "--benchmark-json=run.json")
+    run.assert_outcomes(passed=1, skipped=2)
+    run.stdout.fnmatch_lines(["2 seeds show a method that is as good as its baseline to be no worse within 0.2 nats *"])
+    run.stdout.fnmatch_lines(["*(from pilot.json)*", "*no worse: all of it below the margin of 0.2 nats.*"])
+    entries = record.load(experiment.path / "run.json").entries
+    assert [(of.method, of.seed) for of in entries] == [("mine", 0), ("mine", 1), ("baseline", 0), ("baseline", 1)]
+    assert {of.trained_on for of in entries} == {"texts"}  # the whole of it, in whatever letters
+    assert {of.training_arguments["learning_rate"] for of in entries if of.method == "mine"} == {1e-3}
+    strict = experiment.runpytest(*of_mine, "--margin=0.0000001", "-k", "no_worse")
+    strict.assert_outcomes(failed=1)
+    strict.stdout.re_match_lines([".* x mine: (inconclusive: .* nats over the baseline, the margin 1e-07: |worse: ).*"])

@@ -1,0 +1,347 @@
+"""What repeats a published table with one command? A folder, or a zip file of it, with all that its runs were made of.
+
+The records; the tests that ran, and the modules that they and the methods are from; the corpus; lightweight itself; the
+versions that were installed; and a script that makes an environment of them, runs the same cells and holds them against
+the records. What is put in is first shown to be what the records are of: a method by its digest, the corpus by its.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+
+import lightweight
+from lightweight import corpus, methods, record
+from lightweight.record import Entry, Run
+from lightweight.settings import OF_CORPUS, Settings, how_read
+
+DISTRIBUTION = "lightweight-llm"
+
+LOADED_IF_ASKED = {"unsloth", "unsloth_zoo"}
+"""Packages that the suite imports for a method of theirs alone, whose version the record then has."""
+
+PYTORCH = "https://download.pytorch.org/whl"
+"""Where torch's own builds are, one index a CUDA: `2.11.0+cu130` is in `PYTORCH/cu130`."""
+
+
+class BundleError(ValueError):
+    """A bundle that cannot be made, or that would repeat something else. The message names the thing and the mend."""
+
+
+def write(path: Path, runs: Sequence[Run], root: Path | None = None) -> str:
+    """Write the bundle of `runs`, which pytest ran in `root` (here if None), to the folder or the zip file `path`; what
+    is to be known of it, in a line. Raises BundleError."""
+    root = (root or Path.cwd()).resolve()
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise BundleError(f"--bundle {path}: is there already: give another name")
+    if not path.absolute().parent.is_dir():
+        raise BundleError(f"--bundle {path}: there is no folder {path.absolute().parent}")
+    for run in runs:
+        if not run.command or not run.entries:
+            raise BundleError(
+                f"--bundle: record {run.path} does not say by which command it was made: run it again with this version"
+            )
+    with tempfile.TemporaryDirectory(prefix=".bundle-", dir=path.absolute().parent) as scratch:
+        folder = Path(scratch) / (path.stem if path.suffix == ".zip" else path.name)
+        folder.mkdir()
+        notes = _fill(folder, runs, root)
+        if path.suffix == ".zip":
+            _zip(folder, path)
+        else:
+            if path.exists():
+                path.rmdir()
+            folder.rename(path)
+    return f"{path}: sh {'' if path.suffix == '.zip' else f'{path}/'}repeat.sh repeats it" + "".join(
+        f"; {note}" for note in notes
+    )
+
+
+def _fill(folder: Path, runs: Sequence[Run], root: Path) -> list[str]:
+    """Put everything into `folder`; what is not in it, and must be had otherwise."""
+    notes: list[str] = []
+    (folder / "records").mkdir()
+    names = _file_names(runs)
+    for run, name in zip(runs, names, strict=True):
+        shutil.copy(run.path, folder / "records" / name)
+    needed: dict[Path, None] = {}
+    for run in runs:
+        needed |= dict.fromkeys(_sources(run, root))
+        needed |= dict.fromkeys(_corpora(run, root, notes))
+        _check_methods(run, root)
+        notes += [note for note in _models(run) if note not in notes]
+    for file in needed:
+        place = folder / file.relative_to(root)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, place)
+    shutil.copytree(
+        Path(lightweight.__file__).parent, folder / "lightweight", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (folder / "pytest.ini").write_text("[pytest]\n", "utf-8")
+    (folder / "requirements.txt").write_text(_requirements(runs, folder.rglob("*.py")), "utf-8")
+    (folder / "repeat.sh").write_text(_script(runs, names), "utf-8")
+    (folder / "repeat.sh").chmod(0o755)
+    (folder / "README.md").write_text(_readme(runs, notes), "utf-8")
+    return notes
+
+
+def _file_names(runs: Sequence[Run]) -> list[str]:
+    """What the records are called in the bundle: as they are, numbered where two have one name."""
+    names = [run.path.name for run in runs]
+    return [f"{number}-{name}" if names.count(name) > 1 else name for number, name in enumerate(names)]
+
+
+# What the runs were made of
+
+
+def _said(run: Run, option: str) -> list[str]:
+    """What the command of `run` says for an option."""
+    start = f"--{option}="
+    return [argument.removeprefix(start) for argument in run.command if argument.startswith(start)]
+
+
+def _sources(run: Run, root: Path) -> Iterator[Path]:
+    """The tests of `run`, what configures them, and all modules under `root` that they and its methods import. Raises
+    BundleError for a test that is not there."""
+    tests = list(dict.fromkeys(entry.test.partition("::")[0] for entry in run.entries if entry.test))
+    if not tests:
+        raise BundleError(f"--bundle: record {run.path} does not say which tests made it")
+    found: list[Path] = []
+    for test in tests:
+        file = (root / test).resolve()
+        if not file.is_file() or not file.is_relative_to(root):
+            raise BundleError(f"--bundle: record {run.path}: {test} is not here: call it where pytest was called")
+        above = [folder for folder in (file.parent, *file.parent.parents) if folder.is_relative_to(root)]
+        found += [file, *_named_beside(file)]
+        found += [conftest for folder in above if (conftest := folder / "conftest.py").is_file()]
+    for name in _said(run, "method"):
+        where = name.rpartition(":")[0]
+        if name in methods.METHODS:
+            continue
+        files = _of_file(where, root) if where.endswith(".py") else _of_module(where, root)
+        if not files:
+            raise BundleError(f"--bundle: method {name}: its module is not here: call it where pytest was called")
+        found += files
+    yield from _with_imports(found, root)
+
+
+def _named_beside(file: Path) -> list[Path]:
+    """Files beside a test that it names, such as a text that it reads."""
+    texts = (node.value for node in ast.walk(_parsed(file)) if isinstance(node, ast.Constant))
+    names = {text for text in texts if isinstance(text, str) and 0 < len(text) < 200 and "\n" not in text}
+    return [beside for beside in file.parent.iterdir() if beside.name in names and beside.is_file()]
+
+
+def _of_file(name: str, root: Path) -> list[Path]:
+    """The file that a method is in, where it is under `root`."""
+    file = (root / name).resolve()
+    return [file] if file.is_file() and file.is_relative_to(root) else []
+
+
+def _of_module(name: str, root: Path) -> list[Path]:
+    """The file of a module under `root`, and those of the packages that it is in; none where it is elsewhere."""
+    files = []
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        place = root.joinpath(*parts[:count])
+        files += [file for file in (place / "__init__.py", place.with_suffix(".py")) if file.is_file()]
+    whole = root.joinpath(*parts)
+    return files if whole.is_dir() or whole.with_suffix(".py").is_file() else []
+
+
+def _with_imports(files: Iterable[Path], root: Path) -> Iterator[Path]:
+    """`files` and every module under `root` that they import, lightweight's own left out."""
+    ours = Path(lightweight.__file__).parent
+    waiting, seen = list(files), set()
+    while waiting:
+        file = waiting.pop()
+        if file in seen or file.is_relative_to(ours):
+            continue
+        seen.add(file)
+        yield file
+        if file.suffix != ".py":
+            continue
+        package = list(file.parent.relative_to(root).parts)
+        for name in _imported(_parsed(file), package):
+            waiting += _of_module(name, root)
+            waiting += _of_module(".".join([*package, name]), root)  # pytest has a test's folder on its path
+
+
+def _imported(tree: ast.Module, package: Sequence[str]) -> Iterator[str]:
+    """The modules that `tree` may import, with their packages."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = list(package[: len(package) - node.level + 1]) if node.level else []
+            of = ".".join([*above, *([node.module] if node.module else [])])
+            yield of
+            yield from (f"{of}.{name.name}" for name in node.names)
+
+
+def _parsed(file: Path) -> ast.Module:
+    """Raises BundleError."""
+    try:
+        return ast.parse(file.read_text("utf-8"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BundleError(f"--bundle: {file} cannot be read ({error})") from error
+
+
+def _check_methods(run: Run, root: Path) -> None:
+    """Whether the methods that the command names are those of the record. Raises BundleError where one has changed."""
+    settings = Settings.read(lambda name: next(iter(_said(run, name.replace("_", "-"))), None))
+    sys.path.insert(0, str(root))
+    try:
+        named = settings.applied(methods.named(name) for name in _said(run, "method"))
+    except ValueError as error:
+        raise BundleError(f"--bundle: {error}") from error
+    finally:
+        sys.path.remove(str(root))
+    for method in named:
+        digests = {entry.method_digest for entry in run.entries if entry.method == method.name}
+        if digests and record.method_digest(method) not in digests:
+            raise BundleError(
+                f"--bundle: method {method.name} is another one now than in record {run.path}: its digest differs; run "
+                "it again, or take back what was changed"
+            )
+
+
+def _corpora(run: Run, root: Path, notes: list[str]) -> Iterator[Path]:
+    """The files of the corpus of `run`. Raises BundleError where it is another one than the record's."""
+    said = {one.name.replace("-", "_"): _said(run, one.name) for one in OF_CORPUS}
+    flags = {name: f"--{name.replace('_', '-')}" in run.command for name in said}
+    how = how_read(lambda name: flags[name] or next(iter(said[name]), None))
+    (given,) = _said(run, "corpus") or ["corpus.json"]
+    if given.startswith("hub:"):
+        notes.append(f"the corpus {given} is read from the hub")
+        return
+    path = root / given
+    try:
+        read = corpus.load(path, how)
+    except corpus.CorpusError as error:
+        raise BundleError(f"--bundle: {error}") from error
+    digests = {read.digest}
+    with contextlib.suppress(corpus.CorpusError):  # none is in Latin letters
+        digests.add(corpus.in_latin_letters(read).digest)
+    if not digests & {entry.corpus_digest for entry in run.entries}:
+        raise BundleError(f"--bundle: corpus {given} is another one now than in record {run.path}: its digest differs")
+    yield path
+    yield from (root / task for task in _said(run, "task"))
+    for sweep in _said(run, "learning-rate"):
+        if sweep.endswith(".json"):
+            yield root / sweep
+    if how.held_out and (root / how.held_out).is_file():
+        yield root / how.held_out
+
+
+def _models(run: Run) -> Iterator[str]:
+    """What is said of weights that are not in the bundle."""
+    for entry in {(entry.model, entry.weights): entry for entry in run.entries}.values():
+        if entry.weights == "pretrained":
+            at = f" at commit {entry.weights_revision}" if entry.weights_revision else ""
+            yield f"the weights of {entry.model}{at} are not in it"
+
+
+# What repeats them
+
+
+def _requirements(runs: Sequence[Run], files: Iterable[Path]) -> str:
+    """The exact versions: those that the records name, then what else is installed here that `files` import."""
+    entry = next(entry for run in runs for entry in run.entries)
+    recorded = {name: number for name, number in (entry.versions or {}).items() if number}
+    lines = ["# as the record has them"]
+    if build := re.search(r"\+((?:cu|rocm|xpu|cpu)[\w.]*)$", recorded.get("torch", "")):
+        lines.append(f"--extra-index-url {PYTORCH}/{build[1]}")
+    pinned = {name: number for name, number in recorded.items() if name not in ("lightweight", "cuda")}
+    lines += [f"{name}=={number}" for name, number in pinned.items()]
+    others = {name: number for name, number in _installed(files).items() if name.lower() not in pinned}
+    lines += ["# what else is imported, as installed where the bundle was made"]
+    return "\n".join([*lines, *(f"{name}=={number}" for name, number in sorted(others.items()))]) + "\n"
+
+
+def _installed(files: Iterable[Path]) -> dict[str, str]:
+    """What of the packages that `files` import is installed here, by distribution."""
+    tops = {name.partition(".")[0] for file in files for name in _imported(_parsed(file), [])}
+    owners = packages_distributions()
+    names = {owner for top in tops - LOADED_IF_ASKED for owner in owners.get(top, ())}
+    return {name: version(name) for name in names if name.lower() != DISTRIBUTION}
+
+
+SCRIPT = """\
+#!/bin/sh
+# Trains the same cells again and holds them against the records: status 0 where they are no worse.
+# `sh repeat.sh` makes an environment in .venv with the versions of requirements.txt; `sh repeat.sh --here` takes the
+# `python` that is there.
+set -eu
+cd "$(dirname "$0")"
+PYTHON="${{PYTHON:-python3}}"
+if [ "${{1:-}}" != --here ]; then
+    "$PYTHON" -m venv .venv
+    PYTHON="$PWD/.venv/bin/python"
+    "$PYTHON" -m pip install -r requirements.txt
+fi
+export PYTHONPATH="$PWD"
+status=0
+{runs}
+exit $status
+"""
+
+
+def _script(runs: Sequence[Run], names: Sequence[str]) -> str:
+    lines = []
+    for run, name in zip(runs, names, strict=True):
+        arguments = shlex.join([*run.command, f"--benchmark-json=repeated-{name}"])
+        lines.append(f'"$PYTHON" -m pytest {arguments} || status=$?')
+        against = shlex.join([f"repeated-{name}", "--against", f"records/{name}", "--require-match"])
+        lines.append(f'"$PYTHON" -m lightweight gate {against} || status=$?')
+    return SCRIPT.format(runs="\n".join(lines))
+
+
+README = """\
+# Repeat it
+
+    sh repeat.sh
+
+makes a virtual environment of the exact versions in `requirements.txt`, trains the same cells and holds them against
+`records/` with `lightweight gate`. With `--here` it takes the environment that is there.
+
+| in here | what it is |
+|---|---|
+| `records/` | what was measured |
+| `lightweight/` | the suite, version {version} |
+| `requirements.txt` | what was installed |
+| the other files | tests, methods and corpus, each shown to be that of the records by its digest |
+
+{facts}
+"""
+
+
+def _readme(runs: Sequence[Run], notes: Sequence[str]) -> str:
+    cells: dict[str, None] = {}
+    for entry in (entry for run in runs for entry in run.entries):
+        cells[_cell(entry)] = None
+    facts = [f"- {cell}" for cell in cells] + [f"- {note[0].upper()}{note[1:]}." for note in notes]
+    return README.format(version=lightweight.__version__, facts="\n".join(facts))
+
+
+def _cell(entry: Entry) -> str:
+    said = json.dumps(entry.training_arguments or {}, sort_keys=True)
+    return record.one_line(f"{entry.model} x {entry.method}, seed {entry.seed}, on {entry.device}: `{said}`")
+
+
+def _zip(folder: Path, path: Path) -> None:
+    """`folder` as a zip file, whole or not at all."""
+    beside = folder.with_name("bundle.zip")
+    with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as file:
+        for one in sorted(folder.rglob("*")):
+            file.write(one, Path(path.stem) / one.relative_to(folder))
+    beside.rename(path)

@@ -1,0 +1,298 @@
+"""What goes into a paper? One row a cell in the columns that were chosen, as LaTeX, CSV, Markdown or text, and in words
+how it was measured.
+
+A row is a cell with all its seeds: a number is their mean, in brackets its 95 % t-interval. CSV has plain numbers, the
+ends of an interval in columns of their own, and an empty field where there is nothing to say.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lightweight.record import SAME_BASELINE, Entry, Run, one_line
+from lightweight.report import select, studies, words
+from lightweight.report.studies import Study
+from lightweight.report.table import Column, Table, table
+from lightweight.targets import GiB
+from lightweight.verdict.seeds import Estimate
+
+Form = Literal["terminal", "markdown", "latex", "csv"]
+
+
+class ColumnError(ValueError):
+    """A column that there is none of. The message names those that there are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Word:
+    """A column of words, the same for all seeds of a cell."""
+
+    heading: str
+    of: Callable[[Study], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Number:
+    """A column of numbers: `of` gives a cell's, in `unit`, and `form` writes one for a reader; `varies` says that seeds
+    have one each, so that there is an interval."""
+
+    heading: str
+    unit: str
+    form: str
+    of: Callable[[Study], Estimate | float | None]
+    varies: bool = True
+
+    def text(self, study: Study) -> str:
+        """The number as a person reads it, with its interval where it has one."""
+        value = self.of(study)
+        if value is None:
+            return "-"
+        return value.text(self.form) if isinstance(value, Estimate) else self.form.format(value)
+
+    def fields(self, study: Study) -> list[str]:
+        """The number and, where seeds vary, the ends of its interval, as CSV has them."""
+        value = self.of(study)
+        if not isinstance(value, Estimate):
+            return ["" if value is None else repr(value), *[""] * 2 * self.varies]
+        ends = (value.low, value.high) if math.isfinite(value.high) else (None, None)
+        return ["" if one is None else repr(one) for one in (value.mean, *ends)]
+
+
+def _tokens(entry: Entry) -> float | None:
+    return entry.tokens_per_second if entry.step_tokens else None  # older records counted padding
+
+
+def _percent_of_peak(entry: Entry) -> float | None:
+    return None if entry.share_of_peak is None else entry.share_of_peak * 100
+
+
+def _forgotten(entry: Entry) -> float | None:
+    before, after = entry.elsewhere_loss_before, entry.elsewhere_loss_after
+    return None if before is None or after is None else after - before
+
+
+def _peak(study: Study) -> float | None:
+    """The largest of the seeds, in GiB; None where a trial of another kind has none."""
+    peaks = [entry.peak_bytes for entry in study.completed if entry.peak_bytes]
+    return max(peaks) / GiB if peaks else None
+
+
+COLUMNS: Mapping[str, Word | Number] = {
+    "model": Word(heading="model", of=lambda study: study.first.model),
+    "method": Word(heading="method", of=lambda study: study.first.method),
+    "card": Word(heading="card", of=lambda study: words.timed_on(study.first)),
+    "outcome": Word(heading="outcome", of=lambda study: words.outcome(_worst(study))),
+    "seeds": Word(heading="seeds", of=words.seeds),
+    "steps": Number(heading="steps", unit="", form="{:,}", of=lambda study: study.first.planned_steps, varies=False),
+    "trainable": Number(
+        heading="trainable",
+        unit="M",
+        form="{:,.3f}",
+        of=lambda s: _millions(s.first.trainable_parameters),
+        varies=False,
+    ),
+    "parameters": Number(
+        heading="parameters", unit="M", form="{:,.1f}", of=lambda s: _millions(s.first.parameters), varies=False
+    ),
+    "peak": Number(heading="peak memory", unit="GiB", form="{:.2f}", of=_peak, varies=False),
+    "step": Number(heading="step", unit="ms", form="{:.1f}", of=lambda study: study.mean(words.step_ms)),
+    "tokens": Number(heading="tokens", unit="1/s", form="{:,.0f}", of=lambda study: study.mean(_tokens)),
+    "share": Number(
+        heading="of the card's peak", unit="%", form="{:.1f}", of=lambda study: study.mean(_percent_of_peak)
+    ),
+    "speedup": Number(heading="speedup", unit="x", form="{:.2f}", of=lambda study: study.speedup),
+    "total": Number(heading="total", unit="s", form="{:.1f}", of=lambda study: study.mean(lambda e: e.cold_seconds)),
+    "loss-before": Number(
+        heading="loss before", unit="nats", form="{:.3f}", of=lambda s: s.mean(lambda e: e.heldout_loss_before)
+    ),
+    "loss": Number(
+        heading="held-out loss", unit="nats", form="{:.3f}", of=lambda s: s.mean(lambda e: e.heldout_loss_after)
+    ),
+    "over-baseline": Number(heading="over baseline", unit="nats", form="{:+.3f}", of=lambda study: study.over_baseline),
+    "task": Number(heading="answered right", unit="", form="{:.3f}", of=lambda study: study.answered),
+    "forgotten": Number(heading="forgotten", unit="nats", form="{:+.3f}", of=lambda study: study.mean(_forgotten)),
+}
+"""The columns that there are, by the names that `--columns` takes."""
+
+DEFAULT = ("model", "method", "seeds", "trainable", "peak", "step", "tokens", "loss", "over-baseline", "forgotten")
+
+
+def _millions(count: int | None) -> float | None:
+    return None if count is None else count / 1e6
+
+
+def _worst(study: Study) -> Entry:
+    """A seed that did not complete, if any did not."""
+    return next((entry for entry in study.entries if entry.outcome != "completed"), study.first)
+
+
+def chosen(text: str | None) -> tuple[str, ...]:
+    """The columns that `text` names, with commas between them; the default where it is None. Raises ColumnError."""
+    if text is None:
+        return DEFAULT
+    named = tuple(name.strip() for name in text.split(","))
+    if unknown := [name for name in named if name not in COLUMNS]:
+        raise ColumnError(f"--columns: there is no {unknown[0]!r}: choose from {', '.join(COLUMNS)}")
+    return named
+
+
+def published(runs: Sequence[Run], form: Form, columns: Sequence[str]) -> str:
+    """The cells of `runs`, those of a report's results, in `columns`, with how they were measured; CSV has the numbers
+    alone."""
+    rows = studies.studies(select.main_cells(select.newest(runs)), least=1)
+    if form == "csv":
+        return _csv(rows, columns)
+    note = measured(rows, columns)
+    shown = _table(rows, columns)
+    return _latex(shown, note) if form == "latex" else f"{shown.text(form)}\n\n{one_line(note)}\n"
+
+
+def _table(rows: Sequence[Study], columns: Sequence[str]) -> Table:
+    def column(name: str) -> Column[Study]:
+        of = COLUMNS[name]
+        if isinstance(of, Word):
+            return of.heading, "l", of.of
+        return f"{of.heading} ({of.unit})" if of.unit else of.heading, "r", of.text
+
+    first = [study.first for study in rows]
+    return table("published", "Published", [*map(column, columns)], rows, first)
+
+
+def _csv(rows: Sequence[Study], columns: Sequence[str]) -> str:
+    """A field a number, its unit in the heading, those of its interval beside it."""
+    written = io.StringIO()
+    out = csv.writer(written, lineterminator="\n")
+    headings: list[str] = []
+    for name in columns:
+        of = COLUMNS[name]
+        unit = f" ({of.unit})" if isinstance(of, Number) and of.unit else ""
+        headings += [name + unit] + [f"{name} {end}{unit}" for end in ("low", "high")] * (
+            isinstance(of, Number) and of.varies
+        )
+    out.writerow(headings)
+    for study in rows:
+        fields: list[str] = []
+        for name in columns:
+            of = COLUMNS[name]
+            fields += [_no_formula(one_line(of.of(study)))] if isinstance(of, Word) else of.fields(study)
+        out.writerow(fields)
+    return written.getvalue()
+
+
+def _no_formula(text: str) -> str:
+    """`text` as text: what a spreadsheet would take for a formula is quoted."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "[": "{[}",  # after a row's end it would be the distance to the next one
+    "]": "{]}",
+    "*": "{*}",  # and this would forbid a break there
+}
+"""What stands for something else in LaTeX's text, and how it is written there."""
+
+
+def latex(text: str) -> str:
+    """`text` as text, whatever stands in it."""
+    return "".join(LATEX.get(character, character) for character in one_line(text))
+
+
+def _latex(shown: Table, note: str) -> str:
+    """A table of booktabs."""
+    lines = [
+        r"% needs \usepackage{booktabs} and \usepackage[T1]{fontenc}",
+        r"\begin{table}",
+        r"\centering",
+        rf"\begin{{tabular}}{{{shown.aligned}}}",
+        r"\toprule",
+        " & ".join(map(latex, shown.columns)) + r" \\",
+        r"\midrule",
+        *(" & ".join(map(latex, row)) + r" \\" for row in shown.rows),
+        r"\bottomrule",
+        r"\end{tabular}",
+        rf"\caption{{{latex(note)}}}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# How it was measured, in words
+
+
+def measured(rows: Sequence[Study], columns: Sequence[str] = tuple(COLUMNS)) -> str:
+    """How the cells of `rows` were measured, as `columns` need it: what was trained on what, what each number is, and
+    with which versions."""
+    if not rows:
+        return "No trial is in these records."
+    entries = [entry for study in rows for entry in study.entries]
+    parts = [_trained(group) for group in SAME_BASELINE.but("model").groups(entries)]
+    parts += [sentence for names, sentence in SAID if set(names) & set(columns)]
+    if any(len(study.completed) > 1 for study in rows):
+        parts.append("Numbers are means over seeds, in brackets their two-sided 95% Student t-intervals")
+    if any(entry.weights == "random" for entry in entries):
+        parts.append("Random weights: losses show that training works and say nothing of quality")
+    installed = {
+        f"{package} {version}": None for e in entries for package, version in (e.versions or {}).items() if version
+    }
+    return ". ".join([*parts, f"Versions: {', '.join(installed)}" if installed else "Versions are not known"]) + "."
+
+
+SAID = (
+    (
+        ("step", "tokens", "speedup"),
+        "Step is the median device time of an optimizer step after the first epoch, with HF Trainer or a step that was "
+        "shown to be its equal; tokens are those of the examples, without padding",
+    ),
+    (("speedup",), "Speedup is per token against the baseline of the same seed, geometric means"),
+    (("peak",), "Peak memory is what torch allocated on the GPU at most (without one, the process on the host)"),
+    (
+        ("loss", "loss-before", "over-baseline"),
+        "Held-out loss is the mean cross-entropy of a token of the answers held out, computed by the suite from the "
+        "logits in fp32, the same for every method",
+    ),
+    (("over-baseline",), "Over baseline is the difference from the baseline of the same seed"),
+    (
+        ("task",),
+        "Answered right is the share of the task's questions whose greedy answer is exactly the right one (of one seed "
+        "with Wilson's 95% interval)",
+    ),
+    (("forgotten",), "Forgotten is how much the loss on plain text that is not of the corpus rose"),
+)
+"""What is said of a number where one of its columns is shown."""
+
+
+def _trained(entries: Sequence[Entry]) -> str:
+    """What the trials of one card and corpus have in common, and where they differ."""
+    first = entries[0]
+
+    def every(of: Callable[[Entry], object]) -> str:
+        return "/".join(map(str, dict.fromkeys(of(entry) for entry in entries)))
+
+    seeds = sorted({entry.seed for entry in entries if entry.seed is not None})
+    rates = every(lambda e: f"{e.method} {_rate(e):g}")
+    return (
+        f"Trained on {words.timed_on(first)} ({first.weights} weights) on a corpus of {first.trained_on} with SHA-256 "
+        f"{first.corpus_digest[:12]}, {every(lambda e: e.planned_steps or '?')} optimizer steps of at most "
+        f"{every(lambda e: e.tokens_per_step or '?')} tokens with padding, rows of at most "
+        f"{every(lambda e: e.max_length or '?')} tokens, seeds {', '.join(map(str, seeds)) or '?'}; learning rates "
+        f"{rates.replace('/', ', ')}"
+    )
+
+
+def _rate(entry: Entry) -> float:
+    """What the schedule begins at; 5e-5 is the Trainer's where nothing is said."""
+    rate = (entry.training_arguments or {}).get("learning_rate", 5e-5)
+    return float(rate) if isinstance(rate, int | float | str) else 5e-5

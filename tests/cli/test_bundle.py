@@ -1,0 +1,154 @@
+"""A bundle repeats the run that it is of: in a folder of its own, by its own script, with the lightweight in it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from conftest import turns
+from lightweight.__main__ import main
+
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
+MINE = """
+from dataclasses import replace
+
+from lightweight.methods import LORA
+from rates import RATE
+
+MINE = replace(LORA, name="mine", training_arguments={**LORA.training_arguments, "learning_rate": RATE})
+"""
+
+CELLS = """
+from pathlib import Path
+
+WORDS = Path(__file__).parent / "words.txt"
+
+
+def test_cell(train, model, method):
+    assert WORDS.read_text() == "here"
+    assert train(model, method).kind == "completed"
+"""
+
+COMMAND = ("cells", "--model=llama-tiny", "--method=mine.py:MINE", "--seed=2", "--epochs=1", "--max-length=48")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Somebody's project in which a cell was trained: a method that imports a module, a test that reads a file."""
+    root = tmp_path_factory.mktemp("project")
+    (root / "cells").mkdir()
+    for name, text in (
+        ("conftest.py", 'pytest_plugins = ["lightweight.plugin"]\n'),
+        ("mine.py", MINE),
+        ("rates.py", "RATE = 2e-3\n"),
+        ("unused.py", ""),
+        ("corpus.json", json.dumps(turns(12))),
+        ("cells/test_cells.py", CELLS),
+        ("cells/words.txt", "here"),
+    ):
+        (root / name).write_text(text, "utf-8")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", *COMMAND, "--benchmark-json=run.json"]
+    subprocess.run(command, cwd=root, env=environment, check=True)
+    return root
+
+
+def files(folder: Path) -> set[str]:
+    """What is in a bundle, lightweight's own files left out."""
+    names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    return {name for name in names if not name.startswith("lightweight/")}
+
+
+def test_a_record_says_by_which_command_it_was_made(project):
+    assert json.loads((project / "run.json").read_text("utf-8"))["command"] == list(COMMAND)
+
+
+def test_a_bundle_repeats_its_run_in_a_fresh_process(project, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    assert main(["report", "run.json", "--bundle", str(tmp_path / "b.zip")]) == 0
+    assert "sh repeat.sh repeats it" in capsys.readouterr().err
+    with zipfile.ZipFile(tmp_path / "b.zip") as file:
+        file.extractall(tmp_path)
+    bundle = tmp_path / "b"
+    assert files(bundle) == {
+        *("README.md", "repeat.sh", "requirements.txt", "pytest.ini", "conftest.py", "corpus.json", "mine.py"),
+        *("rates.py", "cells/test_cells.py", "cells/words.txt", "records/run.json"),
+    }
+    (bundle / "cells" / "test_whose.py").write_text(
+        f"import lightweight\n\n\ndef test_whose():\n    assert lightweight.__file__.startswith({str(bundle)!r})\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "PYTEST_ADDOPTS": "-p no:randomly"}
+    command = ["sh", str(bundle / "repeat.sh"), "--here"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "2 passed" in done.stdout
+    now = json.loads((bundle / "repeated-run.json").read_text("utf-8"))["outcomes"]
+    then = json.loads((project / "run.json").read_text("utf-8"))["outcomes"]
+    assert [entry["train_loss"] for entry in now] == [entry["train_loss"] for entry in then]
+    of_gate = done.stdout.rpartition("verdict\n")[2].splitlines()
+    (cell,) = [line for line in of_gate if line.startswith("llama-tiny")]
+    assert "no stored run" not in cell
+    # and a cell that got worse fails: the gate is really asked
+    stored = bundle / "records" / "run.json"
+    document = json.loads(stored.read_text("utf-8"))
+    document["outcomes"][0]["heldout_loss_after"] -= 1
+    stored.write_text(json.dumps(document), "utf-8")
+    (bundle / "cells" / "test_whose.py").unlink()
+    worse = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert worse.returncode == 1 and "FAILED llama-tiny x mine: held-out loss" in worse.stdout
+
+
+def test_requirements_are_exact_and_name_where_torchs_builds_are(project, tmp_path, monkeypatch):
+    monkeypatch.chdir(project)
+    document = json.loads(Path("run.json").read_text("utf-8"))
+    document["outcomes"][0]["versions"] |= {"torch": "2.11.0+cu130", "unsloth": None}
+    (tmp_path / "gpu.json").write_text(json.dumps(document), "utf-8")
+    assert main(["report", str(tmp_path / "gpu.json"), "--bundle", str(tmp_path / "b")]) == 0
+    lines = (tmp_path / "b" / "requirements.txt").read_text("utf-8").splitlines()
+    assert "--extra-index-url https://download.pytorch.org/whl/cu130" in lines and "torch==2.11.0+cu130" in lines
+    packages = [line for line in lines if not line.startswith(("#", "--"))]
+    assert all(line.count("==") == 1 for line in packages)
+    names = [line.partition("==")[0].lower() for line in packages]
+    assert len(names) == len(set(names)) and {"numpy", "scipy", "transformers", "peft", "pytest-benchmark"} <= set(
+        names
+    )
+    assert not {"unsloth", "cuda", "lightweight", "lightweight-llm"} & set(names)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "problem"),
+    [
+        ("rates.py", "RATE = 1e-3\n", "method mine is another one now than in record *: its digest differs"),
+        ("corpus.json", json.dumps(turns(13)), "corpus corpus.json is another one now than in record"),
+        ("cells/test_cells.py", None, "cells/test_cells.py is not here: call it where pytest was called"),
+        ("mine.py", None, "method mine.py:MINE: its module is not here: call it where pytest was called"),
+    ],
+)
+def test_what_has_changed_since_is_refused(project, tmp_path, file, text, problem):
+    copy = tmp_path / "copy"
+    shutil.copytree(project, copy)
+    (copy / file).unlink() if text is None else (copy / file).write_text(text, "utf-8")
+    command = [sys.executable, "-m", "lightweight", "report", "run.json", "--bundle", "b"]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("lightweight: --bundle: ") and problem.partition("*")[0] in line
+    assert not (copy / "b").exists() and not list(copy.glob(".bundle-*"))
+
+
+def test_a_record_without_its_command_and_a_name_that_is_taken_are_refused(project, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    document = json.loads(Path("run.json").read_text("utf-8"))
+    del document["command"]
+    (tmp_path / "old.json").write_text(json.dumps(document), "utf-8")
+    assert main(["report", str(tmp_path / "old.json"), "--bundle", str(tmp_path / "b")]) == 2
+    assert "does not say by which command it was made" in capsys.readouterr().err
+    assert main(["report", "run.json", "--bundle", str(tmp_path / "old.json")]) == 2
+    assert "is there already" in capsys.readouterr().err

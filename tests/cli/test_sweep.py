@@ -1,0 +1,118 @@
+"""The search for a rate: the same budget for every method, on examples that no comparison is judged by."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from conftest import turns
+from lightweight import corpus, methods, record
+from lightweight.__main__ import main
+from lightweight.cli import sweep
+from lightweight.settings import Rates, Settings
+
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
+
+def searched(low, high, budget, loss_of):
+    tried = sweep.rates(low, high, budget, loss_of)
+    assert all(low <= one.rate <= high for one in tried)
+    assert len({one.rate for one in tried}) == len(tried) == budget
+    return tried
+
+
+@pytest.mark.parametrize("optimum", [2e-5, 3e-4, 7e-3])
+def test_the_search_comes_near_the_optimum_and_nearer_with_a_larger_budget(optimum):
+    def loss(rate):
+        return math.log(rate / optimum) ** 2
+
+    off = [abs(math.log(sweep.best(searched(1e-5, 1e-2, budget, loss)).rate / optimum)) for budget in (6, 12, 20)]
+    assert off[2] <= off[0]
+    assert off[2] < math.log(1.25)
+
+
+def test_the_grid_has_both_ends_and_equal_factors():
+    first = [one.rate for one in searched(1e-5, 1e-2, 8, lambda rate: rate)][:4]
+    assert first == pytest.approx([1e-5, 1e-4, 1e-3, 1e-2])
+
+
+def test_what_does_not_complete_is_no_best_and_the_search_goes_on_below_it():
+    def loss(rate):
+        return math.inf if rate > 1e-3 else -rate
+
+    tried = searched(1e-5, 1e-1, 12, loss)
+    assert 5e-4 < sweep.best(tried).rate <= 1e-3
+    assert sweep.best([sweep.Tried(1.0, math.inf)]) is None
+    searched(1e-5, 1e-2, 8, lambda rate: math.inf)  # where nothing completes
+
+
+def test_what_is_held_out_is_left_out_and_others_are_held_out_instead(small_corpus):
+    halved = corpus.without_heldout(small_corpus, "it")
+    assert set(halved.train) | set(halved.heldout) == set(small_corpus.train)
+    assert halved.heldout and not set(halved.heldout) & set(halved.train)
+    assert not set(small_corpus.heldout) & {*halved.train, *halved.heldout}
+    assert halved.digest != small_corpus.digest
+    with pytest.raises(corpus.CorpusError, match="1 example to train on"):
+        corpus.without_heldout(replace(small_corpus, train=small_corpus.train[:1]), "it")
+
+
+def test_a_sweep_is_recorded_and_its_rates_can_be_taken(micro, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus.json").write_text(json.dumps(turns(24)), "utf-8")
+    asked = ["sweep", "--model", micro.location, "--method", "baseline", "--method", "lora", "--budget", "3"]
+    asked += ["--learning-rate", "1e-4..1e-2", "--max-steps", "2", "--max-length", "48", "--output", "found.json"]
+    assert main(asked) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("baseline: 3 of 3 trials completed: ") and told[1].startswith("lora: 3 of 3 ")
+    run = record.load("found.json")
+    tried = {
+        name: [of.training_arguments["learning_rate"] for of in run.entries if of.method == name]
+        for name in ("baseline", "lora")
+    }
+    assert tried["baseline"] == tried["lora"] == pytest.approx([1e-4, 1e-3, 1e-2])
+    whole = corpus.load("corpus.json")
+    assert {of.corpus_digest for of in run.entries} == {corpus.without_heldout(whole, "").digest}
+    losses = {
+        of.training_arguments["learning_rate"]: of.heldout_loss_after for of in run.entries if of.method == "lora"
+    }
+    settings = Settings.read(lambda name: "found.json" if name == "learning_rate" else None)
+    lora, baseline = settings.applied([methods.LORA, methods.BASELINE])
+    assert lora.training_arguments["learning_rate"] == min(losses, key=losses.get) == lora.changed["learning_rate"]
+    assert isinstance(settings.learning_rate, Rates)
+    assert set(settings.learning_rate.of) == {"baseline", "lora"} and baseline.changed
+    assert main(["report", "found.json"]) == 0 and "--learning-rate 0.001" in capsys.readouterr().out
+    with pytest.raises(
+        methods.MethodError, match="has no rate for method qlora, but for baseline, lora: sweep it, too"
+    ):
+        settings.apply(methods.QLORA)
+    mine = replace(methods.LORA, name="lora", training_arguments={"learning_rate": 0.5})
+    assert settings.apply(mine).training_arguments["learning_rate"] == lora.training_arguments["learning_rate"]
+
+
+def test_a_file_that_is_no_sweep_is_refused(tmp_path):
+    other = tmp_path / "other.json"
+    for text in ("{}", "[", '{"sweep": {"found": {"lora": {"learning_rate": -1}}}}', '{"sweep": 3}'):
+        other.write_text(text, "utf-8")
+        with pytest.raises(ValueError, match="is no sweep: give what `lightweight sweep` wrote"):
+            Rates.read(str(other))
+    with pytest.raises(ValueError, match="cannot be read"):
+        Settings.read(lambda name: "nowhere.json" if name == "learning_rate" else None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--learning-rate", "1e-3"], "--learning-rate 1e-3: give a range, such as 1e-5..1e-2"),
+        (["--learning-rate", "1e-2..1e-3"], "give two rates above 0, the lower one first"),
+        (["--budget", "2"], "--budget 2: give at least 3 trials a method"),
+        (["--method", "lorra"], "did you mean lora"),
+        (["--output", "nowhere/x.json"], "there is no folder"),
+        (["--corpus", "nowhere.json"], "does not exist"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, problem, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", "--model", "opt-tiny", "--method", "lora", "--output", "x.json", *arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert problem in line

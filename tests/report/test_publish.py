@@ -1,0 +1,130 @@
+"""One table for a paper: what is in a row, how each form writes it, and what is said of how it was measured."""
+
+import csv
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+
+import pytest
+from samples import LADDER, entry, run, seeds, stopped
+
+from lightweight.__main__ import main
+from lightweight.record import document
+from lightweight.report import publish
+
+SEEDED = [*seeds("baseline", 2.5, 2.7), *seeds("lora", 2.51, 2.73, trainable_parameters=1_500_000)]
+
+
+def fields(*entries, columns=publish.DEFAULT):
+    """The rows of the CSV as dicts."""
+    return list(csv.DictReader(io.StringIO(publish.published([run(*entries)], "csv", columns))))
+
+
+def test_a_row_is_a_cell_with_its_seeds_and_csv_has_the_ends_of_intervals_in_columns():
+    of_baseline, of_lora = fields(*SEEDED)
+    assert (of_lora["method"], of_lora["seeds"], of_lora["trainable (M)"]) == ("lora", "2", "1.5")
+    assert float(of_lora["loss (nats)"]) == pytest.approx(2.62)
+    assert float(of_lora["over-baseline (nats)"]) == pytest.approx(0.02)
+    half = 12.7062 * math.hypot(0.01 - 0.02, 0.03 - 0.02) / math.sqrt(2)  # Student's t of one degree of freedom
+    assert float(of_lora["over-baseline low (nats)"]) == pytest.approx(0.02 - half, abs=1e-4)
+    assert float(of_lora["over-baseline high (nats)"]) == pytest.approx(0.02 + half, abs=1e-4)
+    assert of_baseline["over-baseline (nats)"] == of_baseline["trainable (M)"] == ""
+    assert float(of_baseline["forgotten (nats)"]) == 0.25
+    assert "trainable low (M)" not in of_baseline and "peak low (GiB)" not in of_baseline
+
+
+def test_one_seed_has_no_interval_and_what_did_not_complete_is_a_row():
+    one, failed = fields(entry(), stopped(method="lora"), columns=("method", "outcome", "loss", "step"))
+    assert (one["loss (nats)"], one["loss low (nats)"]) == ("2.5", "")
+    assert (failed["outcome"], failed["loss (nats)"], failed["step (ms)"]) == ("out of memory in forward", "", "")
+    text = publish.published([run(entry(), stopped(method="lora"))], "markdown", ("method", "outcome", "loss"))
+    assert re.search(r"\| lora +\| out of memory in forward +\| +- \|", text)
+
+
+def test_rungs_of_a_ladder_are_no_rows():
+    assert [row["method"] for row in fields(entry(), *LADDER[1:])] == ["baseline"]
+
+
+def test_tokens_that_older_records_counted_with_padding_are_not_shown():
+    (old,) = fields(entry(tokens_per_second=9.0), columns=("tokens",))
+    (new,) = fields(entry(tokens_per_second=9.0, step_tokens=(4,) * 6), columns=("tokens",))
+    assert (old["tokens (1/s)"], new["tokens (1/s)"]) == ("", "9.0")
+
+
+NASTY = r"a&b%c$d#e_f{g}h~i^j\k<l>[m]*"
+
+
+def test_whatever_a_name_holds_is_text_in_latex():
+    made = publish.latex(NASTY)
+    plain = made
+    for character, written in publish.LATEX.items():
+        plain = plain.replace(written, "") if character != "\\" else plain
+    plain = plain.replace(publish.LATEX["\\"], "")
+    assert plain == "abcdefghijklm"
+    for character in "&%$#_{}":
+        assert f"\\{character}" in made
+    table = publish.published([run(entry(model=NASTY, method="[x]"))], "latex", ("method", "model", "loss"))
+    row = table.partition("\\midrule\n")[2].splitlines()[0]
+    assert row.startswith("{[}x{]} & a\\&b")  # not the distance to the row before
+    assert row.endswith(r" & 2.500 \\")
+    assert r"95\%" not in table and "seeds" in table
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no TeX here; the escapes are tested above")
+def test_latex_compiles(tmp_path):
+    table = publish.published([run(*SEEDED, entry(model=NASTY))], "latex", publish.DEFAULT)
+    head = r"\documentclass{article}\usepackage{booktabs}\usepackage[T1]{fontenc}\begin{document}"
+    (tmp_path / "t.tex").write_text(f"{head}\n{table}\n\\end{{document}}\n", "utf-8")
+    subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"], cwd=tmp_path, check=True)
+
+
+def test_braces_and_rows_of_latex_are_balanced():
+    table = publish.published([run(*SEEDED, entry(model=NASTY))], "latex", publish.DEFAULT)
+    bare = re.sub(r"\\[\\{}]", "", table)
+    assert bare.count("{") == bare.count("}")
+    inside = table.partition("\\midrule")[2].partition("\\bottomrule")[0].strip().splitlines()
+    assert {len(re.findall(r"(?<!\\)&", row)) for row in inside} == {len(publish.DEFAULT) - 1}
+
+
+def test_csv_holds_no_formula():
+    (row,) = fields(entry(method="=1+1"), columns=("method",))
+    assert row["method"] == "'=1+1"
+
+
+def test_how_it_was_measured_is_said_of_the_columns_that_are_shown():
+    said = publish.published([run(*SEEDED)], "terminal", ("method", "loss", "forgotten"))
+    assert "seeds 0, 1" in said and "learning rates baseline 5e-05, lora 5e-05" in said
+    assert "Held-out loss is the mean cross-entropy" in said and "Forgotten is how much" in said
+    assert "Peak memory" not in said and "95% Student t-intervals" in said
+    assert "torch 2.11.0" in said
+    assert "Student" not in publish.published([run(entry())], "terminal", ("loss",))
+
+
+def test_the_command_line_writes_the_chosen_columns(tmp_path, capsys):
+    stored = tmp_path / "run.json"
+    stored.write_text(json.dumps(document(SEEDED)), "utf-8")
+    assert main(["report", str(stored), "--columns", "method,loss", "-o", str(tmp_path / "t.tex")]) == 0
+    assert r"\begin{tabular}{lr}" in (tmp_path / "t.tex").read_text("utf-8")
+    assert main(["report", str(stored), "--format", "csv"]) == 0
+    assert capsys.readouterr().out.startswith("model,method,seeds,")
+    assert main(["report", str(stored), "--format", "markdown", "--columns", "method"]) == 0
+    assert capsys.readouterr().out.startswith("| method")
+    assert main(["report", str(stored), "--columns", "method,los"]) == 2
+    assert "--columns: there is no 'los': choose from model, " in capsys.readouterr().err
+    assert main(["report", str(stored), "--columns", "loss", "--format", "html"]) == 2
+
+
+def test_a_task_has_wilsons_interval_of_one_seed_and_students_of_several():
+    asked = {"task_digest": "q", "task_questions": 10}
+    (one,) = fields(entry(task_matches_after=8, **asked), columns=("task",))
+    assert (float(one["task"]), float(one["task low"]), float(one["task high"])) == pytest.approx(
+        (0.8, 0.4902, 0.9433), abs=1e-4
+    )
+    two = [entry(task_matches_after=count, seed=count, **asked) for count in (7, 9)]
+    (several,) = fields(*two, columns=("task",))
+    assert float(several["task"]) == pytest.approx(0.8)
+    assert float(several["task low"]) == pytest.approx(0.8 - 12.7062 * 0.1, abs=1e-3)
+    assert "Wilson" in publish.published([run(*two)], "terminal", ("task",))
