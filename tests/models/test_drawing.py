@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-
 from lightweight.models import drawing
 from lightweight.models.drawing import Drawing, drawn
 
