@@ -260,8 +260,8 @@ class Reference:
         return [list(numbers) for numbers, _ in zip(drawn, passes, strict=False)] == [list(own) for own in passes]
 
     def gradients(self, sample: Sample) -> tuple[Sample, Gradients]:
-        """The Trainer's loss and gradients of as many of the sample's dialogues as there is memory for, and those.
-        Raises torch.OutOfMemoryError where it is not enough for one."""
+        """The Trainer's loss and gradients of as many of the sample's dialogues as there is memory for, and those. Raises
+        torch.OutOfMemoryError where it is not enough for one, computed twice."""
         while (gradients := self._where_it_fits(sample)) is None:
             sample = sample.first(sample.size // 2)
         return sample, gradients
@@ -285,7 +285,7 @@ class Reference:
                 own = self._gradients(sample, scale)
             except torch.OutOfMemoryError:
                 if sample.size == 1:
-                    raise
+                    own = self._in_least_memory(sample, scale)
             (ran_out,) = ranks.any_says(own is None, device=self._trainer.args.device)
             drop_gradients(self._model)
             if own is None or ran_out:
@@ -294,6 +294,16 @@ class Reference:
             if bool(torch.stack([gradient.float().norm() for gradient in gradients.of.values()]).isfinite().all()):
                 break
         return gradients
+
+    def recomputing(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the Trainer computes every layer again in the backward pass, as it does by its own argument: what
+        takes the least memory. Dropout must be off."""
+        return recomputing(transformers_internals.recomputable_layers(self._model))
+
+    def _in_least_memory(self, sample: Sample, scale: float) -> Gradients:
+        drop_gradients(self._model)
+        with self.recomputing():
+            return self._gradients(sample, scale)
 
     def _gradients(self, sample: Sample, scale: float, autocast: Callable[[], Any] | None = None) -> Gradients:
         trainer = self._trainer
@@ -320,6 +330,16 @@ class Reference:
         collate: Any = self._loader.collate_fn
         batch: dict[str, torch.Tensor] = collate([rows[number] for number in numbers or [len(rows) - 1]])
         return batch
+
+
+@contextlib.contextmanager
+def recomputing(layers: Sequence[Any]) -> Iterator[None]:
+    """Inside, `layers` are computed again in the backward pass."""
+    undo = transformers_internals.recompute(layers, keeps_random_numbers=False)
+    try:
+        yield
+    finally:
+        undo()
 
 
 def trained(network: torch.nn.Module) -> dict[torch.nn.Parameter, str]:

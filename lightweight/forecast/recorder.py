@@ -209,7 +209,8 @@ class Recorder(DispatchMode):
         finally:
             self.events, self.phases, self._workspaces = main
             allocated, released = ({name for name, size in apart if bool(size) == kept} for kept in (True, False))
-            self.events += [(name, 0) for name in released - allocated]
+            self.events += [(name, 0) for name in released - allocated]  # of before, and over by then
+            apart[:] = [(name, size) for name, size in apart if name in allocated]
             for key, name in self._names.items():
                 if name in allocated:
                     self._names[key] = None

@@ -9,6 +9,7 @@ import transformers
 from torch.utils.data import SequentialSampler
 from training.test_stock import Unattended
 from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_pt_utils import LabelSmoother
 
 from captured import flash_reference
@@ -515,6 +516,31 @@ def test_as_much_is_compared_in_fp32_as_there_is_memory_for(prepare, monkeypatch
     assert loop.CapturedTraining(trial, trainer, rows, meter).prepare()
     assert sizes[-2:] == [4, 2]
     assert "compared in fp32: " in meter.facts["capture_note"] and "given up" not in meter.facts["capture_note"]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_where_there_is_no_memory_for_one_dialogue_its_layers_are_computed_twice(prepare, monkeypatch, architecture):
+    gradients = agreement.Reference._gradients
+    found = []
+
+    def short(reference, sample, scale, autocast=None):
+        twice = [layer.gradient_checkpointing for layer in reference._model.modules() if is_recomputable(layer)]
+        if not all(twice):
+            raise torch.OutOfMemoryError("none left")
+        found.append((sample.size, gradients(reference, sample, scale, autocast)))
+        return found[-1][1]
+
+    monkeypatch.setattr(agreement.Reference, "_gradients", short)
+    trainer, rows, meter, trial = prepare(architecture, method(lora()))
+    job = loop.CapturedTraining(trial, trainer, rows, meter)
+    assert job.prepare()
+    assert "given up" not in meter.facts["capture_note"]
+    assert {size for size, _ in found} == {1}
+    assert not any(layer.gradient_checkpointing for layer in trainer.model.modules() if is_recomputable(layer))
+
+
+def is_recomputable(module):
+    return isinstance(module, GradientCheckpointingLayer)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from lightweight.forecast import calibration, step_time, tracer
 from lightweight.forecast.replay import within
 from lightweight.methods import BASELINE_CAPTURED, LORA_CAPTURED, QLORA, QLORA_CAPTURED, CapturedStep
 from lightweight.models import GPT_NEO_TINY, OPT_TINY
-from lightweight.targets import HOPPER, NATIVE, Device
+from lightweight.targets import HOPPER, NATIVE, Device, GiB
 from lightweight.trial import Trial
 
 pytestmark = pytest.mark.xdist_group("traces")  # of which one worker makes all
@@ -178,3 +178,11 @@ def test_recomputing_keeps_less():
         trace(GPT_NEO_TINY, captured(name)).replay().by_cause["activations"] for name in ("no", "checkpointing")
     )
     assert recomputed < kept
+
+
+def test_eight_billion_parameters_fit_24_gib_captured():
+    """The Trainer's own step of one row, which the captured one is compared with, would alone take more."""
+    one_row = QLORA_CAPTURED.with_at_most(1)
+    found = within(trace(models.QWEN3_8B, one_row, max_length=2048), 24 * GiB)
+    assert found.verdict == "fits"
+    assert 12 * GiB < found.allocated_bytes < 16 * GiB
