@@ -260,8 +260,8 @@ class Reference:
         return [list(numbers) for numbers, _ in zip(drawn, passes, strict=False)] == [list(own) for own in passes]
 
     def gradients(self, sample: Sample) -> tuple[Sample, Gradients]:
-        """The Trainer's loss and gradients of as many of the sample's dialogues as there is memory for, and those. Raises
-        torch.OutOfMemoryError where it is not enough for one, computed twice."""
+        """The Trainer's loss and gradients of as many of the sample's dialogues as there is memory for, and those.
+        Raises torch.OutOfMemoryError where it is not enough for one whose layers are computed twice."""
         while (gradients := self._where_it_fits(sample)) is None:
             sample = sample.first(sample.size // 2)
         return sample, gradients

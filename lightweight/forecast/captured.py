@@ -34,6 +34,16 @@ from lightweight.training.stock import Request
 from lightweight.trial import Trial
 
 
+PASSES = 2
+"""The most passes of a step that are traced. The first makes gradients and the second adds to them; every later one
+allocates what the second did, where that was: a step of eight is then forecast to the same byte."""
+
+
+class _FirstPasses(Step):
+    def computed_passes(self, buffers: Buffers) -> int:
+        return min(buffers.shape.passes, PASSES)
+
+
 class UncapturedError(ValueError):
     """A step that no graph can have. The message names the module that prevents it, and the reason."""
 
@@ -73,7 +83,7 @@ def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> 
         kernels.launches_told_to(recorder.launched),
         flash.as_on(recorder.rules.capability),
     ):
-        step = Step(trial, trainer)
+        step = _FirstPasses(trial, trainer)
         with torch_internals.with_numbers():  # of the rows that are drawn
             joins = step.passes.on_flash and asked.attention == "sdpa"
             epochs = Epochs(trial, trainer, rows, packing_asked=asked.packing, joins=joins, compiled=False)
