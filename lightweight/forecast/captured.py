@@ -33,7 +33,6 @@ from lightweight.training import stock
 from lightweight.training.stock import Request
 from lightweight.trial import Trial
 
-
 PASSES = 2
 """The most passes of a step that are traced. The first makes gradients and the second adds to them; every later one
 allocates what the second did, where that was: a step of eight is then forecast to the same byte."""
@@ -84,6 +83,7 @@ def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> 
         flash.as_on(recorder.rules.capability),
     ):
         step = _FirstPasses(trial, trainer)
+        step.passes.recompute(asked.recompute, keeps_random_numbers=not asked.graph)
         with torch_internals.with_numbers():  # of the rows that are drawn
             joins = step.passes.on_flash and asked.attention == "sdpa"
             epochs = Epochs(trial, trainer, rows, packing_asked=asked.packing, joins=joins, compiled=False)

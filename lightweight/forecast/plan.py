@@ -109,6 +109,11 @@ class PlanRow:
         """The `gradient_accumulation_steps` that give every GPU its `passes`."""
         return self.method.passes_per_step
 
+    @property
+    def recomputed_layers(self) -> int:
+        """Layers that a captured step computes again in the backward pass."""
+        return _recomputed(self.method)
+
     def as_json(self) -> dict[str, Any]:
         """What `lightweight plan --format json` writes of it: what the forecast says is None where there is none, and
         what was not asked for is left out."""
@@ -121,6 +126,7 @@ class PlanRow:
             "batch_size": self.batch_size,
             "passes": self.passes,
             "accumulation": self.accumulation,
+            "recomputed_layers": self.recomputed_layers,
             "max_length": question.max_length,
             "budget_bytes": self.target.budget_bytes,
             "context_bytes": CONTEXT_BYTES,
@@ -161,6 +167,18 @@ LASTING: tuple[Cause, ...] = ("weights", "quantization state", "optimizer")
 """What every pass of a step holds, however few its sequences."""
 
 
+_Key = tuple[int, int, int, int, Capability]
+"""What tells the traces of a cell apart."""
+
+
+def _key(method: Method, gpus: int, target: Target) -> _Key:
+    return method.sequences_per_pass, method.passes_per_step, _recomputed(method), gpus, target.capability
+
+
+def _recomputed(method: Method) -> int:
+    return 0 if method.captured_step is None else method.captured_step.recompute
+
+
 @dataclass(eq=False, kw_only=True)
 class _Cell:
     """One model x method of a question, and its traces, each of which is made once. `config` is the model's, or why it
@@ -173,7 +191,7 @@ class _Cell:
     question: Question
     progress: Callable[[str], None]
     calibrations: Sequence[Calibration] = ()
-    _traces: dict[tuple[int, int, int, Capability], replay.Trace] = field(default_factory=dict)
+    _traces: dict[_Key, replay.Trace] = field(default_factory=dict)
 
     def trial(self, method: Method, gpus: int) -> Trial:
         """Raises ValueError where a step has fewer sequences than `gpus`."""
@@ -209,20 +227,22 @@ class _Cell:
 
     def forecast(self, method: Method, gpus: int, target: Target) -> Forecast:
         """What `method`, this one with other passes, takes of each of `gpus`. Raises ForecastError."""
-        key = method.sequences_per_pass, method.passes_per_step, gpus, target.capability
+        recomputed = _recomputed(method)
+        key = _key(method, gpus, target)
         if key not in self._traces:
             trial = self.trial(method, gpus)
             rows = trial.method.on_rank(gpus).sequences_per_pass
             shared = f" on {gpus} GPUs" if gpus > 1 else ""
             longest = self.corpus_rows.width if self.corpus_rows is not None else self.question.max_length
-            self.progress(f"{trial.name}: tracing a batch of {rows} x {longest}{shared}")
+            twice = f", {recomputed} layers computed twice" if recomputed else ""
+            self.progress(f"{trial.name}: tracing a batch of {rows} x {longest}{shared}{twice}")
             self._traces[key] = tracer.trace(trial, target.capability, self._rows)
         return replay.within(self._traces[key], target.budget_bytes)
 
     def timed(self, row: PlanRow) -> PlanRow:
         """The row with what a step of its method takes, and the job."""
         gpus, target, job = self.question.gpus, row.target, self.question.job
-        trace = self._traces[row.method.sequences_per_pass, row.method.passes_per_step, gpus, target.capability]
+        trace = self._traces[_key(row.method, gpus, target)]
         trial = self.trial(row.method, gpus)
         if self.corpus_rows is not None and not trial.pads_to_max:
             trial = replace(trial, max_length=self.corpus_rows.width)
@@ -232,18 +252,34 @@ class _Cell:
 
     def advised(self, gpus: int, target: Target) -> tuple[Method, Forecast]:
         """The method with the most sequences a pass that fit, of the same optimizer step, and its forecast: its own
-        where they fit, where nothing does, or where the question keeps them. Raises ForecastError."""
+        where they fit, where nothing does, or where the question keeps them. Where the fewest do not fit either, a
+        captured step computes as few layers as suffice again. Raises ForecastError."""
         own = self.forecast(self.method, gpus, target)
         lasting = sum(own.by_cause[cause] for cause in LASTING)
-        if own.verdict == "fits" or self.question.keeps_passes or lasting > (target.budget_bytes or lasting):
+        if own.verdict == "fits" or lasting > (target.budget_bytes or lasting):
             return self.method, own
-        smaller = smaller_passes(self.method, gpus)
+        smaller = [] if self.question.keeps_passes else smaller_passes(self.method, gpus)
         index = bisect.bisect_left(
             smaller, True, key=lambda method: self.forecast(method, gpus, target).verdict == "fits"
         )
-        if index == len(smaller):
-            return self.method, own
-        return smaller[index], self.forecast(smaller[index], gpus, target)
+        if index < len(smaller):
+            return smaller[index], self.forecast(smaller[index], gpus, target)
+        return self._recomputing(smaller[-1] if smaller else self.method, gpus, target) or (self.method, own)
+
+    def _recomputing(self, method: Method, gpus: int, target: Target) -> tuple[Method, Forecast] | None:
+        """`method` with the fewest layers computed again that let it fit, and its forecast; None where none do. Raises
+        ForecastError."""
+        layers = getattr(self.config, "num_hidden_layers", None)
+        if method.captured_step is None or not isinstance(layers, int) or target.budget_bytes is None:
+            return None
+
+        def with_layers(count: int) -> Forecast:
+            return self.forecast(method.recomputing(count), gpus, target)
+
+        if with_layers(0).allocated_bytes < target.budget_bytes * (1 - replay.MARGIN):
+            return None  # what does not fit is the check, which keeps nothing as it is
+        count = fewest_layers(with_layers, layers)
+        return None if count is None else (method.recomputing(count), with_layers(count))
 
 
 def plan(
@@ -358,6 +394,26 @@ def largest_batch(fits: Callable[[int], Forecast], first: int) -> int:
             guess = (low + high) // 2
         guess = max(low + 1, min(guess, high - 1))
     return low
+
+
+def fewest_layers(fits: Callable[[int], Forecast], layers: int) -> int | None:
+    """The fewest layers to compute again, of `layers`, whose verdict is `fits`, None where not even all of them.
+
+    What they free is a straight line but for its ends, which points at the next number to try; the answer and the one
+    below it are always forecast themselves.
+    """
+    low, high = 0, layers
+    held = {count: fits(count).allocated_bytes for count in (low, high)}
+    if fits(high).verdict != "fits":
+        return None
+    while high - low > 1:
+        each = (held[low] - held[high]) / (high - low)
+        room = (fits(high).budget_bytes or 0) * (1 - replay.MARGIN) - held[high]
+        guess = max(low + 1, min(high - int(room / max(each, 1.0)), high - 1))
+        forecast = fits(guess)
+        held[guess] = forecast.allocated_bytes
+        low, high = (low, guess) if forecast.verdict == "fits" else (guess, high)
+    return high
 
 
 def fewest_gpus(fits: Callable[[int], Forecast], sequences: int) -> int | None:

@@ -58,7 +58,8 @@ def _causes(rows: Sequence[PlanRow]) -> str:
 
 
 def _step(row: PlanRow) -> str:
-    return f"{row.passes} x {row.batch_size}"
+    twice = f", {row.recomputed_layers} layers twice" if row.recomputed_layers else ""
+    return f"{row.passes} x {row.batch_size}{twice}"
 
 
 def _verdicts(rows: Sequence[PlanRow]) -> str:
