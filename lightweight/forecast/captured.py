@@ -137,7 +137,7 @@ def _check(step: Step, epochs: Epochs, reference: Reference, wanted: Parts, reco
     is_full = all(packing.length(epochs.rows[number]) == epochs.rows.width for number in numbers)
     recorder.rules.padding = "full" if is_full else "padded"
     with recorder.aside() as least, reference.recomputing():  # what alone there must be room for
-        reference.gradients(begin.first(1))
+        reference.gradients(reference.least(begin))
     with recorder.optionally(least):
         expected = [reference.gradients(begin)]
     recorder.meter.phase = "capture"

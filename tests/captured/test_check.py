@@ -2,6 +2,7 @@ import dataclasses
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -537,6 +538,49 @@ def test_where_there_is_no_memory_for_one_dialogue_its_layers_are_computed_twice
     assert "given up" not in meter.facts["capture_note"]
     assert {size for size, _ in found} == {1}
     assert not any(layer.gradient_checkpointing for layer in trainer.model.modules() if is_recomputable(layer))
+
+
+@pytest.mark.parametrize(("fault", "note"), [(None, None), (halves_a_gradient, "lean given up: ")])
+def test_where_there_is_no_memory_for_a_whole_dialogue_its_end_is_compared(prepare, monkeypatch, fault, note):
+    gradients = agreement.Reference._gradients
+    tried = []
+
+    def short(reference, sample, scale, autocast=None):
+        tried.append((sample.size, sample.tokens))
+        if sample.tokens is None or sample.tokens > 20:
+            raise torch.OutOfMemoryError("none left")
+        return gradients(reference, sample, scale, autocast)
+
+    monkeypatch.setattr(agreement.Reference, "_gradients", short)
+    monkeypatch.setattr(agreement, "LEAST_TOKENS", 10)
+    if fault is not None:
+        fault(monkeypatch)
+    trainer, rows, meter, trial = prepare("llama", method(lora()))
+    assert loop.CapturedTraining(trial, trainer, rows, meter).prepare()
+    compared = [tokens for _, tokens in tried if tokens is not None and tokens <= 20]
+    assert f"compared over the last {min(compared)} tokens of a row" in meter.facts["capture_note"]
+    assert ("given up: " in meter.facts["capture_note"]) == (fault is not None)
+    assert note is None or note in meter.facts["capture_note"]
+
+
+def test_where_there_is_no_memory_for_the_end_of_a_dialogue_there_is_none(prepare, monkeypatch):
+    def short(*_):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(agreement.Reference, "_gradients", short)
+    trainer, rows, meter, trial = prepare("llama", method(lora()))
+    with pytest.raises(torch.OutOfMemoryError, match="no room for the Trainer's step of 512 tokens"):
+        loop.CapturedTraining(trial, trainer, rows, meter).prepare()
+
+
+def test_the_end_of_a_dialogue_is_up_to_its_last_answer():
+    ids, labels = np.arange(10, dtype=np.int32), np.full(10, corpus.IGNORED, np.int32)
+    labels[5:8] = ids[5:8]
+    rows = corpus.Rows([{"input_ids": ids, "labels": labels}], 0, 10)
+    sample = agreement.Sample([[0]], [[0]], tokens=6)
+    (row,) = sample.of_each(rows)
+    assert row["input_ids"].tolist() == [2, 3, 4, 5, 6, 7]
+    assert row["labels"].tolist()[3:] == [5, 6, 7]
 
 
 def is_recomputable(module):
