@@ -38,8 +38,8 @@ class Question:
     more passes of the same optimizer step. `max_length` is in tokens a row. Without a `corpus` a forecast holds for
     rows of that length, and what else is said of rows changes nothing; with one, for the longest batch that its
     training rows can make in ten epochs. `gpus` share a trial. `max_batch` asks for the largest batch that fits as
-    well, and `fewest_gpus` for the least number of GPUs that suffices. `job` is what is to be trained, and what it may
-    take.
+    well, `longest_row` for the longest rows, whatever the corpus has, and `fewest_gpus` for the least number of GPUs
+    that suffices. `job` is what is to be trained, and what it may take.
     """
 
     keeps_passes: bool = False
@@ -50,6 +50,7 @@ class Question:
     corpus: Corpus | None = None
     gpus: int = 1
     max_batch: bool = False
+    longest_row: bool = False
     fewest_gpus: bool = False
     job: Job = field(default_factory=Job)
 
@@ -67,9 +68,10 @@ class PlanRow:
     or what else than memory keeps the method off the card. `chosen` is the method to take on this target, `measured_on`
     the device whose step times say so, None where it is expected. `corpus_rows` are what the question's corpus gives
     the model. Where the question asks for them, and there is a forecast: `max_batch`, the largest batch that fits, in
-    sequences a pass of one GPU, 0 if none does; and `fewest_gpus`, the least number of GPUs on which this batch does,
-    None where it does not even with one for every sequence of a step. `step` and `job` are what those take, None where
-    no calibration says so.
+    sequences a pass of one GPU, 0 if none does; `longest_row`, the tokens of the longest rows that fit, to `ROW_STEP`,
+    with as few of them in a pass as there can be and every layer of a captured step computed again; and `fewest_gpus`,
+    the least number of GPUs on which this batch does, None where it does not even with one for every sequence of a
+    step. `step` and `job` are what those take, None where no calibration says so.
     """
 
     model: str
@@ -79,6 +81,7 @@ class PlanRow:
     forecast: Forecast | None = None
     reason: str | None = None
     max_batch: int | None = None
+    longest_row: int | None = None
     fewest_gpus: int | None = None
     chosen: bool = False
     measured_on: str | None = None
@@ -145,6 +148,7 @@ class PlanRow:
             **self._made_under(),
         }
         row |= {"max_batch": self.max_batch} if question.max_batch else {}
+        row |= {"longest_row": self.longest_row} if question.longest_row else {}
         return row | ({"fewest_gpus": self.fewest_gpus} if question.fewest_gpus else {})
 
     def _made_under(self) -> dict[str, Any]:
@@ -162,6 +166,12 @@ class PlanRow:
 
 LARGEST_BATCH = 2**14
 """Where the search for the largest batch ends."""
+
+LONGEST_ROW = 2**20
+"""Where the search for the longest row ends, in tokens, for a model that does not say how many it takes."""
+
+ROW_STEP = 256
+"""In what tokens it is sought."""
 
 LASTING: tuple[Cause, ...] = ("weights", "quantization state", "optimizer")
 """What every pass of a step holds, however few its sequences."""
@@ -370,14 +380,14 @@ def smaller_passes(method: Method, gpus: int) -> list[Method]:
     return methods
 
 
-def largest_batch(fits: Callable[[int], Forecast], first: int) -> int:
-    """The largest batch whose verdict is `fits`, 0 if none is.
+def largest_batch(fits: Callable[[int], Forecast], first: int, most: int = LARGEST_BATCH) -> int:
+    """The largest batch whose verdict is `fits`, up to the `most`, 0 if none is. `first` is what is tried first.
 
     What a step holds grows with the batch almost in a straight line, so two forecasts point at the next to try; every
     other try halves what is left, in case the line is none. The answer and its successor are always forecast
     themselves.
     """
-    low, high, guess = 0, LARGEST_BATCH + 1, first
+    low, high, guess = 0, most + 1, min(first, most)
     held: dict[int, int] = {}
     while high - low > 1:
         forecast = fits(guess)
@@ -385,7 +395,7 @@ def largest_batch(fits: Callable[[int], Forecast], first: int) -> int:
         low, high = (guess, high) if forecast.verdict == "fits" else (low, guess)
         if len(held) == 1:
             guess = 2 * low or high // 2
-        elif len(held) % 2 or high > LARGEST_BATCH:
+        elif len(held) % 2 or high > most:
             near, far = sorted(held, key=lambda batch: abs(batch - (low or high)))[:2]
             slope = (held[near] - held[far]) / (near - far)
             room = (forecast.budget_bytes or 0) * (1 - replay.MARGIN) - held[near]
@@ -436,6 +446,8 @@ def _row(cell: _Cell, target: Target) -> PlanRow:
     row = cell.timed(answer(method=method, forecast=forecast, asked=cell.method))
     if question.max_batch:
         row = replace(row, max_batch=largest_batch(partial(_with_batch, cell, target), row.batch_size))
+    if question.longest_row:
+        row = replace(row, longest_row=_longest_row(cell, target))
     return replace(row, fewest_gpus=_fewest(cell, target, forecast)) if question.fewest_gpus else row
 
 
@@ -456,6 +468,29 @@ def _with_batch(cell: _Cell, target: Target, sequences: int) -> Forecast:
     gpus = cell.question.gpus
     least = -(-gpus // cell.method.passes_per_step)
     return cell.forecast(cell.method.with_batch(max(least, sequences)), gpus, target)
+
+
+def _longest_row(cell: _Cell, target: Target) -> int:
+    """The tokens of the longest rows that fit. Raises ForecastError."""
+    gpus = cell.question.gpus
+    assert isinstance(cell.config, PretrainedConfig)
+    *_, method = cell.method, *smaller_passes(cell.method, gpus)
+    method = method.recomputing(getattr(cell.config, "num_hidden_layers", 0))
+    most = (models.longest_row(cell.config) or LONGEST_ROW) // ROW_STEP
+
+    def of_length(steps: int) -> Forecast:
+        question = replace(cell.question, max_length=steps * ROW_STEP, corpus=None)
+        longer = _Cell(
+            model=cell.model,
+            config=cell.config,
+            corpus_rows=None,
+            method=cell.method,
+            question=question,
+            progress=cell.progress,
+        )
+        return longer.forecast(method, gpus, target)
+
+    return ROW_STEP * largest_batch(of_length, max(1, cell.question.max_length // ROW_STEP), most)
 
 
 def _fewest(cell: _Cell, target: Target, forecast: Forecast) -> int | None:
