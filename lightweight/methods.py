@@ -311,6 +311,8 @@ class Method:
                 raise
             named = getattr(adapter, "target_modules", None)
             mend = "name layers that it has in target_modules" if named else "take another adapter"
+            if "lora_dropout" in str(error):  # of peft, for experts whose weights are one parameter
+                mend = "give lora_dropout=0, or name its attention's layers in target_modules"
             raise MethodError(
                 f"method {self.name}: its {adapter.peft_type.value} cannot be put on {network.config.model_type} "
                 f"({reason(error)}): {mend}"

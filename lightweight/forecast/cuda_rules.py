@@ -78,6 +78,7 @@ class CudaRules:
                 "scaled_dot_product_attention": self._attention,
             }.items():
                 library.impl(name, kernel, "AutogradCPU")
+            library.impl("_grouped_mm", _grouped_product, "Meta")
         self._stack = ExitStack()
         self._stack.callback(torch_internals.unregister, library)
         self._stack.enter_context(causal_masks_ignored_by(self._ignore_mask))
@@ -219,6 +220,31 @@ def _in_float32(operator: Any, set_dtype: bool) -> Any:
             return operator(*arguments, **options)
 
     return kernel
+
+
+GROUPED_ALIGNMENT_BYTES = 16
+"""What a row of a grouped product is padded to. aten/src/ATen/native/GroupedMMUtils.h,
+create_grouped_gemm_output_tensor."""
+
+
+def _grouped_product(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """The experts' product: [rows, in] x [experts, in, out], and what is derived from it. CUDA computes it in every
+    format, one expert after the other where it has no kernel for all, and torch's own rule of its shape knows bf16
+    alone. Whatever is routed to whom, it is as large."""
+    experts = 0 if offs is None else offs.size(0)
+    sizes = {
+        (2, 3): [a.size(0), b.size(-1)],
+        (3, 2): [a.size(-2), b.size(1)],
+        (2, 2): [experts, a.size(0), b.size(1)],
+        (3, 3): [a.size(0), a.size(-2), b.size(-1)],
+    }[a.dim(), b.dim()]
+    dtype = out_dtype or a.dtype
+    unit = GROUPED_ALIGNMENT_BYTES // dtype.itemsize
+    width = -(-sizes[-1] // unit) * unit
+    strides = [sizes[1] * width, width, 1][-len(sizes) :]
+    return torch.empty_strided(sizes, strides, dtype=dtype, device=a.device)
 
 
 def _dropout(input: Tensor, p: float, train: bool) -> Tensor:

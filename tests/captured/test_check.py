@@ -583,6 +583,24 @@ def test_the_end_of_a_dialogue_is_up_to_its_last_answer():
     assert row["labels"].tolist()[3:] == [5, 6, 7]
 
 
+ON_EXPERTS = {"target_modules": ["q_proj", "v_proj"]}
+ON_EXPERTS |= {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss"])
+def test_adapters_on_experts_are_trained_as_the_trainer_trains_them(prepare, monkeypatch, architecture):
+    monkeypatch.setitem(CONFIGS, architecture, {"rms_norm_eps": 1e-5} | CONFIGS.get(architecture, WIDE | FEW_EXPERTS))
+    on_experts = method(lora(**ON_EXPERTS))
+    theirs, _ = run(*prepare(architecture, dataclasses.replace(on_experts, step="trainer")))
+    ours, note = run(*prepare(architecture, on_experts))
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert theirs[-1] != pytest.approx(theirs[0], abs=1e-4)
+    assert "the Trainer runs" not in note
+
+
+FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+
+
 def is_recomputable(module):
     return isinstance(module, GradientCheckpointingLayer)
 
