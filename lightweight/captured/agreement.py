@@ -370,7 +370,8 @@ class Reference:
         if sample.tokens is None:
             whole: dict[str, torch.Tensor] = collate(taken)
             return whole
-        batch = collate([_end_of(row, sample.tokens) for row in taken])  # padded as if they were whole
+        # padded as if they were whole
+        batch: dict[str, torch.Tensor] = collate([_end_of(row, sample.tokens) for row in taken])
         cut = {name: value[:, : sample.tokens] for name, value in batch.items() if isinstance(value, torch.Tensor)}
         return batch | cut
 

@@ -228,7 +228,7 @@ create_grouped_gemm_output_tensor."""
 
 
 def _grouped_product(
-    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+    a: Tensor, b: Tensor, offs: Tensor | None = None, _bias: Any = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """The experts' product: [rows, in] x [experts, in, out], and what is derived from it. CUDA computes it in every
     format, one expert after the other where it has no kernel for all, and torch's own rule of its shape knows bf16

@@ -44,7 +44,7 @@ class Drawing(DispatchMode):
     """Inside, tensors are not drawn when they are asked to be, but when they are read, or by `finish`."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._seed, self._draws = seed, 0
         self._waiting: dict[int, _Draw] = {}  # by storage
 
@@ -92,8 +92,8 @@ class Drawing(DispatchMode):
         numbers = (
             generator.standard_normal(size, np.float32) if draw.kind == "normal" else generator.random(size, np.float32)
         )
-        numbers *= np.float32(draw.scale)
-        numbers += np.float32(draw.shift)
+        np.multiply(numbers, np.float32(draw.scale), out=numbers)
+        np.add(numbers, np.float32(draw.shift), out=numbers)
         target[:] = numbers
 
 

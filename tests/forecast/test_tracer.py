@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -480,7 +481,7 @@ def test_out_of_memory_is_an_answer_where_it_was_forecast(verdict, ends, micro, 
         training_experiment.test_training(lambda *_: ran_out, laboratory, "opt-tiny", "lora-captured")  # type: ignore[arg-type]
 
 
-EXPERTS = {
+EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"intermediate_size": 128, "num_local_experts": 4},
     "qwen3_moe": {
         "intermediate_size": 128,
@@ -516,7 +517,7 @@ ON_EXPERTS = replace(
 @pytest.mark.parametrize("model_type", EXPERTS)
 def test_experts_are_traced_in_every_format(model_type):
     """torch's own rule for their product knows bf16 alone, and a GPU computes it in fp32 and fp16 too."""
-    shape = {"model_type": model_type, "vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 2}
+    shape: dict[str, Any] = {"model_type": model_type, "vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
     model = Model(name=model_type, architecture=shape | EXPERTS[model_type])
     trainable = {}
@@ -528,7 +529,7 @@ def test_experts_are_traced_in_every_format(model_type):
 
 
 def test_adapters_on_experts_are_told_what_peft_lacks():
-    shape = {"model_type": "mixtral", "vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 1}
+    shape: dict[str, Any] = {"model_type": "mixtral", "vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 1}
     model = Model(name="any", architecture=shape | EXPERTS["mixtral"] | {"num_attention_heads": 4})
     with pytest.raises(ForecastError, match="give lora_dropout=0, or name its attention's layers"):
-        trace(trial(model, QLORA, max_length=64), HOPPER)
+        trace(trial(model, QLORA, max_length=64))
