@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lightweight.internals import torch as torch_internals
 from lightweight.internals.torch import DispatchMode, tree_iter
@@ -89,9 +90,11 @@ class Drawing(DispatchMode):
         key = np.random.SeedSequence(self._seed, spawn_key=(draw.number, start // CHUNK))
         generator = np.random.Generator(np.random.Philox(key))
         size = target.shape[0]
-        numbers = (
-            generator.standard_normal(size, np.float32) if draw.kind == "normal" else generator.random(size, np.float32)
-        )
+        numbers: NDArray[np.float32]
+        if draw.kind == "normal":
+            numbers = generator.standard_normal(size, dtype=np.float32)
+        else:
+            numbers = generator.random(size, dtype=np.float32)
         np.multiply(numbers, np.float32(draw.scale), out=numbers)
         np.add(numbers, np.float32(draw.shift), out=numbers)
         target[:] = numbers
