@@ -89,12 +89,11 @@ class Drawing(DispatchMode):
         target = draw.tensor.detach().numpy().reshape(-1)[start : start + CHUNK]
         key = np.random.SeedSequence(self._seed, spawn_key=(draw.number, start // CHUNK))
         generator = np.random.Generator(np.random.Philox(key))
-        size = target.shape[0]
         numbers: NDArray[np.float32]
         if draw.kind == "normal":
-            numbers = generator.standard_normal(size, dtype=np.float32)
+            numbers = generator.standard_normal(target.shape, dtype=np.float32)
         else:
-            numbers = generator.random(size, dtype=np.float32)
+            numbers = generator.random(target.shape, dtype=np.float32)
         np.multiply(numbers, np.float32(draw.scale), out=numbers)
         np.add(numbers, np.float32(draw.shift), out=numbers)
         target[:] = numbers
