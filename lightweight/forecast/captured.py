@@ -39,8 +39,19 @@ allocates what the second did, where that was: a step of eight is then forecast 
 
 
 class _FirstPasses(Step):
+    """A step of no more passes than differ; the last of them counts for those that are left out."""
+
+    def __init__(self, trial: Trial, trainer: Any, recorder: Recorder) -> None:
+        super().__init__(trial, trainer)
+        self._recorder = recorder
+
     def computed_passes(self, buffers: Buffers) -> int:
         return min(buffers.shape.passes, PASSES)
+
+    def _pass(self, buffers: Buffers, index: int) -> None:
+        left_out = buffers.shape.passes - PASSES if index == PASSES - 1 else 0
+        with self._recorder.counting(1 + max(0, left_out)):
+            super()._pass(buffers, index)
 
 
 class UncapturedError(ValueError):
@@ -82,7 +93,7 @@ def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> 
         kernels.launches_told_to(recorder.launched),
         flash.as_on(recorder.rules.capability),
     ):
-        step = _FirstPasses(trial, trainer)
+        step = _FirstPasses(trial, trainer, recorder)
         step.passes.recompute(asked.recompute, keeps_random_numbers=not asked.graph)
         with torch_internals.with_numbers():  # of the rows that are drawn
             joins = step.passes.on_flash and asked.attention == "sdpa"

@@ -184,6 +184,18 @@ class Recorder(DispatchMode):
         finally:
             self.watch = None
 
+    @contextmanager
+    def counting(self, times: int) -> Iterator[None]:
+        """Inside, what the device does stands for so many times of it."""
+        watch = self.watch
+        if watch is not None:
+            watch.times = times
+        try:
+            yield
+        finally:
+            if watch is not None:
+                watch.times = 1
+
     def launched(
         self, name: str, programs: Sequence[int], arguments: Sequence[Any], settings: Mapping[str, Any]
     ) -> None:

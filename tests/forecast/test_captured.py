@@ -10,7 +10,7 @@ from experiments.test_forecast import ALLOCATED, CAPTURED_MODELS, RESERVED, STEP
 from lightweight import corpus, methods, models, record, targets
 from lightweight.child import helper
 from lightweight.corpus import Corpus
-from lightweight.forecast import calibration, plan, step_time, tracer
+from lightweight.forecast import calibration, captured, plan, step_time, tracer
 from lightweight.forecast.replay import within
 from lightweight.methods import BASELINE_CAPTURED, LORA_CAPTURED, QLORA, QLORA_CAPTURED, CapturedStep
 from lightweight.models import GPT_NEO_TINY, OPT_TINY, Model
@@ -190,6 +190,17 @@ def test_recomputing_keeps_less():
         trace(GPT_NEO_TINY, captured(name)).replay().by_cause["activations"] for name in ("no", "checkpointing")
     )
     assert recomputed < kept
+
+
+def test_a_step_of_many_passes_is_forecast_from_its_first_two_as_from_all(monkeypatch):
+    """Its bytes, and what the device does in it."""
+    eight = LORA_CAPTURED.with_passes(8)
+    few = trace(OPT_TINY, eight)
+    monkeypatch.setattr(captured, "PASSES", 8)
+    every = trace(OPT_TINY, eight)
+    assert len(few.events) < len(every.events)
+    assert few.replay() == every.replay()
+    assert few.work == every.work
 
 
 def test_the_fewest_layers_that_let_a_long_row_fit_are_computed_again():
