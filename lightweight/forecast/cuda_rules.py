@@ -78,7 +78,6 @@ class CudaRules:
                 "scaled_dot_product_attention": self._attention,
             }.items():
                 library.impl(name, kernel, "AutogradCPU")
-            library.impl("_grouped_mm", _grouped_product, "Meta")
         self._stack = ExitStack()
         self._stack.callback(torch_internals.unregister, library)
         self._stack.enter_context(causal_masks_ignored_by(self._ignore_mask))
@@ -227,12 +226,15 @@ GROUPED_ALIGNMENT_BYTES = 16
 create_grouped_gemm_output_tensor."""
 
 
-def _grouped_product(
+GROUPED_PRODUCT = "aten::_grouped_mm"
+
+
+def grouped_product(
     a: Tensor, b: Tensor, offs: Tensor | None = None, _bias: Any = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """The experts' product: [rows, in] x [experts, in, out], and what is derived from it. CUDA computes it in every
     format, one expert after the other where it has no kernel for all, and torch's own rule of its shape knows bf16
-    alone. Whatever is routed to whom, it is as large."""
+    alone. Whatever is routed to whom, it is as large. On the meta device."""
     experts = 0 if offs is None else offs.size(0)
     sizes = {
         (2, 3): [a.size(0), b.size(-1)],
@@ -244,7 +246,7 @@ def _grouped_product(
     unit = GROUPED_ALIGNMENT_BYTES // dtype.itemsize
     width = -(-sizes[-1] // unit) * unit
     strides = [sizes[1] * width, width, 1][-len(sizes) :]
-    return torch.empty_strided(sizes, strides, dtype=dtype, device=a.device)
+    return torch.empty_strided(sizes, strides, dtype=dtype, device="meta")
 
 
 def _dropout(input: Tensor, p: float, train: bool) -> Tensor:

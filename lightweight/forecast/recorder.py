@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightweight.captured.cross_entropy import ALIGNMENT
-from lightweight.forecast.cuda_rules import CudaRules
+from lightweight.forecast.cuda_rules import GROUPED_PRODUCT, CudaRules, grouped_product
 from lightweight.forecast.replay import Cause, Event, Optional
 from lightweight.forecast.work import Watch
 from lightweight.internals import bitsandbytes as bitsandbytes_internals
@@ -119,6 +119,9 @@ class Recorder(DispatchMode):
                 view = operator(*arguments, **options)
             if type(view) is Tensor:
                 return FakeTensor(self._mode, view, _CPU)
+        if operator.name() == GROUPED_PRODUCT:
+            with no_dispatch():
+                return FakeTensor(self._mode, grouped_product(*arguments, **options), _CPU)
         if not _is_pure(operator):
             return operator(*arguments, **options)
         key = operator, _shapes(arguments), _shapes(tuple(options.items()))
