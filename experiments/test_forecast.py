@@ -56,36 +56,6 @@ CELLS: dict[str, tuple[str, Method, int]] = {
 }
 """Model, method and tokens a row, by name."""
 
-QWEN3_SHAPE = Model(
-    name="qwen3-0.6b",
-    architecture={
-        "model_type": "qwen3",
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "tie_word_embeddings": True,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-    },
-)
-LLAMA_SHAPE = Model(
-    name="llama-3.2-1b",
-    architecture={
-        "model_type": "llama",
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-    },
-)
 GEMMA3_SHAPE = Model(
     name="gemma-3-1b",
     architecture={
@@ -105,7 +75,9 @@ GEMMA3_SHAPE = Model(
     },
 )
 CAPTURED_MODELS: dict[str, str | Model] = MODELS | {
-    model.name: model for model in (QWEN3_SHAPE, LLAMA_SHAPE, GEMMA3_SHAPE)
+    "qwen3-0.6b": "qwen3-0.6b",
+    "llama-3.2-1b": "llama-3.2-1b",
+    GEMMA3_SHAPE.name: GEMMA3_SHAPE,
 }
 
 CAPTURED_CELLS: dict[str, tuple[str, Method, int, Target]] = (

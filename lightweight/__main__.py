@@ -196,6 +196,11 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_settings(parser)
     parser.add_argument("--max-batch", action="store_true", help="also find the largest batch that fits")
     parser.add_argument(
+        "--max-length-that-fits",
+        action="store_true",
+        help="also find the longest rows that fit, of as few in a pass as there can be",
+    )
+    parser.add_argument(
         "--gpus",
         metavar="N",
         help="GPUs that share a trial by FSDP2, at most one for each sequence of a step: forecast one of them, and "
@@ -283,6 +288,7 @@ def _plan(options: argparse.Namespace) -> int:
             gpus=options.gpus or 1,
             corpus=read,
             max_batch=options.max_batch,
+            longest_row=options.max_length_that_fits,
             fewest_gpus=options.gpus is not None,
             job=step_time.Job(**job),
             **settings.rows,

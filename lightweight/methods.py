@@ -64,8 +64,10 @@ class CapturedStep:
     `lean` keeps less of the forward pass of frozen layers and computes again what is cheap. `graph` False runs the same
     step uncaptured. `compile` None decides from the number of steps. `upcast` holds the norms, embeddings and head of a
     quantized model in fp32, as `prepare_model_for_kbit_training` does. A part that would make the step another one than
-    the Trainer's is given up before training, and the record says so. Raises ValueError for packing on the model's own
-    attention, which knows one dialogue a row.
+    the Trainer's is given up before training, and the record says so. `recompute` is how many of the network's layers,
+    the first ones, are computed again in the backward pass instead of kept: those that are needed last there. Raises
+    ValueError for packing on the model's own attention, which knows one dialogue a row, and for layers that are both
+    compiled and computed again.
     """
 
     attention: Literal["model", "sdpa"] = "sdpa"
@@ -75,8 +77,11 @@ class CapturedStep:
     graph: bool = True
     compile: bool | None = None
     upcast: bool = False
+    recompute: int = 0
 
     def __post_init__(self) -> None:
+        if self.recompute and self.compile:
+            raise ValueError("recompute needs compile=None or False: a compiled layer is not computed again")
         if self.packing and self.attention == "model":
             raise ValueError("packing needs attention='sdpa': the model's own attention knows one dialogue a row")
 
@@ -217,8 +222,10 @@ class Method:
         them: in this order on an H200 (experiments/records), where lora is 1.7 times as fast as baseline and qlora a
         tenth, and on an H100, where either is faster captured.
         """
-        checkpointing, fp32 = bool(self.training_arguments.get("gradient_checkpointing")), self.precision == "fp32"
-        return self.quantization is not None, checkpointing, fp32, self.captured_step is None, self.adapter is None
+        step = self.captured_step
+        checkpointing = bool(self.training_arguments.get("gradient_checkpointing") or (step and step.recompute))
+        fp32 = self.precision == "fp32"
+        return self.quantization is not None, checkpointing, fp32, step is None, self.adapter is None
 
     def with_batch(self, sequences: int) -> Method:
         """The method with `sequences` in a forward pass."""
@@ -244,6 +251,12 @@ class Method:
             )
         arguments = {"per_device_train_batch_size": sequences, "gradient_accumulation_steps": passes}
         return replace(self, training_arguments={**self.training_arguments, **arguments})
+
+    def recomputing(self, layers: int) -> Method:
+        """The method with so many layers of its captured step computed again in the backward pass."""
+        if self.captured_step is None or layers == self.captured_step.recompute:
+            return self
+        return replace(self, step=replace(self.captured_step, recompute=layers))
 
     def with_learning_rate(self, rate: float) -> Method:
         """The method with `rate` as what its schedule begins at."""
@@ -298,6 +311,8 @@ class Method:
                 raise
             named = getattr(adapter, "target_modules", None)
             mend = "name layers that it has in target_modules" if named else "take another adapter"
+            if "lora_dropout" in str(error):  # of peft, for experts whose weights are one parameter
+                mend = "give lora_dropout=0, or name its attention's layers in target_modules"
             raise MethodError(
                 f"method {self.name}: its {adapter.peft_type.value} cannot be put on {network.config.model_type} "
                 f"({reason(error)}): {mend}"

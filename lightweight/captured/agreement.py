@@ -27,7 +27,7 @@ from transformers import Trainer
 
 from lightweight.captured import dropout, packing
 from lightweight.captured.packing import Layout
-from lightweight.corpus import Rows
+from lightweight.corpus import IGNORED, Row, Rows
 from lightweight.internals import accelerate as accelerate_internals
 from lightweight.internals import bitsandbytes as bitsandbytes_internals
 from lightweight.internals import torch as torch_internals
@@ -85,10 +85,12 @@ class PartError(NotImplementedError):
 
 @dataclass(frozen=True)
 class Sample:
-    """Dialogues of the job, by number: in `passes` as the Trainer takes them, in `rows` as packing would lay them."""
+    """Dialogues of the job, by number: in `passes` as the Trainer takes them, in `rows` as packing would lay them.
+    Where there is not enough memory for a whole one, of each the last `tokens` up to its last answer."""
 
     passes: list[list[int]]
     rows: list[list[int]]
+    tokens: int | None = None
 
     @property
     def size(self) -> int:
@@ -105,7 +107,32 @@ class Sample:
             [left for numbers in lists if (left := [n for n in numbers if n in kept])]
             for lists in (self.passes, self.rows)
         )
-        return Sample(passes, rows)
+        return Sample(passes, rows, self.tokens)
+
+    def smaller(self, lengths: Sequence[int]) -> Sample | None:
+        """Half of its dialogues, or half of the only one; None where that is short. `lengths` are all dialogues'."""
+        if self.size > 1:
+            return self.first(self.size // 2)
+        (number,) = chain.from_iterable(self.rows)
+        tokens = (self.tokens or lengths[number]) // 2
+        return replace(self, tokens=tokens) if tokens >= LEAST_TOKENS else None
+
+    def of_each(self, rows: Rows) -> Rows:
+        """`rows` with so much of each as is compared."""
+        if self.tokens is None:
+            return rows
+        return replace(rows, each=[_end_of(row, self.tokens) for row in rows.each])
+
+
+LEAST_TOKENS = 512
+"""What a dialogue is not cut below."""
+
+
+def _end_of(row: Row, tokens: int) -> Row:
+    answered = (row["labels"] != IGNORED).nonzero()[0]
+    end = int(answered[-1]) + 1 if len(answered) else len(row["labels"])
+    piece = slice(max(0, end - tokens), end)
+    return {"input_ids": row["input_ids"][piece], "labels": row["labels"][piece]}
 
 
 def samples(layouts: Sequence[Layout], first: list[list[int]], rows: Rows, rows_per_pass: int) -> list[Sample]:
@@ -260,11 +287,21 @@ class Reference:
         return [list(numbers) for numbers, _ in zip(drawn, passes, strict=False)] == [list(own) for own in passes]
 
     def gradients(self, sample: Sample) -> tuple[Sample, Gradients]:
-        """The Trainer's loss and gradients of as many of the sample's dialogues as there is memory for, and those.
-        Raises torch.OutOfMemoryError where it is not enough for one."""
+        """The Trainer's loss and gradients of as many of the sample's dialogues as there is memory for, and those: at
+        the least of the end of one, whose layers are computed twice. Raises torch.OutOfMemoryError where it is not
+        enough for that."""
         while (gradients := self._where_it_fits(sample)) is None:
-            sample = sample.first(sample.size // 2)
+            smaller = sample.smaller(self._lengths)
+            if smaller is None:
+                raise torch.OutOfMemoryError(f"no room for the Trainer's step of {LEAST_TOKENS} tokens")
+            sample = smaller
         return sample, gradients
+
+    def least(self, sample: Sample) -> Sample:
+        """What `gradients` would take of `sample` in the end."""
+        while (smaller := sample.smaller(self._lengths)) is not None:
+            sample = smaller
+        return sample
 
     def in_fp32(self, sample: Sample) -> Gradients | None:
         """As `gradients`, of the whole sample and with fp32 in the place of halves, from the weights as they are now.
@@ -285,7 +322,8 @@ class Reference:
                 own = self._gradients(sample, scale)
             except torch.OutOfMemoryError:
                 if sample.size == 1:
-                    raise
+                    with contextlib.suppress(torch.OutOfMemoryError):
+                        own = self._in_least_memory(sample, scale)
             (ran_out,) = ranks.any_says(own is None, device=self._trainer.args.device)
             drop_gradients(self._model)
             if own is None or ran_out:
@@ -295,11 +333,21 @@ class Reference:
                 break
         return gradients
 
+    def recomputing(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the Trainer computes every layer again in the backward pass, as it does by its own argument: what
+        takes the least memory. Dropout must be off."""
+        return recomputing(transformers_internals.recomputable_layers(self._model))
+
+    def _in_least_memory(self, sample: Sample, scale: float) -> Gradients:
+        drop_gradients(self._model)
+        with self.recomputing():
+            return self._gradients(sample, scale)
+
     def _gradients(self, sample: Sample, scale: float, autocast: Callable[[], Any] | None = None) -> Gradients:
         trainer = self._trainer
         shares = [numbers[ranks.rank() :: ranks.world_size()] for numbers in sample.passes]
         batches, items = trainer.get_batch_samples(
-            iter([self._batch(share) for share in shares]), len(shares), trainer.args.device
+            iter([self._batch(share, sample) for share in shares]), len(shares), trainer.args.device
         )
         trainer.current_gradient_accumulation_steps = len(batches)
         scaler = torch.amp.GradScaler(trainer.args.device.type, init_scale=scale, enabled=scale != 1)
@@ -315,11 +363,32 @@ class Reference:
         of = {weight: weight.grad for weight in trained(self._model) if weight.grad is not None}
         return Gradients(loss, of, scale)
 
-    def _batch(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+    def _batch(self, numbers: Sequence[int], sample: Sample) -> dict[str, torch.Tensor]:
         rows: Any = self._trainer.train_dataset
         collate: Any = self._loader.collate_fn
-        batch: dict[str, torch.Tensor] = collate([rows[number] for number in numbers or [len(rows) - 1]])
-        return batch
+        taken = [rows[number] for number in numbers or [len(rows) - 1]]
+        if sample.tokens is None:
+            whole: dict[str, torch.Tensor] = collate(taken)
+            return whole
+        # padded as if they were whole
+        batch: dict[str, torch.Tensor] = collate([_end_of(row, sample.tokens) for row in taken])
+        cut = {name: value[:, : sample.tokens] for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        return batch | cut
+
+    @property
+    def _lengths(self) -> list[int]:
+        rows: Any = self._trainer.train_dataset
+        return [len(row["input_ids"]) for row in rows]
+
+
+@contextlib.contextmanager
+def recomputing(layers: Sequence[Any]) -> Iterator[None]:
+    """Inside, `layers` are computed again in the backward pass."""
+    undo = transformers_internals.recompute(layers, keeps_random_numbers=False)
+    try:
+        yield
+    finally:
+        undo()
 
 
 def trained(network: torch.nn.Module) -> dict[torch.nn.Parameter, str]:

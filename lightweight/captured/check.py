@@ -7,6 +7,7 @@ good deal passes for rounding, so there both are compared in fp32 where that can
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -83,6 +84,8 @@ class Check:
         if self._chaos is not None and agreeing is not None:
             moved = f"{self._precision} moves the Trainer's own gradient by {self._chaos:.0e}"
             notes = [f"compared in fp32: {moved}", *notes]
+        if cut := [each.sample.tokens for each in self._expected if each.sample.tokens is not None]:
+            notes = [f"compared over the last {min(cut)} tokens of a row, for which there was memory", *notes]
         self._use(agreeing or NOTHING)
         self._expected.clear()
         self._both.clear()
@@ -207,9 +210,11 @@ class Check:
 
     def _sampled(self, sample: Sample, scale: float) -> Gradients:
         """This rank's share of the step's loss and gradients of `sample`."""
-        layout, shape = self._epochs.laid_out(sample, self._step.parts)
+        epochs = copy.copy(self._epochs)
+        epochs.rows = sample.of_each(epochs.rows)
+        layout, shape = epochs.laid_out(sample, self._step.parts)
         buffers = Buffers(shape, self._step.device)
-        buffers.fill(layout, self._epochs.rows)
+        buffers.fill(layout, epochs.rows)
         return self._step.gradients(buffers, scale)
 
     def _check_dialogues_are_apart(self) -> None:

@@ -106,6 +106,8 @@ class CapturedTraining:
             "compiled": agrees and self.compiled,
             "capture_note": "; ".join(self.notes) or None,
         }
+        if not agrees:
+            self.step.passes.recompute(0, keeps_random_numbers=True)
         if not agrees and self.trial.world_size > 1:
             raise ranks.RanksError(f"{self.trial.name}: {self.notes[-1]}: train it on one rank")
         return agrees
@@ -198,6 +200,13 @@ class CapturedTraining:
         if arguments.gradient_checkpointing:
             self.network.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
             self.network.enable_input_require_grads()
+        self.step.passes.recompute(self._asked.recompute, keeps_random_numbers=not self._is_graph)
+        if len(self.step.passes.recomputed) < self._asked.recompute:
+            self.notes.append(f"{len(self.step.passes.recomputed)} layers can be computed again and no more")
+
+    @property
+    def _is_graph(self) -> bool:
+        return self.step.device.type == "cuda" and self._asked.graph
 
     def _agree(self) -> bool:
         """Take on as many parts as leave the step the Trainer's, and note what others were off. Whether any do."""
@@ -231,10 +240,27 @@ class CapturedTraining:
             self.notes.append("no GPU: the same step without a graph")
         elif self._asked.graph:
             with self.step.optimizer.rehearsing():
-                self.captured = self._capture()
+                self.captured = self._repeats_itself() and self._capture()
         if not self.captured:
             self._graphs.clear()
             self._compile()
+
+    def _repeats_itself(self) -> bool:
+        """Whether every layer that is computed again drops then what it dropped before. Where one does not, torch is to
+        see to it, which waits for the host."""
+        passes = self.step.passes
+        if not passes.recomputed:
+            return True
+        layout = self.epochs.layouts[0][0]
+        buffers = self._buffers[self.epochs.shape_of(layout)]
+        buffers.fill(layout, self.rows)
+        with agreement.nudged(agreement.trained(self.network)):  # else nothing that LoRA drops is seen
+            changing = passes.changing_layer(buffers)
+        if changing is None:
+            return True
+        self.notes.append(f"uncaptured: {changing} would drop other numbers when it is computed again")
+        passes.recompute(self._asked.recompute, keeps_random_numbers=True)
+        return False
 
     def _capture(self) -> bool:
         """Record a graph for each shape, all in one memory pool, the largest first. Whether it could be done."""
@@ -291,4 +317,6 @@ class CapturedTraining:
 
 def compiles(step: CapturedStep, steps: int) -> bool:
     """Whether a job of that many optimizer steps is compiled: as `step` says, else where it earns its time back."""
-    return steps >= COMPILE_STEPS if step.compile is None else step.compile
+    if step.compile is None:
+        return steps >= COMPILE_STEPS and not step.recompute
+    return step.compile

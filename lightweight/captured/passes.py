@@ -18,6 +18,7 @@ from lightweight.captured.cross_entropy import linear_cross_entropy
 from lightweight.captured.flash import Sequences
 from lightweight.captured.frozen import Lean
 from lightweight.captured.packing import Buffers
+from lightweight.internals import transformers as transformers_internals
 from lightweight.methods import Method
 
 NOTHING = Parts(packing=False, attention=False, loss="model", lean=False)
@@ -43,6 +44,8 @@ class Passes:
         self.on_flash = flash.has_kernels(self._device, dtype) and flash.takes(self.model.config)
         self._lean: Lean | None = None
         self._undo_attention: Callable[[], None] | None = None
+        self.recomputed: list[Any] = []
+        self._undo_recompute: Callable[[], None] | None = None
 
     @property
     def casts(self) -> bool:
@@ -72,6 +75,36 @@ class Passes:
         if allowed is not None and parts.loss == "chunked":
             probes.check_head(self.model, self.autocast)
         self._lean_on(parts.lean)
+
+    def recompute(self, count: int, *, keeps_random_numbers: bool) -> None:
+        """Have the first `count` layers computed again in the backward pass from now on. Where that
+        `keeps_random_numbers` of torch's, they drop what they dropped before; no CUDA graph can."""
+        if self._undo_recompute is not None:
+            self._undo_recompute()
+        self.recomputed = transformers_internals.recomputable_layers(self.model)[:count]
+        self._undo_recompute = transformers_internals.recompute(
+            self.recomputed, keeps_random_numbers=keeps_random_numbers
+        )
+
+    def changing_layer(self, buffers: Buffers) -> str | None:
+        """The class of a layer that gives another result when it is computed again, by dropout that no seed of ours
+        decides; None where all that are computed again repeat themselves. Waits for the device."""
+        changing: list[str] = []
+
+        def compute_again(layer: Any, arguments: Any, options: Any, result: Any) -> None:
+            again = layer.forward(*arguments, **options)
+            first, second = (each[0] if isinstance(each, tuple) else each for each in (result, again))
+            if not torch.equal(first, second):
+                changing.append(type(layer).__name__)
+
+        hooks = [layer.register_forward_hook(compute_again, with_kwargs=True) for layer in self.recomputed]
+        try:
+            with torch.no_grad():
+                self.loss(buffers, 0)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return changing[0] if changing else None
 
     def undo_lean(self) -> None:
         """Give frozen layers their own forward passes back."""

@@ -71,8 +71,12 @@ class Step:
         """Forward and backward passes of a step on this rank."""
         self.optimizer.clear_gradients()
         self.loss.zero_()
-        for index in range(buffers.shape.passes):
+        for index in range(self.computed_passes(buffers)):
             self._pass(buffers, index)
+
+    def computed_passes(self, buffers: Buffers) -> int:
+        """How many passes a step over `buffers` computes: all of them."""
+        return buffers.shape.passes
 
     def _pass(self, buffers: Buffers, index: int) -> None:
         """Forward and backward pass `index` of a step."""

@@ -46,7 +46,9 @@ def choose(
     if before is not None and before.method is not None:
         say(f"method {before.method}: what the interrupted job was trained with")
         method = _as_forecast(job.settings.apply(methods.named(before.method)))
-        return Choice(_with_stored_passes(method, before.training_arguments))
+        stored = before.settings.get("captured_step") or {}
+        planned = _with_stored_passes(method, before.training_arguments)
+        return Choice(planned.recomputing(stored.get("recompute", 0)))
     if device.total_bytes is None and target.total_bytes is None:
         if model.weights == "random" and job.settings.fits(methods.BASELINE):
             say("method baseline: without GPU or --target nothing is forecast; random weights give adapters no ground")
@@ -70,6 +72,8 @@ def choose(
     method = _as_forecast(job.settings.apply(methods.named(row.method.name)))
     chosen = method.with_passes(row.accumulation)
     passes = "" if chosen == method else f" in {row.passes} passes of {row.batch_size} rows a step"
+    passes += f", {row.recomputed_layers} layers computed twice" if row.recomputed_layers else ""
+    chosen = chosen.recomputing(row.recomputed_layers)
     say(
         f"method {method.name}{passes}: {size(row.forecast.reserved_bytes)} of {target.name}'s {size(budget)} "
         f"by forecast, expected to be the fastest of what fits ({', '.join(fitting)}){_check(method)}{where}"

@@ -33,6 +33,26 @@ from lightweight.training import stock
 from lightweight.training.stock import Request
 from lightweight.trial import Trial
 
+PASSES = 2
+"""The most passes of a step that are traced. The first makes gradients and the second adds to them; every later one
+allocates what the second did, where that was: a step of eight is then forecast to the same byte."""
+
+
+class _FirstPasses(Step):
+    """A step of no more passes than differ; the last of them counts for those that are left out."""
+
+    def __init__(self, trial: Trial, trainer: Any, recorder: Recorder) -> None:
+        super().__init__(trial, trainer)
+        self._recorder = recorder
+
+    def computed_passes(self, buffers: Buffers) -> int:
+        return min(buffers.shape.passes, PASSES)
+
+    def _pass(self, buffers: Buffers, index: int) -> None:
+        left_out = buffers.shape.passes - PASSES if index == PASSES - 1 else 0
+        with self._recorder.counting(1 + max(0, left_out)):
+            super()._pass(buffers, index)
+
 
 class UncapturedError(ValueError):
     """A step that no graph can have. The message names the module that prevents it, and the reason."""
@@ -73,7 +93,8 @@ def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> 
         kernels.launches_told_to(recorder.launched),
         flash.as_on(recorder.rules.capability),
     ):
-        step = Step(trial, trainer)
+        step = _FirstPasses(trial, trainer, recorder)
+        step.passes.recompute(asked.recompute, keeps_random_numbers=not asked.graph)
         with torch_internals.with_numbers():  # of the rows that are drawn
             joins = step.passes.on_flash and asked.attention == "sdpa"
             epochs = Epochs(trial, trainer, rows, packing_asked=asked.packing, joins=joins, compiled=False)
@@ -126,8 +147,8 @@ def _check(step: Step, epochs: Epochs, reference: Reference, wanted: Parts, reco
     numbers = {*chain(*begin.rows, *rows.rows)}
     is_full = all(packing.length(epochs.rows[number]) == epochs.rows.width for number in numbers)
     recorder.rules.padding = "full" if is_full else "padded"
-    with recorder.aside() as least:  # what alone there must be room for
-        reference.gradients(begin.first(1))
+    with recorder.aside() as least, reference.recomputing():  # what alone there must be room for
+        reference.gradients(reference.least(begin))
     with recorder.optionally(least):
         expected = [reference.gradients(begin)]
     recorder.meter.phase = "capture"

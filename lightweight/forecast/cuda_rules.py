@@ -221,6 +221,34 @@ def _in_float32(operator: Any, set_dtype: bool) -> Any:
     return kernel
 
 
+GROUPED_ALIGNMENT_BYTES = 16
+"""What a row of a grouped product is padded to. aten/src/ATen/native/GroupedMMUtils.h,
+create_grouped_gemm_output_tensor."""
+
+
+GROUPED_PRODUCT = "aten::_grouped_mm"
+
+
+def grouped_product(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, _bias: Any = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """The experts' product: [rows, in] x [experts, in, out], and what is derived from it. CUDA computes it in every
+    format, one expert after the other where it has no kernel for all, and torch's own rule of its shape knows bf16
+    alone. Whatever is routed to whom, it is as large. On the meta device."""
+    experts = 0 if offs is None else offs.size(0)
+    sizes = {
+        (2, 3): [a.size(0), b.size(-1)],
+        (3, 2): [a.size(-2), b.size(1)],
+        (2, 2): [experts, a.size(0), b.size(1)],
+        (3, 3): [a.size(0), a.size(-2), b.size(-1)],
+    }[a.dim(), b.dim()]
+    dtype = out_dtype or a.dtype
+    unit = GROUPED_ALIGNMENT_BYTES // dtype.itemsize
+    width = -(-sizes[-1] // unit) * unit
+    strides = [sizes[1] * width, width, 1][-len(sizes) :]
+    return torch.empty_strided(sizes, strides, dtype=dtype, device="meta")
+
+
 def _dropout(input: Tensor, p: float, train: bool) -> Tensor:
     """CUDA keeps a mask of one byte an element, the CPU its noise in the input's type.
     aten/src/ATen/native/Dropout.cpp, is_fused_kernel_acceptable."""

@@ -38,8 +38,8 @@ class Question:
     more passes of the same optimizer step. `max_length` is in tokens a row. Without a `corpus` a forecast holds for
     rows of that length, and what else is said of rows changes nothing; with one, for the longest batch that its
     training rows can make in ten epochs. `gpus` share a trial. `max_batch` asks for the largest batch that fits as
-    well, and `fewest_gpus` for the least number of GPUs that suffices. `job` is what is to be trained, and what it may
-    take.
+    well, `longest_row` for the longest rows, whatever the corpus has, and `fewest_gpus` for the least number of GPUs
+    that suffices. `job` is what is to be trained, and what it may take.
     """
 
     keeps_passes: bool = False
@@ -50,6 +50,7 @@ class Question:
     corpus: Corpus | None = None
     gpus: int = 1
     max_batch: bool = False
+    longest_row: bool = False
     fewest_gpus: bool = False
     job: Job = field(default_factory=Job)
 
@@ -67,9 +68,10 @@ class PlanRow:
     or what else than memory keeps the method off the card. `chosen` is the method to take on this target, `measured_on`
     the device whose step times say so, None where it is expected. `corpus_rows` are what the question's corpus gives
     the model. Where the question asks for them, and there is a forecast: `max_batch`, the largest batch that fits, in
-    sequences a pass of one GPU, 0 if none does; and `fewest_gpus`, the least number of GPUs on which this batch does,
-    None where it does not even with one for every sequence of a step. `step` and `job` are what those take, None where
-    no calibration says so.
+    sequences a pass of one GPU, 0 if none does; `longest_row`, the tokens of the longest rows that fit, to `ROW_STEP`,
+    with as few of them in a pass as there can be and every layer of a captured step computed again; and `fewest_gpus`,
+    the least number of GPUs on which this batch does, None where it does not even with one for every sequence of a
+    step. `step` and `job` are what those take, None where no calibration says so.
     """
 
     model: str
@@ -79,6 +81,7 @@ class PlanRow:
     forecast: Forecast | None = None
     reason: str | None = None
     max_batch: int | None = None
+    longest_row: int | None = None
     fewest_gpus: int | None = None
     chosen: bool = False
     measured_on: str | None = None
@@ -109,6 +112,11 @@ class PlanRow:
         """The `gradient_accumulation_steps` that give every GPU its `passes`."""
         return self.method.passes_per_step
 
+    @property
+    def recomputed_layers(self) -> int:
+        """Layers that a captured step computes again in the backward pass."""
+        return _recomputed(self.method)
+
     def as_json(self) -> dict[str, Any]:
         """What `lightweight plan --format json` writes of it: what the forecast says is None where there is none, and
         what was not asked for is left out."""
@@ -121,6 +129,7 @@ class PlanRow:
             "batch_size": self.batch_size,
             "passes": self.passes,
             "accumulation": self.accumulation,
+            "recomputed_layers": self.recomputed_layers,
             "max_length": question.max_length,
             "budget_bytes": self.target.budget_bytes,
             "context_bytes": CONTEXT_BYTES,
@@ -139,6 +148,7 @@ class PlanRow:
             **self._made_under(),
         }
         row |= {"max_batch": self.max_batch} if question.max_batch else {}
+        row |= {"longest_row": self.longest_row} if question.longest_row else {}
         return row | ({"fewest_gpus": self.fewest_gpus} if question.fewest_gpus else {})
 
     def _made_under(self) -> dict[str, Any]:
@@ -157,8 +167,26 @@ class PlanRow:
 LARGEST_BATCH = 2**14
 """Where the search for the largest batch ends."""
 
+LONGEST_ROW = 2**20
+"""Where the search for the longest row ends, in tokens, for a model that does not say how many it takes."""
+
+ROW_STEP = 256
+"""In what tokens it is sought."""
+
 LASTING: tuple[Cause, ...] = ("weights", "quantization state", "optimizer")
 """What every pass of a step holds, however few its sequences."""
+
+
+_Key = tuple[int, int, int, int, Capability]
+"""What tells the traces of a cell apart."""
+
+
+def _key(method: Method, gpus: int, target: Target) -> _Key:
+    return method.sequences_per_pass, method.passes_per_step, _recomputed(method), gpus, target.capability
+
+
+def _recomputed(method: Method) -> int:
+    return 0 if method.captured_step is None else method.captured_step.recompute
 
 
 @dataclass(eq=False, kw_only=True)
@@ -173,7 +201,7 @@ class _Cell:
     question: Question
     progress: Callable[[str], None]
     calibrations: Sequence[Calibration] = ()
-    _traces: dict[tuple[int, int, int, Capability], replay.Trace] = field(default_factory=dict)
+    _traces: dict[_Key, replay.Trace] = field(default_factory=dict)
 
     def trial(self, method: Method, gpus: int) -> Trial:
         """Raises ValueError where a step has fewer sequences than `gpus`."""
@@ -209,20 +237,22 @@ class _Cell:
 
     def forecast(self, method: Method, gpus: int, target: Target) -> Forecast:
         """What `method`, this one with other passes, takes of each of `gpus`. Raises ForecastError."""
-        key = method.sequences_per_pass, method.passes_per_step, gpus, target.capability
+        recomputed = _recomputed(method)
+        key = _key(method, gpus, target)
         if key not in self._traces:
             trial = self.trial(method, gpus)
             rows = trial.method.on_rank(gpus).sequences_per_pass
             shared = f" on {gpus} GPUs" if gpus > 1 else ""
             longest = self.corpus_rows.width if self.corpus_rows is not None else self.question.max_length
-            self.progress(f"{trial.name}: tracing a batch of {rows} x {longest}{shared}")
+            twice = f", {recomputed} layers computed twice" if recomputed else ""
+            self.progress(f"{trial.name}: tracing a batch of {rows} x {longest}{shared}{twice}")
             self._traces[key] = tracer.trace(trial, target.capability, self._rows)
         return replay.within(self._traces[key], target.budget_bytes)
 
     def timed(self, row: PlanRow) -> PlanRow:
         """The row with what a step of its method takes, and the job."""
         gpus, target, job = self.question.gpus, row.target, self.question.job
-        trace = self._traces[row.method.sequences_per_pass, row.method.passes_per_step, gpus, target.capability]
+        trace = self._traces[_key(row.method, gpus, target)]
         trial = self.trial(row.method, gpus)
         if self.corpus_rows is not None and not trial.pads_to_max:
             trial = replace(trial, max_length=self.corpus_rows.width)
@@ -232,18 +262,34 @@ class _Cell:
 
     def advised(self, gpus: int, target: Target) -> tuple[Method, Forecast]:
         """The method with the most sequences a pass that fit, of the same optimizer step, and its forecast: its own
-        where they fit, where nothing does, or where the question keeps them. Raises ForecastError."""
+        where they fit, where nothing does, or where the question keeps them. Where the fewest do not fit either, a
+        captured step computes as few layers as suffice again. Raises ForecastError."""
         own = self.forecast(self.method, gpus, target)
         lasting = sum(own.by_cause[cause] for cause in LASTING)
-        if own.verdict == "fits" or self.question.keeps_passes or lasting > (target.budget_bytes or lasting):
+        if own.verdict == "fits" or lasting > (target.budget_bytes or lasting):
             return self.method, own
-        smaller = smaller_passes(self.method, gpus)
+        smaller = [] if self.question.keeps_passes else smaller_passes(self.method, gpus)
         index = bisect.bisect_left(
             smaller, True, key=lambda method: self.forecast(method, gpus, target).verdict == "fits"
         )
-        if index == len(smaller):
-            return self.method, own
-        return smaller[index], self.forecast(smaller[index], gpus, target)
+        if index < len(smaller):
+            return smaller[index], self.forecast(smaller[index], gpus, target)
+        return self._recomputing(smaller[-1] if smaller else self.method, gpus, target) or (self.method, own)
+
+    def _recomputing(self, method: Method, gpus: int, target: Target) -> tuple[Method, Forecast] | None:
+        """`method` with the fewest layers computed again that let it fit, and its forecast; None where none do. Raises
+        ForecastError."""
+        layers = getattr(self.config, "num_hidden_layers", None)
+        if method.captured_step is None or not isinstance(layers, int) or target.budget_bytes is None:
+            return None
+
+        def with_layers(count: int) -> Forecast:
+            return self.forecast(method.recomputing(count), gpus, target)
+
+        if with_layers(0).allocated_bytes < target.budget_bytes * (1 - replay.MARGIN):
+            return None  # what does not fit is the check, which keeps nothing as it is
+        count = fewest_layers(with_layers, layers)
+        return None if count is None else (method.recomputing(count), with_layers(count))
 
 
 def plan(
@@ -334,14 +380,14 @@ def smaller_passes(method: Method, gpus: int) -> list[Method]:
     return methods
 
 
-def largest_batch(fits: Callable[[int], Forecast], first: int) -> int:
-    """The largest batch whose verdict is `fits`, 0 if none is.
+def largest_batch(fits: Callable[[int], Forecast], first: int, most: int = LARGEST_BATCH) -> int:
+    """The largest batch whose verdict is `fits`, up to the `most`, 0 if none is. `first` is what is tried first.
 
     What a step holds grows with the batch almost in a straight line, so two forecasts point at the next to try; every
     other try halves what is left, in case the line is none. The answer and its successor are always forecast
     themselves.
     """
-    low, high, guess = 0, LARGEST_BATCH + 1, first
+    low, high, guess = 0, most + 1, min(first, most)
     held: dict[int, int] = {}
     while high - low > 1:
         forecast = fits(guess)
@@ -349,7 +395,7 @@ def largest_batch(fits: Callable[[int], Forecast], first: int) -> int:
         low, high = (guess, high) if forecast.verdict == "fits" else (low, guess)
         if len(held) == 1:
             guess = 2 * low or high // 2
-        elif len(held) % 2 or high > LARGEST_BATCH:
+        elif len(held) % 2 or high > most:
             near, far = sorted(held, key=lambda batch: abs(batch - (low or high)))[:2]
             slope = (held[near] - held[far]) / (near - far)
             room = (forecast.budget_bytes or 0) * (1 - replay.MARGIN) - held[near]
@@ -358,6 +404,26 @@ def largest_batch(fits: Callable[[int], Forecast], first: int) -> int:
             guess = (low + high) // 2
         guess = max(low + 1, min(guess, high - 1))
     return low
+
+
+def fewest_layers(fits: Callable[[int], Forecast], layers: int) -> int | None:
+    """The fewest layers to compute again, of `layers`, whose verdict is `fits`, None where not even all of them.
+
+    What they free is a straight line but for its ends, which points at the next number to try; the answer and the one
+    below it are always forecast themselves.
+    """
+    low, high = 0, layers
+    held = {count: fits(count).allocated_bytes for count in (low, high)}
+    if fits(high).verdict != "fits":
+        return None
+    while high - low > 1:
+        each = (held[low] - held[high]) / (high - low)
+        room = (fits(high).budget_bytes or 0) * (1 - replay.MARGIN) - held[high]
+        guess = max(low + 1, min(high - int(room / max(each, 1.0)), high - 1))
+        forecast = fits(guess)
+        held[guess] = forecast.allocated_bytes
+        low, high = (low, guess) if forecast.verdict == "fits" else (guess, high)
+    return high
 
 
 def fewest_gpus(fits: Callable[[int], Forecast], sequences: int) -> int | None:
@@ -380,6 +446,8 @@ def _row(cell: _Cell, target: Target) -> PlanRow:
     row = cell.timed(answer(method=method, forecast=forecast, asked=cell.method))
     if question.max_batch:
         row = replace(row, max_batch=largest_batch(partial(_with_batch, cell, target), row.batch_size))
+    if question.longest_row:
+        row = replace(row, longest_row=_longest_row(cell, target))
     return replace(row, fewest_gpus=_fewest(cell, target, forecast)) if question.fewest_gpus else row
 
 
@@ -400,6 +468,29 @@ def _with_batch(cell: _Cell, target: Target, sequences: int) -> Forecast:
     gpus = cell.question.gpus
     least = -(-gpus // cell.method.passes_per_step)
     return cell.forecast(cell.method.with_batch(max(least, sequences)), gpus, target)
+
+
+def _longest_row(cell: _Cell, target: Target) -> int:
+    """The tokens of the longest rows that fit. Raises ForecastError."""
+    gpus = cell.question.gpus
+    assert isinstance(cell.config, PretrainedConfig)
+    *_, method = cell.method, *smaller_passes(cell.method, gpus)
+    method = method.recomputing(getattr(cell.config, "num_hidden_layers", 0))
+    most = (models.longest_row(cell.config) or LONGEST_ROW) // ROW_STEP
+
+    def of_length(steps: int) -> Forecast:
+        question = replace(cell.question, max_length=steps * ROW_STEP, corpus=None)
+        longer = _Cell(
+            model=cell.model,
+            config=cell.config,
+            corpus_rows=None,
+            method=cell.method,
+            question=question,
+            progress=cell.progress,
+        )
+        return longer.forecast(method, gpus, target)
+
+    return ROW_STEP * largest_batch(of_length, max(1, cell.question.max_length // ROW_STEP), most)
 
 
 def _fewest(cell: _Cell, target: Target, forecast: Forecast) -> int | None:

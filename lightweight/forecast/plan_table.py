@@ -58,13 +58,15 @@ def _causes(rows: Sequence[PlanRow]) -> str:
 
 
 def _step(row: PlanRow) -> str:
-    return f"{row.passes} x {row.batch_size}"
+    twice = f", {row.recomputed_layers} layers twice" if row.recomputed_layers else ""
+    return f"{row.passes} x {row.batch_size}{twice}"
 
 
 def _verdicts(rows: Sequence[PlanRow]) -> str:
     question = rows[0].question
     headers = ["target", "method", STEP, "verdict", "reserved", "budget", "margin", "peak in"]
-    headers += ["largest batch"] * question.max_batch + ["fewest GPUs"] * question.fewest_gpus
+    headers += ["largest batch"] * question.max_batch + ["longest row"] * question.longest_row
+    headers += ["fewest GPUs"] * question.fewest_gpus
     lines = []
     for row in rows:
         reserved, margin, where = "-", "-", None
@@ -86,6 +88,7 @@ def _verdicts(rows: Sequence[PlanRow]) -> str:
         lines.append(
             line
             + [_number_or_none(row.max_batch)] * question.max_batch
+            + [_number_or_none(row.longest_row)] * question.longest_row
             + [_number_or_none(row.fewest_gpus)] * question.fewest_gpus
         )
     aligned = ["left", "left", "right", "left", "right", "right", "right", "left", *["right"] * (len(headers) - 8)]

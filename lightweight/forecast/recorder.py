@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightweight.captured.cross_entropy import ALIGNMENT
-from lightweight.forecast.cuda_rules import CudaRules
+from lightweight.forecast.cuda_rules import GROUPED_PRODUCT, CudaRules, grouped_product
 from lightweight.forecast.replay import Cause, Event, Optional
 from lightweight.forecast.work import Watch
 from lightweight.internals import bitsandbytes as bitsandbytes_internals
@@ -119,6 +119,9 @@ class Recorder(DispatchMode):
                 view = operator(*arguments, **options)
             if type(view) is Tensor:
                 return FakeTensor(self._mode, view, _CPU)
+        if operator.name() == GROUPED_PRODUCT:
+            with no_dispatch():
+                return FakeTensor(self._mode, grouped_product(*arguments, **options), _CPU)
         if not _is_pure(operator):
             return operator(*arguments, **options)
         key = operator, _shapes(arguments), _shapes(tuple(options.items()))
@@ -184,6 +187,18 @@ class Recorder(DispatchMode):
         finally:
             self.watch = None
 
+    @contextmanager
+    def counting(self, times: int) -> Iterator[None]:
+        """Inside, what the device does stands for so many times of it."""
+        watch = self.watch
+        if watch is not None:
+            watch.times = times
+        try:
+            yield
+        finally:
+            if watch is not None:
+                watch.times = 1
+
     def launched(
         self, name: str, programs: Sequence[int], arguments: Sequence[Any], settings: Mapping[str, Any]
     ) -> None:
@@ -209,7 +224,8 @@ class Recorder(DispatchMode):
         finally:
             self.events, self.phases, self._workspaces = main
             allocated, released = ({name for name, size in apart if bool(size) == kept} for kept in (True, False))
-            self.events += [(name, 0) for name in released - allocated]
+            self.events += [(name, 0) for name in released - allocated]  # of before, and over by then
+            apart[:] = [(name, size) for name, size in apart if name in allocated]
             for key, name in self._names.items():
                 if name in allocated:
                     self._names[key] = None

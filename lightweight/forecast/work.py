@@ -75,25 +75,29 @@ def added(*parts: tuple[Work, int]) -> Work:
 
 
 class Watch:
-    """Sees every operator, and every launch of a kernel of ours, and counts the kernels."""
+    """Sees every operator, and every launch of a kernel of ours, and counts the kernels, each as often as `times`
+    says."""
 
     def __init__(self) -> None:
+        self.times = 1
         self._kernels: Counter[Kernel] = Counter()
         self._operators = 0
 
     def see(self, operator: Any, arguments: Sequence[Any], options: Mapping[str, Any], result: Any) -> None:
         """Count the kernels of an operator that has returned `result`."""
-        self._operators += 1
+        self._operators += self.times
         if operator.is_view or operator is VIEW_THAT_SAYS_IT_IS_NONE:
             return
-        self._kernels.update(kernel for kernel in kernels_of(operator, arguments, options, result) if kernel.bytes)
+        for kernel in kernels_of(operator, arguments, options, result):
+            if kernel.bytes:
+                self._kernels[kernel] += self.times
 
     def launched(
         self, name: str, programs: Sequence[int], arguments: Sequence[Any], settings: Mapping[str, Any]
     ) -> None:
         """Count a kernel of `captured.triton_kernels`."""
-        self._operators += 1
-        self._kernels[triton_kernel(name, programs, arguments, settings)] += 1
+        self._operators += self.times
+        self._kernels[triton_kernel(name, programs, arguments, settings)] += self.times
 
     def work(self) -> Work:
         """What was seen so far."""

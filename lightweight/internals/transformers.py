@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -106,6 +107,36 @@ def rotation_of(module: Any) -> tuple[Any, Callable[[Any], Callable[[], None]]]:
 def layers_not_split(model: Any) -> set[str]:
     """The classes of the layers a model consists of: that no device map splits. transformers/modeling_utils.py."""
     return set(model._no_split_modules or ())
+
+
+def recomputable_layers(model: Any) -> list[Any]:
+    """The layers of a network, in order, that can be computed again in the backward pass one by one.
+    transformers/modeling_layers.py, `GradientCheckpointingLayer`."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def recompute(layers: Sequence[Any], *, keeps_random_numbers: bool) -> Callable[[], None]:
+    """Have `layers` computed again in the backward pass; what is returned undoes that. torch then gives their second
+    passes the random numbers of their first, where it `keeps_random_numbers`, which no CUDA graph can. Ibid."""
+    from torch.utils.checkpoint import checkpoint
+
+    function = partial(checkpoint, use_reentrant=False, preserve_rng_state=keeps_random_numbers)
+    before = [(layer, layer.gradient_checkpointing, vars(layer).get(_RECOMPUTES_BY)) for layer in layers]
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        setattr(layer, _RECOMPUTES_BY, function)
+
+    def undo() -> None:
+        for layer, was, by in before:
+            layer.gradient_checkpointing = was
+            setattr(layer, _RECOMPUTES_BY, by)
+
+    return undo
+
+
+_RECOMPUTES_BY = "_gradient_checkpointing_func"
 
 
 @contextmanager

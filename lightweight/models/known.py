@@ -68,6 +68,82 @@ TINYLLAMA_1_1B = Model(
         "max_position_embeddings": 2048,
     },
 )
+# What people fine-tune, as their config.json on the hub have it.
+QWEN3_0_6B = Model(
+    name="qwen3-0.6b",
+    source="Qwen/Qwen3-0.6B",
+    architecture={
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+    },
+)
+LLAMA_3_2_1B = Model(
+    name="llama-3.2-1b",
+    source="meta-llama/Llama-3.2-1B",
+    architecture={
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+    },
+)
+QWEN2_5_7B = Model(
+    name="qwen2.5-7b",
+    source="Qwen/Qwen2.5-7B",
+    architecture={
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "max_position_embeddings": 131072,
+    },
+)
+LLAMA_3_1_8B = Model(
+    name="llama-3.1-8b",
+    source="meta-llama/Llama-3.1-8B",
+    architecture={
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+    },
+)
+QWEN3_8B = Model(
+    name="qwen3-8b",
+    source="Qwen/Qwen3-8B",
+    architecture={
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+    },
+)
 # Small twins: the same classes and the same quirks, small enough to train on two CPU cores in seconds.
 OPT_TINY = Model(
     name="opt-tiny",
@@ -112,9 +188,14 @@ LLAMA_TINY = Model(
 
 MODELS = {
     model.name: model
-    for model in (OPT_350M, GPT_NEO_1_3B, SMOLLM2_135M, TINYLLAMA_1_1B, OPT_TINY, GPT_NEO_TINY, LLAMA_TINY)
+    for model in (
+        *(OPT_350M, GPT_NEO_1_3B, SMOLLM2_135M, TINYLLAMA_1_1B, QWEN3_0_6B, LLAMA_3_2_1B),
+        *(QWEN2_5_7B, LLAMA_3_1_8B, QWEN3_8B),
+        *(OPT_TINY, GPT_NEO_TINY, LLAMA_TINY),
+    )
 }
-"""What `--model` knows by name: the originals' two, one with real weights without a hub, and small twins for a CPU."""
+"""What `--model` knows by name: the originals' two, one with real weights without a hub, what people fine-tune, and
+small twins for a CPU."""
 
 
 HUB_ID = re.compile(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ from lightweight.models.tokenizer import has_tokenizer, load_tokenizer
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+SHARD = "2GB"
+"""The most that a file has: safetensors up to 0.6 copies what it writes."""
+
 
 OTHER_FILE = "give another file, or a folder of safetensors"
 """The mend where a GGUF file is of no use."""
@@ -22,12 +26,14 @@ OTHER_FILE = "give another file, or a folder of safetensors"
 def write(model: Model, folder: Path, seed: int) -> Model:
     """Write the safetensors folder of a model that has none yet, and return the model located there.
 
-    Random weights are drawn on the CPU, so that a seed gives the same ones on every machine, and stored as float16, as
-    opt-350m's own are. Their tokenizer is the byte-level one of ByT5, which needs no files, unless the model's folder
+    Random weights are drawn on the CPU, the same on every machine for a seed, and stored as float16, as opt-350m's own
+    are. Their tokenizer is the byte-level one of ByT5, which needs no files, unless the model's folder
     has one. Raises ModelError.
     """
     import torch
     from transformers import AutoModelForCausalLM, set_seed
+
+    from lightweight.models.drawing import drawn
 
     if model.gguf_file:
         with refused(model, f"{model.gguf_file} cannot be read", OTHER_FILE):
@@ -37,8 +43,9 @@ def write(model: Model, folder: Path, seed: int) -> Model:
         config, tokenizer = _architecture(model)
         set_seed(seed)
         with refused(model, "no network can be built of its config.json", CAUSAL):
-            network = AutoModelForCausalLM.from_config(config, dtype=torch.float16, trust_remote_code=False)
-    network.save_pretrained(folder)
+            build = partial(AutoModelForCausalLM.from_config, dtype=torch.float16, trust_remote_code=False)
+            network = drawn(partial(build, config), seed)
+    network.save_pretrained(folder, max_shard_size=SHARD)
     tokenizer.save_pretrained(folder)
     return replace(model, location=str(folder), gguf_file=None)
 

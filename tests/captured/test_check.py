@@ -2,6 +2,7 @@ import dataclasses
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -9,6 +10,7 @@ import transformers
 from torch.utils.data import SequentialSampler
 from training.test_stock import Unattended
 from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_pt_utils import LabelSmoother
 
 from captured import flash_reference
@@ -515,6 +517,92 @@ def test_as_much_is_compared_in_fp32_as_there_is_memory_for(prepare, monkeypatch
     assert loop.CapturedTraining(trial, trainer, rows, meter).prepare()
     assert sizes[-2:] == [4, 2]
     assert "compared in fp32: " in meter.facts["capture_note"] and "given up" not in meter.facts["capture_note"]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_where_there_is_no_memory_for_one_dialogue_its_layers_are_computed_twice(prepare, monkeypatch, architecture):
+    gradients = agreement.Reference._gradients
+    found = []
+
+    def short(reference, sample, scale, autocast=None):
+        twice = [layer.gradient_checkpointing for layer in reference._model.modules() if is_recomputable(layer)]
+        if not all(twice):
+            raise torch.OutOfMemoryError("none left")
+        found.append((sample.size, gradients(reference, sample, scale, autocast)))
+        return found[-1][1]
+
+    monkeypatch.setattr(agreement.Reference, "_gradients", short)
+    trainer, rows, meter, trial = prepare(architecture, method(lora()))
+    job = loop.CapturedTraining(trial, trainer, rows, meter)
+    assert job.prepare()
+    assert "given up" not in meter.facts["capture_note"]
+    assert {size for size, _ in found} == {1}
+    assert not any(layer.gradient_checkpointing for layer in trainer.model.modules() if is_recomputable(layer))
+
+
+@pytest.mark.parametrize(("fault", "note"), [(None, None), (halves_a_gradient, "lean given up: ")])
+def test_where_there_is_no_memory_for_a_whole_dialogue_its_end_is_compared(prepare, monkeypatch, fault, note):
+    gradients = agreement.Reference._gradients
+    tried = []
+
+    def short(reference, sample, scale, autocast=None):
+        tried.append((sample.size, sample.tokens))
+        if sample.tokens is None or sample.tokens > 20:
+            raise torch.OutOfMemoryError("none left")
+        return gradients(reference, sample, scale, autocast)
+
+    monkeypatch.setattr(agreement.Reference, "_gradients", short)
+    monkeypatch.setattr(agreement, "LEAST_TOKENS", 10)
+    if fault is not None:
+        fault(monkeypatch)
+    trainer, rows, meter, trial = prepare("llama", method(lora()))
+    assert loop.CapturedTraining(trial, trainer, rows, meter).prepare()
+    compared = [tokens for _, tokens in tried if tokens is not None and tokens <= 20]
+    assert f"compared over the last {min(compared)} tokens of a row" in meter.facts["capture_note"]
+    assert ("given up: " in meter.facts["capture_note"]) == (fault is not None)
+    assert note is None or note in meter.facts["capture_note"]
+
+
+def test_where_there_is_no_memory_for_the_end_of_a_dialogue_there_is_none(prepare, monkeypatch):
+    def short(*_):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(agreement.Reference, "_gradients", short)
+    trainer, rows, meter, trial = prepare("llama", method(lora()))
+    with pytest.raises(torch.OutOfMemoryError, match="no room for the Trainer's step of 512 tokens"):
+        loop.CapturedTraining(trial, trainer, rows, meter).prepare()
+
+
+def test_the_end_of_a_dialogue_is_up_to_its_last_answer():
+    ids, labels = np.arange(10, dtype=np.int32), np.full(10, corpus.IGNORED, np.int32)
+    labels[5:8] = ids[5:8]
+    rows = corpus.Rows([{"input_ids": ids, "labels": labels}], 0, 10)
+    sample = agreement.Sample([[0]], [[0]], tokens=6)
+    (row,) = sample.of_each(rows)
+    assert row["input_ids"].tolist() == [2, 3, 4, 5, 6, 7]
+    assert row["labels"].tolist()[3:] == [5, 6, 7]
+
+
+ON_EXPERTS = {"target_modules": ["q_proj", "v_proj"]}
+ON_EXPERTS |= {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss"])
+def test_adapters_on_experts_are_trained_as_the_trainer_trains_them(prepare, monkeypatch, architecture):
+    monkeypatch.setitem(CONFIGS, architecture, {"rms_norm_eps": 1e-5} | CONFIGS.get(architecture, WIDE | FEW_EXPERTS))
+    on_experts = method(lora(**ON_EXPERTS))
+    theirs, _ = run(*prepare(architecture, dataclasses.replace(on_experts, step="trainer")))
+    ours, note = run(*prepare(architecture, on_experts))
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert theirs[-1] != pytest.approx(theirs[0], abs=1e-4)
+    assert "the Trainer runs" not in note
+
+
+FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+
+
+def is_recomputable(module):
+    return isinstance(module, GradientCheckpointingLayer)
 
 
 @pytest.mark.parametrize(

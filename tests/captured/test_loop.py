@@ -217,6 +217,40 @@ def test_layers_computed_twice_train_the_same(trial, written, tmp_path, model):
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.3])
+@pytest.mark.parametrize("model", ["gpt-neo-tiny", "llama-tiny"])
+def test_some_layers_computed_twice_train_the_same(trial, written, tmp_path, model, lora_dropout):
+    """With dropout too, whose numbers come in the same order and again for the second pass."""
+    losses, recomputed = [], []
+    for layers in (0, 1, 9):
+        adapter = replace(trial.method.adapter, lora_dropout=lora_dropout)
+        step = CapturedStep(recompute=layers)
+        method = replace(trial.method, adapter=adapter, step=step, training_arguments={"learning_rate": 1e-3})
+        trainer, meter, _ = trained(replace(trial, model=written[model], method=method), tmp_path / str(layers))
+        flags = [getattr(module, "gradient_checkpointing", None) for module in trainer.model.modules()]
+        recomputed.append(flags.count(True))
+        losses.append(meter.measurements().train_loss)
+        noted = "2 layers can be computed again and no more" in meter.facts["capture_note"]
+        assert noted == (layers == 9)
+    assert recomputed == [0, 1, 2]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0] == pytest.approx(losses[2], abs=1e-5)
+
+
+@pytest.mark.parametrize(("lora_dropout", "repeats"), [(0.0, True), (0.3, False)])
+def test_a_layer_that_would_drop_other_numbers_is_not_captured(trial, written, tmp_path, lora_dropout, repeats):
+    """On a CPU dropout is torch's own, as where Triton is not."""
+    adapter = replace(trial.method.adapter, lora_dropout=lora_dropout)
+    method = replace(trial.method, adapter=adapter, step=CapturedStep(recompute=1))
+    trainer, rows, meter, _ = prepared(replace(trial, model=written["llama-tiny"], method=method), tmp_path)
+    job = loop.CapturedTraining(replace(trial, method=method), trainer, rows, meter)
+    assert job.prepare()
+    job.notes.clear()
+    assert job._repeats_itself() == repeats
+    said = "uncaptured: LlamaDecoderLayer would drop other numbers when it is computed again"
+    assert (said in job.notes) != repeats
+
+
 def test_a_captured_cell_completes_in_a_child_and_its_record_says_how_it_ran(trial, folder):
     small = replace(trial, method=LORA_CAPTURED)
     with owner.Child(small, folder) as child:

@@ -10,11 +10,11 @@ from experiments.test_forecast import ALLOCATED, CAPTURED_MODELS, RESERVED, STEP
 from lightweight import corpus, methods, models, record, targets
 from lightweight.child import helper
 from lightweight.corpus import Corpus
-from lightweight.forecast import calibration, step_time, tracer
+from lightweight.forecast import calibration, captured, plan, step_time, tracer
 from lightweight.forecast.replay import within
 from lightweight.methods import BASELINE_CAPTURED, LORA_CAPTURED, QLORA, QLORA_CAPTURED, CapturedStep
-from lightweight.models import GPT_NEO_TINY, OPT_TINY
-from lightweight.targets import HOPPER, NATIVE, Device
+from lightweight.models import GPT_NEO_TINY, OPT_TINY, Model
+from lightweight.targets import CONTEXT_BYTES, HOPPER, NATIVE, Device, GiB, Target
 from lightweight.trial import Trial
 
 pytestmark = pytest.mark.xdist_group("traces")  # of which one worker makes all
@@ -24,6 +24,18 @@ RUN = ROOT / "experiments" / "records" / "h100-captured-forecast.json"
 CELLS = {
     f"{entry.model} x {entry.method}": entry for entry in record.load(RUN).entries if entry.forecast_reserved_bytes
 }
+SIX_LAYERS = Model(
+    name="six-layers",
+    architecture={
+        "model_type": "llama",
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "vocab_size": 384,
+        "max_position_embeddings": 16384,
+    },
+)
 TOO_HIGH = {"smollm2-135m x lora-captured": 0.15}
 """Cells whose reserved bytes are forecast further off than they may be, and by how much."""
 
@@ -178,3 +190,40 @@ def test_recomputing_keeps_less():
         trace(GPT_NEO_TINY, captured(name)).replay().by_cause["activations"] for name in ("no", "checkpointing")
     )
     assert recomputed < kept
+
+
+def test_a_step_of_many_passes_is_forecast_from_its_first_two_as_from_all(monkeypatch):
+    """Its bytes, and what the device does in it."""
+    eight = LORA_CAPTURED.with_passes(8)
+    few = trace(OPT_TINY, eight)
+    monkeypatch.setattr(captured, "PASSES", 8)
+    every = trace(OPT_TINY, eight)
+    assert len(few.events) < len(every.events)
+    assert few.replay() == every.replay()
+    assert few.work == every.work
+
+
+def test_the_fewest_layers_that_let_a_long_row_fit_are_computed_again():
+    long = LORA_CAPTURED.with_at_most(1)
+    held = {
+        layers: trace(SIX_LAYERS, long.recomputing(layers), max_length=8192).replay().allocated_bytes
+        for layers in (0, 3, 6)
+    }
+    assert held[0] > held[3] > held[6]
+    for budget in (1.3 * held[0], held[3]):
+        target = Target(name="any", capability=HOPPER, total_bytes=int(budget) + CONTEXT_BYTES)
+        (row,) = plan.plan([SIX_LAYERS], [long], [target], plan.Question(max_length=8192))
+        assert row.verdict == "fits"
+        assert row.as_json()["recomputed_layers"] == row.recomputed_layers
+        assert (row.recomputed_layers > 0) == (budget < held[0])
+        if row.recomputed_layers:
+            fewer = trace(SIX_LAYERS, long.recomputing(row.recomputed_layers - 1), max_length=8192)
+            assert within(fewer, target.budget_bytes).verdict != "fits"
+
+
+def test_eight_billion_parameters_fit_24_gib_captured():
+    """The Trainer's own step of one row, which the captured one is compared with, would alone take more."""
+    one_row = QLORA_CAPTURED.with_at_most(1)
+    found = within(trace(models.QWEN3_8B, one_row, max_length=2048), 24 * GiB)
+    assert found.verdict == "fits"
+    assert 12 * GiB < found.allocated_bytes < 16 * GiB

@@ -483,6 +483,41 @@ def test_the_largest_batch_is_found_in_few_forecasts(largest, curve):
     assert len(asked) == len(set(asked)) <= 20
 
 
+@pytest.mark.parametrize("needed", [1, 2, 7, 19, 28])
+def test_the_fewest_layers_are_found_in_few_forecasts(needed):
+    asked = []
+
+    def fits(layers):
+        asked.append(layers)
+        need = 5000 - 100 * layers - (200 if layers == 28 else 0)
+        verdict = "fits" if layers >= needed else "does_not_fit"
+        room = 5000 - 100 * (needed - 0.5)
+        return SimpleNamespace(verdict=verdict, allocated_bytes=need, budget_bytes=round(room / (1 - MARGIN)))
+
+    assert plan.fewest_layers(fits, 28) == needed
+    assert len(set(asked)) <= 8
+    assert needed == 1 or plan.fewest_layers(fits, needed - 1) is None
+
+
+def test_rows_of_the_longest_length_fit_and_longer_ones_do_not(capsys, tmp_path):
+    shape = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "vocab_size": 384, "max_position_embeddings": 16384}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    found = {}
+    for method in ("lora", "lora-captured"):
+        arguments = [str(tmp_path), "--method", method, "--target", "1GiB"]
+        _, (row,) = rows(capsys, *arguments, "--max-length-that-fits")
+        found[method] = length = row["longest_row"]
+        assert length % plan.ROW_STEP == 0
+        verdicts = []
+        for tokens in (length, length + plan.ROW_STEP):
+            if tokens <= 16384:
+                _, (at,) = rows(capsys, *arguments, "--max-length", str(tokens))
+                verdicts.append(at["verdict"] == "fits")
+        assert verdicts in ([True, False], [True])
+    assert 256 < found["lora"] < found["lora-captured"]
+
+
 def test_max_batch_fits_and_one_more_does_not(capsys, small):
     arguments = [small, "--method", "baseline", "--target", "1GiB"]
     _, (row,) = rows(capsys, *arguments, "--max-batch")

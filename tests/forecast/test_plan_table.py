@@ -7,11 +7,11 @@ import samples
 from lightweight import targets
 from lightweight.forecast import plan_table
 from lightweight.forecast.plan import PlanRow, Question
-from lightweight.methods import BASELINE, LORA
+from lightweight.methods import BASELINE, LORA, LORA_CAPTURED
 from lightweight.targets import MiB
 
 ROW = PlanRow(model="m", method=LORA, target=targets.T4, question=Question(), forecast=samples.predicted())
-ASKED = Question(gpus=2, max_batch=True, fewest_gpus=True)
+ASKED = Question(gpus=2, max_batch=True, longest_row=True, fewest_gpus=True)
 
 
 def line_of(row, *others):
@@ -39,10 +39,18 @@ def test_paged_state_has_a_column_of_its_own_where_there_is_any():
 def test_what_was_asked_for_has_columns_and_what_was_not_has_none():
     table = plan_table.table([ROW])
     assert "largest batch" not in table and "fewest GPUs" not in table and "gathered" not in table
-    row = replace(ROW, question=ASKED, max_batch=17, fewest_gpus=None)
-    assert line_of(row)[-2:] == ["17", "none"]
+    assert "longest row" not in table
+    row = replace(ROW, question=ASKED, max_batch=17, longest_row=4096, fewest_gpus=None)
+    assert line_of(row)[-3:] == ["17", "4096", "none"]
     table = plan_table.table([row])
     assert "gathered" in table and "allocated at the peak on each of 2 GPUs" in table and "FSDP2" in table
+
+
+def test_layers_that_are_computed_twice_are_told():
+    method = LORA_CAPTURED.with_at_most(1).recomputing(3)
+    table = plan_table.table([replace(ROW, method=method)])
+    assert "1 x 1, 3 layers twice" in table
+    assert "twice" not in plan_table.table([replace(ROW, method=LORA_CAPTURED)])
 
 
 def test_a_verdict_has_the_phase_it_is_of_or_the_reason():

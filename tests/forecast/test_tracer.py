@@ -7,9 +7,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import numpy as np
+import peft
 import pytest
 import torch
 from bitsandbytes import functional as bitsandbytes_functional
@@ -255,23 +257,12 @@ def test_dropping_layers_is_forecast_as_if_none_were_dropped():
 
 
 LSH = {"model_type": "reformer", "is_decoder": True, "vocab_size": 384, "axial_pos_shape": [16, 16]}
-MIXTRAL = {
-    "model_type": "mixtral",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 384,
-    "num_local_experts": 4,
-}
 
 
 @pytest.mark.parametrize(
     ("model", "method", "words"),
     [
         (Model(name="lsh", architecture=LSH), BASELINE, ("lsh x baseline", "LSHSelfAttention", "DataDependent")),
-        (Model(name="moe", architecture=MIXTRAL), BASELINE, ("moe x baseline", "model.layers.0.mlp.experts")),
         (
             OPT_TINY,
             replace(LORA, name="int8", quantization=BitsAndBytesConfig(load_in_8bit=True)),
@@ -283,7 +274,7 @@ MIXTRAL = {
             ("lora", "cannot be built"),
         ),
     ],
-    ids=["data-dependent", "experts", "8 bits", "no such module"],
+    ids=["data-dependent", "8 bits", "no such module"],
 )
 def test_what_cannot_be_traced_is_one_line_that_names_it(model, method, words):
     with pytest.raises(ForecastError) as failure:
@@ -488,3 +479,57 @@ def test_out_of_memory_is_an_answer_where_it_was_forecast(verdict, ends, micro, 
     )
     with nullcontext() if ends is None else pytest.raises(ends[0], match=ends[1]):
         training_experiment.test_training(lambda *_: ran_out, laboratory, "opt-tiny", "lora-captured")  # type: ignore[arg-type]
+
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"intermediate_size": 128, "num_local_experts": 4},
+    "qwen3_moe": {
+        "intermediate_size": 128,
+        "moe_intermediate_size": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+    },
+    "olmoe": {"intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2, "eos_token_id": 1},
+    "gpt_oss": {
+        "intermediate_size": 64,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "eos_token_id": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
+    },
+}
+ON_EXPERTS = replace(
+    LORA,
+    name="experts",
+    adapter=peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_dropout=0.0,
+        target_modules=["q_proj", "v_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    ),
+)
+
+
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_experts_are_traced_in_every_format(model_type):
+    """torch's own rule for their product knows bf16 alone, and a GPU computes it in fp32 and fp16 too."""
+    shape: dict[str, Any] = {"model_type": model_type, "vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    model = Model(name=model_type, architecture=shape | EXPERTS[model_type])
+    trainable = {}
+    for method in (BASELINE, LORA, ON_EXPERTS, replace(LORA, name="bf16", weights_dtype="bfloat16")):
+        traced = trace(trial(model, method, max_length=64))
+        trainable[method.name] = traced.trainable_parameters
+        assert traced.replay().by_cause["activations"] > 0
+    assert trainable["lora"] < trainable["experts"] < trainable["baseline"]
+
+
+def test_adapters_on_experts_are_told_what_peft_lacks():
+    shape: dict[str, Any] = {"model_type": "mixtral", "vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 1}
+    model = Model(name="any", architecture=shape | EXPERTS["mixtral"] | {"num_attention_heads": 4})
+    with pytest.raises(ForecastError, match="give lora_dropout=0, or name its attention's layers"):
+        trace(trial(model, QLORA, max_length=64))

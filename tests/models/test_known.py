@@ -15,6 +15,11 @@ from lightweight import models
         ("gpt-neo-1.3b", 1_315_575_808),
         ("smollm2-135m", 134_515_008),
         ("tinyllama-1.1b", 1_100_048_384),
+        ("qwen3-0.6b", 596_049_920),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("qwen3-8b", 8_190_735_360),
     ],
 )
 def test_true_sizes_have_the_true_number_of_parameters(name, parameters):

@@ -293,3 +293,20 @@ def test_the_meter_knows_forward_backward_and_optimizer(trial, folder):
     trainer.optimizer.register_step_pre_hook(lambda *_: seen.append(meter.phase))
     trainer.train()
     assert seen == ["forward", "backward", "optimizer"]
+
+
+def test_logits_of_a_long_row_are_copied_to_fp32_in_parts(monkeypatch):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 11, 7), torch.randint(7, (2, 11))
+    labels[:, :3] = IGNORED
+    expected = float(cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"))
+    sizes = []
+
+    def noted(part, targets, **options):
+        sizes.append(len(part))
+        return cross_entropy(part, targets, **options)
+
+    monkeypatch.setattr(stock, "FP32_TOKENS", 3)
+    monkeypatch.setattr(stock, "cross_entropy", noted)
+    assert stock._next_token_losses(logits, labels) == (pytest.approx(expected, rel=1e-6), 16)
+    assert sizes == [3, 3, 2] * 2
