@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightweight.internals.bitsandbytes import count_elements
-
 FORWARD, BACKWARD_OF_INPUTS, BACKWARD_OF_WEIGHTS = 2, 2, 2
 """Operations a weight and token, a multiplication and an addition."""
 
@@ -36,6 +34,8 @@ def flop_per_token(network: Any, length: float) -> float:
 def multiplied_weights(network: Any) -> tuple[float, float]:
     """The weights that a token is multiplied with, frozen ones and trained ones."""
     from torch import nn
+
+    from lightweight.internals.bitsandbytes import count_elements
 
     config = network.config.get_text_config()
     experts = next((count for name in EXPERTS if (count := getattr(config, name, None))), None)
