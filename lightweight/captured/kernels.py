@@ -46,9 +46,6 @@ unit takes."""
 ELEMENTS = 2048
 """Elements of one program of an activation."""
 
-SHARE_ELEMENTS = 128
-"""Elements of one program of a sum of shares."""
-
 GATE_COLUMNS = 1024
 """Columns of one program of a gate."""
 
@@ -244,7 +241,7 @@ def adapter_backward(
         grad, inner, x, a, b, grad_x, shares, *dropout, tokens, width, b.shape[0], a.shape[0],
         columns=512 // x.element_size(), num_stages=3, **settings, **NARROW_TILE,
     )  # fmt: skip
-    grad_a, grad_b = _sum_of(shares).split([a.numel(), b.numel()])
+    grad_a, grad_b = shares.sum(0).split([a.numel(), b.numel()])
     return grad_a.view_as(a), grad_b.view_as(b)
 
 
@@ -287,22 +284,13 @@ def _project_backward(
     tokens, width = x.shape
     count = _over(tokens, ROWS_OF_A_SHARE)
     shares = torch.empty(count, *a.shape, dtype=a.dtype, device=a.device)
+    tile = {"rows": 32, "num_warps": 4} if settings["drops"] else {"rows": 64, "num_warps": 8}
     launch(
         "project_backward", (count, _over(width, COLUMNS)),
         grad, x, a, grad_x, shares, *dropout, tokens, width, a.shape[0],
-        share=ROWS_OF_A_SHARE, rows=32, columns=COLUMNS, **settings,
+        share=ROWS_OF_A_SHARE, columns=COLUMNS, **settings, **tile,
     )  # fmt: skip
-    return _sum_of(shares)
-
-
-def _sum_of(shares: torch.Tensor) -> torch.Tensor:
-    """The sum over the first axis, in fp32 and always in the same order."""
-    result = torch.empty(shares.shape[1:], dtype=shares.dtype, device=shares.device)
-    launch(
-        "sum_shares", (_over(result.numel(), SHARE_ELEMENTS),),
-        shares, result, shares.shape[0], result.numel(), rows=8, elements=SHARE_ELEMENTS,
-    )  # fmt: skip
-    return result
+    return shares.sum(0)
 
 
 def cross_entropy_(logits: torch.Tensor, vocabulary: int, targets: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -502,9 +490,10 @@ def gate_project_backward(
         "gate_project_backward", (count, _over(width, COLUMNS)),
         grad, reached.grad.contiguous(), gate, let_through, a, *grads, shares, reached.scaling, tokens, width,
         a.shape[0], stride, 2 * width,
-        activation=activation, rank=_padded(a.shape[0]), share=ROWS_OF_A_SHARE, rows=32, columns=COLUMNS,
+        activation=activation, rank=_padded(a.shape[0]), share=ROWS_OF_A_SHARE, rows=16, columns=COLUMNS,
+        num_warps=8,
     )  # fmt: skip
-    return *grads, _sum_of(shares)
+    return *grads, shares.sum(0)
 
 
 def _rows_alike(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, int]:

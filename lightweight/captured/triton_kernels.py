@@ -6,7 +6,7 @@ Importing this needs Triton, which torch brings along on CUDA.
 import triton
 import triton.language as tl
 
-VARYING = ["site", "threshold", "tokens", "rank_", "count_"]
+VARYING = ["site", "threshold", "tokens", "rank_"]
 """What a kernel is not compiled anew for."""
 
 
@@ -97,20 +97,6 @@ def project_backward(  # type: ignore[no-untyped-def]
             tl.store(grad_x + place, before + change, mask=inside)
     first = tl.program_id(0) * rank_ * width
     tl.store(grad_a + first + unit[:, None] * width + column[None, :], total * scale, mask=there)
-
-
-@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
-def sum_shares(  # type: ignore[no-untyped-def]
-    shares, result, count_, width, rows: tl.constexpr, elements: tl.constexpr
-):
-    """The sum of `count_` rows of shares, always in the same order."""
-    place = tl.program_id(0) * elements + tl.arange(0, elements)[None, :]
-    total = tl.zeros((rows, elements), dtype=tl.float32)
-    for first in range(0, count_, rows):
-        row = first + tl.arange(0, rows)[:, None]
-        inside = (row < count_) & (place < width)
-        total += tl.load(shares + row.to(tl.int64) * width + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(result + place, tl.sum(total, 0)[None, :], mask=place < width)
 
 
 @triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
