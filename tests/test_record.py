@@ -15,6 +15,7 @@ from transformers import SchedulerType
 
 from lightweight import record, targets
 from lightweight.methods import LORA, QLORA, QLORA_CAPTURED, CapturedStep
+from lightweight.models.model import DRAWN
 from lightweight.record import SAME_BASELINE, SAME_BUT_RANKS, SAME_CELL, SAME_METHOD, SAME_TRIAL, RecordError, codec
 from lightweight.targets import Device
 from lightweight.trial import Completed, Crashed, Diverged, Measurements, Outcome, OutOfMemory, TimedOut, Trial
@@ -305,9 +306,12 @@ def test_namesakes_of_a_record_from_before_digests_are_told_apart(trial, tmp_pat
 def test_a_record_says_cuda_triton_the_weights_commit_and_whether_the_code_was_clean(trial, tmp_path):
     commit = "0123456789abcdef" * 2 + "01234567"
     location = f"/cache/models--facebook--opt-350m/snapshots/{commit}"
-    entry = record.entry(replace(trial, model=replace(trial.model, location=location)), OUTCOMES[0], H200, None)
+    entry = record.entry(
+        replace(trial, model=replace(trial.model, weights="pretrained", location=location)), OUTCOMES[0], H200, None
+    )
     assert entry.weights_revision == commit
-    assert record.settings(trial)["weights_revision"] is None
+    assert record.settings(replace(trial, model=replace(trial.model, weights="random")))["weights_revision"] == DRAWN
+    assert record.settings(replace(trial, model=replace(trial.model, weights="pretrained")))["weights_revision"] is None
     assert {"cuda", "triton"} <= set(entry.versions) and entry.versions["cuda"] == torch.version.cuda
     path = tmp_path / "run.json"
     for commit_info, expected in (
@@ -318,6 +322,14 @@ def test_a_record_says_cuda_triton_the_weights_commit_and_whether_the_code_was_c
     ):
         path.write_text(json.dumps(record.document([entry]) | {"commit_info": commit_info}))
         assert (record.load(path).commit, record.load(path).is_dirty) == expected
+
+
+@pytest.mark.parametrize(("weights", "revision"), [("random", "drawn 1"), ("pretrained", None)])
+def test_random_weights_of_a_record_that_does_not_say_were_drawn_as_they_were_then(trial, tmp_path, weights, revision):
+    path = tmp_path / "run.json"
+    entry = record.as_json(record.entry(trial, OUTCOMES[0], H200, None)) | {"weights": weights}
+    path.write_text(json.dumps({"schema": 1, "outcomes": [entry | {"weights_revision": None}]}))
+    assert record.load(path).entries[0].weights_revision == revision
 
 
 def test_tables_of_their_own_are_said_by_the_record_and_in_old_ones_by_the_test(trial, tmp_path):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Weights = Literal["pretrained", "random"]
 """Where weights come from. Random ones have the model's true size; their loss says nothing of quality."""
+
+
+DRAWN = "drawn 2"
+"""How random weights follow from a seed. The number grows where the same seed gives others, as on 2026-11-27."""
 
 
 class ModelError(ValueError):
@@ -40,6 +45,15 @@ class Model:
     def is_loadable(self) -> bool:
         """Whether `location` can be loaded as it is."""
         return self.location is not None and self.gguf_file is None
+
+    @property
+    def weights_revision(self) -> str | None:
+        """The hub's commit of weights that are loaded from its cache, `.../snapshots/COMMIT`; how random ones are
+        drawn; None for others."""
+        if self.weights == "random":
+            return DRAWN
+        match = re.search(r"/snapshots/([0-9a-f]{40})(?:/|$)", self.location or "")
+        return match and match[1]
 
 
 @contextlib.contextmanager

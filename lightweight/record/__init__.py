@@ -24,6 +24,7 @@ from lightweight.record.likeness import SAME_BUT_RANKS as SAME_BUT_RANKS
 from lightweight.record.likeness import SAME_CELL as SAME_CELL
 from lightweight.record.likeness import SAME_METHOD as SAME_METHOD
 from lightweight.record.likeness import SAME_TRIAL as SAME_TRIAL
+from lightweight.record.likeness import SAME_WEIGHTS as SAME_WEIGHTS
 from lightweight.record.likeness import Likeness as Likeness
 from lightweight.record.likeness import baseline_of as baseline_of
 from lightweight.record.likeness import differing_settings as differing_settings
@@ -42,4 +43,3 @@ from lightweight.record.writing import settings as settings
 from lightweight.record.writing import steady_seconds_per_token as steady_seconds_per_token
 from lightweight.record.writing import steady_step_seconds as steady_step_seconds
 from lightweight.record.writing import versions as versions
-from lightweight.record.writing import weights_revision as weights_revision

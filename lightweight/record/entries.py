@@ -92,15 +92,16 @@ class Entry:
     """One trial and how it ended: an element of a record's `outcomes`.
 
     What was tried: `model` and its `weights`, from `weights_file` where they were stored in fewer bits,
-    `weights_revision` the hub's commit of them; `method`, told from others of its name by `method_digest`, with its
-    settings as peft and transformers write them, `own_code` the functions and classes of its author by field, each with
-    its import path and the SHA-256 of its source, and in `changed` those that the command line has changed; the card
-    whose memory it got, `target`, and whether another one gave it its times, `emulated`; the data, `corpus_digest` and
-    `elsewhere_digest`, with `task_questions` of a task, `task_digest`, read from the format `corpus_format` with
-    `corpus_skipped` rows left out, which are `trained_on` as pairs, conversations or texts, in rows of at most
-    `max_length` tokens, the loss on `loss_on` of the assistant's turns, a `long` conversation cut, split or dropped,
-    batches with the `padding` to their longest row or to `max_length`; `tokens_per_step` in a full step at most,
-    padding included, for `planned_steps` optimizer steps. `world_size` ranks trained it together.
+    `weights_revision` the hub's commit of them, or how random ones were drawn; `method`, told from others of its name
+    by `method_digest`, with its settings as peft and transformers write them, `own_code` the functions and classes of
+    its author by field, each with its import path and the SHA-256 of its source, and in `changed` those that the
+    command line has changed; the card whose memory it got, `target`, and whether another one gave it its times,
+    `emulated`; the data, `corpus_digest` and `elsewhere_digest`, with `task_questions` of a task, `task_digest`, read
+    from the format `corpus_format` with `corpus_skipped` rows left out, which are `trained_on` as pairs, conversations
+    or texts, in rows of at most `max_length` tokens, the loss on `loss_on` of the assistant's turns, a `long`
+    conversation cut, split or dropped, batches with the `padding` to their longest row or to `max_length`;
+    `tokens_per_step` in a full step at most, padding included, for `planned_steps` optimizer steps. `world_size` ranks
+    trained it together.
 
     How it ended: `outcome`, in which `phase` and for what `reason`, with `details` such as a traceback. Out of memory
     has `requested_bytes`, a trial that diverged `diverged_at_step`, one of several ranks `failed_rank`.

@@ -8,10 +8,14 @@ from typing import Any
 
 from lightweight.record.entries import BASELINE, Entry
 
+NOT_ALWAYS_KNOWN = ("method_digest", "weights_revision")
+"""Keys that an entry may have no value for, though its trial had one."""
+
 
 @dataclass(frozen=True)
 class Likeness:
-    """Trials with `keys`, fields of an `Entry`, in common. A digest that one of them does not have says nothing."""
+    """Trials with `keys`, fields of an `Entry`, in common. What one of them does not know of `NOT_ALWAYS_KNOWN` says
+    nothing."""
 
     keys: tuple[str, ...]
 
@@ -30,7 +34,7 @@ class Likeness:
     def differing(self, one: Entry, other: Entry) -> list[str]:
         """Which of the keys two entries differ in."""
         pairs = [(key, getattr(one, key), getattr(other, key)) for key in self.keys]
-        return [key for key, a, b in pairs if a != b and not (key == "method_digest" and None in (a, b))]
+        return [key for key, a, b in pairs if a != b and not (key in NOT_ALWAYS_KNOWN and None in (a, b))]
 
     def holds(self, one: Entry, other: Entry) -> bool:
         """Whether two entries are alike."""
@@ -54,7 +58,10 @@ SAME_CELL = SAME_METHOD.also("precision", "max_length", "tokens_per_step", "loss
 """What two runs of a cell have in common: rates and memory can be compared."""
 
 SAME_TRIAL = SAME_CELL.also("seed", "planned_steps")
-"""What two runs of a trial have in common, losses and step times included, and what tells the trials of a run apart."""
+"""What two runs of a trial have in common, step times included, and what tells the trials of a run apart."""
+
+SAME_WEIGHTS = SAME_TRIAL.also("weights_revision")
+"""What two runs of a trial have in common if their losses can be compared."""
 
 SAME_BUT_RANKS = SAME_TRIAL.but("world_size")
 """A trial on one GPU and the same on several."""

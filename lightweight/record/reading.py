@@ -51,7 +51,7 @@ def run(document: Any, path: Path) -> Run:
         raise RecordError(
             f"record {path}: has schema {number}, and this version of lightweight reads up to {SCHEMA}: update it"
         )
-    outcomes = [completed(entry) if number == 0 else entry for entry in document["outcomes"]]
+    outcomes = [_with_drawing(completed(entry) if number == 0 else entry) for entry in document["outcomes"]]
     forecasts = document.get("forecasts") or []
     if not isinstance(forecasts, list):
         raise RecordError(f"record {path}: has no list as 'forecasts': store the run again")
@@ -111,6 +111,13 @@ def completed(entry: Any) -> Any:
     test = str(entry.get("test"))
     shown_as = next((table for name, table in FORMER_TESTS.items() if name in test), None)
     return {"world_size": 1, "shown_as": shown_as, "method_digest": None} | entry
+
+
+def _with_drawing(entry: Any) -> Any:
+    """An entry that says how its random weights were drawn; until 2026-11-27 none did, and all were drawn alike."""
+    if isinstance(entry, dict) and entry.get("weights") == "random" and not entry.get("weights_revision"):
+        return entry | {"weights_revision": "drawn 1"}
+    return entry
 
 
 def _tell_namesakes_apart(entries: Sequence[dict[str, Any]]) -> None:

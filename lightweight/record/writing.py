@@ -47,7 +47,7 @@ def settings(trial: Trial) -> dict[str, Any]:
         "target": trial.target.name,
         "weights": trial.model.weights,
         "weights_file": trial.model.weights_file,
-        "weights_revision": weights_revision(trial.model.location),
+        "weights_revision": trial.model.weights_revision,
         "precision": method.precision,
         "weights_dtype": method.weights_dtype,
         "adapter": None if method.adapter is None else codec.plain(method.adapter.to_dict()),
@@ -203,12 +203,6 @@ def own_code(method: Method) -> dict[str, Any] | None:
     """What `method` has of its author's code, by field: import paths, with the SHA-256 of the source where no installed
     package has it; None for nothing."""
     return {name: importable.described(value) for name, value in method.own_code.items()} or None
-
-
-def weights_revision(location: str | None) -> str | None:
-    """The hub's commit of weights that were loaded from its cache, `.../snapshots/COMMIT`; None for others."""
-    match = re.search(r"/snapshots/([0-9a-f]{40})(?:/|$)", location or "")
-    return match and match[1]
 
 
 WRITTEN_BY_PEFT = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision")

@@ -25,6 +25,7 @@ from lightweight.record import (
     SAME_BASELINE,
     SAME_CELL,
     SAME_TRIAL,
+    SAME_WEIGHTS,
     Entry,
     Likeness,
     Run,
@@ -241,7 +242,7 @@ def _memory_failures(now: Entry, then: Entry, entries: Sequence[Entry], run: Run
 
 def _loss_failures(now: Entry, then: Entry, run: Run, limits: Limits) -> list[str]:
     """Why the losses of a trial fail, of the same seed and as many steps."""
-    if limits.loss_fail is None or not SAME_TRIAL.holds(now, then):
+    if limits.loss_fail is None or not SAME_WEIGHTS.holds(now, then):
         return []
     losses = [("held-out loss", then.heldout_loss_after, now.heldout_loss_after)]
     if now.elsewhere_digest == then.elsewhere_digest:
@@ -361,6 +362,9 @@ def _not_known(cells: Sequence[Cell], limits: Limits) -> list[str]:
     if unlike and (limits.loss_fail is not None or limits.step_fail is not None):
         names = " and ".join(dict.fromkeys(key.replace("_", " ") for keys in unlike for key in keys))
         notes.append(f"losses and steps of {len(unlike)} cells are not compared: their {names} differ")
+    redrawn = [now for now, then, _ in pairs if SAME_TRIAL.holds(now, then) and not SAME_WEIGHTS.holds(now, then)]
+    if redrawn and limits.loss_fail is not None:
+        notes.append(f"losses of {len(redrawn)} cells are not compared: their weights revision differs")
     unpaired = [now for now, then, _ in pairs if then.method != BASELINE and not log_ratios(then)]
     unpaired = [now for now in unpaired if now.outcome == "completed"]
     if unpaired and limits.speedup_fail is not None:

@@ -291,6 +291,15 @@ def test_losses_and_steps_of_other_trials_are_not_compared_which_is_told(changes
     assert any(note.startswith("losses and steps of 1 cells are not compared") for note in found.notes)
 
 
+@pytest.mark.parametrize(("revision", "is_compared"), [("drawn 1", True), (None, True), ("drawn 2", False)])
+def test_losses_on_weights_that_were_drawn_otherwise_are_not_compared_which_is_told(revision, is_compared):
+    then = cell(weights="random", weights_revision="drawn 1")
+    now = replace(then, heldout_loss_after=9.0, weights_revision=revision)
+    found = compare([now], [then], ALL)
+    assert len(found.failures) == is_compared
+    assert any("losses of 1 cells are not compared: their weights" in note for note in found.notes) != is_compared
+
+
 @pytest.mark.parametrize(("times", "fails"), [(1.0, False), (1.09, False), (1.16, True), (2.0, True), (0.5, False)])
 def test_a_captured_steps_own_time_is_gated_where_ratios_see_nothing(times, fails):
     def of(factor):
