@@ -10,7 +10,7 @@ from dataclasses import fields
 from lightweight import corpus, methods, models, names, record, targets
 from lightweight.cli import data
 from lightweight.cli.terminal import refuse, show
-from lightweight.forecast import calibration, plan, plan_table, step_time, tracer
+from lightweight.forecast import calibration, plan, plan_choice, plan_row, plan_table, step_time, tracer
 from lightweight.settings import how_read
 
 
@@ -30,7 +30,7 @@ def command(options: argparse.Namespace) -> int:
     except ValueError as error:
         return refuse(error)
     try:
-        question = plan.Question(
+        question = plan_row.Question(
             keeps_passes=options.settings.keeps_passes,
             gpus=options.gpus or 1,
             corpus=read,
@@ -57,7 +57,7 @@ def command(options: argparse.Namespace) -> int:
     is_json = options.format == "json"
     print(json.dumps([row.as_json() for row in rows], indent=1) if is_json else plan_table.table(rows))
     if options.target:
-        return 0 if plan.each_target_has_a_method(rows) else 1
+        return 0 if plan_choice.each_target_has_a_method(rows) else 1
     return 0 if any(row.chosen for row in rows) else 1
 
 
