@@ -7,7 +7,7 @@ from transformers import SchedulerType, TrainingArguments
 from lightweight import arguments, targets
 from lightweight.__main__ import main
 from lightweight.forecast import plan
-from lightweight.forecast.plan import ForecastError
+from lightweight.forecast.tracer import ForecastError
 from lightweight.methods import METHODS, Method, MethodError
 from lightweight.models import OPT_TINY
 from lightweight.session import options

@@ -86,7 +86,7 @@ def test_every_option_of_pytest_is_one(page, request):
 def test_the_pages_tell_people_to_type_all_there_is():
     """A page without commands would pass the tests above."""
     ours = {line[0] for page in PAGES for line in commands(page, "lightweight")}
-    assert ours == {"data", "plan", "train", "chat", "report", "gate", "sweep"}
+    assert ours == {"data", "plan", "train", "chat", "report", "gate", "sweep", "calibrate"}
     for readme in (README, KOREAN):
         assert {line[0] for line in commands(readme, "lightweight")} == {"plan", "train", "chat", "report"}
         assert len(commands(readme, "pytest")) >= 6

@@ -1,1 +1,1 @@
-"""What does a command of `lightweight` do besides reading records: train, save, chat, write a model card?"""
+"""What does a command of `lightweight` do: plan, train, sweep, calibrate, look at data, chat, report, hold against?"""

@@ -6,6 +6,7 @@ is in its time. Each launch gets memory that the ones before it did not touch, a
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import math
 import platform
@@ -27,7 +28,8 @@ from lightweight.captured.kernels import Norm, Reached, Sum
 from lightweight.captured.rotary import Turns
 from lightweight.child.worker import describe_device
 from lightweight.cli import stock_pace
-from lightweight.forecast import work
+from lightweight.cli.terminal import refuse, show
+from lightweight.forecast import calibration, work
 from lightweight.forecast.calibration import LEAST_SECONDS, Calibration, CalibrationError, Sample, limit
 from lightweight.forecast.work import Kernel
 from lightweight.internals import torch as torch_internals
@@ -119,6 +121,19 @@ class Bench:
                 milliseconds.append(begin.elapsed_time(end))
             graph.reset()
         return float(sorted(milliseconds)[REPLAYS // 2]) / 1e3 / count
+
+
+def command(options: argparse.Namespace) -> int:
+    """Time the GPU at hand and store what was found; the exit status."""
+    try:
+        found = run(progress=show)
+        options.output.write_text(calibration.written(found), "utf-8")
+    except CalibrationError as error:
+        return refuse(error)
+    finally:
+        show("")
+    print(f"{found.device}: {len(found.samples):,} kernels timed; stored in {options.output}")
+    return 0
 
 
 def run(progress: Callable[[str], None] = lambda text: None) -> Calibration:

@@ -6,6 +6,7 @@ one that was trained on single turns answers each prompt by itself. Answers end 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import sys
@@ -25,6 +26,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from lightweight import corpus, models, record
 from lightweight.child import reaper
 from lightweight.cli.output import RECORD_NAME
+from lightweight.cli.terminal import leave_to_us, refuse, show
 from lightweight.corpus import Conversation, Example, Message, Text
 from lightweight.models import Model
 from lightweight.targets import has_bf16
@@ -311,3 +313,31 @@ def _message(given: Any) -> Message:
         case {"role": "system" | "user" | "assistant" as role, "content": str(content)}:
             return Message(role, content)
     raise ValueError("a message without a role (system, user, assistant) or a text as content")
+
+
+def command(options: argparse.Namespace) -> int:
+    """Answer what `options` ask; the exit status."""
+    leave_to_us()
+    how = {"max_tokens": options.max_tokens, "temperature": options.temperature}
+    try:
+        model = load(options.folder, progress=show)
+        show("")
+        if options.prompt is not None and _is_file(options.prompt):
+            answer_file(model, Path(options.prompt), options.system, **how)
+        elif options.prompt is not None:
+            Dialogue(model, options.system).say(options.prompt, show=True, **how)
+        else:
+            talk(Dialogue(model, options.system), **how)
+    except REFUSALS as error:
+        return refuse(error)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 0
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a path, or with a null in it
+        return False

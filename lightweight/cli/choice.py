@@ -16,7 +16,7 @@ from lightweight.cli.job import Job, NothingFitsError
 from lightweight.cli.output import Interrupted
 from lightweight.cli.terminal import say
 from lightweight.corpus import Corpus
-from lightweight.forecast import plan, tracer
+from lightweight.forecast import plan, plan_row, plan_search, tracer
 from lightweight.forecast.step_time import StepTime
 from lightweight.methods import Method
 from lightweight.models import Model
@@ -98,7 +98,7 @@ def _check(method: Method) -> str:
 def _with_stored_passes(method: Method, stored: Mapping[str, Any]) -> Method:
     """`method` with those passes that a job of its stored arguments was planned with."""
     wanted = stored.get("per_device_train_batch_size", 8), stored.get("gradient_accumulation_steps", 1)
-    for planned in (method, *plan.smaller_passes(method, ranks.world_size())):
+    for planned in (method, *plan_search.smaller_passes(method, ranks.world_size())):
         on_rank = planned.on_rank(ranks.world_size())
         if (on_rank.sequences_per_pass, on_rank.passes_per_step) == wanted:
             return planned
@@ -113,7 +113,7 @@ def _forecasts(
     without: Sequence[str],
     progress: Callable[[str], None],
     read: Corpus | None = None,
-) -> list[plan.PlanRow]:
+) -> list[plan_row.PlanRow]:
     """A row for each method that a plan lists and that has what is set, but those called `without`; captured ones where
     there is a GPU."""
     candidates = [
@@ -127,7 +127,7 @@ def _forecasts(
         target = replace(target, total_bytes=device.total_bytes)
     if device.total_bytes is not None:  # as fast as the card at hand is, whosever memory it has
         target = replace(target, card=device.name)
-    question = plan.Question(
+    question = plan_row.Question(
         keeps_passes=job.settings.keeps_passes, gpus=ranks.world_size(), corpus=read, **job.settings.rows
     )
     try:

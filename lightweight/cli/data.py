@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightweight import corpus, models
+from lightweight.cli.terminal import leave_to_us, refuse, show
 from lightweight.corpus import IGNORED, Conversation, Corpus, Example, Text
 from lightweight.corpus.conversation import contents
 from lightweight.names import one_line
+from lightweight.settings import how_read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -208,3 +213,22 @@ def _tokenizer(model: models.Model) -> tuple[PreTrainedTokenizerBase, str | None
 def written(found: Look) -> str:
     """`found` as JSON."""
     return json.dumps(found.as_json(), indent=1, ensure_ascii=False)
+
+
+def command(options: argparse.Namespace) -> int:
+    """Look at the corpus and print it; the exit status."""
+    how = how_read(lambda name: getattr(options, name))
+    try:
+        if options.model is not None:
+            leave_to_us()
+        found, read, tokenizer = run(options.corpus, how, options.model, progress=show)
+        if options.format == "json":
+            print(written(found))
+            return 0
+        print(text(found))
+        if tokenizer is not None:
+            in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+            print(shown(read, tokenizer, in_colour=in_colour))
+    except REFUSALS as error:
+        return refuse(error)
+    return 0

@@ -10,11 +10,13 @@ factors, the wider gap beside the best so far. A trial that does not complete is
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import platform
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,11 @@ import torch
 
 from lightweight import corpus, methods, models, record, targets
 from lightweight.child import handle, helper, owner, reaper, worker
+from lightweight.cli.terminal import leave_to_us, refuse, show, tell
 from lightweight.corpus import How
 from lightweight.methods import Method, MethodError
 from lightweight.record import Entry
-from lightweight.settings import Settings
+from lightweight.settings import Settings, how_read
 from lightweight.targets import CPU, NATIVE, Device, Target
 from lightweight.trial import Completed, Trial
 
@@ -105,8 +108,8 @@ def best(tried: Sequence[Tried]) -> Tried | None:
 
 
 def run(sweep: Sweep, progress: Callable[[str], None] = lambda text: None) -> Iterator[str]:
-    """Search, and keep what was found in `sweep.output` after every trial; a line for each method. Raises what REFUSALS
-    names."""
+    """Search, and keep what was found in `sweep.output` after every trial; a line for each method. Raises SweepError,
+    or what else REFUSALS names."""
     examples = corpus.without_heldout(corpus.load(sweep.corpus, sweep.reading, progress), sweep.corpus)
     on_gpu = torch.cuda.is_available()
     try:
@@ -218,3 +221,21 @@ def _trial(
         )
     except ValueError as error:
         raise SweepError(str(error)) from error
+
+
+def command(options: argparse.Namespace) -> int:
+    """Search as `options` ask, and print what was found of each method; the exit status."""
+    leave_to_us()
+    asked = {part.name: getattr(options, part.name) for part in fields(Sweep) if hasattr(options, part.name)}
+    asked |= {"methods": options.method, "reading": how_read(lambda name: getattr(options, name))}
+    try:
+        for line in run(Sweep(**asked), progress=show):
+            show("")
+            print(line, flush=True)
+    except REFUSALS as error:
+        return refuse(error)
+    except KeyboardInterrupt:
+        tell(f"interrupted: what was tried until then is in {options.output}")
+        return 130
+    print(f"{options.output}: take the rates with --learning-rate {shlex.quote(str(options.output))}")
+    return 0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tabulate import tabulate
 
 from lightweight.forecast import time_table
-from lightweight.forecast.plan import PlanRow
+from lightweight.forecast.plan_row import PlanRow
 from lightweight.forecast.replay import CAUSES
 from lightweight.settings import changes
 from lightweight.targets import CONTEXT_BYTES, MiB, size

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
-from lightweight.forecast.plan import PlanRow
+from lightweight.forecast.plan_row import PlanRow
 from lightweight.forecast.step_time import StepTime, span
 
 

@@ -144,7 +144,7 @@ def brief(runs: Sequence[Run]) -> Table:
         ("step", "r", words.step),
         *_shares(cells),
         ("speedup", "r", lambda cell: words.times(_ratio(cell, entries))),
-        ("peak memory", "r", words.memory),
+        ("peak", "r", words.memory),
     ]
     notes = [note for note in words.notes(cells, runs) if not note.startswith(words.RANDOM)]
     return table("brief", "Every cell in brief", columns, cells, cells, notes)

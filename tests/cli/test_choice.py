@@ -12,7 +12,7 @@ from lightweight.cli import choice
 from lightweight.cli.job import Job, NothingFitsError
 from lightweight.cli.output import Interrupted
 from lightweight.corpus import Conversation, Corpus, Message
-from lightweight.forecast.plan import PlanRow, Question
+from lightweight.forecast.plan_row import PlanRow, Question
 from lightweight.forecast.replay import Forecast
 from lightweight.methods import CapturedStep, Method
 from lightweight.settings import Settings

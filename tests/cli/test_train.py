@@ -32,7 +32,7 @@ from lightweight.cli import chat
 from lightweight.cli import train as train_command
 from lightweight.cli.model_card import model_card
 from lightweight.cli.output import Output
-from lightweight.forecast import plan
+from lightweight.forecast import plan, plan_row
 from lightweight.methods import Method
 from lightweight.preload import peft
 
@@ -347,7 +347,7 @@ def run_out_of_memory() -> None:
     def planned(function, folder, models, candidates, targets, question):
         assert function is plan.plan and question.gpus == 2
         made = {"method": methods.LORA, "target": targets[0], "question": question, "forecast": samples.predicted()}
-        return [plan.PlanRow(model="micro", chosen=True, **made)]
+        return [plan_row.PlanRow(model="micro", chosen=True, **made)]
 
     failure._allocator_ran_out = lambda device: True
     helper.call = planned  # type: ignore[assignment]

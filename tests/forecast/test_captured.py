@@ -10,7 +10,7 @@ from experiments.test_forecast import ALLOCATED, CAPTURED_MODELS, RESERVED, STEP
 from lightweight import corpus, methods, models, record, targets
 from lightweight.child import helper
 from lightweight.corpus import Corpus
-from lightweight.forecast import calibration, captured, plan, step_time, tracer
+from lightweight.forecast import calibration, captured, plan, plan_row, step_time, tracer
 from lightweight.forecast.replay import within
 from lightweight.methods import BASELINE_CAPTURED, LORA_CAPTURED, QLORA, QLORA_CAPTURED, CapturedStep
 from lightweight.models import GPT_NEO_TINY, OPT_TINY, Model
@@ -212,7 +212,7 @@ def test_the_fewest_layers_that_let_a_long_row_fit_are_computed_again():
     assert held[0] > held[3] > held[6]
     for budget in (1.3 * held[0], held[3]):
         target = Target(name="any", capability=HOPPER, total_bytes=int(budget) + CONTEXT_BYTES)
-        (row,) = plan.plan([SIX_LAYERS], [long], [target], plan.Question(max_length=8192))
+        (row,) = plan.plan([SIX_LAYERS], [long], [target], plan_row.Question(max_length=8192))
         assert row.verdict == "fits"
         assert row.as_json()["recomputed_layers"] == row.recomputed_layers
         assert (row.recomputed_layers > 0) == (budget < held[0])

@@ -11,7 +11,7 @@ from lightweight.__main__ import main
 from lightweight.captured import loop
 from lightweight.corpus import RowForm
 from lightweight.forecast import corpus_rows, plan, replay, tracer
-from lightweight.forecast.plan import Question
+from lightweight.forecast.plan_row import Question
 from lightweight.methods import BASELINE, LORA_CAPTURED
 from lightweight.targets import NATIVE, T4, Device
 from lightweight.trial import Trial

@@ -13,8 +13,8 @@ import samples
 from conftest import MICRO
 from lightweight import record, targets
 from lightweight.__main__ import main
-from lightweight.forecast import plan, tracer
-from lightweight.forecast.plan import PlanRow, Question
+from lightweight.forecast import plan, plan_choice, plan_search, tracer
+from lightweight.forecast.plan_row import PlanRow, Question
 from lightweight.forecast.replay import MARGIN, Trace
 from lightweight.forecast.tracer import ForecastError
 from lightweight.methods import BASELINE, BASELINE_CAPTURED, LORA, LORA_CAPTURED, QLORA, QLORA_CAPTURED, CapturedStep
@@ -330,7 +330,7 @@ def test_several_gpus_take_the_rows_that_fit_each(traced):
     row, shape = planned(LORA, 400, gpus=2, fewest_gpus=True)
     assert shape == (2, 2, 4, "fits", True), "2 passes of 2 rows on each of two GPUs: 4 of 2 on one"
     assert row.fewest_gpus == 1
-    assert [method.passes_per_step for method in plan.smaller_passes(LORA, 2)] == [4, 8]
+    assert [method.passes_per_step for method in plan_search.smaller_passes(LORA, 2)] == [4, 8]
 
 
 def test_a_trace_that_fails_is_tried_once_for_all_cards(monkeypatch):
@@ -413,19 +413,19 @@ FAST_QLORA = [entry(method, 1.0 + (method != QLORA), "L4") for method in ALL]
     ],
 )
 def test_the_fastest_method_that_fits_is_chosen(measured, chosen, device):
-    made = plan.with_choice([row_of(method) for method in ALL], measured)
+    made = plan_choice.with_choice([row_of(method) for method in ALL], measured)
     assert names_of_chosen(made) == [chosen]
     assert {row.measured_on for row in made} == {device}
 
 
 def test_of_methods_that_cost_alike_the_one_with_fewer_passes_is_chosen():
     made = [row_of(replace(LORA, name="more").with_passes(4)), row_of(LORA.with_passes(2))]
-    assert names_of_chosen(plan.with_choice(made, [])) == ["lora"]
+    assert names_of_chosen(plan_choice.with_choice(made, [])) == ["lora"]
 
 
 def test_lora_in_more_passes_is_expected_to_be_faster_than_qlora():
     made = [row_of(QLORA), row_of(LORA.with_passes(2))]
-    assert names_of_chosen(plan.with_choice(made, [])) == ["lora"]
+    assert names_of_chosen(plan_choice.with_choice(made, [])) == ["lora"]
 
 
 def test_every_row_says_which_device_the_order_comes_from(traced):
@@ -459,9 +459,9 @@ def test_json_has_what_was_asked_for_and_no_bytes_where_there_is_no_forecast():
 def test_what_does_not_surely_fit_is_never_chosen():
     made = [row_of(LORA, "too_close_to_call"), row_of(QLORA)]
     entries = [entry(QLORA, 1.0), entry(LORA, 0.5)]
-    rows = plan.with_choice(made, entries)
+    rows = plan_choice.with_choice(made, entries)
     assert [(row.chosen, row.measured_on) for row in rows] == [(False, None), (True, "H200")]
-    assert plan.with_choice(made[:1], entries) == made[:1]
+    assert plan_choice.with_choice(made[:1], entries) == made[:1]
 
 
 @pytest.mark.parametrize("largest", [0, 1, 2, 7, 8, 9, 100, 4097])
@@ -479,7 +479,7 @@ def test_the_largest_batch_is_found_in_few_forecasts(largest, curve):
             budget_bytes=budget,
         )
 
-    assert plan.largest_batch(fits, 8) == largest
+    assert plan_search.largest_batch(fits, 8) == largest
     assert len(asked) == len(set(asked)) <= 20
 
 
@@ -494,9 +494,9 @@ def test_the_fewest_layers_are_found_in_few_forecasts(needed):
         room = 5000 - 100 * (needed - 0.5)
         return SimpleNamespace(verdict=verdict, allocated_bytes=need, budget_bytes=round(room / (1 - MARGIN)))
 
-    assert plan.fewest_layers(fits, 28) == needed
+    assert plan_search.fewest_layers(fits, 28) == needed
     assert len(set(asked)) <= 8
-    assert needed == 1 or plan.fewest_layers(fits, needed - 1) is None
+    assert needed == 1 or plan_search.fewest_layers(fits, needed - 1) is None
 
 
 def test_rows_of_the_longest_length_fit_and_longer_ones_do_not(capsys, tmp_path):
@@ -537,7 +537,7 @@ def test_the_fewest_gpus_are_found_in_few_forecasts(fewest):
         asked.append(count)
         return SimpleNamespace(verdict="fits" if fewest is not None and count >= fewest else "too_close_to_call")
 
-    assert plan.fewest_gpus(fits, 8) == fewest
+    assert plan_search.fewest_gpus(fits, 8) == fewest
     assert len(asked) <= 4
 
 

@@ -6,7 +6,7 @@ import samples
 
 from lightweight import targets
 from lightweight.forecast import plan_table
-from lightweight.forecast.plan import PlanRow, Question
+from lightweight.forecast.plan_row import PlanRow, Question
 from lightweight.methods import BASELINE, LORA, LORA_CAPTURED
 from lightweight.targets import MiB
 

@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 
 from lightweight.__main__ import main
 from lightweight.forecast import cuda_rules, plan
-from lightweight.forecast.plan import Question
+from lightweight.forecast.plan_row import Question
 from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, QLORA
 from lightweight.models import Model
 from lightweight.targets import T4

@@ -232,14 +232,14 @@ def test_a_file_of_a_picture_stands_alone():
     assert "prefers-color-scheme: dark" in alone
 
 
-def test_the_readmes_pictures_show_what_the_committed_records_hold():
+@pytest.mark.parametrize(("folder", "name"), [("", "h200-t4"), ("captured", "h100-t4")])
+def test_the_pages_pictures_show_what_the_committed_records_hold(folder, name):
     root = Path(__file__).parents[2]
     records = root / "experiments" / "records"
-    drawn = {
-        p.key: p for p in figures.pictures([record.load(records / "h200-t4.json"), record.load(records / "plan.json")])
-    }
+    runs = [record.load(records / f"{each}.json") for each in (name, "plan")]
+    drawn = {picture.key: picture for picture in figures.pictures(runs)}
     text = re.compile(r"<text[^>]*>([^<]*)<")
-    shown = sorted((root / "docs" / "figures").glob("*.svg"))
+    shown = sorted((root / "docs" / "figures" / folder).glob("*.svg"))
     assert shown
     for path in shown:
         assert text.findall(path.read_text("utf-8")) == text.findall(drawn[path.stem].svg)
