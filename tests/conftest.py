@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +146,17 @@ def nobodys_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first: at the end one worker would be at it alone."""
     items.sort(key=lambda item: item.path.name != "test_xdist_bridge.py")
+
+
+@pytest.fixture(autouse=True)
+def modules_are_of_the_test(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A method in a test's file is found by that test alone: other tests have files of the same name."""
+    known, path, place = set(sys.modules), list(sys.path), str(tmp_path_factory.getbasetemp())
+    yield
+    sys.path[:] = path
+    for name in sys.modules.keys() - known:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(place):
+            del sys.modules[name]
 
 
 @pytest.fixture(autouse=True)

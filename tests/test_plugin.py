@@ -235,7 +235,7 @@ def test_an_outcome_is_looked_up_not_trained_twice(project):
 
 def test_models_and_methods_come_from_the_command_line(project, micro):
     project.makepyfile(
-        own_methods="""
+        methods_of_mine="""
         from dataclasses import replace
         from lightweight.methods import LORA
         MINE = replace(LORA, name="mine", training_arguments={"per_device_train_batch_size": 4})
@@ -261,7 +261,7 @@ def test_models_and_methods_come_from_the_command_line(project, micro):
         """
     )
     project.syspathinsert()
-    arguments = (f"--model={micro.location}", "--method=baseline", "--method=own_methods:MINE")
+    arguments = (f"--model={micro.location}", "--method=baseline", "--method=methods_of_mine:MINE")
     result, document = run_json(project, *arguments)
     result.assert_outcomes(passed=3)
     assert [(e["method"], e["weights"]) for e in document["outcomes"]] == [
@@ -920,14 +920,14 @@ OWN_METHODS = """
     ],
 )
 def test_methods_that_cannot_be_trained_beside_others_are_one_line_before_any_is(project, method, expected):
-    project.makepyfile(own_methods=OWN_METHODS)
+    project.makepyfile(methods_of_mine=OWN_METHODS)
     project.makepyfile(test_cell="def test_cell(train, model, method):\n    assert not train(model, method)\n")
     project.syspathinsert()
-    result = project.runpytest("--method=lora", f"--method=own_methods:{method}")
+    result = project.runpytest("--method=lora", f"--method=methods_of_mine:{method}")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     (line,) = [line for line in result.stderr.lines if line.strip()]
     assert fnmatch.fnmatchcase(line, f"ERROR: {expected}".replace("[", "[[]"))
-    same = project.runpytest("--method=lora", "--method=own_methods:SAME", "--collect-only")
+    same = project.runpytest("--method=lora", "--method=methods_of_mine:SAME", "--collect-only")
     assert same.ret == 0
 
 

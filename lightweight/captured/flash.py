@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ CAPABILITY = (8, 0)
 WIDEST = 256
 """Numbers of a head, which must be a multiple of 8. Ibid., check_head_dim_size_flash."""
 
-_capability: Capability | None = None
+_capability: ContextVar[Capability | None] = ContextVar("capability", default=None)  # of this thread alone
 _met: set[_Kernel] = set()
 _checked: set[_Kernel] = set()
 
@@ -33,17 +34,16 @@ _checked: set[_Kernel] = set()
 @contextmanager
 def as_on(capability: Capability) -> Iterator[None]:
     """Inside, every device is taken to be a card of this `capability`: what a forecast is of."""
-    global _capability
-    _capability = capability
+    token = _capability.set(capability)
     try:
         yield
     finally:
-        _capability = None
+        _capability.reset(token)
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether attention in `dtype` has flash kernels on `device`."""
-    capability = _capability
+    capability = _capability.get()
     if capability is None and device.type == "cuda" and torch.backends.cuda.is_flash_attention_available():
         capability = torch.cuda.get_device_capability(device)
     return capability is not None and capability >= CAPABILITY and dtype in HALVES
