@@ -88,9 +88,8 @@ def test_a_sweep_is_recorded_and_its_rates_can_be_taken(micro, tmp_path, capsys,
     }
     settings = Settings.read(lambda name: "found.json" if name == "learning_rate" else None)
     lora, baseline = settings.applied([methods.LORA, methods.BASELINE])
-    assert (
-        lora.training_arguments["learning_rate"] == min(losses, key=losses.__getitem__) == lora.changed["learning_rate"]
-    )
+    best = min(losses, key=losses.__getitem__)
+    assert lora.training_arguments["learning_rate"] == best == lora.changed["learning_rate"]
     assert isinstance(settings.learning_rate, Rates)
     assert set(settings.learning_rate.of) == {"baseline", "lora"} and baseline.changed
     assert main(["report", "found.json"]) == 0 and "--learning-rate 0.001" in capsys.readouterr().out
