@@ -108,6 +108,7 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a micro model, dropout on, so that random numbers matter."""
+    assert MICRO.architecture is not None
     model, _ = models.find(replace(MICRO, architecture=MICRO.architecture | {"dropout": 0.1}))
     folder = tmp_path_factory.mktemp("base")
     models.write(model, folder, seed=0)

@@ -183,7 +183,8 @@ def test_a_method_is_found_in_a_file_and_its_code_by_a_child(tmp_path, monkeypat
     (tmp_path / "a_file_of_mine.py").write_text(textwrap.dedent(MINE))
     monkeypatch.setattr(sys, "path", list(sys.path))
     method = named(f"{tmp_path}/a_file_of_mine.py:MINE")
-    assert record.writing.own_code(method)["compute_loss"]["import_path"] == "a_file_of_mine:loss"
+    own_code = record.writing.own_code(method)
+    assert own_code is not None and own_code["compute_loss"]["import_path"] == "a_file_of_mine:loss"
     trial = Trial(model=micro, method=method, target=targets.CPU, corpus=small_corpus, max_steps=2)
     (tmp_path / "trial").mkdir()
     with Child(trial, tmp_path / "trial") as child:

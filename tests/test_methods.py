@@ -24,13 +24,23 @@ from lightweight.preload import peft
 MINE = replace(LORA, name="mine")
 
 
+def lora_config(method: Method) -> peft.LoraConfig:
+    assert isinstance(method.adapter, peft.LoraConfig)
+    return method.adapter
+
+
+def quantization(method: Method) -> BitsAndBytesConfig:
+    assert isinstance(method.quantization, BitsAndBytesConfig)
+    return method.quantization
+
+
 def test_the_three_methods_are_the_originals():
     assert (BASELINE.adapter, BASELINE.quantization, BASELINE.precision) == (None, None, "fp32")
     for method in (LORA, QLORA):
         assert isinstance(method.adapter, peft.LoraConfig)
         assert (method.adapter.r, method.adapter.lora_alpha, method.adapter.lora_dropout) == (8, 32, 0.1)
         assert method.precision == "fp16"
-    assert QLORA.quantization.load_in_4bit  # type: ignore[attr-defined]
+    assert quantization(QLORA).load_in_4bit
     assert QLORA.training_arguments["gradient_checkpointing"]
     assert (QLORA.sequences_per_pass, QLORA.sequences_per_step) == (2, 8)
     assert BASELINE.sequences_per_step == LORA.sequences_per_step == 8
@@ -39,9 +49,9 @@ def test_the_three_methods_are_the_originals():
 def test_on_a_cpu_nothing_asks_for_fp16():
     for method in methods.METHODS.values():
         assert method.on_cpu().precision == "fp32"
-    assert QLORA.on_cpu().quantization.bnb_4bit_compute_dtype == torch.float32  # type: ignore[attr-defined]
-    assert QLORA.on_cpu().quantization.bnb_4bit_quant_type == "nf4"  # type: ignore[attr-defined]
-    assert QLORA.quantization.bnb_4bit_compute_dtype == torch.float16  # type: ignore[attr-defined]
+    assert quantization(QLORA.on_cpu()).bnb_4bit_compute_dtype == torch.float32
+    assert quantization(QLORA.on_cpu()).bnb_4bit_quant_type == "nf4"
+    assert quantization(QLORA).bnb_4bit_compute_dtype == torch.float16
 
 
 @pytest.mark.parametrize(
@@ -96,7 +106,7 @@ def test_half_is_the_format_the_target_has(bf16, dtype, precision):
     assert not QLORA_CAPTURED.uses_bf16  # no target needs to have it
     method = QLORA_CAPTURED.on_gpu(bf16=bf16)
     assert (method.weights_dtype, method.precision) == (dtype, precision)
-    assert method.quantization.bnb_4bit_compute_dtype == getattr(torch, dtype)  # type: ignore[attr-defined]
+    assert quantization(method).bnb_4bit_compute_dtype == getattr(torch, dtype)
     assert QLORA.on_gpu(bf16=bf16) == QLORA
 
 
@@ -162,7 +172,7 @@ def network_of(model_type: str):
 def test_lora_is_put_on_the_layers_that_peft_names_for_the_architecture(model_type):
     network = LORA.adapt(network_of(model_type))
     assert set(adapted_layers(network)) == LAYERS[model_type]
-    assert LORA.adapter.target_modules is None  # type: ignore[attr-defined]  # the method itself is as it was written
+    assert lora_config(LORA).target_modules is None  # the method itself is as it was written
     assert {name for name, parameter in network.named_parameters() if parameter.requires_grad} == {
         name for name, _ in network.named_parameters() if "lora_" in name
     }
@@ -171,7 +181,11 @@ def test_lora_is_put_on_the_layers_that_peft_names_for_the_architecture(model_ty
 @pytest.mark.parametrize(
     ("adapter", "model_type", "expected"),
     [
-        (replace(LORA.adapter, target_modules=["nothing"]), "llama", r"LORA cannot be put on llama \(Target modules"),  # type: ignore[call-arg]
+        (
+            replace(lora_config(LORA), target_modules=["nothing"]),
+            "llama",
+            r"LORA cannot be put on llama \(Target modules",
+        ),
         (QLORA.adapter, "mamba", "'out_proj' is incompatible with Mamba-based models"),
         (peft.IA3Config(task_type="CAUSAL_LM"), "phi3", "IA3 cannot be put on phi3 .*: take another adapter"),
         (
@@ -212,7 +226,7 @@ ALL = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_pro
     ],
 )
 def test_a_library_that_takes_names_alone_gets_those_of_the_same_layers(targets, expected):
-    method = replace(LORA, adapter=replace(LORA.adapter, target_modules=targets), library="unsloth")  # type: ignore[call-arg]
+    method = replace(LORA, adapter=replace(lora_config(LORA), target_modules=targets), library="unsloth")
     network = network_of("llama")
     assert method.named_layers(network) == expected
     assert list(adapted_layers(method.adapt(network))) == expected
@@ -227,7 +241,7 @@ def test_a_library_that_takes_names_alone_gets_those_of_the_same_layers(targets,
     ],
 )
 def test_layers_that_names_alone_cannot_say_are_refused(targets, expected):
-    method = replace(LORA, adapter=replace(LORA.adapter, target_modules=targets), library="unsloth")  # type: ignore[call-arg]
+    method = replace(LORA, adapter=replace(lora_config(LORA), target_modules=targets), library="unsloth")
     with pytest.raises(MethodError, match=f"method lora: unsloth takes layers by name alone, .*{expected}"):
         method.named_layers(network_of("llama"))
 

@@ -17,6 +17,7 @@ from lightweight.child import worker
 from lightweight.forecast import tracer
 from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, Method
 from lightweight.models import Model
+from lightweight.preload import peft
 from lightweight.training.meter import Meter
 from lightweight.trial import Trial
 
@@ -67,6 +68,7 @@ def test_each_takes_at_most_thirty_lines():
     ends = [begin]
     for node in ast.parse(FILE.read_text("utf-8")).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in BESIDE:
+            assert node.end_lineno is not None
             ends.append(node.end_lineno)
     own = [[line for line in lines[start:end] if line.strip()] for start, end in itertools.pairwise(ends)]
     assert len(own) == len(BESIDE)
@@ -85,6 +87,7 @@ def test_it_trains_and_what_is_held_out_is_compared_alike(own, name, small, smal
         worker.evaluate(prepared.trainer, prepared.heldout, meter)
         measured.append(meter.measurements())
     theirs, ours = measured
+    assert ours.heldout_loss_before is not None and ours.heldout_loss_after is not None
     assert ours.heldout_loss_before == pytest.approx(theirs.heldout_loss_before, abs=1e-4)
     assert ours.heldout_loss_after < ours.heldout_loss_before - 1e-3
     assert ours.heldout_loss_after != theirs.heldout_loss_after
@@ -97,6 +100,7 @@ def test_a_captured_step_has_each_groups_own_rate(own, small, small_corpus, fold
     """As the Trainer's, whose optimizer has one for A and sixteen times that for B."""
     losses = []
     for method in (own("LORA_PLUS"), own("LORA_PLUS_CAPTURED"), LORA_CAPTURED):
+        assert isinstance(method.adapter, peft.LoraConfig)
         adapter = replace(method.adapter, lora_dropout=0.0)
         arguments = {"per_device_train_batch_size": 8, "learning_rate": 3e-3, "warmup_steps": 2}
         method = replace(method, adapter=adapter, training_arguments=arguments)
@@ -172,6 +176,7 @@ def test_the_command_line_plans_and_trains_it(base, tmp_path, capsys):
     job = ["train", "--model", str(base), "--corpus", str(corpus), "--max-steps", "2", "--max-length", "64"]
     assert main([*job, "--method", f"{FILE}:MUON", "--output", str(tmp_path / "out")]) == 0
     (entry,) = record.load(tmp_path / "out" / "record.json").entries
+    assert entry.own_code is not None
     assert entry.own_code["optimizer"]["import_path"] == "own_methods:MuonAndAdamW"
     assert len(entry.own_code["optimizer"]["source_sha256"]) == 64
     assert "its own optimizer" in (tmp_path / "out" / "README.md").read_text("utf-8")

@@ -16,6 +16,7 @@ from transformers import SchedulerType
 from lightweight import record, targets
 from lightweight.methods import LORA, QLORA, QLORA_CAPTURED, CapturedStep
 from lightweight.models.model import DRAWN
+from lightweight.preload import peft
 from lightweight.record import SAME_BASELINE, SAME_BUT_RANKS, SAME_CELL, SAME_METHOD, SAME_TRIAL, RecordError, codec
 from lightweight.targets import Device
 from lightweight.trial import Completed, Crashed, Diverged, Measurements, Outcome, OutOfMemory, TimedOut, Trial
@@ -85,6 +86,7 @@ def test_what_json_has_no_word_for_is_written_as_none(trial):
 def test_a_method_may_say_things_in_objects(trial):
     arguments = {"lr_scheduler_type": SchedulerType.COSINE, "label_names": ("labels",)}
     entry = record.entry(replace(trial, method=replace(LORA, training_arguments=arguments)), OUTCOMES[0], H200, None)
+    assert entry.training_arguments is not None
     assert type(entry.training_arguments["lr_scheduler_type"]) is str  # SchedulerType only behaves like one
     assert entry.training_arguments == {
         "lr_scheduler_type": "cosine",
@@ -93,9 +95,12 @@ def test_a_method_may_say_things_in_objects(trial):
 
 
 def test_a_set_in_a_peft_config_is_written_in_order(trial):
-    method = replace(LORA, adapter=replace(LORA.adapter, target_modules={"v_proj", "q_proj"}))  # type: ignore[call-arg]
+    assert isinstance(LORA.adapter, peft.LoraConfig)
+    adapter = replace(LORA.adapter, target_modules=["v_proj", "q_proj"])
+    assert isinstance(adapter.target_modules, set)  # peft makes one of a list
+    method = replace(LORA, adapter=adapter)
     entry = record.entry(replace(trial, method=method), OUTCOMES[0], H200, None)
-    assert entry.adapter["target_modules"] == ["q_proj", "v_proj"]
+    assert entry.adapter is not None and entry.adapter["target_modules"] == ["q_proj", "v_proj"]
 
 
 def test_the_steady_step_is_the_median_after_the_first_epoch():
@@ -146,6 +151,7 @@ def test_records_that_counted_padding_compare_by_it(trial):
     by_tokens = record.seconds_per_token(new)[0]
     assert by_tokens == pytest.approx(0.1 / 10)
     assert record.seconds_per_token(old)[0] == pytest.approx(0.3 / trial.tokens_per_step)
+    assert new.steady_step_seconds is not None
     assert new.times_as_fast(old) == pytest.approx(0.3 / new.steady_step_seconds)
     nothing = record.entry(trial, OUTCOMES[3], H200, None)
     assert record.seconds_per_token(new, nothing) == (by_tokens, None)
@@ -312,6 +318,7 @@ def test_a_record_says_cuda_triton_the_weights_commit_and_whether_the_code_was_c
     assert entry.weights_revision == commit
     assert record.settings(replace(trial, model=replace(trial.model, weights="random")))["weights_revision"] == DRAWN
     assert record.settings(replace(trial, model=replace(trial.model, weights="pretrained")))["weights_revision"] is None
+    assert entry.versions is not None
     assert {"cuda", "triton"} <= set(entry.versions) and entry.versions["cuda"] == torch.version.cuda
     path = tmp_path / "run.json"
     for commit_info, expected in (
@@ -360,6 +367,7 @@ def test_what_is_written_again_is_read_as_the_same(tmp_path, path):
     assert record.load(again).forecasts == stored.forecasts
     for entry in stored.entries:
         written = record.as_json(entry)
+        assert entry.stored is not None
         said = {key: value for key, value in entry.stored.items() if value is not None and key != "run"}
         if "speedup" in said:
             said["speedup"] = written["speedup"] | said["speedup"]  # an older one says less
@@ -405,7 +413,7 @@ def test_a_key_of_tomorrow_is_kept_as_it_was_stored(tmp_path):
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"outcomes": [record.as_json(samples.entry()) | {"watts": 350}]}), "utf-8")
     (entry,) = record.load(str(path)).entries
-    assert entry.stored["watts"] == 350
+    assert entry.stored is not None and entry.stored["watts"] == 350
 
 
 def test_the_gpus_peak_is_that_of_the_fullest_rank_and_else_the_hosts():

@@ -20,7 +20,7 @@ from lightweight.verdict import gate
 
 RECORDS = sorted((Path(__file__).parent.parent / "experiments" / "records").glob("*.json"))
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\u202eevil\nsecond line\ud800"
-VALUES = [
+VALUES: list[object] = [
     *(None, True, False, 0, 1, -1, -3, 0.5, -0.0, 10**30, -(10**30), 1e308, -1e308, 5e-324, float("nan"), float("inf")),
     *("", " ", "x", "completed", "no_such_word", ESCAPE, "9" * 5000, "[r]", "<script>alert(1)</script>"),
     *([], [None], [[]], ["x"], [1e308] * 3, [True], {}, {"a": {"b": [{}]}}, {"weights": -1}, {ESCAPE: ESCAPE}),

@@ -25,6 +25,7 @@ from lightweight.child import worker
 from lightweight.cli.train import Unattended
 from lightweight.corpus import pair
 from lightweight.methods import Method
+from lightweight.preload import peft
 from lightweight.targets import CPU
 from lightweight.training.meter import Meter
 from lightweight.trial import Trial
@@ -81,7 +82,8 @@ def test_captured_steps_train_what_the_trainer_trains(kind: str, tmp_path: Path)
         pytest.skip(f"not run: {kind} is not made small: {network}")
     network.save_pretrained(tmp_path / kind)
     ByT5Tokenizer().save_pretrained(tmp_path / kind)
-    adapter = replace(methods.LORA.adapter, lora_dropout=0.0)  # type: ignore[call-arg]
+    assert isinstance(methods.LORA.adapter, peft.LoraConfig)
+    adapter = replace(methods.LORA.adapter, lora_dropout=0.0)
     settings = {"per_device_train_batch_size": 4, "learning_rate": 1e-3}
     stock = Method(name="stock", adapter=adapter, training_arguments=settings)
     try:
@@ -105,7 +107,8 @@ def test_captured_steps_on_flash_kernels_train_what_they_train_with_masks(
         pytest.skip(f"not run: {kind_on_flash} is not made small: {network}")
     network.save_pretrained(tmp_path / kind_on_flash)
     ByT5Tokenizer().save_pretrained(tmp_path / kind_on_flash)
-    adapter = replace(methods.LORA.adapter, lora_dropout=0.0)  # type: ignore[call-arg]
+    assert isinstance(methods.LORA.adapter, peft.LoraConfig)
+    adapter = replace(methods.LORA.adapter, lora_dropout=0.0)
     settings = {"per_device_train_batch_size": 4, "learning_rate": 1e-3}
     captured = Method(name="captured", adapter=adapter, training_arguments=settings, step="captured")
     try:
@@ -165,6 +168,7 @@ def _trained(root: Path, kind: str, method: Method) -> tuple[list[float], str]:
     trial = Trial(model=model, method=method, target=CPU, corpus=data, max_steps=4, max_length=256)
     meter = Meter(torch.device("cpu"), start_seconds=0.0)
     _, trainer, rows, heldout = worker.set_up(trial, meter.device, meter, Unattended(), root / "run")
+    assert trainer.model is not None
     for module in trainer.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

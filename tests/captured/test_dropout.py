@@ -53,7 +53,7 @@ def test_every_way_of_naming_the_input_and_the_share():
         assert torch.equal(attention(y, y, y)[0], attention.eval()(y, y, y)[0])
         leaf = torch.ones(3, requires_grad=True)
         (2 * leaf).backward(torch.arange(3.0))
-        assert torch.equal(leaf.grad, 2 * torch.arange(3.0))
+        assert leaf.grad is not None and torch.equal(leaf.grad, 2 * torch.arange(3.0))
 
 
 def test_kernels_of_our_own_keep_everything_and_stay_the_ones_that_train():

@@ -36,7 +36,7 @@ def test_the_reference_is_what_torch_computes_from_a_mask():
     assert torch.allclose(flash_reference.attention(query, key, value, lengths, window, scale), expected)
     found = flash_reference.gradients(upstream, query, key, value, lengths, window, scale)
     for own, leaf in zip(found, leaves, strict=True):
-        assert torch.allclose(own, leaf.grad)
+        assert leaf.grad is not None and torch.allclose(own, leaf.grad)
 
 
 @pytest.mark.parametrize(
@@ -308,6 +308,7 @@ def test_kernels_are_those_of_fp64_forward_and_backward(dtype, width, groups, wi
     theirs = flash_reference.gradients(upstream.double(), *doubles, lengths, window, 0.11)
     found = [output.detach(), *(leaf.grad for leaf in leaves)]
     for own, their in zip(found, (expected, *theirs), strict=True):
+        assert own is not None
         assert (own.double() - their).norm() <= TOLERANCE[dtype] * their.norm() + 1e-6
         assert own.isfinite().all()
 

@@ -63,6 +63,11 @@ def exact(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.cpu().double().requires_grad_() for tensor in tensors]
 
 
+def gradient(leaf: torch.Tensor) -> torch.Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
+
+
 def seed_of(number: int) -> torch.Tensor:
     return torch.tensor(number, device=DEVICE)
 
@@ -116,9 +121,9 @@ def check_adapter(dtype: torch.dtype, shape: tuple[int, int, int, int], p: float
     near(inner, exact_inner.detach())
     near(y, before[:, out:].cpu().double() + product.detach())
     assert torch.equal(whole[:, :out], before[:, :out])
-    near(grad_a, exact_a.grad)
-    near(grad_b, exact_b.grad)
-    near(grad_x, grad_of_others.cpu().double() + exact_x.grad)
+    near(grad_a, gradient(exact_a))
+    near(grad_b, gradient(exact_b))
+    near(grad_x, grad_of_others.cpu().double() + gradient(exact_x))
 
     again = kernels.adapter_backward(grad, inner, x, a, b, None, 2.0, *dropout)
     assert torch.equal(again[0], grad_a) and torch.equal(again[1], grad_b)
@@ -190,7 +195,7 @@ def check_cross_entropy(dtype: torch.dtype, shape: tuple[int, int, int]) -> None
 
     near(kernels.cross_entropy_(logits, vocabulary, targets, scales), expected.detach())
     if vocabulary > 1:
-        near(logits[:, :vocabulary], exact_logits.grad)
+        near(logits[:, :vocabulary], gradient(exact_logits))
     else:
         assert not logits.any()
     assert not logits[:, vocabulary:].any()
@@ -237,7 +242,7 @@ def check_norm(dtype: torch.dtype, shape: tuple[int, ...], centred: bool, biased
     mean = rows.mean(1) if centred else torch.zeros(len(rows), dtype=torch.float64)
     near(statistics[:, 0], mean)
     near(statistics[:, 1], ((rows - mean[:, None]).square().mean(1) + 1e-5).rsqrt())
-    near(kernels.norm_backward(grad, x, norm, statistics), exact_x.grad)
+    near(kernels.norm_backward(grad, x, norm, statistics), gradient(exact_x))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
@@ -266,12 +271,12 @@ def check_add_norm(dtype: torch.dtype, shape: tuple[int, ...], biased: bool, p: 
     expected = layer_norm(exact_total, width, exact_weight, exact_bias if biased else None, 1e-5)  # of what is kept
     expected.backward(grad.cpu().double() + grad_of_others.cpu().double())
     near(summed.result, expected.detach())
-    near(grad_residual, exact_total.grad)
-    near(grad_branch, exact_total.grad * factor)
+    near(grad_residual, gradient(exact_total))
+    near(grad_branch, gradient(exact_total) * factor)
 
     exact_total.grad = None
     layer_norm(exact_total, width, exact_weight, None, 1e-5).backward(grad.cpu().double())
-    near(kernels.add_norm_backward([grad], None, None, summed, made, seed)[1], exact_total.grad)
+    near(kernels.add_norm_backward([grad], None, None, summed, made, seed)[1], gradient(exact_total))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0], ids=["weight", "one-plus-weight"])
@@ -300,9 +305,9 @@ def check_sum(dtype: torch.dtype, shape: tuple[int, ...], after: bool, offset: f
     result = rms_norm(rounded, width, exact_weight + offset, 1e-5)
     near(summed.result, result.detach())
     result.backward(grad.cpu().double())
-    total.backward(rounded.grad + grad_of_total.cpu().double())
-    near(grad_residual, exact_residual.grad)
-    near(grad_branch, exact_branch.grad)
+    total.backward(gradient(rounded) + grad_of_total.cpu().double())
+    near(grad_residual, gradient(exact_residual))
+    near(grad_branch, gradient(exact_branch))
 
 
 # Activations
@@ -351,7 +356,8 @@ def check_gate(dtype: torch.dtype, shape: tuple[int, ...], activation: Any, gate
         near(kernels.gate(gate, up, activation), expected.detach())
         grads = kernels.gate_backward(grad, gate, up, activation)
         for found, reference in zip(grads, sources, strict=False):
-            near(found, reference.grad)
+            assert found is not None
+            near(found, gradient(reference))
         assert (grads[1] is None) == (not gated)
 
 
@@ -376,7 +382,7 @@ def check_gate_and_adapter(dtype: torch.dtype, shape: tuple[int, int, int], acti
     torch.autograd.backward([product, inner], [grad.cpu().double(), reached.cpu().double()])
     found = kernels.gate_project_backward(grad, kernels.Reached(reached, a, 2.0), gate, up, activation)
     for each, reference in zip(found, (exact_gate, exact_up, exact_a), strict=True):
-        near(each, reference.grad)
+        near(each, gradient(reference))
 
 
 # Rotary embeddings
@@ -445,7 +451,7 @@ def check_rotation(
         near(found, reference.detach())
     assert new_grads[:, :, both:].isnan().all()
     for found, reference in zip((new_q, new_k), (exact_q, exact_k), strict=True):
-        near(found, reference.grad)
+        near(found, gradient(reference))
 
 
 # Compiling ahead

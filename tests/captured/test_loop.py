@@ -55,6 +55,7 @@ def written(tmp_path_factory):
     """The tiny models without dropout, their random weights written."""
     of_names = {}
     for model in (OPT_TINY, GPT_NEO_TINY, LLAMA_TINY):
+        assert model.architecture is not None
         still = replace(model, architecture=model.architecture | NO_DROPOUT[model.name])
         of_names[model.name] = models.write(models.find(still)[0], tmp_path_factory.mktemp(model.name), seed=0)
     return of_names
@@ -258,10 +259,10 @@ def test_a_captured_cell_completes_in_a_child_and_its_record_says_how_it_ran(tri
     assert outcome.kind == "completed", outcome
     entry = record.entry(small, outcome, targets.Device(name="a CPU"), None)
     assert (entry.captured, entry.compiled, entry.steps) == (False, False, 5)
-    assert "no GPU" in entry.capture_note
+    assert entry.capture_note is not None and "no GPU" in entry.capture_note
     assert (entry.precision, entry.weights_dtype) == ("fp32", "float32")
-    assert entry.captured_step["attention"] == "sdpa"
-    assert entry.phase_seconds["capture"] > 0
+    assert entry.captured_step is not None and entry.captured_step["attention"] == "sdpa"
+    assert entry.phase_seconds is not None and entry.phase_seconds["capture"] > 0
     (stored,) = json.loads(json.dumps(record.document([entry]), allow_nan=False))["outcomes"]
     assert stored["captured_step"] == entry.captured_step and stored["capture_note"] == entry.capture_note
 

@@ -155,7 +155,8 @@ def test_a_further_shape_of_joined_rows_is_made_where_it_saves_enough_tokens(mon
     monkeypatch.setattr(packing, "SHAPE_TOKENS", 119)
     found = packing.joined_shapes(layouts, ROWS, 1, compiled=False)
     assert [(shape.passes, shape.rows, shape.time) for shape in found] == [(1, 1, 12), (1, 1, 36)]
-    assert [packing.holding_joined(layout, ROWS, found).time for layout in layouts[::5]] == [36, 12, 12]
+    held = [packing.holding_joined(layout, ROWS, found) for layout in layouts[::5]]
+    assert [shape and shape.time for shape in held] == [36, 12, 12]
     monkeypatch.setattr(packing, "SHAPE_TOKENS", 39)
     assert [shape.time for shape in packing.joined_shapes(layouts, ROWS, 1, compiled=False)] == [4, 12, 36]
     assert [shape.time for shape in packing.joined_shapes(layouts, ROWS, 1, compiled=True)] == [36]

@@ -17,6 +17,12 @@ from lightweight.internals.multiprocessing import forkserver_pid
 from lightweight.trial import Completed, Crashed, TimedOut
 
 
+def server_pid() -> int:
+    pid = forkserver_pid()
+    assert pid is not None
+    return pid
+
+
 def test_a_child_does_not_run_the_main_script_again(trial, tmp_path, monkeypatch):
     """Which is pytest's, and multiprocessing would: it imports the script that `__main__` was started from."""
     script = tmp_path / "script.py"
@@ -50,7 +56,7 @@ def test_a_forkserver_that_is_gone_or_stopped_costs_no_trial_and_leaves_no_proce
         Child(trial, tmp_path / "a", silence_seconds=30) as child,
         Child(trial, tmp_path / "b", silence_seconds=30) as other,
     ):
-        os.kill(forkserver_pid(), number)
+        os.kill(server_pid(), number)
         assert isinstance(child.finish(), Completed)
         os.kill(other.pids[0], signal.SIGKILL)
         outcome = other.finish()
@@ -64,7 +70,7 @@ def test_a_forkserver_that_is_gone_or_stopped_costs_no_trial_and_leaves_no_proce
 def test_a_forkserver_that_is_dead_and_not_given_up_by_the_kernel_is_replaced(folder, monkeypatch):
     """As one is of which a thread still lives: `waitpid` tells multiprocessing nothing of it yet."""
     helper.call(int, folder)
-    server = forkserver_pid()
+    server = server_pid()
     given_up = time.monotonic() + 0.5
 
     def waitpid(pid: int, options: int, waitpid=os.waitpid) -> tuple[int, int]:
@@ -81,7 +87,7 @@ def test_a_forkserver_that_does_not_start_a_child_in_time_is_replaced(trial, tmp
         (tmp_path / name).mkdir()
     with Child(trial, tmp_path / "a") as child:
         assert child.outcome is None
-    os.kill(forkserver_pid(), signal.SIGSTOP)
+    os.kill(server_pid(), signal.SIGSTOP)
     with Child(trial, tmp_path / "b", silence_seconds=2) as child:
         outcome = child.finish()
     assert isinstance(outcome, TimedOut)
@@ -97,6 +103,7 @@ def test_a_forkserver_that_dies_before_it_was_adopted_is_waited_for(monkeypatch)
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
+    assert server.stdout is not None
     server.stdout.readline()
     monkeypatch.setattr(forkserver, "forkserver_pid", lambda: server.pid)
     forkserver.kill()

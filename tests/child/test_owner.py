@@ -49,6 +49,7 @@ def test_a_trial_trains_its_whole_job_round_by_round(trial, folder, method):
     assert len(measured.train_loss) == len(measured.step_seconds) == 6
     assert measured.heldout_loss_before is not None
     if method is BASELINE:
+        assert measured.heldout_loss_after is not None
         assert measured.heldout_loss_after < measured.heldout_loss_before
     assert set(measured.phase_seconds) == {"start", "build", "evaluate", "train", "save"}
     assert 0 < sum(measured.step_seconds) <= measured.phase_seconds["train"]
@@ -238,6 +239,7 @@ def test_peaks_on_the_host_are_the_trials_own(trial, tmp_path):
         with Child(replace(trial, model=model, max_steps=1), tmp_path / name) as child:
             outcome = child.finish()
         assert isinstance(outcome, Completed), outcome
+        assert outcome.measured.host_peak_bytes is not None
         peaks.append(outcome.measured.host_peak_bytes)
     assert peaks[0] > peaks[1] + 4 * 6_400_000 * 4  # weight, gradient and two moments of 6.4 million more parameters
 

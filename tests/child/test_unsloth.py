@@ -11,6 +11,7 @@ from transformers import BitsAndBytesConfig
 from lightweight import models
 from lightweight.child import unsloth
 from lightweight.methods import LORA, QLORA
+from lightweight.preload import peft
 from lightweight.targets import CPU
 from lightweight.trial import Trial
 
@@ -49,7 +50,8 @@ def asked(monkeypatch, micro):
     ],
 )
 def test_unsloth_gets_the_names_of_layers(asked, micro, small_corpus, targets, expected):
-    method = replace(LORA, adapter=replace(LORA.adapter, target_modules=targets), library="unsloth")  # type: ignore[call-arg]
+    assert isinstance(LORA.adapter, peft.LoraConfig)
+    method = replace(LORA, adapter=replace(LORA.adapter, target_modules=targets), library="unsloth")
     trial = Trial(model=micro, method=method, target=CPU, corpus=small_corpus)
     unsloth.build(trial, torch.device("cpu"), None)
     assert asked["get_peft_model"]["target_modules"] == expected

@@ -12,6 +12,7 @@ from lightweight.child import worker
 from lightweight.cli.train import Unattended
 from lightweight.methods import BASELINE, LORA, QLORA
 from lightweight.models import ModelError
+from lightweight.preload import peft
 from lightweight.training.meter import Meter
 from lightweight.trial import Trial
 
@@ -66,10 +67,11 @@ def test_a_method_trains_what_it_says(trial, method):
 
 
 def test_building_leaves_the_method_as_it_was(trial):
+    assert isinstance(QLORA.adapter, peft.LoraConfig)
     before = QLORA.adapter.to_dict()
     worker.build(replace(trial, method=QLORA), CPU)
     assert QLORA.adapter.to_dict() == before
-    assert QLORA.adapter.target_modules == "all-linear"  # type: ignore[attr-defined]
+    assert QLORA.adapter.target_modules == "all-linear"
 
 
 def test_parameters_of_a_4_bit_network_are_counted_as_what_they_pack(trial):

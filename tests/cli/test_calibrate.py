@@ -12,8 +12,7 @@ from lightweight.cli import calibrate
 from lightweight.forecast import calibration, work
 from tests.forecast.test_work import seen
 
-RATES = targets.rates("H100 80GB HBM3")
-assert RATES is not None
+RATES = targets.RATES["H100 80GB HBM3"]
 
 
 def kernels_of_ours() -> set[str]:

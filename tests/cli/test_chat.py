@@ -84,6 +84,7 @@ def test_what_a_model_was_trained_on_is_in_its_record(conversations, trained):
     (entry,) = record.load(conversations / "record.json").entries
     assert (entry.trained_on, entry.loss_on, entry.long, entry.padding) == ("conversations", "all", "cut", "longest")
     assert entry.training_rows == 5
+    assert entry.step_tokens is not None and entry.step_padded_tokens is not None
     assert sum(entry.step_tokens) < sum(entry.step_padded_tokens) <= 8 * 96
     (entry,) = record.load(trained("texts", [{"text": f"Once {n}"} for n in range(4)]) / "record.json").entries
     assert entry.trained_on == "texts"

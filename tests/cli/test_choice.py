@@ -41,7 +41,8 @@ def test_a_jobs_methods_are_forecast_over_the_rows_of_its_corpus(micro):
         choice._forecasts(wanted, micro, target, device, ("lora", "qlora"), lambda text: None, *corpus)[0]
         for corpus in ((read,), ())
     )
-    assert of_rows.corpus_rows.longest < 40
+    assert of_rows.corpus_rows is not None and of_rows.corpus_rows.longest < 40
+    assert of_rows.forecast is not None and of_length.forecast is not None
     for cause in ("activations", "logits"):
         assert 0 < of_rows.forecast.by_cause[cause] < of_length.forecast.by_cause[cause] / 2
 

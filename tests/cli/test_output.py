@@ -198,6 +198,7 @@ time.sleep(60)
 def test_a_second_training_into_the_same_place_is_refused_until_the_first_has_ended_also_by_sigkill(tmp_path):
     first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "a")], stdout=subprocess.PIPE, text=True)
     try:
+        assert first.stdout is not None
         process = first.stdout.readline().strip()
         (tmp_path / "link").symlink_to(tmp_path)
         for path in (tmp_path / "a", tmp_path / "link" / "a"):
@@ -217,7 +218,7 @@ def test_a_second_training_into_the_same_place_is_refused_until_the_first_has_en
 def test_of_two_that_begin_at_once_one_gets_it(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path / "a")]
     both = [subprocess.Popen(command, stdout=-1, stderr=-1, text=True) for _ in range(2)]
-    holders = [one for one in both if one.stdout.readline()]  # it ends at once where it is refused
+    holders = [one for one in both if one.stdout and one.stdout.readline()]  # it ends at once where it is refused
     for one in both:
         one.kill()
     (refused,) = (one.communicate()[1] for one in both if one not in holders)
@@ -259,7 +260,7 @@ def test_the_old_model_goes_only_when_the_new_one_is_there(tmp_path, monkeypatch
         again.claim(resume=True, overwrite=True)
         if finished:
             before = again.interrupted()
-            assert before.is_finished and before.settings["model"] == "new"
+            assert before is not None and before.is_finished and before.settings["model"] == "new"
             again.publish()
         again.release()
         assert name_of(at / "a") == ("new" if finished or last == 6 else "old"), last
@@ -310,7 +311,8 @@ def test_an_interrupted_job_is_neither_lost_nor_taken_over(tmp_path):
             Output(tmp_path / "a").claim(resume=False, overwrite=False)
     again = Output(tmp_path / "a")
     again.claim(resume=True, overwrite=False)
-    assert again.interrupted().checkpoint == output.partial / "checkpoint-4"
+    found = again.interrupted()
+    assert found is not None and found.checkpoint == output.partial / "checkpoint-4"
     again.release()
     assert checkpoints.problem(output.partial / "checkpoint-4") is None
 

@@ -22,12 +22,23 @@ def searched(low, high, budget, loss_of):
     return tried
 
 
+def best_rate(tried: list[sweep.Tried]) -> float:
+    best = sweep.best(tried)
+    assert best is not None
+    return best.rate
+
+
+def rate_of(entry: record.Entry) -> float:
+    assert entry.training_arguments is not None
+    return entry.training_arguments["learning_rate"]
+
+
 @pytest.mark.parametrize("optimum", [2e-5, 3e-4, 7e-3])
 def test_the_search_comes_near_the_optimum_and_nearer_with_a_larger_budget(optimum):
     def loss(rate):
         return math.log(rate / optimum) ** 2
 
-    off = [abs(math.log(sweep.best(searched(1e-5, 1e-2, budget, loss)).rate / optimum)) for budget in (6, 12, 20)]
+    off = [abs(math.log(best_rate(searched(1e-5, 1e-2, budget, loss)) / optimum)) for budget in (6, 12, 20)]
     assert off[2] <= off[0]
     assert off[2] < math.log(1.25)
 
@@ -42,7 +53,7 @@ def test_what_does_not_complete_is_no_best_and_the_search_goes_on_below_it():
         return math.inf if rate > 1e-3 else -rate
 
     tried = searched(1e-5, 1e-1, 12, loss)
-    assert 5e-4 < sweep.best(tried).rate <= 1e-3
+    assert 5e-4 < best_rate(tried) <= 1e-3
     assert sweep.best([sweep.Tried(1.0, math.inf)]) is None
     searched(1e-5, 1e-2, 8, lambda rate: math.inf)  # where nothing completes
 
@@ -66,19 +77,19 @@ def test_a_sweep_is_recorded_and_its_rates_can_be_taken(micro, tmp_path, capsys,
     told = capsys.readouterr().out.splitlines()
     assert told[0].startswith("baseline: 3 of 3 trials completed: ") and told[1].startswith("lora: 3 of 3 ")
     run = record.load("found.json")
-    tried = {
-        name: [of.training_arguments["learning_rate"] for of in run.entries if of.method == name]
-        for name in ("baseline", "lora")
-    }
+    tried = {name: [rate_of(of) for of in run.entries if of.method == name] for name in ("baseline", "lora")}
     assert tried["baseline"] == tried["lora"] == pytest.approx([1e-4, 1e-3, 1e-2])
     whole = corpus.load("corpus.json")
     assert {of.corpus_digest for of in run.entries} == {corpus.without_heldout(whole, "").digest}
     losses = {
-        of.training_arguments["learning_rate"]: of.heldout_loss_after for of in run.entries if of.method == "lora"
+        rate_of(of): of.heldout_loss_after
+        for of in run.entries
+        if of.method == "lora" and of.heldout_loss_after is not None
     }
     settings = Settings.read(lambda name: "found.json" if name == "learning_rate" else None)
     lora, baseline = settings.applied([methods.LORA, methods.BASELINE])
-    assert lora.training_arguments["learning_rate"] == min(losses, key=losses.get) == lora.changed["learning_rate"]
+    best = min(losses, key=losses.__getitem__)
+    assert lora.training_arguments["learning_rate"] == best == lora.changed["learning_rate"]
     assert isinstance(settings.learning_rate, Rates)
     assert set(settings.learning_rate.of) == {"baseline", "lora"} and baseline.changed
     assert main(["report", "found.json"]) == 0 and "--learning-rate 0.001" in capsys.readouterr().out

@@ -73,6 +73,14 @@ def entry(folder: Path) -> record.Entry:
     return found
 
 
+def losses(found: record.Entry) -> list[float]:
+    """Those of its steps, of which each has one."""
+    assert found.train_loss is not None
+    finite = [loss for loss in found.train_loss if loss is not None]
+    assert len(finite) == len(found.train_loss)
+    return finite
+
+
 def weights(folder: Path) -> bytes:
     (found,) = folder.glob("*.safetensors")
     return found.read_bytes()
@@ -145,12 +153,14 @@ def test_sigterm_ends_a_process_with_a_checkpoint_and_status_130(base, dialogues
     while Output(out / "a").checkpoint is None:
         assert process.is_alive() and time.monotonic() < deadline, (tmp_path / "log").read_text()
         time.sleep(0.01)
+    assert process.pid is not None
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
     log = (tmp_path / "log").read_text()
     assert process.exitcode == 130, log
     assert log.splitlines()[-1].endswith("--save-steps 3 --resume")
     checkpoint = Output(out / "a").checkpoint
+    assert checkpoint is not None
     assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] > 3
     assert (checkpoint / "optimizer.pt").exists() and (checkpoint / "model.safetensors").exists()
 
@@ -235,7 +245,7 @@ def test_a_job_says_how_its_corpus_was_read_and_its_record_does(train, out, tmp_
     assert "messages: 12 conversations, 2.0 turns each; rows skipped: 1" in capsys.readouterr().out
     found = entry(out / "a")
     assert (found.corpus_format, found.corpus_skipped) == ("messages", 1)
-    assert sum(found.example_tokens.values()) == 9
+    assert found.example_tokens is not None and sum(found.example_tokens.values()) == 9
     assert train("b", "--corpus", str(own), "--skip-bad") == 0
     assert entry(out / "b").corpus_digest != found.corpus_digest
 
@@ -317,7 +327,7 @@ def test_torchrun_trains_what_one_rank_does_also_where_sigterm_came_between(micr
         one, two = out / f"{kind}one", out / f"{kind}two"
         assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
         assert (entry(one).world_size, entry(two).world_size) == (1, 2)
-        assert len(entry(two).train_loss) == 30
+        assert len(losses(entry(two))) == 30
         assert entry(two).train_loss == pytest.approx(entry(one).train_loss, abs=1e-4)
         assert entry(two).heldout_loss_after == pytest.approx(entry(one).heldout_loss_after, abs=1e-4)
         ones, twos = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
@@ -384,13 +394,16 @@ def test_the_result_says_what_it_is_and_peft_loads_it(train, base, dialogues, ou
     assert too_long == "longer than 64 tokens: 20 cut"
     assert "20 steps, training loss" in line and line.endswith(f"saved in {folder}")
     found = entry(folder)
+    assert found.versions is not None and found.steps_per_epoch is not None
+    ends = record.training_loss(losses(found), found.steps_per_epoch)
+    assert ends is not None
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "peft"
     assert card.data.base_model is None  # a folder is nothing the hub knows
     for said in (
         found.corpus_digest,
         *(f"{loss:.4f}" for loss in (found.heldout_loss_before, found.heldout_loss_after)),
-        *(f"{loss:.4f}" for loss in record.training_loss(found.train_loss, found.steps_per_epoch)),
+        *(f"{loss:.4f}" for loss in ends),
         f"| torch | {found.versions['torch']} |",
         "LORA r=8 on q_proj v_proj",
         str(base),
@@ -416,7 +429,7 @@ def test_the_trained_model_answers_as_it_was_taught(train, out, capsys, monkeypa
         sure = replace(sure, adapter=peft.LoraConfig(r=32, lora_alpha=64, target_modules=["fc1", "fc2"]))
     monkeypatch.setitem(methods.METHODS, method, sure)
     assert train("a", "--epochs", "25", "--max-length", "128", "--learning-rate", "1e-2", method=method) == 0
-    assert entry(out / "a").training_arguments["learning_rate"] == 1e-2
+    assert (entry(out / "a").training_arguments or {})["learning_rate"] == 1e-2
     capsys.readouterr()
     assert main(["chat", str(out / "a"), "--prompt", "오늘은 힘들었어요 3", "--max-tokens", "40"]) == 0
     assert " me more about it" in capsys.readouterr().out
@@ -553,8 +566,8 @@ def test_a_tracker_is_told_the_losses_of_both_kinds_of_steps(train, out, method)
     """The mean since the last entry, as the Trainer has it."""
     assert train("a", "--report-to", "tensorboard", method=method) == 0
     told = scalars(out / "a" / "runs")
-    losses = entry(out / "a").train_loss
-    for step, mean in ((1, losses[0]), (10, fmean(losses[1:10])), (20, fmean(losses[10:20]))):
+    of_steps = losses(entry(out / "a"))
+    for step, mean in ((1, of_steps[0]), (10, fmean(of_steps[1:10])), (20, fmean(of_steps[10:20]))):
         assert told["train/loss", step] == pytest.approx(mean, abs=1e-4)
     rate = methods.BASELINE.training_arguments.get("learning_rate", 5e-5)
     assert told["train/learning_rate", 20] == pytest.approx(rate / 20, abs=1e-9)
@@ -599,7 +612,8 @@ def test_what_is_set_is_trained_recorded_and_resumed(train, out, signal_at, caps
     assert train("cut", *SET.split(), "--accumulation", "2", "--resume", method=method) == 0
     assert weights(out / "cut") == weights(out / "whole")
     resumed, uncut = entry(out / "cut"), entry(out / "whole")
-    assert resumed.train_loss == uncut.train_loss and len(uncut.train_loss) == uncut.planned_steps == 10
+    assert losses(resumed) == losses(uncut) and len(losses(uncut)) == uncut.planned_steps == 10
+    assert uncut.changed is not None and uncut.adapter is not None and uncut.training_arguments is not None
     assert uncut.changed["lora_rank"] == 4 and uncut.changed["warmup"] == 0.1 and uncut.changed["accumulation"] == 2
     assert (uncut.adapter["r"], uncut.adapter["lora_alpha"], uncut.max_length) == (4, 8, 64)
     assert uncut.adapted_layers == ("fc1", "v_proj")

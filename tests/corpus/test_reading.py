@@ -11,8 +11,14 @@ import pytest
 
 from lightweight import corpus
 from lightweight.corpus import Conversation, CorpusError, How, Message, Text, formats, messages
+from lightweight.corpus.conversation import Origin
 
 U, A, S = (lambda text, role=role: Message(role, text) for role in ("user", "assistant", "system"))
+
+
+def origin(loaded: corpus.Corpus) -> Origin:
+    assert loaded.origin is not None
+    return loaded.origin
 
 
 def talk(*said: Message) -> Conversation:
@@ -211,7 +217,7 @@ def test_a_public_data_set_goes_through(tmp_path, name, file):
     kind, row, expected = PUBLIC[name]
     other = formats.FORMATS[kind].read(spoken_otherwise(row))
     loaded = corpus.load(write(tmp_path, [row, spoken_otherwise(row)], file))
-    assert loaded.origin.format == kind
+    assert origin(loaded).format == kind
     assert said(loaded) == sorted([str(expected), str(other)])
 
 
@@ -317,7 +323,7 @@ def test_a_mutant_is_one_line_with_file_place_field_and_mend_or_is_skipped(tmp_p
     assert ": " in problem  # the mend
     assert key in problem if not key.isdigit() else True
     skipped = corpus.load(path, How(skip_bad=True))
-    assert skipped.origin.skipped == 1
+    assert origin(skipped).skipped == 1
     assert said(skipped) == said(corpus.load(write(tmp_path, [row, spoken_otherwise(row)], "sound.jsonl")))
     assert "rows skipped: 1" in str(skipped.origin)
 
@@ -387,7 +393,7 @@ def test_what_cannot_be_trained_on_is_refused_by_its_line(tmp_path, row, expecte
     assert str(raised.value).startswith(f"corpus {path}: line 1: {expected}")
     rows = [row, *({"messages": [ASKED | {"content": str(n)}, ANSWERED]} for n in range(2))]
     if "messages" in row:
-        assert corpus.load(write(tmp_path, rows), How(skip_bad=True)).origin.skipped == 1
+        assert origin(corpus.load(write(tmp_path, rows), How(skip_bad=True))).skipped == 1
 
 
 def alpaca(count: int) -> list[dict]:
@@ -406,9 +412,9 @@ def test_a_row_of_another_format_is_refused_with_its_line_whatever_is_skipped(tm
 def test_a_format_that_is_said_goes_before_what_the_keys_tell(tmp_path):
     rows = [row | {"text": f"Tides {number}."} for number, row in enumerate(alpaca(6))]
     path = write(tmp_path, rows)
-    assert corpus.load(path).origin.format == "alpaca"
+    assert origin(corpus.load(path)).format == "alpaca"
     forced = corpus.load(path, How(format="text"))
-    assert forced.origin.format == "text"
+    assert origin(forced).format == "text"
     assert set(forced.train + forced.heldout) == {Text("", f"Tides {number}.") for number in range(6)}
     with pytest.raises(CorpusError, match=r"line 1: has no 'messages': write an object with 'messages'"):
         corpus.load(path, How(format="messages"))
@@ -452,7 +458,7 @@ def test_a_bad_turn_takes_its_pair_along_and_no_other(tmp_path):
     loaded = corpus.load(write(tmp_path, turns, "t.json"), How(skip_bad=True))
     sound = corpus.load(write(tmp_path, [turn for pair in good for turn in pair], "s.json"))
     assert said(loaded) == said(sound)
-    assert loaded.origin.skipped == len(turns) - 10
+    assert origin(loaded).skipped == len(turns) - 10
     with pytest.raises(CorpusError, match="turn 2: 'content' is empty"):
         corpus.load(write(tmp_path, turns, "t.json"))
 

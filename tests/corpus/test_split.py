@@ -20,7 +20,7 @@ def test_what_says_the_same_is_on_one_side(tmp_path, seed):
     assert not set(loaded.train) & set(loaded.heldout)
     assert Counter(loaded.train + loaded.heldout) == Counter(Text("", text) for text in texts)
     assert len(set(loaded.heldout)) == 3  # a sixth of the distinct ones
-    assert loaded.origin.duplicates == 40
+    assert loaded.origin is not None and loaded.origin.duplicates == 40
 
 
 def test_without_duplicates_the_split_and_the_digest_are_the_originals(tmp_path):

@@ -61,7 +61,7 @@ def test_a_cell_may_be_long_and_a_bad_row_is_skipped(tmp_path):
     rows = [*ALPACA, {"instruction": "a", "input": "", "output": " "}]
     rows[0] = rows[0] | {"output": "x" * 200_000}
     loaded = corpus.load(separated(tmp_path / "a.csv", rows), How(skip_bad=True))
-    assert loaded.origin.skipped == 1 and len(loaded.train + loaded.heldout) == 8
+    assert loaded.origin is not None and loaded.origin.skipped == 1 and len(loaded.train + loaded.heldout) == 8
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])

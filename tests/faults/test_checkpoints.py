@@ -181,6 +181,7 @@ def nested(path: Path) -> None:
 
 def sealed_without_a_step(path: Path) -> None:
     manifest = checkpoints.read(path)
+    assert manifest is not None
     (path / checkpoints.MANIFEST_NAME).unlink()
     (path / checkpoints.TRAINER_STATE).write_text("null")
     checkpoints.seal(path, manifest.job)

@@ -13,8 +13,7 @@ from lightweight.forecast.calibration import LEAST_SECONDS, Calibration, Calibra
 from lightweight.forecast.work import Kernel
 
 H100 = "NVIDIA H100 80GB HBM3"
-RATES = targets.rates(H100)
-assert RATES is not None
+RATES = targets.RATES["H100 80GB HBM3"]
 
 
 def sample(kernel: Kernel, seconds: float) -> Sample:

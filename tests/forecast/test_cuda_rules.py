@@ -100,8 +100,9 @@ def test_half_softmax_to_fp32_reads_its_input_as_it_is():
         x = torch.empty(4, 64, dtype=torch.float16, requires_grad=True)
         result = F.softmax(x, -1, dtype=torch.float32)
         assert result.dtype == torch.float32
-        assert result.grad_fn.name() == "SoftmaxBackward0"
-        assert result.grad_fn.next_functions[0][0].name().endswith("AccumulateGrad")  # and no cast between
+        assert result.grad_fn is not None and result.grad_fn.name() == "SoftmaxBackward0"
+        before = result.grad_fn.next_functions[0][0]
+        assert before is not None and before.name().endswith("AccumulateGrad")  # and no cast between
 
 
 @pytest.mark.parametrize(
@@ -122,6 +123,7 @@ def test_attention_runs_in_the_kernel_that_the_card_has(capability, dtype, maske
         mask = torch.ones(2, 1, 64, 64, dtype=torch.bool) if masked else None
         result = F.scaled_dot_product_attention(q, q, q, attn_mask=mask, is_causal=not masked)
         assert result.shape == q.shape
+        assert result.grad_fn is not None
         name = result.grad_fn.name()
     if kernel == "TransposeBackward":
         assert "Attention" not in name

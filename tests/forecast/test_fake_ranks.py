@@ -29,6 +29,7 @@ from lightweight.trial import Trial
 pytestmark = pytest.mark.xdist_group("traces")
 
 ON_A_CPU = {"ACCELERATE_TORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+assert OPT_TINY.architecture is not None
 UNEVEN = replace(OPT_TINY, architecture={**OPT_TINY.architecture, "vocab_size": 385, "num_hidden_layers": 2})
 
 
@@ -62,6 +63,7 @@ def held_by_rank(rank, of, folder):
         meter = Meter(torch.device("cpu"), start_seconds=0.0)
         trainer = stock.make_trainer(replace(of, max_steps=1), network, Rows([row] * 8, 0), meter, Unattended(), folder)
         trainer.train()
+    assert trainer.model is not None and trainer.optimizer is not None
     state = [value for values in trainer.optimizer.state.values() for value in values.values()]
     distributed.barrier()
     return blocks([*trainer.model.parameters(), *trainer.model.buffers()]), blocks(state)

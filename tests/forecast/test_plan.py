@@ -19,6 +19,7 @@ from lightweight.forecast.replay import MARGIN, Trace
 from lightweight.forecast.tracer import ForecastError
 from lightweight.methods import BASELINE, BASELINE_CAPTURED, LORA, LORA_CAPTURED, QLORA, QLORA_CAPTURED, CapturedStep
 from lightweight.models import OPT_TINY
+from lightweight.preload import peft
 from lightweight.targets import CONTEXT_BYTES, HOPPER, MiB, Target
 
 KEYS = {
@@ -161,7 +162,8 @@ NEOX = {"model_type": "gpt_neox", "hidden_size": 32, "num_attention_heads": 2, "
 }
 
 
-Q_LORA = replace(LORA, name="q-lora", adapter=replace(LORA.adapter, target_modules=["q_proj"]))  # type: ignore[call-arg]
+assert isinstance(LORA.adapter, peft.LoraConfig)
+Q_LORA = replace(LORA, name="q-lora", adapter=replace(LORA.adapter, target_modules=["q_proj"]))
 COMPILED = replace(LORA_CAPTURED, name="compiled", step=CapturedStep(compile=True))
 
 
@@ -348,7 +350,8 @@ def test_a_trace_that_fails_is_tried_once_for_all_cards(monkeypatch):
 
 def test_passes_that_cannot_be_shared_among_gpus_are_a_line_of_that_method(traced):
     lora, qlora = plan.plan([MICRO], [LORA.with_batch(2), QLORA], [card(900)], Question(keeps_passes=True, gpus=3))
-    assert lora.verdict == "cannot_be_forecast" and "which 3 ranks cannot share" in lora.reason
+    assert lora.verdict == "cannot_be_forecast"
+    assert lora.reason is not None and "which 3 ranks cannot share" in lora.reason
     assert qlora.verdict == "fits" and qlora.chosen
 
 
@@ -438,6 +441,7 @@ def test_paged_state_is_in_no_peak(traced, monkeypatch):
     trace = tracer.trace
     monkeypatch.setattr(tracer, "trace", lambda *given: replace(trace(*given), paged_bytes=900 * MiB))
     (row,) = plan.plan([MICRO], [LORA], [card(1000)])
+    assert row.forecast is not None
     assert (row.verdict, row.forecast.paged_bytes, row.forecast.allocated_bytes) == ("fits", 900 * MiB, 900 * MiB)
     assert row.as_json()["paged_bytes"] == 900 * MiB
 

@@ -98,7 +98,10 @@ def test_forecasts_agree_with_the_committed_measurements(traces, cell):
 def test_no_verdict_is_wrong_on_the_committed_runs(traces):
     decided = 0
     for entry in [*record.load(MATRIX).entries, *record.load(T4_RUN).entries]:
-        budget = entry.budget_bytes or entry.device_bytes - targets.CONTEXT_BYTES
+        budget = entry.budget_bytes
+        if budget is None:
+            assert entry.device_bytes is not None
+            budget = entry.device_bytes - targets.CONTEXT_BYTES
         found = within(traces[cell_of(entry)], budget)
         if entry.outcome == "out_of_memory":
             assert found.verdict != "fits", (entry.model, entry.method, entry.target)
@@ -202,6 +205,7 @@ def test_the_state_of_an_optimizer_is_what_it_holds_after_a_step_on_this_cpu(tmp
         rows = Rows([row] * 4, 0)
         trainer = stock.make_trainer(replace(of, max_steps=1), network, rows, meter, Unattended(), tmp_path)
         trainer.train()
+    assert trainer.optimizer is not None
     held = [v for state in trainer.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     assert trace(of).replay().by_cause["optimizer"] == blocks(held)
 
@@ -251,11 +255,13 @@ def test_a_forecast_leaves_nothing_behind_in_bitsandbytes():
 
 
 def test_dropping_layers_is_forecast_as_if_none_were_dropped():
+    assert OPT_TINY.architecture is not None
     dropping = replace(OPT_TINY, architecture={**OPT_TINY.architecture, "layerdrop": 0.9})
     peaks = [trace(trial(model, LORA)).replay().allocated_bytes for model in (OPT_TINY, dropping)]
     assert peaks[0] == peaks[1]
 
 
+assert isinstance(LORA.adapter, peft.LoraConfig)
 LSH = {"model_type": "reformer", "is_decoder": True, "vocab_size": 384, "axial_pos_shape": [16, 16]}
 
 
@@ -270,7 +276,7 @@ LSH = {"model_type": "reformer", "is_decoder": True, "vocab_size": 384, "axial_p
         ),
         (
             OPT_TINY,
-            replace(LORA, adapter=replace(LORA.adapter, target_modules=["nothing"])),  # type: ignore[call-arg]
+            replace(LORA, adapter=replace(LORA.adapter, target_modules=["nothing"])),
             ("lora", "cannot be built"),
         ),
     ],
@@ -341,6 +347,7 @@ FOUR_BITS = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4").to_
 
 def stored(tmp_path, quantization):
     """A model of one layer whose folder has this quantization in its config.json."""
+    assert OPT_TINY.architecture is not None
     config = {**OPT_TINY.architecture, "num_hidden_layers": 1, "quantization_config": quantization}
     (tmp_path / "config.json").write_text(json.dumps(config))
     return Model(name="stored", source=str(tmp_path))

@@ -63,4 +63,4 @@ def test_another_scale_holds_while_it_is_asked_for(trainer):
     weight = torch.ones((), requires_grad=True)
     with accelerate_internals.losses_scaled_by(trainer, scaler):
         trainer.accelerator.backward(weight * 1.0)
-    assert weight.grad.item() == 8.0 and trainer.accelerator.scaler is before
+    assert weight.grad is not None and weight.grad.item() == 8.0 and trainer.accelerator.scaler is before

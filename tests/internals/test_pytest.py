@@ -38,7 +38,9 @@ def mine() -> None: ...
 
 
 def test_a_fixture_says_where_it_is_defined(request, mine):
-    (definition,) = internals.fixture_definitions(request.node)["mine"]
+    definitions = internals.fixture_definitions(request.node)
+    assert definitions is not None
+    (definition,) = definitions["mine"]
     assert definition.func.__module__ == __name__
     assert definition.argnames == ()
 

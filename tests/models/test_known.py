@@ -2,9 +2,15 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from lightweight import models
+
+
+def configuration(name: str) -> PretrainedConfig:
+    architecture = models.MODELS[name].architecture
+    assert architecture is not None
+    return AutoConfig.for_model(**architecture)
 
 
 @pytest.mark.parametrize(
@@ -23,7 +29,7 @@ from lightweight import models
     ],
 )
 def test_true_sizes_have_the_true_number_of_parameters(name, parameters):
-    config = AutoConfig.for_model(**models.MODELS[name].architecture)
+    config = configuration(name)
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config)
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
@@ -31,7 +37,7 @@ def test_true_sizes_have_the_true_number_of_parameters(name, parameters):
 
 @pytest.mark.parametrize(("twin", "true"), [("opt-tiny", "opt-350m"), ("gpt-neo-tiny", "gpt-neo-1.3b")])
 def test_twins_have_the_classes_and_quirks_of_the_true_sizes(twin, true):
-    small, large = (AutoConfig.for_model(**models.MODELS[name].architecture) for name in (twin, true))
+    small, large = (configuration(name) for name in (twin, true))
     assert type(small) is type(large)
     for quirk in ("do_layer_norm_before", "enable_bias", "activation_function"):
         assert getattr(small, quirk, None) == getattr(large, quirk, None)

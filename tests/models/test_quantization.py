@@ -49,8 +49,9 @@ def test_a_bitsandbytes_checkpoint_is_trained_as_it_is(quantized, kind, method):
     model = quantized(**kind)
     method = method.on_cpu()
     settled = models.settle_quantization(model, models.configuration(model), method)
-    assert (settled.load_in_4bit, settled.load_in_8bit) == ("load_in_4bit" in kind, "load_in_8bit" in kind)  # type: ignore[attr-defined]
-    assert settled.bnb_4bit_compute_dtype == torch.float32  # type: ignore[attr-defined]  # the method's, whatever the checkpoint says
+    assert isinstance(settled, BitsAndBytesConfig)
+    assert (settled.load_in_4bit, settled.load_in_8bit) == ("load_in_4bit" in kind, "load_in_8bit" in kind)
+    assert settled.bnb_4bit_compute_dtype == torch.float32  # the method's, whatever the checkpoint says
     network = method.adapt(models.load(model, torch.float32, CPU, settled))
     assert models.quantization_of(network) == f"bitsandbytes {8 if 'load_in_8bit' in kind else 4}-bit"
     assert {"q_proj", "v_proj"} <= set(adapted_layers(network))

@@ -52,7 +52,7 @@ class Tags(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.feed(document)
         self.ids = [attributes["id"] for _, attributes in self.tags if "id" in attributes]
-        self.links = [attributes["href"] for tag, attributes in self.tags if tag == "a"]
+        self.links = [attributes["href"] or "" for tag, attributes in self.tags if tag == "a"]
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
@@ -67,7 +67,7 @@ def test_the_page_needs_no_network_and_forbids_it(document):
     found = Tags(document)
     assert "default-src 'none'" in document
     assert not {"link", "script", "img", "iframe"} & {
-        tag for tag, a in found.tags if (a.get("src") or a.get("href", "data:"))[:5] != "data:" and tag != "script"
+        tag for tag, a in found.tags if str(a.get("src") or a.get("href", "data:"))[:5] != "data:" and tag != "script"
     }
     assert not [a["src"] for _, a in found.tags if "src" in a]
     assert set(re.findall(r"https?://[^\"' <]+", document)) <= {drawing.SVG}

@@ -21,6 +21,7 @@ def test_a_corpus_is_read_as_the_command_line_says(pytester, rows, tmp_path):
     read = Choices(
         pytester.parseconfig("-p", "lightweight.plugin", "--corpus", rows, "--skip-bad", "--held-out", held_out)
     ).corpus
+    assert read.origin is not None
     assert (read.origin.format, read.origin.skipped, len(read.train), len(read.heldout)) == ("alpaca", 1, 11, 1)
     shared = Choices(
         pytester.parseconfig(

@@ -218,7 +218,7 @@ def test_a_disk_that_fills_up_is_an_outcome_that_names_disk_and_folder_and_the_n
     assert session.returncode == 1, output
     (first, kind, phase, reason), second = outcomes(project)
     assert (first, kind) == ("baseline", "crashed") and phase in ("train", "evaluate", "save"), output
-    assert f"is on a disk that is full, {project / 'scratch'} with 0 MiB of 24 free" in reason
+    assert reason is not None and f"is on a disk that is full, {project / 'scratch'} with 0 MiB of 24 free" in reason
     assert second[:2] == ("lora", "completed"), output
     assert wait_for(lambda: not left(project), 15), left(project)
 
@@ -272,6 +272,7 @@ def test_a_child_that_the_kernel_kills_for_memory_has_run_out_of_what_its_cgroup
     assert session.returncode == 1, output
     (_, kind, _, reason), afterwards = outcomes(project)
     assert kind == "out_of_memory", output
+    assert reason is not None
     assert reason.startswith("killed by the kernel; the host's memory: the memory limit of its cgroup is ")
     assert reason.endswith(f" {LIMIT_BYTES / 2**30:.2f} GiB")
     assert afterwards[:2] == ("lora", "completed"), output

@@ -9,6 +9,7 @@ import torch
 
 from lightweight import corpus, methods, models, targets
 from lightweight.child import owner, worker
+from lightweight.cli.train import Unattended
 from lightweight.corpus import Conversation, Message, Rows, pair
 from lightweight.corpus.conversation import Question, Task
 from lightweight.training import answers, stock
@@ -49,7 +50,7 @@ def test_a_batch_padded_on_the_left_is_answered_as_each_prompt_alone(architectur
     with torch.no_grad():  # as drawn a network repeats one token, whatever it is asked
         for weight in network.parameters():
             weight.add_(torch.randn(weight.shape, generator=generator) * 0.05)
-    trainer = stock.make_trainer(trial, network, Rows([], 0), Meter(torch.device("cpu"), 0.0), None, tmp_path)
+    trainer = stock.make_trainer(trial, network, Rows([], 0), Meter(torch.device("cpu"), 0.0), Unattended(), tmp_path)
     tokenizer = models.load_tokenizer(model)
     questions = answers.encode(asks("a", "b", "c"), tokenizer)
     together = answers.answers(trainer, questions.each, 12, tokenizer)
@@ -61,7 +62,7 @@ def test_a_batch_padded_on_the_left_is_answered_as_each_prompt_alone(architectur
 def test_a_models_own_penalties_are_not_greedy(micro, small_corpus, tmp_path):
     trial = trial_of(micro, small_corpus)
     network = worker.build(trial, torch.device("cpu"))
-    trainer = stock.make_trainer(trial, network, Rows([], 0), Meter(torch.device("cpu"), 0.0), None, tmp_path)
+    trainer = stock.make_trainer(trial, network, Rows([], 0), Meter(torch.device("cpu"), 0.0), Unattended(), tmp_path)
     tokenizer = models.load_tokenizer(micro)
     each = answers.encode(asks("a", "b", "c"), tokenizer).each
     plain = answers.answers(trainer, each, 12, tokenizer)

@@ -23,6 +23,7 @@ from lightweight.methods import BASELINE, METHODS, QLORA, Method
 from lightweight.training import ranks
 from lightweight.trial import Completed, Crashed, Measurements, OutOfMemory, TimedOut, Trial, of_all_ranks
 
+assert models.OPT_TINY.architecture is not None
 TINY = models.OPT_TINY.architecture | {"dropout": 0.0, "num_hidden_layers": 2, "hidden_size": 64, "ffn_dim": 128}
 
 

@@ -165,6 +165,7 @@ class Sharpness(Trainer):
 
 class Elsewhere(Trainer):
     def get_train_dataloader(self):
+        assert isinstance(self.train_dataset, list)
         self.train_dataset = self.train_dataset[:8]
         return super().get_train_dataloader()
 

@@ -101,6 +101,13 @@ def test_smaller_passes_hide_no_growth():
     )
 
 
+def test_peaks_compare_where_a_step_has_as_many_passes_of_as_many_rows():
+    assert held([row(1100, batch_size=16)], [THEN]).failures == []
+    (line,) = held([row(1100, passes=2)], [THEN]).failures
+    assert "1 x 8 rows a step fitted in before.json, and 2 x 8 do now" in line
+    assert "peak" not in line
+
+
 def test_a_missing_cell_fails_unless_it_may_be_missing():
     (line,) = held([row()], [THEN, replace(THEN, model="other")]).failures
     assert line == "other x lora on t4: missing now, 1000 MiB in before.json"

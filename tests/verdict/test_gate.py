@@ -521,6 +521,7 @@ def test_every_default_says_where_it_comes_from():
             if e.outcome == "completed" and e.heldout_loss_after is not None:
                 losses.setdefault(SAME_TRIAL.but("device").of(e), []).append(e.heldout_loss_after)
                 if e.captured:
+                    assert e.steady_step_seconds is not None
                     steps.setdefault(SAME_TRIAL.of(e), []).append(e.steady_step_seconds)
     apart = [max(of) - min(of) for of in losses.values() if len(of) > 1]
     assert len(apart) >= 7 and max(apart) < limits.LOSS_FAIL / 100

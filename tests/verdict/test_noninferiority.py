@@ -13,6 +13,7 @@ from scipy import stats
 
 from lightweight import corpus, models, record, targets
 from lightweight.child import owner, worker
+from lightweight.cli.train import Unattended
 from lightweight.corpus import Rows
 from lightweight.methods import BASELINE
 from lightweight.targets import Device
@@ -78,6 +79,7 @@ def test_a_method_is_held_against_the_baseline_of_the_same_seed():
     assert lora.conclusion == "no worse"  # baselines differ by whole nats; only pairs show it
     assert lora.heldout == pytest.approx((4.0, 4.01))
     assert lora.elsewhere == pytest.approx((3.0, 3.2))
+    assert lora.forgotten is not None
     assert lora.forgotten.mean == pytest.approx(0.2)
     assert lora.forgotten.low < 0.2 < lora.forgotten.high
     assert [of.seed for of in lora.entries] == [0, 1, 2]
@@ -118,7 +120,8 @@ def test_one_seed_is_no_comparison_and_the_newest_trial_of_a_seed_counts():
     assert noninferiority.qualities([BASELINES[0], LORAS[0]]) == []
     assert noninferiority.qualities([BASELINES[0], LORAS[0], LORAS[0]]) == []
     again = entry("lora", 0, 3.03)
-    assert noninferiority.qualities([*BASELINES, *LORAS, again])[1].difference.mean == pytest.approx(0.02)
+    difference = noninferiority.qualities([*BASELINES, *LORAS, again])[1].difference
+    assert difference is not None and difference.mean == pytest.approx(0.02)
 
 
 def test_records_from_before_there_was_a_text_from_elsewhere_are_compared_too():
@@ -139,9 +142,8 @@ def test_the_loss_elsewhere_is_measured_before_and_after_and_recorded(micro, sma
     with owner.Child(trial, folder) as child:
         outcome = child.finish()
     assert isinstance(outcome, Completed), outcome.reason
-    trainer = stock.make_trainer(
-        trial, worker.build(trial, torch.device("cpu")), Rows([], 0), Meter(torch.device("cpu"), 0.0), None, folder
-    )
+    network, meter = worker.build(trial, torch.device("cpu")), Meter(torch.device("cpu"), 0.0)
+    trainer = stock.make_trainer(trial, network, Rows([], 0), meter, Unattended(), folder)
     rows = corpus.encode_text(text, models.load_tokenizer(micro), trial.max_length)
     untrained = stock.heldout_loss(trainer, rows)
     measured = outcome.measured
@@ -215,7 +217,7 @@ def test_the_experiment_is_of_any_method_with_its_seeds_and_margin_and_tells_wha
     entries = record.load(experiment.path / "run.json").entries
     assert [(of.method, of.seed) for of in entries] == [("mine", 0), ("mine", 1), ("baseline", 0), ("baseline", 1)]
     assert {of.trained_on for of in entries} == {"texts"}  # the whole of it, in whatever letters
-    assert {of.training_arguments["learning_rate"] for of in entries if of.method == "mine"} == {1e-3}
+    assert {(of.training_arguments or {})["learning_rate"] for of in entries if of.method == "mine"} == {1e-3}
     strict = experiment.runpytest(*of_mine, "--margin=0.0000001", "-k", "no_worse")
     strict.assert_outcomes(failed=1)
     strict.stdout.re_match_lines([".* x mine: (inconclusive: .* nats over the baseline, the margin 1e-07: |worse: ).*"])

@@ -29,6 +29,7 @@ def test_at_the_margin_the_power_is_the_error_and_one_seed_shows_nothing():
 
 def test_the_fewest_seeds_have_the_power_and_one_less_has_not():
     needed = power.seeds_needed(0.05, 0.05)
+    assert needed is not None
     assert power.power(0.05, needed, 0.05) >= 0.8 > power.power(0.05, needed - 1, 0.05)
     assert power.seeds_needed(0.05, 0.05, difference=0.05) is None
     assert power.seeds_needed(5.0, 0.05) is None
@@ -39,7 +40,7 @@ def test_more_seeds_are_as_many_on_either_side_of_the_margin():
     below, above = [0.02, 0.06, 0.01], [0.08, 0.04, 0.09]
     assert noninferiority.conclusion(noninferiority.over_seeds(below)) == "inconclusive"
     more = power.more_seeds(below, 0.05)
-    assert more == power.more_seeds(above, 0.05) > 0
+    assert more is not None and more > 0 and more == power.more_seeds(above, 0.05)
     mean, spread = 0.03, 0.0264575
     assert power.power(spread, 3 + more, 0.05, mean) >= 0.8 > power.power(spread, 2 + more, 0.05, mean)
     assert power.more_seeds([0.1], 0.05) is None
