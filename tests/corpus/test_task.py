@@ -35,7 +35,8 @@ def test_questions_are_put_as_the_examples_that_are_trained_on(small_corpus, tmp
 def test_a_line_ends_where_json_lines_end_and_not_within_what_is_asked(small_corpus, tmp_path):
     asked = "one\u2028two\x85three"
     row = json.dumps({"prompt": asked, "answer": "well"}, ensure_ascii=False)
-    assert corpus.load_task(written(tmp_path, row), small_corpus).questions[0].begun.messages[0].content == asked
+    (question,) = corpus.load_task(written(tmp_path, row), small_corpus).questions
+    assert question.begun == Conversation((Message("user", asked),), corpus.THERAPIST)
 
 
 @pytest.mark.parametrize(
