@@ -275,7 +275,7 @@ def answer_file(chat: Chat, path: Path, system: str | None, **how: Any) -> None:
 def _asked(path: Path) -> Iterator[str | list[Message]]:
     """The prompts and dialogues in `path`."""
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")  # JSON strings may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise ChatError(f"--prompt {path}: cannot be read ({models.reason(error)}): give a UTF-8 text file") from error
     filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -33,6 +33,7 @@ def plan(options: argparse.Namespace) -> None:
     for name in options.target or ():
         if targets.named(name).total_bytes is None:
             raise ValueError(f"target {name!r} has no amount of memory to plan for: name a card, or 16GiB")
+    _check_limits(options)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -102,3 +103,16 @@ def _whole_number(option: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise ValueError(f"{option} {text}: give a whole number") from None
+
+
+def _check_limits(options: argparse.Namespace) -> None:
+    """Nothing is chosen under a limit that nobody can hold it to. Raises ValueError."""
+    given = [name for name in ("max_hours", "max_price") if getattr(options, name) is not None]
+    limits = [f"--{name.replace('_', '-')}" for name in given]
+    if not limits:
+        return
+    if (options.gpus or 1) > 1:
+        raise ValueError(f"{limits[0]}: no time is forecast of GPUs that share a trial: leave it or --gpus out")
+    for target in map(targets.named, options.target or ()):
+        if target.card is None or targets.rates(target.card) is None:
+            raise ValueError(f"{limits[0]}: no time is forecast of target {target.name!r}: name a card instead")

@@ -66,6 +66,8 @@ class Sweep:
             raise SweepError(
                 f"--learning-rate {self.low:g}..{self.high:g}: give two rates above 0, the lower one first"
             )
+        if not 0 <= self.seed < 2**32:
+            raise SweepError(f"--seed {self.seed}: give a number from 0 to {2**32 - 1}, which is what numpy takes")
         if self.budget < 3:
             raise SweepError(f"--budget {self.budget}: give at least 3 trials a method: both ends and between them")
 

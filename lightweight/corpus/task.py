@@ -33,7 +33,7 @@ def load_task(path: Path, corpus: Corpus) -> Task:
     with the user's turn last, put as the examples of `corpus` are. Raises CorpusError, also for a question that is
     trained on."""
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")  # JSON strings may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise CorpusError(f"task {path}: cannot be read ({reason}): give a file of JSON lines") from error

@@ -77,7 +77,7 @@ class Trace:
     optional: list[Optional] = field(default_factory=list)
     paged_bytes: int = 0
     work: Work = NOTHING
-    flop_per_token: float = 0.0
+    flop_per_token: float | None = None
 
     def replay(self, budget_bytes: float | None = None) -> Peak:
         """The peak of training, on a card whose allocator may reserve `budget_bytes`."""

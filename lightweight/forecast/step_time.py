@@ -40,7 +40,7 @@ class StepTime:
     low: float
     high: float
     tokens: int
-    flop: float
+    flop: float | None
     peak: float
     measured: str
     is_calibrated: bool
@@ -56,9 +56,9 @@ class StepTime:
         return self.tokens / self.seconds
 
     @property
-    def share_of_peak(self) -> float:
-        """The arithmetic that training needs, over what the card could do meanwhile."""
-        return self.flop / self.seconds / self.peak
+    def share_of_peak(self) -> float | None:
+        """The arithmetic that training needs, over what the card could do meanwhile; None where it is not known."""
+        return None if self.flop is None else self.flop / self.seconds / self.peak
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def forecast(trace: Trace, trial: Trial, card: str, known: Sequence[Calibration]
         low=low,
         high=high,
         tokens=trial.tokens_per_step,
-        flop=trace.flop_per_token * trial.tokens_per_step,
+        flop=None if trace.flop_per_token is None else trace.flop_per_token * trial.tokens_per_step,
         peak=rates.of(trace.work.format),
         measured=measured.device,
         is_calibrated=is_calibrated,

@@ -35,7 +35,7 @@ def _step(row: PlanRow, step: StepTime) -> list[str]:
         f"{row.passes} x {row.batch_size}",
         _between(step.low, step.high),
         f"{step.tokens_per_second:,.0f}" if step.low == step.high else _from_to(step),
-        f"{step.share_of_peak:.1%}",
+        "-" if step.share_of_peak is None else f"{step.share_of_peak:.1%}",
     ]
 
 

@@ -22,13 +22,21 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """What configurations call the number of experts, of which each token sees `num_experts_per_tok`."""
 
 
-def flop_per_token(network: Any, length: float) -> float:
-    """Multiplications and additions that a token takes to be trained on, in rows of `length` tokens."""
-    config = network.config.get_text_config()
+LINEAR = ("linear_attention", "conv", "mamba", "recurrent")
+"""What configurations call a layer that looks at no pairs of tokens. Such a layer's own state is not counted: it takes
+little beside the layer's weights."""
+
+
+def flop_per_token(network: Any, length: float) -> float | None:
+    """Multiplications and additions that a token takes to be trained on, in rows of `length` tokens; None where the
+    model's configuration does not say what its attention is like."""
+    try:
+        pairs = _pairs(network.config.get_text_config(), length)
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # a count is no reason to lose a trial
+        return None
     frozen, trained = multiplied_weights(network)
     forward_and_inputs = FORWARD + BACKWARD_OF_INPUTS
-    products = forward_and_inputs * frozen + (forward_and_inputs + BACKWARD_OF_WEIGHTS) * trained
-    return products + OF_ATTENTION * _width(config) * sum(min(length, window) for window in _windows(config, length))
+    return forward_and_inputs * frozen + (forward_and_inputs + BACKWARD_OF_WEIGHTS) * trained + OF_ATTENTION * pairs
 
 
 def multiplied_weights(network: Any) -> tuple[float, float]:
@@ -53,17 +61,24 @@ def multiplied_weights(network: Any) -> tuple[float, float]:
     return counts[False], counts[True]
 
 
+def _pairs(config: Any, length: float) -> float:
+    """The numbers of all heads of a layer, times how far back its attention looks, over all layers."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    layers = getattr(config, "per_layer_config", None) or [config] * int(config.num_hidden_layers)
+    return sum(
+        _width(layer) * _reach(layer, kind, length)
+        for layer, kind in zip(layers, kinds or [None] * len(layers), strict=True)
+        if kind not in LINEAR
+    )
+
+
 def _width(config: Any) -> int:
     """The numbers of all heads of a layer together."""
     heads = int(config.num_attention_heads)
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads * int(width)
+    return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
-def _windows(config: Any, length: float) -> list[float]:
-    """How far each layer's attention looks back."""
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+def _reach(config: Any, kind: str | None, length: float) -> float:
+    """How far back a layer's attention looks."""
     window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
-    if not kinds or not window:
-        return [length] * int(config.num_hidden_layers)
-    return [int(window) if kind in ("sliding_attention", "local") else length for kind in kinds]
+    return min(length, int(window)) if window and kind in ("sliding_attention", "local") else length

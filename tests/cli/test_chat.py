@@ -161,16 +161,17 @@ def test_a_model_of_texts_goes_on_from_a_prompt(trained, asked):
 def test_a_file_of_prompts_gives_json_lines(conversations, asked, tmp_path, capsys):
     file = tmp_path / "prompts.jsonl"
     dialogue = [*TALKS[0]["messages"][:3], {"role": "user", "content": "그래"}]
-    file.write_text("\n".join(map(json.dumps, ["Hello", {"prompt": "Bye"}, {"messages": dialogue}])), "utf-8")
+    rows = ["Hello", {"prompt": "Bye\u2028now"}, {"messages": dialogue}]
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
     assert main(["chat", str(conversations), "--prompt", str(file), "--max-tokens", "4", "--system", "Be kind."]) == 0
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    told = [json.loads(line) for line in capsys.readouterr().out.strip().split("\n")]
     assert [set(each) for each in told] == [{"prompt", "answer"}, {"prompt", "answer"}, {"messages"}]
     assert told[2]["messages"][:-1] == dialogue
     assert told[2]["messages"][-1]["role"] == "assistant"
     tokenizer = chat.load(conversations).tokenizer
     assert [tokenizer.decode(ids) for ids in asked] == [
         "System: Be kind.\nUser: Hello\nAssistant: ",
-        "System: Be kind.\nUser: Bye\nAssistant: ",
+        "System: Be kind.\nUser: Bye\u2028now\nAssistant: ",
         "System: Be brief.\nUser: Hello 0\nAssistant: Yes?</s>User: 그래\nAssistant: ",
     ]
     plain = tmp_path / "prompts.txt"

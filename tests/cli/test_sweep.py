@@ -117,6 +117,7 @@ def test_a_file_that_is_no_sweep_is_refused(tmp_path):
         (["--learning-rate", "1e-3"], "--learning-rate 1e-3: give a range, such as 1e-5..1e-2"),
         (["--learning-rate", "1e-2..1e-3"], "give two rates above 0, the lower one first"),
         (["--budget", "2"], "--budget 2: give at least 3 trials a method"),
+        (["--seed", "-1"], "--seed -1: give a number from 0 to 4294967295"),
         (["--method", "lorra"], "did you mean lora"),
         (["--output", "nowhere/x.json"], "there is no folder"),
         (["--corpus", "nowhere.json"], "does not exist"),

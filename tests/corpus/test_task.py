@@ -32,6 +32,13 @@ def test_questions_are_put_as_the_examples_that_are_trained_on(small_corpus, tmp
     assert corpus.load_task(path, texts).digest == of_pairs.digest != corpus.load_task(dialogue, talks).digest
 
 
+def test_a_line_ends_where_json_lines_end_and_not_within_what_is_asked(small_corpus, tmp_path):
+    asked = "one\u2028two\x85three"
+    row = json.dumps({"prompt": asked, "answer": "well"}, ensure_ascii=False)
+    (question,) = corpus.load_task(written(tmp_path, row), small_corpus).questions
+    assert question.begun == Conversation((Message("user", asked),), corpus.THERAPIST)
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [

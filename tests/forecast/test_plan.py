@@ -132,6 +132,11 @@ REMOTE = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoM
         (["{remote}"], "cannot be used"),
         (["{broken}"], "cannot be used"),
         (["opt-tiny", "--record", "nowhere.json"], "nowhere.json"),
+        (
+            ["opt-tiny", "--target", "16GiB", "--tokens", "9", "--max-hours", "1"],
+            "no time is forecast of target '16GiB'",
+        ),
+        (["opt-tiny", "--gpus", "2", "--tokens", "9", "--price", "1", "--max-price", "1"], "leave it or --gpus out"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(capsys, tmp_path, arguments, words):

@@ -34,6 +34,11 @@ def test_a_captured_step_takes_as_long_as_its_kernels():
     assert step.share_of_peak == pytest.approx(1e6 * 8 * 256 / DEVICE / 989.4e12)
 
 
+def test_of_arithmetic_that_nobody_can_count_the_share_is_not_known_and_the_time_is():
+    step = step_time.forecast(replace(TRACE, flop_per_token=None), trial(LORA_CAPTURED), H100, [MADE_UP])
+    assert step is not None and step.seconds == pytest.approx(DEVICE) and step.share_of_peak is None
+
+
 def test_a_stock_step_takes_as_long_as_python_within_an_interval_or_the_card():
     step = step_time.forecast(TRACE, trial(LORA), H100, [MADE_UP])
     assert step is not None
