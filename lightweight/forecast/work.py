@@ -155,8 +155,6 @@ FILLS = frozenset(
 )
 """What reads nothing."""
 
-COPIES = frozenset(["aten::copy_", "aten::clone", "aten::_to_copy"])
-
 ROW_BY_ROW = frozenset(
     f"aten::{name}"
     for name in """
