@@ -63,8 +63,8 @@ def traces(tmp_path_factory):
     folder, read = tmp_path_factory.mktemp("traces"), corpus.load(ROOT / "corpus.json")
 
     def traced(cell):
-        model, method, max_length, target = CAPTURED_CELLS[cell]
-        model = CAPTURED_MODELS[model]
+        name, method, max_length, target = CAPTURED_CELLS[cell]
+        model = CAPTURED_MODELS[name]
         found, _ = models.find(models.named(model) if isinstance(model, str) else model, "random")
         of = Trial(model=found, method=method, target=target, corpus=read, max_steps=13, max_length=max_length)
         device = Device(name=CELLS[cell].device, total_bytes=CELLS[cell].device_bytes, capability=HOPPER)
