@@ -266,8 +266,8 @@ SAID = (
     (("over-baseline",), "Over baseline is the difference from the baseline of the same seed"),
     (
         ("task",),
-        "Answered right is the share of the task's questions whose greedy answer is exactly the right one (of one seed "
-        "with Wilson's 95% interval)",
+        "Answered right is the share of the task's questions whose greedy answer is exactly the right one, with "
+        "Wilson's 95% interval where Student's over seeds is not wider",
     ),
     (("forgotten",), "Forgotten is how much the loss on plain text that is not of the corpus rose"),
 )

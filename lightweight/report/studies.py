@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from lightweight.record import BASELINE, SAME_BASELINE, SAME_CELL, Entry
 from lightweight.report.speed import faster
@@ -63,8 +65,8 @@ class Study:
 
     @property
     def answered(self) -> Estimate | None:
-        """The share of the task's questions that was answered exactly right after training: of one seed with Wilson's
-        interval, of several their mean with Student's."""
+        """The share of the task's questions that was answered exactly right after training, with Wilson's interval; of
+        several seeds their mean, with Student's where it is wider: seeds that agree say nothing of other questions."""
         shares = [
             (entry.task_matches_after, entry.task_questions)
             for entry in self.completed
@@ -72,9 +74,11 @@ class Study:
         ]
         if not shares or len(shares) < len(self.completed):
             return None
+        over_questions = seeds.share(round(fmean(count for count, _ in shares)), shares[0][1])
         if len(shares) == 1:
-            return seeds.share(*shares[0])
-        return seeds.over_seeds([count / of for count, of in shares])
+            return over_questions
+        mean, low, high = dataclasses.astuple(seeds.over_seeds([count / of for count, of in shares]))
+        return Estimate(mean, max(0, min(low, over_questions.low)), min(1, max(high, over_questions.high)))
 
     @property
     def speedup(self) -> Estimate | None:

@@ -117,14 +117,19 @@ def test_the_command_line_writes_the_chosen_columns(tmp_path, capsys):
     assert main(["report", str(stored), "--columns", "loss", "--format", "html"]) == 2
 
 
-def test_a_task_has_wilsons_interval_of_one_seed_and_students_of_several():
+def test_a_task_has_wilsons_interval_and_of_several_seeds_students_where_it_is_wider():
     asked = {"task_digest": "q", "task_questions": 10}
     (one,) = fields(entry(task_matches_after=8, **asked), columns=("task",))
     assert (float(one["task"]), float(one["task low"]), float(one["task high"])) == pytest.approx(
         (0.8, 0.4902, 0.9433), abs=1e-4
     )
-    two = [entry(task_matches_after=count, seed=count, **asked) for count in (7, 9)]
-    (several,) = fields(*two, columns=("task",))
-    assert float(several["task"]) == pytest.approx(0.8)
-    assert float(several["task low"]) == pytest.approx(0.8 - 12.7062 * 0.1, abs=1e-3)
+    for counts, interval in (
+        ((6, 8, 10), (0.8 - 4.3027 * 0.2 / math.sqrt(3), 1)),
+        ((8, 8, 8), (0.4902, 0.9433)),
+        ((0, 0), (0, 0.2775)),
+    ):
+        two = [entry(task_matches_after=count, seed=seed, **asked) for seed, count in enumerate(counts)]
+        (several,) = fields(*two, columns=("task",))
+        assert float(several["task"]) == pytest.approx(sum(counts) / len(counts) / 10)
+        assert (float(several["task low"]), float(several["task high"])) == pytest.approx(interval, abs=1e-4)
     assert "Wilson" in publish.published([run(*two)], "terminal", ("task",))
