@@ -142,7 +142,6 @@ def brief(runs: Sequence[Run]) -> Table:
         *_names(cells),
         ("outcome", "l", lambda cell: words.ending(cell.outcome)),
         ("step", "r", words.step),
-        *_shares(cells),
         ("speedup", "r", lambda cell: words.times(_ratio(cell, entries))),
         ("peak", "r", words.memory),
     ]
