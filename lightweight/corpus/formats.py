@@ -14,6 +14,7 @@ from lightweight.corpus.messages import (
     of_hh_string,
     optional_text_of,
     refuse_what_is_no_text,
+    refuse_what_is_not_wanted,
     text_of,
     with_system,
 )
@@ -60,12 +61,14 @@ def _first(row: Row, *keys: str) -> tuple[str, Any]:
 
 
 def _messages(row: Row) -> Conversation:
+    refuse_what_is_not_wanted(row)
     key, value = _first(row, "messages", "conversations", "conversation")
     said = with_system(messages_of(value, key), optional_text_of(row.get("system"), "system"))
     return conversation_of(said, key)
 
 
 def _alpaca(row: Row) -> Conversation:
+    refuse_what_is_not_wanted(row)
     said: list[Message] = []
     history = row.get("history") or []
     if not isinstance(history, list):
@@ -94,8 +97,7 @@ def _text(row: Row, *keys: str) -> str:
 
 
 def _prompt_completion(row: Row) -> Example:
-    if row.get("label") is False:  # of KTO's rows, which say of every answer whether it is wanted
-        raise Defect("label: is false, of an answer that is not wanted: leave the row out")
+    refuse_what_is_not_wanted(row)
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list | dict):
         said = messages_of(prompt, "prompt")

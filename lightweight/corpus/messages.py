@@ -34,6 +34,12 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 CALLS = ("tool_calls", "function_call")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
+WANTED = ("label", "kto_tag")
+"""What KTO's rows say of every answer whether it is wanted by."""
+
+NOTHING = ("", "[]", "{}", "null", "none")
+"""How no tools and no media are written as a text, in tables too."""
+
 TOOLS_MEND = "only text is trained on: leave the row out"
 EMPTY_MEND = "write its text or leave the row out"
 
@@ -64,9 +70,18 @@ def optional_text_of(value: Any, field: str) -> str:
 def refuse_what_is_no_text(value: Mapping[str, Any], field: str = "") -> None:
     """Raise Defect for a row, or a message of the name `field`, with tools, calls of them, or media."""
     for key in (*CALLS, "tools", "functions", *MEDIA):
-        if value.get(key):
+        said = value.get(key)
+        if said and not (isinstance(said, str) and said.strip().lower() in NOTHING):
             what = "an image, a sound or a film" if key in MEDIA else "of a tool"
             raise Defect(f"{field}{'.' if field else ''}{key}: is {what}, and {TOOLS_MEND}")
+
+
+def refuse_what_is_not_wanted(row: Mapping[str, Any]) -> None:
+    """Raise Defect for a row whose answer is one to be unlearned; in a table, false is a text."""
+    for key in WANTED:
+        said = row.get(key)
+        if said is False or (isinstance(said, str) and said.strip().lower() == "false"):
+            raise Defect(f"{key}: is false, of an answer that is not wanted: leave the row out")
 
 
 def messages_of(value: Any, field: str) -> list[Message]:

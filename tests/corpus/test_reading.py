@@ -353,6 +353,19 @@ REFUSED = {
         {"prompt": "a", "completion": "b", "label": False},
         "label: is false, of an answer",
     ),
+    "a conversation that is not wanted": (
+        {"messages": [ASKED, ANSWERED], "label": False},
+        "label: is false, of an answer",
+    ),
+    "an instruction's answer that is not wanted": (
+        {"instruction": "a", "output": "b", "kto_tag": False},
+        "kto_tag: is false, of an answer",
+    ),
+    "an answer that a table does not want": (
+        {"prompt": "a", "completion": "b", "label": "False"},
+        "label: is false, of an answer",
+    ),
+    "tools as a text": ({"messages": [ASKED, ANSWERED], "tools": '[{"name": "search"}]'}, "tools: is of a tool"),
     "thoughts beside an answer": (
         {"messages": [ASKED, ANSWERED | {"reasoning_content": "They greet."}]},
         "messages[1].reasoning_content: holds thoughts, which would be left out",
@@ -394,6 +407,40 @@ def test_what_cannot_be_trained_on_is_refused_by_its_line(tmp_path, row, expecte
     rows = [row, *({"messages": [ASKED | {"content": str(n)}, ANSWERED]} for n in range(2))]
     if "messages" in row:
         assert origin(corpus.load(write(tmp_path, rows), How(skip_bad=True))).skipped == 1
+
+
+@pytest.mark.parametrize("nothing", ["[]", " null\n", "", [], None])
+def test_a_row_without_tools_or_pictures_says_so_in_any_way(tmp_path, nothing):
+    rows = [
+        {"messages": [ASKED | {"content": f"Hi {n}"}, ANSWERED], "tools": nothing, "images": nothing} for n in (0, 1)
+    ]
+    assert origin(corpus.load(write(tmp_path, rows))).conversations == 2
+
+
+def test_a_class_of_a_text_is_no_wish(tmp_path):
+    rows = [{"text": f"Tides {n}.", "label": False} for n in (0, 1)]
+    assert origin(corpus.load(write(tmp_path, rows))).texts == 2
+
+
+@pytest.mark.parametrize("row", [{"question": "a"}, {"messages": []}, "a"])
+def test_where_all_is_skipped_it_is_not_told_to_add_rows(tmp_path, row):
+    path = write(tmp_path, [row, row])
+    with pytest.raises(
+        CorpusError, match=r"has 0 example\(s\) left, and 2 rows skipped: leave --skip-bad out to be told"
+    ):
+        corpus.load(path, How(skip_bad=True))
+
+
+def test_what_is_skipped_of_the_held_out_file_is_counted_too(tmp_path):
+    path = write(tmp_path, [*alpaca(3), {"instruction": "a", "output": ""}])
+    held_out = write(
+        tmp_path, [{"instruction": "Say nine.", "output": "9"}, {"instruction": "a", "output": 1}], "h.jsonl"
+    )
+    loaded = corpus.load(path, How(skip_bad=True, held_out=str(held_out)))
+    assert (len(loaded.train), len(loaded.heldout), origin(loaded).skipped) == (3, 1, 2)
+    bad = write(tmp_path, [{"instruction": "a", "output": ""}], "bad.jsonl")
+    with pytest.raises(CorpusError, match=r"bad.jsonl: has 0 example\(s\) left, and 1 rows skipped"):
+        corpus.load(path, How(skip_bad=True, held_out=str(bad)))
 
 
 def alpaca(count: int) -> list[dict]:
