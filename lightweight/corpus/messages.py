@@ -31,6 +31,9 @@ OF_TOOLS = ("tool", "tools", "function", "function_call", "function_response", "
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """What models' thoughts are called where they stand beside an answer."""
 
+LEARNED = ("weight", "loss", "train", "training")
+"""By which OpenAI's, ms-swift's and axolotl's messages say whether the loss is on them."""
+
 CALLS = ("tool_calls", "function_call")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
@@ -103,8 +106,12 @@ def _message(value: Any, field: str) -> Message:
     is_sharegpt = ("from" in value or "value" in value) and not ("role" in value or "content" in value)
     of_role, of_content = ("from", "value") if is_sharegpt else ("role", "content")
     role = _role(value, of_role, field)
-    if role == "assistant" and value.get("weight") == 0:
-        raise Defect(f"{field}.weight: is 0, and the loss is on every answer: leave the row out, or the weight")
+    for key in LEARNED:
+        if role == "assistant" and value.get(key) in (0, False):
+            written = "false" if value[key] is False else "0"
+            raise Defect(
+                f"{field}.{key}: is {written}, and the loss is on every answer: leave the row out, or the {key}"
+            )
     if of_content not in value:
         others = ", ".join(repr(key) for key in value if key != of_role) or "nothing else"
         raise Defect(f"{field}: has no {of_content!r}, but {short_text(others)}: write the text as {of_content!r}")

@@ -194,6 +194,28 @@ PUBLIC: dict[str, tuple[str, dict, corpus.Example]] = {
         },
         talk(U("Hi"), A("Hello")),
     ),
+    "LLaMA-Factory's pairs of answers to an instruction": (
+        "preference",
+        {"instruction": "And", "input": "you?", "history": [["Hi", "Hello"]], "chosen": "Well.", "rejected": "No."},
+        talk(U("Hi"), A("Hello"), U("And\n\nyou?"), A("Well.")),
+    ),
+    "a system prompt beside the turns": (
+        "sharegpt",
+        {
+            "system_prompt": "Be brief.",
+            "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+        },
+        talk(S("Be brief."), U("Hi"), A("Hello")),
+    ),
+    "TRL's prompts of messages with a system message": (
+        "prompt-completion",
+        {
+            "system": "Be brief.",
+            "prompt": [{"role": "user", "content": "Hi"}],
+            "completion": [{"role": "assistant", "content": "Hello"}],
+        },
+        talk(S("Be brief."), U("Hi"), A("Hello")),
+    ),
     "preferences without a prompt": ("preference", {"chosen": "Good.", "rejected": "Bad."}, Text("", "Good.")),
 }
 each = pytest.mark.parametrize("name", PUBLIC)
@@ -349,6 +371,19 @@ REFUSED = {
     "two in a row": ({"messages": [ASKED, ASKED, ANSWERED]}, "messages[1]: two user turns in a row"),
     "the assistant first": ({"messages": [ANSWERED, ASKED]}, "messages[0]: the first turn is the assistant's"),
     "a weight of 0": ({"messages": [ASKED, ANSWERED | {"weight": 0}]}, "messages[1].weight: is 0"),
+    "ms-swift's answer without a loss": (
+        {"messages": [ASKED, ANSWERED | {"loss": False}]},
+        "messages[1].loss: is false",
+    ),
+    "axolotl's answer without a loss": ({"messages": [ASKED, ANSWERED | {"train": 0}]}, "messages[1].train: is 0"),
+    "a system message beside a text": (
+        {"system": "Be brief.", "prompt": "Hi", "completion": "Hello"},
+        "system: stands beside a text",
+    ),
+    "a system message beside a chosen text": (
+        {"system_prompt": "Be brief.", "chosen": "Hello", "rejected": "No"},
+        "system_prompt: stands beside a text",
+    ),
     "an answer that is not wanted": (
         {"prompt": "a", "completion": "b", "label": False},
         "label: is false, of an answer",
