@@ -198,6 +198,12 @@ def recognised(row: Any) -> str | None:
     return TURNS if "role" in row or "content" in row else None
 
 
+def goes_before(name: str, other: str) -> bool:
+    """Whether a row with the keys of both formats is of that called `name`, which is not `other`."""
+    order = list(FORMATS)
+    return name in order and order.index(name) < order.index(other)
+
+
 def _is_turn(row: Row) -> bool:
     return "role" in row and "content" in row
 

@@ -122,8 +122,8 @@ def _first_sound(items: Iterator[Item], source: _Source, forced: str | None) -> 
 
 def _of_rows(items: Iterator[Item], source: _Source, one: formats.Format, is_forced: bool) -> Iterator[Example]:
     for item in items:
-        other = None if is_forced or one.has_any_key(item.value) else formats.recognised(item.value)
-        if other is not None:
+        other = None if is_forced else formats.recognised(item.value)
+        if other is not None and (not one.has_any_key(item.value) or formats.goes_before(other, one.name)):
             kind, number = item.place
             fail(
                 source.path,

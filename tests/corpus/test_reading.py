@@ -491,6 +491,16 @@ def test_a_row_of_another_format_is_refused_with_its_line_whatever_is_skipped(tm
             assert f"{place}: has the keys of the format text, and rows before it those of alpaca" in str(raised.value)
 
 
+@pytest.mark.parametrize("how", [How(), How(skip_bad=True)])
+def test_a_first_row_that_lacks_a_key_does_not_make_the_others_another_format(tmp_path, how):
+    rows = [row | {"text": f"Tides {number}."} for number, row in enumerate(alpaca(6))]
+    del rows[0]["output"]
+    with pytest.raises(
+        CorpusError, match="line 2: has the keys of the format alpaca, and rows before it those of text"
+    ):
+        corpus.load(write(tmp_path, rows), how)
+
+
 def test_a_format_that_is_said_goes_before_what_the_keys_tell(tmp_path):
     rows = [row | {"text": f"Tides {number}."} for number, row in enumerate(alpaca(6))]
     path = write(tmp_path, rows)
