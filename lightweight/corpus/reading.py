@@ -56,7 +56,7 @@ def _refuse_all_skipped(path: Path | str, left: int, origin: Origin) -> None:
     if origin.skipped:
         fail(
             path,
-            f"has {left} example(s) left, and {origin.skipped:,} rows skipped: leave --skip-bad out to be told what "
+            f"has {left} example(s) left, and {origin.skipped:,} row(s) skipped: leave --skip-bad out to be told what "
             "the first of them lacks",
         )
 

@@ -461,7 +461,7 @@ def test_a_class_of_a_text_is_no_wish(tmp_path):
 def test_where_all_is_skipped_it_is_not_told_to_add_rows(tmp_path, row):
     path = write(tmp_path, [row, row])
     with pytest.raises(
-        CorpusError, match=r"has 0 example\(s\) left, and 2 rows skipped: leave --skip-bad out to be told"
+        CorpusError, match=r"has 0 example\(s\) left, and 2 row\(s\) skipped: leave --skip-bad out to be told"
     ):
         corpus.load(path, How(skip_bad=True))
 
@@ -474,7 +474,7 @@ def test_what_is_skipped_of_the_held_out_file_is_counted_too(tmp_path):
     loaded = corpus.load(path, How(skip_bad=True, held_out=str(held_out)))
     assert (len(loaded.train), len(loaded.heldout), origin(loaded).skipped) == (3, 1, 2)
     bad = write(tmp_path, [{"instruction": "a", "output": ""}], "bad.jsonl")
-    with pytest.raises(CorpusError, match=r"bad.jsonl: has 0 example\(s\) left, and 1 rows skipped"):
+    with pytest.raises(CorpusError, match=r"bad.jsonl: has 0 example\(s\) left, and 1 row\(s\) skipped"):
         corpus.load(path, How(skip_bad=True, held_out=str(bad)))
 
 
