@@ -34,6 +34,9 @@ TOO_DEEP = "is nested too deeply: write a flat list of turns"
 TOO_LONG = "holds a number of thousands of digits, which JSON readers refuse: write it as text"
 """Python reads no number of over 4300 digits."""
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that Git has left where it keeps a large one elsewhere."""
+
 AFTER_AN_ITEM = (",", "]", " ", "\t", "\n", "\r")
 
 LONGEST_WORD = 16
@@ -67,6 +70,8 @@ def opened(path: Path, progress: Callable[[str], None]) -> Iterator[tuple[io.Buf
     CorpusError, also for what fails while they are read."""
     try:
         with path.open("rb") as raw:
+            if raw.peek(len(LFS_POINTER)).startswith(LFS_POINTER):
+                fail(path, "is a Git LFS pointer, not the data: fetch them with git lfs pull")
             yield _unzipped(raw), Told(raw, path, progress)
     except FileNotFoundError:
         fail(path, "does not exist: give --corpus the path of a JSON file")

@@ -14,6 +14,7 @@ from lightweight.corpus.messages import (
     of_hh_string,
     optional_text_of,
     refuse_what_is_no_text,
+    refuse_what_is_not_wanted,
     text_of,
     with_system,
 )
@@ -60,12 +61,35 @@ def _first(row: Row, *keys: str) -> tuple[str, Any]:
 
 
 def _messages(row: Row) -> Conversation:
+    refuse_what_is_not_wanted(row)
     key, value = _first(row, "messages", "conversations", "conversation")
-    said = with_system(messages_of(value, key), optional_text_of(row.get("system"), "system"))
-    return conversation_of(said, key)
+    return conversation_of(_behind_system(messages_of(value, key), row), key)
+
+
+def _behind_system(said: list[Message], row: Row) -> list[Message]:
+    key, value = _system(row)
+    return with_system(said, optional_text_of(value, key))
+
+
+def _system(row: Row) -> tuple[str, Any]:
+    return _first(row, "system", "system_prompt")
+
+
+def _refuse_system(row: Row) -> None:
+    """Raise Defect for a text that has a system message."""
+    key, value = _system(row)
+    if optional_text_of(value, key):
+        raise Defect(f"{key}: stands beside a text, which has none: write it into the text, or all as messages")
 
 
 def _alpaca(row: Row) -> Conversation:
+    refuse_what_is_not_wanted(row)
+    said = [*_instructed(row), Message("assistant", _text(row, "output", "response"))]
+    return conversation_of(_behind_system(said, row), "instruction")
+
+
+def _instructed(row: Row) -> list[Message]:
+    """What was said before an alpaca row's answer: its history, and what it asks."""
     said: list[Message] = []
     history = row.get("history") or []
     if not isinstance(history, list):
@@ -76,8 +100,7 @@ def _alpaca(row: Row) -> Conversation:
             raise Defect(f"{field}: is no pair: write [instruction, output]")
         asked, answered = (text_of(text, f"{field}[{side}]") for side, text in enumerate(turn))
         said += [Message("user", asked), Message("assistant", answered)]
-    said += [Message("user", _instruction(row)), Message("assistant", _text(row, "output", "response"))]
-    return conversation_of(with_system(said, optional_text_of(row.get("system"), "system")), "instruction")
+    return [*said, Message("user", _instruction(row))]
 
 
 def _instruction(row: Row) -> str:
@@ -94,18 +117,18 @@ def _text(row: Row, *keys: str) -> str:
 
 
 def _prompt_completion(row: Row) -> Example:
-    if row.get("label") is False:  # of KTO's rows, which say of every answer whether it is wanted
-        raise Defect("label: is false, of an answer that is not wanted: leave the row out")
+    refuse_what_is_not_wanted(row)
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list | dict):
         said = messages_of(prompt, "prompt")
         answer = messages_of(completion, "completion")
-        return conversation_of([*said, *answer], "prompt and completion")
+        return conversation_of(_behind_system([*said, *answer], row), "prompt and completion")
     if isinstance(prompt, list) or isinstance(completion, list | dict):
         raise Defect(
             f"completion: is a JSON {json_kind(completion)}, and 'prompt' a {json_kind(prompt)}: "
             "write texts as both, or messages"
         )
+    _refuse_system(row)
     return Text(optional_text_of(prompt, "prompt"), text_of(completion, "completion"))
 
 
@@ -126,10 +149,11 @@ def _preference(row: Row) -> Example:
         asked = _asked(row)
         if asked is None:
             if isinstance(chosen, str):
+                _refuse_system(row)
                 return Text("", chosen)
             raise Defect("has no 'prompt': write what was asked, or begin 'chosen' with it")
         said = [*asked, *said]
-    return conversation_of(with_system(said, optional_text_of(row.get("system"), "system")), "chosen")
+    return conversation_of(_behind_system(said, row), "chosen")
 
 
 def _asked(row: Row) -> list[Message] | None:
@@ -139,8 +163,10 @@ def _asked(row: Row) -> list[Message] | None:
         return None
     if isinstance(value, list):
         return messages_of(value, key)
+    if key == "instruction":
+        return _instructed(row)
     text = text_of(value, key)
-    return of_hh_string(text, key) or [Message("user", _instruction(row) if key == "instruction" else text)]
+    return of_hh_string(text, key) or [Message("user", text)]
 
 
 TURNS = "turns"
@@ -170,6 +196,12 @@ def recognised(row: Any) -> str | None:
     if of := next((one.name for one in FORMATS.values() if one.is_of(row) and not _is_turn(row)), None):
         return of
     return TURNS if "role" in row or "content" in row else None
+
+
+def goes_before(name: str, other: str) -> bool:
+    """Whether a row with the keys of both formats is of that called `name`, which is not `other`."""
+    order = list(FORMATS)
+    return name in order and order.index(name) < order.index(other)
 
 
 def _is_turn(row: Row) -> bool:

@@ -31,8 +31,17 @@ OF_TOOLS = ("tool", "tools", "function", "function_call", "function_response", "
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """What models' thoughts are called where they stand beside an answer."""
 
+LEARNED = ("weight", "loss", "train", "training")
+"""By which OpenAI's, ms-swift's and axolotl's messages say whether the loss is on them."""
+
 CALLS = ("tool_calls", "function_call")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+
+WANTED = ("label", "kto_tag")
+"""What KTO's rows say of every answer whether it is wanted by."""
+
+NOTHING = ("", "[]", "{}", "null", "none")
+"""How no tools and no media are written as a text, in tables too."""
 
 TOOLS_MEND = "only text is trained on: leave the row out"
 EMPTY_MEND = "write its text or leave the row out"
@@ -64,9 +73,18 @@ def optional_text_of(value: Any, field: str) -> str:
 def refuse_what_is_no_text(value: Mapping[str, Any], field: str = "") -> None:
     """Raise Defect for a row, or a message of the name `field`, with tools, calls of them, or media."""
     for key in (*CALLS, "tools", "functions", *MEDIA):
-        if value.get(key):
+        said = value.get(key)
+        if said and not (isinstance(said, str) and said.strip().lower() in NOTHING):
             what = "an image, a sound or a film" if key in MEDIA else "of a tool"
             raise Defect(f"{field}{'.' if field else ''}{key}: is {what}, and {TOOLS_MEND}")
+
+
+def refuse_what_is_not_wanted(row: Mapping[str, Any]) -> None:
+    """Raise Defect for a row whose answer is one to be unlearned; in a table, false is a text."""
+    for key in WANTED:
+        said = row.get(key)
+        if said is False or (isinstance(said, str) and said.strip().lower() == "false"):
+            raise Defect(f"{key}: is false, of an answer that is not wanted: leave the row out")
 
 
 def messages_of(value: Any, field: str) -> list[Message]:
@@ -88,8 +106,12 @@ def _message(value: Any, field: str) -> Message:
     is_sharegpt = ("from" in value or "value" in value) and not ("role" in value or "content" in value)
     of_role, of_content = ("from", "value") if is_sharegpt else ("role", "content")
     role = _role(value, of_role, field)
-    if role == "assistant" and value.get("weight") == 0:
-        raise Defect(f"{field}.weight: is 0, and the loss is on every answer: leave the row out, or the weight")
+    for key in LEARNED:
+        if role == "assistant" and value.get(key) in (0, False):
+            written = "false" if value[key] is False else "0"
+            raise Defect(
+                f"{field}.{key}: is {written}, and the loss is on every answer: leave the row out, or the {key}"
+            )
     if of_content not in value:
         others = ", ".join(repr(key) for key in value if key != of_role) or "nothing else"
         raise Defect(f"{field}: has no {of_content!r}, but {short_text(others)}: write the text as {of_content!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,27 @@ def load(path: Path | str, how: How = AS_IT_IS, progress: Progress = lambda text
     if len(examples) < least:
         kind = "pair(s)" if origin.format == formats.TURNS else "example(s)"
         what = "turns" if origin.format == formats.TURNS else "rows"
+        _refuse_all_skipped(path, len(examples), origin)
         fail(
             path, f"has {len(examples)} {kind}: add {what} until there are at least 2, one to train on and one held out"
         )
     if how.held_out is None or share is not None:
         return split(examples, origin, path, share)
-    heldout, _ = _examples(how.held_out, how, progress)
+    heldout, of_heldout = _examples(how.held_out, how, progress)
     if not heldout:
+        _refuse_all_skipped(how.held_out, 0, of_heldout)
         fail(how.held_out, "has nothing to hold out: add rows")
-    return split_from(examples, heldout, origin, path)
+    return split_from(examples, heldout, replace(origin, skipped=origin.skipped + of_heldout.skipped), path)
+
+
+def _refuse_all_skipped(path: Path | str, left: int, origin: Origin) -> None:
+    """Raise CorpusError where rows were skipped, and so too few are left."""
+    if origin.skipped:
+        fail(
+            path,
+            f"has {left} example(s) left, and {origin.skipped:,} row(s) skipped: leave --skip-bad out to be told what "
+            "the first of them lacks",
+        )
 
 
 def _examples(path: Path | str, how: How, progress: Progress) -> tuple[list[Example], Origin]:
@@ -110,8 +122,8 @@ def _first_sound(items: Iterator[Item], source: _Source, forced: str | None) -> 
 
 def _of_rows(items: Iterator[Item], source: _Source, one: formats.Format, is_forced: bool) -> Iterator[Example]:
     for item in items:
-        other = None if is_forced or one.has_any_key(item.value) else formats.recognised(item.value)
-        if other is not None:
+        other = None if is_forced else formats.recognised(item.value)
+        if other is not None and (not one.has_any_key(item.value) or formats.goes_before(other, one.name)):
             kind, number = item.place
             fail(
                 source.path,

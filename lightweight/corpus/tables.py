@@ -51,7 +51,7 @@ def _separated(path: Path, progress: Callable[[str], None]) -> Iterator[Item]:
             first = reader.line_num + 1
             for cells in reader:
                 told.look()
-                if cells:
+                if cells and (len(cells) > 1 or len(header) == 1 or cells[0].strip()):  # an empty line is no row
                     yield Item(("line", first), _row(header, cells))
                 first = reader.line_num + 1
         except csv.Error as error:

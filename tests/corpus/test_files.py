@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lightweight.corpus import CorpusError, files
+from lightweight.corpus import CorpusError, files, load
 
 
 def read(path: Path, content: bytes, progress=lambda text: None) -> list[files.Item]:
@@ -105,3 +105,10 @@ def test_progress_is_told_once_a_hundredth_and_of_long_files_alone(tmp_path):
         assert told[-1] == f"reading {name}: 100 %"
         assert 2 <= len(told) <= 100 and len(set(told)) == len(told)
         told.clear()
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.jsonl.gz", "a.parquet"])
+def test_a_pointer_of_git_lfs_is_told_as_one(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(CorpusError, match=rf"{name}: is a Git LFS pointer, not the data: fetch them with git lfs pull"):
+        load(tmp_path / name)

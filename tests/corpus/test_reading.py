@@ -194,6 +194,28 @@ PUBLIC: dict[str, tuple[str, dict, corpus.Example]] = {
         },
         talk(U("Hi"), A("Hello")),
     ),
+    "LLaMA-Factory's pairs of answers to an instruction": (
+        "preference",
+        {"instruction": "And", "input": "you?", "history": [["Hi", "Hello"]], "chosen": "Well.", "rejected": "No."},
+        talk(U("Hi"), A("Hello"), U("And\n\nyou?"), A("Well.")),
+    ),
+    "a system prompt beside the turns": (
+        "sharegpt",
+        {
+            "system_prompt": "Be brief.",
+            "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+        },
+        talk(S("Be brief."), U("Hi"), A("Hello")),
+    ),
+    "TRL's prompts of messages with a system message": (
+        "prompt-completion",
+        {
+            "system": "Be brief.",
+            "prompt": [{"role": "user", "content": "Hi"}],
+            "completion": [{"role": "assistant", "content": "Hello"}],
+        },
+        talk(S("Be brief."), U("Hi"), A("Hello")),
+    ),
     "preferences without a prompt": ("preference", {"chosen": "Good.", "rejected": "Bad."}, Text("", "Good.")),
 }
 each = pytest.mark.parametrize("name", PUBLIC)
@@ -349,10 +371,36 @@ REFUSED = {
     "two in a row": ({"messages": [ASKED, ASKED, ANSWERED]}, "messages[1]: two user turns in a row"),
     "the assistant first": ({"messages": [ANSWERED, ASKED]}, "messages[0]: the first turn is the assistant's"),
     "a weight of 0": ({"messages": [ASKED, ANSWERED | {"weight": 0}]}, "messages[1].weight: is 0"),
+    "ms-swift's answer without a loss": (
+        {"messages": [ASKED, ANSWERED | {"loss": False}]},
+        "messages[1].loss: is false",
+    ),
+    "axolotl's answer without a loss": ({"messages": [ASKED, ANSWERED | {"train": 0}]}, "messages[1].train: is 0"),
+    "a system message beside a text": (
+        {"system": "Be brief.", "prompt": "Hi", "completion": "Hello"},
+        "system: stands beside a text",
+    ),
+    "a system message beside a chosen text": (
+        {"system_prompt": "Be brief.", "chosen": "Hello", "rejected": "No"},
+        "system_prompt: stands beside a text",
+    ),
     "an answer that is not wanted": (
         {"prompt": "a", "completion": "b", "label": False},
         "label: is false, of an answer",
     ),
+    "a conversation that is not wanted": (
+        {"messages": [ASKED, ANSWERED], "label": False},
+        "label: is false, of an answer",
+    ),
+    "an instruction's answer that is not wanted": (
+        {"instruction": "a", "output": "b", "kto_tag": False},
+        "kto_tag: is false, of an answer",
+    ),
+    "an answer that a table does not want": (
+        {"prompt": "a", "completion": "b", "label": "False"},
+        "label: is false, of an answer",
+    ),
+    "tools as a text": ({"messages": [ASKED, ANSWERED], "tools": '[{"name": "search"}]'}, "tools: is of a tool"),
     "thoughts beside an answer": (
         {"messages": [ASKED, ANSWERED | {"reasoning_content": "They greet."}]},
         "messages[1].reasoning_content: holds thoughts, which would be left out",
@@ -396,6 +444,40 @@ def test_what_cannot_be_trained_on_is_refused_by_its_line(tmp_path, row, expecte
         assert origin(corpus.load(write(tmp_path, rows), How(skip_bad=True))).skipped == 1
 
 
+@pytest.mark.parametrize("nothing", ["[]", " null\n", "", [], None])
+def test_a_row_without_tools_or_pictures_says_so_in_any_way(tmp_path, nothing):
+    rows = [
+        {"messages": [ASKED | {"content": f"Hi {n}"}, ANSWERED], "tools": nothing, "images": nothing} for n in (0, 1)
+    ]
+    assert origin(corpus.load(write(tmp_path, rows))).conversations == 2
+
+
+def test_a_class_of_a_text_is_no_wish(tmp_path):
+    rows = [{"text": f"Tides {n}.", "label": False} for n in (0, 1)]
+    assert origin(corpus.load(write(tmp_path, rows))).texts == 2
+
+
+@pytest.mark.parametrize("row", [{"question": "a"}, {"messages": []}, "a"])
+def test_where_all_is_skipped_it_is_not_told_to_add_rows(tmp_path, row):
+    path = write(tmp_path, [row, row])
+    with pytest.raises(
+        CorpusError, match=r"has 0 example\(s\) left, and 2 row\(s\) skipped: leave --skip-bad out to be told"
+    ):
+        corpus.load(path, How(skip_bad=True))
+
+
+def test_what_is_skipped_of_the_held_out_file_is_counted_too(tmp_path):
+    path = write(tmp_path, [*alpaca(3), {"instruction": "a", "output": ""}])
+    held_out = write(
+        tmp_path, [{"instruction": "Say nine.", "output": "9"}, {"instruction": "a", "output": 1}], "h.jsonl"
+    )
+    loaded = corpus.load(path, How(skip_bad=True, held_out=str(held_out)))
+    assert (len(loaded.train), len(loaded.heldout), origin(loaded).skipped) == (3, 1, 2)
+    bad = write(tmp_path, [{"instruction": "a", "output": ""}], "bad.jsonl")
+    with pytest.raises(CorpusError, match=r"bad.jsonl: has 0 example\(s\) left, and 1 row\(s\) skipped"):
+        corpus.load(path, How(skip_bad=True, held_out=str(bad)))
+
+
 def alpaca(count: int) -> list[dict]:
     return [{"instruction": f"Say {n}.", "input": "", "output": f"{n}"} for n in range(count)]
 
@@ -407,6 +489,16 @@ def test_a_row_of_another_format_is_refused_with_its_line_whatever_is_skipped(tm
             with pytest.raises(CorpusError) as raised:
                 corpus.load(path, how)
             assert f"{place}: has the keys of the format text, and rows before it those of alpaca" in str(raised.value)
+
+
+@pytest.mark.parametrize("how", [How(), How(skip_bad=True)])
+def test_a_first_row_that_lacks_a_key_does_not_make_the_others_another_format(tmp_path, how):
+    rows = [row | {"text": f"Tides {number}."} for number, row in enumerate(alpaca(6))]
+    del rows[0]["output"]
+    with pytest.raises(
+        CorpusError, match="line 2: has the keys of the format alpaca, and rows before it those of text"
+    ):
+        corpus.load(write(tmp_path, rows), how)
 
 
 def test_a_format_that_is_said_goes_before_what_the_keys_tell(tmp_path):

@@ -57,6 +57,15 @@ def test_a_bad_cell_is_one_line(tmp_path, content, expected):
     assert "\n" not in str(raised.value)
 
 
+def test_an_empty_line_is_no_row_but_an_empty_cell_is_told(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("instruction,output\na,b\n  \nc,d\n\n \n")
+    assert len(corpus.load(path).train) == 1
+    path.write_text('text\na\nb\n" "\n')
+    with pytest.raises(CorpusError, match="line 4: text: is empty"):
+        corpus.load(path)
+
+
 def test_a_cell_may_be_long_and_a_bad_row_is_skipped(tmp_path):
     rows = [*ALPACA, {"instruction": "a", "input": "", "output": " "}]
     rows[0] = rows[0] | {"output": "x" * 200_000}
