@@ -33,12 +33,15 @@ _checked: set[_Kernel] = set()
 
 @contextmanager
 def as_on(capability: Capability) -> Iterator[None]:
-    """Inside, every device is taken to be a card of this `capability`: what a forecast is of."""
-    token = _capability.set(capability)
+    """Inside, every device is taken to be a card of this `capability`: what a forecast is of. Kernels that it met are
+    none of this device's, and are not checked afterwards."""
+    token, before = _capability.set(capability), set(_met)
     try:
         yield
     finally:
         _capability.reset(token)
+        _met.clear()
+        _met.update(before)
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:

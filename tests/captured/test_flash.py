@@ -275,6 +275,12 @@ def test_a_kernel_that_sees_something_else_is_found(monkeypatch, fault, window, 
     assert not flash._met
 
 
+def test_kernels_that_a_forecast_met_are_not_asked_of_this_device():
+    with flash.as_on((9, 0)):
+        flash._met.add(flash._Kernel(CPU, torch.float16, 1, 24, None))
+    flash.check_met()
+
+
 # On the card
 
 
