@@ -22,13 +22,13 @@ def plan(options: argparse.Namespace) -> None:
     _at_least(options, gpus=1, tokens=1, epochs=1)
     options.settings = _settings(options)
     for name in ("price", "max_hours", "max_price"):
-        value = getattr(options, name)
+        value, option = getattr(options, name), f"--{name.replace('_', '-')}"
         if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
+            raise ValueError(f"{option} {value:g}: give a number above 0")
+        if value is not None and options.tokens is None and options.corpus is None:
+            raise ValueError(f"{option} is of a job: give its --tokens or its --corpus")
     if options.max_price is not None and options.price is None:
         raise ValueError("--max-price: give the --price of an hour as well")
-    if (options.max_hours is not None or options.max_price is not None) and options.tokens is None:
-        raise ValueError("--max-hours and --max-price are of a job: give its --tokens")
     of_names(options)
     for name in options.target or ():
         if targets.named(name).total_bytes is None:

@@ -137,6 +137,8 @@ REMOTE = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoM
             "no time is forecast of target '16GiB'",
         ),
         (["opt-tiny", "--gpus", "2", "--tokens", "9", "--price", "1", "--max-price", "1"], "leave it or --gpus out"),
+        (["opt-tiny", "--target", "t4", "--price", "1"], "--price is of a job: give its --tokens or its --corpus"),
+        (["opt-tiny", "--target", "t4", "--max-hours", "1"], "--max-hours is of a job: give its --tokens or"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(capsys, tmp_path, arguments, words):
@@ -577,6 +579,13 @@ def test_expected_cost_orders_methods_as_they_were_measured():
     halves = replace(BASELINE, weights_dtype="bfloat16")
     ordered = [LORA_CAPTURED, LORA, halves, BASELINE_CAPTURED, BASELINE, QLORA_CAPTURED, no_checkpointing, QLORA]
     assert all(a.expected_cost < b.expected_cost for a, b in pairwise(ordered))
+
+
+def test_a_corpus_is_a_job_that_limits_hold_for(capsys):
+    corpus_file = str(Path(__file__).parents[2] / "corpus.json")
+    asked = ["plan", "llama-tiny", "--target", "t4", "--method", "lora-captured", "--corpus", corpus_file]
+    main([*asked, "--epochs", "2", "--max-hours", "0.00001"])
+    assert "more than 1e-05 h" in capsys.readouterr().out
 
 
 def test_the_docs_show_what_the_command_prints(capsys, monkeypatch):
