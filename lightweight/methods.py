@@ -487,7 +487,8 @@ PLANNED = (BASELINE, LORA, QLORA, LORA_CAPTURED, QLORA_CAPTURED)
 
 def named(text: str) -> Method:
     """The method called `text`, or the `Method` object at an import path `package.module:NAME`, or in a file,
-    `path/to/file.py:NAME`. Raises ValueError."""
+    `path/to/file.py:NAME`. Raises ValueError, also for another method of the name of one of the suite's, which it would
+    be taken for."""
     if text in METHODS:
         return METHODS[text]
     names.check_method(text)
@@ -499,4 +500,5 @@ def named(text: str) -> Method:
         raise ValueError(f"method {text!r} cannot be imported: {error}") from error
     if not isinstance(method, Method):
         raise ValueError(f"method {text!r} is a {type(method).__name__}: give a lightweight.methods.Method")
+    names.refuse_namesakes("method", [METHODS.get(method.name, method), method])
     return method

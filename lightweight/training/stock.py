@@ -144,6 +144,7 @@ def _made(
         own_optimizer.check(trainer, method)
     if method.captured_step is None and set(method.own_code) - {"optimizer"}:
         trainer.seen = Seen(model, rows, is_compiled=arguments.torch_compile)
+        trainer.add_callback(_Rates(trainer.seen))
     return trainer
 
 
@@ -449,6 +450,19 @@ class _RoundBegin(TrainerCallback):
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.rounds.await_request("round")
         self.meter.begin_round()
+
+
+class _Rates(TrainerCallback):
+    """Has `seen` compare the rates of a step with the schedule's, after all other callbacks."""
+
+    def __init__(self, seen: Seen) -> None:
+        self.seen = seen
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any
+    ) -> None:
+        rates = [group["lr"] for group in told["optimizer"].param_groups]
+        self.seen.see_rates(rates, told["lr_scheduler"].get_last_lr())
 
 
 class _RoundBoundary(TrainerCallback, ExportableState):

@@ -247,6 +247,18 @@ def test_a_transform_is_trained_as_it_is(trained):
     assert own.heldout_loss_before == trained().heldout_loss_before
 
 
+class Faster(TrainerCallback):
+    def on_step_begin(self, args, state, control, optimizer=None, **_):
+        assert optimizer is not None
+        if state.global_step == 2:
+            optimizer.param_groups[0]["lr"] = 0.01
+
+
+def test_a_rate_that_a_callback_sets_is_told(trained):
+    own = trained(Method(name="faster", callbacks=(Faster,)))
+    assert own.data_note == "its learning rate was another than its schedule's in 1 of its 6 steps"
+
+
 class Records(TrainerCallback):
     told: ClassVar[list[str]] = []
 
