@@ -52,8 +52,8 @@ ELEMENT_BY_ELEMENT = ("torch.optim.adamw:AdamW", "torch.optim.sgd:SGD")
 LEFT_TO_THE_CALLER: Mapping[str, tuple[tuple[str, ...], str]] = {
     "eva": (
         ("transform",),
-        "init_lora_weights='eva' is computed from data, and without them peft begins as LoRA does: have a transform call "
-        "peft's initialize_lora_eva_weights",
+        "init_lora_weights='eva' is computed from data, and without them peft begins as LoRA does: have a transform "
+        "call peft's initialize_lora_eva_weights",
     ),
     "corda": (
         ("transform",),
@@ -67,8 +67,8 @@ LEFT_TO_THE_CALLER: Mapping[str, tuple[tuple[str, ...], str]] = {
     ),
     "ADALORA": (
         ("callbacks", "trainer"),
-        "AdaLoRA gives its ranks to the layers by update_and_allocate, which the Trainer does not call: have a callback "
-        "do it, on_optimizer_step",
+        "AdaLoRA gives its ranks to the layers by update_and_allocate, which the Trainer does not call: have a "
+        "callback do it, on_optimizer_step",
     ),
 }
 """What peft leaves to its caller, by the adapter's beginning or type: the fields that could do it, and what to do."""

@@ -42,12 +42,9 @@ def outcome_of(error: Exception, trial: Trial, meter: Meter | None, folder: Path
         return host_memory.outcome(phase, reason, measured)
     if (full := _full_disk(error, folder)) is not None:
         reason += f"; {full}"
-    elif (
-        trial.method.own_code
-        and not isinstance(error, MethodError)
-        and (place := importable.place_of(error)) is not None
-    ):
-        reason += f" ({place})"
+    elif trial.method.own_code and not isinstance(error, MethodError):
+        place = importable.place_of(error)
+        reason += f" ({place})" if place else ""
     return Crashed(phase=phase, reason=reason, details=traceback.format_exc(), measured=measured)
 
 

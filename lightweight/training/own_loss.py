@@ -1,6 +1,7 @@
 """Is what a method's own loss returns something to train on?
 
-The Trainer passes on whatever it is given; what is no loss fails deep in torch, or not at all, without the method's name.
+The Trainer passes on whatever it is given; what is no loss fails deep in torch, or not at all, and no line names the
+method.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class OwnLoss:
             raise MethodError(f"{self._whose} returns a {type(loss).__name__}: return a tensor")
         if loss.numel() != 1:
             raise MethodError(
-                f"{self._whose} returns a tensor of {' x '.join(map(str, loss.shape))}: return one number, the sum over "
-                "tokens / num_items_in_batch"
+                f"{self._whose} returns a tensor of {' x '.join(map(str, loss.shape))}: return one number, the sum "
+                "over tokens / num_items_in_batch"
             )
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise MethodError(
