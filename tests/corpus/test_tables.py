@@ -97,6 +97,45 @@ def test_both_kinds_of_arrow_files_are_read(tmp_path):
         assert corpus.load(tmp_path / name) == lined(tmp_path, MESSAGES)
 
 
+DAMAGED = """
+import sys
+from pathlib import Path
+
+from lightweight import corpus
+
+path = Path(sys.argv[1])
+sound = path.read_bytes()
+refused = 0
+for place in range(0, len(sound), 5):
+    path.write_bytes(sound[:place] + bytes([sound[place] ^ 0xFF]) + sound[place + 1 :])
+    try:
+        corpus.load(path)
+    except corpus.CorpusError as error:
+        assert "\\n" not in str(error)
+        refused += 1
+print(refused)
+"""
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_damaged_table_is_one_line_and_ends_no_process(tmp_path, name):
+    """Whichever of its bytes is wrong: pyarrow follows an offset that leads anywhere."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.Table.from_pylist(MESSAGES)
+    if name == "a.parquet":
+        parquet.write_table(table, tmp_path / name)
+    else:
+        with pyarrow.ipc.new_stream(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+    found = subprocess.run(
+        [sys.executable, "-c", DAMAGED, tmp_path / name], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout) > 50
+
+
 LOADED = r"""
 import re, sys
 from pathlib import Path
