@@ -109,9 +109,17 @@ def best(tried: Sequence[Tried]) -> Tried | None:
     return min(completed, key=lambda one: one.loss, default=None)
 
 
-def run(sweep: Sweep, progress: Callable[[str], None] = lambda text: None) -> Iterator[str]:
-    """Search, and keep what was found in `sweep.output` after every trial; a line for each method. Raises SweepError,
-    or what else REFUSALS names."""
+@dataclass(frozen=True)
+class Found:
+    """What a method's search came to: its best rate, None where no trial completed, and that in a line."""
+
+    rate: float | None
+    told: str
+
+
+def run(sweep: Sweep, progress: Callable[[str], None] = lambda text: None) -> Iterator[Found]:
+    """Search, and keep what was found in `sweep.output` after every trial; what, of each method. Raises SweepError, or
+    what else REFUSALS names."""
     examples = corpus.without_heldout(corpus.load(sweep.corpus, sweep.reading, progress), sweep.corpus)
     on_gpu = torch.cuda.is_available()
     try:
@@ -146,8 +154,8 @@ class _Search:
         self._entries: list[Entry] = []
         self._found: dict[str, dict[str, Any]] = {}
 
-    def of(self, trial: Trial) -> str:
-        """Search for the rate of the method of `trial`; what was found, in a line."""
+    def of(self, trial: Trial) -> Found:
+        """Search for the rate of the method of `trial`."""
         name = trial.method.name
 
         def loss_of(rate: float) -> float:
@@ -162,13 +170,13 @@ class _Search:
         completed = sum(math.isfinite(one.loss) for one in tried)
         said = f"{name}: {completed} of {len(tried)} trials completed"
         if found is None:
-            return f"{said}: no rate was found"
+            return Found(None, record.one_line(f"{said}: no rate was found: {self._entries[-1].reason}"))
         ends = {min(one.rate for one in tried), max(one.rate for one in tried)}
         is_at_end = found.rate in ends
         self._found[name] = {"learning_rate": found.rate, "loss": found.loss, "is_at_end": is_at_end}
         self._store()
         told = f"{said}: {found.rate:g}, held-out loss {found.loss:.4f}"
-        return told + ", at an end of the range: widen it" * is_at_end
+        return Found(found.rate, told + ", at an end of the range: widen it" * is_at_end)
 
     def _run(self, trial: Trial) -> Entry:
         self._progress(f"{trial.name} at {trial.method.training_arguments['learning_rate']:g}")
@@ -227,18 +235,20 @@ def _trial(
 
 
 def command(options: argparse.Namespace) -> int:
-    """Search as `options` ask, and print what was found of each method; the exit status."""
+    """Search as `options` ask, and print what was found of each method; the exit status, 1 where one has no rate."""
     leave_to_us()
     asked = {part.name: getattr(options, part.name) for part in fields(Sweep) if hasattr(options, part.name)}
     asked |= {"methods": options.method, "reading": how_read(lambda name: getattr(options, name))}
+    is_complete = True
     try:
-        for line in run(Sweep(**asked), progress=show):
+        for found in run(Sweep(**asked), progress=show):
             show("")
-            print(line, flush=True)
+            print(found.told, flush=True)
+            is_complete &= found.rate is not None
     except REFUSALS as error:
         return refuse(error)
     except KeyboardInterrupt:
         tell(f"interrupted: what was tried until then is in {options.output}")
         return 130
     print(f"{options.output}: take the rates with --learning-rate {shlex.quote(str(options.output))}")
-    return 0
+    return 0 if is_complete else 1

@@ -5,11 +5,13 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from conftest import turns
 from lightweight import corpus, methods, record
 from lightweight.__main__ import main
 from lightweight.cli import sweep
+from lightweight.methods import Method
 from lightweight.settings import Rates, Settings
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
@@ -110,6 +112,34 @@ def test_a_sweep_is_recorded_and_its_rates_can_be_taken(micro, tmp_path, capsys,
         settings.apply(methods.QLORA)
     mine = replace(methods.LORA, name="lora", training_arguments={"learning_rate": 0.5})
     assert settings.apply(mine).training_arguments["learning_rate"] == lora.training_arguments["learning_rate"]
+
+
+def at_a_rate_of_its_own(network, arguments):
+    return torch.optim.SGD(network.parameters(), lr=0.1)
+
+
+FIXED = Method(name="fixed", optimizer=at_a_rate_of_its_own)
+
+
+def test_a_method_without_a_rate_is_told_with_its_reason(micro, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus.json").write_text(json.dumps(turns(24)), "utf-8")
+    asked = [
+        "sweep",
+        "--model",
+        micro.location,
+        "--method",
+        "cli.test_sweep:FIXED",
+        "--budget",
+        "3",
+        "--max-steps",
+        "1",
+    ]
+    assert main([*asked, "--max-length", "48", "--output", "found.json"]) == 1
+    line, _ = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        "fixed: 0 of 3 trials completed: no rate was found: MethodError: method fixed: learning_rate="
+    )
 
 
 def test_a_file_that_is_no_sweep_is_refused(tmp_path):
