@@ -6,6 +6,7 @@ never seen: it is left for the comparison.
 
 Half of the trials are on a grid of equal factors from one end of the range to the other; each further one halves, as
 factors, the wider gap beside the best so far. A trial that does not complete is a trial like any other, and no best.
+One that the record holds from a search that was interrupted is not run again.
 """
 
 from __future__ import annotations
@@ -118,8 +119,9 @@ class Found:
 
 
 def run(sweep: Sweep, progress: Callable[[str], None] = lambda text: None) -> Iterator[Found]:
-    """Search, and keep what was found in `sweep.output` after every trial; what, of each method. Raises SweepError, or
-    what else REFUSALS names."""
+    """Search, and keep what was found in `sweep.output` after every trial; what, of each method. Goes on from what an
+    interrupted search has left there. Raises SweepError, or what else REFUSALS names."""
+    before = _before(sweep.output)
     examples = corpus.without_heldout(corpus.load(sweep.corpus, sweep.reading, progress), sweep.corpus)
     on_gpu = torch.cuda.is_available()
     try:
@@ -139,18 +141,27 @@ def run(sweep: Sweep, progress: Callable[[str], None] = lambda text: None) -> It
                 progress(f"{model.name}: writing its weights")
                 seconds = helper.SILENCE_SECONDS
                 model = helper.call_within(seconds, models.write, scratch, model, scratch / "weights", sweep.seed)
-            search = _Search(sweep, device, scratch, progress)
+            search = _Search(sweep, device, scratch, progress, before)
             for trial in trials.values():
                 yield search.of(replace(trial, model=model))
+            search.end()
     except handle.ChildError as error:
         raise SweepError(f"sweep: {error}") from error
 
 
 class _Search:
-    """The search of one method after the other, and its record."""
+    """The search of one method after the other, and its record, in which the trials of `before` stay until the end."""
 
-    def __init__(self, sweep: Sweep, device: Device, scratch: Path, progress: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        device: Device,
+        scratch: Path,
+        progress: Callable[[str], None],
+        before: Sequence[Entry] = (),
+    ) -> None:
         self._sweep, self._device, self._scratch, self._progress = sweep, device, scratch, progress
+        self._before = list(before)
         self._entries: list[Entry] = []
         self._found: dict[str, dict[str, Any]] = {}
 
@@ -159,7 +170,8 @@ class _Search:
         name = trial.method.name
 
         def loss_of(rate: float) -> float:
-            entry = self._run(at_rate(trial, rate))
+            wanted = at_rate(trial, rate)
+            entry = self._take(wanted) or self._run(wanted)
             self._entries.append(entry)
             self._store()
             loss = entry.heldout_loss_after
@@ -178,6 +190,24 @@ class _Search:
         told = f"{said}: {found.rate:g}, held-out loss {found.loss:.4f}"
         return Found(found.rate, told + ", at an end of the range: widen it" * is_at_end)
 
+    def end(self) -> None:
+        """Leave in the record what this search has asked for alone."""
+        self._before = []
+        self._store()
+
+    def _take(self, trial: Trial) -> Entry | None:
+        """The entry of `trial` from before, if it ended as it would again: under the same settings, on the same device,
+        by the same versions."""
+        settings = json.loads(json.dumps(record.settings(trial)))
+        for entry in self._before:
+            stored, installed = entry.stored or {}, entry.versions or {}
+            is_same = all(stored.get(key) == value for key, value in settings.items())
+            is_here = entry.device == self._device.name and record.versions().items() <= installed.items()
+            if is_same and is_here and entry.outcome != "crashed":
+                self._before.remove(entry)
+                return entry
+        return None
+
     def _run(self, trial: Trial) -> Entry:
         self._progress(f"{trial.name} at {trial.method.training_arguments['learning_rate']:g}")
         folder = self._scratch / f"trial-{len(self._entries)}"
@@ -192,13 +222,29 @@ class _Search:
         """Write the record, whole or not at all."""
         sweep = self._sweep
         searched = {"low": sweep.low, "high": sweep.high, "budget": sweep.budget, "found": self._found}
-        content = record.document(self._entries) | {"datetime": datetime.now(UTC).isoformat(), "sweep": searched}
+        content = record.document([*self._entries, *self._before]) | {
+            "datetime": datetime.now(UTC).isoformat(),
+            "sweep": searched,
+        }
         beside = sweep.output.with_name(f".{sweep.output.name}.partial")
         try:
             beside.write_text(json.dumps(content, indent=1), "utf-8")
             beside.replace(sweep.output)
         except OSError as error:
             raise SweepError(f"--output {sweep.output}: cannot be written ({error.strerror})") from error
+
+
+def _before(output: Path) -> list[Entry]:
+    """What a search has left in `output`; nothing where that is not there. Raises SweepError for what is no sweep's."""
+    if not output.exists():
+        return []
+    try:
+        entries = record.load(output).entries
+        if "sweep" in json.loads(output.read_text("utf-8")):
+            return [*entries]
+    except (OSError, ValueError):  # no record at all
+        pass
+    raise SweepError(f"--output {output}: is there already, and no sweep wrote it: give another name")
 
 
 def at_rate(trial: Trial, rate: float) -> Trial:
@@ -248,7 +294,7 @@ def command(options: argparse.Namespace) -> int:
     except REFUSALS as error:
         return refuse(error)
     except KeyboardInterrupt:
-        tell(f"interrupted: what was tried until then is in {options.output}")
+        tell(f"interrupted: what was tried until then is in {options.output}, and the same command goes on from there")
         return 130
     print(f"{options.output}: take the rates with --learning-rate {shlex.quote(str(options.output))}")
     return 0 if is_complete else 1

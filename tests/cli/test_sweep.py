@@ -78,14 +78,14 @@ def test_a_sweep_is_recorded_and_its_rates_can_be_taken(micro, tmp_path, capsys,
     assert main(asked) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0].startswith("baseline: 3 of 3 trials completed: ") and told[1].startswith("lora: 3 of 3 ")
-    run = record.load("found.json")
-    tried = {name: [rate_of(of) for of in run.entries if of.method == name] for name in ("baseline", "lora")}
+    entries = record.load("found.json").entries
+    tried = {name: [rate_of(of) for of in entries if of.method == name] for name in ("baseline", "lora")}
     assert tried["baseline"] == tried["lora"] == pytest.approx([1e-4, 1e-3, 1e-2])
     whole = corpus.load("corpus.json")
-    assert {of.corpus_digest for of in run.entries} == {corpus.without_heldout(whole, "").digest}
+    assert {of.corpus_digest for of in entries} == {corpus.without_heldout(whole, "").digest}
     losses = {
         rate_of(of): of.heldout_loss_after
-        for of in run.entries
+        for of in entries
         if of.method == "lora" and of.heldout_loss_after is not None
     }
     settings = Settings.read(lambda name: "found.json" if name == "learning_rate" else None)
@@ -112,6 +112,31 @@ def test_a_sweep_is_recorded_and_its_rates_can_be_taken(micro, tmp_path, capsys,
         settings.apply(methods.QLORA)
     mine = replace(methods.LORA, name="lora", training_arguments={"learning_rate": 0.5})
     assert settings.apply(mine).training_arguments["learning_rate"] == lora.training_arguments["learning_rate"]
+
+    # an interrupted search goes on: what is there is not run again
+    ran = []
+    run = sweep._Search._run
+    monkeypatch.setattr(sweep._Search, "_run", lambda self, trial: ran.append(trial.method.name) or run(self, trial))
+    document = json.loads((tmp_path / "found.json").read_text("utf-8"))
+    document["outcomes"].pop()
+    document["outcomes"][1]["versions"]["torch"] = "1.0"
+    (tmp_path / "found.json").write_text(json.dumps(document), "utf-8")
+    assert main(asked) == 0
+    assert ran == ["baseline", "lora"]
+    again = record.load("found.json").entries
+    assert [(of.method, rate_of(of), of.heldout_loss_after) for of in again] == [
+        (of.method, rate_of(of), of.heldout_loss_after) for of in entries
+    ]
+
+
+def test_what_no_search_wrote_is_not_written_over(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus.json").write_text(json.dumps(turns(24)), "utf-8")
+    for text in ("thesis", json.dumps(record.document([]))):
+        (tmp_path / "x.json").write_text(text, "utf-8")
+        assert main(["sweep", "--model", "opt-tiny", "--method", "lora", "--output", "x.json"]) == 2
+        assert "--output x.json: is there already, and no sweep wrote it: give another name" in capsys.readouterr().err
+        assert (tmp_path / "x.json").read_text("utf-8") == text
 
 
 def at_a_rate_of_its_own(network, arguments):
