@@ -102,6 +102,7 @@ def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> 
             _check(step, epochs, Reference(trainer, halves=False), _wanted(asked, step, epochs), recorder)
         _mark_weights(step, recorder)
         agreement.drop_gradients(network)
+        recorder.free_workspaces()
         recorder.begin_training()
         _record(step, epochs, recorder, is_graph=asked.graph)
 
@@ -213,6 +214,7 @@ def _record(step: Step, epochs: Epochs, recorder: Recorder, *, is_graph: bool) -
             if not is_graph:
                 run()
                 continue
+            recorder.free_workspaces()
             recorder.empty_cache()
             with recorder.in_the_graphs_pool():
                 run()

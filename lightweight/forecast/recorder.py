@@ -74,7 +74,7 @@ class Recorder(DispatchMode):
         self._graphs_stream = torch.cpu.Stream()
         self._stream_numbers = {torch.cpu.current_stream(): 0}
         self._names: dict[int, int | None] = {}
-        self._workspaces: set[tuple[str, int, bool]] = set()
+        self._workspaces: dict[tuple[str, int, bool], int] = {}
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
@@ -96,8 +96,7 @@ class Recorder(DispatchMode):
         # Each thread that multiplies matrices has workspaces in each stream, and backward runs in another thread.
         for kind, size in self.rules.workspace_bytes(operator).items():
             if (workspace := (kind, self._stream(), in_backward())) not in self._workspaces:
-                self._workspaces.add(workspace)
-                self._allocate(size, "workspace")
+                self._workspaces[workspace] = self._allocate(size, "workspace")
         scratch_bytes = self.rules.scratch_bytes(operator, arguments)
         scratch = self._allocate(scratch_bytes, "workspace") if scratch_bytes else None
         result = self._run(operator, arguments, options or {})
@@ -165,6 +164,11 @@ class Recorder(DispatchMode):
         """As `torch.cuda.empty_cache`."""
         self.emptied.append(len(self.events))
 
+    def free_workspaces(self) -> None:
+        """As `internals.torch.free_workspaces`."""
+        self.events += [(name, 0) for name in self._workspaces.values()]
+        self._workspaces.clear()
+
     @contextmanager
     def in_a_stream(self) -> Iterator[None]:
         """Inside, memory is that of a further stream, which no other gets."""
@@ -216,7 +220,7 @@ class Recorder(DispatchMode):
     @contextmanager
     def aside(self) -> Iterator[list[Event]]:
         """What is allocated and released inside, as if it had not happened."""
-        main = self.events, self.phases, set(self._workspaces)
+        main = self.events, self.phases, dict(self._workspaces)
         apart: list[Event] = []
         self.events, self.phases = apart, []
         try:

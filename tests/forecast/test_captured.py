@@ -8,6 +8,7 @@ import pytest
 
 from experiments.test_forecast import ALLOCATED, CAPTURED_CELLS, CAPTURED_MODELS, RESERVED, STEP
 from lightweight import corpus, models, record
+from lightweight.captured import frozen
 from lightweight.child import helper
 from lightweight.corpus import Corpus
 from lightweight.forecast import calibration, captured, plan, plan_row, step_time, tracer
@@ -105,14 +106,13 @@ def test_the_committed_cells_are_all_that_are_measured():
     assert all(entry.captured for entry in CELLS.values())
 
 
-def test_each_thread_has_a_workspace_in_each_stream_and_the_last_ones_are_the_graphs():
+def test_each_thread_has_a_workspace_in_each_stream_and_only_the_graphs_are_kept():
     traced = trace(OPT_TINY, LORA_CAPTURED)
-    workspaces = [
-        (traced.streams.get(name, 0), size) for name, size in traced.events if traced.causes[name] == "workspace"
-    ]
-    large = [stream for stream, size in workspaces if size == 32 * 2**20]
+    released = {name for name, size in traced.events if size == 0}
+    large = {name: traced.streams.get(name, 0) for name, size in traced.events if size == 32 * 2**20}
     assert len(large) == 6, "forward and backward, by default, to warm up, and in the graph"
-    assert traced.kept == {large[-1]}
+    assert {stream for name, stream in large.items() if name not in released} == traced.kept
+    assert len(large.keys() - released) == 2
 
 
 def test_masters_moments_and_gradients_of_trained_weights_are_held_in_fp32():
@@ -168,6 +168,17 @@ def test_dialogues_that_need_no_mask_are_traced_one_behind_the_other():
         tracer.trace_on(of, Device(name="a card", capability=capability)) for capability in (HOPPER, (7, 5))
     )
     assert joined.replay().by_cause["activations"] < 0.8 * in_rows.replay().by_cause["activations"]
+
+
+def test_what_a_layers_weights_leave_where_they_are_joined_the_next_layers_take(monkeypatch):
+    """Queries', keys' and values' become one, and the output's, which was loaded between them, goes along."""
+    deep = replace(WIDE, architecture={**(WIDE.architecture or {}), "num_hidden_layers": 8})
+    moved = trace(deep, LORA_CAPTURED).replay()
+    monkeypatch.setattr(frozen, "_between", lambda *_: [])
+    left = trace(deep, LORA_CAPTURED).replay()
+    holes = 6 * 4 * 1024 * 1024 * 2
+    assert left.reserved_bytes - moved.reserved_bytes > holes / 2
+    assert left.allocated_bytes == pytest.approx(moved.allocated_bytes, rel=0.01)
 
 
 def test_full_training_in_fp32_is_forecast():
