@@ -13,9 +13,9 @@ from lightweight.child import helper
 from lightweight.corpus import Corpus
 from lightweight.forecast import calibration, captured, plan, plan_row, step_time, tracer
 from lightweight.forecast.replay import within
-from lightweight.methods import BASELINE_CAPTURED, LORA_CAPTURED, QLORA, QLORA_CAPTURED, CapturedStep
+from lightweight.methods import BASELINE, BASELINE_CAPTURED, LORA, LORA_CAPTURED, QLORA, QLORA_CAPTURED, CapturedStep
 from lightweight.models import GPT_NEO_TINY, OPT_TINY, Model
-from lightweight.targets import CONTEXT_BYTES, HOPPER, NATIVE, Device, GiB, Target
+from lightweight.targets import CONTEXT_BYTES, HOPPER, NATIVE, T4, Device, GiB, Target
 from lightweight.trial import Trial
 
 pytestmark = pytest.mark.xdist_group("traces")  # of which one worker makes all
@@ -99,6 +99,23 @@ def test_forecasts_agree_with_the_committed_measurements(traces, cell):
 @pytest.mark.parametrize("cell", CELLS)
 def test_what_was_measured_to_fit_is_not_forecast_not_to(traces, cell):
     assert within(traces[cell], CELLS[cell].budget_bytes).verdict == "fits"
+
+
+@pytest.mark.parametrize(("method", "widest"), [(BASELINE, 1.6), (LORA, 3.3)], ids=lambda value: str(value))
+def test_stock_steps_were_measured_within_their_interval(method, widest):
+    """On every machine with such a card that there is a record of: of `lora` one took twice as long as another."""
+    entries = [
+        entry
+        for name in ("h100-t4", "h100-captured", "h100-ladder")
+        for entry in record.load(ROOT / "experiments" / "records" / f"{name}.json").entries
+        if (entry.model, entry.method, entry.outcome) == ("opt-350m", method.name, "completed")
+    ]
+    assert len(entries) == 3
+    model, _ = models.find(models.named("opt-350m"), "random")
+    of = Trial(model=model, method=method, target=T4, corpus=Corpus(train=(), heldout=(), digest=""))
+    step = step_time.forecast(tracer.trace(of, HOPPER), of, entries[0].device, calibration.stored())
+    assert step is not None and step.high / step.low < widest
+    assert all(step.low < entry.steady_step_seconds < step.high for entry in entries)
 
 
 def test_the_committed_cells_are_all_that_are_measured():
