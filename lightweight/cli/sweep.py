@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from lightweight import corpus, methods, models, record, targets
+from lightweight import corpus, methods, models, names, record, targets
 from lightweight.child import handle, helper, owner, reaper, worker
 from lightweight.cli.terminal import leave_to_us, refuse, show, tell
 from lightweight.corpus import How
@@ -116,6 +116,7 @@ def run(sweep: Sweep, progress: Callable[[str], None] = lambda text: None) -> It
     on_gpu = torch.cuda.is_available()
     try:
         named = sweep.settings.applied([methods.named(name) for name in dict.fromkeys(sweep.methods)])
+        names.refuse_namesakes("method", named)
     except ValueError as error:
         raise SweepError(str(error)) from error
     try:

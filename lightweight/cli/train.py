@@ -281,6 +281,7 @@ def _target(name: str | None, device: Device, on_gpu: bool) -> Target:
 
 def _trial(job: Job, model: Model, method: Method, target: Target, dialogues: corpus.Corpus, on_gpu: bool) -> Trial:
     try:
+        record.check_searched(job.settings.learning_rate, model.name, method)
         return Trial(
             model=model,
             method=method,

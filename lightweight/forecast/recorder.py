@@ -67,6 +67,7 @@ class Recorder(DispatchMode):
         self.paged_bytes = 0
         self.watch: Watch | None = None
         self.of_pass, self.of_optimizer = Watch(), Watch()
+        self._is_in_a_pass = False
         self.answers: Callable[[], bool] = lambda: False
         self._logits = {vocabulary, -(-vocabulary // ALIGNMENT) * ALIGNMENT}
         self._is_sharded = is_sharded
@@ -193,6 +194,15 @@ class Recorder(DispatchMode):
             self.watch = None
 
     @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Inside is one pass of the Trainer's, however often a method's own code has the network compute in it."""
+        self.of_pass, self._is_in_a_pass = Watch(), True
+        try:
+            yield
+        finally:
+            self._is_in_a_pass = False
+
+    @contextmanager
     def counting(self, times: int) -> Iterator[None]:
         """Inside, what the device does stands for so many times of it."""
         watch = self.watch
@@ -280,7 +290,8 @@ class Recorder(DispatchMode):
         """Count what the newest pass of the Trainer's has the device do, and the newest optimizer step."""
         phase = self.meter.phase
         if phase == "forward":
-            self.watch = self.of_pass = Watch()
+            self.of_pass = self.of_pass if self._is_in_a_pass else Watch()
+            self.watch = self.of_pass
         elif phase == "optimizer":
             self.watch = self.of_optimizer = Watch()
         elif phase != "backward":

@@ -197,7 +197,7 @@ def notes(entries: Sequence[Entry], runs: Sequence[Run] = ()) -> list[str]:
     said = changes((entry.method, entry.changed) for entry in entries)
     lines = [] if said is None else [said]
     lines += dict.fromkeys(
-        one_line(f"Not trained on what the others are: {entry.model} x {entry.method}: {entry.data_note}.")
+        one_line(f"Not trained as the others are: {entry.model} x {entry.method}: {entry.data_note}.")
         for entry in entries
         if entry.data_note
     )

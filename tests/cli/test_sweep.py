@@ -93,6 +93,17 @@ def test_a_sweep_is_recorded_and_its_rates_can_be_taken(micro, tmp_path, capsys,
     assert isinstance(settings.learning_rate, Rates)
     assert set(settings.learning_rate.of) == {"baseline", "lora"} and baseline.changed
     assert main(["report", "found.json"]) == 0 and "--learning-rate 0.001" in capsys.readouterr().out
+    record.check_searched(settings.learning_rate, micro.location, lora, baseline)
+    with pytest.raises(ValueError, match=f"found.json: was searched on model {micro.location}, not on opt-tiny: sweep"):
+        record.check_searched(settings.learning_rate, "opt-tiny", lora)
+    assert main(["plan", "opt-tiny", "--method", "lora", "--learning-rate", "found.json"]) == 2
+    assert "was searched on model" in capsys.readouterr().err
+    job = ["train", "--model", "opt-tiny", "--weights", "random", "--method", "lora", "--output", "out"]
+    assert main([*job, "--learning-rate", "found.json"]) == 2
+    assert "was searched on model" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    other = replace(lora, adapter=replace(lora.adapter, r=16))
+    with pytest.raises(ValueError, match=r"found\.json: method lora is another one now than was searched for"):
+        record.check_searched(settings.learning_rate, micro.location, other)
     with pytest.raises(
         methods.MethodError, match="has no rate for method qlora, but for baseline, lora: sweep it, too"
     ):
