@@ -6,6 +6,7 @@ something runs, where torch has no switch for it.
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import traceback
@@ -47,6 +48,15 @@ def pin(network: Any) -> None:
     """Have `network.to` do nothing from now on: `Module.to` swaps tensors, which fake ones cannot.
     torch/nn/modules/module.py."""
     network.to = lambda *_, **__: network
+
+
+def twin_of(module: nn.Module, children: dict[str, Any]) -> Any:
+    """A copy of `module` with its class's own forward pass and other `children`, of any class; weights are shared.
+    Ibid., `Module._modules`."""
+    twin = copy.copy(module)
+    vars(twin).pop("forward", None)
+    vars(twin)["_modules"] = children
+    return twin
 
 
 def address(storage: torch.UntypedStorage) -> int:
