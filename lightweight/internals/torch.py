@@ -226,6 +226,12 @@ def fake_constant(mode: FakeTensorMode, value: float) -> FakeTensor:
     return mode.fake_tensor_converter.from_real_tensor(mode, real, make_constant=True)
 
 
+def has_content(tensor: FakeTensor) -> bool:
+    """Whether `tensor` also carries a number, as what `torch.tensor(0.0)` makes does until a product of unknown content
+    is written into it. torch/_subclasses/fake_tensor.py, `constant`."""
+    return tensor.constant is not None
+
+
 def with_numbers() -> AbstractContextManager[Any]:
     """Inside, tensors that are made have content, and nobody sees what is computed with them, whatever modes are on.
     torch/utils/_python_dispatch.py."""
