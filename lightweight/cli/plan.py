@@ -22,7 +22,7 @@ def command(options: argparse.Namespace) -> int:
         wanted_targets = [targets.named(name) for name in dict.fromkeys(options.target or cards)]
         measured = [entry for path in options.record for entry in record.load(path).entries]
         named = [methods.named(name) for name in dict.fromkeys(options.method or ())] or methods.PLANNED
-        wanted_methods = options.settings.applied(named)
+        wanted_methods = options.settings.applied(named, options.gpus or 1)
         names.refuse_namesakes("method", wanted_methods)
         how = how_read(lambda name: getattr(options, name))
         read = data.read_if_named(options.corpus, how, show)
@@ -33,6 +33,7 @@ def command(options: argparse.Namespace) -> int:
         question = plan_row.Question(
             keeps_passes=options.settings.keeps_passes,
             gpus=options.gpus or 1,
+            placement=options.settings.placement,
             corpus=read,
             max_batch=options.max_batch,
             longest_row=options.max_length_that_fits,

@@ -31,7 +31,7 @@ from lightweight.child.process import see_gpus
 from lightweight.cli import checkpoints
 from lightweight.cli.callbacks import Checkpoints, Progress
 from lightweight.cli.checkpoints import Interruption, step_of
-from lightweight.cli.choice import choose, instead
+from lightweight.cli.choice import choose, instead, placed
 from lightweight.cli.job import Job, JobError
 from lightweight.cli.output import Interrupted, Output, OutputError
 from lightweight.cli.result import finish, publish_finished
@@ -92,7 +92,7 @@ def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) 
     device = worker.describe_device(ranks.local_rank()) if on_gpu else Device(name=f"{platform.machine()} CPU")
     try:
         target = _target(job.target, device, on_gpu)
-        method = job.settings.applied([methods.named(job.method)])[0] if job.method else None
+        method = job.settings.applied([methods.named(job.method)], ranks.world_size())[0] if job.method else None
     except ValueError as error:
         raise JobError(str(error)) from error
     if on_gpu and ranks.world_size() > 1:
@@ -107,6 +107,7 @@ def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) 
             method, step = ranks.of_first(lambda: choose(job, model, target, device, before, progress, dialogues))
         check_layers(method, model)
         trial = _trial(job, model, method, target, dialogues, on_gpu)
+        trial = ranks.of_first(lambda: placed(trial, job, before, device, progress))
         if job.resume:
             _check_same(trial, before, output)
         if before and before.is_finished:

@@ -86,8 +86,8 @@ def make_trainer(
         "report_to": "none",
         "disable_tqdm": True,
     }
-    if trial.is_sharded:
-        arguments |= ranks.SHARDED
+    if trial.world_size > 1:
+        arguments |= ranks.SHARDED if trial.is_sharded else ranks.REPLICATED
     # As the method has them: what its device cannot do, accelerate leaves out, and a forecast is of another device.
     own = dict(trial.method.on_rank(trial.world_size).training_arguments)
     if trial.device_index is None:
