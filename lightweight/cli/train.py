@@ -119,6 +119,11 @@ def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) 
     except REFUSALS:
         raise
     except Exception as error:  # safetensors and torch tell a full disk, and a file's limit, each in their own way
+        if ranks.world_size() > 1 and ranks.is_of_a_lost_one(error):
+            raise ranks.RanksError(
+                f"rank {ranks.rank()} of {ranks.world_size()}: another rank is gone: --resume goes on after the last "
+                "checkpoint, also with another number of ranks"
+            ) from error
         if os.strerror(errno.EFBIG) in str(error) or (ranks.is_first() and output.is_at_limit):
             raise _unwritable(output, "a file of it is larger than ulimit -f allows: raise that") from error
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or (ranks.is_first() and output.is_full):
@@ -304,12 +309,32 @@ def _check_same(trial: Trial, before: Interrupted | None, output: Output) -> Non
     for line in before.passed_over:
         say(line)
     settings = json.loads(json.dumps(record.settings(trial)))
-    if differ := record.differing_settings(before.settings, settings):
+    differ = record.differing_settings(before.settings, settings)
+    if _is_on_other_ranks(before.settings, settings):
+        was, now = (of.get("world_size", 1) for of in (before.settings, settings))
+        say(f"going on with {now} rank{'s' * (now > 1)} where there were {was}: steps and losses stay, but for dropout")
+        differ = {key: pair for key, pair in differ.items() if key not in OF_RANKS}
+    if differ:
         was = ", ".join(f"{key} was {then!r} and is {now!r}" for key, (then, now) in differ.items())
         raise JobError(
             f"--resume: the job in {before.place} is another one: {was}: give the options it was started with, "
             "or --overwrite without --resume"
         )
+
+
+OF_RANKS = ("world_size", "placement", "per_device_train_batch_size", "gradient_accumulation_steps")
+"""Settings that follow from a method and the number of its ranks."""
+
+
+def _is_on_other_ranks(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a job of the same method goes on with another number of ranks, whose checkpoint any number can read: one
+    of shards has the optimizer's state as FSDP2 gathers it."""
+    is_same = then.get("method_digest") == now["method_digest"]
+    return (
+        is_same
+        and then.get("world_size") != now["world_size"]
+        and "sharded" not in (then.get("placement"), now["placement"])
+    )
 
 
 def _written(model: Model, output: Output, seed: int, settings: Mapping[str, Any]) -> Model:

@@ -8,6 +8,7 @@ those of one rank, in its order, whatever the number of ranks, and so are the lo
 from __future__ import annotations
 
 import os
+import re
 import socket
 import tempfile
 from collections import deque
@@ -177,6 +178,12 @@ def is_first_to_say() -> bool:
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
     )
     return bool(store.add(f"lightweight/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1)
+
+
+def is_of_a_lost_one(error: BaseException) -> bool:
+    """Whether `error` says that another rank no longer answers: gloo tells that as any other failure."""
+    lost = re.search(r"gloo.*(closed by peer|reset by peer|Broken pipe|Timed out|timeout)", str(error), re.IGNORECASE)
+    return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and lost is not None)
 
 
 def draws(trainer: Trainer, rows: Sequence[Any]) -> SeedableRandomSampler:

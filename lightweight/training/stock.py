@@ -7,6 +7,7 @@ that an epoch is a round and training goes on from round to round.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -363,6 +364,8 @@ class _RankTrainer(_MeasuredTrainer):
         super().create_accelerator_and_postprocess()
         if self.args.fsdp:
             ranks.gather_as_stored(self)
+        # its new name is not known to every version that is supported
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
