@@ -469,20 +469,19 @@ def ranks(entries: Sequence[Entry]) -> Table:
         each = entry.rank_peak_allocated_bytes or [entry.peak_allocated_bytes]
         return ", ".join("-" if peak is None else size(peak) for peak in each)
 
+    def network(entry: Entry) -> str:
+        scale = (entry.changed or {}).get("scale")
+        return ", ".join(str(said) for said in (entry.placement, scale and f"scale {scale}") if said) or "-"
+
     columns: list[Column[tuple[Entry, Entry | None]]] = [
         *((heading, side, _first(cell)) for heading, side, cell in _names(entries)),
         ("outcome", "l", _first(lambda e: words.outcome(e) + f", rank {e.failed_rank}" * (e.failed_rank is not None))),
         ("tokens/s", "r", _first(lambda entry: _rate(rate(entry)))),
         *((heading, side, _first(cell)) for heading, side, cell in _shares(entries)),
         ("a GPU", "r", _first(lambda entry: _rate(entry.rank_tokens_per_second if rate(entry) else None))),
-        ("placement", "l", _first(lambda entry: entry.placement or "-")),
-        (
-            "scale",
-            "l",
-            _first(lambda entry: str((entry.changed or {}).get("scale", "fixed")) if entry.placement else "-"),
-        ),
         ("of one GPU", "r", gained),
         ("peak of each", "r", _first(peaks)),
+        ("network", "l", _first(network)),
         ("forecast", "r", _first(words.forecast)),
         ("held-out loss", "l", _first(words.loss)),
     ]
