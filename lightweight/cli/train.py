@@ -31,7 +31,7 @@ from lightweight.child.process import see_gpus
 from lightweight.cli import checkpoints
 from lightweight.cli.callbacks import Checkpoints, Progress
 from lightweight.cli.checkpoints import Interruption, step_of
-from lightweight.cli.choice import choose, instead, placed
+from lightweight.cli.choice import choose, instead, placed, timed
 from lightweight.cli.job import Job, JobError
 from lightweight.cli.output import Interrupted, Output, OutputError
 from lightweight.cli.result import finish, publish_finished
@@ -107,11 +107,14 @@ def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) 
             method, step = ranks.of_first(lambda: choose(job, model, target, device, before, progress, dialogues))
         check_layers(method, model)
         trial = _trial(job, model, method, target, dialogues, on_gpu)
-        trial = ranks.of_first(lambda: placed(trial, job, before, device, progress))
+        placement = ranks.of_first(lambda: placed(trial, job, before, device, progress).placement)
+        trial = replace(trial, placement=placement)
         if job.resume:
             _check_same(trial, before, output)
         if before and before.is_finished:
             return publish_finished(before.settings, output)
+        if step is None:
+            step = ranks.of_first(lambda: timed(trial, device, progress))
         progress(f"{trial.name}: loading")
         settings = record.settings(trial)
         trial = replace(trial, model=ranks.of_first(lambda: _written(model, output, job.seed, settings)))
@@ -285,6 +288,7 @@ def _target(name: str | None, device: Device, on_gpu: bool) -> Target:
 
 def _trial(job: Job, model: Model, method: Method, target: Target, dialogues: corpus.Corpus, on_gpu: bool) -> Trial:
     try:
+        record.check_searched(job.settings.learning_rate, model.name, method)
         return Trial(
             model=model,
             method=method,
@@ -295,6 +299,7 @@ def _trial(job: Job, model: Model, method: Method, target: Target, dialogues: co
             max_steps=job.max_steps,
             device_index=0 if on_gpu else None,
             world_size=ranks.world_size(),
+            placement=job.settings.placement or "replicated",
             **job.settings.rows,
         )
     except ValueError as error:
