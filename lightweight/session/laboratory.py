@@ -93,7 +93,7 @@ class Laboratory(Choices):
         if trial.world_size == 1:
             return trial
         said = said or self.settings.placement
-        if said is not None or trial.device_index is None:
+        if said is not None or trial.target.budget_bytes is None:
             return dataclasses.replace(trial, placement=said or "replicated")
         try:
             return placing.placed(trial, self.forecast)
