@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler
 
 from conftest import torchruns
 from lightweight import models, targets
+from lightweight.captured import agreement
 from lightweight.child import failure, worker
 from lightweight.child.owner import Child
 from lightweight.internals.multiprocessing import forkserver_pid
@@ -463,6 +464,26 @@ def test_a_trial_whose_folder_is_gone_is_an_outcome_also_for_several_ranks(trial
 
 
 RUN = worker.run
+
+
+def run_drawing_otherwise(connection, trial, *rest) -> None:
+    """`worker.run`, where the Trainer is found to draw other rows than the captured step."""
+    agreement.Reference.draws = lambda reference, passes: False  # type: ignore[method-assign]
+    RUN(connection, trial, *rest)
+
+
+def test_a_captured_step_that_is_not_the_trainers_is_left_to_it_on_several_ranks_too(trial, tmp_path, monkeypatch):
+    trial = replace(trial, method=quick(METHODS["lora-captured"]), max_steps=6)
+    one = outcome(trial, tmp_path / "one")
+    monkeypatch.setattr(worker, "run", run_drawing_otherwise)
+    two = outcome(replace(trial, world_size=2), tmp_path / "two")
+    assert isinstance(two, Completed), two
+    assert two.measured.capture_note is not None
+    assert two.measured.capture_note.endswith(
+        "the Trainer runs the steps, since it draws other rows than the captured step"
+    )
+    assert two.measured.train_loss == pytest.approx(one.measured.train_loss, abs=EQUAL)
+    assert two.measured.heldout_loss_after == pytest.approx(one.measured.heldout_loss_after, abs=EQUAL)
 
 
 def run_and_stop_in_save(connection, trial, folder, started, environment, *rest) -> None:
