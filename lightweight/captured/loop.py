@@ -82,8 +82,7 @@ class CapturedTraining:
         """Lay the job out in static shapes, see that its step is the Trainer's, warm it up and capture it, leaving no
         trace in what is trained. Whether `train` can follow; where not, the Trainer is to train, from where it was.
 
-        The meter's facts say how the steps will really run. Raises RanksError where they would be the Trainer's and
-        there are several ranks, which share what the captured step trains in another way.
+        The meter's facts say how the steps will really run.
         """
         self._prepare_network()
         self.epochs = Epochs(
@@ -108,8 +107,6 @@ class CapturedTraining:
         }
         if not agrees:
             self.step.passes.recompute(0, keeps_random_numbers=True)
-        if not agrees and self.trial.world_size > 1:
-            raise ranks.RanksError(f"{self.trial.name}: {self.notes[-1]}: train it on one rank")
         return agrees
 
     def train(self, checkpoint: Path | None = None) -> None:
