@@ -21,6 +21,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from torch.nn.functional import rms_norm
 
 from lightweight.captured import blocks, gates, kernels, recomputed, rotary
+from lightweight.captured.joined import Placing
 from lightweight.captured.kernels import Norm
 from lightweight.captured.projections import Family
 from lightweight.internals import torch as torch_internals
@@ -46,6 +47,7 @@ class Lean:
         self.changed: list[Any] = []
         device = next(model.parameters()).device
         self._seed = torch.zeros((), dtype=torch.int64, device=device)
+        self._placing = Placing()
         adapted: list[Any] = [module for module in model.modules() if _is_plain_lora(module)]
         if not adapted:
             self._undo_rotations: Callable[[], None] = lambda: None
@@ -53,8 +55,9 @@ class Lean:
         rotations, self._undo_rotations = rotary.install(model)
         norms = {module: norm for module in model.modules() if (norm := _norm_of(module)) is not None}
         families = self._project(model, adapted, rotations)
-        self._norm(model, norms, rotations)
+        self._norm(model, norms, rotations, families)
         self._activate(model, families)
+        self._placing.place()
 
     def _project(
         self, model: torch.nn.Module, adapted: list[Any], rotations: dict[Any, rotary.Rotation]
@@ -70,17 +73,33 @@ class Lean:
             in_place = parent in rotations and kernels.take(self._seed)
             joins = not turns or in_place or hasattr(parent, "gate_proj")
             family = Family(modules, self._seed, site, joins=joins, most=most)
+            family.place_by(self._placing)
             for index, module in enumerate(modules):
                 self._change(module, functools.partial(family.project, index))
             site += len(modules)
             families |= dict.fromkeys(modules, family)
         return families
 
-    def _norm(self, model: torch.nn.Module, norms: dict[Any, Norm], rotations: dict[Any, rotary.Rotation]) -> None:
+    def _norm(
+        self,
+        model: torch.nn.Module,
+        norms: dict[Any, Norm],
+        rotations: dict[Any, rotary.Rotation],
+        families: dict[Any, Family],
+    ) -> None:
         """Have norms computed again in the backward pass, with the sums they are of, and the turns that follow them."""
+        layers = list(blocks.blocks_of(model, norms))
+        rooms: dict[Any, int] = {}
+        for block in layers:
+            for taker, name in zip((block.layer.self_attn, block.layer.mlp), block.form.before, strict=True):
+                norm = getattr(block.layer, name)
+                theirs = [families[child] for child in taker.children() if child in families]
+                width = norms[norm].weight.numel()
+                rooms[norm] = max((each.room for each in theirs if each.takes(width)), default=0)
         for module, norm in norms.items():
-            self._change(module, functools.partial(blocks.normed, module, norm))
-        for block in blocks.blocks_of(model, norms):
+            self._change(module, functools.partial(blocks.normed, module, norm, rooms.get(module, 0)))
+        for block in layers:
+            block.rooms.update(rooms)
             self._change(block.layer, block.forward)
         for attention, rotation in rotations.items():
             heads: list[Any] = [getattr(attention, name, None) for name in HEAD_NORMS]
@@ -106,8 +125,9 @@ class Lean:
                 self._change(module, forward)
 
     def roll(self) -> None:
-        """Draw the seed of the next forward pass's dropout, on the device."""
+        """Draw the seed of the next forward pass's dropout, on the device, and place the adapters as they are now."""
         self._seed.random_(2**31)
+        self._placing.place()
 
     def undo(self) -> None:
         """Give every layer its own forward pass back."""

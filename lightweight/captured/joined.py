@@ -1,0 +1,299 @@
+"""Which frozen layers are one product, and are their adapters in it? Query, key and value as one feed a matrix unit
+better than one by one, and so do gate and up.
+
+Where nothing is dropped, the factors of an adapter go beside the weight, in one matrix:
+
+    [x, x A'] [W, B]' = x W' + x A' B'        [dy, dy B] [W; A] = dy W + dy B A
+
+so that what the adapter adds to the layer's output and to the gradient of its input costs no pass over either. It asks
+for rows that have room at their end for what comes between the factors: their owner leaves it (`kernels.with_room`) and
+says so (`has_room`); a gradient lies as what it is of does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from lightweight import preload  # isort: skip  # noqa: F401  # before bitsandbytes
+
+import bitsandbytes.functional
+import torch
+from bitsandbytes.nn.modules import Linear4bit
+
+from lightweight.captured import kernels
+from lightweight.captured.kernels import Placed
+from lightweight.internals import torch as torch_internals
+
+Adapter = tuple[torch.Tensor, torch.Tensor]
+"""Its factors a [r, in] and b [out, r]."""
+
+MOST_RANKS = 128
+"""Ranks of all adapters of a family that one kernel's program has in its registers."""
+
+ALIGNED = 8
+"""Numbers of two bytes that a product loads at once: rows that begin elsewhere halve its speed."""
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The weights of several layers as one, [sum of `widths`, in], and their biases. Where they are of 4 bits, they are
+    made one when they are dequantized."""
+
+    bases: list[Any]
+    widths: list[int]
+    whole: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """[sum of widths, in]."""
+        if self.whole is not None:
+            return self.whole
+        packed: Any = [base.weight for base in self.bases]
+        shape = sum(self.widths), self.bases[0].in_features
+        joint = torch.empty(shape, dtype=packed[0].quant_state.dtype, device=packed[0].device)
+        for part, each in zip(joint.split(self.widths), packed, strict=True):
+            if kernels.compute():  # bitsandbytes finds no shape right for fake tensors
+                bitsandbytes.functional.dequantize_4bit(each.data, each.quant_state, out=part)
+        return joint.to(dtype)
+
+    def bias_in(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """[sum of widths], if any."""
+        return None if self.bias is None else self.bias.to(dtype)
+
+
+@torch.no_grad()
+def joint_of(bases: list[Any], most: int) -> Joint | None:
+    """Several layers as one; the weights of whole ones become parts of one. None where that cannot be, and where one of
+    4 bits would have more than `most` elements."""
+    biases = [base.bias for base in bases if base.bias is not None]
+    if len(bases) == 1 or len(biases) not in (0, len(bases)):
+        return None
+    bias = torch.cat(biases) if biases else None
+    widths = [base.out_features for base in bases]
+    if all(isinstance(base, Linear4bit) for base in bases):
+        elements = sum(widths) * bases[0].in_features
+        is_fast = elements <= most and kernels.take(bases[0].weight)
+        return Joint(bases, widths, None, bias) if is_fast else None
+    if any(type(base) is not torch.nn.Linear for base in bases):
+        return None
+    weights = [base.weight for base in bases]
+    if (whole := _as_they_lie(weights)) is None:
+        whole = torch.cat(weights)
+        for weight, part in zip(weights, whole.split(widths), strict=True):
+            weight.data = part
+    return Joint(bases, widths, whole, bias)
+
+
+def _as_they_lie(weights: list[torch.Tensor]) -> torch.Tensor | None:
+    """Weights [out, in] as one, [sum of out, in], where each already lies behind the one before it."""
+    first, place = weights[0], weights[0].storage_offset()
+    storage = torch_internals.address(first.untyped_storage())
+    for weight in weights:
+        is_next = torch_internals.address(weight.untyped_storage()) == storage and weight.storage_offset() == place
+        if not (is_next and weight.is_contiguous() and weight.dtype == first.dtype):
+            return None
+        place += weight.numel()
+    rows = sum(weight.shape[0] for weight in weights)
+    return first.detach().as_strided((rows, first.shape[1]), first.stride(), first.storage_offset())
+
+
+def side_by_side(grads: list[torch.Tensor | None], room: int = 0) -> torch.Tensor | None:
+    """Gradients [tokens, out], all in one tensor, [tokens, sum of out]: where they are parts of one already, or the
+    first are, in rows with room for the rest, which are then copied there. Behind these there may be `room`. None where
+    they lie elsewhere."""
+    first = grads[0]
+    if first is None or any(grad is None for grad in grads):
+        return None
+    tokens, width = first.shape[0], sum(grad.shape[1] for grad in grads if grad is not None)
+    storage, stride = first.untyped_storage(), first.stride(0)
+    if stride not in (width, width + room) or first.stride(1) != 1 or first.storage_offset() != 0:
+        return None
+    if storage.nbytes() != tokens * stride * first.element_size():
+        return None
+    row, place = first.as_strided((tokens, width), (stride, 1)), 0
+    for grad in grads:
+        assert grad is not None
+        is_there = torch_internals.address(grad.untyped_storage()) == torch_internals.address(storage)
+        if is_there and (grad.stride() != (stride, 1) or grad.storage_offset() != place):
+            return None
+        if not is_there:
+            row[:, place : place + grad.shape[1]].copy_(grad)
+        place += grad.shape[1]
+    return row
+
+
+# With their adapters
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Frozen layers and all their adapters as one `matrix`, [[W, B], [A, -]], of `out` + `ranks` rows and `width` +
+    `ranks` columns; B has each adapter's factor where the rows of its layer and its own columns meet, and zeros
+    elsewhere, and A has their scaling in it."""
+
+    matrix: torch.Tensor
+    widths: list[int]
+    ranks: list[int]
+    bias: torch.Tensor | None
+
+    @property
+    def out(self) -> int:
+        """The outputs of all layers together."""
+        return sum(self.widths)
+
+    @property
+    def width(self) -> int:
+        """The inputs."""
+        return self.matrix.shape[1] - self.room
+
+    @property
+    def room(self) -> int:
+        """How much of it rows of inputs and of outputs' gradients want at their end."""
+        return sum(self.ranks)
+
+    def forward(self, x: torch.Tensor, *, has_room: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The outputs, [tokens, out] with room, of `x` [tokens, in], and what the second factors were multiplied with,
+        [tokens, ranks]. What `has_room` is written to there."""
+        tokens, (matrix, out) = x.shape[0], (self.matrix, self.out)
+        y = kernels.with_room(torch.Size((tokens, out)), self.room, x)
+        if has_room:
+            beside = x.as_strided((tokens, self.room), x.stride(), x.storage_offset() + self.width)
+            inner = kernels.project(x, self._first, 1.0, beside)
+            x = x.as_strided((tokens, self.width + self.room), x.stride(), x.storage_offset())
+            self._product(x, matrix[:out], y)
+            return y, inner
+        inner = kernels.project(x, self._first, 1.0)
+        self._product(x, matrix[:out, : self.width], y)
+        return y.addmm_(inner, self._second.t()), inner
+
+    def backward(self, grad: torch.Tensor, *, reaches_x: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What comes back through the second factors, [tokens, ranks], and the gradient of the input, if that is asked
+        for, given that of the outputs, [tokens, out], whose rows have room: it is written to."""
+        reached = grad.as_strided((grad.shape[0], self.room), grad.stride(), grad.storage_offset() + self.out)
+        torch.mm(grad, self._second, out=reached)
+        if not reaches_x:
+            return reached, None
+        row = grad.as_strided((grad.shape[0], self.out + self.room), grad.stride(), grad.storage_offset())
+        return reached, row @ self.matrix[:, : self.width]
+
+    def with_room(self, *grads: torch.Tensor | None) -> torch.Tensor:
+        """The gradients of the layers' outputs, not all of them None, [tokens, out] with room: where they lie, if they
+        lie so, or copied."""
+        flat = [None if grad is None else kernels.flat(grad)[0] for grad in grads]
+        row = side_by_side(flat, self.room)
+        if row is not None and row.stride(0) == self.out + self.room:
+            return row
+        like = next(grad for grad in flat if grad is not None)
+        row = kernels.with_room(torch.Size((like.shape[0], self.out)), self.room, like)
+        for part, grad in zip(row.split(self.widths, -1), flat, strict=True):
+            part.zero_() if grad is None else part.copy_(grad)
+        return row
+
+    def placements(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Where the factors go: of each adapter, for a and for b."""
+        places, row, column = [], 0, 0
+        for width, rank in zip(self.widths, self.ranks, strict=True):
+            a = self.matrix[self.out + column : self.out + column + rank, : self.width]
+            b = self.matrix[row : row + width, self.width + column : self.width + column + rank]
+            places.append((a, b))
+            row, column = row + width, column + rank
+        return places
+
+    @property
+    def _first(self) -> torch.Tensor:
+        return self.matrix[self.out :, : self.width]
+
+    @property
+    def _second(self) -> torch.Tensor:
+        return self.matrix[: self.out, self.width :]
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
+        if self.bias is None:
+            torch.mm(x, weight.t(), out=y)
+        else:
+            torch.addmm(self.bias, x, weight.t(), out=y)
+
+
+_WHOLES: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()
+"""The matrix that a layer's weight is a part of, by the first layer of a family."""
+
+
+@torch.no_grad()
+def whole_of(bases: list[Any], adapters: Sequence[Adapter | None]) -> Whole | None:
+    """Layers with all their adapters as one, whose weights become parts of it; None where that cannot be. The adapters
+    drop nothing."""
+    if any(type(base) is not torch.nn.Linear for base in bases) or None in adapters:
+        return None
+    biases = [base.bias for base in bases if base.bias is not None]
+    widths, ranks = [base.out_features for base in bases], [each[0].shape[0] for each in adapters if each is not None]
+    width, out, room = bases[0].in_features, sum(widths), sum(ranks)
+    dtype = bases[0].weight.dtype
+    tensors = [base.weight for base in bases] + [factor for each in adapters if each is not None for factor in each]
+    if len(biases) not in (0, len(bases)) or any(tensor.dtype != dtype for tensor in tensors):
+        return None
+    if room > MOST_RANKS or any(size % ALIGNED for size in (width, out, room)):
+        return None
+    shape = out + room, width + room
+    matrix = _WHOLES.get(bases[0])
+    parts = [] if matrix is None else matrix[:out, :width].split(widths) if matrix.shape == shape else []
+    if not parts or not all(_is_there(base.weight, part) for base, part in zip(bases, parts, strict=True)):
+        matrix = torch.empty(shape, dtype=dtype, device=bases[0].weight.device)
+        matrix[:out, width:] = 0
+        for base, part in zip(bases, matrix[:out, :width].split(widths), strict=True):
+            part.copy_(base.weight)
+            base.weight.data = part
+        _WHOLES[bases[0]] = matrix
+    assert matrix is not None
+    return Whole(matrix, widths, ranks, torch.cat(biases) if biases else None)
+
+
+def _is_there(weight: torch.Tensor, part: torch.Tensor) -> bool:
+    """Whether `weight` lies where `part` does."""
+    return (
+        torch_internals.address(weight.untyped_storage()) == torch_internals.address(part.untyped_storage())
+        and (weight.storage_offset(), weight.stride(), weight.shape, weight.dtype)
+        == (part.storage_offset(), part.stride(), part.shape, part.dtype)
+    )  # fmt: skip
+
+
+class Placing:
+    """Has the factors of adapters, as they are now, placed beside their layers' weights."""
+
+    def __init__(self) -> None:
+        self._sources: list[torch.Tensor] = []
+        self._targets: list[torch.Tensor] = []
+        self._scales: list[float] = []
+        self._made: tuple[list[int], Placed] | None = None
+
+    def add(self, whole: Whole, adapters: Sequence[Adapter | None], scalings: Sequence[float]) -> None:
+        """Place these as well, the first factors with their scalings."""
+        for adapter, places, scaling in zip(adapters, whole.placements(), scalings, strict=True):
+            assert adapter is not None
+            self._sources += adapter
+            self._targets += places
+            self._scales += [scaling, 1.0]
+
+    def place(self) -> None:
+        """Do so: a kernel, whatever their number."""
+        if not self._sources:
+            return
+        where = [weight.data_ptr() for weight in self._sources] if kernels.compute() else []
+        if self._made is None or self._made[0] != where:
+            self._made = where, self._placed()
+        kernels.place(self._made[1])
+
+    def _placed(self) -> Placed:
+        """What the kernel is told. Waits for the device."""
+        pairs = list(zip(self._sources, self._targets, strict=True))
+        device = pairs[0][0].device
+        addresses = [(a.data_ptr(), b.data_ptr()) if kernels.compute() else (0, 0) for a, b in pairs]
+        sizes = [(a.numel(), a.shape[1], b.stride(0)) for a, b in pairs]
+        return Placed(
+            torch.tensor(addresses, dtype=torch.int64, device=device),
+            torch.tensor(sizes, dtype=torch.int64, device=device),
+            torch.tensor(self._scales, device=device),
+            pairs[0][0].detach(),
+        )
