@@ -96,7 +96,7 @@ def gated(module: Any, activation: Activation, down: Family | None, x: torch.Ten
         assert projection.adapter is not None
         projected: torch.Tensor
         if down.whole is not None:
-            projected = _GatedWhole.apply(gate, up, *projection.adapter, down.whole, projection.scaling, activation)  # type: ignore[no-untyped-call]
+            projected = _GatedWhole.apply(gate, up, *projection.adapter, projection.scaling, down.whole, activation)  # type: ignore[no-untyped-call]
         else:
             projected = _GatedProject.apply(gate, up, *projection.adapter, projection, activation)  # type: ignore[no-untyped-call]
         return projected
@@ -182,9 +182,9 @@ class _GatedWhole(torch.autograd.Function):
         gate: torch.Tensor,
         up: torch.Tensor,
         a: torch.Tensor,
-        b: torch.Tensor,
-        whole: Whole,
+        _b: torch.Tensor,
         scaling: float,
+        whole: Whole,
         activation: Activation,
     ) -> torch.Tensor:
         product, _ = kernels.flat(kernels.gate(gate, up, activation, whole.room))

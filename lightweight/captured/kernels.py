@@ -536,8 +536,8 @@ def gate_project_backward(
         "gate_project_backward", (count, _over(width, COLUMNS)),
         grad, reached.grad, gate, let_through, a, grad_gate, grad_up, shares, reached.scaling, tokens, width,
         a.shape[0], stride, grad_stride, reached.grad.stride(0),
-        activation=activation, reaches=not reached.is_in, rank=_padded(a.shape[0]), share=ROWS_OF_A_SHARE, rows=16, columns=COLUMNS,
-        num_warps=8,
+        activation=activation, reaches=not reached.is_in, rank=_padded(a.shape[0]), share=ROWS_OF_A_SHARE, rows=16,
+        columns=COLUMNS, num_warps=8,
     )  # fmt: skip
     return grad_gate, grad_up, shares.sum(0)
 

@@ -32,10 +32,10 @@ class Family:
         self._modules, self._seed, self._site = modules, seed, site
         projections = [Projection.of(module, site) for module in modules]
         bases = [projection.base for projection in projections]
-        self.whole = None
-        if (joins or len(bases) == 1) and kernels.take(seed) and _drop_nothing(modules):
-            if len({projection.scaling for projection in projections}) == 1:
-                self.whole = joined.whole_of(bases, [projection.adapter for projection in projections])
+        self.whole: Whole | None = None
+        is_alike = len({projection.scaling for projection in projections}) == 1 and _drop_nothing(modules)
+        if (joins or len(bases) == 1) and kernels.take(seed) and is_alike:
+            self.whole = joined.whole_of(bases, [projection.adapter for projection in projections])
         self._joint = joined.joint_of(bases, most) if joins and self.whole is None else None
         self._x: torch.Tensor | None = None
         self._waiting: dict[int, torch.Tensor] = {}
