@@ -23,7 +23,7 @@ import torch
 from lightweight.internals.triton import build_launcher
 
 try:
-    from lightweight.captured import triton_kernels, triton_rotary
+    from lightweight.captured import triton_flash, triton_kernels, triton_rotary
 except ImportError:  # no Triton
     triton_kernels = None  # type: ignore[assignment]
 
@@ -149,7 +149,8 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 
 def _kernel(name: str) -> Any:
-    return getattr(triton_rotary if hasattr(triton_rotary, name) else triton_kernels, name)
+    of = next(module for module in (triton_rotary, triton_flash, triton_kernels) if hasattr(module, name))
+    return getattr(of, name)
 
 
 def _compile(name: str, types: tuple[object, ...], settings: dict[str, Any]) -> None:
@@ -159,7 +160,7 @@ def _compile(name: str, types: tuple[object, ...], settings: dict[str, Any]) -> 
 
 
 def launch(name: str, programs: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
-    """Have `programs` of the kernel called `name`, in `triton_kernels` or `triton_rotary`, run on the device."""
+    """Have `programs` of the kernel called `name`, in one of the modules of such, run on the device."""
     if _tell is not None:
         _tell(name, programs, arguments, settings)
     if not _computes:
@@ -169,7 +170,7 @@ def launch(name: str, programs: tuple[int, ...], *arguments: Any, **settings: An
         kernel[programs](*arguments, **settings)
         return
     types = tuple(argument.dtype if isinstance(argument, torch.Tensor) else argument for argument in arguments)
-    varying = triton_kernels.VARYING
+    varying = getattr(kernel, "do_not_specialize", None) or ()
     key = (
         name,
         *(value for parameter, value in zip(kernel.arg_names, types, strict=False) if parameter not in varying),

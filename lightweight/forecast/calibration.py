@@ -43,6 +43,8 @@ INSTEAD = {
     "reduction of columns": "reduction of rows",
     "row by row": "elementwise",
     "dequantization": "elementwise",
+    "our attention, causal": "cudnn attention, causal",
+    "our attention backward, causal": "cudnn attention backward, causal",
 }
 """What kind of kernel stands in for one that was not measured."""
 

@@ -97,7 +97,8 @@ class Watch:
     ) -> None:
         """Count a kernel of `captured.triton_kernels`."""
         self._operators += self.times
-        self._kernels[triton_kernel(name, programs, arguments, settings)] += self.times
+        if name != "attend_backward_query":  # the first half of a backward pass, counted with the second
+            self._kernels[triton_kernel(name, programs, arguments, settings)] += self.times
 
     def work(self) -> Work:
         """What was seen so far."""
@@ -116,7 +117,9 @@ PASSED_OVER_AGAIN = {
 
 
 def triton_kernel(name: str, programs: Sequence[int], arguments: Sequence[Any], settings: Mapping[str, Any]) -> Kernel:
-    """A launch of the kernel called `name` in `captured.triton_kernels`."""
+    """A launch of the kernel called `name` in `captured.triton_kernels` or beside it."""
+    if name.startswith("attend"):
+        return _attended(name, arguments)
     again = PASSED_OVER_AGAIN.get(name, {})
     if name == "rotate" and arguments[0] is arguments[2]:
         again = {0: 1, 1: 1}  # in place
@@ -128,6 +131,16 @@ def triton_kernel(name: str, programs: Sequence[int], arguments: Sequence[Any], 
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
     kind = name + " with dropout" * bool(settings.get("drops")) + " with a norm" * bool(settings.get("normed"))
     return Kernel(kind, _dtype(first), (total, math.prod(programs)), 0, total)
+
+
+def _attended(name: str, arguments: Sequence[Any]) -> Kernel:
+    """Attention by the kernels of `captured.triton_flash`. A window's share is not known here."""
+    is_backward = name.endswith("key")
+    query = arguments[1 if is_backward else 0]
+    time = next(argument for argument in arguments if isinstance(argument, int))
+    tokens, heads, width = query.shape
+    sizes = (max(1, tokens // time) * heads, time, time, width)
+    return attention("our", _dtype(query), sizes, causal=True, masked=False, backward=is_backward)
 
 
 # torch's and bitsandbytes'
