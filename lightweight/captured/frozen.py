@@ -73,7 +73,8 @@ class Lean:
             in_place = parent in rotations and kernels.take(self._seed)
             joins = not turns or in_place or hasattr(parent, "gate_proj")
             family = Family(modules, self._seed, site, joins=joins, most=most)
-            family.place_by(self._placing)
+            if family.whole is not None:
+                self._placing.add(family.whole)
             for index, module in enumerate(modules):
                 self._change(module, functools.partial(family.project, index))
             site += len(modules)

@@ -95,8 +95,8 @@ def gated(module: Any, activation: Activation, down: Family | None, x: torch.Ten
     if kernels.take(gate) and down is not None and (projection := down.alone()) is not None:
         assert projection.adapter is not None
         projected: torch.Tensor
-        if down.whole is not None:
-            projected = _GatedWhole.apply(gate, up, *projection.adapter, projection.scaling, down.whole, activation)  # type: ignore[no-untyped-call]
+        if down.whole is not None and gate.dtype == down.whole.dtype:
+            projected = _GatedWhole.apply(gate, up, *projection.adapter, down.whole, activation)  # type: ignore[no-untyped-call]
         else:
             projected = _GatedProject.apply(gate, up, *projection.adapter, projection, activation)  # type: ignore[no-untyped-call]
         return projected
@@ -183,24 +183,23 @@ class _GatedWhole(torch.autograd.Function):
         up: torch.Tensor,
         a: torch.Tensor,
         _b: torch.Tensor,
-        scaling: float,
         whole: Whole,
         activation: Activation,
     ) -> torch.Tensor:
         product, _ = kernels.flat(kernels.gate(gate, up, activation, whole.room))
         y, inner = whole.forward(product, has_room=True)
         ctx.save_for_backward(gate, up, a, inner)
-        ctx.settings = whole, scaling, activation
+        ctx.settings = whole, activation
         return y.view(*gate.shape[:-1], whole.out)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up, a, inner = ctx.saved_tensors
-        whole, scaling, activation = ctx.settings
+        whole, activation = ctx.settings
         grad = whole.with_room(grad_output)
         reached, grad_product = whole.backward(grad, reaches_x=True)
         assert grad_product is not None
-        through = kernels.Reached(reached, a, scaling, is_in=True)
+        through = kernels.Reached(reached, a, whole.scaling, is_in=True)
         grad_gate, grad_up, grad_a = kernels.gate_project_backward(grad_product, through, gate, up, activation)
-        _, grad_b = factor_gradients(whole, grad, reached, inner, None, scaling)
-        return grad_gate, grad_up, grad_a, grad_b, None, None, None
+        _, grad_b = factor_gradients(whole, grad, reached, inner, None)
+        return grad_gate, grad_up, grad_a, grad_b, None, None

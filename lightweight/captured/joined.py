@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from lightweight import preload  # isort: skip  # noqa: F401  # before bitsandbytes
@@ -24,7 +25,6 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 
 from lightweight.captured import kernels
-from lightweight.captured.kernels import Placed
 from lightweight.internals import torch as torch_internals
 
 Adapter = tuple[torch.Tensor, torch.Tensor]
@@ -130,54 +130,72 @@ def side_by_side(grads: list[torch.Tensor | None], room: int = 0) -> torch.Tenso
 
 @dataclass(frozen=True)
 class Whole:
-    """Frozen layers and all their adapters as one `matrix`, [[W, B], [A, -]], of `out` + `ranks` rows and `width` +
-    `ranks` columns; B has each adapter's factor where the rows of its layer and its own columns meet, and zeros
-    elsewhere, and A has their scaling in it."""
+    """Frozen layers and all their adapters as one matrix, [[W, B], [A, -]], of `out` + `room` rows and `width` + `room`
+    columns; B has each adapter's factor where the rows of its layer and its own columns meet, and zeros elsewhere, and
+    A has their `scaling` in it. It is there, or made of weights of 4 bits whenever it is asked for."""
 
-    matrix: torch.Tensor
-    widths: list[int]
-    ranks: list[int]
+    bases: list[Any]
+    adapters: list[Adapter]
+    scaling: float
     bias: torch.Tensor | None
+    there: torch.Tensor | None
 
-    @property
+    @cached_property
+    def widths(self) -> list[int]:
+        """The outputs of each layer."""
+        return [base.out_features for base in self.bases]
+
+    @cached_property
+    def ranks(self) -> list[int]:
+        """Of each adapter."""
+        return [a.shape[0] for a, _ in self.adapters]
+
+    @cached_property
     def out(self) -> int:
         """The outputs of all layers together."""
         return sum(self.widths)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """The inputs."""
-        return self.matrix.shape[1] - self.room
+        return int(self.bases[0].in_features)
 
-    @property
+    @cached_property
     def room(self) -> int:
         """How much of it rows of inputs and of outputs' gradients want at their end."""
         return sum(self.ranks)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of all of it."""
+        return self.adapters[0][0].dtype
+
     def forward(self, x: torch.Tensor, *, has_room: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The outputs, [tokens, out] with room, of `x` [tokens, in], and what the second factors were multiplied with,
         [tokens, ranks]. What `has_room` is written to there."""
-        tokens, (matrix, out) = x.shape[0], (self.matrix, self.out)
+        matrix, tokens, out, width = self._matrix(), x.shape[0], self.out, self.width
         y = kernels.with_room(torch.Size((tokens, out)), self.room, x)
+        first, second = matrix[out:, :width], matrix[:out, width:]
         if has_room:
-            beside = x.as_strided((tokens, self.room), x.stride(), x.storage_offset() + self.width)
-            inner = kernels.project(x, self._first, 1.0, beside)
-            x = x.as_strided((tokens, self.width + self.room), x.stride(), x.storage_offset())
+            beside = x.as_strided((tokens, self.room), x.stride(), x.storage_offset() + width)
+            inner = kernels.project(x, first, 1.0, beside)
+            x = x.as_strided((tokens, width + self.room), x.stride(), x.storage_offset())
             self._product(x, matrix[:out], y)
             return y, inner
-        inner = kernels.project(x, self._first, 1.0)
-        self._product(x, matrix[:out, : self.width], y)
-        return y.addmm_(inner, self._second.t()), inner
+        inner = kernels.project(x, first, 1.0)
+        self._product(x, matrix[:out, :width], y)
+        return y.addmm_(inner, second.t()), inner
 
     def backward(self, grad: torch.Tensor, *, reaches_x: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What comes back through the second factors, [tokens, ranks], and the gradient of the input, if that is asked
         for, given that of the outputs, [tokens, out], whose rows have room: it is written to."""
-        reached = grad.as_strided((grad.shape[0], self.room), grad.stride(), grad.storage_offset() + self.out)
-        torch.mm(grad, self._second, out=reached)
+        matrix, tokens = self._matrix(), grad.shape[0]
+        reached = grad.as_strided((tokens, self.room), grad.stride(), grad.storage_offset() + self.out)
+        torch.mm(grad, matrix[: self.out, self.width :], out=reached)
         if not reaches_x:
             return reached, None
-        row = grad.as_strided((grad.shape[0], self.out + self.room), grad.stride(), grad.storage_offset())
-        return reached, row @ self.matrix[:, : self.width]
+        row = grad.as_strided((tokens, self.out + self.room), grad.stride(), grad.storage_offset())
+        return reached, row @ matrix[:, : self.width]
 
     def with_room(self, *grads: torch.Tensor | None) -> torch.Tensor:
         """The gradients of the layers' outputs, not all of them None, [tokens, out] with room: where they lie, if they
@@ -192,23 +210,28 @@ class Whole:
             part.zero_() if grad is None else part.copy_(grad)
         return row
 
-    def placements(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Where the factors go: of each adapter, for a and for b."""
+    def placements(self) -> list[Adapter]:
+        """Where the factors of each adapter go, in the matrix that is there."""
         places, row, column = [], 0, 0
+        if self.there is None:
+            return []
         for width, rank in zip(self.widths, self.ranks, strict=True):
-            a = self.matrix[self.out + column : self.out + column + rank, : self.width]
-            b = self.matrix[row : row + width, self.width + column : self.width + column + rank]
+            a = self.there[self.out + column : self.out + column + rank, : self.width]
+            b = self.there[row : row + width, self.width + column : self.width + column + rank]
             places.append((a, b))
             row, column = row + width, column + rank
         return places
 
-    @property
-    def _first(self) -> torch.Tensor:
-        return self.matrix[self.out :, : self.width]
-
-    @property
-    def _second(self) -> torch.Tensor:
-        return self.matrix[: self.out, self.width :]
+    def _matrix(self) -> torch.Tensor:
+        if self.there is not None:
+            return self.there
+        shape = self.out + self.room, self.width + self.room
+        matrix = torch.empty(shape, dtype=self.dtype, device=self.adapters[0][0].device)
+        row = column = 0
+        for base, adapter in zip(self.bases, self.adapters, strict=True):
+            _unpack(base, adapter, self.scaling, matrix, (row, column), (self.out, self.room))
+            row, column = row + base.out_features, column + adapter[0].shape[0]
+        return matrix
 
     def _product(self, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
         if self.bias is None:
@@ -217,24 +240,60 @@ class Whole:
             torch.addmm(self.bias, x, weight.t(), out=y)
 
 
+ELEMENTS = 4096
+"""Of a program that makes numbers of 4 bits."""
+
+FACTORS = 8
+"""Programs that place the factors of a layer's adapter beside it."""
+
+
+def _unpack(
+    base: Any,
+    adapter: Adapter,
+    scaling: float,
+    matrix: torch.Tensor,
+    place: tuple[int, int],
+    sizes: tuple[int, int],
+) -> None:
+    """A layer of 4 bits and its adapter's factors into a `matrix` of `sizes` outputs and ranks, at a `place` among
+    these. bitsandbytes/functional.py, `dequantize_4bit`."""
+    (a, b), state, (row, column), (out, room) = adapter, base.weight.quant_state, place, sizes
+    outer, scales = state.state2 if state.nested else None, state.absmax
+    programs = -(-base.out_features * base.in_features // ELEMENTS)
+    kernels.launch(
+        "unpack", (programs + FACTORS,),
+        base.weight.data, scales, state.code, scales if outer is None else outer.absmax,
+        state.code if outer is None else outer.code, scales if outer is None else state.offset, a, b, matrix, scaling,
+        row, column, base.out_features, base.in_features, out, a.shape[0], room, matrix.stride(0), programs,
+        block=state.blocksize, outer_block=1 if outer is None else outer.blocksize, nested=outer is not None,
+        elements=ELEMENTS,
+    )  # fmt: skip
+
+
 _WHOLES: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()
 """The matrix that a layer's weight is a part of, by the first layer of a family."""
 
 
 @torch.no_grad()
-def whole_of(bases: list[Any], adapters: Sequence[Adapter | None]) -> Whole | None:
+def whole_of(bases: list[Any], adapters: Sequence[Adapter | None], scaling: float) -> Whole | None:
     """Layers with all their adapters as one, whose weights become parts of it; None where that cannot be. The adapters
     drop nothing."""
-    if any(type(base) is not torch.nn.Linear for base in bases) or None in adapters:
-        return None
+    own = [adapter for adapter in adapters if adapter is not None]
     biases = [base.bias for base in bases if base.bias is not None]
-    widths, ranks = [base.out_features for base in bases], [each[0].shape[0] for each in adapters if each is not None]
-    width, out, room = bases[0].in_features, sum(widths), sum(ranks)
-    dtype = bases[0].weight.dtype
-    tensors = [base.weight for base in bases] + [factor for each in adapters if each is not None for factor in each]
-    if len(biases) not in (0, len(bases)) or any(tensor.dtype != dtype for tensor in tensors):
+    if len(own) < len(bases) or len(biases) not in (0, len(bases)):
+        return None
+    widths, room = [base.out_features for base in bases], sum(a.shape[0] for a, _ in own)
+    width, out, dtype = bases[0].in_features, sum(widths), own[0][0].dtype
+    factors = [factor for adapter in own for factor in adapter]
+    if any(factor.dtype != dtype or not factor.is_contiguous() for factor in factors):
         return None
     if room > MOST_RANKS or any(size % ALIGNED for size in (width, out, room)):
+        return None
+    bias = torch.cat(biases).to(dtype) if biases else None
+    if all(isinstance(base, Linear4bit) for base in bases):
+        is_known = all(_is_known(base.weight, dtype) for base in bases)
+        return Whole(bases, own, scaling, bias, None) if is_known else None
+    if any(type(base) is not torch.nn.Linear or base.weight.dtype != dtype for base in bases):
         return None
     shape = out + room, width + room
     matrix = _WHOLES.get(bases[0])
@@ -246,17 +305,36 @@ def whole_of(bases: list[Any], adapters: Sequence[Adapter | None]) -> Whole | No
             part.copy_(base.weight)
             base.weight.data = part
         _WHOLES[bases[0]] = matrix
-    assert matrix is not None
-    return Whole(matrix, widths, ranks, torch.cat(biases) if biases else None)
+    return Whole(bases, own, scaling, bias, matrix)
+
+
+def _is_known(weight: Any, dtype: torch.dtype) -> bool:
+    """Whether a weight of 4 bits is packed as `_unpack` takes it, and stands for numbers of this format."""
+    state = weight.quant_state
+    return (
+        weight.dtype == torch.uint8
+        and state.dtype == dtype
+        and state.code is not None
+        and (not state.nested or (state.state2 is not None and state.offset is not None))
+    )
 
 
 def _is_there(weight: torch.Tensor, part: torch.Tensor) -> bool:
     """Whether `weight` lies where `part` does."""
-    return (
-        torch_internals.address(weight.untyped_storage()) == torch_internals.address(part.untyped_storage())
-        and (weight.storage_offset(), weight.stride(), weight.shape, weight.dtype)
-        == (part.storage_offset(), part.stride(), part.shape, part.dtype)
-    )  # fmt: skip
+    at, to = ((x.storage_offset(), x.stride(), x.shape, x.dtype) for x in (weight, part))
+    storages = (torch_internals.address(x.untyped_storage()) for x in (weight, part))
+    return at == to and len(set(storages)) == 1
+
+
+class Placed(NamedTuple):
+    """Matrices that a kernel copies, each to where its rows lie further apart: `addresses` [matrices, 2] of both,
+    `sizes` [matrices, 3], their elements, columns, and the stride of the copy, and `scales` [matrices], what they are
+    multiplied with; all on their device. `like` is one of them."""
+
+    addresses: torch.Tensor
+    sizes: torch.Tensor
+    scales: torch.Tensor
+    like: torch.Tensor
 
 
 class Placing:
@@ -268,13 +346,12 @@ class Placing:
         self._scales: list[float] = []
         self._made: tuple[list[int], Placed] | None = None
 
-    def add(self, whole: Whole, adapters: Sequence[Adapter | None], scalings: Sequence[float]) -> None:
-        """Place these as well, the first factors with their scalings."""
-        for adapter, places, scaling in zip(adapters, whole.placements(), scalings, strict=True):
-            assert adapter is not None
+    def add(self, whole: Whole) -> None:
+        """Place these as well, the first factors with their scaling."""
+        for adapter, places in zip(whole.adapters, whole.placements(), strict=False):
             self._sources += adapter
             self._targets += places
-            self._scales += [scaling, 1.0]
+            self._scales += [whole.scaling, 1.0]
 
     def place(self) -> None:
         """Do so: a kernel, whatever their number."""
@@ -283,7 +360,8 @@ class Placing:
         where = [weight.data_ptr() for weight in self._sources] if kernels.compute() else []
         if self._made is None or self._made[0] != where:
             self._made = where, self._placed()
-        kernels.place(self._made[1])
+        placed = self._made[1]
+        kernels.launch("place", (len(placed.scales), 4), *placed, elements=2048)
 
     def _placed(self) -> Placed:
         """What the kernel is told. Waits for the device."""

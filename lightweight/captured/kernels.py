@@ -20,10 +20,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from lightweight.internals.torch import address
 from lightweight.internals.triton import build_launcher
 
 try:
-    from lightweight.captured import triton_flash, triton_kernels, triton_rotary
+    from lightweight.captured import triton_flash, triton_joined, triton_kernels, triton_rotary
 except ImportError:  # no Triton
     triton_kernels = None  # type: ignore[assignment]
 
@@ -149,7 +150,9 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 
 def _kernel(name: str) -> Any:
-    of = next(module for module in (triton_rotary, triton_flash, triton_kernels) if hasattr(module, name))
+    of = next(
+        module for module in (triton_rotary, triton_flash, triton_joined, triton_kernels) if hasattr(module, name)
+    )
     return getattr(of, name)
 
 
@@ -294,22 +297,6 @@ def _project_backward(
         share=ROWS_OF_A_SHARE, columns=COLUMNS, **settings, **tile,
     )  # fmt: skip
     return shares.sum(0)
-
-
-class Placed(NamedTuple):
-    """Matrices that `place` copies, each to where its rows lie further apart: `addresses` [matrices, 2] of both,
-    `sizes` [matrices, 3], their elements, columns, and the stride of the copy, and `scales` [matrices], what they are
-    multiplied with; all on their device. `like` is one of them."""
-
-    addresses: torch.Tensor
-    sizes: torch.Tensor
-    scales: torch.Tensor
-    like: torch.Tensor
-
-
-def place(placed: Placed) -> None:
-    """Copy all matrices."""
-    launch("place", (len(placed.scales), 4), *placed, elements=2048)
 
 
 def cross_entropy_(logits: torch.Tensor, vocabulary: int, targets: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -482,11 +469,11 @@ def gate(gate: torch.Tensor, up: torch.Tensor | None, activation: Activation, ro
 def gate_backward(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None, activation: Activation
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The gradients of `gate` and `up`, given that of what `gate` returned: side by side in one tensor, as the output
-    of one product would be, with the room that this has behind each row."""
+    """The gradients of `gate` and `up`, given that of what `gate` returned: side by side in one tensor, in the place of
+    the two where these are parts of one."""
     grad, (gate, up, stride) = grad.contiguous(), _rows_alike(gate, up)
     width = gate.shape[-1]
-    grad_gate, grad_up, grad_stride = _like_gate(gate, up, stride)
+    grad_gate, grad_up, grad_stride = _for_gradients(gate, up, stride)
     launch(
         "gate_backward", (gate.numel() // width, _over(width, GATE_COLUMNS)),
         grad, gate, gate if up is None else up, grad_gate, grad_gate if grad_up is None else grad_up, stride,
@@ -496,18 +483,19 @@ def gate_backward(
     return grad_gate, grad_up
 
 
-def _like_gate(
+def _for_gradients(
     gate: torch.Tensor, up: torch.Tensor | None, stride: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, int]:
-    """Memory for the gradients of both, side by side, and how far its rows lie apart: as far as theirs where they lie
-    side by side in rows of a product with room."""
+    """Memory for the gradients of both, side by side, and how far its rows lie apart. It is their own where they lie so
+    themselves: nobody asks for them any more, and they are the widest there is."""
     width = gate.shape[-1]
     if up is None:
         return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device), None, width
-    is_one = up.storage_offset() - gate.storage_offset() == width and gate.storage_offset() == 0
-    row = stride if is_one and stride >= 2 * width else 2 * width
-    whole = torch.empty(*gate.shape[:-1], row, dtype=gate.dtype, device=gate.device)
-    return whole[..., :width], whole[..., width : 2 * width], row
+    is_one = address(gate.untyped_storage()) == address(up.untyped_storage())
+    if is_one and stride >= 2 * width and up.storage_offset() - gate.storage_offset() == width:
+        return gate.detach(), up.detach(), stride
+    whole = torch.empty(*gate.shape[:-1], 2 * width, dtype=gate.dtype, device=gate.device)
+    return whole[..., :width], whole[..., width:], 2 * width
 
 
 class Reached(NamedTuple):
@@ -529,7 +517,7 @@ def gate_project_backward(
     grad, (gate, let_through, stride) = grad.contiguous(), _rows_alike(gate, up)
     width, a = gate.shape[-1], reached.a if reached.is_in else reached.a.contiguous()
     tokens = gate.numel() // width
-    grad_gate, grad_up, grad_stride = _like_gate(gate, let_through, stride)
+    grad_gate, grad_up, grad_stride = _for_gradients(gate, let_through, stride)
     assert grad_up is not None
     count = _over(tokens, ROWS_OF_A_SHARE)
     shares = torch.empty(count, *a.shape, dtype=a.dtype, device=a.device)

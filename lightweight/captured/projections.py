@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from lightweight.captured import joined, kernels
 from lightweight.captured.dropout import drop, drop_backward, probability
-from lightweight.captured.joined import MOST_RANKS, Joint, Placing, Whole
+from lightweight.captured.joined import MOST_RANKS, Joint, Whole
 from lightweight.captured.recomputed import recipe_of
 
 
@@ -35,16 +35,11 @@ class Family:
         self.whole: Whole | None = None
         is_alike = len({projection.scaling for projection in projections}) == 1 and _drop_nothing(modules)
         if (joins or len(bases) == 1) and kernels.take(seed) and is_alike:
-            self.whole = joined.whole_of(bases, [projection.adapter for projection in projections])
+            adapters = [projection.adapter for projection in projections]
+            self.whole = joined.whole_of(bases, adapters, projections[0].scaling)
         self._joint = joined.joint_of(bases, most) if joins and self.whole is None else None
         self._x: torch.Tensor | None = None
         self._waiting: dict[int, torch.Tensor] = {}
-
-    def place_by(self, placing: Placing) -> None:
-        """Have the factors of its adapters placed beside its weights where these are one with them."""
-        if self.whole is not None:
-            projections = [Projection.of(module, self._site) for module in self._modules]
-            placing.add(self.whole, [each.adapter for each in projections], [each.scaling for each in projections])
 
     @property
     def room(self) -> int:
@@ -62,9 +57,9 @@ class Family:
             function, sources = recipe_of(x)
             adapters = [weight for projection in projections for weight in projection.adapter or ()]
             outputs: Any
-            if self.whole is not None:
-                scaling, has_room = projections[0].scaling, getattr(x, "room", 0) >= self.room
-                outputs = _ProjectWhole.apply(x, self.whole, scaling, has_room, function, *adapters, *sources)  # type: ignore[no-untyped-call]
+            if self.whole is not None and x.dtype == self.whole.dtype:
+                has_room = getattr(x, "room", 0) >= self.room
+                outputs = _ProjectWhole.apply(x, self.whole, has_room, function, *adapters, *sources)  # type: ignore[no-untyped-call]
             else:
                 outputs = _Project.apply(x, self._seed, projections, self._joint, function, *adapters, *sources)  # type: ignore[no-untyped-call]
             self._x, self._waiting = x, dict(enumerate(outputs))
@@ -195,7 +190,6 @@ class _ProjectWhole(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         whole: Whole,
-        scaling: float,
         has_room: bool,
         function: Callable[..., torch.Tensor] | None,
         *tensors: torch.Tensor,
@@ -204,24 +198,24 @@ class _ProjectWhole(torch.autograd.Function):
         flat, _ = kernels.flat(x)
         y, inner = whole.forward(flat, has_room=has_room)
         ctx.save_for_backward(inner, *tensors[2 * len(whole.widths) :])
-        ctx.settings = whole, scaling, function, x.shape
+        ctx.settings = whole, function, x.shape
         ctx.set_materialize_grads(False)
         return y.view(*x.shape[:-1], whole.out).split(whole.widths, -1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        whole, scaling, function, shape = ctx.settings
+        whole, function, shape = ctx.settings
         inner, *sources = ctx.saved_tensors
         x = sources[0] if function is None else function(*sources)
         x = x.reshape(-1, x.shape[-1])
         row = whole.with_room(*grad_outputs)
         reached, grad_x = whole.backward(row, reaches_x=ctx.needs_input_grad[0])
-        factors = factor_gradients(whole, row, reached, inner, x, scaling)
-        return None if grad_x is None else grad_x.view(shape), None, None, None, None, *factors, *(None,) * len(sources)
+        factors = factor_gradients(whole, row, reached, inner, x)
+        return None if grad_x is None else grad_x.view(shape), None, None, None, *factors, *(None,) * len(sources)
 
 
 def factor_gradients(
-    whole: Whole, grad: torch.Tensor, reached: torch.Tensor, inner: torch.Tensor, x: torch.Tensor | None, scaling: float
+    whole: Whole, grad: torch.Tensor, reached: torch.Tensor, inner: torch.Tensor, x: torch.Tensor | None
 ) -> list[torch.Tensor | None]:
     """Those of each adapter's two factors, given that of the layers' outputs [tokens, out], what came back through the
     second factors, what they were multiplied with and the layers' input; without that, None in the first ones' place.
@@ -229,7 +223,7 @@ def factor_gradients(
     firsts: list[torch.Tensor | None] = [None] * len(whole.ranks)
     if x is not None:
         first = torch.empty(whole.room, x.shape[-1], dtype=x.dtype, device=x.device)
-        firsts = [*first.addmm_(reached.t(), x, beta=0, alpha=scaling).split(whole.ranks)]
+        firsts = [*first.addmm_(reached.t(), x, beta=0, alpha=whole.scaling).split(whole.ranks)]
     second = grad.t() @ inner  # of each layer and each adapter; the layer's own is asked for
     seconds = [part.split(whole.ranks, -1)[index].contiguous() for index, part in enumerate(second.split(whole.widths))]
     return [factor for pair in zip(firsts, seconds, strict=True) for factor in pair]

@@ -441,18 +441,3 @@ def gate_project_backward(  # type: ignore[no-untyped-def]
         tl.store(grad_gate + place, change * passed * slope, mask=inside)
     first = tl.program_id(0) * rank_ * width
     tl.store(grad_a + first + unit[:, None] * width + column[None, :], total * scale, mask=there)
-
-
-@triton.jit
-def place(addresses, sizes, scales, like, elements: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Matrices, each times a number, copied to where their rows lie further apart: `addresses` [matrices, 2] has those
-    of both, `sizes` [matrices, 3] elements, columns and the stride of the copy."""
-    index = tl.program_id(0)
-    kind = tl.pointer_type(like.dtype.element_ty)
-    source, target = tl.load(addresses + 2 * index).to(kind), tl.load(addresses + 2 * index + 1).to(kind)
-    count, width = tl.load(sizes + 3 * index), tl.load(sizes + 3 * index + 1)
-    stride, scale = tl.load(sizes + 3 * index + 2), tl.load(scales + index)
-    for start in range(tl.program_id(1) * elements, count, tl.num_programs(1) * elements):
-        place = start + tl.arange(0, elements)
-        value = tl.load(source + place, mask=place < count, other=0.0).to(tl.float32) * scale
-        tl.store(target + place // width * stride + place % width, value, mask=place < count)
