@@ -204,8 +204,8 @@ class _Kernel:
     heads: int
     width: int
     window: int | None
-    cap: float | None
-    is_ours: bool
+    cap: float | None = None
+    is_ours: bool = False
 
 
 OFF = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
