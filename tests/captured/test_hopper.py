@@ -11,7 +11,7 @@ from lightweight.captured.agreement import Deviation, PartError, Parts
 from lightweight.captured.check import Check
 from lightweight.captured.flash import Reach, Sequences
 from lightweight.captured.hopper import Sees, Tile
-from tests.captured.test_kernels import DEVICE, HAS_CUDA, apart, exact, gradient, near, random  # noqa: F401
+from tests.captured.test_kernels import DEVICE, HAS_CUDA, apart, exact, gradient, random  # noqa: F401
 
 SMALL = Tile(16, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)
 CASES = {
@@ -76,8 +76,8 @@ def check_attention(width, dtype, lengths, window, cap, group):
     expected.backward(upstream.cpu().double())
     found = [output.detach(), *(gradient(leaf) for leaf in leaves)]
     for own, right in zip(found, (expected.detach(), *(gradient(leaf) for leaf in exactly)), strict=True):
-        if dtype == torch.float32:
-            near(own, right)
+        if dtype == torch.float32:  # where a token sees itself alone, the gradient of its scores is rounding
+            torch.testing.assert_close(own.cpu().double(), right, rtol=0, atol=1e-5)
         else:
             assert (own.cpu().double() - right).norm() <= flash.OFF[dtype] * right.norm()
 
