@@ -229,7 +229,7 @@ class Whole:
         matrix = torch.empty(shape, dtype=self.dtype, device=self.adapters[0][0].device)
         row = column = 0
         for base, adapter in zip(self.bases, self.adapters, strict=True):
-            _unpack(base, adapter, self.scaling, matrix, (row, column), (self.out, self.room))
+            unpack(base, adapter, self.scaling, matrix, (row, column), (self.out, self.room))
             row, column = row + base.out_features, column + adapter[0].shape[0]
         return matrix
 
@@ -247,7 +247,7 @@ FACTORS = 8
 """Programs that place the factors of a layer's adapter beside it."""
 
 
-def _unpack(
+def unpack(
     base: Any,
     adapter: Adapter,
     scaling: float,
@@ -309,7 +309,7 @@ def whole_of(bases: list[Any], adapters: Sequence[Adapter | None], scaling: floa
 
 
 def _is_known(weight: Any, dtype: torch.dtype) -> bool:
-    """Whether a weight of 4 bits is packed as `_unpack` takes it, and stands for numbers of this format."""
+    """Whether a weight of 4 bits is packed as `unpack` takes it, and stands for numbers of this format."""
     state = weight.quant_state
     return (
         weight.dtype == torch.uint8

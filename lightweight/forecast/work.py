@@ -97,8 +97,7 @@ class Watch:
     ) -> None:
         """Count a kernel of `captured.triton_kernels`."""
         self._operators += self.times
-        if name != "attend_backward_query":  # the first half of a backward pass, counted with the second
-            self._kernels[triton_kernel(name, programs, arguments, settings)] += self.times
+        self._kernels[triton_kernel(name, programs, arguments, settings)] += self.times
 
     def work(self) -> Work:
         """What was seen so far."""
@@ -134,13 +133,16 @@ def triton_kernel(name: str, programs: Sequence[int], arguments: Sequence[Any], 
 
 
 def _attended(name: str, arguments: Sequence[Any]) -> Kernel:
-    """Attention by the kernels of `captured.triton_flash`. A window's share is not known here."""
-    is_backward = name.endswith("key")
-    query = arguments[1 if is_backward else 0]
+    """Attention by the kernels of `captured.triton_flash`. What a window spares is not known here."""
+    query = arguments[0] if name == "attend" else arguments[1]
     time = next(argument for argument in arguments if isinstance(argument, int))
     tokens, heads, width = query.shape
     sizes = (max(1, tokens // time) * heads, time, time, width)
-    return attention("our", _dtype(query), sizes, causal=True, masked=False, backward=is_backward)
+    whole = attention("our", _dtype(query), sizes, causal=True, masked=False, backward=name != "attend")
+    if name == "attend":
+        return whole
+    of, share = ("queries", 0.4) if name.endswith("query") else ("keys", 0.6)
+    return whole._replace(kind=f"our attention backward of {of}, causal", flop=int(whole.flop * share))
 
 
 # torch's and bitsandbytes'
