@@ -65,9 +65,10 @@ class Joint:
 
 
 @torch.no_grad()
-def joint_of(bases: list[Any], most: int) -> Joint | None:
-    """Several layers as one; the weights of whole ones become parts of one. None where that cannot be, and where one of
-    4 bits would have more than `most` elements."""
+def joint_of(bases: list[Any], between: Sequence[torch.Tensor], most: int) -> Joint | None:
+    """Several layers as one; the weights of whole ones become parts of one, and move together with those that were
+    loaded `between` them: what they leave is then as large as what the next layer's need, and they take it. None where
+    that cannot be, and where one of 4 bits would have more than `most` elements."""
     biases = [base.bias for base in bases if base.bias is not None]
     if len(bases) == 1 or len(biases) not in (0, len(bases)):
         return None
@@ -81,9 +82,11 @@ def joint_of(bases: list[Any], most: int) -> Joint | None:
         return None
     weights = [base.weight for base in bases]
     if (whole := _as_they_lie(weights)) is None:
-        whole = torch.cat(weights)
-        for weight, part in zip(weights, whole.split(widths), strict=True):
-            weight.data = part
+        moved = [*weights, *(weight for weight in between if weight.dtype == weights[0].dtype)]
+        storage = torch.cat([weight.flatten() for weight in moved])
+        for weight, part in zip(moved, storage.split([weight.numel() for weight in moved]), strict=True):
+            weight.data = part.view(weight.shape)
+        whole = _as_they_lie(weights)
     return Joint(bases, widths, whole, bias)
 
 

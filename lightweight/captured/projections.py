@@ -3,7 +3,7 @@ once, whatever the number of their adapters; or nothing, where that can be compu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,10 +25,19 @@ class Family:
 
     Dropout is drawn from `seed`, one number on the device, for each layer with a number of its own from `site` on.
     `joins`: whether their outputs may be parts of one tensor; `most` is how many elements a weight may have that is
-    dequantized for all of them.
+    dequantized for all of them. Frozen weights `between` theirs move with them.
     """
 
-    def __init__(self, modules: list[Any], seed: torch.Tensor, site: int, *, joins: bool, most: int = 0) -> None:
+    def __init__(
+        self,
+        modules: list[Any],
+        seed: torch.Tensor,
+        site: int,
+        *,
+        joins: bool,
+        most: int = 0,
+        between: Sequence[torch.Tensor] = (),
+    ) -> None:
         self._modules, self._seed, self._site = modules, seed, site
         projections = [Projection.of(module, site) for module in modules]
         bases = [projection.base for projection in projections]
@@ -37,7 +46,7 @@ class Family:
         if (joins or len(bases) == 1) and kernels.take(seed) and is_alike:
             adapters = [projection.adapter for projection in projections]
             self.whole = joined.whole_of(bases, adapters, projections[0].scaling)
-        self._joint = joined.joint_of(bases, most) if joins and self.whole is None else None
+        self._joint = joined.joint_of(bases, between, most) if joins and self.whole is None else None
         self._x: torch.Tensor | None = None
         self._waiting: dict[int, torch.Tensor] = {}
 
