@@ -20,10 +20,10 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from torch.nn.functional import rms_norm
 
-from lightweight.captured import blocks, gates, kernels, recomputed, rotary
+from lightweight.captured import blocks, gates, joined, kernels, recomputed, rotary
 from lightweight.captured.joined import Placing
 from lightweight.captured.kernels import Norm
-from lightweight.captured.projections import Family
+from lightweight.captured.projections import Family, layers_of
 from lightweight.internals import torch as torch_internals
 
 SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
@@ -69,9 +69,15 @@ class Lean:
         most = max(module.in_features * module.out_features for module in adapted)
         families: dict[Any, Family] = {}
         site = 0
-        for parent, modules in _families(model, adapted):
+        found = list(_families(model, adapted))
+        joining = {}
+        for parent, modules in found:
             in_place = parent in rotations and kernels.take(self._seed)
-            joins = not turns or in_place or hasattr(parent, "gate_proj")
+            joining[modules[0]] = not turns or in_place or hasattr(parent, "gate_proj")
+        if kernels.take(self._seed):
+            _gather(model, [modules for _, modules in found], joining)
+        for parent, modules in found:
+            joins = joining[modules[0]]
             between = _between(parent, modules)
             family = Family(modules, self._seed, site, joins=joins, most=most, between=between)
             if family.whole is not None:
@@ -241,6 +247,25 @@ def _between(parent: Any, family: list[Any]) -> list[torch.Tensor]:
     others = [child for child in [*children.values()][places[0] : places[-1]] if child not in family]
     bases = [child.get_base_layer() if isinstance(child, peft.tuners.lora.LoraLayer) else child for child in others]
     return [base.weight for base in bases if type(base) is torch.nn.Linear and not base.weight.requires_grad]
+
+
+def _gather(model: torch.nn.Module, families: list[list[Any]], joining: dict[Any, bool]) -> None:
+    """Have the weights of each of a model's layers, those that become one with their adapters, lie in one piece."""
+    owners: dict[Any, Any] = {}
+    for modules in model.modules():
+        for layer in modules.children() if isinstance(modules, torch.nn.ModuleList) else ():
+            for module in layer.modules():
+                owners.setdefault(module, layer)
+    by_owner: dict[Any, list[joined.Layers]] = {}
+    for family in families:
+        layers = layers_of(family, joins=joining[family[0]])
+        if layers is not None and family[0] in owners:
+            by_owner.setdefault(owners[family[0]], []).append(layers)
+    for owner, of_it in by_owner.items():
+        bases = {base for bases, _ in of_it for base in bases}
+        own = {base.weight for base in bases if isinstance(base.weight, torch.nn.Parameter)}
+        others = [weight for weight in owner.parameters() if not weight.requires_grad and weight not in own]
+        joined.gather(of_it, others)
 
 
 def _is_frozen_linear(module: Any) -> bool:

@@ -273,6 +273,9 @@ def unpack(
     )  # fmt: skip
 
 
+Layers = tuple[list[Any], Sequence[Adapter | None]]
+"""Frozen layers that project one input, and their adapters."""
+
 _WHOLES: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()
 """The matrix that a layer's weight is a part of, by the first layer of a family."""
 
@@ -281,34 +284,78 @@ _WHOLES: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()
 def whole_of(bases: list[Any], adapters: Sequence[Adapter | None], scaling: float) -> Whole | None:
     """Layers with all their adapters as one, whose weights become parts of it; None where that cannot be. The adapters
     drop nothing."""
+    if not _can_be_whole(bases, adapters):
+        return None
+    own = [adapter for adapter in adapters if adapter is not None]
+    biases = [base.bias for base in bases if base.bias is not None]
+    bias = torch.cat(biases).to(own[0][0].dtype) if biases else None
+    if isinstance(bases[0], Linear4bit):
+        return Whole(bases, own, scaling, bias, None)
+    gather([(bases, adapters)], [])
+    return Whole(bases, own, scaling, bias, _WHOLES[bases[0]])
+
+
+def _can_be_whole(bases: list[Any], adapters: Sequence[Adapter | None]) -> bool:
     own = [adapter for adapter in adapters if adapter is not None]
     biases = [base.bias for base in bases if base.bias is not None]
     if len(own) < len(bases) or len(biases) not in (0, len(bases)):
-        return None
-    widths, room = [base.out_features for base in bases], sum(a.shape[0] for a, _ in own)
-    width, out, dtype = bases[0].in_features, sum(widths), own[0][0].dtype
-    factors = [factor for adapter in own for factor in adapter]
+        return False
+    dtype, factors = own[0][0].dtype, [factor for adapter in own for factor in adapter]
     if any(factor.dtype != dtype or not factor.is_contiguous() for factor in factors):
-        return None
-    if room > MOST_RANKS or any(size % ALIGNED for size in (width, out, room)):
-        return None
-    bias = torch.cat(biases).to(dtype) if biases else None
+        return False
+    (rows, columns), room = _shape_of(bases, adapters), _room_of(adapters)
+    if room > MOST_RANKS or any(size % ALIGNED for size in (rows, columns, room)):
+        return False
     if all(isinstance(base, Linear4bit) for base in bases):
-        is_known = all(_is_known(base.weight, dtype) for base in bases)
-        return Whole(bases, own, scaling, bias, None) if is_known else None
-    if any(type(base) is not torch.nn.Linear or base.weight.dtype != dtype for base in bases):
-        return None
-    shape = out + room, width + room
-    matrix = _WHOLES.get(bases[0])
-    parts = [] if matrix is None else matrix[:out, :width].split(widths) if matrix.shape == shape else []
-    if not parts or not all(_is_there(base.weight, part) for base, part in zip(bases, parts, strict=True)):
-        matrix = torch.empty(shape, dtype=dtype, device=bases[0].weight.device)
-        matrix[:out, width:] = 0
-        for base, part in zip(bases, matrix[:out, :width].split(widths), strict=True):
+        return all(_is_known(base.weight, dtype) for base in bases)
+    return all(type(base) is torch.nn.Linear and base.weight.dtype == dtype for base in bases)
+
+
+def _shape_of(bases: list[Any], adapters: Sequence[Adapter | None]) -> tuple[int, int]:
+    room = _room_of(adapters)
+    return sum(base.out_features for base in bases) + room, bases[0].in_features + room
+
+
+@torch.no_grad()
+def gather(families: Sequence[Layers], others: Sequence[torch.Tensor]) -> None:
+    """Have whole weights of `families` become parts of matrices with room for their adapters', in one piece of memory,
+    and `others` that lie among them move along: what they leave is then one piece as well, which takes what comes next,
+    and not as many holes."""
+    moving = [
+        family
+        for family in families
+        if _can_be_whole(*family) and not isinstance(family[0][0], Linear4bit) and not _lies_there(*family)
+    ]
+    if not moving:
+        return
+    shapes = [_shape_of(*family) for family in moving]
+    first = moving[0][0][0].weight
+    along = [other for other in others if other.dtype == first.dtype]
+    sizes = [*(rows * columns for rows, columns in shapes), *(other.numel() for other in along)]
+    pieces = torch.empty(sum(sizes), dtype=first.dtype, device=first.device).split(sizes)
+    for (bases, _), shape, piece in zip(moving, shapes, pieces, strict=False):
+        matrix = _WHOLES[bases[0]] = piece.view(shape)
+        width = bases[0].in_features
+        parts = matrix[:, :width].split([*(base.out_features for base in bases), shape[1] - width])
+        matrix[:, width:] = 0
+        for base, part in zip(bases, parts, strict=False):
             part.copy_(base.weight)
             base.weight.data = part
-        _WHOLES[bases[0]] = matrix
-    return Whole(bases, own, scaling, bias, matrix)
+    for other, piece in zip(along, pieces[len(moving) :], strict=True):
+        other.data = piece.copy_(other.flatten()).view(other.shape)
+
+
+def _lies_there(bases: list[Any], adapters: Sequence[Adapter | None]) -> bool:
+    """Whether the weights of layers are parts of such a matrix already."""
+    matrix = _WHOLES.get(bases[0])
+    if matrix is None or matrix.shape != _shape_of(bases, adapters):
+        return False
+    parts = matrix[:, : bases[0].in_features].split([base.out_features for base in bases] + [_room_of(adapters)])
+    return all(_is_there(base.weight, part) for base, part in zip(bases, parts, strict=False))
+
+
+def _room_of(adapters: Sequence[Adapter | None]) -> int:
+    return sum(adapter[0].shape[0] for adapter in adapters if adapter is not None)
 
 
 def _is_known(weight: Any, dtype: torch.dtype) -> bool:

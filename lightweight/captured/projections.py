@@ -42,10 +42,8 @@ class Family:
         projections = [Projection.of(module, site) for module in modules]
         bases = [projection.base for projection in projections]
         self.whole: Whole | None = None
-        is_alike = len({projection.scaling for projection in projections}) == 1 and _drop_nothing(modules)
-        if (joins or len(bases) == 1) and kernels.take(seed) and is_alike:
-            adapters = [projection.adapter for projection in projections]
-            self.whole = joined.whole_of(bases, adapters, projections[0].scaling)
+        if kernels.take(seed) and (layers := layers_of(modules, joins=joins)) is not None:
+            self.whole = joined.whole_of(*layers, projections[0].scaling)
         self._joint = joined.joint_of(bases, between, most) if joins and self.whole is None else None
         self._x: torch.Tensor | None = None
         self._waiting: dict[int, torch.Tensor] = {}
@@ -83,6 +81,16 @@ class Family:
             return None
         projection = Projection.of(self._modules[0], self._site)
         return projection if projection.adapter and not projection.p else None
+
+
+def layers_of(modules: list[Any], *, joins: bool) -> joined.Layers | None:
+    """The frozen layers and adapters of a family that may be one with them: nothing is dropped of its input, and all
+    adapters are scaled alike."""
+    projections = [Projection.of(module, 0) for module in modules]
+    is_alike = len({projection.scaling for projection in projections}) == 1
+    if not (joins or len(modules) == 1) or not is_alike or not _drop_nothing(modules):
+        return None
+    return [projection.base for projection in projections], [projection.adapter for projection in projections]
 
 
 def _drop_nothing(modules: list[Any]) -> bool:
