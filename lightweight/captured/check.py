@@ -50,6 +50,7 @@ class Check:
         self._taken_on: Parts | None = None
         self._expected: list[Expected] = []
         self._both: dict[Expected, tuple[Expected, Expected] | None] = {}  # in half precision and in fp32
+        self._notes: list[str] = []
         self._chaos: float | None = None  # how far half precision moves the Trainer's own gradient, if too far
 
     def draws_the_same(self) -> bool:
@@ -86,6 +87,7 @@ class Check:
             notes = [f"compared in fp32: {moved}", *notes]
         if cut := [each.sample.tokens for each in self._expected if each.sample.tokens is not None]:
             notes = [f"compared over the last {min(cut)} tokens of a row, for which there was memory", *notes]
+        notes = [*self._notes, *notes]
         self._use(agreeing or NOTHING)
         self._expected.clear()
         self._both.clear()
@@ -141,6 +143,13 @@ class Check:
                 off = self._deviation_from(expected, parts)
         if off.is_rounding and parts.attention:
             off = replace(off, error=self._problem_of(flash.check_met, asked_for=False))
+        if not off.is_rounding and flash.has_run_ours():
+            with flash.left_to_torch() as keep:
+                otherwise = self._deviation(parts)
+                if otherwise.is_rounding:
+                    keep()
+                    self._notes.append(f"attention left to torch's kernels: {off}")
+                    return otherwise
         return off
 
     def _deviation_from(self, expected: Expected, parts: Parts) -> Deviation:

@@ -43,6 +43,10 @@ INSTEAD = {
     "reduction of columns": "reduction of rows",
     "row by row": "elementwise",
     "dequantization": "elementwise",
+    "our attention, causal": "cudnn attention, causal",
+    "our attention backward of queries, causal": "cudnn attention backward, causal",
+    "our attention backward of keys, causal": "cudnn attention backward, causal",
+    "unpack": "dequantization",
 }
 """What kind of kernel stands in for one that was not measured."""
 
