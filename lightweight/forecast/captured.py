@@ -150,6 +150,7 @@ def _check(step: Step, epochs: Epochs, reference: Reference, wanted: Parts, reco
     with reference.recomputing():
         expected = reference.gradients(reference.least(begin))
     recorder.meter.phase = "capture"
+    recorder.empty_cache()
     step.make_optimizer()
     _mark_state(step, recorder)
     _use(step, epochs, wanted)
