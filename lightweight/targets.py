@@ -34,8 +34,8 @@ def has_bf16(capability: Capability) -> bool:
 
 
 def is_card(card: str, device_name: str) -> bool:
-    """Whether `device_name` is CUDA's for `card`, the whole of it or its last words: an A100 is no A10, and neither is a
-    part of one, nor the laptop's card of that name."""
+    """Whether `device_name` is CUDA's for `card`, the whole of it or its last words: an A100 is no A10, nor is a part
+    of an A100 one, nor the laptop's card of that name."""
     return device_name == card or device_name.endswith(f" {card}")
 
 
@@ -109,7 +109,7 @@ RATES = {
     "H100 80GB HBM3": _rates(HOPPER_TERA, 3350),
     "H200": _rates(HOPPER_TERA, 4800),
 }
-"""By the last words of the name that CUDA has for the card: NVIDIA's data sheets, and for GeForce the Ada whitepaper's."""
+"""By the last words of CUDA's name of the card: NVIDIA's data sheets, and for GeForce the Ada whitepaper's."""
 
 
 def rates(device_name: str) -> Rates | None:
