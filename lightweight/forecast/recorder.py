@@ -166,8 +166,8 @@ class Recorder(DispatchMode):
         """As `torch.cuda.empty_cache`."""
         self.emptied.append(len(self.events))
 
-    def give_back(self) -> None:
-        """As `captured.agreement.give_back`."""
+    def free_unused(self) -> None:
+        """As `captured.agreement.free_unused`."""
         self.events += [(name, 0) for name in self._workspaces.values()]
         self._workspaces.clear()
         self.empty_cache()
