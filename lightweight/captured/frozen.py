@@ -144,7 +144,7 @@ def _takes(module: Any, norm: Norm) -> bool:
     """Whether an RMS norm of transformers is torch's with its weight, to which some add one. Asked of a twin with
     numbers of its own, since a forecast's weights have none."""
     with torch_internals.with_numbers(), torch.no_grad():
-        twin = gates.twin_of(module, {})
+        twin = torch_internals.twin_of(module, {})
         weight = torch.linspace(0.5, 2.0, norm.weight.numel())
         sample = torch.linspace(-3, 3, 4 * weight.numel()).view(4, -1) * torch.tensor([[1.0], [1.0], [1.0], [1e-3]])
         try:

@@ -141,7 +141,7 @@ def _forecasts(
         target = replace(target, total_bytes=device.total_bytes)
     if device.total_bytes is not None:  # as fast as the card at hand is, whosever memory it has
         target = replace(target, card=device.name)
-    question = plan_row.Question(
+    question = plan_row.PlanOptions(
         keeps_passes=job.settings.keeps_passes, gpus=ranks.world_size(), corpus=read, **job.settings.rows
     )
     try:

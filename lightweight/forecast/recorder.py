@@ -26,6 +26,7 @@ from lightweight.internals.torch import (
     address,
     fake_constant,
     fake_device,
+    has_content,
     in_backward,
     in_kernel_invocation_manager,
     no_dispatch,
@@ -121,8 +122,8 @@ class Recorder(DispatchMode):
         if operator.name() == GROUPED_PRODUCT:
             with no_dispatch():
                 return FakeTensor(self._mode, grouped_product(*arguments, **options), _CPU)
-        if _writes_to_its_first(operator) and type(arguments[0]) is FakeTensor:
-            return arguments[0]  # which has no content to change
+        if _writes_to_its_first(operator) and type(arguments[0]) is FakeTensor and not has_content(arguments[0]):
+            return arguments[0]
         if not _is_pure(operator):
             return operator(*arguments, **options)
         key = operator, _shapes(arguments), _shapes(tuple(options.items()))

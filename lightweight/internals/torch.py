@@ -6,6 +6,7 @@ something runs, where torch has no switch for it.
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import traceback
@@ -47,6 +48,15 @@ def pin(network: Any) -> None:
     """Have `network.to` do nothing from now on: `Module.to` swaps tensors, which fake ones cannot.
     torch/nn/modules/module.py."""
     network.to = lambda *_, **__: network
+
+
+def twin_of(module: nn.Module, children: dict[str, Any]) -> Any:
+    """A copy of `module` with its class's own forward pass and other `children`, of any class; weights are shared.
+    Ibid., `Module._modules`."""
+    twin = copy.copy(module)
+    vars(twin).pop("forward", None)
+    vars(twin)["_modules"] = children
+    return twin
 
 
 def address(storage: torch.UntypedStorage) -> int:
@@ -214,6 +224,12 @@ def fake_constant(mode: FakeTensorMode, value: float) -> FakeTensor:
     with no_dispatch():
         real = torch.full((), value)
     return mode.fake_tensor_converter.from_real_tensor(mode, real, make_constant=True)
+
+
+def has_content(tensor: FakeTensor) -> bool:
+    """Whether `tensor` also carries a number, as what `torch.tensor(0.0)` makes does until a product of unknown content
+    is written into it. torch/_subclasses/fake_tensor.py, `constant`."""
+    return tensor.constant is not None
 
 
 def with_numbers() -> AbstractContextManager[Any]:
