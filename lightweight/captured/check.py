@@ -63,6 +63,7 @@ class Check:
         begin, rows = self._epochs.samples()
         with agreement.nudged(self._names):
             self._expected = [Expected(*self._reference.gradients(begin), self._allowed)]
+        agreement.free_unused(self._step.device)  # what stays is not to lie in the middle of what does not
         self._step.make_optimizer()
         if self._is_half:
             with agreement.nudged(self._names):
@@ -80,6 +81,7 @@ class Check:
         """Take on as many of `parts` as leave the step the Trainer's, with `losses` tried in order. Those, and notes of
         what others were off; None, and what the Trainer expects left as it was, where nothing agrees."""
         self._full = parts
+        agreement.free_unused(self._step.device)  # as in `expect`: weights that are joined move
         with agreement.nudged(self._names):
             agreeing, notes = agreement.search(parts, losses, self._deviation)
         if self._chaos is not None and agreeing is not None:

@@ -39,6 +39,7 @@ from lightweight.captured.packing import Buffers, Layout, Shape
 from lightweight.captured.step import Step
 from lightweight.corpus import Rows
 from lightweight.internals import transformers as transformers_internals
+from lightweight.internals.torch import free_workspaces
 from lightweight.methods import CapturedStep
 from lightweight.training import ranks
 from lightweight.training.meter import Meter
@@ -271,6 +272,7 @@ class CapturedTraining:
                     self.step.compile_kernels(buffers)
                 self.step.run(buffers)  # libraries initialise themselves, and the optimizer its state
                 if pool is None:
+                    free_workspaces()  # a forward pass that holds the backward pass's takes more than the graph
                     with waiting_forbidden():
                         problem = what_cannot_be_captured(self.network, functools.partial(self.step.run, buffers))
                     if problem:

@@ -171,10 +171,11 @@ class Recorder(DispatchMode):
         """As `torch.cuda.empty_cache`."""
         self.emptied.append(len(self.events))
 
-    def free_workspaces(self) -> None:
-        """As `internals.torch.free_workspaces`."""
+    def free_unused(self) -> None:
+        """As `captured.agreement.free_unused`."""
         self.events += [(name, 0) for name in self._workspaces.values()]
         self._workspaces.clear()
+        self.empty_cache()
 
     @contextmanager
     def in_a_stream(self) -> Iterator[None]:
