@@ -198,15 +198,25 @@ def test_chunks_of_which_each_sees_itself_alone_are_no_window(asked):
         assert isinstance(wider, torch.Tensor), "what a mask does counts, not what size it says"
 
 
-def test_heads_that_no_kernel_takes_are_not_joined_to_a_row(asked):
-    wide = torch.randn(1, 1, 12, 264, dtype=torch.float64)
+@pytest.mark.parametrize("width", [264, 20])
+def test_heads_that_no_kernel_takes_are_not_joined_to_a_row(width, asked):
+    wide = torch.randn(1, 1, 12, width, dtype=torch.float64)
     joined = Reach(None, torch.zeros(1, 12), Sequences(torch.tensor([0, 12], dtype=torch.int32), 12))
     assert flash.attend(wide, wide, wide, Reach(), 0.0, None) is None
-    with pytest.raises(PartError, match="heads of 264 and 264 have no flash kernel"):
+    with pytest.raises(PartError, match=f"heads of {width} and {width} have no flash kernel"):
         flash.attend(wide, wide, wide, joined, 0.0, None)
     lengthened = torch.randn(2, 1, 12, 64, dtype=torch.float64)
     with pytest.raises(PartError, match="2 rows are in the place of one"):
         flash.attend(lengthened, lengthened, lengthened, joined, 0.0, None)
+
+
+def test_dialogues_that_share_rows_of_one_width_are_told_apart_by_a_mask(asked):
+    rows = torch.randn(2, 1, 12, 64, dtype=torch.float64)
+    shared = Reach(None, torch.tensor([[0] * 5 + [1] * 7] * 2))
+    assert flash.attend(rows, rows, rows, shared, 0.0, None) is None and not asked
+    assert attention._attend(rows, rows, rows, shared, 0.0, 1.0).equal(
+        attention._attend(rows, rows, rows, shared.mask(12, CPU), 0.0, 1.0)
+    )
 
 
 @pytest.mark.parametrize(
