@@ -247,6 +247,27 @@ def test_nothing_is_dropped_while_dropout_is_off(asked):
         flash.attend(tensor, tensor, tensor, Reach(), 0.5, None)
 
 
+@pytest.mark.parametrize(
+    ("name", "heads", "width", "windows"), [("gemma3_text", 2, 16, (8, None)), ("opt", 1, 8, (None,))]
+)
+def test_every_kernel_that_layers_run_on_is_asked_once(name, heads, width, windows, asked, monkeypatch):
+    model = build(name)
+    attention.install(model)
+    ids = torch.randint(64, (1, 30))
+
+    def met():
+        with attention.on_flash(None):
+            model(input_ids=ids, use_cache=False)
+        return set(flash._met)
+
+    expected = {flash._Kernel(CPU, torch.float64, heads, width, window) for window in windows}
+    assert met() == expected
+    monkeypatch.setattr(flash, "_checked", set())
+    monkeypatch.setattr(flash, "_problem_of", lambda kernel: None)
+    flash.check_met()
+    assert met() == set()
+
+
 def off_by_one(real, *arguments, window, **options):
     return real(*arguments, window=window and window + 1, **options)
 
