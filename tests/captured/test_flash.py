@@ -198,6 +198,10 @@ def test_chunks_of_which_each_sees_itself_alone_are_no_window(asked):
         assert isinstance(wider, torch.Tensor), "what a mask does counts, not what size it says"
 
 
+def test_of_two_windows_the_shorter_is_seen():
+    assert [Reach(first).within(8).window for first in (None, 4, 12)] == [8, 4, 8]
+
+
 @pytest.mark.parametrize("width", [264, 20])
 def test_heads_that_no_kernel_takes_are_not_joined_to_a_row(width, asked):
     wide = torch.randn(1, 1, 12, width, dtype=torch.float64)
@@ -282,6 +286,12 @@ def unscaled(real, *arguments, scale, **options):
     return real(*arguments, scale=1.0, **options)
 
 
+def of_a_wrong_gradient(real, query, key, *arguments, **options):
+    key = key * 1.0
+    key.register_hook(lambda grad: 1.5 * grad)
+    return real(query, key, *arguments, **options)
+
+
 @pytest.mark.parametrize(
     ("fault", "window", "message"),
     [
@@ -290,6 +300,7 @@ def unscaled(real, *arguments, scale, **options):
         (off_by_one, 30, "sees 31 tokens where 30 are to be seen"),
         (one_dialogue, None, "sees 142 tokens where 137 are to be seen"),
         (unscaled, None, "is .* off"),
+        (of_a_wrong_gradient, None, "is 5e-01 off"),
     ],
 )
 def test_a_kernel_that_sees_something_else_is_found(monkeypatch, fault, window, message):
