@@ -239,6 +239,12 @@ def test_a_config_tells_heads_that_kernels_take(config, takes):
     assert flash.takes(AutoConfig.for_model("llama", **{"head_dim": None} | WIDE | config)) is takes
 
 
+@pytest.mark.parametrize(("hidden", "takes"), [(64, True), (40, False)])
+def test_a_config_that_names_no_width_of_heads_tells_it_by_their_number(hidden, takes):
+    config = AutoConfig.for_model("opt", hidden_size=hidden, num_attention_heads=4)
+    assert not hasattr(config, "head_dim") and flash.takes(config) is takes
+
+
 def test_a_config_without_heads_says_nothing_against_them():
     assert flash.takes(AutoConfig.for_model("mamba", hidden_size=30))
 
