@@ -198,6 +198,15 @@ def test_chunks_of_which_each_sees_itself_alone_are_no_window(asked):
         assert isinstance(wider, torch.Tensor), "what a mask does counts, not what size it says"
 
 
+def test_under_autocast_attention_is_in_the_half_that_it_casts_to():
+    single = torch.randn(1, 2, 6, 16)
+    with flash_reference.on_a_cpu():
+        assert flash.attend(single, single, single, Reach(), 0.0, None) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            output = flash.attend(single, single, single, Reach(), 0.0, None)
+    assert output is not None and output.dtype == torch.bfloat16
+
+
 def test_of_two_windows_the_shorter_is_seen():
     assert [Reach(first).within(8).window for first in (None, 4, 12)] == [8, 4, 8]
 
