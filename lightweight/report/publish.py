@@ -92,7 +92,7 @@ COLUMNS: Mapping[str, Word | Number] = {
     "trainable": Number(
         heading="trainable",
         unit="M",
-        form="{:,.3f}",
+        form="{:,.6g}",
         of=lambda s: _millions(s.first.trainable_parameters),
         varies=False,
     ),

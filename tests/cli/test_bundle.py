@@ -115,8 +115,14 @@ def test_requirements_are_exact_and_name_where_torchs_builds_are(project, tmp_pa
     (tmp_path / "gpu.json").write_text(json.dumps(document), "utf-8")
     assert main(["report", str(tmp_path / "gpu.json"), "--bundle", str(tmp_path / "b")]) == 0
     lines = (tmp_path / "b" / "requirements.txt").read_text("utf-8").splitlines()
-    assert "--extra-index-url https://download.pytorch.org/whl/cu130" in lines and "torch==2.11.0+cu130" in lines
-    packages = [line for line in lines if not line.startswith(("#", "--"))]
+    assert "torch==2.11.0+cu130" in lines
+    first = "pip install --no-deps --extra-index-url https://download.pytorch.org/whl/cu130 torch==2.11.0+cu130"
+    assert f"# install this first: {first}" in lines
+    script = (tmp_path / "b" / "repeat.sh").read_text("utf-8")
+    assert script.index(f'    "$PYTHON" -m {first}\n') < script.index(
+        '    "$PYTHON" -m pip install -r requirements.txt'
+    )
+    packages = [line for line in lines if not line.startswith("#")]
     assert all(line.count("==") == 1 for line in packages)
     names = [line.partition("==")[0].lower() for line in packages]
     assert len(names) == len(set(names)) and {"numpy", "scipy", "transformers", "peft", "pytest-benchmark"} <= set(
