@@ -47,7 +47,7 @@ def rate(text: str) -> float:
 
 
 @dataclass(frozen=True)
-class Rates:
+class SweptRates:
     """The learning rate of each method by its name, as `lightweight sweep` found them on the model of that name and
     wrote them to the file `path`. `digests` are those of the methods as they were searched for, at their rates."""
 
@@ -75,9 +75,9 @@ class Rates:
             raise ValueError("is no sweep: give what `lightweight sweep` wrote") from None
 
 
-def rate_or_rates(text: str) -> float | Rates:
+def rate_or_rates(text: str) -> float | SweptRates:
     """A learning rate, or those of a sweep's file. Raises ValueError."""
-    return Rates.read(text) if text.endswith(".json") else rate(text)
+    return SweptRates.read(text) if text.endswith(".json") else rate(text)
 
 
 def warmup(text: str) -> int | float:
@@ -159,13 +159,6 @@ def how_read(said: Callable[[str], Any]) -> How:
     from lightweight.corpus import How
 
     return How(format=said("corpus_format"), skip_bad=said("skip_bad"), held_out=said("held_out"))
-
-
-SCHEDULES = (
-    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"),
-    *("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"),
-)
-"""Those of transformers' `SchedulerType`, which is not imported to say so, that need no evaluation on the way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +254,7 @@ SETTINGS = (
     Setting(
         name="schedule",
         metavar="NAME",
-        read=one_of(*SCHEDULES),
+        read=one_of(*names.SCHEDULES),
         help="how the learning rate goes on, as transformers calls it: linear, cosine, constant, ... (default: the "
         "method's, else linear)",
         of="arguments",
@@ -342,7 +335,7 @@ class Settings:
     padding: str | None = None
     batch_size: int | None = None
     accumulation: int | None = None
-    learning_rate: float | Rates | None = None
+    learning_rate: float | SweptRates | None = None
     schedule: str | None = None
     warmup: int | float | None = None
     lora_rank: int | None = None
@@ -387,7 +380,7 @@ class Settings:
         for setting, given in [*self.given("arguments"), *of_adapter]:
             value = given
             own, says = _own(method, setting)
-            if isinstance(value, Rates):
+            if isinstance(value, SweptRates):
                 if method.name not in value.of:
                     swept = ", ".join(value.of) or "no method"
                     here = f"{setting.flag} {value.path}"

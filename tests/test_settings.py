@@ -10,12 +10,12 @@ from typing import Any, get_args
 import pytest
 from transformers import SchedulerType
 
-from lightweight import arguments, corpus, methods, record, settings
+from lightweight import arguments, corpus, methods, names, record, settings
 from lightweight.corpus import Long, LossOn
 from lightweight.corpus.rows import MIN_LENGTH
 from lightweight.methods import BASELINE, LORA, QLORA, Method, MethodError
 from lightweight.preload import peft
-from lightweight.settings import SCHEDULES, SETTINGS, Settings, as_typed
+from lightweight.settings import SETTINGS, Settings, as_typed
 from lightweight.trial import Padding
 
 RECORDS = Path(__file__).parents[1] / "experiments" / "records"
@@ -204,7 +204,7 @@ def test_a_schedule_that_there_is_not_is_one_line(text, expected):
 
 
 def test_schedules_are_those_of_transformers_that_need_no_evaluation():
-    assert {*SCHEDULES, "reduce_lr_on_plateau", "greedy"} == {kind.value for kind in SchedulerType}
+    assert {*names.SCHEDULES, "reduce_lr_on_plateau", "greedy"} == {kind.value for kind in SchedulerType}
 
 
 def test_settings_are_said_as_they_are_typed():

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lightweight.captured import kernels, recomputed
-from lightweight.captured.gates import Stub, twin_of
+from lightweight.captured.gates import Stub
 from lightweight.captured.kernels import Norm, Sum, Summed
 from lightweight.internals import torch as torch_internals
 
@@ -65,7 +65,7 @@ def _has(layer: Any, form: Form) -> bool:
     given = {name: object() for name in PASSED_ON}
     with torch_internals.with_numbers(), torch.no_grad():
         sample = torch.linspace(-2, 2, 24).view(2, 3, 4)
-        twin = twin_of(layer, {**stubs, "self_attn": attention})
+        twin = torch_internals.twin_of(layer, {**stubs, "self_attn": attention})
         try:
             found = type(layer).forward(twin, sample, **given)
         except Exception:  # noqa: BLE001  of any layer's code: it is none of these

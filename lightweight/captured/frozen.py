@@ -69,7 +69,8 @@ class Lean:
         for parent, modules in _families(model, adapted):
             in_place = parent in rotations and kernels.take(self._seed)
             joins = not turns or in_place or hasattr(parent, "gate_proj")
-            family = Family(modules, self._seed, site, joins=joins, most=most)
+            between = _between(parent, modules)
+            family = Family(modules, self._seed, site, joins=joins, most=most, between=between)
             for index, module in enumerate(modules):
                 self._change(module, functools.partial(family.project, index))
             site += len(modules)
@@ -143,7 +144,7 @@ def _takes(module: Any, norm: Norm) -> bool:
     """Whether an RMS norm of transformers is torch's with its weight, to which some add one. Asked of a twin with
     numbers of its own, since a forecast's weights have none."""
     with torch_internals.with_numbers(), torch.no_grad():
-        twin = gates.twin_of(module, {})
+        twin = torch_internals.twin_of(module, {})
         weight = torch.linspace(0.5, 2.0, norm.weight.numel())
         sample = torch.linspace(-3, 3, 4 * weight.numel()).view(4, -1) * torch.tensor([[1.0], [1.0], [1.0], [1e-3]])
         try:
@@ -207,6 +208,18 @@ def _families(model: torch.nn.Module, adapted: list[Any]) -> Iterator[tuple[Any,
             for child in family:
                 left.pop(child, None)
     yield from ((None, [module]) for module in left)
+
+
+def _between(parent: Any, family: list[Any]) -> list[torch.Tensor]:
+    """The frozen weights that a checkpoint, whose tensors are sorted by name, has among those of `family`: OPT's and
+    Llama's attention has that of its output between those of its keys and its queries."""
+    if parent is None:
+        return []
+    children = dict(sorted(parent.named_children()))
+    places = [index for index, child in enumerate(children.values()) if child in family]
+    others = [child for child in [*children.values()][places[0] : places[-1]] if child not in family]
+    bases = [child.get_base_layer() if isinstance(child, peft.tuners.lora.LoraLayer) else child for child in others]
+    return [base.weight for base in bases if type(base) is torch.nn.Linear and not base.weight.requires_grad]
 
 
 def _is_frozen_linear(module: Any) -> bool:

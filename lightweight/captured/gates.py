@@ -6,7 +6,6 @@ What a module computes is asked of itself, with other modules in the place of it
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -42,14 +41,6 @@ class Stub(torch.nn.Module):
         return self._slope * x + self._offset
 
 
-def twin_of(module: torch.nn.Module, children: dict[str, Any]) -> Any:
-    """`module` with its class's own forward pass and other `children`."""
-    twin = copy.copy(module)
-    vars(twin).pop("forward", None)
-    vars(twin)["_modules"] = children
-    return twin
-
-
 def activation_of(module: Any) -> Activation | None:
     """Which of `FUNCTIONS` it is that `module` computes, if any."""
     if not isinstance(module, torch.nn.Module) or next(module.parameters(), None) is not None:
@@ -57,7 +48,7 @@ def activation_of(module: Any) -> Activation | None:
     with torch_internals.with_numbers(), torch.no_grad():
         sample = torch.linspace(-6, 6, 49, dtype=torch.float64)
         try:
-            found = twin_of(module, dict(module.named_children()))(sample)
+            found = torch_internals.twin_of(module, dict(module.named_children()))(sample)
         except Exception:  # noqa: BLE001  of any module's code: it is none of these
             return None
         for name, function in FUNCTIONS.items():
@@ -79,7 +70,7 @@ def gating_of(module: Any) -> Activation | None:
     with torch_internals.with_numbers(), torch.no_grad():
         sample = torch.linspace(-2, 2, 24).view(2, 3, 4)
         try:
-            found = type(module).forward(twin_of(module, stubs), sample)
+            found = type(module).forward(torch_internals.twin_of(module, stubs), sample)
         except Exception:  # noqa: BLE001  as above
             return None
         expected = down(FUNCTIONS[activation](gate(sample)) * up(sample))

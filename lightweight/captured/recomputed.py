@@ -115,12 +115,12 @@ def _add_norm(
     """The norm `layer` of past + dropout(branch), twice: for the next branch and for what goes past it, so that the
     gradients of both are added where they are used."""
     made = Sum(Norm(layer.weight, layer.bias, layer.eps, True), None, p, site)
-    result, past, total = _AddNorm.apply(branch, past, made, seed)  # type: ignore[no-untyped-call]
+    result, past, total = _RecomputedAddNorm.apply(branch, past, made, seed)  # type: ignore[no-untyped-call]
     result.recipe = (functools.partial(norm, made.norm), (total,))
     return result, past
 
 
-class _AddNorm(torch.autograd.Function):
+class _RecomputedAddNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, branch: torch.Tensor, past: torch.Tensor, made: Sum, seed: torch.Tensor

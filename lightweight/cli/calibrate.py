@@ -30,7 +30,7 @@ from lightweight.child.worker import describe_device
 from lightweight.cli import stock_pace
 from lightweight.cli.terminal import refuse, show
 from lightweight.forecast import calibration, work
-from lightweight.forecast.calibration import LEAST_SECONDS, Calibration, CalibrationError, Sample, limit
+from lightweight.forecast.calibration import LEAST_SECONDS, Calibration, CalibrationError, TimedKernel, limit
 from lightweight.forecast.work import Kernel
 from lightweight.internals import torch as torch_internals
 from lightweight.targets import MiB, Rates
@@ -92,13 +92,13 @@ class Bench:
         """On how many different pieces of memory a kernel that moves so many bytes is launched."""
         return max(1, min(16, -(-CACHE_BYTES // count)))
 
-    def sample(self, candidate: _Candidate) -> Sample:
+    def sample(self, candidate: _Candidate) -> TimedKernel:
         """The candidate's seconds."""
         kernel, launches = candidate.kernel, candidate.launches
         expected = max(2 * limit(kernel, self.rates), LEAST_SECONDS)
         count = min(max(round(GRAPH_SECONDS / expected), LAUNCHES[0]), LAUNCHES[1])
         seconds = float(f"{self._seconds(launches, count):.4g}")  # no more digits than a second run would repeat
-        return Sample(**kernel._asdict(), seconds=seconds)
+        return TimedKernel(**kernel._asdict(), seconds=seconds)
 
     def _seconds(self, launches: Sequence[Launch], count: int) -> float:
         torch.cuda.synchronize()
@@ -145,7 +145,7 @@ def run(progress: Callable[[str], None] = lambda text: None) -> Calibration:
     if rates is None:
         raise CalibrationError(f"{device.name}: its data sheet is not in lightweight/targets.py: add it to RATES")
     bench = Bench(rates)
-    samples: list[Sample] = []
+    samples: list[TimedKernel] = []
     for name, candidates in PARTS.items():
         bench.refill()
         for candidate in candidates(bench):

@@ -10,16 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from lightweight import methods
+from lightweight import methods, targets
 from lightweight.child import helper, reaper
 from lightweight.cli.job import Job, NothingFitsError
 from lightweight.cli.output import Interrupted
 from lightweight.cli.terminal import say
 from lightweight.corpus import Corpus
-from lightweight.forecast import plan, plan_row, plan_search, tracer
+from lightweight.forecast import calibration, plan, plan_row, plan_search, step_time, tracer
 from lightweight.forecast.step_time import StepTime
 from lightweight.methods import Method
-from lightweight.models import Model
+from lightweight.models import Model, ModelError
 from lightweight.targets import Device, Target, size
 from lightweight.training import ranks
 from lightweight.trial import Trial
@@ -81,6 +81,20 @@ def choose(
     return Choice(chosen, row.step)
 
 
+def timed(trial: Trial, device: Device, progress: Callable[[str], None]) -> StepTime | None:
+    """What a step of a trial whose method was given is forecast to take; None where nobody knows."""
+    if device.total_bytes is None or targets.rates(device.name) is None or trial.world_size > 1:
+        return None
+    progress(f"{trial.name}: tracing a step")
+    try:
+        traced = tracer.trace_on(trial, device)
+    except (tracer.ForecastError, ModelError):  # no forecast is no reason not to train
+        return None
+    finally:
+        progress("")
+    return step_time.forecast(traced, trial, device.name, calibration.stored())
+
+
 def _as_forecast(method: Method) -> Method:
     """`method`, its step not compiled, however long the job: what a compiler makes of it is not forecast."""
     step = method.captured_step
@@ -127,7 +141,7 @@ def _forecasts(
         target = replace(target, total_bytes=device.total_bytes)
     if device.total_bytes is not None:  # as fast as the card at hand is, whosever memory it has
         target = replace(target, card=device.name)
-    question = plan_row.Question(
+    question = plan_row.PlanOptions(
         keeps_passes=job.settings.keeps_passes, gpus=ranks.world_size(), corpus=read, **job.settings.rows
     )
     try:

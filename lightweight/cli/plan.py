@@ -32,14 +32,14 @@ def command(options: argparse.Namespace) -> int:
     except ValueError as error:
         return refuse(error)
     try:
-        question = plan_row.Question(
+        question = plan_row.PlanOptions(
             keeps_passes=options.settings.keeps_passes,
             gpus=options.gpus or 1,
             corpus=read,
             max_batch=options.max_batch,
             longest_row=options.max_length_that_fits,
             fewest_gpus=options.gpus is not None,
-            job=step_time.Job(**{part.name: getattr(options, part.name) for part in fields(step_time.Job)}),
+            job=step_time.JobLimits(**{part.name: getattr(options, part.name) for part in fields(step_time.JobLimits)}),
             **options.settings.rows,
         )
         rows = plan.plan(

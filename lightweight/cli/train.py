@@ -29,9 +29,9 @@ from lightweight import corpus, methods, models, record, targets
 from lightweight.child import failure, worker
 from lightweight.child.process import see_gpus
 from lightweight.cli import checkpoints
-from lightweight.cli.callbacks import Checkpoints, Progress
-from lightweight.cli.checkpoints import Interruption, step_of
-from lightweight.cli.choice import choose, instead
+from lightweight.cli.callbacks import Checkpoints, ProgressBar
+from lightweight.cli.checkpoints import StopRequest, step_of
+from lightweight.cli.choice import choose, instead, timed
 from lightweight.cli.job import Job, JobError
 from lightweight.cli.output import Interrupted, Output, OutputError
 from lightweight.cli.result import finish, publish_finished
@@ -76,12 +76,12 @@ def run(job: Job, progress: Callable[[str], None] = lambda text: None) -> Outcom
     `progress` is told what is happening before there are steps. Raises KeyboardInterrupt where SIGINT, SIGTERM or
     SIGHUP stopped it, and one of REFUSALS where it cannot start.
     """
-    interruption = Interruption(repeats=ranks.world_size() > 1)
-    with checkpoints.signals_to(interruption.receive):
-        return _run(job, progress, interruption)
+    stop_request = StopRequest(repeats=ranks.world_size() > 1)
+    with checkpoints.signals_to(stop_request.receive):
+        return _run(job, progress, stop_request)
 
 
-def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) -> Outcome:
+def _run(job: Job, progress: Callable[[str], None], stop_request: StopRequest) -> Outcome:
     output = Output(job.output.absolute())
     dialogues = corpus.load(job.corpus, job.reading, progress)
     say(str(dialogues.origin))
@@ -111,10 +111,12 @@ def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) 
             _check_same(trial, before, output)
         if before and before.is_finished:
             return publish_finished(before.settings, output)
+        if step is None:
+            step = ranks.of_first(lambda: timed(trial, device, progress))
         progress(f"{trial.name}: loading")
         settings = record.settings(trial)
         trial = replace(trial, model=ranks.of_first(lambda: _written(model, output, job.seed, settings)))
-        return _carry_out(trial, job, output, device, progress, interruption, before, step)
+        return _carry_out(trial, job, output, device, progress, stop_request, before, step)
     except REFUSALS:
         raise
     except Exception as error:  # safetensors and torch tell a full disk, and a file's limit, each in their own way
@@ -138,7 +140,7 @@ def _carry_out(
     output: Output,
     device: Device,
     progress: Callable[[str], None],
-    interruption: Interruption,
+    stop_request: StopRequest,
     before: Interrupted | None,
     step: StepTime | None,
 ) -> Outcome:
@@ -146,13 +148,13 @@ def _carry_out(
     meter = Meter(torch_device, start_seconds=0.0)
     checkpoint = before.checkpoint if before else None
     saving = Checkpoints(
-        interruption,
+        stop_request,
         checkpoints.Clock(None if job.save_steps else checkpoints.SECONDS),
         checkpoints.Shelf(output.partial, checkpoint),
         record.settings(trial),
     )
     try:
-        with contextlib.closing(Progress()) as bar:
+        with contextlib.closing(ProgressBar()) as bar:
             trial, trainer, rows, heldout = worker.set_up(
                 trial, torch_device, meter, Unattended(), output.unfinished, progress, **_arguments(job, output)
             )

@@ -65,14 +65,14 @@ def items(path: Path, progress: Callable[[str], None]) -> Iterator[Item]:
 
 
 @contextlib.contextmanager
-def opened(path: Path, progress: Callable[[str], None]) -> Iterator[tuple[io.BufferedReader, Told]]:
+def opened(path: Path, progress: Callable[[str], None]) -> Iterator[tuple[io.BufferedReader, ReadSoFar]]:
     """The bytes of the file at `path`, decompressed, and what tells `progress` how much of it has been read. Raises
     CorpusError, also for what fails while they are read."""
     try:
         with path.open("rb") as raw:
             if raw.peek(len(LFS_POINTER)).startswith(LFS_POINTER):
                 fail(path, "is a Git LFS pointer, not the data: fetch them with git lfs pull")
-            yield _unzipped(raw), Told(raw, path, progress)
+            yield _unzipped(raw), ReadSoFar(path.name, progress, raw)
     except FileNotFoundError:
         fail(path, "does not exist: give --corpus the path of a JSON file")
     except IsADirectoryError:
@@ -90,25 +90,29 @@ def _unzipped(raw: io.BufferedReader) -> io.BufferedReader:
     return io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw)), CHUNK_BYTES)
 
 
-class Told:
-    """How much of a file has been read, told whenever it is another hundredth."""
+class ReadSoFar:
+    """How much of what is called `name` has been read, told whenever it is another hundredth. `file` is what it is read
+    from, None where that does not say it."""
 
-    def __init__(self, raw: BinaryIO, path: Path, progress: Callable[[str], None]) -> None:
-        self._raw, self._path, self._progress = raw, path, progress
-        self._bytes = os.fstat(raw.fileno()).st_size
+    def __init__(self, name: str, progress: Callable[[str], None], file: BinaryIO | None = None) -> None:
+        self._name, self._progress, self._file = name, progress, file
+        self._bytes = 0 if file is None else os.fstat(file.fileno()).st_size
         self._share = 0
 
     def look(self) -> None:
-        """Tell it, if there is something new."""
-        if self._bytes <= CHUNK_BYTES:  # at once, or a pipe
-            return
-        share = 100 * self._raw.tell() // self._bytes
+        """Tell what is new of the file, unless it is read at once, or a pipe."""
+        if self._file is not None and self._bytes > CHUNK_BYTES:
+            self.at(self._file.tell(), self._bytes)
+
+    def at(self, done: int, whole: int) -> None:
+        """Tell that so much of `whole` has been read, if that is new."""
+        share = 100 * done // whole
         if share > self._share:
             self._share = share
-            self._progress(f"reading {self._path.name}: {share} %")
+            self._progress(f"reading {self._name}: {share} %")
 
 
-def _lines(lines: Iterable[bytes], told: Told) -> Iterator[Item]:
+def _lines(lines: Iterable[bytes], told: ReadSoFar) -> Iterator[Item]:
     """One value a line. Empty lines are none."""
     for number, line in enumerate(lines, 1):
         told.look()
@@ -132,7 +136,7 @@ def _value(line: bytes) -> Any:
         return Defect(TOO_LONG)
 
 
-def _list_or_lines(stream: io.BufferedReader, path: Path, told: Told) -> Iterator[Item]:
+def _list_or_lines(stream: io.BufferedReader, path: Path, told: ReadSoFar) -> Iterator[Item]:
     """The items of a list. A file whose first line is a whole JSON object, and not all there is, holds one a line."""
     head = [] if _begins_a_list(stream) else list(_up_to_second(stream))
     written = [line for line in head if line.strip()]
@@ -161,7 +165,7 @@ class _Listed:
     over.
     """
 
-    def __init__(self, head: bytes, stream: BinaryIO, path: Path, told: Told) -> None:
+    def __init__(self, head: bytes, stream: BinaryIO, path: Path, told: ReadSoFar) -> None:
         self._stream, self._path, self._told = stream, path, told
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._bytes = 0

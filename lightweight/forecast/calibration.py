@@ -52,7 +52,7 @@ class CalibrationError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class TimedKernel:
     """Kernels of one `kind`, number format and shape, as in `forecast.work.Kernel`, and the seconds of one of them
     among others of its kind in a CUDA graph."""
 
@@ -84,7 +84,7 @@ class Calibration:
     date: str
     host: str
     operator_seconds: Mapping[str, Positive]
-    samples: tuple[Sample, ...] = field(repr=False)
+    samples: tuple[TimedKernel, ...] = field(repr=False)
 
     @property
     def rates(self) -> Rates:
@@ -116,7 +116,7 @@ class Calibration:
 
     @cached_property
     def _by_kind(self) -> Mapping[str, Mapping[str, _Samples]]:
-        grouped: dict[str, dict[str, list[Sample]]] = defaultdict(lambda: defaultdict(list))
+        grouped: dict[str, dict[str, list[TimedKernel]]] = defaultdict(lambda: defaultdict(list))
         for sample in self.samples:
             grouped[sample.kind][sample.dtype].append(sample)
         return {
@@ -140,7 +140,7 @@ class _Samples:
     excesses: NDArray[np.float64]  # [samples]
 
     @classmethod
-    def of(cls, samples: Sequence[Sample], rates: Rates) -> _Samples:
+    def of(cls, samples: Sequence[TimedKernel], rates: Rates) -> _Samples:
         shapes = np.log2(np.maximum(1, np.array([sample.shape for sample in samples], np.float64)))
         excesses = [math.log(sample.seconds / limit(sample.kernel, rates)) for sample in samples]
         return cls(shapes, np.array(excesses))
@@ -175,7 +175,7 @@ def load(path: Path) -> Calibration:
             f"{SCHEMA}: update it"
         )
     for index, sample in enumerate(content["samples"] if fault is None else ()):
-        if wrong := schema.fault(sample, Sample, tuple(each.name for each in fields(Sample))):
+        if wrong := schema.fault(sample, TimedKernel, tuple(each.name for each in fields(TimedKernel))):
             fault = f"has sample {index}, which {wrong}"
             break
     if fault is None:
@@ -184,7 +184,7 @@ def load(path: Path) -> Calibration:
         raise CalibrationError(f"calibration {path}: {content['device']} is a card whose data sheet is not known")
     if fault is not None:
         raise CalibrationError(f"calibration {path}: {fault}: run lightweight calibrate again")
-    samples = tuple(Sample(**sample | {"shape": tuple(sample["shape"])}) for sample in content["samples"])
+    samples = tuple(TimedKernel(**sample | {"shape": tuple(sample["shape"])}) for sample in content["samples"])
     known = {name: content[name] for name in required}
     return Calibration(**known | {"samples": samples})
 

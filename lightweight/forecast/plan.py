@@ -15,7 +15,7 @@ from lightweight.forecast import calibration, corpus_rows, replay, step_time, tr
 from lightweight.forecast.calibration import Calibration
 from lightweight.forecast.corpus_rows import CorpusRows
 from lightweight.forecast.plan_choice import with_choice
-from lightweight.forecast.plan_row import ANY_BATCH, PlanRow, Question, recomputed_layers
+from lightweight.forecast.plan_row import ANY_BATCH, PlanOptions, PlanRow, recomputed_layers
 from lightweight.forecast.plan_search import fewest_gpus, fewest_layers, largest_batch, smaller_passes
 from lightweight.forecast.replay import Cause, Forecast
 from lightweight.forecast.step_time import JobTime
@@ -53,7 +53,7 @@ class _Cell:
     config: PretrainedConfig | ModelError | CorpusError
     corpus_rows: CorpusRows | None
     method: Method
-    question: Question
+    question: PlanOptions
     progress: Callable[[str], None]
     calibrations: Sequence[Calibration] = ()
     _traces: dict[_Key, replay.Trace] = field(default_factory=dict)
@@ -151,7 +151,7 @@ def plan(
     models: Sequence[Model],
     methods: Sequence[Method],
     targets: Sequence[Target],
-    question: Question = ANY_BATCH,
+    question: PlanOptions = ANY_BATCH,
     *,
     measured: Sequence[Entry] = (),
     calibrations: Sequence[Calibration] | None = None,
@@ -208,7 +208,7 @@ def plan(
 
 
 def _known(
-    model: Model, question: Question, progress: Callable[[str], None]
+    model: Model, question: PlanOptions, progress: Callable[[str], None]
 ) -> tuple[PretrainedConfig | ModelError | CorpusError, CorpusRows | None]:
     """The configuration of `model`, or why it cannot be forecast, which is no matter of the other models; and the rows
     that the question's corpus gives it."""

@@ -9,7 +9,7 @@ from lightweight.corpus import Corpus, Long, LossOn
 from lightweight.forecast import step_time
 from lightweight.forecast.corpus_rows import CorpusRows
 from lightweight.forecast.replay import Forecast, Verdict
-from lightweight.forecast.step_time import Job, JobTime, StepTime
+from lightweight.forecast.step_time import JobLimits, JobTime, StepTime
 from lightweight.methods import Method
 from lightweight.record import method_digest, said_of, versions
 from lightweight.record.codec import plain
@@ -20,7 +20,7 @@ PlanVerdict = Verdict | Literal["cannot_be_forecast"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class PlanOptions:
     """What is asked of every model x method x target.
 
     The sequences of a forward pass are a method's own, or, unless the question `keeps_passes`, the most that fit in
@@ -41,10 +41,10 @@ class Question:
     max_batch: bool = False
     longest_row: bool = False
     fewest_gpus: bool = False
-    job: Job = field(default_factory=Job)
+    job: JobLimits = field(default_factory=JobLimits)
 
 
-ANY_BATCH = Question()
+ANY_BATCH = PlanOptions()
 """Each method's own rows, or the most that fit, on one GPU."""
 
 
@@ -66,7 +66,7 @@ class PlanRow:
     model: str
     method: Method
     target: Target
-    question: Question
+    question: PlanOptions
     forecast: Forecast | None = None
     reason: str | None = None
     max_batch: int | None = None

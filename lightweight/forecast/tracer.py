@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from transformers import PretrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lightweight import corpus, models
+from lightweight import corpus, methods, models
 from lightweight.captured.loop import compiles
 from lightweight.corpus import Rows
 from lightweight.forecast import captured, skeleton, steps
@@ -35,7 +35,7 @@ from lightweight.forecast.work import Work, added
 from lightweight.importable import import_path
 from lightweight.internals import torch as torch_internals
 from lightweight.internals.torch import FAKE_TENSOR_LOGGER, FakeTensorMode
-from lightweight.methods import MethodError, check_layers
+from lightweight.methods import MethodError
 from lightweight.targets import Capability, Device, has_bf16
 from lightweight.training.meter import Meter
 from lightweight.trial import Trial
@@ -108,7 +108,7 @@ def trace(trial: Trial, capability: Capability, rows: Rows | None = None) -> Tra
     try:
         with _quiet():
             network = models.skeleton(config, dtype, method.quantization)
-            network = method.adapt(network, upcast=step is None or step.upcast)
+            network = methods.adapt(method, network, upcast=step is None or step.upcast)
     except Exception as error:  # of transformers, peft or the quantizer: what they say of one method is its own line
         raise ForecastError(f"{trial.name}: cannot be built: {_reason(error)}") from error
     with rank_zero_of(trial.world_size), _garbage_of_its_own():
@@ -131,7 +131,7 @@ def refusal(trial: Trial, config: PretrainedConfig, rows: Rows | None = None) ->
         return f"rows of {width} tokens, where the model takes {longest}"
     try:
         _settled(trial, config)
-        check_layers(trial.method, trial.model)
+        methods.check_layers(trial.method, trial.model)
     except (models.ModelError, MethodError) as error:
         return str(error).removeprefix(f"{trial.name}: ")
     return None
@@ -139,7 +139,7 @@ def refusal(trial: Trial, config: PretrainedConfig, rows: Rows | None = None) ->
 
 def _settled(trial: Trial, config: PretrainedConfig) -> QuantizationConfigMixin | None:
     """What the trial's weights are quantized by: as their checkpoint has them, else as the method says."""
-    return models.settle_quantization(trial.model, config, trial.method, sharded=trial.is_sharded)
+    return methods.settle_quantization(trial.model, config, trial.method, sharded=trial.is_sharded)
 
 
 def _trace(trial: Trial, capability: Capability, rows: Rows | None, network: Any, vocabulary: int) -> Trace:
@@ -181,7 +181,6 @@ def _trace(trial: Trial, capability: Capability, rows: Rows | None, network: Any
         kept=frozenset(recorder.kept),
         emptied=recorder.emptied,
         training_from=recorder.training_from,
-        optional=recorder.optional,
         paged_bytes=recorder.paged_bytes,
         work=_work(trial, recorder),
         flop_per_token=flop_per_token,

@@ -6,6 +6,7 @@ something runs, where torch has no switch for it.
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import traceback
@@ -49,6 +50,15 @@ def pin(network: Any) -> None:
     network.to = lambda *_, **__: network
 
 
+def twin_of(module: nn.Module, children: dict[str, Any]) -> Any:
+    """A copy of `module` with its class's own forward pass and other `children`, of any class; weights are shared.
+    Ibid., `Module._modules`."""
+    twin = copy.copy(module)
+    vars(twin).pop("forward", None)
+    vars(twin)["_modules"] = children
+    return twin
+
+
 def address(storage: torch.UntypedStorage) -> int:
     """What tells a storage from another while it lives, fake ones too: these have no `data_ptr`. torch/storage.py."""
     return int(storage._cdata)
@@ -72,6 +82,13 @@ def copy_each_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 def add_each_(targets: Sequence[Tensor], others: Sequence[Tensor]) -> None:
     """As `copy_each_`, added."""
     torch._foreach_add_(list(targets), list(others))
+
+
+def free_workspaces() -> None:
+    """Have cuBLAS give back what it keeps on the GPU for each thread and stream that multiplies matrices; it takes it
+    again where it needs it. torch's own CUDA graphs call it; there is no public name. aten/src/ATen/cuda/
+    CublasHandlePool.cpp, `clearCublasWorkspaces`."""
+    torch._C._cuda_clearCublasWorkspaces()
 
 
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
@@ -207,6 +224,12 @@ def fake_constant(mode: FakeTensorMode, value: float) -> FakeTensor:
     with no_dispatch():
         real = torch.full((), value)
     return mode.fake_tensor_converter.from_real_tensor(mode, real, make_constant=True)
+
+
+def has_content(tensor: FakeTensor) -> bool:
+    """Whether `tensor` also carries a number, as what `torch.tensor(0.0)` makes does until a product of unknown content
+    is written into it. torch/_subclasses/fake_tensor.py, `constant`."""
+    return tensor.constant is not None
 
 
 def with_numbers() -> AbstractContextManager[Any]:

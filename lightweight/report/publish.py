@@ -67,10 +67,6 @@ def _tokens(entry: Entry) -> float | None:
     return entry.tokens_per_second if entry.step_tokens else None  # older records counted padding
 
 
-def _percent_of_peak(entry: Entry) -> float | None:
-    return None if entry.share_of_peak is None else entry.share_of_peak * 100
-
-
 def _forgotten(entry: Entry) -> float | None:
     before, after = entry.elsewhere_loss_before, entry.elsewhere_loss_after
     return None if before is None or after is None else after - before
@@ -103,7 +99,7 @@ COLUMNS: Mapping[str, Word | Number] = {
     "step": Number(heading="step", unit="ms", form="{:.1f}", of=lambda study: study.mean(words.step_ms)),
     "tokens": Number(heading="tokens", unit="1/s", form="{:,.0f}", of=lambda study: study.mean(_tokens)),
     "share": Number(
-        heading="of the card's peak", unit="%", form="{:.1f}", of=lambda study: study.mean(_percent_of_peak)
+        heading="of the card's peak", unit="%", form="{:.1f}", of=lambda study: study.mean(words.percent_of_peak)
     ),
     "speedup": Number(heading="speedup", unit="x", form="{:.2f}", of=lambda study: study.speedup),
     "total": Number(heading="total", unit="s", form="{:.1f}", of=lambda study: study.mean(lambda e: e.cold_seconds)),
@@ -121,8 +117,8 @@ COLUMNS: Mapping[str, Word | Number] = {
 """The columns that there are, by the names that `--columns` takes."""
 
 DEFAULT = (
-    *("model", "method", "card", "outcome", "seeds", "trainable", "peak", "step", "tokens", "share"),
-    *("loss", "over-baseline", "forgotten", "note"),
+    *("model", "method", "card", "outcome", "seeds", "trainable", "peak", "step", "tokens"),
+    *("share", "loss", "over-baseline", "forgotten", "note"),
 )
 """The columns where nobody chooses. CSV has the numbers alone, and so has all of them; elsewhere the card and the
 outcome stand where rows differ in them, a number where any row has one, and the note below."""
@@ -288,6 +284,11 @@ SAID = (
         ("step", "tokens", "speedup"),
         "Step is the median device time of an optimizer step after the first epoch, with HF Trainer or a step that was "
         "shown to be its equal; tokens are those of the examples, without padding",
+    ),
+    (
+        ("share",),
+        "Of the card's peak is the arithmetic that training needs, by the papers' count, over the card's dense rate "
+        "for the number format",
     ),
     (("speedup",), "Speedup is per token against the baseline of the same seed, geometric means"),
     (("peak",), "Peak memory is what torch allocated on the GPU at most (without one, the process on the host)"),

@@ -100,6 +100,11 @@ def share_of_peak(entry: Entry) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 
+def percent_of_peak(entry: Entry) -> float | None:
+    """The share of its card's peak that a trial reached, in percent."""
+    return None if entry.share_of_peak is None else entry.share_of_peak * 100
+
+
 def step_ms(entry: Entry) -> float | None:
     """The steady step in milliseconds."""
     return None if entry.steady_step_seconds is None else entry.steady_step_seconds * 1000

@@ -207,7 +207,7 @@ def _is_like(now: ForecastRow, then: ForecastRow) -> bool:
 
 
 def _refuse_twice(run: Run) -> None:
-    """Raise ValueError where which of two forecasts of one cell is held against another's is a matter of their order."""
+    """Raise ValueError where two forecasts of one cell leave to their order which is held against another run's."""
     for index, row in enumerate(run.forecasts):
         if any(_is_like(row, other) for other in run.forecasts[:index]):
             raise ValueError(f"record {run.path}: has {_name(row)} twice, under the same conditions: keep one of them")

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_pt_utils import LabelSmoother
 
 from captured import flash_reference
-from lightweight import corpus, targets
+from lightweight import corpus, methods, targets
 from lightweight.captured import agreement, attention, check, flash, loop, packing, passes, projections
 from lightweight.captured.agreement import Tolerance
 from lightweight.captured.packing import Buffers
@@ -167,7 +167,7 @@ def prepare(small_corpus, tmp_path):
         built = network(architecture).to(dtype)
         transformers.set_seed(0)
         meter = Meter(CPU, 0.0)
-        trainer = stock.make_trainer(trial, method.adapt(built), rows, meter, Unattended(), tmp_path)
+        trainer = stock.make_trainer(trial, methods.adapt(method, built), rows, meter, Unattended(), tmp_path)
         return trainer, rows, meter, trial
 
     return prepare
