@@ -11,7 +11,7 @@ Importing this needs Triton, which torch brings along on CUDA.
 import triton
 import triton.language as tl
 
-VARYING = ["time", "tokens", "window"]
+VARYING = ["time", "tokens", "window", "heads", "group"]
 """What a kernel is not compiled anew for."""
 
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def place(addresses, sizes, scales, like, elements: tl.constexpr):  # type: ignore[no-untyped-def]
     """Matrices, each times a number, copied to where their rows lie further apart: `addresses` [matrices, 2] has those
     of both, `sizes` [matrices, 3] elements, columns and the stride of the copy."""

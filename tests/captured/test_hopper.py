@@ -157,3 +157,27 @@ def _errors(act):
         act()
     except PartError as error:
         yield str(error)
+
+
+@pytest.mark.parametrize("is_joined", [True, False])
+def test_what_our_kernels_see_is_asked_of_those_that_have_run(monkeypatch, is_joined):
+    """Others would have to be compiled."""
+    asked: list[Sees] = []
+
+    def attend(query, key, value, sees):
+        asked.append(sees)
+        lengths = [sees.time] * 3 if sees.ends is None else sees.ends.diff()[:3].tolist()
+        wrong = sees.window if len(asked) == 1 else sees.window + 1
+        return attention(query.double(), key.double(), value.double(), lengths, wrong, sees.scale, sees.cap).to(
+            query.dtype
+        )
+
+    monkeypatch.setattr(hopper, "attend", attend)
+    kernel = flash._Kernel(torch.device("cpu"), torch.bfloat16, 2, 64, 30, None, True, is_joined)
+    flash._met.add(kernel)
+    flash.check_met()
+    assert (asked[0].ends is not None) == is_joined
+    flash._checked.discard(kernel)
+    flash._met.add(kernel)
+    with pytest.raises(PartError, match="our attention for Hopper sees 31 tokens where 30 are to be seen"):
+        flash.check_met()
