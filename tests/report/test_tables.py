@@ -7,7 +7,7 @@ import pytest
 from samples import LADDER, cells, entry, forecast, rows, run, seeds, stopped
 
 from lightweight import record
-from lightweight.report import frontier, select, tables, words, write
+from lightweight.report import frontier, select, speed_tables, tables, words, write
 from lightweight.report.findings import findings
 
 RECORDS = Path(__file__).parents[2] / "experiments" / "records"
@@ -240,7 +240,7 @@ def test_trials_over_several_gpus_stand_beside_the_one_on_one():
     }
     failed = {"method": "qlora", "failed_rank": 1, "rank_peak_allocated_bytes": (None, 2**30)}
     entries = [entry(**rates), entry(**two), stopped(**two | failed)]
-    one, shared, stopped_on_one_rank = tables.ranks(entries).rows
+    one, shared, stopped_on_one_rank = speed_tables.ranks(entries).rows
     assert one[2] == "NVIDIA H200 as t4 [e]" and shared[2] == "2 x NVIDIA H200 as t4 [e]"
     assert shared[4:8] == ["30,720", "15,360", "1.50x", "3.00 GiB, 2.00 GiB"]
     assert stopped_on_one_rank[3] == "out of memory in forward, rank 1"
@@ -248,7 +248,7 @@ def test_trials_over_several_gpus_stand_beside_the_one_on_one():
     untold = replace(entries[2], peak_allocated_bytes=None, host_peak_bytes=2**33)
     assert words.memory(untold) == "1.00 GiB", "of the rank that could tell, not of the host"
     assert record.baseline_of(entries[2], entries) is entries[1]
-    assert tables.ranks(entries[:1]).rows == []
+    assert speed_tables.ranks(entries[:1]).rows == []
     assert list(frontier.places([run(*entries)])[("opt-350m", "baseline")]) == ["t4", "2 x t4"]
     single = frontier.card_bytes("t4")
     assert single is not None and frontier.card_bytes("2 x t4") == 2 * single
@@ -270,5 +270,5 @@ def test_a_number_of_one_is_no_switch():
         entry(captured_step={"lean": lean, "rows": rows_}, training_arguments={"warmup": None})
         for lean, rows_ in ((False, 8), (True, 1))
     )
-    assert tables.change(below, rung) == "lean off -> on, rows 8 -> 1"
-    assert tables.change(rung, below) == "lean on -> off, rows 1 -> 8"
+    assert speed_tables.change(below, rung) == "lean off -> on, rows 8 -> 1"
+    assert speed_tables.change(rung, below) == "lean on -> off, rows 1 -> 8"
