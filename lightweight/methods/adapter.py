@@ -36,11 +36,12 @@ def adapt(method: Method, network: Any, upcast: bool = True) -> Any:
     if method.transform is None:
         return network
     transformed = method.transform(network)
-    if not hasattr(transformed, "named_parameters"):
-        where = importable.import_path(method.transform)
-        raise MethodError(
-            f"method {method.name}: its transform {where} returns a {type(transformed).__name__}: return the network"
-        )
+    its = f"method {method.name}: its transform {importable.import_path(method.transform)}"
+    if not (hasattr(transformed, "named_parameters") and hasattr(transformed, "config")):
+        without = ", which has no config" if hasattr(transformed, "named_parameters") else ""
+        raise MethodError(f"{its} returns a {type(transformed).__name__}{without}: return the network")
+    if not any(weight.requires_grad for weight in transformed.parameters()):
+        raise MethodError(f"{its} leaves nothing to train: leave some weights as requires_grad_(True)")
     return transformed
 
 

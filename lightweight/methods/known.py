@@ -10,6 +10,7 @@ from transformers import BitsAndBytesConfig
 
 from lightweight import importable, names
 from lightweight.methods.method import Method
+from lightweight.models import reason
 from lightweight.preload import peft
 
 BASELINE = Method(name="baseline", training_arguments={"per_device_train_batch_size": 8})
@@ -76,7 +77,8 @@ PLANNED = (BASELINE, LORA, QLORA, LORA_CAPTURED, QLORA_CAPTURED)
 
 def named(text: str) -> Method:
     """The method called `text`, or the `Method` object at an import path `package.module:NAME`, or in a file,
-    `path/to/file.py:NAME`. Raises ValueError."""
+    `path/to/file.py:NAME`. Raises ValueError, also for another method of the name of one of the suite's, which it would
+    be taken for."""
     if text in METHODS:
         return METHODS[text]
     names.check_method(text)
@@ -86,6 +88,11 @@ def named(text: str) -> Method:
         method = pkgutil.resolve_name(f"{module}:{name}")
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"method {text!r} cannot be imported: {error}") from error
+    except Exception as error:  # of its author's code, whatever that is
+        place = "" if isinstance(error, SyntaxError) else importable.place_of(error)
+        told = f"{reason(error)} ({place})" if place else reason(error)
+        raise ValueError(f"method {text!r} cannot be imported: {told}") from error
     if not isinstance(method, Method):
         raise ValueError(f"method {text!r} is a {type(method).__name__}: give a lightweight.methods.Method")
+    names.refuse_namesakes("method", [METHODS.get(method.name, method), method])
     return method

@@ -32,6 +32,31 @@ ELEMENT_BY_ELEMENT = ("torch.optim.adamw:AdamW", "torch.optim.sgd:SGD")
 """Optimizers that do with a shard of a weight what they would with that part of it; `arguments` says so of `optim`."""
 
 
+LEFT_TO_THE_CALLER: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "eva": (
+        ("transform",),
+        "init_lora_weights='eva' is computed from data, and without them peft begins as LoRA does: have a transform "
+        "call peft's initialize_lora_eva_weights",
+    ),
+    "corda": (
+        ("transform",),
+        "init_lora_weights='corda' is computed from data: leave out adapter, and have a transform call peft's "
+        "preprocess_corda and get_peft_model",
+    ),
+    "lora_ga": (
+        ("transform",),
+        "init_lora_weights='lora_ga' is computed from data, and without them peft begins as LoRA does: leave out "
+        "adapter, and have a transform call peft's preprocess_loraga and get_peft_model",
+    ),
+    "ADALORA": (
+        ("callbacks", "trainer"),
+        "AdaLoRA gives its ranks to the layers by update_and_allocate, which the Trainer does not call: have a "
+        "callback do it, on_optimizer_step",
+    ),
+}
+"""What peft leaves to its caller, by the adapter's beginning or type: the fields that could do it, and what to do."""
+
+
 class MethodError(ValueError):
     """A method that asks for something that what runs it does not do. The message names it and the mend."""
 
@@ -118,6 +143,10 @@ class Method:
         if self.library == "unsloth" and not (self.step == "trainer" and isinstance(self.adapter, peft.LoraConfig)):
             raise MethodError(f"method {self.name}: unsloth trains LoRA by the Trainer's steps: give it both, or peft")
         self._check_own_code()
+        for value, (code, told) in LEFT_TO_THE_CALLER.items():
+            said = (getattr(self.adapter, "init_lora_weights", None), getattr(self.adapter, "peft_type", None))
+            if value in said and not any(getattr(self, name) for name in code):
+                raise MethodError(f"method {self.name}: {told}")
 
     def _check_own_code(self) -> None:
         for name, value in self.own_code.items():

@@ -94,6 +94,10 @@ def over_seeds(entries: Sequence[Entry]) -> Table:
         ("seeds", "r", words.seeds),
         ("steps", "r", lambda study: str(study.first.planned_steps or "-")),
         ("step", "r", lambda study: words.estimate(study.mean(words.step_ms), "{:.1f}", " ms")),
+        *(
+            (heading, side, lambda study: words.estimate(study.mean(words.percent_of_peak), "{:.1f}", " %"))
+            for heading, side, _ in shares(entries)
+        ),
         ("speedup", "r", lambda study: words.estimate(study.speedup, "{:.2f}", "x")),
         ("peak memory", "r", words.largest),
         ("held-out loss", "r", lambda study: words.estimate(study.mean(lambda e: e.heldout_loss_after), "{:.3f}")),
@@ -127,6 +131,7 @@ def brief(runs: Sequence[Run]) -> Table:
         *named(cells),
         ("outcome", "l", lambda cell: words.ending(cell.outcome)),
         ("step", "r", words.step),
+        *shares(cells),
         ("speedup", "r", lambda cell: words.times(_ratio(cell, entries))),
         ("peak", "r", words.memory),
     ]
