@@ -6,7 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
-from lightweight.record import Entry, ForecastRow, Run, baseline_of
+from lightweight.record import (
+    Entry,
+    ForecastRow,
+    Run,
+    baseline_of,
+)
 from lightweight.report import frontier as fitting
 from lightweight.report import select, studies, words
 from lightweight.report.columns import named, shares
