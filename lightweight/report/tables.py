@@ -133,7 +133,8 @@ def brief(runs: Sequence[Run]) -> Table:
     entries = select.newest(runs)
     cells = select.main_cells(entries)
     columns: list[Column[Entry]] = [
-        *named(cells),
+        *named(cells)[:-1],
+        ("card", "l", lambda cell: words.marked_card(cell).removeprefix(f"{cell.device} ")),  # a note names it
         ("outcome", "l", lambda cell: words.ending(cell.outcome)),
         ("step", "r", words.step),
         *shares(cells),
