@@ -60,6 +60,13 @@ def test_the_korean_readme_says_what_the_english_one_says():
     assert sorted(link for link in links(KOREAN) if link != "README.md") == sorted(there)
 
 
+@each_readme
+def test_a_ratio_in_the_readmes_prose_is_one_of_its_table(readme):
+    text = readme.read_text("utf-8")
+    ratios = re.findall(r"(\d+\.\d+)(?: times| ?배)", text)
+    assert ratios and [ratio for ratio in ratios if f" {ratio}x |" not in text] == []
+
+
 @each_page
 def test_every_link_to_a_file_has_one(page):
     for link in links(page):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lightweight.captured import kernels, recomputed
-from lightweight.captured.gates import Stub
+from lightweight.captured.activations import Stub
 from lightweight.captured.kernels import Norm, Sum, Summed
 from lightweight.internals import torch as torch_internals
 

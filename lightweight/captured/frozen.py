@@ -20,7 +20,7 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from torch.nn.functional import rms_norm
 
-from lightweight.captured import blocks, gates, joined, kernels, recomputed, rotary
+from lightweight.captured import activations, blocks, joined, kernels, recomputed, rotary
 from lightweight.captured.joined import Placing
 from lightweight.captured.kernels import Norm
 from lightweight.captured.projections import Family, layers_of
@@ -124,8 +124,10 @@ class Lean:
         widths = {module.in_features for module in families}
         site = len(families)  # for dropout, after those of the families
         for module in model.modules():
-            if (activation := gates.gating_of(module)) is not None:
-                self._change(module, functools.partial(gates.gated, module, activation, families.get(module.down_proj)))
+            if (activation := activations.gating_of(module)) is not None:
+                self._change(
+                    module, functools.partial(activations.gated, module, activation, families.get(module.down_proj))
+                )
             elif recomputed.is_post_norm_opt(module):
                 self._change(module, functools.partial(recomputed.post_norm_opt, module, self._seed, site))
                 site += 2
@@ -191,12 +193,12 @@ def _activation_of(module: Any, widths: set[int]) -> Callable[[torch.Tensor], to
         return functools.partial(recomputed.relu, widths)
     if type(module).__module__ not in ACTIVATIONS:
         return None
-    activation = gates.activation_of(module)
+    activation = activations.activation_of(module)
     if activation is None:
         return None
     if activation == "relu2":
-        return functools.partial(gates.activated, activation)
-    return functools.partial(recomputed.recomputable, gates.FUNCTIONS[activation])
+        return functools.partial(activations.activated, activation)
+    return functools.partial(recomputed.recomputable, activations.FUNCTIONS[activation])
 
 
 def _is_plain_lora(module: Any) -> bool:

@@ -33,7 +33,7 @@ def write(model: Model, folder: Path, seed: int) -> Model:
     import torch
     from transformers import AutoModelForCausalLM, set_seed
 
-    from lightweight.models.drawing import drawn
+    from lightweight.models.random_weights import drawn
 
     if model.gguf_file:
         with refused(model, f"{model.gguf_file} cannot be read", OTHER_FILE):

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from lightweight.record import BASELINE, Entry, Run, baseline_of
-from lightweight.report import drawing, select, speed, tables, words
+from lightweight.report import drawing, select, speed, speed_tables, words
 from lightweight.report.drawing import LIGHT, WIDTH, Canvas, Picture
 from lightweight.targets import GiB
 
@@ -139,7 +139,7 @@ def ladder(number: int, rungs: Sequence[Entry], entries: Sequence[Entry]) -> Pic
         failed = rung.outcome != "completed"
         if failed:
             label = f"✕ {words.outcome(rung)}"
-        changed = tables.change(below, rung) if below else "the bottom of the ladder"
+        changed = speed_tables.change(below, rung) if below else "the bottom of the ladder"
         drawn = [
             drawing.text(paper, left, top + y + 13, drawing.short(rung.method, 26), "ink", 10.5, weight="bold"),
             drawing.text(paper, right, top + y + 13, label or "no steps", "fail" if failed else "ink", 9.5, ha="right"),
@@ -155,7 +155,7 @@ def ladder(number: int, rungs: Sequence[Entry], entries: Sequence[Entry]) -> Pic
     drawing.without_heights(axes)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     drawing.text(paper, right, bottom + 25, "ms a step", "muted", 9.5, ha="right")
-    table = tables.ladder(rungs, number)
+    table = speed_tables.ladder(rungs, number)
     caption = "; ".join(" ".join(row[:1]) + f" {row[3]}, {row[2]}" for row in table.rows)
     title = f"{rungs[0].model} on {words.timed_on(rungs[0])}: {rungs[0].method} to {rungs[-1].method}"
     return canvas.picture(table.key, title, f"Milliseconds a step, one change after the other. {caption}.")

@@ -1,18 +1,12 @@
 """What does a reader look up? Every table of the report, each of one question; out-of-memory cells are rows like any
-other."""
+other. Those of speed are in `speed_tables`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from statistics import fmean
-from typing import Any
 
 from lightweight.record import (
-    BASELINE,
-    SAME_BASELINE,
-    SAME_BUT_RANKS,
-    SAME_BUT_SCALE,
     Entry,
     ForecastRow,
     Run,
@@ -20,8 +14,10 @@ from lightweight.record import (
 )
 from lightweight.report import frontier as fitting
 from lightweight.report import select, studies, words
+from lightweight.report.columns import named, shares
 from lightweight.report.select import cell_of, is_card, pace_of, planned, target_of
-from lightweight.report.speed import faster, products_seconds, step_ratio
+from lightweight.report.speed import faster
+from lightweight.report.speed_tables import ladder, peers, ranks, speedups
 from lightweight.report.table import Column, Table, table
 from lightweight.settings import changes
 from lightweight.targets import size
@@ -57,24 +53,9 @@ def tables(runs: Sequence[Run]) -> list[Table]:
     return [one for one in every if one.rows]
 
 
-def _names(among: Sequence[Entry]) -> list[Column[Entry]]:
-    """Model, method and the card that ran it, methods of one name `among` those told apart."""
-    return [
-        ("model", "l", lambda entry: entry.model),
-        ("method", "l", lambda entry: words.method_among(entry, among)),
-        ("card", "l", words.marked_card),
-    ]
-
-
-def shares(entries: Sequence[Entry]) -> list[Column[Entry]]:
-    """The share of the card's peak, where the records know what their models need."""
-    known = any(entry.share_of_peak is not None for entry in entries)
-    return [("of the card's peak", "r", words.share_of_peak)] if known else []
-
-
 def _results(entries: Sequence[Entry], among: Sequence[Entry]) -> list[Column[Entry]]:
     return [
-        *_names(entries),
+        *named(entries),
         ("outcome", "l", words.outcome),
         ("total", "r", words.total),
         ("step", "r", words.step),
@@ -152,7 +133,8 @@ def brief(runs: Sequence[Run]) -> Table:
     entries = select.newest(runs)
     cells = select.main_cells(entries)
     columns: list[Column[Entry]] = [
-        *_names(cells),
+        *named(cells)[:-1],
+        ("card", "l", lambda cell: words.marked_card(cell).removeprefix(f"{cell.device} ")),  # a note names it
         ("outcome", "l", lambda cell: words.ending(cell.outcome)),
         ("step", "r", words.step),
         *shares(cells),
@@ -179,7 +161,7 @@ def losses(entries: Sequence[Entry]) -> Table:
         return "-" if after is None or than is None else f"{after - than:+.3f}"
 
     columns: list[Column[Entry]] = [
-        *_names(entries),
+        *named(entries),
         ("outcome", "l", words.outcome),
         ("steps", "r", lambda entry: str(len(entry.train_loss or ()))),
         ("training", "r", _training),
@@ -275,7 +257,7 @@ def answered(entries: Sequence[Entry]) -> Table:
         return "-" if count is None else seeds.share(count, entry.task_questions or 1).text("{:.3f}")
 
     columns: list[Column[Entry]] = [
-        *_names(entries),
+        *named(entries),
         ("seed", "r", lambda entry: str(entry.seed)),
         ("outcome", "l", words.outcome),
         ("task", "l", lambda entry: (entry.task_digest or "")[:8]),
@@ -285,40 +267,6 @@ def answered(entries: Sequence[Entry]) -> Table:
     ]
     note = "The share of questions whose greedy answer is exactly the right one, in brackets Wilson's 95 % interval."
     return table("task", "Answered right", columns, shown, shown, [note])
-
-
-def speedups(entries: Sequence[Entry], among: Sequence[Entry] = ()) -> Table:
-    """How many times as fast as its baseline every cell is, and how that is known."""
-    of_baseline = partial(pace_of, entries=among or entries)
-
-    def end(which: int) -> Callable[[Entry], str]:
-        def cell(entry: Entry) -> str:
-            gain = faster(entry, of_baseline(entry))
-            return f"{gain.interval[which]:.2f}" if gain and gain.interval else "-"
-
-        return cell
-
-    def ratio(entry: Entry) -> str:
-        gain = faster(entry, of_baseline(entry))
-        return words.times(gain.ratio) if gain else words.speedup(entry, of_baseline(entry))
-
-    def known(entry: Entry) -> str:
-        gain = faster(entry, of_baseline(entry))
-        if gain and gain.interval and entry.speedup:
-            return f"{len(entry.speedup.log_ratios)} pairs of rounds, {entry.speedup.pairing}"
-        return "steady steps of both" if gain else (entry.speedup and entry.speedup.reason) or "no ratio"
-
-    columns: list[Column[Entry]] = [
-        *_names(entries),
-        ("outcome", "l", words.outcome),
-        ("speedup", "r", ratio),
-        ("low", "r", end(0)),
-        ("high", "r", end(1)),
-        ("from", "l", known),
-    ]
-    shown = [e for e in entries if e.method != BASELINE and (e.speedup is not None or of_baseline(e) is not None)]
-    notes = ["Low and high end the 95 % interval of a ratio measured in pairs of alternating rounds."] * bool(shown)
-    return table("speedup", "Speedup over the baseline, per token", columns, shown, shown, notes)
 
 
 def memory_by_cause(entries: Sequence[Entry], untrained: Sequence[ForecastRow] = ()) -> Table:
@@ -369,143 +317,6 @@ def _size(count: int | None) -> str:
     return size(count) if count else "-"
 
 
-def ladder(rungs: Sequence[Entry], number: int = 0) -> Table:
-    """Where the speed came from: one change after the other, and what each bought."""
-    first, last = rungs[0], rungs[-1]
-    columns: list[Column[tuple[Entry | None, Entry]]] = [
-        ("rung", "l", lambda step: step[1].method),
-        ("what changed", "l", lambda step: change(*step)),
-        ("outcome", "l", lambda step: words.outcome(step[1])),
-        ("step", "r", lambda step: words.step(step[1])),
-        *((heading, side, lambda step, cell=cell: cell(step[1])) for heading, side, cell in shares(rungs)),
-        ("bought", "r", lambda step: words.times(step_ratio(*step))),
-        ("in all", "r", lambda step: words.times(step_ratio(first, step[1]))),
-        ("peak memory", "r", lambda step: words.memory(step[1])),
-    ]
-    climbed = f"{first.method} to {last.method}"
-    return table(
-        f"ladder-{number}",
-        f"Where the speed comes from: {first.model} on {words.timed_on(first)}, {climbed}",
-        columns,
-        list(zip([None, *rungs], rungs, strict=False)),
-        rungs,
-        ["Steps are medians after the first epoch, compared per token."],
-    )
-
-
-def change(below: Entry | None, rung: Entry) -> str:
-    """What one rung does differently from the one below it, in the record's own words."""
-    if below is None:
-        return "the bottom"
-    changes = []
-    for key in ("weights_dtype", "quantization", "adapter"):
-        was, now = getattr(below, key), getattr(rung, key)
-        if was != now:
-            changes.append(f"{key.replace('_', ' ')} {_setting(was)} -> {_setting(now)}")
-    for key in ("training_arguments", "captured_step"):
-        was, now = getattr(below, key), getattr(rung, key)
-        if isinstance(was, Mapping) and isinstance(now, Mapping):
-            for name in dict.fromkeys([*was, *now]):
-                if was.get(name) != now.get(name):
-                    changes.append(f"{name.replace('_', ' ')} {_setting(was.get(name))} -> {_setting(now.get(name))}")
-        elif was != now:
-            changes.append("the Trainer's step -> a loop of its own" if was is None else f"{key} {_setting(now)}")
-    return ", ".join(changes) or "nothing"
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, Mapping):
-        return str(value.get("peft_type") or value.get("quant_method") or "set").lower()
-    return "none" if value is None else "set" if isinstance(value, list) else str(value)
-
-
-def peers(entries: Sequence[Entry]) -> Table:
-    """What a user could pick: the same rows, weights and adapter through each library and the captured step."""
-    shown = select.peers(entries)
-
-    def by(peer: Entry) -> str:
-        library = peer.library or "peft"
-        version = (peer.versions or {}).get(library) or ""
-        return "the captured step" if peer.captured_step else f"{library} {version}".strip()
-
-    def as_fast(peer: Entry) -> str:
-        alike = [other for other in shown if SAME_BASELINE.holds(other, peer)]
-        return words.times(step_ratio(max(alike, key=lambda other: other.steady_step_seconds or 0.0), peer))
-
-    columns: list[Column[Entry]] = [
-        *_names(shown),
-        ("by", "l", by),
-        ("outcome", "l", words.outcome),
-        ("step", "r", words.step),
-        *shares(shown),
-        ("as fast", "r", as_fast),
-        ("products alone", "r", lambda peer: words.milliseconds(products_seconds(peer))),
-        ("peak memory", "r", words.memory),
-        ("total", "r", lambda peer: words.duration(peer.cold_seconds or None)),
-    ]
-    note = (
-        "As fast: against the slowest of a model. Products alone: 4 x parameters x tokens FLOP at the rate of a "
-        "large product on the same kind of card. Total: from the child's start to the saved adapter, with its "
-        "imports where a library needs a fresh interpreter."
-    )
-    return table("peers", "What a user could pick instead", columns, shown, shown, [note])
-
-
-def ranks(entries: Sequence[Entry]) -> Table:
-    """Trials over several GPUs beside the same ones on one: tokens a second, and what each GPU held."""
-    rows: list[tuple[Entry, Entry | None]] = []  # each with the same on one GPU
-    for entry in [entry for entry in entries if entry.world_size > 1]:
-        alike = SAME_BUT_SCALE if "scale" in (entry.changed or {}) else SAME_BUT_RANKS
-        on_one = [other for other in entries if other.world_size == 1 and alike.holds(other, entry)]
-        for shown in (*on_one, entry):
-            if not any(shown is other for other, _ in rows):
-                rows.append((shown, on_one[0] if on_one else None))
-
-    def rate(entry: Entry) -> float | None:
-        return entry.tokens_per_second if entry.outcome == "completed" else None
-
-    def gained(row: tuple[Entry, Entry | None]) -> str:
-        entry, one = row
-        return words.times(entry.times_as_fast(one) if rate(entry) and one else None)
-
-    def peaks(entry: Entry) -> str:
-        each = entry.rank_peak_allocated_bytes or [entry.peak_allocated_bytes]
-        return ", ".join("-" if peak is None else size(peak) for peak in each)
-
-    def network(entry: Entry) -> str:
-        scale = (entry.changed or {}).get("scale")
-        return ", ".join(str(said) for said in (entry.placement, scale and f"scale {scale}") if said) or "-"
-
-    columns: list[Column[tuple[Entry, Entry | None]]] = [
-        *((heading, side, _first(cell)) for heading, side, cell in _names(entries)),
-        ("outcome", "l", _first(lambda e: words.outcome(e) + f", rank {e.failed_rank}" * (e.failed_rank is not None))),
-        ("tokens/s", "r", _first(lambda entry: _rate(rate(entry)))),
-        *((heading, side, _first(cell)) for heading, side, cell in shares(entries)),
-        ("a GPU", "r", _first(lambda entry: _rate(entry.rank_tokens_per_second if rate(entry) else None))),
-        ("of one GPU", "r", gained),
-        ("peak of each", "r", _first(peaks)),
-        ("network", "l", _first(network)),
-        ("forecast", "r", _first(words.forecast)),
-        ("held-out loss", "l", _first(words.loss)),
-    ]
-    note = (
-        "Each GPU holds the network (replicated, by DistributedDataParallel or a captured step) or a part of it "
-        "(sharded, by FSDP2). Steps have the sequences of one GPU's, or with scale batch as many for each."
-    )
-    return table("ranks", "Several GPUs for one trial", columns, rows, [entry for entry, _ in rows], [note])
-
-
-def _first(cell: Callable[[Entry], str]) -> Callable[[tuple[Entry, Entry | None]], str]:
-    """What a row has that begins with a trial, in that trial's column."""
-    return lambda row: cell(row[0])
-
-
-def _rate(tokens_per_second: float | None) -> str:
-    return "-" if tokens_per_second is None else f"{tokens_per_second:,.0f}"
-
-
 def frontier(runs: Sequence[Run]) -> Table:
     """Model x method x card: fits or not."""
     by_method = fitting.places(runs)
@@ -532,5 +343,5 @@ def history(runs: Sequence[Run]) -> Table:
 
         return (words.run_label(run), "l", cell)
 
-    columns = [*_names(entries), *(of_run(run) for run in select.by_age(runs) if run.entries)]
+    columns = [*named(entries), *(of_run(run) for run in select.by_age(runs) if run.entries)]
     return table("history", "History", columns, shown, shown)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightweight.captured import blocks, gates, kernels, rotary
+from lightweight.captured import activations, blocks, kernels, rotary
 from lightweight.captured.frozen import Lean
 from lightweight.internals.transformers import rotation_of
 from lightweight.preload import peft
@@ -154,11 +154,11 @@ def test_a_layer_is_of_a_form_by_what_it_computes() -> None:
 
 def test_a_gate_is_known_by_what_it_computes() -> None:
     mlp = next(m for m in build("llama").modules() if hasattr(m, "gate_proj"))
-    assert gates.gating_of(mlp) == "silu"
+    assert activations.gating_of(mlp) == "silu"
     mlp.act_fn = torch.nn.GELU(approximate="tanh")
-    assert gates.gating_of(mlp) == "gelu_tanh"
+    assert activations.gating_of(mlp) == "gelu_tanh"
     mlp.act_fn = torch.nn.Sigmoid()
-    assert gates.gating_of(mlp) is None
+    assert activations.gating_of(mlp) is None
 
     class Swapped(type(mlp)):  # type: ignore[misc]
         """What is let through is activated."""
@@ -167,4 +167,4 @@ def test_a_gate_is_known_by_what_it_computes() -> None:
             return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
 
     mlp.act_fn, mlp.__class__ = torch.nn.SiLU(), Swapped
-    assert gates.gating_of(mlp) is None
+    assert activations.gating_of(mlp) is None

@@ -342,14 +342,14 @@ def test_a_gated_activation_and_its_gradients(apart, dtype, shape, activation, g
 
 
 def check_gate(dtype: torch.dtype, shape: tuple[int, ...], activation: Any, gated: bool) -> None:
-    from lightweight.captured import gates, kernels
+    from lightweight.captured import activations, kernels
 
     wide = (*shape[:-1], 2 * shape[-1])
     both, apart, grad = random(dtype, wide, shape, shape)
     for gate, up in (both.split(shape[-1], -1), (both[..., : shape[-1]].contiguous(), apart)):
         up = up if gated else None
         sources = exact(gate) if up is None else exact(gate, up)
-        expected = gates.FUNCTIONS[activation](sources[0])
+        expected = activations.FUNCTIONS[activation](sources[0])
         if gated:
             expected = expected * sources[1]
         expected.backward(grad.cpu().double())
@@ -371,13 +371,13 @@ def test_a_gates_gradients_come_with_an_adapters(apart, dtype, shape, activation
 
 
 def check_gate_and_adapter(dtype: torch.dtype, shape: tuple[int, int, int], activation: Any) -> None:
-    from lightweight.captured import gates, kernels
+    from lightweight.captured import activations, kernels
 
     tokens, width, rank = shape
     both, grad, reached, a = random(dtype, (tokens, 2 * width), (tokens, width), (tokens, rank), (rank, width))
     gate, up = both.split(width, -1)
     exact_gate, exact_up, exact_a = exact(gate, up, a)
-    product = gates.FUNCTIONS[activation](exact_gate) * exact_up
+    product = activations.FUNCTIONS[activation](exact_gate) * exact_up
     inner = 2 * product @ exact_a.t()
     torch.autograd.backward([product, inner], [grad.cpu().double(), reached.cpu().double()])
     found = kernels.gate_project_backward(grad, kernels.Reached(reached, a, 2.0), gate, up, activation)

@@ -1,6 +1,7 @@
 import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -120,10 +121,10 @@ def test_flash_attention_is_called_as_its_operators_want_it_forward_and_backward
 @pytest.mark.parametrize("name", ["flash", "efficient", "cudnn"])
 def test_a_kernel_of_attention_runs_there_and_back_as_it_is_timed(name):
     with FakeTensorMode():
-        tensors = tuple(torch.empty(2, 2, 8, 16, dtype=torch.bfloat16, device="meta") for _ in range(3))
-        forward, backward = torch_internals.attention_kernel(name, tensors, None)
-        assert forward()[0].shape == tensors[0].shape
-        assert [grad.shape for grad in backward()[:3]] == [tensor.shape for tensor in tensors]
+        query, key, value = (torch.empty(2, 2, 8, 16, dtype=torch.bfloat16, device="meta") for _ in range(3))
+        forward, backward = torch_internals.attention_kernel(name, (query, key, value), None)
+        (output, *_), (*gradients,) = cast(Any, forward()), cast(Any, backward())
+    assert [tensor.shape for tensor in (output, *gradients[:3])] == [query.shape] * 4
 
 
 def test_softmax_says_whether_it_writes_fp32():

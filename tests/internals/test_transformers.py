@@ -6,9 +6,10 @@ import torch
 
 from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, which imports peft
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, OPTConfig, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.masking_utils import create_causal_mask
+from transformers.models.llama import LlamaConfig
 
 from conftest import MICRO
 from lightweight.internals import transformers as transformers_internals

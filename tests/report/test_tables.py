@@ -7,7 +7,7 @@ import pytest
 from samples import LADDER, cells, entry, forecast, rows, run, seeds, stopped
 
 from lightweight import record
-from lightweight.report import frontier, select, tables, words, write
+from lightweight.report import frontier, select, speed_tables, tables, words, write
 from lightweight.report.findings import findings
 
 RECORDS = Path(__file__).parents[2] / "experiments" / "records"
@@ -66,12 +66,17 @@ def test_every_other_failure_is_a_row_too(outcome):
     assert row["speedup"] == "-"
 
 
-def test_the_brief_table_has_the_cells_of_the_whole_one_in_120_columns():
-    runs = [record.load(RECORD)]
+@pytest.mark.parametrize("path", [RECORD, RECORD.with_name("h100-t4.json")], ids=lambda path: path.stem)
+def test_the_brief_table_has_the_cells_of_the_whole_one_in_120_columns(path):
+    """Also where the record has shares of the card's peak. Which card it was is in a note."""
+    runs = [record.load(path)]
     made = {table.key: table for table in tables.tables(runs)}
     brief = tables.brief(runs)
-    assert [list(row[:3]) for row in brief.rows] == [list(row[:3]) for row in made["results"].rows]
-    assert [row[6] for row in brief.rows] == [row[7] for row in made["results"].rows]  # peak memory
+    whole, peak = made["results"], made["results"].columns.index("peak memory")
+    assert [list(row[:2]) for row in brief.rows] == [list(row[:2]) for row in whole.rows]
+    assert all(long[2].endswith(row[2]) for row, long in zip(brief.rows, whole.rows, strict=True))
+    assert [row[-1] for row in brief.rows] == [row[peak] for row in whole.rows]
+    assert all(f"Measured on {entry.device}" in " ".join(brief.notes) for entry in brief.entries if entry)
     assert max(map(len, brief.text("markdown").splitlines())) <= 120
     assert "brief" not in made and words.RANDOM not in brief.text("markdown")
 
@@ -240,7 +245,7 @@ def test_trials_over_several_gpus_stand_beside_the_one_on_one():
     }
     failed = {"method": "qlora", "failed_rank": 1, "rank_peak_allocated_bytes": (None, 2**30)}
     entries = [entry(**rates), entry(**two), stopped(**two | failed)]
-    one, shared, stopped_on_one_rank = tables.ranks(entries).rows
+    one, shared, stopped_on_one_rank = speed_tables.ranks(entries).rows
     assert one[2] == "NVIDIA H200 as t4 [e]" and shared[2] == "2 x NVIDIA H200 as t4 [e]"
     assert shared[4:8] == ["30,720", "15,360", "1.50x", "3.00 GiB, 2.00 GiB"]
     assert stopped_on_one_rank[3] == "out of memory in forward, rank 1"
@@ -260,7 +265,7 @@ def test_trials_over_several_gpus_stand_beside_the_one_on_one():
     untold = replace(entries[2], peak_allocated_bytes=None, host_peak_bytes=2**33)
     assert words.memory(untold) == "1.00 GiB", "of the rank that could tell, not of the host"
     assert record.baseline_of(entries[2], entries) is entries[1]
-    assert tables.ranks(entries[:1]).rows == []
+    assert speed_tables.ranks(entries[:1]).rows == []
     assert list(frontier.places([run(*entries)])[("opt-350m", "baseline")]) == ["t4", "2 x t4"]
     single = frontier.card_bytes("t4")
     assert single is not None and frontier.card_bytes("2 x t4") == 2 * single
@@ -282,5 +287,5 @@ def test_a_number_of_one_is_no_switch():
         entry(captured_step={"lean": lean, "rows": rows_}, training_arguments={"warmup": None})
         for lean, rows_ in ((False, 8), (True, 1))
     )
-    assert tables.change(below, rung) == "lean off -> on, rows 8 -> 1"
-    assert tables.change(rung, below) == "lean on -> off, rows 1 -> 8"
+    assert speed_tables.change(below, rung) == "lean off -> on, rows 8 -> 1"
+    assert speed_tables.change(rung, below) == "lean on -> off, rows 1 -> 8"

@@ -1,4 +1,4 @@
-"""Which activation does a module compute, and what does it let through? SwiGLU, GeGLU and their like in one pass each
+"""Which activation does a module compute, and does it gate? SwiGLU, GeGLU and their like in one pass each
 way; the backward pass computes the activation again from what it is of.
 
 What a module computes is asked of itself, with other modules in the place of its own.

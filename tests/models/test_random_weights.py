@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightweight.models import drawing
-from lightweight.models.drawing import Drawing, drawn
+from lightweight.models import random_weights
+from lightweight.models.random_weights import Drawing, drawn
 
 SHAPES = {
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},  # scales some of its layers by their number
@@ -50,10 +50,10 @@ def test_what_is_drawn_is_distributed_as_the_networks_own_initialization_has_it(
 
 
 def test_the_numbers_follow_from_the_seed_and_not_from_the_cores(monkeypatch):
-    monkeypatch.setattr(drawing, "CHUNK", 1000)  # so that tensors have many, the last one smaller
+    monkeypatch.setattr(random_weights, "CHUNK", 1000)  # so that tensors have many, the last one smaller
     of_cores = []
     for cores in (1, 5):
-        monkeypatch.setattr(drawing, "cores", lambda cores=cores: cores)
+        monkeypatch.setattr(random_weights, "cores", lambda cores=cores: cores)
         of_cores.append(drawn(lambda: build("opt"), 3).state_dict())
     once, again = of_cores
     assert all(torch.equal(once[name], again[name]) for name in once)
@@ -98,7 +98,7 @@ def test_what_is_written_over_is_not_drawn():
 
 SAME = """
 import hashlib, torch
-from lightweight.models.drawing import Drawing
+from lightweight.models.random_weights import Drawing
 with Drawing(3) as drawing:
     tensor = torch.empty(2**18, dtype=torch.float16).normal_(0.0, 0.02)
     drawing.finish([tensor])

@@ -1,0 +1,24 @@
+"""Which columns have several tables in common?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightweight.record import Entry
+from lightweight.report import words
+from lightweight.report.table import Column
+
+
+def named(among: Sequence[Entry]) -> list[Column[Entry]]:
+    """Model, method and the card that ran it, methods of one name `among` those told apart."""
+    return [
+        ("model", "l", lambda entry: entry.model),
+        ("method", "l", lambda entry: words.method_among(entry, among)),
+        ("card", "l", words.marked_card),
+    ]
+
+
+def shares(entries: Sequence[Entry]) -> list[Column[Entry]]:
+    """The share of the card's peak, where the records know what their models need."""
+    known = any(entry.share_of_peak is not None for entry in entries)
+    return [("of the card's peak", "r", words.share_of_peak)] if known else []
