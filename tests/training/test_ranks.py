@@ -199,6 +199,7 @@ def test_gradients_are_sent_while_the_backward_pass_still_makes_others(monkeypat
         (Looking.apply(first) * last).sum().backward()
     assert when == [1]
     assert [flat.tolist() for flat in sent] == [[7.0, 2.0, 2.0], [0.0, 0.0], [5.0, 5.0]]
+    assert last.grad is not None and first.grad is not None
     assert (loss.item(), last.grad.tolist(), first.grad.tolist()) == (14.0, [4.0, 4.0], [10.0, 10.0])
     assert not first._post_accumulate_grad_hooks, "none is left behind"
 
@@ -482,7 +483,7 @@ RUN = worker.run
 
 def run_drawing_otherwise(connection, trial, *rest) -> None:
     """`worker.run`, where the Trainer is found to draw other rows than the captured step."""
-    agreement.Reference.draws = lambda reference, passes: False  # type: ignore[method-assign]
+    agreement.Reference.draws = lambda reference, passes: False  # type: ignore[method-assign, assignment]
     RUN(connection, trial, *rest)
 
 
