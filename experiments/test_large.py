@@ -28,7 +28,7 @@ BY: dict[str, Method] = {
             name=f"qlora-8b-{library}",
             adapter=ADAPTER,
             step="trainer",
-            library=library,  # type: ignore[arg-type]
+            library=library,
             weights_dtype="bfloat16",
             # as both recommend at this size: Unsloth's own kind of checkpointing is what it makes of it
             training_arguments=ONE_ROW | {"bf16": True, "gradient_checkpointing": True},

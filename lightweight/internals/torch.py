@@ -455,6 +455,6 @@ def replicas_of_fake_tensors() -> Iterator[None]:
     with (
         mock.patch.object(module, "_verify_param_shape_across_processes", return_value=True),
         mock.patch.object(module, "_sync_module_states", send),
-        mock.patch.object(torch.distributed.Reducer, "_rebuild_buckets", return_value=False),
+        mock.patch.object(torch.distributed.Reducer, "_rebuild_buckets", return_value=False),  # type: ignore[attr-defined]
     ):
         yield

@@ -255,7 +255,7 @@ def without_ties(network: Any, weights: Mapping[str, torch.Tensor]) -> dict[str,
     return {name: tensor for name, tensor in weights.items() if name not in tied}
 
 
-def _summed(bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _summed(bucket: Any) -> torch.futures.Future[torch.Tensor]:
     """The sum of a bucket of DistributedDataParallel's over the ranks, in its place."""
     buffer = bucket.buffer()
     sent: Any = distributed.all_reduce(buffer, async_op=True)

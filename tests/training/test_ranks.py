@@ -130,6 +130,20 @@ def test_a_step_that_grows_with_two_ranks_is_that_of_one_with_twice_the_passes(t
     assert abs(one.measured.heldout_loss_after - one.measured.heldout_loss_before) > 1e-3
 
 
+def test_half_precision_weights_get_the_sums_of_ranks_in_their_masters(trial, tmp_path):
+    """In two passes on each of two ranks: the first writes into the masters' gradients, the last adds and is sent."""
+    arguments = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    method = replace(quick(METHODS["lora-captured"], **arguments), weights_dtype="bfloat16")
+    trial = replace(trial, method=method, max_steps=6)
+    one, two = (outcome(replace(trial, world_size=size), tmp_path / str(size)) for size in (1, 2))
+    assert isinstance(two, Completed), two
+    assert two.measured.capture_note == one.measured.capture_note, "captured, both"
+    learned = one.measured.heldout_loss_before - one.measured.heldout_loss_after
+    assert abs(learned) > 1e-3
+    assert two.measured.heldout_loss_after == pytest.approx(one.measured.heldout_loss_after, abs=abs(learned) / 10)
+    assert two.measured.train_loss == pytest.approx(one.measured.train_loss, abs=1e-4)
+
+
 def test_what_a_learning_rate_becomes_is_as_the_scale_says():
     method = replace(BASELINE, training_arguments={**BASELINE.training_arguments, "learning_rate": 1e-3})
     rates = {scale: method.scaled(4, scale) for scale in ("fixed", "batch", "batch-sqrt", "batch-linear")}
@@ -185,6 +199,7 @@ def test_gradients_are_sent_while_the_backward_pass_still_makes_others(monkeypat
         (Looking.apply(first) * last).sum().backward()
     assert when == [1]
     assert [flat.tolist() for flat in sent] == [[7.0, 2.0, 2.0], [0.0, 0.0], [5.0, 5.0]]
+    assert last.grad is not None and first.grad is not None
     assert (loss.item(), last.grad.tolist(), first.grad.tolist()) == (14.0, [4.0, 4.0], [10.0, 10.0])
     assert not first._post_accumulate_grad_hooks, "none is left behind"
 
@@ -468,7 +483,7 @@ RUN = worker.run
 
 def run_drawing_otherwise(connection, trial, *rest) -> None:
     """`worker.run`, where the Trainer is found to draw other rows than the captured step."""
-    agreement.Reference.draws = lambda reference, passes: False  # type: ignore[method-assign]
+    agreement.Reference.draws = lambda reference, passes: False  # type: ignore[assignment]
     RUN(connection, trial, *rest)
 
 
