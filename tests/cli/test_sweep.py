@@ -12,6 +12,7 @@ from lightweight import corpus, methods, record
 from lightweight.__main__ import main
 from lightweight.cli import sweep
 from lightweight.methods import Method
+from lightweight.preload import peft
 from lightweight.settings import Settings, SweptRates
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
