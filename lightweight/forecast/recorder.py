@@ -18,6 +18,7 @@ from lightweight.forecast.replay import Cause, Event
 from lightweight.forecast.work import Watch
 from lightweight.internals import bitsandbytes as bitsandbytes_internals
 from lightweight.internals.torch import (
+    ADDED_UP,
     DEVICE_OF,
     READ_BY_THE_HOST,
     VIEW_THAT_SAYS_IT_IS_NONE,
@@ -94,6 +95,9 @@ class Recorder(DispatchMode):
         self._enter_phase()
         for sent_or_received in written_by_fsdp(operator, arguments, options or {}):
             self.mark(sent_or_received, "gathered")
+        if operator is ADDED_UP and not self._is_sharded:
+            for bucket in arguments[0]:
+                self.mark(bucket, "gradients")
         # Each thread that multiplies matrices has workspaces in each stream, and backward runs in another thread.
         for kind, size in self.rules.workspace_bytes(operator).items():
             if (workspace := (kind, self._stream(), in_backward())) not in self._workspaces:
@@ -167,10 +171,11 @@ class Recorder(DispatchMode):
         """As `torch.cuda.empty_cache`."""
         self.emptied.append(len(self.events))
 
-    def free_workspaces(self) -> None:
-        """As `internals.torch.free_workspaces`."""
+    def free_unused(self) -> None:
+        """As `captured.agreement.free_unused`."""
         self.events += [(name, 0) for name in self._workspaces.values()]
         self._workspaces.clear()
+        self.empty_cache()
 
     @contextmanager
     def in_a_stream(self) -> Iterator[None]:
