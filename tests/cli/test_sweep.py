@@ -12,6 +12,7 @@ from lightweight import corpus, methods, record
 from lightweight.__main__ import main
 from lightweight.cli import sweep
 from lightweight.methods import Method
+from lightweight.preload import peft
 from lightweight.settings import Settings, SweptRates
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
@@ -103,7 +104,9 @@ def test_a_sweep_is_recorded_and_its_rates_can_be_taken(micro, tmp_path, capsys,
     job = ["train", "--model", "opt-tiny", "--weights", "random", "--method", "lora", "--output", "out"]
     assert main([*job, "--learning-rate", "found.json"]) == 2
     assert "was searched on model" in capsys.readouterr().err and not (tmp_path / "out").exists()
-    other = replace(lora, adapter=replace(lora.adapter, r=16))
+    adapter = lora.adapter
+    assert isinstance(adapter, peft.LoraConfig)
+    other = replace(lora, adapter=replace(adapter, r=16))
     with pytest.raises(ValueError, match=r"found\.json: method lora is another one now than was searched for"):
         record.check_searched(settings.learning_rate, micro.location, other)
     with pytest.raises(
