@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from lightweight import names
 
+Placement = Literal["replicated", "sharded"]
+"""What each of several ranks holds of a network: all of it, or a part."""
+
 if TYPE_CHECKING:  # a method takes seconds to import
     from lightweight.corpus import How
     from lightweight.methods import Method
@@ -164,14 +167,14 @@ def how_read(said: Callable[[str], Any]) -> How:
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """One of `Settings` as a command line says it. `of` is what it belongs to: a method's TrainingArguments, its LoRA
-    adapter, or the rows of a Trial; `key` is what it is called there. `others` are keys of the adapter that say the
-    same for some layers."""
+    adapter, the rows of a Trial, or its ranks; `key` is what it is called there. `others` are keys of the adapter that
+    say the same for some layers."""
 
     name: str
     metavar: str
     read: Callable[[str], Any]
     help: str
-    of: Literal["arguments", "adapter", "rows"]
+    of: Literal["arguments", "adapter", "rows", "ranks"]
     key: str
     others: tuple[str, ...] = ()
 
@@ -304,6 +307,24 @@ SETTINGS = (
         of="adapter",
         key="target_modules",
     ),
+    Setting(
+        name="scale",
+        metavar="HOW",
+        read=one_of("fixed", "batch", "batch-sqrt", "batch-linear"),
+        help="what grows with the GPUs of a trial: fixed, nothing, they share the method's step; batch, the sequences "
+        "of a step, the learning rate kept; batch-sqrt or batch-linear, the learning rate as well (default: fixed)",
+        of="ranks",
+        key="scale",
+    ),
+    Setting(
+        name="placement",
+        metavar="HOW",
+        read=one_of("replicated", "sharded"),
+        help="whether each GPU of a trial holds the network, or a part of it (default: replicated where that is "
+        "forecast to fit, else sharded)",
+        of="ranks",
+        key="placement",
+    ),
 )
 """What the suite, `plan` and `train` take alike."""
 
@@ -326,7 +347,8 @@ class Settings:
 
     `max_length` is in tokens a row; `loss_on`, `long` and `padding` are as in Trial. `batch_size` is in sequences a
     forward pass, `accumulation` in passes an optimizer step, `warmup` in optimizer steps or, below 1, a share of all of
-    them. `schedule` is one of transformers' names. `lora_layers` are names, or "all-linear".
+    them. `schedule` is one of transformers' names. `lora_layers` are names, or "all-linear". `scale` is as
+    `Method.scaled` takes it, `placement` as Trial does.
     """
 
     max_length: int | None = None
@@ -342,6 +364,8 @@ class Settings:
     lora_alpha: int | None = None
     lora_dropout: float | None = None
     lora_layers: str | tuple[str, ...] | None = None
+    scale: str | None = None
+    placement: Placement | None = None
 
     @classmethod
     def read(cls, said: Callable[[str], str | None]) -> Self:
@@ -367,10 +391,13 @@ class Settings:
         """Whether `method` has all that is set."""
         return not self.given("adapter") or _has_lora(method)
 
-    def apply(self, method: Method) -> Method:
-        """`method` with what is set; LoRA's settings leave alone a method without LoRA. The suite's own methods are
-        changed; any other one is where it says nothing itself. Raises MethodError where it says otherwise, and for what
-        no method can have."""
+    def apply(self, method: Method, world_size: int = 1) -> Method:
+        """`method` with what is set, for so many ranks; LoRA's settings leave alone a method without LoRA. The suite's
+        own methods are changed; any other one is where it says nothing itself. Raises MethodError where it says
+        otherwise, and for what no method can have."""
+        return self._applied(method).scaled(world_size, self.scale or "fixed")
+
+    def _applied(self, method: Method) -> Method:
         from lightweight import methods
 
         is_stock = methods.METHODS.get(method.name) is method
@@ -409,12 +436,12 @@ class Settings:
         training_arguments = {**method.training_arguments, **new["arguments"]}
         return replace(method, adapter=adapter, training_arguments=training_arguments, changed=changed)
 
-    def applied(self, methods: Iterable[Method]) -> list[Method]:
-        """`methods` with what is set. Raises MethodError as `apply` does, and where LoRA's settings are set and none of
-        them has LoRA."""
+    def applied(self, methods: Iterable[Method], world_size: int = 1) -> list[Method]:
+        """`methods` with what is set, for so many ranks. Raises MethodError as `apply` does, and where LoRA's settings
+        are set and none of them has LoRA."""
         from lightweight.methods import MethodError
 
-        changed = [self.apply(method) for method in methods]
+        changed = [self.apply(method, world_size) for method in methods]
         if changed and not any(map(self.fits, changed)):
             (setting, value), *_ = self.given("adapter")
             called = ", ".join(method.name for method in changed)

@@ -16,8 +16,9 @@ import torch
 from torch.nn import functional
 
 from lightweight.captured import kernels
+from lightweight.captured.joined import Whole
 from lightweight.captured.kernels import Activation
-from lightweight.captured.projections import Family, Projection, weight_of
+from lightweight.captured.projections import Family, Projection, factor_gradients, weight_of
 from lightweight.internals import torch as torch_internals
 
 FUNCTIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -84,7 +85,11 @@ def gated(module: Any, activation: Activation, down: Family | None, x: torch.Ten
     gate, up = module.gate_proj(x), module.up_proj(x)
     if kernels.take(gate) and down is not None and (projection := down.alone()) is not None:
         assert projection.adapter is not None
-        projected: torch.Tensor = _GatedProject.apply(gate, up, *projection.adapter, projection, activation)  # type: ignore[no-untyped-call]
+        projected: torch.Tensor
+        if down.whole is not None and gate.dtype == down.whole.dtype:
+            projected = _GatedWhole.apply(gate, up, *projection.adapter, down.whole, activation)  # type: ignore[no-untyped-call]
+        else:
+            projected = _GatedProject.apply(gate, up, *projection.adapter, projection, activation)  # type: ignore[no-untyped-call]
         return projected
     product: torch.Tensor = _Gate.apply(gate, up, activation)  # type: ignore[no-untyped-call]
     product.recipe = (functools.partial(_gate, activation), (gate.detach(), up.detach()))  # type: ignore[attr-defined]
@@ -157,3 +162,35 @@ class _GatedProject(torch.autograd.Function):
         reached = kernels.Reached(grad @ b, a, projection.scaling)
         grad_gate, grad_up, grad_a = kernels.gate_project_backward(grad_product, reached, gate, up, activation)
         return grad_gate, grad_up, grad_a, grad.t() @ inner, None, None
+
+
+class _GatedWhole(torch.autograd.Function):
+    """The same by a layer that is one with its adapter."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        a: torch.Tensor,
+        _b: torch.Tensor,
+        whole: Whole,
+        activation: Activation,
+    ) -> torch.Tensor:
+        product, _ = kernels.flat(kernels.gate(gate, up, activation, whole.room))
+        y, inner = whole.forward(product, has_room=True)
+        ctx.save_for_backward(gate, up, a, inner)
+        ctx.settings = whole, activation
+        return y.view(*gate.shape[:-1], whole.out)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up, a, inner = ctx.saved_tensors
+        whole, activation = ctx.settings
+        grad = whole.with_room(grad_output)
+        reached, grad_product = whole.backward(grad, reaches_x=True)
+        assert grad_product is not None
+        through = kernels.Reached(reached, a, whole.scaling, is_in=True)
+        grad_gate, grad_up, grad_a = kernels.gate_project_backward(grad_product, through, gate, up, activation)
+        _, grad_b = factor_gradients(whole, grad, reached, inner, None)
+        return grad_gate, grad_up, grad_a, grad_b, None, None

@@ -22,7 +22,7 @@ def command(options: argparse.Namespace) -> int:
         wanted_targets = [targets.named(name) for name in dict.fromkeys(options.target or cards)]
         measured = [entry for path in options.record for entry in record.load(path).entries]
         named = [methods.named(name) for name in dict.fromkeys(options.method or ())] or methods.PLANNED
-        wanted_methods = options.settings.applied(named)
+        wanted_methods = options.settings.applied(named, options.gpus or 1)
         for model in wanted_models:
             record.check_searched(options.settings.learning_rate, model.name, *wanted_methods)
         names.refuse_namesakes("method", wanted_methods)
@@ -35,6 +35,7 @@ def command(options: argparse.Namespace) -> int:
         question = plan_row.PlanOptions(
             keeps_passes=options.settings.keeps_passes,
             gpus=options.gpus or 1,
+            placement=options.settings.placement,
             corpus=read,
             max_batch=options.max_batch,
             longest_row=options.max_length_that_fits,

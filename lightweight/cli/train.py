@@ -31,7 +31,7 @@ from lightweight.child.process import see_gpus
 from lightweight.cli import checkpoints
 from lightweight.cli.callbacks import Checkpoints, ProgressBar
 from lightweight.cli.checkpoints import StopRequest, step_of
-from lightweight.cli.choice import choose, instead, timed
+from lightweight.cli.choice import choose, instead, placed, timed
 from lightweight.cli.job import Job, JobError
 from lightweight.cli.output import Interrupted, Output, OutputError
 from lightweight.cli.result import finish, publish_finished
@@ -92,7 +92,7 @@ def _run(job: Job, progress: Callable[[str], None], stop_request: StopRequest) -
     device = worker.describe_device(ranks.local_rank()) if on_gpu else Device(name=f"{platform.machine()} CPU")
     try:
         target = _target(job.target, device, on_gpu)
-        method = job.settings.applied([methods.named(job.method)])[0] if job.method else None
+        method = job.settings.applied([methods.named(job.method)], ranks.world_size())[0] if job.method else None
     except ValueError as error:
         raise JobError(str(error)) from error
     if on_gpu and ranks.world_size() > 1:
@@ -107,6 +107,8 @@ def _run(job: Job, progress: Callable[[str], None], stop_request: StopRequest) -
             method, step = ranks.of_first(lambda: choose(job, model, target, device, before, progress, dialogues))
         check_layers(method, model)
         trial = _trial(job, model, method, target, dialogues, on_gpu)
+        placement = ranks.of_first(lambda: placed(trial, job, before, device, progress).placement)
+        trial = replace(trial, placement=placement)
         if job.resume:
             _check_same(trial, before, output)
         if before and before.is_finished:
@@ -120,6 +122,11 @@ def _run(job: Job, progress: Callable[[str], None], stop_request: StopRequest) -
     except REFUSALS:
         raise
     except Exception as error:  # safetensors and torch tell a full disk, and a file's limit, each in their own way
+        if ranks.world_size() > 1 and ranks.is_of_a_lost_one(error):
+            raise ranks.RanksError(
+                f"rank {ranks.rank()} of {ranks.world_size()}: another rank is gone: --resume goes on after the last "
+                "checkpoint, also with another number of ranks"
+            ) from error
         if os.strerror(errno.EFBIG) in str(error) or (ranks.is_first() and output.is_at_limit):
             raise _unwritable(output, "a file of it is larger than ulimit -f allows: raise that") from error
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or (ranks.is_first() and output.is_full):
@@ -292,6 +299,7 @@ def _trial(job: Job, model: Model, method: Method, target: Target, dialogues: co
             max_steps=job.max_steps,
             device_index=0 if on_gpu else None,
             world_size=ranks.world_size(),
+            placement=job.settings.placement or "replicated",
             **job.settings.rows,
         )
     except ValueError as error:
@@ -306,12 +314,32 @@ def _check_same(trial: Trial, before: Interrupted | None, output: Output) -> Non
     for line in before.passed_over:
         say(line)
     settings = json.loads(json.dumps(record.settings(trial)))
-    if differ := record.differing_settings(before.settings, settings):
+    differ = record.differing_settings(before.settings, settings)
+    if _is_on_other_ranks(before.settings, settings):
+        was, now = (of.get("world_size", 1) for of in (before.settings, settings))
+        say(f"going on with {now} rank{'s' * (now > 1)} where there were {was}: steps and losses stay, but for dropout")
+        differ = {key: pair for key, pair in differ.items() if key not in OF_RANKS}
+    if differ:
         was = ", ".join(f"{key} was {then!r} and is {now!r}" for key, (then, now) in differ.items())
         raise JobError(
             f"--resume: the job in {before.place} is another one: {was}: give the options it was started with, "
             "or --overwrite without --resume"
         )
+
+
+OF_RANKS = ("world_size", "placement", "per_device_train_batch_size", "gradient_accumulation_steps")
+"""Settings that follow from a method and the number of its ranks."""
+
+
+def _is_on_other_ranks(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a job of the same method goes on with another number of ranks, whose checkpoint any number can read: one
+    of shards has the optimizer's state as FSDP2 gathers it."""
+    is_same = then.get("method_digest") == now["method_digest"]
+    return (
+        is_same
+        and then.get("world_size") != now["world_size"]
+        and "sharded" not in (then.get("placement"), now["placement"])
+    )
 
 
 def _written(model: Model, output: Output, seed: int, settings: Mapping[str, Any]) -> Model:

@@ -141,19 +141,25 @@ def _by_growing(
         raise _UnstableError(f"a conversation begins with the assistant: let another role begin, or {mend}")
     before = _rendered(messages[:index], tokenizer, answer_follows=True)
     upto = text if is_last else _rendered(messages[: index + 1], tokenizer)
-    is_as_before = text.startswith(upto)
-    if not is_as_before and tokenizer.eos_token:  # some write the end of all text after the last turn
-        upto = upto.removesuffix(str(tokenizer.eos_token))
-        # and some write it in place of another end
-        is_as_before = text.startswith(upto) and not (
-            _end_within(upto, (len(before), len(upto)), special)[1] is None and _follows(text, len(upto), special)
-        )
-    if not (text.startswith(before) and is_as_before and len(before) < len(upto)):
+    stop = len(upto) if text.startswith(upto) else _without_end_of_text(upto, len(before), text, tokenizer, special)
+    if stop is None or not (text.startswith(before) and len(before) < stop):
         what = "the last turn" if is_last else f"message {index + 1} of {len(messages)}"
         after = "after its prompt" if is_last else "once another follows"
         mend = mend if is_last else f"take --loss-on last, or {mend.removeprefix('take ')}"
         raise _UnstableError(f"it writes {what} otherwise {after}: {mend}")
-    return len(before), len(upto)
+    return len(before), stop
+
+
+def _without_end_of_text(
+    upto: str, start: int, text: str, tokenizer: PreTrainedTokenizerBase, special: re.Pattern[str]
+) -> int | None:
+    """Where a turn that begins at `start` ends in `text`, which ends in `upto` with the end of all text, as some write
+    it after the last turn. None where `text` does not begin so, or has another end in that one's place."""
+    upto = upto.removesuffix(str(tokenizer.eos_token or ""))
+    if not text.startswith(upto):
+        return None
+    is_ended = _end_within(upto, (start, len(upto)), special)[1] is not None
+    return len(upto) if is_ended or _follows(text, len(upto), special) is None else None
 
 
 def _by_marks(messages: Sequence[Message], text: str, tokenizer: PreTrainedTokenizerBase) -> list[Span]:

@@ -43,6 +43,10 @@ INSTEAD = {
     "reduction of columns": "reduction of rows",
     "row by row": "elementwise",
     "dequantization": "elementwise",
+    "our attention, causal": "cudnn attention, causal",
+    "our attention backward of queries, causal": "cudnn attention backward, causal",
+    "our attention backward of keys, causal": "cudnn attention backward, causal",
+    "unpack": "dequantization",
 }
 """What kind of kernel stands in for one that was not measured."""
 
@@ -215,9 +219,9 @@ def stored() -> list[Calibration]:
 
 
 def of_card(name: str, known: Sequence[Calibration]) -> tuple[Calibration, bool] | None:
-    """The calibration to forecast a card with, `name` being what CUDA calls it or a part of that, and whether it is of
-    such a card; None where there is none at all. The first one stands in for cards that were not measured."""
-    of_it = next((one for one in known if name in one.device or one.device in name), None)
+    """The calibration to forecast a card with, `name` being what CUDA calls it or the last words of that, and whether
+    it is of such a card; None where there is none at all. The first one stands in for cards that were not measured."""
+    of_it = next((one for one in known if targets.is_card(name, one.device)), None)
     if of_it is not None:
         return of_it, True
     return (known[0], False) if known else None

@@ -13,6 +13,7 @@ from lightweight.forecast.step_time import JobLimits, JobTime, StepTime
 from lightweight.methods import Method
 from lightweight.record import method_digest, said_of, versions
 from lightweight.record.codec import plain
+from lightweight.settings import Placement
 from lightweight.targets import CONTEXT_BYTES, Target
 from lightweight.trial import MAX_LENGTH, Padding, pads_to_max
 
@@ -26,7 +27,8 @@ class PlanOptions:
     The sequences of a forward pass are a method's own, or, unless the question `keeps_passes`, the most that fit in
     more passes of the same optimizer step. `max_length` is in tokens a row. Without a `corpus` a forecast holds for
     rows of that length, and what else is said of rows changes nothing; with one, for the longest batch that its
-    training rows can make in ten epochs. `gpus` share a trial. `max_batch` asks for the largest batch that fits as
+    training rows can make in ten epochs. `gpus` share a trial, with the `placement` of the network that is said, or
+    None. `max_batch` asks for the largest batch that fits as
     well, `longest_row` for the longest rows, whatever the corpus has, and `fewest_gpus` for the least number of GPUs
     that suffices. `job` is what is to be trained, and what it may take.
     """
@@ -38,6 +40,7 @@ class PlanOptions:
     padding: Padding | None = None
     corpus: Corpus | None = None
     gpus: int = 1
+    placement: Placement | None = None
     max_batch: bool = False
     longest_row: bool = False
     fewest_gpus: bool = False
@@ -60,7 +63,8 @@ class PlanRow:
     sequences a pass of one GPU, 0 if none does; `longest_row`, the tokens of the longest rows that fit, to `ROW_STEP`,
     with as few of them in a pass as there can be and every layer of a captured step computed again; and `fewest_gpus`,
     the least number of GPUs on which this batch does, None where it does not even with one for every sequence of a
-    step. `step` and `job` are what those take, None where no calibration says so.
+    step. `step` and `job` are what those take, None where no calibration says so. `placement` is what the forecast is
+    of, None for one GPU.
     """
 
     model: str
@@ -74,6 +78,7 @@ class PlanRow:
     fewest_gpus: int | None = None
     chosen: bool = False
     measured_on: str | None = None
+    placement: Placement | None = None
     corpus_rows: CorpusRows | None = None
     asked: Method | None = None
     step: StepTime | None = None
@@ -115,6 +120,7 @@ class PlanRow:
             "method": self.method.name,
             "target": self.target.name,
             "gpus": question.gpus,
+            **({"placement": self.placement} if self.placement else {}),
             "batch_size": self.batch_size,
             "passes": self.passes,
             "accumulation": self.accumulation,

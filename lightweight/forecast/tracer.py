@@ -103,7 +103,7 @@ def trace(trial: Trial, capability: Capability, rows: Rows | None = None) -> Tra
     if step is not None:
         bf16 = trial.target.bf16 and has_bf16(capability)
         trial = replace(trial, device_index=0, method=trial.method.on_gpu(bf16=bf16))
-    method = trial.method.on_rank(trial.world_size)
+    method = (trial.method.to_be_sharded() if trial.is_sharded else trial.method).on_rank(trial.world_size)
     dtype = getattr(torch, method.weights_dtype)
     try:
         with _quiet():
@@ -119,8 +119,6 @@ def refusal(trial: Trial, config: PretrainedConfig, rows: Rows | None = None) ->
     """Why a trial of a model with `config` over `rows`, where these are known, cannot be forecast, as far as that is
     known before it is traced."""
     step = trial.method.captured_step
-    if step is not None and trial.world_size > 1:
-        return "the captured step is forecast on one GPU, not on several"
     if step is not None and compiles(step, trial.steps if trial.corpus.train else 0):
         return "what torch.compile makes of the captured step is not forecast: take compile=False"
     if trial.method.library != "peft":

@@ -21,6 +21,10 @@ Precision = Literal["fp32", "fp16", "bf16", "half"]
 """`half` is bf16 on a target that has it and fp16 elsewhere; a `Trial` knows which."""
 
 
+LEARNING_RATE = 5e-5
+"""What a schedule begins at where TrainingArguments say nothing."""
+
+
 OWN_CODE = ("optimizer", "compute_loss", "trainer", "callbacks", "data_collator", "transform")
 """The fields of a Method that take code of its author's."""
 
@@ -181,7 +185,7 @@ class Method:
     @property
     def not_for_ranks(self) -> list[str]:
         """What of OWN_CODE may have several ranks train otherwise than one. Those of a captured step each hold the
-        whole network; FSDP2 replaces the weights by shards, on which an optimizer must work element by element."""
+        whole network; those of the Trainer may be sharded, and then an optimizer must work element by element."""
         allowed: tuple[str, ...] = CAPTURED_WITH if self.captured_step is not None else ()
         if isinstance(self.optimizer, tuple) and importable.import_path(self.optimizer[0]) in ELEMENT_BY_ELEMENT:
             allowed = (*allowed, "optimizer")
@@ -274,6 +278,26 @@ class Method:
         """The method with `rate` as what its schedule begins at."""
         return replace(self, training_arguments={**self.training_arguments, "learning_rate": rate})
 
+    def scaled(self, world_size: int, scale: str) -> Method:
+        """The method whose step grows with the number of ranks, so that each sees what one would alone: "batch" keeps
+        the learning rate, "batch-sqrt" multiplies it by the square root of that number, the rule for Adam
+        (https://arxiv.org/abs/2205.10287), "batch-linear" by the number, the rule for SGD
+        (https://arxiv.org/abs/1706.02677). "fixed" leaves the step as it is."""
+        if world_size == 1 or scale == "fixed":
+            return self
+        arguments = dict(self.training_arguments)
+        arguments["gradient_accumulation_steps"] = self.passes_per_step * world_size
+        power = {"batch": 0.0, "batch-sqrt": 0.5, "batch-linear": 1.0}[scale]
+        if power:
+            arguments["learning_rate"] = arguments.get("learning_rate", LEARNING_RATE) * world_size**power
+        return replace(self, training_arguments=arguments, changed={**self.changed, "scale": scale})
+
+    def to_be_sharded(self) -> Method:
+        """The method whose weights FSDP can deal out: it shards floating-point tensors, so packed weights are stored as
+        if they were some."""
+        storage = "float16" if self.weights_dtype == "half" else self.weights_dtype
+        return replace(self, quantization=_with_4bit(self.quantization, bnb_4bit_quant_storage=storage))
+
     def on_rank(self, world_size: int) -> Method:
         """The method as each of `world_size` processes runs it, so that together they see the sequences of a step: no
         more in a pass than the method says, in as few passes as that takes."""
@@ -286,11 +310,7 @@ class Method:
             "per_device_train_batch_size": -(-sequences // passes),
             "gradient_accumulation_steps": passes,
         }
-        quantization = self.quantization
-        if self.captured_step is None:  # FSDP shards floating-point tensors: packed weights are stored as if they were
-            storage = "float16" if self.weights_dtype == "half" else self.weights_dtype
-            quantization = _with_4bit(quantization, bnb_4bit_quant_storage=storage)
-        return replace(self, training_arguments=arguments, quantization=quantization)
+        return replace(self, training_arguments=arguments)
 
     def on_cpu(self) -> Method:
         """The method as a CPU can run it: fp16 mixed precision needs a GPU (accelerate refuses it), and so does tf32:
