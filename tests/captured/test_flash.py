@@ -198,6 +198,18 @@ def test_chunks_of_which_each_sees_itself_alone_are_no_window(asked):
         assert isinstance(wider, torch.Tensor), "what a mask does counts, not what size it says"
 
 
+def test_a_window_that_also_looks_at_the_rows_is_a_mask(asked):
+    from transformers.masking_utils import and_masks, sliding_window_causal_mask_function
+
+    shown = torch.ones(2, 20, dtype=torch.bool)
+    shown[1, 3] = False  # which the first row does not tell
+    looks = and_masks(sliding_window_causal_mask_function(8), lambda row, head, query, key: shown[row, key])
+    options = {"batch_size": 2, "q_length": 20, "kv_length": 20, "local_size": 8, "device": CPU}
+    with attention.on_flash(None):
+        mask = attention._mask(mask_function=looks, **options)
+    assert isinstance(mask, torch.Tensor) and bool(mask[0, 0, 5, 3]) and not mask[1, 0, 5, 3]
+
+
 def test_under_autocast_attention_is_in_the_half_that_it_casts_to():
     single = torch.randn(1, 2, 6, 16)
     with flash_reference.on_a_cpu():

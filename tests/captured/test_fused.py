@@ -148,8 +148,16 @@ def test_a_layer_is_of_a_form_by_what_it_computes() -> None:
         def forward(self, hidden_states: torch.Tensor, **options: Any) -> Any:
             return own(self, hidden_states, **options) + self.mlp(hidden_states)
 
-    layer.__class__ = Parallel
-    assert blocks.form_of(layer) is None
+    class Withholding(type(layer)):  # type: ignore[misc]
+        """Its attention gets another mask than it does."""
+
+        def forward(self, hidden_states: torch.Tensor, attention_mask: Any = None, **options: Any) -> Any:
+            return own(self, hidden_states, attention_mask=None, **options)
+
+    form = blocks.form_of(layer)
+    for other in (Parallel, Withholding):
+        layer.__class__ = other
+        assert form is not None and blocks.form_of(layer) is None
 
 
 def test_a_gate_is_known_by_what_it_computes() -> None:
