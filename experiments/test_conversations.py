@@ -36,8 +36,8 @@ def conversation(tokens: int, number: int) -> Conversation:
         return "".join(words.choice("etaoinshrdlu ") for _ in range(size))
 
     size = tokens // (2 * TURNS) - len("User: \nAssistant: .") // 2  # with the names of roles and the ends of answers
-    roles = ("user", "assistant") * TURNS
-    return Conversation(tuple(Message(role, said(size)) for role in roles))
+    turns = [(Message("user", said(size)), Message("assistant", said(size))) for _ in range(TURNS)]
+    return Conversation(tuple(message for turn in turns for message in turn))
 
 
 def conversations() -> Corpus:
