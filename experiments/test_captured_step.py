@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 
+from experiments.full_rows import ADAPTER, LENGTH, ROWS, full_rows
+from experiments.test_forecast import GEMMA3_SHAPE
 from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, QLORA, QLORA_CAPTURED, CapturedStep, Method
 from lightweight.models import GPT_NEO_1_3B, OPT_350M, Model
+from lightweight.models.known import named
 from lightweight.plugin import Laboratory, Train
 from lightweight.targets import NATIVE
 from lightweight.trial import Completed, Outcome, OutOfMemory
@@ -73,13 +76,25 @@ QLORA_LADDER = climb(
     ("qlora-graph", {"step": {"graph": True}}),
     ("qlora-compile", {"step": {"compile": True}}),
 )
+TWO_ROWS = {"per_device_train_batch_size": ROWS}
+QWEN_LADDER = climb(
+    replace(LORA, name="lora-2048", adapter=ADAPTER, training_arguments=TWO_ROWS | {"bf16": True}),
+    ("lora-2048-loop", {"step": PLAIN}),
+    ("lora-2048-half", {"weights_dtype": "half", "training_arguments": TWO_ROWS}),
+    ("lora-2048-attention", {"step": {"attention": "sdpa"}}),
+    ("lora-2048-loss", {"step": {"loss": "chunked"}}),
+    ("lora-2048-lean", {"step": {"lean": True}}),
+    ("lora-2048-graph", {"step": {"graph": True}}),
+    ("lora-2048-compile", {"step": {"compile": True}}),
+)
+"""Of a Qwen3 shape; its rows are full, so that packing has nothing to do."""
 
 
 def rungs(ladder: list[Method]) -> list[Any]:
     return [pytest.param(method, id=method.name) for method in ladder]
 
 
-def assert_as_good(outcome_of: Train, outcome: Outcome, model: str, stock: str, **changes: Any) -> None:
+def assert_as_good(outcome_of: Train, outcome: Outcome, model: str, stock: str | Method, **changes: Any) -> None:
     """Out of memory is an answer. What completes has the held-out loss of `stock`, but for dropout's draws and
     rounding: the rungs of the committed records differ by less than 0.1 %."""
     assert isinstance(outcome, Completed | OutOfMemory), outcome.reason
@@ -103,6 +118,19 @@ def test_a_rung_from_baseline_to_lora_captured(train: Train, outcome_of: Train, 
 @pytest.mark.parametrize("method", rungs(QLORA_LADDER))
 def test_a_rung_from_qlora_to_qlora_captured(train: Train, outcome_of: Train, method: Method) -> None:
     assert_as_good(outcome_of, train("gpt-neo-1.3b", method, epochs=2), "gpt-neo-1.3b", "qlora", epochs=2)
+
+
+@needs_cuda
+@pytest.mark.shown_as("ladder")
+@pytest.mark.model("qwen3-0.6b")
+@pytest.mark.parametrize("method", rungs(QWEN_LADDER))
+def test_a_rung_of_a_modern_shape(train: Train, outcome_of: Train, method: Method) -> None:
+    changes = {"target": NATIVE, "corpus": full_rows(), "max_length": LENGTH, "max_steps": 24, "padding": "max"}
+    outcome = train("qwen3-0.6b", method, **changes)
+    seconds = sorted(outcome.measured.step_seconds[8:]) or [0.0]
+    peak = (outcome.measured.peak_allocated_bytes or 0) >> 20
+    print(f"\n{method.name}: {1000 * seconds[len(seconds) // 2]:.1f} ms, {peak} MiB")
+    assert_as_good(outcome_of, outcome, "qwen3-0.6b", QWEN_LADDER[0], **changes)
 
 
 @needs_cuda
@@ -148,6 +176,9 @@ def still(model: Model, **no_dropout: float) -> Model:
     [
         pytest.param(still(OPT_350M, dropout=0.0), 1e-3, id="opt-350m", marks=pytest.mark.model("opt-350m")),
         pytest.param(still(GPT_NEO_1_3B), 1e-4, id="gpt-neo-1.3b", marks=pytest.mark.model("gpt-neo-1.3b")),
+        pytest.param(still(named("qwen3-0.6b")), 1e-4, id="qwen3-0.6b"),
+        pytest.param(still(named("llama-3.2-1b")), 1e-4, id="llama-3.2-1b"),
+        pytest.param(still(GEMMA3_SHAPE), 1e-4, id="gemma-3-1b"),
     ],
 )
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -156,7 +187,7 @@ def test_twenty_captured_steps_have_the_trainers_losses_in_fp32(
 ) -> None:
     """GPT-Neo does not scale its attention scores, and random weights make them large: at 1e-3 its loss halves in
     twenty steps and rounding errors grow five hundred times as large as at 1e-4."""
-    adapter = copy.deepcopy(LORA.adapter)
+    adapter = copy.deepcopy(LORA.adapter if model.name.startswith(("opt", "gpt")) else ADAPTER)
     vars(adapter)["lora_dropout"] = 0.0
     arguments = {
         "per_device_train_batch_size": 8 // accumulation,
@@ -179,3 +210,4 @@ def test_the_ladders_end_in_the_captured_methods() -> None:
     for ladder, captured in ((LORA_LADDER, LORA_CAPTURED), (QLORA_LADDER, QLORA_CAPTURED)):
         assert replace(ladder[-2], name=captured.name, step="captured") == captured
         assert ladder[-2].step == CapturedStep(compile=False)
+    assert QWEN_LADDER[-2].step == CapturedStep(packing=False, compile=False)

@@ -1,14 +1,18 @@
 """What do several GPUs buy? A model that one card cannot hold, and tokens a second.
 
-One trial over several ranks: FSDP2 where the Trainer runs the steps, data parallelism where they are captured. Batches
-and losses are those of one rank.
+One trial over several ranks, each with the network where it fits, else with a part of it. Batches and losses are those
+of one rank; with `--scale batch` steps grow with the ranks, as in the last of these tests.
 """
 
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import pytest
 
 from lightweight import record
+from lightweight.methods import LORA_CAPTURED, QLORA, QLORA_CAPTURED, Method
 from lightweight.plugin import ForecastOf, Train
 from lightweight.targets import NATIVE, T4
 from lightweight.trial import Completed, OutOfMemory
@@ -32,7 +36,7 @@ def test_a_ranks_forecast_is_what_the_committed_ones_held(forecast_of: ForecastO
         for entry in record.load(RECORD).entries
         if (entry.model, entry.method, entry.outcome) == ("gpt-neo-1.3b", "baseline", "completed")
     )
-    found = forecast_of("gpt-neo-1.3b", "baseline", target=T4, world_size=held.world_size)
+    found = forecast_of("gpt-neo-1.3b", "baseline", target=T4, world_size=held.world_size, placement=held.placement)
     assert held.rank_peak_allocated_bytes == pytest.approx([found.allocated_bytes] * held.world_size, rel=0.03)
     assert held.peak_reserved_bytes == pytest.approx(found.reserved_bytes, rel=0.03)
 
@@ -78,3 +82,25 @@ def test_two_ranks_learn_what_one_does(outcome_of: Train, model: str, method: st
     assert isinstance(one, Completed), one.reason
     assert isinstance(two, Completed), two.reason
     assert two.measured.heldout_loss_after == pytest.approx(one.measured.heldout_loss_after, rel=0.01)
+
+
+WEAK = [("qwen3-0.6b", LORA_CAPTURED, 1.9), ("llama-3.2-1b", QLORA_CAPTURED, 1.9), ("gpt-neo-1.3b", QLORA, 1.7)]
+"""What two GPUs are to do of the tokens of one, where each has the rows that one has."""
+
+
+@needs_two_gpus
+@pytest.mark.parametrize(("model", "method", "wanted"), WEAK, ids=lambda value: getattr(value, "name", None))
+def test_two_gpus_that_each_have_the_rows_of_one_pay(train: Train, model: str, method: Method, wanted: float) -> None:
+    """Captured steps have rows of 2,048 tokens, two to a GPU; the stock one has the original's."""
+    changes: dict[str, Any] = {"target": NATIVE, "max_steps": 24, "padding": "max", "placement": "replicated"}
+    if method.captured_step is not None:
+        method = replace(method, training_arguments={"per_device_train_batch_size": 2})
+        changes["max_length"] = 2048
+    rates = []
+    for size in (1, 2):
+        outcome = train(model, method.scaled(size, "batch"), **changes, world_size=size)
+        assert isinstance(outcome, Completed), outcome.reason
+        measured = outcome.measured
+        steady = list(zip(measured.step_padded_tokens, measured.step_seconds, strict=True))[4:]
+        rates.append(median(tokens / seconds for tokens, seconds in steady))
+    assert rates[1] >= wanted * rates[0], rates

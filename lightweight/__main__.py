@@ -246,9 +246,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from lightweight.cli import job
+    from lightweight.cli import train_command
 
-    return job.command(options)
+    return train_command.command(options)
 
 
 def _add_sweep(parser: argparse.ArgumentParser) -> None:

@@ -26,7 +26,7 @@ from transformers.training_args import OptimizerNames
 
 from lightweight.methods import Method, MethodError
 from lightweight.models import reason
-from lightweight.settings import SCHEDULES
+from lightweight.names import SCHEDULES
 
 if TYPE_CHECKING:
     from lightweight.targets import Target

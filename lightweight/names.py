@@ -10,6 +10,12 @@ from typing import Any
 METHODS = ("baseline", "lora", "qlora", "baseline-captured", "lora-captured", "qlora-captured")
 """The keys of `methods.METHODS`, which cannot be asked for without importing peft."""
 
+SCHEDULES = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"),
+    *("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"),
+)
+"""Those of transformers' `SchedulerType`, which is not imported to say so, that need no evaluation on the way."""
+
 
 def check_method(text: str) -> None:
     """Raise ValueError unless `text` is a known method or looks like `package.module:NAME` or `file.py:NAME`."""

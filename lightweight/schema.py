@@ -26,6 +26,7 @@ TrainedOn = Literal["pairs", "conversations", "texts"]
 LossOn = Literal["all", "last"]
 Long = Literal["cut", "split", "drop"]
 Padding = Literal["longest", "max"]
+Placement = Literal["replicated", "sharded"]
 """The words that a record may say, as the modules that write them spell them; a test holds the two together. This one
 imports none of those: they need torch, and reading a record does not."""
 

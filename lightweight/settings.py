@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from lightweight import names
 
+Placement = Literal["replicated", "sharded"]
+"""What each of several ranks holds of a network: all of it, or a part."""
+
 if TYPE_CHECKING:  # a method takes seconds to import
     from lightweight.corpus import How
     from lightweight.methods import Method
@@ -47,7 +50,7 @@ def rate(text: str) -> float:
 
 
 @dataclass(frozen=True)
-class Rates:
+class SweptRates:
     """The learning rate of each method by its name, as `lightweight sweep` found them on the model of that name and
     wrote them to the file `path`. `digests` are those of the methods as they were searched for, at their rates."""
 
@@ -75,9 +78,9 @@ class Rates:
             raise ValueError("is no sweep: give what `lightweight sweep` wrote") from None
 
 
-def rate_or_rates(text: str) -> float | Rates:
+def rate_or_rates(text: str) -> float | SweptRates:
     """A learning rate, or those of a sweep's file. Raises ValueError."""
-    return Rates.read(text) if text.endswith(".json") else rate(text)
+    return SweptRates.read(text) if text.endswith(".json") else rate(text)
 
 
 def warmup(text: str) -> int | float:
@@ -161,24 +164,17 @@ def how_read(said: Callable[[str], Any]) -> How:
     return How(format=said("corpus_format"), skip_bad=said("skip_bad"), held_out=said("held_out"))
 
 
-SCHEDULES = (
-    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"),
-    *("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"),
-)
-"""Those of transformers' `SchedulerType`, which is not imported to say so, that need no evaluation on the way."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """One of `Settings` as a command line says it. `of` is what it belongs to: a method's TrainingArguments, its LoRA
-    adapter, or the rows of a Trial; `key` is what it is called there. `others` are keys of the adapter that say the
-    same for some layers."""
+    adapter, the rows of a Trial, or its ranks; `key` is what it is called there. `others` are keys of the adapter that
+    say the same for some layers."""
 
     name: str
     metavar: str
     read: Callable[[str], Any]
     help: str
-    of: Literal["arguments", "adapter", "rows"]
+    of: Literal["arguments", "adapter", "rows", "ranks"]
     key: str
     others: tuple[str, ...] = ()
 
@@ -261,7 +257,7 @@ SETTINGS = (
     Setting(
         name="schedule",
         metavar="NAME",
-        read=one_of(*SCHEDULES),
+        read=one_of(*names.SCHEDULES),
         help="how the learning rate goes on, as transformers calls it: linear, cosine, constant, ... (default: the "
         "method's, else linear)",
         of="arguments",
@@ -311,6 +307,24 @@ SETTINGS = (
         of="adapter",
         key="target_modules",
     ),
+    Setting(
+        name="scale",
+        metavar="HOW",
+        read=one_of("fixed", "batch", "batch-sqrt", "batch-linear"),
+        help="what grows with the GPUs of a trial: fixed, nothing, they share the method's step; batch, the sequences "
+        "of a step, the learning rate kept; batch-sqrt or batch-linear, the learning rate as well (default: fixed)",
+        of="ranks",
+        key="scale",
+    ),
+    Setting(
+        name="placement",
+        metavar="HOW",
+        read=one_of("replicated", "sharded"),
+        help="whether each GPU of a trial holds the network, or a part of it (default: replicated where that is "
+        "forecast to fit, else sharded)",
+        of="ranks",
+        key="placement",
+    ),
 )
 """What the suite, `plan` and `train` take alike."""
 
@@ -333,7 +347,8 @@ class Settings:
 
     `max_length` is in tokens a row; `loss_on`, `long` and `padding` are as in Trial. `batch_size` is in sequences a
     forward pass, `accumulation` in passes an optimizer step, `warmup` in optimizer steps or, below 1, a share of all of
-    them. `schedule` is one of transformers' names. `lora_layers` are names, or "all-linear".
+    them. `schedule` is one of transformers' names. `lora_layers` are names, or "all-linear". `scale` is as
+    `Method.scaled` takes it, `placement` as Trial does.
     """
 
     max_length: int | None = None
@@ -342,13 +357,15 @@ class Settings:
     padding: str | None = None
     batch_size: int | None = None
     accumulation: int | None = None
-    learning_rate: float | Rates | None = None
+    learning_rate: float | SweptRates | None = None
     schedule: str | None = None
     warmup: int | float | None = None
     lora_rank: int | None = None
     lora_alpha: int | None = None
     lora_dropout: float | None = None
     lora_layers: str | tuple[str, ...] | None = None
+    scale: str | None = None
+    placement: Placement | None = None
 
     @classmethod
     def read(cls, said: Callable[[str], str | None]) -> Self:
@@ -374,10 +391,13 @@ class Settings:
         """Whether `method` has all that is set."""
         return not self.given("adapter") or _has_lora(method)
 
-    def apply(self, method: Method) -> Method:
-        """`method` with what is set; LoRA's settings leave alone a method without LoRA. The suite's own methods are
-        changed; any other one is where it says nothing itself. Raises MethodError where it says otherwise, and for what
-        no method can have."""
+    def apply(self, method: Method, world_size: int = 1) -> Method:
+        """`method` with what is set, for so many ranks; LoRA's settings leave alone a method without LoRA. The suite's
+        own methods are changed; any other one is where it says nothing itself. Raises MethodError where it says
+        otherwise, and for what no method can have."""
+        return self._applied(method).scaled(world_size, self.scale or "fixed")
+
+    def _applied(self, method: Method) -> Method:
         from lightweight import methods
 
         is_stock = methods.METHODS.get(method.name) is method
@@ -387,7 +407,7 @@ class Settings:
         for setting, given in [*self.given("arguments"), *of_adapter]:
             value = given
             own, says = _own(method, setting)
-            if isinstance(value, Rates):
+            if isinstance(value, SweptRates):
                 if method.name not in value.of:
                     swept = ", ".join(value.of) or "no method"
                     here = f"{setting.flag} {value.path}"
@@ -416,12 +436,12 @@ class Settings:
         training_arguments = {**method.training_arguments, **new["arguments"]}
         return replace(method, adapter=adapter, training_arguments=training_arguments, changed=changed)
 
-    def applied(self, methods: Iterable[Method]) -> list[Method]:
-        """`methods` with what is set. Raises MethodError as `apply` does, and where LoRA's settings are set and none of
-        them has LoRA."""
+    def applied(self, methods: Iterable[Method], world_size: int = 1) -> list[Method]:
+        """`methods` with what is set, for so many ranks. Raises MethodError as `apply` does, and where LoRA's settings
+        are set and none of them has LoRA."""
         from lightweight.methods import MethodError
 
-        changed = [self.apply(method) for method in methods]
+        changed = [self.apply(method, world_size) for method in methods]
         if changed and not any(map(self.fits, changed)):
             (setting, value), *_ = self.given("adapter")
             called = ", ".join(method.name for method in changed)

@@ -33,6 +33,12 @@ def has_bf16(capability: Capability) -> bool:
     return capability >= AMPERE
 
 
+def is_card(card: str, device_name: str) -> bool:
+    """Whether `device_name` is CUDA's for `card`, the whole of it or its last words: an A100 is no A10, nor is a part
+    of an A100 one, nor the laptop's card of that name."""
+    return device_name == card or device_name.endswith(f" {card}")
+
+
 CONTEXT_BYTES = 430 * MiB
 """What the CUDA context takes off a card before torch allocates a byte: 290 to 430 MiB, the upper end taken. It grows
 with the card's multiprocessors and the kernels that are loaded; on an H200, with 3.3 times a T4's, 630 to 740 MiB were
@@ -44,7 +50,7 @@ class Target:
     """A card, or a card's worth of memory.
 
     `total_bytes` is what torch reports as `total_memory`; `None` means whatever the device at hand has, uncapped.
-    `card` is how CUDA's device name spells it: where that name matches, the target is native and needs no cap.
+    `card` is how CUDA's device name ends: where that name matches, the target is native and needs no cap.
     `capability` decides which kernels a forecast reckons with and whether there is bfloat16 arithmetic; one that is no
     card has a Hopper's until it is `on` a device.
     """
@@ -72,7 +78,7 @@ class Target:
 
     def emulated_on(self, device_name: str) -> bool:
         """Whether a device called `device_name` must be capped to stand for this target."""
-        return self.total_bytes is not None and (self.card is None or self.card not in device_name)
+        return self.total_bytes is not None and (self.card is None or not is_card(self.card, device_name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +109,12 @@ RATES = {
     "H100 80GB HBM3": _rates(HOPPER_TERA, 3350),
     "H200": _rates(HOPPER_TERA, 4800),
 }
-"""By a part of the name that CUDA has for the card: NVIDIA's data sheets, and for GeForce the Ada whitepaper's."""
+"""By the last words of CUDA's name of the card: NVIDIA's data sheets, and for GeForce the Ada whitepaper's."""
 
 
 def rates(device_name: str) -> Rates | None:
     """What a card so called can do at most; None for one whose data sheet is not here."""
-    return next((rates for name, rates in RATES.items() if name in device_name), None)
+    return next((rates for name, rates in RATES.items() if is_card(name, device_name)), None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from lightweight import arguments
 from lightweight.corpus import Corpus, Long, LossOn, RowForm
 from lightweight.methods import Method
 from lightweight.models import Model
-from lightweight.settings import MAX_LENGTH
+from lightweight.settings import MAX_LENGTH, Placement
 from lightweight.targets import Target
 
 Padding = Literal["longest", "max"]
@@ -40,10 +40,11 @@ class Trial:
     conversation that is longer. `padding` None is that of the original scripts, "max", for pairs as theirs, and
     "longest" for others. `rows` is what the training examples became, once they have been encoded.
     `device_index` is the GPU's number among those this session sees; `None` trains on the CPU. `world_size` ranks train
-    it together, each a process with a GPU of its own from `device_index` on, and see the batches of one. `threads` is
-    how many of them compute on a CPU, `None` torch's own number. Raises ValueError for bf16 on a target without it, for
-    more ranks than a step has sequences, and for rows too short for a prompt and an answer; and MethodError, which is
-    one, for TrainingArguments that what runs the method's steps does not honour.
+    it together, each a process with a GPU of its own from `device_index` on, and see the batches of one; each holds the
+    network, or a part of it, as `placement` says. `threads` is how many of them compute on a CPU, `None` torch's own
+    number. Raises ValueError for bf16 on a target without it, for more ranks than a step has sequences, for a captured
+    step of shards, and for rows too short for a prompt and an answer; and MethodError, which is one, for
+    TrainingArguments that what runs the method's steps does not honour.
     """
 
     model: Model
@@ -60,6 +61,7 @@ class Trial:
     rows: int | None = None
     device_index: int | None = None
     world_size: int = 1
+    placement: Placement = "replicated"
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -68,6 +70,11 @@ class Trial:
             raise ValueError(
                 f"method {self.method.name} trains {self.method.sequences_per_step} sequences a step, which "
                 f"{self.world_size} ranks cannot share: take 1 to {self.method.sequences_per_step}, or larger batches"
+            )
+        if self.is_sharded and self.method.captured_step is not None:
+            raise ValueError(
+                f"method {self.method.name}: a captured step has the whole network on every rank: leave out "
+                f"--placement sharded, or take {self.method.name.removesuffix('-captured')}"
             )
         if self.world_size > 1 and self.corpus.task is not None:
             raise ValueError("a task is asked on one GPU: leave out --task, or --gpus-per-trial")
@@ -103,12 +110,12 @@ class Trial:
     def running_method(self) -> Method:
         """The method as each of this trial's ranks, its device and its target run it."""
         method = self.method.on_cpu() if self.device_index is None else self.method.on_gpu(bf16=self.target.bf16)
-        return method.on_rank(self.world_size)
+        return (method.to_be_sharded() if self.is_sharded else method).on_rank(self.world_size)
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each rank holds a part of the network, by FSDP2; the ranks of a captured step hold all of it."""
-        return self.world_size > 1 and self.method.captured_step is None
+        """Whether each of several ranks holds a part of the network, by FSDP2, and not all of it."""
+        return self.world_size > 1 and self.placement == "sharded"
 
     @property
     def name(self) -> str:

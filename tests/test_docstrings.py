@@ -50,3 +50,13 @@ def test_what_a_function_raises_is_named_there(path):
         and (missing := {error for error in raised(node) if error not in (ast.get_docstring(node) or "")})
     }
     assert unnamed == {}
+
+
+def test_no_two_classes_have_one_name():
+    """One noun for one thing, in the whole package."""
+    places: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(path.stem)
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}

@@ -17,6 +17,7 @@ from lightweight.methods import (
     CapturedStep,
     Method,
     MethodError,
+    adapt,
     adapted_layers,
 )
 from lightweight.models import OPT_TINY
@@ -209,7 +210,7 @@ def network_of(model_type: str):
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # peft says that it knows GPT-2's layers from others
 @pytest.mark.parametrize("model_type", LAYERS)
 def test_lora_is_put_on_the_layers_that_peft_names_for_the_architecture(model_type):
-    network = LORA.adapt(network_of(model_type))
+    network = adapt(LORA, network_of(model_type))
     assert set(adapted_layers(network)) == LAYERS[model_type]
     assert lora_config(LORA).target_modules is None  # the method itself is as it was written
     assert {name for name, parameter in network.named_parameters() if parameter.requires_grad} == {
@@ -236,7 +237,7 @@ def test_lora_is_put_on_the_layers_that_peft_names_for_the_architecture(model_ty
 )
 def test_an_adapter_that_an_architecture_has_no_place_for_is_one_line(adapter, model_type, expected):
     with pytest.raises(MethodError, match=expected) as raised:
-        Method(name="mine", adapter=adapter).adapt(network_of(model_type))
+        adapt(Method(name="mine", adapter=adapter), network_of(model_type))
     assert str(raised.value).startswith("method mine: its ")
     assert "\n" not in str(raised.value)
 
@@ -247,7 +248,7 @@ def test_memory_that_runs_out_is_no_fault_of_a_method(monkeypatch):
 
     monkeypatch.setattr(peft, "get_peft_model", full)
     with pytest.raises(torch.OutOfMemoryError):
-        LORA.adapt(network_of("llama"))
+        adapt(LORA, network_of("llama"))
 
 
 ALL = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -267,8 +268,8 @@ ALL = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_pro
 def test_a_library_that_takes_names_alone_gets_those_of_the_same_layers(targets, expected):
     method = replace(LORA, adapter=replace(lora_config(LORA), target_modules=targets), library="unsloth")
     network = network_of("llama")
-    assert method.named_layers(network) == expected
-    assert list(adapted_layers(method.adapt(network))) == expected
+    assert methods.named_layers(method, network) == expected
+    assert list(adapted_layers(adapt(method, network))) == expected
 
 
 @pytest.mark.parametrize(
@@ -282,7 +283,7 @@ def test_a_library_that_takes_names_alone_gets_those_of_the_same_layers(targets,
 def test_layers_that_names_alone_cannot_say_are_refused(targets, expected):
     method = replace(LORA, adapter=replace(lora_config(LORA), target_modules=targets), library="unsloth")
     with pytest.raises(MethodError, match=f"method lora: unsloth takes layers by name alone, .*{expected}"):
-        method.named_layers(network_of("llama"))
+        methods.named_layers(method, network_of("llama"))
 
 
 def named_layers(*layers, **changes):
@@ -317,7 +318,7 @@ def test_layers_that_are_said_to_be_missing_are_those_that_peft_does_not_find():
         method = named_layers(name, changed={"lora_layers": [name]})
         network = models.skeleton(models.configuration(OPT_TINY), torch.float32, None)
         try:
-            method.adapt(network)
+            adapt(method, network)
         except MethodError:
             with pytest.raises(MethodError):
                 methods.check_layers(method, OPT_TINY)

@@ -284,7 +284,7 @@ def test_what_says_when_entries_are_alike_is_one_list(trial):
         set(like.keys) for like in (SAME_BASELINE, SAME_METHOD, SAME_CELL, SAME_TRIAL, noninferiority.SAME_JOB)
     )
     assert baseline < method < cell < same <= known
-    assert same - set(SAME_BUT_RANKS.keys) == {"world_size"}
+    assert same - set(SAME_BUT_RANKS.keys) == {"world_size", "placement"}
     assert job - same == {"elsewhere_digest"}
 
 

@@ -4,6 +4,7 @@ Read from the source, with the imports inside functions. Those for type checkers
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -16,14 +17,15 @@ ROOMS = sorted(file.parent.name for file in PACKAGE.glob("*/__init__.py"))
 PYTEST = {"pytest", "_pytest", "pytest_benchmark", "xdist"}
 NETWORKS = {"torch", "transformers", "peft", "accelerate", "bitsandbytes"}
 TOPS = {file.stem for file in PACKAGE.glob("*.py")}
-UNDER_THE_TOP = {"internals", "models", "corpus"}
+UNDER_THE_TOP = {"internals", "models", "methods", "corpus"}
 ENTRANCES = {"plugin", "__main__"}
 ABOVE = {"report", "session", "cli"} | ENTRANCES
 TRAINING = {"training", "captured", "child", "forecast"}
 
 FORBIDDEN = {
     "corpus": ABOVE | PYTEST | TRAINING | {"verdict", "record", "trial", "methods", "targets", "internals"},
-    "models": ABOVE | PYTEST | TRAINING | {"verdict", "record", "trial", "corpus"},
+    "models": ABOVE | PYTEST | TRAINING | {"verdict", "record", "trial", "corpus", "methods"},
+    "methods": ABOVE | PYTEST | TRAINING | {"verdict", "record", "trial", "corpus", "targets", "settings"},
     "internals": (set(ROOMS) - {"internals"}) | TOPS,
     "training": ABOVE | PYTEST | {"verdict", "record", "child", "captured", "forecast"},
     "captured": ABOVE | PYTEST | {"verdict", "record", "child", "forecast"},
@@ -66,9 +68,42 @@ def test_no_import_crosses_a_border(room):
     assert not imported_by(*(PACKAGE / room).glob("*.py")) & FORBIDDEN[room]
 
 
-def test_imports_between_rooms_have_no_circle():
+def modules_imported(node: ast.AST, modules: set[str]) -> Iterator[str]:
+    """Those of `modules`, by their names with dots, that `node` imports at run time: what of a room is named, or the
+    room's own module."""
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return
+    if isinstance(node, ast.Import):
+        yield from (name.name for name in node.names if name.name in modules)
+    if isinstance(node, ast.ImportFrom):
+        for name in node.names:
+            whole = f"{node.module}.{name.name}"
+            yield from [each for each in (whole, node.module or "") if each in modules][:1]
+    for part in ast.iter_child_nodes(node):
+        yield from modules_imported(part, modules)
+
+
+def test_imports_between_modules_have_no_circle():
+    """Nor between rooms, but that a room's face imports its modules."""
+    files = {
+        ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in PACKAGE.rglob("*.py")
+    }
+    graph = {name: {*modules_imported(ast.parse(file.read_text("utf-8")), set(files))} for name, file in files.items()}
+    list(TopologicalSorter(graph).static_order())
     graph = {room: (imported_by(*(PACKAGE / room).glob("*.py")) & set(ROOMS)) - {room} for room in ROOMS}
     list(TopologicalSorter(graph).static_order())
+
+
+def test_the_rooms_are_listed_and_each_imports_what_is_below_it():
+    """In the order of docs/design.md, from the top down; what shares a line may import each other."""
+    lines = (PACKAGE.parent / "docs" / "design.md").read_text("utf-8").splitlines()
+    listed = [re.findall(r"`(\w+)/?`", line.split("|")[1]) for line in lines if line.startswith("| ")]
+    floor = {name: number for number, names in enumerate(listed) for name in names}
+    assert set(floor) == (TOPS | set(ROOMS)) - {"__init__"}
+    for name, number in floor.items():
+        files = [*(PACKAGE / name).glob("*.py")] or [PACKAGE / f"{name}.py"]
+        assert not {other for other in imported_by(*files) & set(floor) if floor[other] < number}, name
 
 
 def test_of_the_top_modules_the_entrances_alone_import_rooms_and_the_plugin_alone_pytest():

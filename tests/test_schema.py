@@ -11,7 +11,7 @@ from typing import get_args
 
 import pytest
 
-from lightweight import __main__, corpus, models, record, schema, trial
+from lightweight import __main__, corpus, models, record, schema, settings, trial
 from lightweight.forecast import replay
 from lightweight.methods import Precision
 from lightweight.record import RecordError
@@ -32,6 +32,7 @@ def test_the_words_are_those_that_the_modules_write():
     assert set(get_args(schema.Phase)) == set(get_args(trial.Phase))
     assert get_args(schema.TrainedOn) == get_args(corpus.Kind)
     assert get_args(schema.LossOn) == get_args(corpus.LossOn)
+    assert get_args(schema.Placement) == get_args(settings.Placement)
     assert get_args(schema.Long) == get_args(corpus.Long)
     assert get_args(schema.Padding) == get_args(trial.Padding)
     assert set(get_args(schema.Weights)) == set(get_args(models.Weights))

@@ -10,12 +10,12 @@ from typing import Any, get_args
 import pytest
 from transformers import SchedulerType
 
-from lightweight import arguments, corpus, methods, record, settings
+from lightweight import arguments, corpus, methods, names, record, settings
 from lightweight.corpus import Long, LossOn
 from lightweight.corpus.rows import MIN_LENGTH
 from lightweight.methods import BASELINE, LORA, QLORA, Method, MethodError
 from lightweight.preload import peft
-from lightweight.settings import SCHEDULES, SETTINGS, Settings, as_typed
+from lightweight.settings import SETTINGS, Settings, as_typed
 from lightweight.trial import Padding
 
 RECORDS = Path(__file__).parents[1] / "experiments" / "records"
@@ -34,11 +34,16 @@ EVERY: dict[str, tuple[str, Any]] = {
     "lora_alpha": ("16", 16),
     "lora_dropout": ("0.05", 0.05),
     "lora_layers": ("v_proj, k_proj", ("k_proj", "v_proj")),
+    "scale": ("batch-sqrt", "batch-sqrt"),
+    "placement": ("sharded", "sharded"),
 }
 """Every setting as text, and what it says."""
 
 OF_ROWS = {"max_length", "loss_on", "long", "padding"}
 """Those of a Trial, which a record has beside the method's digest."""
+
+OF_RANKS = {"scale", "placement"}
+"""Those that say something where there are several."""
 
 
 def read(**said: str) -> Settings:
@@ -67,16 +72,21 @@ def test_what_is_set_is_in_the_method_and_its_digest(method):
         assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout) == (64, 16, 0.05)
         assert adapter.target_modules == {"k_proj", "v_proj"}
         of_lora = set()
-    assert set(changed.changed) == set(EVERY) - OF_ROWS - of_lora
+    assert set(changed.changed) == set(EVERY) - OF_ROWS - OF_RANKS - of_lora
     assert changed.name == method.name
     assert record.method_digest(changed) != record.method_digest(method)
     assert every().apply(changed) == changed  # once is enough
+    on_two = every().apply(method, world_size=2)
+    assert on_two == changed.scaled(2, "batch-sqrt") != changed
+    assert set(on_two.changed) == {*changed.changed, "scale"}
+    assert (on_two.sequences_per_pass, on_two.passes_per_step) == (4, 4)
+    assert record.method_digest(on_two) != record.method_digest(changed)
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_each_setting_alone_makes_another_digest(name):
     changed = read(**{name: EVERY[name][0]}).apply(LORA)
-    assert (record.method_digest(changed) == record.method_digest(LORA)) == (name in OF_ROWS)
+    assert (record.method_digest(changed) == record.method_digest(LORA)) == (name in OF_ROWS | OF_RANKS)
     assert read(**{name: EVERY[name][0]}).rows == ({name: EVERY[name][1]} if name in OF_ROWS else {})
 
 
@@ -204,7 +214,7 @@ def test_a_schedule_that_there_is_not_is_one_line(text, expected):
 
 
 def test_schedules_are_those_of_transformers_that_need_no_evaluation():
-    assert {*SCHEDULES, "reduce_lr_on_plateau", "greedy"} == {kind.value for kind in SchedulerType}
+    assert {*names.SCHEDULES, "reduce_lr_on_plateau", "greedy"} == {kind.value for kind in SchedulerType}
 
 
 def test_settings_are_said_as_they_are_typed():
@@ -226,10 +236,11 @@ def test_every_key_is_one_of_the_library_or_the_trial():
     from lightweight.trial import Trial
 
     of = {"arguments": arguments._defaults(), "adapter": vars(peft.LoraConfig()), "rows": Trial.__dataclass_fields__}
+    of["ranks"] = {"placement": Trial, "scale": Method.scaled}
     assert all(key in of[setting.of] for setting in SETTINGS for key in (setting.key, *setting.others))
     assert replace(LORA).changed == {}
     assert read(max_length=str(MIN_LENGTH)).max_length == MIN_LENGTH
-    for name, words in (("loss_on", LossOn), ("long", Long), ("padding", Padding)):
+    for name, words in (("loss_on", LossOn), ("long", Long), ("padding", Padding), ("placement", settings.Placement)):
         assert [getattr(read(**{name: word}), name) for word in get_args(words)] == [*get_args(words)]
 
 

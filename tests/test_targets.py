@@ -12,6 +12,7 @@ def test_budget_is_the_card_less_its_cuda_context():
 
 def test_a_card_is_emulated_unless_it_is_the_card():
     assert T4.emulated_on("NVIDIA H200")
+    assert targets.named("a10").emulated_on("NVIDIA A100-SXM4-40GB"), "which is another card"
     assert not T4.emulated_on("Tesla T4")
     assert targets.named("16GiB").emulated_on("Tesla T4")
     assert not targets.NATIVE.emulated_on("NVIDIA H200")
@@ -50,3 +51,24 @@ def test_a_target_that_is_no_card_computes_as_the_device_does():
     assert not targets.named("8GiB").on(volta).bf16
     assert targets.named("l4").on(volta) is targets.named("l4")
     assert targets.NATIVE.on(targets.Device(name="cpu")) is targets.NATIVE
+
+
+@pytest.mark.parametrize(
+    ("device_name", "of"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB"),
+        ("NVIDIA A10", "NVIDIA A10"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA H100 80GB HBM3", "H100 80GB HBM3"),
+        ("NVIDIA L40S", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+    ],
+)
+def test_a_card_has_its_own_data_sheet_or_none(device_name, of):
+    assert targets.rates(device_name) is (targets.RATES[of] if of else None)
+
+
+def test_every_target_that_is_a_card_has_a_data_sheet():
+    cards = [target.card for target in targets.TARGETS.values() if target.card is not None]
+    assert len(cards) == 6 and all(map(targets.rates, cards))

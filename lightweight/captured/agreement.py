@@ -433,6 +433,14 @@ def in_fp32(network: torch.nn.Module) -> Iterator[None]:
 # Leaving no trace
 
 
+def free_unused(device: torch.device) -> None:
+    """Give back what a GPU has in no use: what torch keeps for later, and cuBLAS' workspaces, each of which else lies
+    in the middle of a large segment that was free when it was needed."""
+    if device.type == "cuda":
+        torch_internals.free_workspaces()
+        torch.cuda.empty_cache()
+
+
 NUDGE = 0.02
 """Standard deviation of what stands in for weights that are all zero."""
 
@@ -476,8 +484,7 @@ def without_trace(network: torch.nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
         drop_gradients(network)
     if on_gpu:
-        torch_internals.free_workspaces()  # each lies in the middle of a large segment that was free when it was needed
-        torch.cuda.empty_cache()
+        free_unused(torch.device("cuda"))
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.reset_accumulated_memory_stats()  # a step of the Trainer's that did not fit is no outcome
 

@@ -232,15 +232,15 @@ def _attention(
 ) -> Any:
     """As transformers' `sdpa_attention_forward`. Raises PartError for what it would leave out silently: sinks, caps and
     biases may be small enough at first for half precision to hide them."""
-    for name in UNSEEN:
-        if options.get(name) is not None:
-            raise PartError(f"SDPA attention has no {name}, which {type(module).__name__} asks for")
+    asked = {name for name in (*UNSEEN, "softcap", "position_bias") if options.get(name) is not None}
+    if isinstance(attention_mask, Reach) and asked <= {"softcap"}:
+        p, scale, cap = options.get("dropout", 0.0), options.get("scaling"), options.get("softcap")
+        output = flash.attend(query, key, value, attention_mask, p, scale, cap)
+        if output is not None:
+            return output, None
+    for name in asked & UNSEEN:
+        raise PartError(f"SDPA attention has no {name}, which {type(module).__name__} asks for")
     if isinstance(attention_mask, Reach):
-        if options.get("position_bias") is None:
-            p, scale = options.get("dropout", 0.0), options.get("scaling")
-            output = flash.attend(query, key, value, attention_mask, p, scale)
-            if output is not None:
-                return output, None
         attention_mask = attention_mask.mask(query.shape[2], query.device)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from lightweight.captured import kernels, recomputed
-from lightweight.captured.gates import Stub, twin_of
+from lightweight.captured.gates import Stub
 from lightweight.captured.kernels import Norm, Sum, Summed
 from lightweight.internals import torch as torch_internals
 
@@ -65,7 +65,7 @@ def _has(layer: Any, form: Form) -> bool:
     given = {name: object() for name in PASSED_ON}
     with torch_internals.with_numbers(), torch.no_grad():
         sample = torch.linspace(-2, 2, 24).view(2, 3, 4)
-        twin = twin_of(layer, {**stubs, "self_attn": attention})
+        twin = torch_internals.twin_of(layer, {**stubs, "self_attn": attention})
         try:
             found = type(layer).forward(twin, sample, **given)
         except Exception:  # noqa: BLE001  of any layer's code: it is none of these
@@ -88,6 +88,8 @@ class Block:
     norms: dict[Any, Norm]
     follower: Any = None
     """The module that takes a norm of what the layer gives, if that is one of `norms`."""
+    rooms: dict[Any, int] = field(default_factory=dict)
+    """What room the rows of a norm's result have at their end, by the module that takes it."""
 
     def forward(self, hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
         """The layer's forward pass: [rows, time, hidden] -> [rows, time, hidden]."""
@@ -104,9 +106,10 @@ class Block:
         """past + after(branch). `taker` finds the norm that it takes of it beside it."""
         if taker is None or not kernels.take(branch) or branch.dtype != past.dtype:
             return past + (branch if after is None else after(branch))
-        made = Sum(self.norms[taker], None if after is None else self.norms[after])
+        room = self.rooms.get(taker, 0)
+        made = Sum(self.norms[taker], None if after is None else self.norms[after], room=room)
         total, result = _AddNorm.apply(past, branch, made)  # type: ignore[no-untyped-call]
-        result.recipe = (functools.partial(recomputed.norm, made.norm), (total.detach(),))
+        result.recipe, result.room = (functools.partial(recomputed.norm, made.norm), (total.detach(),)), room
         total.normed = (taker, result)
         return total  # type: ignore[no-any-return]
 
@@ -138,12 +141,17 @@ def _are_taken(layer: Any, form: Form, norms: dict[Any, Norm]) -> bool:
     )
 
 
-def normed(module: Any, norm: Norm, x: torch.Tensor) -> torch.Tensor:
-    """The forward pass of a `module` that takes a `norm`: what was computed together with `x`, if it was."""
+def normed(module: Any, norm: Norm, room: int, x: torch.Tensor) -> torch.Tensor:
+    """The forward pass of a `module` that takes a `norm`, with `room` at the end of each row: what was computed
+    together with `x`, if it was."""
     taken: tuple[Any, torch.Tensor] | None = vars(x).pop("normed", None)  # or it would live as long as `x` is kept
     if taken is not None and taken[0] is module:
         return taken[1]
-    return recomputed.recomputable(functools.partial(recomputed.norm, norm), x)
+    if not room or not kernels.take(x):
+        return recomputed.recomputable(functools.partial(recomputed.norm, norm), x)
+    result = recomputed.norm(norm, x, room)
+    vars(result).update(recipe=(functools.partial(recomputed.norm, norm), (x,)), room=room)
+    return result
 
 
 class _AddNorm(torch.autograd.Function):
@@ -153,7 +161,7 @@ class _AddNorm(torch.autograd.Function):
     def forward(ctx: Any, past: torch.Tensor, branch: torch.Tensor, made: Sum) -> tuple[torch.Tensor, torch.Tensor]:
         summed = kernels.add_norm(branch, past, made, _no_seed(past))
         ctx.save_for_backward(summed.total, summed.statistics, summed.after_statistics, branch if made.after else None)
-        ctx.made = made
+        ctx.made, ctx.room = made, kernels.flat(branch)[1] - branch.shape[-1]
         ctx.set_materialize_grads(False)
         return summed.total, summed.result
 
@@ -167,7 +175,7 @@ class _AddNorm(torch.autograd.Function):
         if grad_result is None:
             grad_result = torch.zeros_like(total)
         grad_branch, grad_past = kernels.add_norm_backward(
-            [grad_result], grad_total, branch, summed, made, _no_seed(total)
+            [grad_result], grad_total, branch, summed, made, _no_seed(total), ctx.room
         )
         return grad_past, grad_branch, None
 

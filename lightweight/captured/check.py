@@ -50,6 +50,7 @@ class Check:
         self._taken_on: Parts | None = None
         self._expected: list[Expected] = []
         self._both: dict[Expected, tuple[Expected, Expected] | None] = {}  # in half precision and in fp32
+        self._notes: list[str] = []
         self._chaos: float | None = None  # how far half precision moves the Trainer's own gradient, if too far
 
     def draws_the_same(self) -> bool:
@@ -62,6 +63,7 @@ class Check:
         begin, rows = self._epochs.samples()
         with agreement.nudged(self._names):
             self._expected = [Expected(*self._reference.gradients(begin), self._allowed)]
+        agreement.free_unused(self._step.device)  # what stays is not to lie in the middle of what does not
         self._step.make_optimizer()
         if self._is_half:
             with agreement.nudged(self._names):
@@ -79,6 +81,7 @@ class Check:
         """Take on as many of `parts` as leave the step the Trainer's, with `losses` tried in order. Those, and notes of
         what others were off; None, and what the Trainer expects left as it was, where nothing agrees."""
         self._full = parts
+        agreement.free_unused(self._step.device)  # as in `expect`: weights that are joined move
         with agreement.nudged(self._names):
             agreeing, notes = agreement.search(parts, losses, self._deviation)
         if self._chaos is not None and agreeing is not None:
@@ -86,6 +89,7 @@ class Check:
             notes = [f"compared in fp32: {moved}", *notes]
         if cut := [each.sample.tokens for each in self._expected if each.sample.tokens is not None]:
             notes = [f"compared over the last {min(cut)} tokens of a row, for which there was memory", *notes]
+        notes = [*self._notes, *notes]
         self._use(agreeing or NOTHING)
         self._expected.clear()
         self._both.clear()
@@ -141,6 +145,13 @@ class Check:
                 off = self._deviation_from(expected, parts)
         if off.is_rounding and parts.attention:
             off = replace(off, error=self._problem_of(flash.check_met, asked_for=False))
+        if not off.is_rounding and flash.has_run_ours():
+            with flash.left_to_torch() as keep:
+                otherwise = self._deviation(parts)
+                if otherwise.is_rounding:
+                    keep()
+                    self._notes.append(f"attention left to torch's kernels: {off}")
+                    return otherwise
         return off
 
     def _deviation_from(self, expected: Expected, parts: Parts) -> Deviation:

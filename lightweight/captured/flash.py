@@ -6,7 +6,7 @@ how many tokens lie before each: no mask is built, none is read, and nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from lightweight.captured import dropout
+from lightweight.captured import dropout, hopper
 from lightweight.captured.agreement import HALVES, PartError
 from lightweight.internals import torch as torch_internals
 from lightweight.targets import Capability
@@ -46,10 +46,16 @@ def as_on(capability: Capability) -> Iterator[None]:
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether attention in `dtype` has flash kernels on `device`."""
+    capability = _capability_of(device)
+    return capability is not None and capability >= CAPABILITY and dtype in HALVES
+
+
+def _capability_of(device: torch.device) -> Capability | None:
+    """None where torch has no flash kernels for it."""
     capability = _capability.get()
     if capability is None and device.type == "cuda" and torch.backends.cuda.is_flash_attention_available():
         capability = torch.cuda.get_device_capability(device)
-    return capability is not None and capability >= CAPABILITY and dtype in HALVES
+    return capability
 
 
 def takes(config: Any) -> bool:
@@ -105,11 +111,17 @@ class Reach:
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, reach: Reach, p: float, scale: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    reach: Reach,
+    p: float,
+    scale: float | None,
+    cap: float | None = None,
 ) -> torch.Tensor | None:
     """Attention of `query`, [rows, heads, time, width], within `reach`, with its share `p` dropped:
     [rows, time, heads, width]; None where there is no kernel for it, in fp32 say. `key` and `value` may have fewer
-    heads.
+    heads. Scores are bent to within `cap`, if any.
 
     Raises PartError for dialogues one behind the other that have none: masks of so many tokens cost more than packing
     saves.
@@ -130,24 +142,53 @@ def attend(
         return None
     if sequences is not None and rows != 1:
         raise PartError(f"{rows} rows are in the place of one in its attention")
+    p = 0.0 if dropout.is_off() else p
+    is_ours = not p and _are_ours_wanted and hopper.takes(query, _capability_of(query.device), cap)
+    is_ours = is_ours and not torch.compiler.is_compiling()
+    if cap is not None and not is_ours:
+        return None
+    global _have_ours_run
+    _have_ours_run |= is_ours
     if not torch.compiler.is_compiling():  # whose layers have run before
-        kernel = _Kernel(query.device, query.dtype, 1 if heads == key.shape[1] else 2, width, window)
+        kernel = _Kernel(query.device, query.dtype, heads // key.shape[1], width, window, cap, is_ours)
         _met.update({kernel} - _checked)
+    scale = width**-0.5 if scale is None else scale
     # as the kernels want them, time before heads; a single row has no dimension of its own
-    query, key, value = (
-        (tensor if sequences is None else tensor.squeeze(0)).transpose(-2, -3) for tensor in (query, key, value)
-    )
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    longest = time if sequences is None else sequences.longest
+    ends = None if sequences is None else sequences.ends
+    if is_ours:
+        query, key, value = (tensor.flatten(0, 1) for tensor in (query, key, value))
+        attended = hopper.attend(query, key, value, hopper.Sees(ends, longest, window, scale, cap))
+        return attended.view(rows, time, heads, width)
+    if sequences is not None:
+        query, key, value = (tensor.squeeze(0) for tensor in (query, key, value))
     attended = torch_internals.flash_attention_forward(
-        query,
-        key,
-        value,
-        None if sequences is None else sequences.ends,
-        time if sequences is None else sequences.longest,
-        window=window,
-        dropout=0.0 if dropout.is_off() else p,
-        scale=scale,
+        query, key, value, ends, longest, window=window, dropout=p, scale=scale
     )
     return attended if sequences is None else attended.unsqueeze(0)
+
+
+_are_ours_wanted = True
+_have_ours_run = False
+
+
+def has_run_ours() -> bool:
+    """Whether attention has run on kernels of our own, and may go on so."""
+    return _are_ours_wanted and _have_ours_run
+
+
+@contextmanager
+def left_to_torch() -> Iterator[Callable[[], None]]:
+    """Inside, all attention runs on torch's kernels; afterwards, too, in this process, where what this gives is
+    called."""
+    global _are_ours_wanted
+    kept: list[bool] = []
+    _are_ours_wanted = False
+    try:
+        yield lambda: kept.append(True)
+    finally:
+        _are_ours_wanted = not kept
 
 
 # Do the kernels do what is said of them?
@@ -155,13 +196,16 @@ def attend(
 
 @dataclass(frozen=True)
 class _Kernel:
-    """A kernel that layers have run on, with so many `heads` of queries for one of keys and values."""
+    """A kernel that layers have run on, with so many `heads` of queries for one of keys and values; one of ours or of
+    torch's."""
 
     device: torch.device
     dtype: torch.dtype
     heads: int
     width: int
     window: int | None
+    cap: float | None = None
+    is_ours: bool = False
 
 
 OFF = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -175,7 +219,8 @@ def check_met() -> None:
     while _met:
         kernel = _met.pop()
         if (problem := _problem_of(kernel)) is not None:
-            raise PartError(f"flash attention {problem}, with heads of {kernel.width} and a window of {kernel.window}")
+            whose = "our attention for Hopper" if kernel.is_ours else "flash attention"
+            raise PartError(f"{whose} {problem}, with heads of {kernel.width} and a window of {kernel.window}")
         _checked.add(kernel)
 
 
@@ -195,12 +240,20 @@ def _problem_of(kernel: _Kernel) -> str | None:
     assert mask is not None
 
     def ours(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if kernel.is_ours:
+            return hopper.attend(
+                query, key, value, hopper.Sees(borders, max(lengths), kernel.window, kernel.width**-0.5, kernel.cap)
+            )
         return torch_internals.flash_attention_forward(
             query, key, value, borders, max(lengths), window=kernel.window, dropout=0.0, scale=None
         )
 
     def expected(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+        if kernel.cap is not None:
+            scores = query @ key.transpose(-1, -2) * kernel.width**-0.5
+            bent = (kernel.cap * (scores / kernel.cap).tanh()).masked_fill(~mask, float("-inf"))
+            return (bent.softmax(-1) @ value).squeeze(0).transpose(0, 1)
         output = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
         return output.squeeze(0).transpose(0, 1)
 

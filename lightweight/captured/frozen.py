@@ -20,9 +20,10 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from torch.nn.functional import rms_norm
 
-from lightweight.captured import blocks, gates, kernels, recomputed, rotary
+from lightweight.captured import blocks, gates, joined, kernels, recomputed, rotary
+from lightweight.captured.joined import Placing
 from lightweight.captured.kernels import Norm
-from lightweight.captured.projections import Family
+from lightweight.captured.projections import Family, layers_of
 from lightweight.internals import torch as torch_internals
 
 SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
@@ -46,6 +47,7 @@ class Lean:
         self.changed: list[Any] = []
         device = next(model.parameters()).device
         self._seed = torch.zeros((), dtype=torch.int64, device=device)
+        self._placing = Placing()
         adapted: list[Any] = [module for module in model.modules() if _is_plain_lora(module)]
         if not adapted:
             self._undo_rotations: Callable[[], None] = lambda: None
@@ -53,8 +55,9 @@ class Lean:
         rotations, self._undo_rotations = rotary.install(model)
         norms = {module: norm for module in model.modules() if (norm := _norm_of(module)) is not None}
         families = self._project(model, adapted, rotations)
-        self._norm(model, norms, rotations)
+        self._norm(model, norms, rotations, families)
         self._activate(model, families)
+        self._placing.place()
 
     def _project(
         self, model: torch.nn.Module, adapted: list[Any], rotations: dict[Any, rotary.Rotation]
@@ -66,22 +69,45 @@ class Lean:
         most = max(module.in_features * module.out_features for module in adapted)
         families: dict[Any, Family] = {}
         site = 0
-        for parent, modules in _families(model, adapted):
+        found = list(_families(model, adapted))
+        joining = {}
+        for parent, modules in found:
             in_place = parent in rotations and kernels.take(self._seed)
-            joins = not turns or in_place or hasattr(parent, "gate_proj")
+            joining[modules[0]] = not turns or in_place or hasattr(parent, "gate_proj")
+        if kernels.take(self._seed):
+            _gather(model, [modules for _, modules in found], joining)
+        for parent, modules in found:
+            joins = joining[modules[0]]
             between = _between(parent, modules)
             family = Family(modules, self._seed, site, joins=joins, most=most, between=between)
+            if family.whole is not None:
+                self._placing.add(family.whole)
             for index, module in enumerate(modules):
                 self._change(module, functools.partial(family.project, index))
             site += len(modules)
             families |= dict.fromkeys(modules, family)
         return families
 
-    def _norm(self, model: torch.nn.Module, norms: dict[Any, Norm], rotations: dict[Any, rotary.Rotation]) -> None:
+    def _norm(
+        self,
+        model: torch.nn.Module,
+        norms: dict[Any, Norm],
+        rotations: dict[Any, rotary.Rotation],
+        families: dict[Any, Family],
+    ) -> None:
         """Have norms computed again in the backward pass, with the sums they are of, and the turns that follow them."""
+        layers = list(blocks.blocks_of(model, norms))
+        rooms: dict[Any, int] = {}
+        for block in layers:
+            for taker, name in zip((block.layer.self_attn, block.layer.mlp), block.form.before, strict=True):
+                norm = getattr(block.layer, name)
+                theirs = [families[child] for child in taker.children() if child in families]
+                width = norms[norm].weight.numel()
+                rooms[norm] = max((each.room for each in theirs if each.takes(width)), default=0)
         for module, norm in norms.items():
-            self._change(module, functools.partial(blocks.normed, module, norm))
-        for block in blocks.blocks_of(model, norms):
+            self._change(module, functools.partial(blocks.normed, module, norm, rooms.get(module, 0)))
+        for block in layers:
+            block.rooms.update(rooms)
             self._change(block.layer, block.forward)
         for attention, rotation in rotations.items():
             heads: list[Any] = [getattr(attention, name, None) for name in HEAD_NORMS]
@@ -107,8 +133,9 @@ class Lean:
                 self._change(module, forward)
 
     def roll(self) -> None:
-        """Draw the seed of the next forward pass's dropout, on the device."""
+        """Draw the seed of the next forward pass's dropout, on the device, and place the adapters as they are now."""
         self._seed.random_(2**31)
+        self._placing.place()
 
     def undo(self) -> None:
         """Give every layer its own forward pass back."""
@@ -144,7 +171,7 @@ def _takes(module: Any, norm: Norm) -> bool:
     """Whether an RMS norm of transformers is torch's with its weight, to which some add one. Asked of a twin with
     numbers of its own, since a forecast's weights have none."""
     with torch_internals.with_numbers(), torch.no_grad():
-        twin = gates.twin_of(module, {})
+        twin = torch_internals.twin_of(module, {})
         weight = torch.linspace(0.5, 2.0, norm.weight.numel())
         sample = torch.linspace(-3, 3, 4 * weight.numel()).view(4, -1) * torch.tensor([[1.0], [1.0], [1.0], [1e-3]])
         try:
@@ -220,6 +247,25 @@ def _between(parent: Any, family: list[Any]) -> list[torch.Tensor]:
     others = [child for child in [*children.values()][places[0] : places[-1]] if child not in family]
     bases = [child.get_base_layer() if isinstance(child, peft.tuners.lora.LoraLayer) else child for child in others]
     return [base.weight for base in bases if type(base) is torch.nn.Linear and not base.weight.requires_grad]
+
+
+def _gather(model: torch.nn.Module, families: list[list[Any]], joining: dict[Any, bool]) -> None:
+    """Have the weights of each of a model's layers, those that become one with their adapters, lie in one piece."""
+    owners: dict[Any, Any] = {}
+    for modules in model.modules():
+        for layer in modules.children() if isinstance(modules, torch.nn.ModuleList) else ():
+            for module in layer.modules():
+                owners.setdefault(module, layer)
+    by_owner: dict[Any, list[joined.Layers]] = {}
+    for family in families:
+        layers = layers_of(family, joins=joining[family[0]])
+        if layers is not None and family[0] in owners:
+            by_owner.setdefault(owners[family[0]], []).append(layers)
+    for owner, of_it in by_owner.items():
+        bases = {base for bases, _ in of_it for base in bases}
+        own = {base.weight for base in bases if isinstance(base.weight, torch.nn.Parameter)}
+        others = [weight for weight in owner.parameters() if not weight.requires_grad and weight not in own]
+        joined.gather(of_it, others)
 
 
 def _is_frozen_linear(module: Any) -> bool:

@@ -6,7 +6,6 @@ What a module computes is asked of itself, with other modules in the place of it
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +16,9 @@ import torch
 from torch.nn import functional
 
 from lightweight.captured import kernels
+from lightweight.captured.joined import Whole
 from lightweight.captured.kernels import Activation
-from lightweight.captured.projections import Family, Projection, weight_of
+from lightweight.captured.projections import Family, Projection, factor_gradients, weight_of
 from lightweight.internals import torch as torch_internals
 
 FUNCTIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -42,14 +42,6 @@ class Stub(torch.nn.Module):
         return self._slope * x + self._offset
 
 
-def twin_of(module: torch.nn.Module, children: dict[str, Any]) -> Any:
-    """`module` with its class's own forward pass and other `children`."""
-    twin = copy.copy(module)
-    vars(twin).pop("forward", None)
-    vars(twin)["_modules"] = children
-    return twin
-
-
 def activation_of(module: Any) -> Activation | None:
     """Which of `FUNCTIONS` it is that `module` computes, if any."""
     if not isinstance(module, torch.nn.Module) or next(module.parameters(), None) is not None:
@@ -57,7 +49,7 @@ def activation_of(module: Any) -> Activation | None:
     with torch_internals.with_numbers(), torch.no_grad():
         sample = torch.linspace(-6, 6, 49, dtype=torch.float64)
         try:
-            found = twin_of(module, dict(module.named_children()))(sample)
+            found = torch_internals.twin_of(module, dict(module.named_children()))(sample)
         except Exception:  # noqa: BLE001  of any module's code: it is none of these
             return None
         for name, function in FUNCTIONS.items():
@@ -79,7 +71,7 @@ def gating_of(module: Any) -> Activation | None:
     with torch_internals.with_numbers(), torch.no_grad():
         sample = torch.linspace(-2, 2, 24).view(2, 3, 4)
         try:
-            found = type(module).forward(twin_of(module, stubs), sample)
+            found = type(module).forward(torch_internals.twin_of(module, stubs), sample)
         except Exception:  # noqa: BLE001  as above
             return None
         expected = down(FUNCTIONS[activation](gate(sample)) * up(sample))
@@ -93,7 +85,11 @@ def gated(module: Any, activation: Activation, down: Family | None, x: torch.Ten
     gate, up = module.gate_proj(x), module.up_proj(x)
     if kernels.take(gate) and down is not None and (projection := down.alone()) is not None:
         assert projection.adapter is not None
-        projected: torch.Tensor = _GatedProject.apply(gate, up, *projection.adapter, projection, activation)  # type: ignore[no-untyped-call]
+        projected: torch.Tensor
+        if down.whole is not None and gate.dtype == down.whole.dtype:
+            projected = _GatedWhole.apply(gate, up, *projection.adapter, down.whole, activation)  # type: ignore[no-untyped-call]
+        else:
+            projected = _GatedProject.apply(gate, up, *projection.adapter, projection, activation)  # type: ignore[no-untyped-call]
         return projected
     product: torch.Tensor = _Gate.apply(gate, up, activation)  # type: ignore[no-untyped-call]
     product.recipe = (functools.partial(_gate, activation), (gate.detach(), up.detach()))  # type: ignore[attr-defined]
@@ -166,3 +162,35 @@ class _GatedProject(torch.autograd.Function):
         reached = kernels.Reached(grad @ b, a, projection.scaling)
         grad_gate, grad_up, grad_a = kernels.gate_project_backward(grad_product, reached, gate, up, activation)
         return grad_gate, grad_up, grad_a, grad.t() @ inner, None, None
+
+
+class _GatedWhole(torch.autograd.Function):
+    """The same by a layer that is one with its adapter."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        a: torch.Tensor,
+        _b: torch.Tensor,
+        whole: Whole,
+        activation: Activation,
+    ) -> torch.Tensor:
+        product, _ = kernels.flat(kernels.gate(gate, up, activation, whole.room))
+        y, inner = whole.forward(product, has_room=True)
+        ctx.save_for_backward(gate, up, a, inner)
+        ctx.settings = whole, activation
+        return y.view(*gate.shape[:-1], whole.out)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up, a, inner = ctx.saved_tensors
+        whole, activation = ctx.settings
+        grad = whole.with_room(grad_output)
+        reached, grad_product = whole.backward(grad, reaches_x=True)
+        assert grad_product is not None
+        through = kernels.Reached(reached, a, whole.scaling, is_in=True)
+        grad_gate, grad_up, grad_a = kernels.gate_project_backward(grad_product, through, gate, up, activation)
+        _, grad_b = factor_gradients(whole, grad, reached, inner, None)
+        return grad_gate, grad_up, grad_a, grad_b, None, None

@@ -20,10 +20,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from lightweight.internals.torch import address
 from lightweight.internals.triton import build_launcher
 
 try:
-    from lightweight.captured import triton_kernels, triton_rotary
+    from lightweight.captured import triton_flash, triton_joined, triton_kernels, triton_rotary
 except ImportError:  # no Triton
     triton_kernels = None  # type: ignore[assignment]
 
@@ -149,7 +150,10 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 
 def _kernel(name: str) -> Any:
-    return getattr(triton_rotary if hasattr(triton_rotary, name) else triton_kernels, name)
+    of = next(
+        module for module in (triton_rotary, triton_flash, triton_joined, triton_kernels) if hasattr(module, name)
+    )
+    return getattr(of, name)
 
 
 def _compile(name: str, types: tuple[object, ...], settings: dict[str, Any]) -> None:
@@ -159,7 +163,7 @@ def _compile(name: str, types: tuple[object, ...], settings: dict[str, Any]) -> 
 
 
 def launch(name: str, programs: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
-    """Have `programs` of the kernel called `name`, in `triton_kernels` or `triton_rotary`, run on the device."""
+    """Have `programs` of the kernel called `name`, in one of the modules of such, run on the device."""
     if _tell is not None:
         _tell(name, programs, arguments, settings)
     if not _computes:
@@ -169,7 +173,7 @@ def launch(name: str, programs: tuple[int, ...], *arguments: Any, **settings: An
         kernel[programs](*arguments, **settings)
         return
     types = tuple(argument.dtype if isinstance(argument, torch.Tensor) else argument for argument in arguments)
-    varying = triton_kernels.VARYING
+    varying = getattr(kernel, "do_not_specialize", None) or ()
     key = (
         name,
         *(value for parameter, value in zip(kernel.arg_names, types, strict=False) if parameter not in varying),
@@ -245,23 +249,22 @@ def adapter_backward(
     return grad_a.view_as(a), grad_b.view_as(b)
 
 
-def project(x: torch.Tensor, a: torch.Tensor, scaling: float) -> torch.Tensor:
-    """`scaling * x @ a.T`, [tokens, r], given `x` [tokens, in] and `a` [r, in]: the first product of adapters, where
-    nothing is dropped."""
-    x, a = x.contiguous(), a.contiguous()
+def project(x: torch.Tensor, a: torch.Tensor, scaling: float, beside: torch.Tensor | None = None) -> torch.Tensor:
+    """`scaling * x @ a.T`, [tokens, r], given `x` [tokens, in] and `a` [r, in], whose rows may lie apart: the first
+    product of adapters, where nothing is dropped. Written `beside` the rows of `x` as well, where there is room."""
     inner = torch.empty(x.shape[0], a.shape[0], dtype=x.dtype, device=x.device)
-    _project(x, a, inner, (x, 0, 0, scaling))
+    _project(x, a, inner, (x, 0, 0, scaling), beside)
     return inner
 
 
 def project_backward(
     grad: torch.Tensor, x: torch.Tensor, a: torch.Tensor, grad_x: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """The gradient of `project`'s `a` [r, in], given that of its result; adds that of `x` to `grad_x` [tokens, in],
-    contiguous, where there is one."""
+    """The gradient of `project`'s `a` [r, in], given that of its result, whose rows may lie apart; adds that of `x` to
+    `grad_x` [tokens, in], contiguous, where there is one."""
     reaches_x = grad_x is not None
     return _project_backward(
-        grad.contiguous(), x.contiguous(), a.contiguous(), x if grad_x is None else grad_x, (x, 0, 0, scaling),
+        grad, x.contiguous(), a, x if grad_x is None else grad_x, (x, 0, 0, scaling),
         drops=False, reaches_x=reaches_x, rank=_padded(a.shape[0]),
     )  # fmt: skip
 
@@ -270,11 +273,14 @@ Dropout = tuple[torch.Tensor, int, int, float]
 """A seed, a site, below which numbers elements fall, and what the rest is multiplied with."""
 
 
-def _project(x: torch.Tensor, a: torch.Tensor, inner: torch.Tensor, dropout: Dropout) -> None:
+def _project(
+    x: torch.Tensor, a: torch.Tensor, inner: torch.Tensor, dropout: Dropout, beside: torch.Tensor | None = None
+) -> None:
     launch(
         "project", (_over(x.shape[0], 16),),
-        x, a, inner, *dropout, *x.shape, a.shape[0],
-        drops=dropout[2] > 0, rank=_padded(a.shape[0]), rows=16, columns=COLUMNS, num_stages=4,
+        x, a, inner, inner if beside is None else beside, *dropout, *x.shape, a.shape[0], x.stride(0), a.stride(0),
+        drops=dropout[2] > 0, twice=beside is not None, rank=_padded(a.shape[0]), rows=16, columns=COLUMNS,
+        num_stages=4,
     )  # fmt: skip
 
 
@@ -287,7 +293,7 @@ def _project_backward(
     tile = {"rows": 32, "num_warps": 4} if settings["drops"] else {"rows": 64, "num_warps": 8}
     launch(
         "project_backward", (count, _over(width, COLUMNS)),
-        grad, x, a, grad_x, shares, *dropout, tokens, width, a.shape[0],
+        grad, x, a, grad_x, shares, *dropout, tokens, width, a.shape[0], grad.stride(0), a.stride(0),
         share=ROWS_OF_A_SHARE, columns=COLUMNS, **settings, **tile,
     )  # fmt: skip
     return shares.sum(0)
@@ -315,18 +321,24 @@ class Norm(NamedTuple):
     offset: float = 0.0
 
 
-def norm(x: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of `x` over its last axis, and each row's mean and reciprocal deviation, [rows, 2] in fp32, for
-    `norm_backward`."""
+def with_room(shape: torch.Size, room: int, like: torch.Tensor) -> torch.Tensor:
+    """Memory for [..., width], with room for so many more elements at the end of each row."""
+    *rest, width = shape
+    return torch.empty(*rest, width + room, dtype=like.dtype, device=like.device)[..., :width]
+
+
+def norm(x: torch.Tensor, norm: Norm, room: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of `x` over its last axis, with `room` behind each row of it, and each row's mean and reciprocal
+    deviation, [rows, 2] in fp32, for `norm_backward`."""
     x = x.contiguous()
     width = x.shape[-1]
     rows = x.numel() // width
-    result, statistics = torch.empty_like(x), torch.empty(rows, 2, device=x.device)
+    result, statistics = with_room(x.shape, room, x), torch.empty(rows, 2, device=x.device)
     weight, bias, eps, centred, offset = norm
     launch(
         "norm", (rows,),
-        x, weight, weight if bias is None else bias, result, statistics, eps, offset, width, centred=centred,
-        biased=bias is not None, columns=power_of_2(width),
+        x, weight, weight if bias is None else bias, result, statistics, eps, offset, width, width + room,
+        centred=centred, biased=bias is not None, columns=power_of_2(width),
     )  # fmt: skip
     return result, statistics
 
@@ -345,13 +357,14 @@ def norm_backward(grad: torch.Tensor, x: torch.Tensor, norm: Norm, statistics: t
 
 @dataclass(frozen=True)
 class Sum:
-    """`residual + dropout(after(branch))`, and the `norm` of that; `after` is an RMS norm, if any. Dropout as in
-    `add_adapter_`, with a `site` of its own."""
+    """`residual + dropout(after(branch))`, and the `norm` of that, with `room` behind each row; `after` is an RMS norm,
+    if any. Dropout as in `add_adapter_`, with a `site` of its own."""
 
     norm: Norm
     after: Norm | None = None
     p: float = 0.0
     site: int = 0
+    room: int = 0
 
 
 class Summed(NamedTuple):
@@ -364,12 +377,13 @@ class Summed(NamedTuple):
 
 
 def add_norm(branch: torch.Tensor, residual: torch.Tensor, made: Sum, seed: torch.Tensor) -> Summed:
-    """What is `made` of `branch` and `residual`, [..., width]."""
-    branch, residual = branch.contiguous(), residual.contiguous()
+    """What is `made` of `branch` and `residual`, [..., width]. Rows of `branch` may lie apart."""
+    branch, branch_stride = _rows(branch)
+    residual = residual.contiguous()
     width = branch.shape[-1]
     rows = branch.numel() // width
     (weight, bias, eps, centred, offset), after = made.norm, made.after
-    result, total = torch.empty_like(branch), torch.empty_like(branch)
+    result, total = with_room(branch.shape, made.room, branch), torch.empty_like(residual)
     statistics = torch.empty(rows, 2, device=branch.device)
     after_statistics = None if after is None else torch.empty_like(statistics)
     second = after or made.norm
@@ -377,7 +391,7 @@ def add_norm(branch: torch.Tensor, residual: torch.Tensor, made: Sum, seed: torc
         "add_norm", (rows,),
         branch, residual, weight, weight if bias is None else bias, second.weight, result, total, statistics,
         statistics if after_statistics is None else after_statistics, eps, offset, second.eps, second.offset,
-        seed, made.site, _threshold(made.p), 1 / (1 - made.p), width,
+        seed, made.site, _threshold(made.p), 1 / (1 - made.p), width, branch_stride, width + made.room,
         drops=made.p > 0, centred=centred, biased=bias is not None, normed=after is not None, columns=_whole(width),
     )  # fmt: skip
     return Summed(total, result, statistics, after_statistics)
@@ -390,23 +404,27 @@ def add_norm_backward(
     summed: Summed,
     made: Sum,
     seed: torch.Tensor,
+    room: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of `add_norm`'s `branch` and `residual`, given those of its result, one or two to be added, and
-    of its total, where there is one. `branch` is asked for where it was normed."""
+    of its total, where there is one. `branch` is asked for where it was normed; it has `room` behind each row, and so
+    has its gradient."""
     first, second = grads[0].contiguous(), grads[-1].contiguous()
     total, after = summed.total.contiguous(), made.after
-    past = total if grad_total is None else grad_total.contiguous()
+    past, past_stride = _rows(total if grad_total is None else grad_total)
     width = total.shape[-1]
-    grad_residual = torch.empty_like(total)
-    grad_branch = torch.empty_like(total) if made.p or after else grad_residual
+    grad_branch = with_room(total.shape, room, total)
+    grad_residual = torch.empty_like(total) if made.p or after else grad_branch
     extra = after or made.norm
-    branch = total if branch is None else branch.contiguous()
+    if branch is not None and _row_stride(branch) != width + room:
+        branch = with_room(total.shape, room, total).copy_(branch)
+    branch = grad_branch if branch is None else branch
     launch(
         "add_norm_backward", (total.numel() // width,),
         first, second, past, total, made.norm.weight, summed.statistics, branch, extra.weight,
         summed.statistics if summed.after_statistics is None else summed.after_statistics,
         grad_branch, grad_residual, made.norm.offset, extra.offset, seed, made.site, _threshold(made.p),
-        1 / (1 - made.p), width,
+        1 / (1 - made.p), width, past_stride, width + room, _row_stride(grad_residual),
         drops=made.p > 0, two=len(grads) == 2, passed=grad_total is not None, centred=made.norm.centred,
         normed=after is not None, columns=_whole(width),
     )  # fmt: skip
@@ -434,15 +452,15 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
 """What a gate may be activated by: SiLU, GELU as it is and by its usual approximation, or the square of ReLU."""
 
 
-def gate(gate: torch.Tensor, up: torch.Tensor | None, activation: Activation) -> torch.Tensor:
-    """activation(gate) * up, of one shape, [..., width]; without `up`, the activation alone. Rows of both may lie
-    apart."""
+def gate(gate: torch.Tensor, up: torch.Tensor | None, activation: Activation, room: int = 0) -> torch.Tensor:
+    """activation(gate) * up, of one shape, [..., width], with `room` behind each row; without `up`, the activation
+    alone. Rows of both may lie apart."""
     gate, up, stride = _rows_alike(gate, up)
     width = gate.shape[-1]
-    result = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    result = with_room(gate.shape, room, gate)
     launch(
         "gate", (gate.numel() // width, _over(width, GATE_COLUMNS)),
-        gate, gate if up is None else up, result, stride, width,
+        gate, gate if up is None else up, result, stride, width + room, width,
         activation=activation, gated=up is not None, columns=GATE_COLUMNS,
     )  # fmt: skip
     return result
@@ -451,27 +469,43 @@ def gate(gate: torch.Tensor, up: torch.Tensor | None, activation: Activation) ->
 def gate_backward(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None, activation: Activation
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The gradients of `gate` and `up`, given that of what `gate` returned: side by side in one tensor, as the output
-    of one product would be."""
+    """The gradients of `gate` and `up`, given that of what `gate` returned: side by side in one tensor, in the place of
+    the two where these are parts of one."""
     grad, (gate, up, stride) = grad.contiguous(), _rows_alike(gate, up)
     width = gate.shape[-1]
-    parts = 1 if up is None else 2
-    grads = torch.empty(*gate.shape[:-1], parts * width, dtype=gate.dtype, device=gate.device).split(width, -1)
+    grad_gate, grad_up, grad_stride = _for_gradients(gate, up, stride)
     launch(
         "gate_backward", (gate.numel() // width, _over(width, GATE_COLUMNS)),
-        grad, gate, gate if up is None else up, grads[0], grads[-1], stride, parts * width, width,
+        grad, gate, gate if up is None else up, grad_gate, grad_gate if grad_up is None else grad_up, stride,
+        grad_stride, width,
         activation=activation, gated=up is not None, columns=GATE_COLUMNS,
     )  # fmt: skip
-    return grads[0], None if up is None else grads[1]
+    return grad_gate, grad_up
+
+
+def _for_gradients(
+    gate: torch.Tensor, up: torch.Tensor | None, stride: int
+) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    """Memory for the gradients of both, side by side, and how far its rows lie apart. It is their own where they lie so
+    themselves: nobody asks for them any more, and they are the widest there is."""
+    width = gate.shape[-1]
+    if up is None:
+        return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device), None, width
+    is_one = address(gate.untyped_storage()) == address(up.untyped_storage())
+    if is_one and stride >= 2 * width and up.storage_offset() - gate.storage_offset() == width:
+        return gate.detach(), up.detach(), stride
+    whole = torch.empty(*gate.shape[:-1], 2 * width, dtype=gate.dtype, device=gate.device)
+    return whole[..., :width], whole[..., width:], 2 * width
 
 
 class Reached(NamedTuple):
     """What comes back to an adapter's first factor `a` [r, in]: the gradient of its product, [tokens, r], without its
-    `scaling`."""
+    `scaling`; rows may lie apart. `is_in`: whether the product's input has its share of it already."""
 
     grad: torch.Tensor
     a: torch.Tensor
     scaling: float
+    is_in: bool = False
 
 
 def gate_project_backward(
@@ -481,19 +515,32 @@ def gate_project_backward(
     multiplied with their product, given the gradient that others had for that product and what `reached` the adapter:
     in one pass, without that product."""
     grad, (gate, let_through, stride) = grad.contiguous(), _rows_alike(gate, up)
-    width, a = gate.shape[-1], reached.a.contiguous()
+    width, a = gate.shape[-1], reached.a if reached.is_in else reached.a.contiguous()
     tokens = gate.numel() // width
-    grads = torch.empty(*gate.shape[:-1], 2 * width, dtype=gate.dtype, device=gate.device).split(width, -1)
+    grad_gate, grad_up, grad_stride = _for_gradients(gate, let_through, stride)
+    assert grad_up is not None
     count = _over(tokens, ROWS_OF_A_SHARE)
     shares = torch.empty(count, *a.shape, dtype=a.dtype, device=a.device)
     launch(
         "gate_project_backward", (count, _over(width, COLUMNS)),
-        grad, reached.grad.contiguous(), gate, let_through, a, *grads, shares, reached.scaling, tokens, width,
-        a.shape[0], stride, 2 * width,
-        activation=activation, rank=_padded(a.shape[0]), share=ROWS_OF_A_SHARE, rows=16, columns=COLUMNS,
-        num_warps=8,
+        grad, reached.grad, gate, let_through, a, grad_gate, grad_up, shares, reached.scaling, tokens, width,
+        a.shape[0], stride, grad_stride, reached.grad.stride(0),
+        activation=activation, reaches=not reached.is_in, rank=_padded(a.shape[0]), share=ROWS_OF_A_SHARE, rows=16,
+        columns=COLUMNS, num_warps=8,
     )  # fmt: skip
-    return *grads, shares.sum(0)
+    return grad_gate, grad_up, shares.sum(0)
+
+
+def flat(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """`x` [..., width] as [rows, width], and how far its rows lie apart; copied where that is not the same for all."""
+    x, stride = _rows(x)
+    return x.as_strided((x.numel() // x.shape[-1], x.shape[-1]), (stride, 1)), stride
+
+
+def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """`x` [..., width] with rows that lie equally far apart, and how far."""
+    stride = _row_stride(x)
+    return (x.contiguous(), x.shape[-1]) if stride is None else (x, stride)
 
 
 def _rows_alike(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, int]:

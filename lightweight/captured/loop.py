@@ -39,6 +39,7 @@ from lightweight.captured.packing import Buffers, Layout, Shape
 from lightweight.captured.step import Step
 from lightweight.corpus import Rows
 from lightweight.internals import transformers as transformers_internals
+from lightweight.internals.torch import free_workspaces
 from lightweight.methods import CapturedStep
 from lightweight.training import ranks
 from lightweight.training.meter import Meter
@@ -82,8 +83,7 @@ class CapturedTraining:
         """Lay the job out in static shapes, see that its step is the Trainer's, warm it up and capture it, leaving no
         trace in what is trained. Whether `train` can follow; where not, the Trainer is to train, from where it was.
 
-        The meter's facts say how the steps will really run. Raises RanksError where they would be the Trainer's and
-        there are several ranks, which share what the captured step trains in another way.
+        The meter's facts say how the steps will really run.
         """
         self._prepare_network()
         self.epochs = Epochs(
@@ -108,8 +108,6 @@ class CapturedTraining:
         }
         if not agrees:
             self.step.passes.recompute(0, keeps_random_numbers=True)
-        if not agrees and self.trial.world_size > 1:
-            raise ranks.RanksError(f"{self.trial.name}: {self.notes[-1]}: train it on one rank")
         return agrees
 
     def train(self, checkpoint: Path | None = None) -> None:
@@ -274,6 +272,7 @@ class CapturedTraining:
                     self.step.compile_kernels(buffers)
                 self.step.run(buffers)  # libraries initialise themselves, and the optimizer its state
                 if pool is None:
+                    free_workspaces()  # a forward pass that holds the backward pass's takes more than the graph
                     with waiting_forbidden():
                         problem = what_cannot_be_captured(self.network, functools.partial(self.step.run, buffers))
                     if problem:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,25 +67,32 @@ class Optimizer:
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of one pass's loss, those of half-precision weights in fp32."""
         self._scaler.scale(loss).backward()
+        self._sum(self.weights)
         self._passes += 1
-        reached = [(weight.grad, self._sums[weight]) for weight in self._masters if weight.grad is not None]
+
+    def _sum(self, weights: Sequence[torch.nn.Parameter]) -> None:
+        """Move the gradients that this pass has made of half-precision `weights` to those of their masters."""
+        reached = [(w, w.grad, self._sums[w]) for w in weights if w in self._masters and w.grad is not None]
         if not reached:
             return
-        gradients, sums = (list(tensors) for tensors in zip(*reached, strict=True))
-        if self._passes == 1:
+        moved, gradients, sums = (list(parts) for parts in zip(*reached, strict=True))
+        if self._passes == 0:
             torch_internals.copy_each_(sums, gradients)
         else:
             torch_internals.add_each_(sums, [gradient.float() for gradient in gradients])
-        for weight in self._masters:
+        for weight in moved:
             weight.grad = None
 
-    def gradients(self) -> list[torch.Tensor]:
-        """The gradients of what AdamW steps, where there are any; all passes must have added theirs. A rank whose rows
-        did not reach a weight has zeros for it, since another one's may have."""
-        for weight in self._trained():
+    def gradients(self, weights: Sequence[torch.nn.Parameter] | None = None) -> list[torch.Tensor]:
+        """The gradients of what AdamW steps, of all or some of the network's weights; all passes must have made theirs.
+        A rank whose rows did not reach a weight has zeros for it, since another one's may have."""
+        weights = self.weights if weights is None else weights
+        self._sum(weights)
+        trained = [self._masters.get(weight, weight) for weight in weights]
+        for weight in trained:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-        return [weight.grad for weight in self._trained() if weight.grad is not None]
+        return [weight.grad for weight in trained if weight.grad is not None]
 
     def gradients_of_weights(self) -> dict[torch.nn.Parameter, torch.Tensor]:
         """As `gradients`, by the weight of the network that each is of."""

@@ -14,10 +14,10 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from torch.nn.functional import linear
 
-from lightweight.captured import kernels
+from lightweight.captured import joined, kernels
 from lightweight.captured.dropout import drop, drop_backward, probability
+from lightweight.captured.joined import MOST_RANKS, Joint, Whole
 from lightweight.captured.recomputed import recipe_of
-from lightweight.internals import torch as torch_internals
 
 
 class Family:
@@ -39,10 +39,23 @@ class Family:
         between: Sequence[torch.Tensor] = (),
     ) -> None:
         self._modules, self._seed, self._site = modules, seed, site
-        bases = [Projection.of(module, site).base for module in modules]
-        self._joint = _joined(bases, between, most) if joins else None
+        projections = [Projection.of(module, site) for module in modules]
+        bases = [projection.base for projection in projections]
+        self.whole: Whole | None = None
+        if kernels.take(seed) and (layers := layers_of(modules, joins=joins)) is not None:
+            self.whole = joined.whole_of(*layers, projections[0].scaling)
+        self._joint = joined.joint_of(bases, between, most) if joins and self.whole is None else None
         self._x: torch.Tensor | None = None
         self._waiting: dict[int, torch.Tensor] = {}
+
+    @property
+    def room(self) -> int:
+        """How much the rows of its input had best have at their end."""
+        return 0 if self.whole is None else self.whole.room
+
+    def takes(self, width: int) -> bool:
+        """Whether its input is so wide."""
+        return bool(self._modules[0].in_features == width)
 
     def project(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """What layer `index` makes of `x`: [..., in] -> [..., out]."""
@@ -50,7 +63,12 @@ class Family:
             projections = [Projection.of(module, self._site + i) for i, module in enumerate(self._modules)]
             function, sources = recipe_of(x)
             adapters = [weight for projection in projections for weight in projection.adapter or ()]
-            outputs = _Project.apply(x, self._seed, projections, self._joint, function, *adapters, *sources)  # type: ignore[no-untyped-call]
+            outputs: Any
+            if self.whole is not None and x.dtype == self.whole.dtype:
+                has_room = getattr(x, "room", 0) >= self.room
+                outputs = _ProjectWhole.apply(x, self.whole, has_room, function, *adapters, *sources)  # type: ignore[no-untyped-call]
+            else:
+                outputs = _Project.apply(x, self._seed, projections, self._joint, function, *adapters, *sources)  # type: ignore[no-untyped-call]
             self._x, self._waiting = x, dict(enumerate(outputs))
         output = self._waiting.pop(index)
         if not self._waiting:
@@ -63,6 +81,22 @@ class Family:
             return None
         projection = Projection.of(self._modules[0], self._site)
         return projection if projection.adapter and not projection.p else None
+
+
+def layers_of(modules: list[Any], *, joins: bool) -> joined.Layers | None:
+    """The frozen layers and adapters of a family that may be one with them: nothing is dropped of its input, and all
+    adapters are scaled alike."""
+    projections = [Projection.of(module, 0) for module in modules]
+    is_alike = len({projection.scaling for projection in projections}) == 1
+    if not (joins or len(modules) == 1) or not is_alike or not _drop_nothing(modules):
+        return None
+    return [projection.base for projection in projections], [projection.adapter for projection in projections]
+
+
+def _drop_nothing(modules: list[Any]) -> bool:
+    """Whether no layer drops any of its input, in training either."""
+    dropouts = [each for module in modules for each in getattr(module, "lora_dropout", {}).values()]
+    return all(isinstance(each, torch.nn.Identity) or getattr(each, "p", 1) == 0 for each in dropouts)
 
 
 @dataclass(frozen=True)
@@ -87,72 +121,6 @@ class Projection:
         return cls(module.get_base_layer(), site, module.scaling[name], p, adapter)
 
 
-@dataclass(frozen=True)
-class _Joint:
-    """The weights of several layers as one, which feeds a matrix unit better: [sum of `widths`, in], and their biases.
-    Where they are of 4 bits, they are made one when they are dequantized."""
-
-    bases: list[Any]
-    widths: list[int]
-    whole: torch.Tensor | None
-    bias: torch.Tensor | None
-
-    def weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """[sum of widths, in]."""
-        if self.whole is not None:
-            return self.whole
-        packed: Any = [base.weight for base in self.bases]
-        shape = sum(self.widths), self.bases[0].in_features
-        joint = torch.empty(shape, dtype=packed[0].quant_state.dtype, device=packed[0].device)
-        for part, each in zip(joint.split(self.widths), packed, strict=True):
-            if kernels.compute():  # bitsandbytes finds no shape right for fake tensors
-                bitsandbytes.functional.dequantize_4bit(each.data, each.quant_state, out=part)
-        return joint.to(dtype)
-
-    def bias_in(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """[sum of widths], if any."""
-        return None if self.bias is None else self.bias.to(dtype)
-
-
-@torch.no_grad()
-def _joined(bases: list[Any], between: Sequence[torch.Tensor], most: int) -> _Joint | None:
-    """Several layers as one; the weights of whole ones become parts of one, and move together with those that were
-    loaded `between` them: what they leave is then as large as what the next layer's need, and they take it. None where
-    that cannot be, and where one of 4 bits would have more than `most` elements."""
-    biases = [base.bias for base in bases if base.bias is not None]
-    if len(bases) == 1 or len(biases) not in (0, len(bases)):
-        return None
-    bias = torch.cat(biases) if biases else None
-    widths = [base.out_features for base in bases]
-    if all(isinstance(base, Linear4bit) for base in bases):
-        elements = sum(widths) * bases[0].in_features
-        is_fast = elements <= most and kernels.take(bases[0].weight)
-        return _Joint(bases, widths, None, bias) if is_fast else None
-    if any(type(base) is not torch.nn.Linear for base in bases):
-        return None
-    weights = [base.weight for base in bases]
-    if (whole := _as_they_lie(weights)) is None:
-        moved = [*weights, *(weight for weight in between if weight.dtype == weights[0].dtype)]
-        storage = torch.cat([weight.flatten() for weight in moved])
-        for weight, part in zip(moved, storage.split([weight.numel() for weight in moved]), strict=True):
-            weight.data = part.view(weight.shape)
-        whole = _as_they_lie(weights)
-    return _Joint(bases, widths, whole, bias)
-
-
-def _as_they_lie(weights: list[torch.Tensor]) -> torch.Tensor | None:
-    """Weights [out, in] as one, [sum of out, in], where each already lies behind the one before it."""
-    first, place = weights[0], weights[0].storage_offset()
-    storage = torch_internals.address(first.untyped_storage())
-    for weight in weights:
-        is_next = torch_internals.address(weight.untyped_storage()) == storage and weight.storage_offset() == place
-        if not (is_next and weight.is_contiguous() and weight.dtype == first.dtype):
-            return None
-        place += weight.numel()
-    rows = sum(weight.shape[0] for weight in weights)
-    return first.detach().as_strided((rows, first.shape[1]), first.stride(), first.storage_offset())
-
-
 class _Kept(NamedTuple):
     """What an adapter's backward pass needs: its weights, and what `_add_adapter_` returned."""
 
@@ -171,7 +139,7 @@ class _Project(torch.autograd.Function):
         x: torch.Tensor,
         seed: torch.Tensor,
         projections: list[Projection],
-        joint: _Joint | None,
+        joint: Joint | None,
         function: Callable[..., torch.Tensor] | None,
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
@@ -231,8 +199,51 @@ class _Project(torch.autograd.Function):
         return grad_x, None, None, None, None, *adapter_grads, *(None,) * len(sources)
 
 
-MOST_RANKS = 128
-"""Ranks of all adapters of a family that one kernel's program has in its registers."""
+class _ProjectWhole(torch.autograd.Function):
+    """The same, of layers that are one with their adapters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        whole: Whole,
+        has_room: bool,
+        function: Callable[..., torch.Tensor] | None,
+        *tensors: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """As `_Project.forward`. `has_room`: whether the rows of x have room for what comes between the factors."""
+        flat, _ = kernels.flat(x)
+        y, inner = whole.forward(flat, has_room=has_room)
+        ctx.save_for_backward(inner, *tensors[2 * len(whole.widths) :])
+        ctx.settings = whole, function, x.shape
+        ctx.set_materialize_grads(False)
+        return y.view(*x.shape[:-1], whole.out).split(whole.widths, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        whole, function, shape = ctx.settings
+        inner, *sources = ctx.saved_tensors
+        x = sources[0] if function is None else function(*sources)
+        x = x.reshape(-1, x.shape[-1])
+        row = whole.with_room(*grad_outputs)
+        reached, grad_x = whole.backward(row, reaches_x=ctx.needs_input_grad[0])
+        factors = factor_gradients(whole, row, reached, inner, x)
+        return None if grad_x is None else grad_x.view(shape), None, None, None, *factors, *(None,) * len(sources)
+
+
+def factor_gradients(
+    whole: Whole, grad: torch.Tensor, reached: torch.Tensor, inner: torch.Tensor, x: torch.Tensor | None
+) -> list[torch.Tensor | None]:
+    """Those of each adapter's two factors, given that of the layers' outputs [tokens, out], what came back through the
+    second factors, what they were multiplied with and the layers' input; without that, None in the first ones' place.
+    """
+    firsts: list[torch.Tensor | None] = [None] * len(whole.ranks)
+    if x is not None:
+        first = torch.empty(whole.room, x.shape[-1], dtype=x.dtype, device=x.device)
+        firsts = [*first.addmm_(reached.t(), x, beta=0, alpha=whole.scaling).split(whole.ranks)]
+    second = grad.t() @ inner  # of each layer and each adapter; the layer's own is asked for
+    seconds = [part.split(whole.ranks, -1)[index].contiguous() for index, part in enumerate(second.split(whole.widths))]
+    return [factor for pair in zip(firsts, seconds, strict=True) for factor in pair]
 
 
 def _is_one_product(projections: list[Projection], adapters: list[_Kept]) -> bool:
@@ -248,10 +259,10 @@ def _ranks(adapters: list[_Kept]) -> list[int]:
 
 
 def _grad_of_input(
-    grads: list[torch.Tensor | None], projections: list[Projection], joint: _Joint | None
+    grads: list[torch.Tensor | None], projections: list[Projection], joint: Joint | None
 ) -> torch.Tensor | None:
     """The frozen layers' part of the gradient of their input, [tokens, in], given those of their outputs."""
-    if joint is not None and (row := _side_by_side(grads)) is not None:
+    if joint is not None and (row := joined.side_by_side(grads)) is not None:
         return row @ joint.weight(row.dtype)
     grad_x = None
     for projection, grad in zip(projections, grads, strict=True):
@@ -260,30 +271,6 @@ def _grad_of_input(
         weight = weight_of(projection.base, grad.dtype)
         grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
     return grad_x
-
-
-def _side_by_side(grads: list[torch.Tensor | None]) -> torch.Tensor | None:
-    """Gradients [tokens, out], all in one tensor, [tokens, sum of out]: where they are parts of one already, or the
-    first are, in rows with room for the rest, which are then copied there. None where they lie elsewhere."""
-    first = grads[0]
-    if first is None or any(grad is None for grad in grads):
-        return None
-    tokens, width = first.shape[0], sum(grad.shape[1] for grad in grads if grad is not None)
-    storage = first.untyped_storage()
-    if first.stride() != (width, 1) or first.storage_offset() != 0:
-        return None
-    if storage.nbytes() != tokens * width * first.element_size():
-        return None
-    row, place = first.as_strided((tokens, width), (width, 1)), 0
-    for grad in grads:
-        assert grad is not None
-        is_there = torch_internals.address(grad.untyped_storage()) == torch_internals.address(storage)
-        if is_there and (grad.stride() != (width, 1) or grad.storage_offset() != place):
-            return None
-        if not is_there:
-            row[:, place : place + grad.shape[1]].copy_(grad)
-        place += grad.shape[1]
-    return row
 
 
 def _adapters_backward(

@@ -37,10 +37,10 @@ def recomputable(function: Callable[..., torch.Tensor], *sources: torch.Tensor) 
     return result
 
 
-def norm(norm: Norm, x: torch.Tensor) -> torch.Tensor:
-    """`norm` of `x`: [..., width] -> [..., width]."""
+def norm(norm: Norm, x: torch.Tensor, room: int = 0) -> torch.Tensor:
+    """`norm` of `x`: [..., width] -> [..., width]; by our kernel, with `room` at the end of each row."""
     if kernels.take(x):
-        result: torch.Tensor = _Norm.apply(x, norm)  # type: ignore[no-untyped-call]
+        result: torch.Tensor = _Norm.apply(x, norm, room)  # type: ignore[no-untyped-call]
         return result
     weight = norm.weight + norm.offset if norm.offset else norm.weight
     if norm.centred:
@@ -50,8 +50,8 @@ def norm(norm: Norm, x: torch.Tensor) -> torch.Tensor:
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        result, statistics = kernels.norm(x, norm)
+    def forward(ctx: Any, x: torch.Tensor, norm: Norm, room: int) -> torch.Tensor:
+        result, statistics = kernels.norm(x, norm, room)
         ctx.save_for_backward(x, statistics)
         ctx.norm = norm
         return result
@@ -59,7 +59,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, statistics = ctx.saved_tensors
-        return kernels.norm_backward(grad_output, x, ctx.norm, statistics), None
+        return kernels.norm_backward(grad_output, x, ctx.norm, statistics), None, None
 
 
 def relu(widths: set[int], x: torch.Tensor) -> torch.Tensor:
@@ -115,12 +115,12 @@ def _add_norm(
     """The norm `layer` of past + dropout(branch), twice: for the next branch and for what goes past it, so that the
     gradients of both are added where they are used."""
     made = Sum(Norm(layer.weight, layer.bias, layer.eps, True), None, p, site)
-    result, past, total = _AddNorm.apply(branch, past, made, seed)  # type: ignore[no-untyped-call]
+    result, past, total = _RecomputedAddNorm.apply(branch, past, made, seed)  # type: ignore[no-untyped-call]
     result.recipe = (functools.partial(norm, made.norm), (total,))
     return result, past
 
 
-class _AddNorm(torch.autograd.Function):
+class _RecomputedAddNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, branch: torch.Tensor, past: torch.Tensor, made: Sum, seed: torch.Tensor

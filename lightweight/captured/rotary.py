@@ -315,7 +315,7 @@ def _is_ours(x: torch.Tensor) -> bool:
     node = x.grad_fn
     while node is not None and node.name() in VIEWS:
         (node, _), *_ = node.next_functions
-    return node is not None and node.name() in ("_ProjectBackward", "_NormBackward")
+    return node is not None and node.name() in ("_ProjectBackward", "_ProjectWholeBackward", "_NormBackward")
 
 
 class _Rotate(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from transformers import Trainer
 
@@ -40,13 +42,13 @@ class Step:
     def make_optimizer(self) -> None:
         """Hold the trained weights as they are trained; `optimizer.withdraw` undoes that."""
         self.optimizer = Optimizer(self._trial, self._trainer, self._adamw, self.device)
+        if self._trial.world_size > 1:
+            self._reducer = ranks.Reducer(self.optimizer.weights, self.optimizer.gradients, [self.loss])
 
     def run(self, buffers: Buffers) -> None:
         """One optimizer step over what `buffers` hold; `loss` is then its loss. Nothing in it may wait for the
         device."""
-        self._backward(buffers)
-        if self._trial.world_size > 1:
-            ranks.add_up([self.loss, *self.optimizer.gradients()])
+        self._backward(buffers, self._reducer.adding_up() if self._trial.world_size > 1 else nullcontext())
         self.optimizer.step()
 
     def gradients(self, buffers: Buffers, scale: float) -> Gradients:
@@ -54,7 +56,7 @@ class Step:
         with self.optimizer.scaling_by(scale):
             if self.device.type == "cuda":
                 self.compile_kernels(buffers)
-            self._backward(buffers)
+            self._backward(buffers, nullcontext())
         return Gradients(self.loss.clone(), self.optimizer.gradients_of_weights(), scale)
 
     def compile_kernels(self, buffers: Buffers) -> None:
@@ -67,12 +69,14 @@ class Step:
         with compiling():
             self._pass(buffers, 0)
 
-    def _backward(self, buffers: Buffers) -> None:
-        """Forward and backward passes of a step on this rank."""
+    def _backward(self, buffers: Buffers, last: AbstractContextManager[None]) -> None:
+        """Forward and backward passes of a step on this rank, the last of them in the context `last`."""
         self.optimizer.clear_gradients()
         self.loss.zero_()
-        for index in range(self.computed_passes(buffers)):
-            self._pass(buffers, index)
+        passes = self.computed_passes(buffers)
+        for index in range(passes):
+            with last if index == passes - 1 else nullcontext():
+                self._pass(buffers, index)
 
     def computed_passes(self, buffers: Buffers) -> int:
         """How many passes a step over `buffers` computes: all of them."""
@@ -81,5 +85,5 @@ class Step:
     def _pass(self, buffers: Buffers, index: int) -> None:
         """Forward and backward pass `index` of a step."""
         loss = self.passes.loss(buffers, index)
+        self.loss += loss.detach()  # before the backward pass, which sends it to other ranks
         self.optimizer.backward(loss)
-        self.loss += loss.detach()

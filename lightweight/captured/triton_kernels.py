@@ -31,13 +31,13 @@ def _pair(number, threshold):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _projected(  # type: ignore[no-untyped-def]
-    x, a, row, seed, site, threshold, tokens, width, rank_,
+    x, a, row, seed, site, threshold, tokens, width, stride, a_stride, rank_,
     drops: tl.constexpr, rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     """The product of some rows of an adapter's input, less what dropout drops of them, with its first factor:
     [rows, rank] in fp32."""
     unit = tl.arange(0, rank)
-    start = row[:, None].to(tl.int64) * width
+    start = row[:, None].to(tl.int64) * stride
     total = tl.zeros((rows, rank), dtype=tl.float32)
     key = tl.load(seed) + site
     for tile in range(0, tl.cdiv(width, columns)):
@@ -47,27 +47,32 @@ def _projected(  # type: ignore[no-untyped-def]
         if drops:
             value = tl.where(_kept(key, row, tile, width, threshold, columns), value, 0.0).to(x.dtype.element_ty)
         there = (unit[None, :] < rank_) & (column[:, None] < width)
-        weight = tl.load(a + unit[None, :] * width + column[:, None], mask=there, other=0.0)
+        weight = tl.load(a + unit[None, :] * a_stride + column[:, None], mask=there, other=0.0)
         total = tl.dot(value, weight, total, input_precision="ieee")
     return total
 
 
 @triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
 def project(  # type: ignore[no-untyped-def]
-    x, a, projected, seed, site, threshold, scale, tokens, width, rank_,
-    drops: tl.constexpr, rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+    x, a, projected, beside, seed, site, threshold, scale, tokens, width, rank_, stride, a_stride,
+    drops: tl.constexpr, twice: tl.constexpr, rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """The first product of an adapter, and which elements dropout keeps of its input."""
+    """The first product of an adapter, and which elements dropout keeps of its input. It may be written `twice`, also
+    at the ends of the input's rows."""
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     unit = tl.arange(0, rank)
-    total = _projected(x, a, row, seed, site, threshold, tokens, width, rank_, drops, rank, rows, columns)
+    total = _projected(
+        x, a, row, seed, site, threshold, tokens, width, stride, a_stride, rank_, drops, rank, rows, columns
+    ) * scale  # fmt: skip
     there = (row[:, None] < tokens) & (unit[None, :] < rank_)
-    tl.store(projected + row[:, None] * rank_ + unit[None, :], total * scale, mask=there)
+    tl.store(projected + row[:, None] * rank_ + unit[None, :], total, mask=there)
+    if twice:
+        tl.store(beside + row[:, None].to(tl.int64) * stride + unit[None, :], total, mask=there)
 
 
 @triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
 def project_backward(  # type: ignore[no-untyped-def]
-    grad, x, a, grad_x, grad_a, seed, site, threshold, scale, tokens, width, rank_,
+    grad, x, a, grad_x, grad_a, seed, site, threshold, scale, tokens, width, rank_, grad_stride, a_stride,
     drops: tl.constexpr, reaches_x: tl.constexpr, rank: tl.constexpr, share: tl.constexpr, rows: tl.constexpr,
     columns: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +80,8 @@ def project_backward(  # type: ignore[no-untyped-def]
     tile = tl.program_id(1)
     column, unit = tile * columns + tl.arange(0, columns), tl.arange(0, rank)
     there = (unit[:, None] < rank_) & (column[None, :] < width)
-    weight = tl.load(a + unit[:, None] * width + column[None, :], mask=there, other=0.0)
+    if reaches_x:
+        weight = tl.load(a + unit[:, None] * a_stride + column[None, :], mask=there, other=0.0)
     total = tl.zeros((rank, columns), dtype=tl.float32)
     key = tl.load(seed) + site
     for step in range(0, share // rows):
@@ -84,7 +90,7 @@ def project_backward(  # type: ignore[no-untyped-def]
         place = row[:, None].to(tl.int64) * width + column[None, :]
         value = tl.load(x + place, mask=inside, other=0.0)
         here = (row[:, None] < tokens) & (unit[None, :] < rank_)
-        inner = tl.load(grad + row[:, None] * rank_ + unit[None, :], mask=here, other=0.0)
+        inner = tl.load(grad + row[:, None].to(tl.int64) * grad_stride + unit[None, :], mask=here, other=0.0)
         if drops:
             kept = _kept(key, row, tile, width, threshold, columns)
             value = tl.where(kept, value, 0.0).to(x.dtype.element_ty)
@@ -107,7 +113,7 @@ def add_adapter(  # type: ignore[no-untyped-def]
     """An adapter's output, added to its layer's."""
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     unit = tl.arange(0, rank)
-    total = _projected(x, a, row, seed, site, threshold, tokens, width, rank_, drops, rank, rows, columns)
+    total = _projected(x, a, row, seed, site, threshold, tokens, width, width, width, rank_, drops, rank, rows, columns)
     projected = (total * scale).to(x.dtype.element_ty)
     here = (row[:, None] < tokens) & (unit[None, :] < rank_)
     tl.store(inner + row[:, None] * rank_ + unit[None, :], projected, mask=here)
@@ -194,10 +200,10 @@ def cross_entropy(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def norm(  # type: ignore[no-untyped-def]
-    x, weight, bias, result, statistics, eps, offset, width, centred: tl.constexpr, biased: tl.constexpr,
+    x, weight, bias, result, statistics, eps, offset, width, stride, centred: tl.constexpr, biased: tl.constexpr,
     columns: tl.constexpr,
 ):  # fmt: skip
-    """A norm of each row."""
+    """A norm of each row; those of the result lie `stride` apart."""
     row = tl.program_id(0) + tl.arange(0, 1)
     column = tl.arange(0, columns)[None, :]
     inside = column < width
@@ -206,7 +212,7 @@ def norm(  # type: ignore[no-untyped-def]
     scaled = _normal(
         value, weight, bias, statistics, eps, offset, width, row, column, inside, centred=centred, biased=biased
     )
-    tl.store(result + place, scaled, mask=inside)
+    tl.store(result + row[:, None].to(tl.int64) * stride + column, scaled, mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -262,15 +268,16 @@ def _normal_backward(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
 def add_norm(  # type: ignore[no-untyped-def]
     branch, residual, weight, bias, after, result, sums, statistics, after_statistics, eps, offset, after_eps,
-    after_offset, seed, site, threshold, factor_kept, width,
+    after_offset, seed, site, threshold, factor_kept, width, branch_stride, stride,
     drops: tl.constexpr, centred: tl.constexpr, biased: tl.constexpr, normed: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """A sum, of which one term may be normed, and a norm of each row of it."""
+    """A sum, of which one term may be normed, and a norm of each row of it. Rows of that term and of the result lie
+    `branch_stride` and `stride` apart."""
     row = tl.program_id(0) + tl.arange(0, 1)
     column = tl.arange(0, columns)[None, :]
     inside = column < width
     place = row[:, None].to(tl.int64) * width + column
-    added = tl.load(branch + place, mask=inside, other=0.0).to(tl.float32)
+    added = tl.load(branch + row[:, None].to(tl.int64) * branch_stride + column, mask=inside, other=0.0).to(tl.float32)
     if normed:
         added = _normal(
             added, after, after, after_statistics, after_eps, after_offset, width, row, column, inside,
@@ -285,17 +292,18 @@ def add_norm(  # type: ignore[no-untyped-def]
         value.to(tl.float32), weight, bias, statistics, eps, offset, width, row, column, inside,
         centred=centred, biased=biased,
     )  # fmt: skip
-    tl.store(result + place, scaled, mask=inside)
+    tl.store(result + row[:, None].to(tl.int64) * stride + column, scaled, mask=inside)
 
 
 @triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
 def add_norm_backward(  # type: ignore[no-untyped-def]
     first, second, past, sums, weight, statistics, branch, after, after_statistics, grad_branch, grad_residual, offset,
-    after_offset, seed, site, threshold, factor_kept, width,
+    after_offset, seed, site, threshold, factor_kept, width, past_stride, branch_stride, residual_stride,
     drops: tl.constexpr, two: tl.constexpr, passed: tl.constexpr, centred: tl.constexpr, normed: tl.constexpr,
     columns: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of both terms of a sum of which a norm was taken."""
+    """The gradients of both terms of a sum of which a norm was taken. Rows of the branch and of its gradient lie
+    `branch_stride` apart."""
     row = tl.program_id(0) + tl.arange(0, 1)
     column = tl.arange(0, columns)[None, :]
     inside = column < width
@@ -305,19 +313,20 @@ def add_norm_backward(  # type: ignore[no-untyped-def]
     if two:
         change += tl.load(second + place, mask=inside, other=0.0).to(tl.float32)
     grad = _normal_backward(change, value, weight, statistics, offset, width, row, column, inside, centred=centred)
+    line = row[:, None].to(tl.int64)
     if passed:
-        grad += tl.load(past + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(grad_residual + place, grad, mask=inside)
+        grad += tl.load(past + line * past_stride + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(grad_residual + line * residual_stride + column, grad, mask=inside)
     if drops:
         kept = _kept(tl.load(seed) + site, row, 0, width, threshold, columns)
         grad = tl.where(kept, grad * factor_kept, 0.0)
     if normed:
-        value = tl.load(branch + place, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(branch + line * branch_stride + column, mask=inside, other=0.0).to(tl.float32)
         grad = _normal_backward(
             grad, value, after, after_statistics, after_offset, width, row, column, inside, centred=False
         )
     if drops or normed:
-        tl.store(grad_branch + place, grad, mask=inside)
+        tl.store(grad_branch + line * branch_stride + column, grad, mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -370,8 +379,9 @@ def _activated(value, activation: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def gate(  # type: ignore[no-untyped-def]
-    gate, up, result, stride, width, activation: tl.constexpr, gated: tl.constexpr, columns: tl.constexpr
-):
+    gate, up, result, stride, result_stride, width, activation: tl.constexpr, gated: tl.constexpr,
+    columns: tl.constexpr,
+):  # fmt: skip
     """An activated gate, times what it lets through. Rows of both lie `stride` apart."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * columns + tl.arange(0, columns)
@@ -379,7 +389,7 @@ def gate(  # type: ignore[no-untyped-def]
     value, _ = _activated(tl.load(gate + place, mask=column < width, other=0.0).to(tl.float32), activation)
     if gated:
         value *= tl.load(up + place, mask=column < width, other=0.0).to(tl.float32)
-    tl.store(result + row * width + column, value, mask=column < width)
+    tl.store(result + row * result_stride + column, value, mask=column < width)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -402,12 +412,15 @@ def gate_backward(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
 def gate_project_backward(  # type: ignore[no-untyped-def]
     grad, reached, gate, up, a, grad_gate, grad_up, grad_a, scale, tokens, width, rank_, stride, grad_stride,
-    activation: tl.constexpr, rank: tl.constexpr, share: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+    reached_stride, activation: tl.constexpr, reaches: tl.constexpr, rank: tl.constexpr, share: tl.constexpr,
+    rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """`project_backward` of a gate's product, which is made again, and `gate_backward` of what it makes of `grad`."""
+    """`project_backward` of a gate's product, which is made again, and `gate_backward` of what it makes of `grad`,
+    which may have the adapter's share already."""
     column, unit = tl.program_id(1) * columns + tl.arange(0, columns), tl.arange(0, rank)
     there = (unit[:, None] < rank_) & (column[None, :] < width)
-    weight = tl.load(a + unit[:, None] * width + column[None, :], mask=there, other=0.0)
+    if reaches:
+        weight = tl.load(a + unit[:, None] * width + column[None, :], mask=there, other=0.0)
     total = tl.zeros((rank, columns), dtype=tl.float32)
     for step in range(0, share // rows):
         row = tl.program_id(0) * share + step * rows + tl.arange(0, rows)
@@ -416,12 +429,13 @@ def gate_project_backward(  # type: ignore[no-untyped-def]
         value, slope = _activated(tl.load(gate + place, mask=inside, other=0.0).to(tl.float32), activation)
         passed = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
         here = (row[:, None] < tokens) & (unit[None, :] < rank_)
-        inner = tl.load(reached + row[:, None] * rank_ + unit[None, :], mask=here, other=0.0)
+        inner = tl.load(reached + row[:, None].to(tl.int64) * reached_stride + unit[None, :], mask=here, other=0.0)
         product = (value * passed).to(gate.dtype.element_ty)  # as it was projected
         total = tl.dot(tl.trans(inner), product, total, input_precision="ieee")
         place = row[:, None].to(tl.int64) * width + column[None, :]
         change = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-        change += tl.dot(inner, weight, input_precision="ieee") * scale
+        if reaches:
+            change += tl.dot(inner, weight, input_precision="ieee") * scale
         place = row[:, None].to(tl.int64) * grad_stride + column[None, :]
         tl.store(grad_up + place, change * value, mask=inside)
         tl.store(grad_gate + place, change * passed * slope, mask=inside)

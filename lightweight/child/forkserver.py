@@ -42,6 +42,8 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["lightweight.child.nursery"])
 
 _answered: int | None = None
+_starting: set[Callable[[], None]] = set()
+"""What gives up a start that is under way."""
 
 
 def start(process: BaseProcess, seconds: float) -> Crashed | TimedOut | None:
@@ -63,6 +65,7 @@ def start(process: BaseProcess, seconds: float) -> Crashed | TimedOut | None:
     timer = threading.Timer(seconds, expire)
     timer.daemon = True
     timer.start()
+    _starting.add(expire)
     try:
         with _without_main(), _with_tunables():
             try:
@@ -77,6 +80,7 @@ def start(process: BaseProcess, seconds: float) -> Crashed | TimedOut | None:
         return _not_started(expired.is_set(), seconds)
     finally:
         timer.cancel()
+        _starting.discard(expire)
         if (server := forkserver_pid()) is not None:
             reaper.own.adopt(server)
     return None
@@ -95,6 +99,12 @@ def _shorten_sockets_path() -> None:
     characters (unix(7)); TMPDIR may have more."""
     if not has_folder() and len(tempfile.gettempdir()) > SOCKET_FOLDER_CHARACTERS:
         choose_folder(reaper.own.make_folder(Path("/tmp")))  # noqa: S108  the folder is made for us alone
+
+
+def give_up() -> None:
+    """End every start that is under way, in whichever thread, as if its time were over."""
+    for expire in list(_starting):
+        expire()
 
 
 def kill() -> None:

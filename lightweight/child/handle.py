@@ -28,7 +28,9 @@ class ChildError(RuntimeError):
 
 
 def kill_all() -> None:
-    """Kill every child of this process, from whichever thread; who waits for one is told that it died."""
+    """Kill every child of this process, from whichever thread; who waits for one is told that it died, and who waits
+    for one to be started, that it was not."""
+    forkserver.give_up()
     for each in list(_living):
         each.kill()
 

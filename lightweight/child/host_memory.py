@@ -25,25 +25,25 @@ SIGNS = ("DefaultCPUAllocator", "Cannot allocate memory", "std::bad_alloc")
 """In the message of an error that has no type of its own: torch's allocator, the C library, C++."""
 
 
-class Limit(NamedTuple):
+class MemoryLimit(NamedTuple):
     """`bytes` of memory, and `what` grants no more than that, as a person would look for it."""
 
     bytes: int
     what: str
 
 
-def limit() -> Limit:
+def limit() -> MemoryLimit:
     """The smallest limit in force on this process."""
-    limits = [Limit(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory")]
+    limits = [MemoryLimit(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory")]
     for number, what in ((resource.RLIMIT_AS, "ulimit -v"), (resource.RLIMIT_DATA, "ulimit -d")):
         soft, _ = resource.getrlimit(number)
         if soft != resource.RLIM_INFINITY:
-            limits.append(Limit(soft, f"the limit of {what}"))
+            limits.append(MemoryLimit(soft, f"the limit of {what}"))
     for folder in _cgroups():
         for name in ("memory.max", "memory.limit_in_bytes"):
             text = _read(folder / name).strip()
             if text.isdigit() and int(text) < UNLIMITED:
-                limits.append(Limit(int(text), "the memory limit of its cgroup"))
+                limits.append(MemoryLimit(int(text), "the memory limit of its cgroup"))
     return min(limits, key=lambda each: each.bytes)
 
 

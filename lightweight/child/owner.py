@@ -181,10 +181,10 @@ class Child:
                 return
             for rank in [rank for rank in asked if rank.connection in ready]:
                 match report := rank.receive():
-                    case worker.Step(step, loss):
+                    case worker.StepEnded(step, loss):
                         if self._on_step is not None:
                             self._on_step(self.trial, step, loss)
-                    case worker.Told(text):
+                    case worker.Preparing(text):
                         self._on_told(self.trial, text)
                     case worker.Entered():
                         if rank.number == 0:

@@ -27,13 +27,12 @@ import transformers
 
 from lightweight import corpus, methods, models
 from lightweight.captured import attention, kernels, loop
-from lightweight.child import unsloth
 from lightweight.child.failure import outcome_of
 from lightweight.child.process import lead_a_group, log_of, redirect_output, see_gpus
 from lightweight.internals.bitsandbytes import never_repack
 from lightweight.internals.transformers import call_first
 from lightweight.targets import Device
-from lightweight.training import answers, ranks, stock
+from lightweight.training import answers, ranks, stock, unsloth
 from lightweight.training.meter import DivergedError, Meter
 from lightweight.training.stock import Request, Rounds
 from lightweight.trial import Completed, Measurements, Outcome, Phase, Trial
@@ -47,7 +46,7 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepEnded:
     """Optimizer step `step` (from 1) has ended; `loss` is the newest one known."""
 
     step: int
@@ -62,7 +61,7 @@ class Entered:
 
 
 @dataclass(frozen=True)
-class Told:
+class Preparing:
     """How far something is that takes long before the first step, in a line."""
 
     text: str
@@ -75,7 +74,7 @@ class RoundEnded:
     measured: Measurements
 
 
-Report = Ready | Step | Entered | Told | RoundEnded | Outcome
+Report = Ready | StepEnded | Entered | Preparing | RoundEnded | Outcome
 
 
 def describe_device(index: int) -> Device:
@@ -351,7 +350,7 @@ def build(trial: Trial, device: torch.device) -> torch.nn.Module:
     4-bit weights, which are made on the device. Raises ModelError and MethodError, and TypeError for bf16 on a target
     without it."""
     method, step = trial.running_method, trial.method.captured_step
-    quantization = models.settle_quantization(
+    quantization = methods.settle_quantization(
         trial.model, models.configuration_beside_weights(trial.model), method, sharded=trial.is_sharded
     )
     if method.library == "unsloth":
@@ -360,7 +359,7 @@ def build(trial: Trial, device: torch.device) -> torch.nn.Module:
         device = torch.device("cpu")
     dtype = getattr(torch, method.weights_dtype)
     network = models.load(trial.model, dtype, device, quantization, in_order=step is not None)
-    network = method.adapt(network, upcast=step is None or step.upcast)
+    network = methods.adapt(method, network, upcast=step is None or step.upcast)
     if device.type == "cpu":
         never_repack(network)
     if not trial.target.bf16:
@@ -400,7 +399,7 @@ class _OwnersEnd:
 
     def tell(self, text: str) -> None:
         if ranks.is_first():
-            self.report(Told(text))
+            self.report(Preparing(text))
 
     def await_request(self, request: Request) -> None:
         while (received := self._receive()) != request:
@@ -420,7 +419,7 @@ class _OwnersEnd:
 
     def step_ended(self) -> None:
         if self.tells_steps:
-            self.report(Step(self.meter.steps, self.meter.latest_loss))
+            self.report(StepEnded(self.meter.steps, self.meter.latest_loss))
 
     def round_ended(self) -> None:
         self.report(RoundEnded(self.meter.measurements()))

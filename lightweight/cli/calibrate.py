@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product as every
+from types import SimpleNamespace
 from typing import Any
 
 from lightweight import preload  # isort: skip  # noqa: F401  # before bitsandbytes
@@ -22,15 +23,15 @@ import torch
 from torch import Tensor
 
 from lightweight import targets
+from lightweight.captured import hopper, joined, rotary
 from lightweight.captured import kernels as ours
-from lightweight.captured import rotary
 from lightweight.captured.kernels import Norm, Reached, Sum
 from lightweight.captured.rotary import Turns
 from lightweight.child.worker import describe_device
 from lightweight.cli import stock_pace
 from lightweight.cli.terminal import refuse, show
 from lightweight.forecast import calibration, work
-from lightweight.forecast.calibration import LEAST_SECONDS, Calibration, CalibrationError, Sample, limit
+from lightweight.forecast.calibration import LEAST_SECONDS, Calibration, CalibrationError, TimedKernel, limit
 from lightweight.forecast.work import Kernel
 from lightweight.internals import torch as torch_internals
 from lightweight.targets import MiB, Rates
@@ -92,13 +93,13 @@ class Bench:
         """On how many different pieces of memory a kernel that moves so many bytes is launched."""
         return max(1, min(16, -(-CACHE_BYTES // count)))
 
-    def sample(self, candidate: _Candidate) -> Sample:
+    def sample(self, candidate: _Candidate) -> TimedKernel:
         """The candidate's seconds."""
         kernel, launches = candidate.kernel, candidate.launches
         expected = max(2 * limit(kernel, self.rates), LEAST_SECONDS)
         count = min(max(round(GRAPH_SECONDS / expected), LAUNCHES[0]), LAUNCHES[1])
         seconds = float(f"{self._seconds(launches, count):.4g}")  # no more digits than a second run would repeat
-        return Sample(**kernel._asdict(), seconds=seconds)
+        return TimedKernel(**kernel._asdict(), seconds=seconds)
 
     def _seconds(self, launches: Sequence[Launch], count: int) -> float:
         torch.cuda.synchronize()
@@ -145,7 +146,7 @@ def run(progress: Callable[[str], None] = lambda text: None) -> Calibration:
     if rates is None:
         raise CalibrationError(f"{device.name}: its data sheet is not in lightweight/targets.py: add it to RATES")
     bench = Bench(rates)
-    samples: list[Sample] = []
+    samples: list[TimedKernel] = []
     for name, candidates in PARTS.items():
         bench.refill()
         for candidate in candidates(bench):
@@ -318,10 +319,19 @@ def _dequantization(bench: Bench, numbers: int) -> _Candidate:
 
 
 def _ours(bench: Bench) -> Iterator[_Candidate]:
+    yield from _launched(bench, list(our_calls(bench)))
+
+
+def _our_attention(bench: Bench) -> Iterator[_Candidate]:
+    if torch.cuda.get_device_capability() == hopper.CAPABILITY:
+        yield from _launched(bench, list(attention_calls(bench)))
+
+
+def _launched(bench: Bench, calls: list[Launch]) -> Iterator[_Candidate]:
     with ours.compiling():
-        for make in our_calls(bench):
+        for make in calls:
             make()
-    for make in our_calls(bench):
+    for make in calls:
         launched: list[list[tuple[Any, ...]]] = [[]]
         with ours.launches_told_to(lambda *launch: launched[-1].append(launch)):  # noqa: B023
             make()
@@ -357,6 +367,8 @@ def our_calls(bench: Bench) -> Iterator[Launch]:
         yield partial(_activations, bench, tokens, width)
     for rows, heads in every((1, 2, 8), ((16, 8, 128), (32, 8, 64), (9, 3, 64), (4, 1, 256))):
         yield partial(_rotary, bench, rows, heads)
+    for width, out in ADAPTED:
+        yield partial(_beside, bench, width, out)
     for tokens, vocabulary in ((664, 50_304), (256, 131_072), (128, 262_144), (2048, 32_768), (64, 131_072)):
         yield partial(_cross_entropy, bench, tokens, vocabulary)
 
@@ -416,9 +428,52 @@ def _rotary(bench: Bench, rows: int, sizes: tuple[int, int, int]) -> None:
     rotary.rotate_backward(grads, given, pair(), turns, (norm, norm), factors, turned=False)
 
 
+def _beside(bench: Bench, width: int, out: int) -> None:
+    """Factors placed beside a weight, and a weight of 4 bits made whole with them."""
+    adapter = bench.tensor(16, width), bench.tensor(out, 16)
+    layer: Any = torch.nn.Linear(width, out, bias=False, device=bench.device, dtype=torch.bfloat16)
+    whole = joined.whole_of([layer], [adapter], 1.0)
+    assert whole is not None
+    placing = joined.Placing()
+    placing.add(whole)
+    placing.place()
+    blocks = width * out // 64
+    codes, scales = torch.zeros(256, device=bench.device), torch.zeros(-(-blocks // 256), device=bench.device)
+    of_blocks = SimpleNamespace(absmax=scales, code=codes, blocksize=256)
+    packed, absmax = (
+        torch.zeros(count, dtype=torch.uint8, device=bench.device) for count in (width * out // 2, blocks)
+    )
+    state = SimpleNamespace(
+        absmax=absmax, code=codes[:16], blocksize=64, nested=True, state2=of_blocks, offset=codes[0]
+    )  # fmt: skip
+    layer = SimpleNamespace(
+        weight=SimpleNamespace(data=packed, quant_state=state), out_features=out, in_features=width
+    )  # fmt: skip
+    matrix = torch.empty(out + 16, width + 16, dtype=torch.bfloat16, device=bench.device)
+    joined.unpack(layer, adapter, 1.0, matrix, (0, 0), (out, 16))
+
+
+def attention_calls(bench: Bench) -> Iterator[Launch]:
+    """As `our_calls`, of attention."""
+    for (rows, length), sizes in every(
+        ((1, 512), (8, 256), (2, 2048), (8, 1024), (1, 8192)), ((16, 8, 128), (32, 8, 64))
+    ):
+        yield partial(_attend, bench, rows, length, sizes)
+
+
+def _attend(bench: Bench, rows: int, length: int, sizes: tuple[int, int, int]) -> None:
+    heads, key_heads, width = sizes
+    query, key, value = (
+        bench.tensor(rows * length, count, width).requires_grad_() for count in (heads, key_heads, key_heads)
+    )
+    attended = hopper.attend(query, key, value, hopper.Sees(None, length, None, width**-0.5))
+    attended.backward(bench.tensor(rows * length, heads, width))
+
+
 PARTS: dict[str, Callable[[Bench], Iterator[_Candidate]]] = {
     "passes": _passes,
     "our kernels": _ours,
+    "our attention": _our_attention,
     "attention": _attentions,
     "products": _products,
 }

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lightweight.cli import checkpoints
-from lightweight.cli.checkpoints import Interruption
+from lightweight.cli.checkpoints import StopRequest
 from lightweight.internals.transformers import bar_of, begin_bar_at
 from lightweight.training import ranks
 
@@ -24,20 +24,20 @@ class Checkpoints(TrainerCallback):
 
     def __init__(
         self,
-        interruption: Interruption,
+        stop_request: StopRequest,
         clock: checkpoints.Clock,
         shelf: checkpoints.Shelf,
         settings: Mapping[str, Any],
     ) -> None:
         self.stopped = False
-        self._interruption, self._clock, self._shelf, self._settings = interruption, clock, shelf, settings
+        self._stop_request, self._clock, self._shelf, self._settings = stop_request, clock, shelf, settings
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._clock.restart()
-        self._interruption.training_begins()
+        self._stop_request.training_begins()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        came, is_due = ranks.any_says(self._interruption.came, self._clock.is_due, device=args.device)
+        came, is_due = ranks.any_says(self._stop_request.came, self._clock.is_due, device=args.device)
         if came:
             self.stopped = control.should_save = control.should_training_stop = True
         elif is_due:
@@ -50,14 +50,14 @@ class Checkpoints(TrainerCallback):
         self._clock.restart()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._interruption.training_ended(stopped=self.stopped)
+        self._stop_request.training_ended(stopped=self.stopped)
 
     def _keep(self, written: Path) -> None:
         checkpoints.seal(written, self._settings)
         self._shelf.add(written)
 
 
-class Progress(ProgressCallback):
+class ProgressBar(ProgressCallback):
     """transformers' own bar with the loss in it, in one line; in a log a line every few seconds."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -197,7 +197,7 @@ def signals_to(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None
             signal.signal(number, former)
 
 
-class Interruption:
+class StopRequest:
     """What a signal does to a job. Before training it ends the job at once, by KeyboardInterrupt. In training the step
     at hand ends first and a checkpoint is saved; after it the result still is. The second signal ends the job at once,
     unless `repeats`: torchrun sends each of them again."""

@@ -16,7 +16,7 @@ from lightweight.cli.job import Job, NothingFitsError
 from lightweight.cli.output import Interrupted
 from lightweight.cli.terminal import say
 from lightweight.corpus import Corpus
-from lightweight.forecast import calibration, plan, plan_row, plan_search, step_time, tracer
+from lightweight.forecast import calibration, placing, plan, plan_row, plan_search, replay, step_time, tracer
 from lightweight.forecast.step_time import StepTime
 from lightweight.methods import Method
 from lightweight.models import Model, ModelError
@@ -45,16 +45,16 @@ def choose(
     that `read`, its corpus, gives, else of the longest there may be. Raises NothingFitsError."""
     if before is not None and before.method is not None:
         say(f"method {before.method}: what the interrupted job was trained with")
-        method = _as_forecast(job.settings.apply(methods.named(before.method)))
+        method = _as_forecast(job.settings.apply(methods.named(before.method), ranks.world_size()))
         stored = before.settings.get("captured_step") or {}
         planned = _with_stored_passes(method, before.training_arguments)
         return Choice(planned.recomputing(stored.get("recompute", 0)))
     if device.total_bytes is None and target.total_bytes is None:
         if model.weights == "random" and job.settings.fits(methods.BASELINE):
             say("method baseline: without GPU or --target nothing is forecast; random weights give adapters no ground")
-            return Choice(job.settings.apply(methods.BASELINE))
+            return Choice(job.settings.apply(methods.BASELINE, ranks.world_size()))
         say("method lora: without GPU or --target nothing is forecast; it trains the fewest weights, fp32 on a CPU")
-        return Choice(job.settings.apply(methods.LORA))
+        return Choice(job.settings.apply(methods.LORA, ranks.world_size()))
     rows = _forecasts(job, model, target, device, (), progress, read)
     row = next((row for row in rows if row.chosen), None)
     budget = rows[0].target.budget_bytes or 0
@@ -69,7 +69,7 @@ def choose(
         )
     fitting = [row.method.name for row in rows if row.verdict == "fits"]
     where = "" if device.total_bytes else ", though trained on this CPU, which has no such budget"
-    method = _as_forecast(job.settings.apply(methods.named(row.method.name)))
+    method = _as_forecast(job.settings.apply(methods.named(row.method.name), ranks.world_size()))
     chosen = method.with_passes(row.accumulation)
     passes = "" if chosen == method else f" in {row.passes} passes of {row.batch_size} rows a step"
     passes += f", {row.recomputed_layers} layers computed twice" if row.recomputed_layers else ""
@@ -79,6 +79,32 @@ def choose(
         f"by forecast, expected to be the fastest of what fits ({', '.join(fitting)}){_check(method)}{where}"
     )
     return Choice(chosen, row.step)
+
+
+def placed(
+    trial: Trial, job: Job, before: Interrupted | None, device: Device, progress: Callable[[str], None]
+) -> Trial:
+    """A job's trial with its network where the command line, or the interrupted job, says; else where it is forecast to
+    fit, which is told in one line."""
+    said = job.settings.placement or (before and before.settings.get("placement"))
+    if trial.world_size == 1 or trial.method.captured_step is not None or trial.device_index is None or said:
+        return replace(trial, placement=said or "replicated")
+
+    def forecast(of: Trial) -> replay.Forecast:
+        # A forecast of one of several ranks plays that it is one, which a process that is one cannot.
+        with reaper.own.temporary_folder() as folder:
+            return replay.of_trial(helper.call(tracer.trace_on, folder, of, device), of, device)
+
+    progress(f"{trial.name}: forecasting where its network fits")
+    try:
+        found = placing.placed(trial, forecast)
+    except tracer.ForecastError as error:
+        say(f"replicated on {trial.world_size} GPUs, without a forecast ({error})")
+        return trial
+    finally:
+        progress("")
+    say(f"{found.placement} on {trial.world_size} GPUs, by forecast")
+    return found
 
 
 def timed(trial: Trial, device: Device, progress: Callable[[str], None]) -> StepTime | None:
@@ -131,7 +157,7 @@ def _forecasts(
     """A row for each method that a plan lists and that has what is set, but those called `without`; captured ones where
     there is a GPU."""
     candidates = [
-        job.settings.apply(method)
+        job.settings.apply(method, ranks.world_size())
         for method in methods.PLANNED
         if method.name not in without
         and job.settings.fits(method)
@@ -141,8 +167,12 @@ def _forecasts(
         target = replace(target, total_bytes=device.total_bytes)
     if device.total_bytes is not None:  # as fast as the card at hand is, whosever memory it has
         target = replace(target, card=device.name)
-    question = plan_row.Question(
-        keeps_passes=job.settings.keeps_passes, gpus=ranks.world_size(), corpus=read, **job.settings.rows
+    question = plan_row.PlanOptions(
+        keeps_passes=job.settings.keeps_passes,
+        gpus=ranks.world_size(),
+        placement=job.settings.placement,
+        corpus=read,
+        **job.settings.rows,
     )
     try:
         if ranks.world_size() == 1:
@@ -167,7 +197,7 @@ def instead(trial: Trial, job: Job, device: Device, progress: Callable[[str], No
     if row is None or row.forecast is None:
         return f"no other method is forecast to fit: {smaller}"
     batch = ""
-    if row.accumulation != job.settings.apply(methods.named(row.method.name)).passes_per_step:
+    if row.accumulation != job.settings.apply(methods.named(row.method.name), ranks.world_size()).passes_per_step:
         if row.question.gpus > 1:
             return smaller
         batch = f" --batch-size {row.batch_size}"

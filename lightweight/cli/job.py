@@ -1,23 +1,13 @@
-"""What is asked for by `lightweight train`, and how does a job begin, and end where it is refused or interrupted?"""
+"""What is asked for by `lightweight train`? And what says that it cannot be had."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import shlex
-import signal
-import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
-from lightweight.cli import checkpoints
-from lightweight.cli.output import Output
-from lightweight.cli.terminal import leave_to_us, refuse, show, tell
 from lightweight.corpus import How
-from lightweight.imports import for_good
 from lightweight.models import Weights
-from lightweight.settings import Settings, how_read
+from lightweight.settings import Settings
 
 
 class JobError(ValueError):
@@ -51,53 +41,3 @@ class Job:
     save_steps: int | None = None
     resume: bool = False
     overwrite: bool = False
-
-
-def command(options: argparse.Namespace) -> int:
-    """Train what `options` ask for; the exit status. Whatever ends it is told in one line."""
-    options.reading = how_read(lambda name: getattr(options, name))
-    try:
-        with checkpoints.signals_to(signal.default_int_handler):  # also while torch is imported, which takes seconds
-            return _train(options)
-    except KeyboardInterrupt:
-        return _interrupted(options)
-
-
-def _train(options: argparse.Namespace) -> int:
-    # torch takes seconds, and what is imported may swallow a KeyboardInterrupt
-    with checkpoints.signals_to(lambda *_: _leave(options)), for_good():
-        from lightweight.cli import train
-
-    leave_to_us()
-    asked = Job(**{part.name: getattr(options, part.name) for part in fields(Job)})
-    try:
-        outcome = train.run(asked, progress=show)
-    except NothingFitsError as error:
-        refuse(error)
-        return 1
-    except train.REFUSALS as error:
-        return refuse(error)
-    return 0 if outcome.kind == "completed" else 1
-
-
-def _leave(options: argparse.Namespace) -> NoReturn:
-    """End this process, which has begun nothing."""
-    status = _interrupted(options)
-    sys.stdout.flush()
-    os._exit(status)
-
-
-def _interrupted(options: argparse.Namespace) -> int:
-    tell(f"interrupted{_how_to_go_on(Output(options.output.absolute()), options)}")
-    return 128 + signal.SIGINT
-
-
-def _how_to_go_on(output: Output, options: argparse.Namespace) -> str:
-    if output.rescued.exists():
-        return f": the trained weights lie in {output.rescued}"
-    if not output.can_resume:
-        return " before the first checkpoint: nothing is left to resume"
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return ": go on with the same command and --resume"  # how it began is torchrun's
-    again = options.given if options.resume else [*options.given, "--resume"]
-    return f": go on with: lightweight {shlex.join(again)}"

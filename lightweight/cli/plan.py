@@ -22,7 +22,7 @@ def command(options: argparse.Namespace) -> int:
         wanted_targets = [targets.named(name) for name in dict.fromkeys(options.target or cards)]
         measured = [entry for path in options.record for entry in record.load(path).entries]
         named = [methods.named(name) for name in dict.fromkeys(options.method or ())] or methods.PLANNED
-        wanted_methods = options.settings.applied(named)
+        wanted_methods = options.settings.applied(named, options.gpus or 1)
         for model in wanted_models:
             record.check_searched(options.settings.learning_rate, model.name, *wanted_methods)
         names.refuse_namesakes("method", wanted_methods)
@@ -32,14 +32,15 @@ def command(options: argparse.Namespace) -> int:
     except ValueError as error:
         return refuse(error)
     try:
-        question = plan_row.Question(
+        question = plan_row.PlanOptions(
             keeps_passes=options.settings.keeps_passes,
             gpus=options.gpus or 1,
+            placement=options.settings.placement,
             corpus=read,
             max_batch=options.max_batch,
             longest_row=options.max_length_that_fits,
             fewest_gpus=options.gpus is not None,
-            job=step_time.Job(**{part.name: getattr(options, part.name) for part in fields(step_time.Job)}),
+            job=step_time.JobLimits(**{part.name: getattr(options, part.name) for part in fields(step_time.JobLimits)}),
             **options.settings.rows,
         )
         rows = plan.plan(

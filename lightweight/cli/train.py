@@ -29,9 +29,9 @@ from lightweight import corpus, methods, models, record, targets
 from lightweight.child import failure, worker
 from lightweight.child.process import see_gpus
 from lightweight.cli import checkpoints
-from lightweight.cli.callbacks import Checkpoints, Progress
-from lightweight.cli.checkpoints import Interruption, step_of
-from lightweight.cli.choice import choose, instead, timed
+from lightweight.cli.callbacks import Checkpoints, ProgressBar
+from lightweight.cli.checkpoints import StopRequest, step_of
+from lightweight.cli.choice import choose, instead, placed, timed
 from lightweight.cli.job import Job, JobError
 from lightweight.cli.output import Interrupted, Output, OutputError
 from lightweight.cli.result import finish, publish_finished
@@ -76,12 +76,12 @@ def run(job: Job, progress: Callable[[str], None] = lambda text: None) -> Outcom
     `progress` is told what is happening before there are steps. Raises KeyboardInterrupt where SIGINT, SIGTERM or
     SIGHUP stopped it, and one of REFUSALS where it cannot start.
     """
-    interruption = Interruption(repeats=ranks.world_size() > 1)
-    with checkpoints.signals_to(interruption.receive):
-        return _run(job, progress, interruption)
+    stop_request = StopRequest(repeats=ranks.world_size() > 1)
+    with checkpoints.signals_to(stop_request.receive):
+        return _run(job, progress, stop_request)
 
 
-def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) -> Outcome:
+def _run(job: Job, progress: Callable[[str], None], stop_request: StopRequest) -> Outcome:
     output = Output(job.output.absolute())
     dialogues = corpus.load(job.corpus, job.reading, progress)
     say(str(dialogues.origin))
@@ -92,7 +92,7 @@ def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) 
     device = worker.describe_device(ranks.local_rank()) if on_gpu else Device(name=f"{platform.machine()} CPU")
     try:
         target = _target(job.target, device, on_gpu)
-        method = job.settings.applied([methods.named(job.method)])[0] if job.method else None
+        method = job.settings.applied([methods.named(job.method)], ranks.world_size())[0] if job.method else None
     except ValueError as error:
         raise JobError(str(error)) from error
     if on_gpu and ranks.world_size() > 1:
@@ -107,6 +107,8 @@ def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) 
             method, step = ranks.of_first(lambda: choose(job, model, target, device, before, progress, dialogues))
         check_layers(method, model)
         trial = _trial(job, model, method, target, dialogues, on_gpu)
+        placement = ranks.of_first(lambda: placed(trial, job, before, device, progress).placement)
+        trial = replace(trial, placement=placement)
         if job.resume:
             _check_same(trial, before, output)
         if before and before.is_finished:
@@ -116,10 +118,15 @@ def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) 
         progress(f"{trial.name}: loading")
         settings = record.settings(trial)
         trial = replace(trial, model=ranks.of_first(lambda: _written(model, output, job.seed, settings)))
-        return _carry_out(trial, job, output, device, progress, interruption, before, step)
+        return _carry_out(trial, job, output, device, progress, stop_request, before, step)
     except REFUSALS:
         raise
     except Exception as error:  # safetensors and torch tell a full disk, and a file's limit, each in their own way
+        if ranks.world_size() > 1 and ranks.is_of_a_lost_one(error):
+            raise ranks.RanksError(
+                f"rank {ranks.rank()} of {ranks.world_size()}: another rank is gone: --resume goes on after the last "
+                "checkpoint, also with another number of ranks"
+            ) from error
         if os.strerror(errno.EFBIG) in str(error) or (ranks.is_first() and output.is_at_limit):
             raise _unwritable(output, "a file of it is larger than ulimit -f allows: raise that") from error
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or (ranks.is_first() and output.is_full):
@@ -140,7 +147,7 @@ def _carry_out(
     output: Output,
     device: Device,
     progress: Callable[[str], None],
-    interruption: Interruption,
+    stop_request: StopRequest,
     before: Interrupted | None,
     step: StepTime | None,
 ) -> Outcome:
@@ -148,13 +155,13 @@ def _carry_out(
     meter = Meter(torch_device, start_seconds=0.0)
     checkpoint = before.checkpoint if before else None
     saving = Checkpoints(
-        interruption,
+        stop_request,
         checkpoints.Clock(None if job.save_steps else checkpoints.SECONDS),
         checkpoints.Shelf(output.partial, checkpoint),
         record.settings(trial),
     )
     try:
-        with contextlib.closing(Progress()) as bar:
+        with contextlib.closing(ProgressBar()) as bar:
             trial, trainer, rows, heldout = worker.set_up(
                 trial, torch_device, meter, Unattended(), output.unfinished, progress, **_arguments(job, output)
             )
@@ -292,6 +299,7 @@ def _trial(job: Job, model: Model, method: Method, target: Target, dialogues: co
             max_steps=job.max_steps,
             device_index=0 if on_gpu else None,
             world_size=ranks.world_size(),
+            placement=job.settings.placement or "replicated",
             **job.settings.rows,
         )
     except ValueError as error:
@@ -306,12 +314,32 @@ def _check_same(trial: Trial, before: Interrupted | None, output: Output) -> Non
     for line in before.passed_over:
         say(line)
     settings = json.loads(json.dumps(record.settings(trial)))
-    if differ := record.differing_settings(before.settings, settings):
+    differ = record.differing_settings(before.settings, settings)
+    if _is_on_other_ranks(before.settings, settings):
+        was, now = (of.get("world_size", 1) for of in (before.settings, settings))
+        say(f"going on with {now} rank{'s' * (now > 1)} where there were {was}: steps and losses stay, but for dropout")
+        differ = {key: pair for key, pair in differ.items() if key not in OF_RANKS}
+    if differ:
         was = ", ".join(f"{key} was {then!r} and is {now!r}" for key, (then, now) in differ.items())
         raise JobError(
             f"--resume: the job in {before.place} is another one: {was}: give the options it was started with, "
             "or --overwrite without --resume"
         )
+
+
+OF_RANKS = ("world_size", "placement", "per_device_train_batch_size", "gradient_accumulation_steps")
+"""Settings that follow from a method and the number of its ranks."""
+
+
+def _is_on_other_ranks(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a job of the same method goes on with another number of ranks, whose checkpoint any number can read: one
+    of shards has the optimizer's state as FSDP2 gathers it."""
+    is_same = then.get("method_digest") == now["method_digest"]
+    return (
+        is_same
+        and then.get("world_size") != now["world_size"]
+        and "sharded" not in (then.get("placement"), now["placement"])
+    )
 
 
 def _written(model: Model, output: Output, seed: int, settings: Mapping[str, Any]) -> Model:

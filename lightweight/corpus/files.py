@@ -65,14 +65,14 @@ def items(path: Path, progress: Callable[[str], None]) -> Iterator[Item]:
 
 
 @contextlib.contextmanager
-def opened(path: Path, progress: Callable[[str], None]) -> Iterator[tuple[io.BufferedReader, Told]]:
+def opened(path: Path, progress: Callable[[str], None]) -> Iterator[tuple[io.BufferedReader, ReadSoFar]]:
     """The bytes of the file at `path`, decompressed, and what tells `progress` how much of it has been read. Raises
     CorpusError, also for what fails while they are read."""
     try:
         with path.open("rb") as raw:
             if raw.peek(len(LFS_POINTER)).startswith(LFS_POINTER):
                 fail(path, "is a Git LFS pointer, not the data: fetch them with git lfs pull")
-            yield _unzipped(raw), Told(path.name, progress, raw)
+            yield _unzipped(raw), ReadSoFar(path.name, progress, raw)
     except FileNotFoundError:
         fail(path, "does not exist: give --corpus the path of a JSON file")
     except IsADirectoryError:
@@ -90,7 +90,7 @@ def _unzipped(raw: io.BufferedReader) -> io.BufferedReader:
     return io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw)), CHUNK_BYTES)
 
 
-class Told:
+class ReadSoFar:
     """How much of what is called `name` has been read, told whenever it is another hundredth. `file` is what it is read
     from, None where that does not say it."""
 
@@ -112,7 +112,7 @@ class Told:
             self._progress(f"reading {self._name}: {share} %")
 
 
-def _lines(lines: Iterable[bytes], told: Told) -> Iterator[Item]:
+def _lines(lines: Iterable[bytes], told: ReadSoFar) -> Iterator[Item]:
     """One value a line. Empty lines are none."""
     for number, line in enumerate(lines, 1):
         told.look()
@@ -136,7 +136,7 @@ def _value(line: bytes) -> Any:
         return Defect(TOO_LONG)
 
 
-def _list_or_lines(stream: io.BufferedReader, path: Path, told: Told) -> Iterator[Item]:
+def _list_or_lines(stream: io.BufferedReader, path: Path, told: ReadSoFar) -> Iterator[Item]:
     """The items of a list. A file whose first line is a whole JSON object, and not all there is, holds one a line."""
     head = [] if _begins_a_list(stream) else list(_up_to_second(stream))
     written = [line for line in head if line.strip()]
@@ -165,7 +165,7 @@ class _Listed:
     over.
     """
 
-    def __init__(self, head: bytes, stream: BinaryIO, path: Path, told: Told) -> None:
+    def __init__(self, head: bytes, stream: BinaryIO, path: Path, told: ReadSoFar) -> None:
         self._stream, self._path, self._told = stream, path, told
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._bytes = 0

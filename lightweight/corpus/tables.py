@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from lightweight.corpus.conversation import CorpusError, Defect
-from lightweight.corpus.files import CHUNK_BYTES, Item, Told, fail, opened
+from lightweight.corpus.files import CHUNK_BYTES, Item, ReadSoFar, fail, opened
 from lightweight.models import reason
 
 HUB = "hub:"
@@ -94,7 +94,7 @@ def _of_columns(path: Path, progress: Callable[[str], None]) -> Iterator[Item]:
             raise CorpusError(f"corpus {path}: pyarrow cannot read it ({reason(error)}): write it once more") from error
 
 
-def _parquet(stream: BinaryIO, told: Told) -> Iterator[Any]:
+def _parquet(stream: BinaryIO, told: ReadSoFar) -> Iterator[Any]:
     from pyarrow import parquet
 
     file = parquet.ParquetFile(stream, buffer_size=CHUNK_BYTES, pre_buffer=False)
@@ -105,7 +105,7 @@ def _parquet(stream: BinaryIO, told: Told) -> Iterator[Any]:
         told.at(done, file.metadata.num_rows)
 
 
-def _arrow(stream: BinaryIO, told: Told) -> Iterator[Any]:
+def _arrow(stream: BinaryIO, told: ReadSoFar) -> Iterator[Any]:
     """Batches of either of Arrow's two kinds of files."""
     from pyarrow import ipc
 
@@ -131,7 +131,7 @@ def _of_hub(name: str, progress: Callable[[str], None]) -> Iterator[Item]:
     of_hub, _, split = name.removeprefix(HUB).partition(":")
     try:
         found = datasets.load_dataset(of_hub, split=split or "train")
-        told = Told(of_hub, progress)
+        told = ReadSoFar(of_hub, progress)
         for index, row in enumerate(found):
             yield Item(("row", index), row)
             told.at(index, len(found))

@@ -43,6 +43,10 @@ INSTEAD = {
     "reduction of columns": "reduction of rows",
     "row by row": "elementwise",
     "dequantization": "elementwise",
+    "our attention, causal": "cudnn attention, causal",
+    "our attention backward of queries, causal": "cudnn attention backward, causal",
+    "our attention backward of keys, causal": "cudnn attention backward, causal",
+    "unpack": "dequantization",
 }
 """What kind of kernel stands in for one that was not measured."""
 
@@ -52,7 +56,7 @@ class CalibrationError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class TimedKernel:
     """Kernels of one `kind`, number format and shape, as in `forecast.work.Kernel`, and the seconds of one of them
     among others of its kind in a CUDA graph."""
 
@@ -84,7 +88,7 @@ class Calibration:
     date: str
     host: str
     operator_seconds: Mapping[str, Positive]
-    samples: tuple[Sample, ...] = field(repr=False)
+    samples: tuple[TimedKernel, ...] = field(repr=False)
 
     @property
     def rates(self) -> Rates:
@@ -116,7 +120,7 @@ class Calibration:
 
     @cached_property
     def _by_kind(self) -> Mapping[str, Mapping[str, _Samples]]:
-        grouped: dict[str, dict[str, list[Sample]]] = defaultdict(lambda: defaultdict(list))
+        grouped: dict[str, dict[str, list[TimedKernel]]] = defaultdict(lambda: defaultdict(list))
         for sample in self.samples:
             grouped[sample.kind][sample.dtype].append(sample)
         return {
@@ -140,7 +144,7 @@ class _Samples:
     excesses: NDArray[np.float64]  # [samples]
 
     @classmethod
-    def of(cls, samples: Sequence[Sample], rates: Rates) -> _Samples:
+    def of(cls, samples: Sequence[TimedKernel], rates: Rates) -> _Samples:
         shapes = np.log2(np.maximum(1, np.array([sample.shape for sample in samples], np.float64)))
         excesses = [math.log(sample.seconds / limit(sample.kernel, rates)) for sample in samples]
         return cls(shapes, np.array(excesses))
@@ -175,7 +179,7 @@ def load(path: Path) -> Calibration:
             f"{SCHEMA}: update it"
         )
     for index, sample in enumerate(content["samples"] if fault is None else ()):
-        if wrong := schema.fault(sample, Sample, tuple(each.name for each in fields(Sample))):
+        if wrong := schema.fault(sample, TimedKernel, tuple(each.name for each in fields(TimedKernel))):
             fault = f"has sample {index}, which {wrong}"
             break
     if fault is None:
@@ -184,7 +188,7 @@ def load(path: Path) -> Calibration:
         raise CalibrationError(f"calibration {path}: {content['device']} is a card whose data sheet is not known")
     if fault is not None:
         raise CalibrationError(f"calibration {path}: {fault}: run lightweight calibrate again")
-    samples = tuple(Sample(**sample | {"shape": tuple(sample["shape"])}) for sample in content["samples"])
+    samples = tuple(TimedKernel(**sample | {"shape": tuple(sample["shape"])}) for sample in content["samples"])
     known = {name: content[name] for name in required}
     return Calibration(**known | {"samples": samples})
 
@@ -215,9 +219,9 @@ def stored() -> list[Calibration]:
 
 
 def of_card(name: str, known: Sequence[Calibration]) -> tuple[Calibration, bool] | None:
-    """The calibration to forecast a card with, `name` being what CUDA calls it or a part of that, and whether it is of
-    such a card; None where there is none at all. The first one stands in for cards that were not measured."""
-    of_it = next((one for one in known if name in one.device or one.device in name), None)
+    """The calibration to forecast a card with, `name` being what CUDA calls it or the last words of that, and whether
+    it is of such a card; None where there is none at all. The first one stands in for cards that were not measured."""
+    of_it = next((one for one in known if targets.is_card(name, one.device)), None)
     if of_it is not None:
         return of_it, True
     return (known[0], False) if known else None

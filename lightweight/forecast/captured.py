@@ -102,7 +102,7 @@ def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> 
             _check(step, epochs, Reference(trainer, halves=False), _wanted(asked, step, epochs), recorder)
         _mark_weights(step, recorder)
         agreement.drop_gradients(network)
-        recorder.free_workspaces()
+        recorder.free_unused()
         recorder.begin_training()
         _record(step, epochs, recorder, is_graph=asked.graph)
 
@@ -150,6 +150,7 @@ def _check(step: Step, epochs: Epochs, reference: Reference, wanted: Parts, reco
     with reference.recomputing():
         expected = reference.gradients(reference.least(begin))
     recorder.meter.phase = "capture"
+    recorder.free_unused()
     step.make_optimizer()
     _mark_state(step, recorder)
     _use(step, epochs, wanted)
@@ -189,7 +190,6 @@ def _record(step: Step, epochs: Epochs, recorder: Recorder, *, is_graph: bool) -
             if not is_graph:
                 run()
                 continue
-            recorder.free_workspaces()
-            recorder.empty_cache()
+            recorder.free_unused()
             with recorder.in_the_graphs_pool():
                 run()

@@ -1,7 +1,8 @@
-"""What does one rank of several hold? FSDP2 itself shards a network of fake tensors, with nobody else there.
+"""What does one rank of several hold? FSDP2 or DistributedDataParallel itself takes on a network of fake tensors.
 
 torch's fake process group says that it has so many members and moves nothing; every buffer that its collectives would
-fill is allocated all the same. So the Trainer, accelerate and `fully_shard` do in a trace what they do on a GPU.
+fill is allocated all the same. So the Trainer, accelerate and what they wrap the network in do in a trace what they do
+on a GPU, with nobody else there.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def rank_zero_of(world_size: int) -> Iterator[None]:
     variables = {
         **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)},
         "ACCELERATE_TORCH_DEVICE": "cpu",  # and not cpu:0, which is another device to a fake tensor
+        "ACCELERATE_BYPASS_DEVICE_MAP": "true",  # DistributedDataParallel would want the number of a GPU
     }
     with mock.patch.dict(os.environ, variables):
         dist.init_process_group("fake", store=torch_internals.fake_store(), rank=0, world_size=world_size)
@@ -39,6 +41,7 @@ def rank_zero_of(world_size: int) -> Iterator[None]:
                 ranks_as_of_gpus(),  # the device is said above
                 torch_internals.sharded_over(init_device_mesh("cpu", (world_size,))),
                 torch_internals.fake_tensors_have_addresses(),
+                torch_internals.replicas_of_fake_tensors(),
             ):
                 yield
         finally:

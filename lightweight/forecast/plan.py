@@ -11,11 +11,11 @@ from transformers import PretrainedConfig
 
 from lightweight import models
 from lightweight.corpus import Corpus, CorpusError, RowForm, Rows
-from lightweight.forecast import calibration, corpus_rows, replay, step_time, tracer
+from lightweight.forecast import calibration, corpus_rows, placing, replay, step_time, tracer
 from lightweight.forecast.calibration import Calibration
 from lightweight.forecast.corpus_rows import CorpusRows
 from lightweight.forecast.plan_choice import with_choice
-from lightweight.forecast.plan_row import ANY_BATCH, PlanRow, Question, recomputed_layers
+from lightweight.forecast.plan_row import ANY_BATCH, PlanOptions, PlanRow, recomputed_layers
 from lightweight.forecast.plan_search import fewest_gpus, fewest_layers, largest_batch, smaller_passes
 from lightweight.forecast.replay import Cause, Forecast
 from lightweight.forecast.step_time import JobTime
@@ -23,6 +23,7 @@ from lightweight.forecast.tracer import ForecastError
 from lightweight.methods import Method
 from lightweight.models import Model, ModelError
 from lightweight.record import Entry
+from lightweight.settings import Placement
 from lightweight.targets import NATIVE, Capability, Target
 from lightweight.trial import Trial, pads_to_max
 
@@ -36,12 +37,14 @@ LASTING: tuple[Cause, ...] = ("weights", "quantization state", "optimizer")
 """What every pass of a step holds, however few its sequences."""
 
 
-_Key = tuple[int, int, int, int, Capability]
+_Key = tuple[int, int, int, int, Placement, Capability]
 """What tells the traces of a cell apart."""
 
 
-def _key(method: Method, gpus: int, target: Target) -> _Key:
-    return method.sequences_per_pass, method.passes_per_step, recomputed_layers(method), gpus, target.capability
+def _key(trial: Trial, target: Target) -> _Key:
+    method = trial.method
+    passes = method.sequences_per_pass, method.passes_per_step, recomputed_layers(method)
+    return *passes, trial.world_size, trial.placement, target.capability
 
 
 @dataclass(eq=False, kw_only=True)
@@ -53,13 +56,14 @@ class _Cell:
     config: PretrainedConfig | ModelError | CorpusError
     corpus_rows: CorpusRows | None
     method: Method
-    question: Question
+    question: PlanOptions
     progress: Callable[[str], None]
     calibrations: Sequence[Calibration] = ()
     _traces: dict[_Key, replay.Trace] = field(default_factory=dict)
 
     def trial(self, method: Method, gpus: int) -> Trial:
-        """Raises ValueError where a step has fewer sequences than `gpus`."""
+        """With its network replicated, unless it is said to be sharded. Raises ValueError where a step has fewer
+        sequences than `gpus`."""
         step = method.captured_step
         if step is not None and step.compile is None:  # as train takes it: what a compiler makes is not forecast
             method = replace(method, step=replace(step, compile=False))
@@ -73,6 +77,7 @@ class _Cell:
             long=self.question.long,
             padding=self.question.padding,
             world_size=gpus,
+            placement=self.question.placement or "replicated",
         )
         return trial.with_rows(None if self.corpus_rows is None else self.corpus_rows.count)
 
@@ -92,12 +97,19 @@ class _Cell:
 
     def forecast(self, method: Method, gpus: int, target: Target) -> Forecast:
         """What `method`, this one with other passes, takes of each of `gpus`. Raises ForecastError."""
-        recomputed = recomputed_layers(method)
-        key = _key(method, gpus, target)
+        return self._forecast(self.placed(method, gpus, target), target)
+
+    def placed(self, method: Method, gpus: int, target: Target) -> Trial:
+        """The trial of `method`, its network where it is said to be, else where it fits. Raises ForecastError."""
+        trial = self.trial(method, gpus)
+        return trial if self.question.placement else placing.placed(trial, lambda of: self._forecast(of, target))
+
+    def _forecast(self, trial: Trial, target: Target) -> Forecast:
+        key = _key(trial, target)
         if key not in self._traces:
-            trial = self.trial(method, gpus)
+            gpus, recomputed = trial.world_size, recomputed_layers(trial.method)
             rows = trial.method.on_rank(gpus).sequences_per_pass
-            shared = f" on {gpus} GPUs" if gpus > 1 else ""
+            shared = f" on {gpus} GPUs, {trial.placement}" if gpus > 1 else ""
             longest = self.corpus_rows.width if self.corpus_rows is not None else self.question.max_length
             twice = f", {recomputed} layers computed twice" if recomputed else ""
             self.progress(f"{trial.name}: tracing a batch of {rows} x {longest}{shared}{twice}")
@@ -107,8 +119,9 @@ class _Cell:
     def timed(self, row: PlanRow) -> PlanRow:
         """The row with what a step of its method takes, and the job."""
         gpus, target, job = self.question.gpus, row.target, self.question.job
-        trace = self._traces[_key(row.method, gpus, target)]
-        trial = self.trial(row.method, gpus)
+        trial = self.placed(row.method, gpus, target)
+        trace = self._traces[_key(trial, target)]
+        row = replace(row, placement=trial.placement if gpus > 1 else None)
         if self.corpus_rows is not None and not trial.pads_to_max:
             trial = replace(trial, max_length=self.corpus_rows.width)
         step = step_time.forecast(trace, trial, target.card, self.calibrations) if target.card else None
@@ -151,7 +164,7 @@ def plan(
     models: Sequence[Model],
     methods: Sequence[Method],
     targets: Sequence[Target],
-    question: Question = ANY_BATCH,
+    question: PlanOptions = ANY_BATCH,
     *,
     measured: Sequence[Entry] = (),
     calibrations: Sequence[Calibration] | None = None,
@@ -208,7 +221,7 @@ def plan(
 
 
 def _known(
-    model: Model, question: Question, progress: Callable[[str], None]
+    model: Model, question: PlanOptions, progress: Callable[[str], None]
 ) -> tuple[PretrainedConfig | ModelError | CorpusError, CorpusRows | None]:
     """The configuration of `model`, or why it cannot be forecast, which is no matter of the other models; and the rows
     that the question's corpus gives it."""

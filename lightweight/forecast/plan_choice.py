@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from lightweight.forecast.plan_row import PlanRow
 from lightweight.record import Entry, method_digest, seconds_per_token
+from lightweight.targets import is_card
 
 
 def with_choice(rows: Sequence[PlanRow], measured: Sequence[Entry]) -> list[PlanRow]:
@@ -48,7 +49,7 @@ def _measured(fitting: Sequence[PlanRow], measured: Sequence[Entry]) -> tuple[st
     if not whole:
         return None, {}
     card = fitting[0].target.card
-    device = max(whole, key=lambda name: (card is not None and card in name, whole.index(name)))
+    device = max(whole, key=lambda name: (card is not None and is_card(card, name), whole.index(name)))
     return device, seconds[device]
 
 

@@ -9,10 +9,11 @@ from lightweight.corpus import Corpus, Long, LossOn
 from lightweight.forecast import step_time
 from lightweight.forecast.corpus_rows import CorpusRows
 from lightweight.forecast.replay import Forecast, Verdict
-from lightweight.forecast.step_time import Job, JobTime, StepTime
+from lightweight.forecast.step_time import JobLimits, JobTime, StepTime
 from lightweight.methods import Method
 from lightweight.record import method_digest, said_of, versions
 from lightweight.record.codec import plain
+from lightweight.settings import Placement
 from lightweight.targets import CONTEXT_BYTES, Target
 from lightweight.trial import MAX_LENGTH, Padding, pads_to_max
 
@@ -20,13 +21,14 @@ PlanVerdict = Verdict | Literal["cannot_be_forecast"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class PlanOptions:
     """What is asked of every model x method x target.
 
     The sequences of a forward pass are a method's own, or, unless the question `keeps_passes`, the most that fit in
     more passes of the same optimizer step. `max_length` is in tokens a row. Without a `corpus` a forecast holds for
     rows of that length, and what else is said of rows changes nothing; with one, for the longest batch that its
-    training rows can make in ten epochs. `gpus` share a trial. `max_batch` asks for the largest batch that fits as
+    training rows can make in ten epochs. `gpus` share a trial, with the `placement` of the network that is said, or
+    None. `max_batch` asks for the largest batch that fits as
     well, `longest_row` for the longest rows, whatever the corpus has, and `fewest_gpus` for the least number of GPUs
     that suffices. `job` is what is to be trained, and what it may take.
     """
@@ -38,13 +40,14 @@ class Question:
     padding: Padding | None = None
     corpus: Corpus | None = None
     gpus: int = 1
+    placement: Placement | None = None
     max_batch: bool = False
     longest_row: bool = False
     fewest_gpus: bool = False
-    job: Job = field(default_factory=Job)
+    job: JobLimits = field(default_factory=JobLimits)
 
 
-ANY_BATCH = Question()
+ANY_BATCH = PlanOptions()
 """Each method's own rows, or the most that fit, on one GPU."""
 
 
@@ -60,13 +63,14 @@ class PlanRow:
     sequences a pass of one GPU, 0 if none does; `longest_row`, the tokens of the longest rows that fit, to `ROW_STEP`,
     with as few of them in a pass as there can be and every layer of a captured step computed again; and `fewest_gpus`,
     the least number of GPUs on which this batch does, None where it does not even with one for every sequence of a
-    step. `step` and `job` are what those take, None where no calibration says so.
+    step. `step` and `job` are what those take, None where no calibration says so. `placement` is what the forecast is
+    of, None for one GPU.
     """
 
     model: str
     method: Method
     target: Target
-    question: Question
+    question: PlanOptions
     forecast: Forecast | None = None
     reason: str | None = None
     max_batch: int | None = None
@@ -74,6 +78,7 @@ class PlanRow:
     fewest_gpus: int | None = None
     chosen: bool = False
     measured_on: str | None = None
+    placement: Placement | None = None
     corpus_rows: CorpusRows | None = None
     asked: Method | None = None
     step: StepTime | None = None
@@ -115,6 +120,7 @@ class PlanRow:
             "method": self.method.name,
             "target": self.target.name,
             "gpus": question.gpus,
+            **({"placement": self.placement} if self.placement else {}),
             "batch_size": self.batch_size,
             "passes": self.passes,
             "accumulation": self.accumulation,

@@ -59,7 +59,8 @@ def _causes(rows: Sequence[PlanRow]) -> str:
 
 def _step(row: PlanRow) -> str:
     twice = f", {row.recomputed_layers} layers twice" if row.recomputed_layers else ""
-    return f"{row.passes} x {row.batch_size}{twice}"
+    sharded = ", sharded" if row.placement == "sharded" else ""
+    return f"{row.passes} x {row.batch_size}{twice}{sharded}"
 
 
 def _verdicts(rows: Sequence[PlanRow]) -> str:

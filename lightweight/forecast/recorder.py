@@ -18,6 +18,7 @@ from lightweight.forecast.replay import Cause, Event
 from lightweight.forecast.work import Watch
 from lightweight.internals import bitsandbytes as bitsandbytes_internals
 from lightweight.internals.torch import (
+    ADDED_UP,
     DEVICE_OF,
     READ_BY_THE_HOST,
     VIEW_THAT_SAYS_IT_IS_NONE,
@@ -26,6 +27,7 @@ from lightweight.internals.torch import (
     address,
     fake_constant,
     fake_device,
+    has_content,
     in_backward,
     in_kernel_invocation_manager,
     no_dispatch,
@@ -93,6 +95,9 @@ class Recorder(DispatchMode):
         self._enter_phase()
         for sent_or_received in written_by_fsdp(operator, arguments, options or {}):
             self.mark(sent_or_received, "gathered")
+        if operator is ADDED_UP and not self._is_sharded:
+            for bucket in arguments[0]:
+                self.mark(bucket, "gradients")
         # Each thread that multiplies matrices has workspaces in each stream, and backward runs in another thread.
         for kind, size in self.rules.workspace_bytes(operator).items():
             if (workspace := (kind, self._stream(), in_backward())) not in self._workspaces:
@@ -121,8 +126,8 @@ class Recorder(DispatchMode):
         if operator.name() == GROUPED_PRODUCT:
             with no_dispatch():
                 return FakeTensor(self._mode, grouped_product(*arguments, **options), _CPU)
-        if _writes_to_its_first(operator) and type(arguments[0]) is FakeTensor:
-            return arguments[0]  # which has no content to change
+        if _writes_to_its_first(operator) and type(arguments[0]) is FakeTensor and not has_content(arguments[0]):
+            return arguments[0]
         if not _is_pure(operator):
             return operator(*arguments, **options)
         key = operator, _shapes(arguments), _shapes(tuple(options.items()))
@@ -166,10 +171,11 @@ class Recorder(DispatchMode):
         """As `torch.cuda.empty_cache`."""
         self.emptied.append(len(self.events))
 
-    def free_workspaces(self) -> None:
-        """As `internals.torch.free_workspaces`."""
+    def free_unused(self) -> None:
+        """As `captured.agreement.free_unused`."""
         self.events += [(name, 0) for name in self._workspaces.values()]
         self._workspaces.clear()
+        self.empty_cache()
 
     @contextmanager
     def in_a_stream(self) -> Iterator[None]:

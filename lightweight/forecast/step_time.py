@@ -67,7 +67,7 @@ class StepTime:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class JobLimits:
     """What a job is to be held to: `epochs` passes over `tokens` tokens, or over a corpus whose rows are known; `price`
     an hour in any currency; `max_hours` and `max_price` of the whole job."""
 
@@ -95,7 +95,7 @@ class JobTime:
     too_much: str | None = None
 
     @classmethod
-    def of(cls, step: StepTime, steps: int, job: Job) -> JobTime:
+    def of(cls, step: StepTime, steps: int, job: JobLimits) -> JobTime:
         """The time of `steps` such steps, and whether that is within what the job allows: at its longest."""
         seconds, high = steps * step.seconds, steps * step.high
         cost = None if job.price is None else seconds / HOUR * job.price

@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from transformers import PretrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lightweight import corpus, models
+from lightweight import corpus, methods, models
 from lightweight.captured.loop import compiles
 from lightweight.corpus import Rows
 from lightweight.forecast import captured, skeleton, steps
@@ -35,7 +35,7 @@ from lightweight.forecast.work import Work, added
 from lightweight.importable import import_path
 from lightweight.internals import torch as torch_internals
 from lightweight.internals.torch import FAKE_TENSOR_LOGGER, FakeTensorMode
-from lightweight.methods import MethodError, check_layers
+from lightweight.methods import MethodError
 from lightweight.targets import Capability, Device, has_bf16
 from lightweight.training.meter import Meter
 from lightweight.trial import Trial
@@ -103,12 +103,12 @@ def trace(trial: Trial, capability: Capability, rows: Rows | None = None) -> Tra
     if step is not None:
         bf16 = trial.target.bf16 and has_bf16(capability)
         trial = replace(trial, device_index=0, method=trial.method.on_gpu(bf16=bf16))
-    method = trial.method.on_rank(trial.world_size)
+    method = (trial.method.to_be_sharded() if trial.is_sharded else trial.method).on_rank(trial.world_size)
     dtype = getattr(torch, method.weights_dtype)
     try:
         with _quiet():
             network = models.skeleton(config, dtype, method.quantization)
-            network = method.adapt(network, upcast=step is None or step.upcast)
+            network = methods.adapt(method, network, upcast=step is None or step.upcast)
     except Exception as error:  # of transformers, peft or the quantizer: what they say of one method is its own line
         raise ForecastError(f"{trial.name}: cannot be built: {_reason(error)}") from error
     with rank_zero_of(trial.world_size), _garbage_of_its_own():
@@ -119,8 +119,6 @@ def refusal(trial: Trial, config: PretrainedConfig, rows: Rows | None = None) ->
     """Why a trial of a model with `config` over `rows`, where these are known, cannot be forecast, as far as that is
     known before it is traced."""
     step = trial.method.captured_step
-    if step is not None and trial.world_size > 1:
-        return "the captured step is forecast on one GPU, not on several"
     if step is not None and compiles(step, trial.steps if trial.corpus.train else 0):
         return "what torch.compile makes of the captured step is not forecast: take compile=False"
     if trial.method.library != "peft":
@@ -131,7 +129,7 @@ def refusal(trial: Trial, config: PretrainedConfig, rows: Rows | None = None) ->
         return f"rows of {width} tokens, where the model takes {longest}"
     try:
         _settled(trial, config)
-        check_layers(trial.method, trial.model)
+        methods.check_layers(trial.method, trial.model)
     except (models.ModelError, MethodError) as error:
         return str(error).removeprefix(f"{trial.name}: ")
     return None
@@ -139,7 +137,7 @@ def refusal(trial: Trial, config: PretrainedConfig, rows: Rows | None = None) ->
 
 def _settled(trial: Trial, config: PretrainedConfig) -> QuantizationConfigMixin | None:
     """What the trial's weights are quantized by: as their checkpoint has them, else as the method says."""
-    return models.settle_quantization(trial.model, config, trial.method, sharded=trial.is_sharded)
+    return methods.settle_quantization(trial.model, config, trial.method, sharded=trial.is_sharded)
 
 
 def _trace(trial: Trial, capability: Capability, rows: Rows | None, network: Any, vocabulary: int) -> Trace:

@@ -116,7 +116,9 @@ PASSED_OVER_AGAIN = {
 
 
 def triton_kernel(name: str, programs: Sequence[int], arguments: Sequence[Any], settings: Mapping[str, Any]) -> Kernel:
-    """A launch of the kernel called `name` in `captured.triton_kernels`."""
+    """A launch of the kernel called `name` in `captured.triton_kernels` or beside it."""
+    if name.startswith("attend"):
+        return _attended(name, arguments)
     again = PASSED_OVER_AGAIN.get(name, {})
     if name == "rotate" and arguments[0] is arguments[2]:
         again = {0: 1, 1: 1}  # in place
@@ -130,6 +132,19 @@ def triton_kernel(name: str, programs: Sequence[int], arguments: Sequence[Any], 
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
     kind = name + " with dropout" * bool(settings.get("drops")) + " with a norm" * bool(settings.get("normed"))
     return Kernel(kind, _dtype(first), (total, math.prod(programs)), 0, total)
+
+
+def _attended(name: str, arguments: Sequence[Any]) -> Kernel:
+    """Attention by the kernels of `captured.triton_flash`. What a window spares is not known here."""
+    query = arguments[0] if name == "attend" else arguments[1]
+    time = next(argument for argument in arguments if isinstance(argument, int))
+    tokens, heads, width = query.shape
+    sizes = (max(1, tokens // time) * heads, time, time, width)
+    whole = attention("our", _dtype(query), sizes, causal=True, masked=False, backward=name != "attend")
+    if name == "attend":
+        return whole
+    of, share = ("queries", 0.4) if name.endswith("query") else ("keys", 0.6)
+    return whole._replace(kind=f"our attention backward of {of}, causal", flop=int(whole.flop * share))
 
 
 # torch's and bitsandbytes'

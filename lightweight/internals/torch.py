@@ -6,9 +6,11 @@ something runs, where torch has no switch for it.
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -47,6 +49,15 @@ def pin(network: Any) -> None:
     """Have `network.to` do nothing from now on: `Module.to` swaps tensors, which fake ones cannot.
     torch/nn/modules/module.py."""
     network.to = lambda *_, **__: network
+
+
+def twin_of(module: nn.Module, children: dict[str, Any]) -> Any:
+    """A copy of `module` with its class's own forward pass and other `children`, of any class; weights are shared.
+    Ibid., `Module._modules`."""
+    twin = copy.copy(module)
+    vars(twin).pop("forward", None)
+    vars(twin)["_modules"] = children
+    return twin
 
 
 def address(storage: torch.UntypedStorage) -> int:
@@ -216,6 +227,12 @@ def fake_constant(mode: FakeTensorMode, value: float) -> FakeTensor:
     return mode.fake_tensor_converter.from_real_tensor(mode, real, make_constant=True)
 
 
+def has_content(tensor: FakeTensor) -> bool:
+    """Whether `tensor` also carries a number, as what `torch.tensor(0.0)` makes does until a product of unknown content
+    is written into it. torch/_subclasses/fake_tensor.py, `constant`."""
+    return tensor.constant is not None
+
+
 def with_numbers() -> AbstractContextManager[Any]:
     """Inside, tensors that are made have content, and nobody sees what is computed with them, whatever modes are on.
     torch/utils/_python_dispatch.py."""
@@ -234,6 +251,9 @@ def fake_device(tensor: Any) -> torch.device:
 
 READ_BY_THE_HOST = aten._local_scalar_dense.default
 """By what `item`, `bool` and `tolist` read a number. Ibid."""
+
+ADDED_UP = torch.ops.c10d.allreduce_.default
+"""By what tensors are added up over ranks. torch/csrc/distributed/c10d/Ops.cpp."""
 
 
 def in_backward() -> bool:
@@ -408,4 +428,33 @@ def without_dropout() -> Iterator[None]:
         for module, name in DROPOUTS:
             stack.enter_context(mock.patch.object(module, name, let_through))
         stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", attend))
+        yield
+
+
+@contextmanager
+def replicas_of_fake_tensors() -> Iterator[None]:
+    """Inside, DistributedDataParallel sends the first rank's weights as flat buffers of its size, two at a time, takes
+    replicas to be alike, and keeps its first buckets, where it would make as many anew in the order in which gradients
+    came: all of it C++ that reads memory. torch/nn/parallel/distributed.py, `__init__` and `_pre_forward`."""
+
+    def send(*, module: Any, broadcast_bucket_size: int, **_: Any) -> None:
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for tensor in (*module.parameters(), *module.buffers()):
+            by_dtype.setdefault(tensor.dtype, []).append(tensor.detach().reshape(-1))
+        sent: deque[torch.Tensor] = deque(maxlen=2)
+        for tensors in by_dtype.values():
+            while tensors:
+                size = 0
+                bucket = []
+                while tensors and size < broadcast_bucket_size:
+                    bucket.append(tensors.pop(0))
+                    size += bucket[-1].nbytes
+                sent.append(torch.cat(bucket))
+
+    module = torch.nn.parallel.distributed
+    with (
+        mock.patch.object(module, "_verify_param_shape_across_processes", return_value=True),
+        mock.patch.object(module, "_sync_module_states", send),
+        mock.patch.object(torch.distributed.Reducer, "_rebuild_buckets", return_value=False),
+    ):
         yield

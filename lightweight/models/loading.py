@@ -37,7 +37,7 @@ def skeleton(
     config: PretrainedConfig, dtype: torch.dtype, quantization: QuantizationConfigMixin | None
 ) -> PreTrainedModel:
     """The network that `load` would give, on the meta device: shapes and no weights. `quantization` is what
-    `settle_quantization` gave. Raises ModelError for one that makes its weights only when they are loaded."""
+    `methods.settle_quantization` gave. Raises ModelError for one that makes its weights only when they are loaded."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -68,9 +68,9 @@ def load(
 ) -> PreTrainedModel:
     """The network on `device`, its unquantized weights in `dtype`; safetensors only, and no code from the repository.
 
-    `quantization` is what `settle_quantization` gave; None leaves a checkpoint as it is. `in_order`: whether weights
-    are to lie in the device's memory in the order of their names. Raises ModelError, also where
-    not every tensor of the network came from the files, or they hold others.
+    `quantization` is what `methods.settle_quantization` gave; None leaves a checkpoint as it is. `in_order`: whether
+    weights are to lie in the device's memory in the order of their names. Raises ModelError, also where not every
+    tensor of the network came from the files, or they hold others.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

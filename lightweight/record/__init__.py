@@ -21,6 +21,7 @@ from lightweight.record.entries import training_loss as training_loss
 from lightweight.record.likeness import OF_METHOD as OF_METHOD
 from lightweight.record.likeness import SAME_BASELINE as SAME_BASELINE
 from lightweight.record.likeness import SAME_BUT_RANKS as SAME_BUT_RANKS
+from lightweight.record.likeness import SAME_BUT_SCALE as SAME_BUT_SCALE
 from lightweight.record.likeness import SAME_CELL as SAME_CELL
 from lightweight.record.likeness import SAME_METHOD as SAME_METHOD
 from lightweight.record.likeness import SAME_TRIAL as SAME_TRIAL

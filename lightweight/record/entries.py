@@ -31,6 +31,7 @@ from lightweight.schema import (
     Pairing,
     Pairs,
     Phase,
+    Placement,
     Positive,
     Precision,
     Ratio,
@@ -101,7 +102,7 @@ class Entry:
     or texts, in rows of at most `max_length` tokens, the loss on `loss_on` of the assistant's turns, a `long`
     conversation cut, split or dropped, batches with the `padding` to their longest row or to `max_length`;
     `tokens_per_step` in a full step at most, padding included, for `planned_steps` optimizer steps. `world_size` ranks
-    trained it together.
+    trained it together, and several had the `placement` of the network: replicated, all of it on each, or sharded.
 
     How it ended: `outcome`, in which `phase` and for what `reason`, with `details` such as a traceback. Out of memory
     has `requested_bytes`, a trial that diverged `diverged_at_step`, one of several ranks `failed_rank`.
@@ -155,6 +156,7 @@ class Entry:
     padding: Padding = "max"
     tokens_per_step: AtLeast1 | None
     world_size: AtLeast1
+    placement: Placement | None = field(default=None, metadata={ONLY_WITH: "placement"})
 
     emulated: bool | None
     outcome: Ending
@@ -276,8 +278,9 @@ class ForecastRow:
     what `lightweight plan --format json` writes.
 
     `forecast_allocated_bytes` and `forecast_reserved_bytes` are the peak of one GPU, by cause in `bytes_by_cause`, met
-    in `phase`; `budget_bytes` is what the target has. `gpus` share the trial, in rows of `max_length` tokens, each in
-    `passes` of `batch_size` sequences a step; `paged_bytes` are optimizer state that is in no peak.
+    in `phase`; `budget_bytes` is what the target has. `gpus` share the trial, with `placement` as in an `Entry`, in
+    rows of `max_length` tokens, each in `passes` of `batch_size` sequences a step; `paged_bytes` are optimizer state
+    that is in no peak.
 
     A plan also says what it was made under: the method by its `method_digest` and, in `settings`, by what its author
     said, with those in `changed` that the command line has; of a corpus, `corpus_digest`, how its rows are made, as in
@@ -297,6 +300,7 @@ class ForecastRow:
     phase: Phase | None
     verdict: ForecastVerdict
     gpus: AtLeast1 | None = field(default=None, metadata={ONLY_WITH: "gpus"})
+    placement: Placement | None = field(default=None, metadata={ONLY_WITH: "placement"})
     world_size: AtLeast1 | None = field(default=None, metadata={ONLY_WITH: "world_size"})
     batch_size: AtLeast1 | None = field(default=None, metadata={ONLY_WITH: "batch_size"})
     passes: AtLeast1 | None = field(default=None, metadata={ONLY_WITH: "passes"})

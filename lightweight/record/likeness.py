@@ -54,7 +54,7 @@ SAME_BASELINE = Likeness(("model", "target", "device", "world_size", "weights", 
 SAME_METHOD = SAME_BASELINE.also("method", "method_digest")
 """What the seeds and lengths of one method have in common."""
 
-SAME_CELL = SAME_METHOD.also("precision", "max_length", "tokens_per_step", "loss_on", "long", "padding")
+SAME_CELL = SAME_METHOD.also("precision", "max_length", "tokens_per_step", "loss_on", "long", "padding", "placement")
 """What two runs of a cell have in common: rates and memory can be compared."""
 
 SAME_TRIAL = SAME_CELL.also("seed", "planned_steps")
@@ -63,8 +63,13 @@ SAME_TRIAL = SAME_CELL.also("seed", "planned_steps")
 SAME_WEIGHTS = SAME_TRIAL.also("weights_revision")
 """What two runs of a trial have in common if their losses can be compared."""
 
-SAME_BUT_RANKS = SAME_TRIAL.but("world_size")
+SAME_BUT_RANKS = SAME_TRIAL.but("world_size", "placement")
 """A trial on one GPU and the same on several."""
+
+SAME_BUT_SCALE = SAME_BUT_RANKS.but("method_digest", "tokens_per_step", "planned_steps").also(
+    "adapter", "weights_dtype", "captured_step"
+)
+"""And on several whose step has grown with them."""
 
 
 OF_METHOD = ("adapter", "quantization", "weights_dtype", "training_arguments", "captured_step", "library", "own_code")

@@ -104,13 +104,17 @@ FORMER_TESTS = {"::test_a_rung_": "ladder", "::test_a_peer_": "peers"}
 
 def completed(entry: Any) -> Any:
     """An entry with what 0.1.0.dev did not write at first: until 2026-11-25 `world_size`, since every trial was of one
-    GPU; until 2026-11-26 `shown_as`, since a test's name said the table, and `method_digest`. What nobody counted then,
-    such as `step_tokens`, stays None."""
+    GPU; until 2026-11-26 `shown_as`, since a test's name said the table, and `method_digest`; until 2026-11-27
+    `placement`, since the steps of several ranks were sharded, but for captured ones. What nobody counted then, such as
+    `step_tokens`, stays None."""
     if not isinstance(entry, dict):
         return entry
     test = str(entry.get("test"))
     shown_as = next((table for name, table in FORMER_TESTS.items() if name in test), None)
-    return {"world_size": 1, "shown_as": shown_as, "method_digest": None} | entry
+    entry = {"world_size": 1, "shown_as": shown_as, "method_digest": None} | entry
+    if entry["world_size"] != 1 and not entry.get("placement"):
+        entry["placement"] = "replicated" if entry.get("captured_step") else "sharded"
+    return entry
 
 
 def _with_drawing(entry: Any) -> Any:

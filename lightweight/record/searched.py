@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightweight.record.writing import method_digest
-from lightweight.settings import Rates
+from lightweight.settings import SweptRates
 
 if TYPE_CHECKING:  # a record is read without torch
     from lightweight.methods import Method
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # a record is read without torch
 def check_searched(rate: Any, model: str, *methods: Method) -> None:
     """Raise ValueError where `rate`, of `Settings`, is that of a sweep on another model than the one called `model`, or
     of other `methods` than these, which have their rates."""
-    if not isinstance(rate, Rates):
+    if not isinstance(rate, SweptRates):
         return
     here = f"--learning-rate {rate.path}"
     is_folder = Path(model).is_dir() and Path(model).resolve() == Path(rate.model).resolve()

@@ -74,6 +74,7 @@ def settings(trial: Trial) -> dict[str, Any]:
         "padding": "max" if trial.pads_to_max else "longest",
         "tokens_per_step": trial.tokens_per_step,
         "world_size": trial.world_size,
+        "placement": trial.placement if trial.world_size > 1 else None,
     }
 
 

@@ -88,7 +88,7 @@ COLUMNS: Mapping[str, Word | Number] = {
     "trainable": Number(
         heading="trainable",
         unit="M",
-        form="{:,.3f}",
+        form="{:,.6g}",
         of=lambda s: _millions(s.first.trainable_parameters),
         varies=False,
     ),
@@ -121,7 +121,7 @@ DEFAULT = (
     *("share", "loss", "over-baseline", "forgotten", "note"),
 )
 """The columns where nobody chooses. CSV has the numbers alone, and so has all of them; elsewhere the card and the
-outcome stand where rows differ in them, and the note is of how it was measured."""
+outcome stand where rows differ in them, a number where any row has one, and the note below."""
 
 
 def _millions(count: int | None) -> float | None:
@@ -152,26 +152,33 @@ def chosen(text: str | None) -> tuple[str, ...] | None:
 def published(runs: Sequence[Run], form: Form, columns: Sequence[str] | None = None) -> str:
     """The cells of `runs`, those of a report's results, in `columns`, the default where there are none, with how they
     were measured; CSV has the numbers alone."""
-    rows = studies.studies(select.main_cells(select.newest(runs)), least=1)
-    columns = _usual(rows, form) if columns is None else columns
     if form == "csv":
-        return _csv(rows, columns)
-    note = measured(rows, columns)
-    shown = _table(rows, columns)
-    return _latex(shown, note) if form == "latex" else f"{shown.text(form)}\n\n{one_line(note)}\n"
+        return _csv(_rows(runs), columns or DEFAULT)
+    shown = tabled(runs, columns)
+    return _latex(shown) if form == "latex" else f"{shown.text(form)}\n"
 
 
-def _usual(rows: Sequence[Study], form: Form) -> Sequence[str]:
-    """Those of DEFAULT that say something."""
+def _rows(runs: Sequence[Run]) -> list[Study]:
+    return studies.studies(select.main_cells(select.newest(runs)), least=1)
+
+
+def _usual(rows: Sequence[Study]) -> Sequence[str]:
+    """Those of DEFAULT that say something of `rows`, beside how they were measured."""
     tells = {
         "card": len({words.timed_on(entry) for study in rows for entry in study.entries}) > 1,
         "outcome": any(len(study.completed) < len(study.entries) for study in rows),
         "note": False,
     }
-    return [name for name in DEFAULT if form == "csv" or tells.get(name, True)]
+    numbers = [(name, of) for name in DEFAULT if isinstance(of := COLUMNS[name], Number)]
+    tells |= {name: not rows or any(of.of(study) is not None for study in rows) for name, of in numbers}
+    return [name for name in DEFAULT if tells.get(name, True)]
 
 
-def _table(rows: Sequence[Study], columns: Sequence[str]) -> Table:
+def tabled(runs: Sequence[Run], columns: Sequence[str] | None = None) -> Table:
+    """The same as a table, how it was measured as its note."""
+    rows = _rows(runs)
+    columns = _usual(rows) if columns is None else columns
+
     def column(name: str) -> Column[Study]:
         of = COLUMNS[name]
         if isinstance(of, Word):
@@ -179,7 +186,7 @@ def _table(rows: Sequence[Study], columns: Sequence[str]) -> Table:
         return f"{of.heading} ({of.unit})" if of.unit else of.heading, "r", of.text
 
     first = [study.first for study in rows]
-    return table("published", "Published", [*map(column, columns)], rows, first)
+    return table("published", "Published", [*map(column, columns)], rows, first, [measured(rows, columns)])
 
 
 def _csv(rows: Sequence[Study], columns: Sequence[str]) -> str:
@@ -229,8 +236,9 @@ def latex(text: str) -> str:
     return "".join(LATEX.get(character, character) for character in one_line(text))
 
 
-def _latex(shown: Table, note: str) -> str:
-    """A table of booktabs."""
+def _latex(shown: Table) -> str:
+    """A table of booktabs, its note as the caption."""
+    (note,) = shown.notes
     lines = [
         r"% needs \usepackage{booktabs} and \usepackage[T1]{fontenc}",
         r"\begin{table}",

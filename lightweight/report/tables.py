@@ -8,7 +8,16 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from lightweight.record import BASELINE, SAME_BASELINE, SAME_BUT_RANKS, Entry, ForecastRow, Run, baseline_of
+from lightweight.record import (
+    BASELINE,
+    SAME_BASELINE,
+    SAME_BUT_RANKS,
+    SAME_BUT_SCALE,
+    Entry,
+    ForecastRow,
+    Run,
+    baseline_of,
+)
 from lightweight.report import frontier as fitting
 from lightweight.report import select, studies, words
 from lightweight.report.select import cell_of, is_card, pace_of, planned, target_of
@@ -448,7 +457,8 @@ def ranks(entries: Sequence[Entry]) -> Table:
     """Trials over several GPUs beside the same ones on one: tokens a second, and what each GPU held."""
     rows: list[tuple[Entry, Entry | None]] = []  # each with the same on one GPU
     for entry in [entry for entry in entries if entry.world_size > 1]:
-        on_one = [other for other in entries if other.world_size == 1 and SAME_BUT_RANKS.holds(other, entry)]
+        alike = SAME_BUT_SCALE if "scale" in (entry.changed or {}) else SAME_BUT_RANKS
+        on_one = [other for other in entries if other.world_size == 1 and alike.holds(other, entry)]
         for shown in (*on_one, entry):
             if not any(shown is other for other, _ in rows):
                 rows.append((shown, on_one[0] if on_one else None))
@@ -464,6 +474,10 @@ def ranks(entries: Sequence[Entry]) -> Table:
         each = entry.rank_peak_allocated_bytes or [entry.peak_allocated_bytes]
         return ", ".join("-" if peak is None else size(peak) for peak in each)
 
+    def network(entry: Entry) -> str:
+        scale = (entry.changed or {}).get("scale")
+        return ", ".join(str(said) for said in (entry.placement, scale and f"scale {scale}") if said) or "-"
+
     columns: list[Column[tuple[Entry, Entry | None]]] = [
         *((heading, side, _first(cell)) for heading, side, cell in _names(entries)),
         ("outcome", "l", _first(lambda e: words.outcome(e) + f", rank {e.failed_rank}" * (e.failed_rank is not None))),
@@ -472,10 +486,14 @@ def ranks(entries: Sequence[Entry]) -> Table:
         ("a GPU", "r", _first(lambda entry: _rate(entry.rank_tokens_per_second if rate(entry) else None))),
         ("of one GPU", "r", gained),
         ("peak of each", "r", _first(peaks)),
+        ("network", "l", _first(network)),
         ("forecast", "r", _first(words.forecast)),
         ("held-out loss", "l", _first(words.loss)),
     ]
-    note = "Batches are those of one GPU; the Trainer's methods are sharded by FSDP2, captured steps share batches."
+    note = (
+        "Each GPU holds the network (replicated, by DistributedDataParallel or a captured step) or a part of it "
+        "(sharded, by FSDP2). Steps have the sequences of one GPU's, or with scale batch as many for each."
+    )
     return table("ranks", "Several GPUs for one trial", columns, rows, [entry for entry, _ in rows], [note])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from lightweight.record import Run, one_line
-from lightweight.report import tables
+from lightweight.report import publish, tables
 from lightweight.report.findings import findings
 from lightweight.report.table import TextFormat, markdown
 
@@ -62,7 +62,8 @@ def into(readme: Path, runs: Sequence[Run]) -> None:
     except (OSError, UnicodeDecodeError) as error:
         said = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ReportError(f"report {readme}: cannot be read ({said})") from error
-    every = {table.key: table for table in (*tables.tables(runs), tables.brief(runs))}
+    made = (*tables.tables(runs), tables.brief(runs), publish.tabled(runs))
+    every = {table.key: table for table in made if table.rows}
     keys = [key for key in re.findall(r"<!-- ([\w-]+): (?:begin|end) -->", content) if key == "results" or key in every]
     for key in dict.fromkeys(keys or ["results"]):
         begin, end = marks(key)

@@ -166,13 +166,13 @@ class Choices:
         except ValueError as error:
             raise pytest.UsageError(str(error)) from None
 
-    def method(self, wanted: str | Method) -> Method:
-        """The method of that name, or a test's own, with what the command line sets. Raises MethodError for one of a
-        test that says otherwise itself."""
+    def method(self, wanted: str | Method, world_size: int = 1) -> Method:
+        """The method of that name, or a test's own, with what the command line sets for so many ranks. Raises
+        MethodError for one of a test that says otherwise itself."""
         if isinstance(wanted, Method):
-            return self.settings.apply(wanted)
+            return self.settings.apply(wanted, world_size)
         try:
-            return self.settings.apply(methods.named(wanted))
+            return self.settings.apply(methods.named(wanted), world_size)
         except MethodError as error:
             raise pytest.UsageError(str(error)) from None
         except ValueError as error:

@@ -80,6 +80,7 @@ class Collection:
                 "target": self.chosen.target,
                 "corpus": self.chosen.corpus,
                 "world_size": self.chosen.world_size,
+                "placement": self.chosen.settings.placement or "replicated",
                 **self.chosen.settings.rows,
             }
             # Only cells that are going to run: looking for a model may download it.
@@ -89,7 +90,8 @@ class Collection:
             located = self.chosen.find(choices.model(model)) if known else Model(name="any")  # type: ignore[arg-type]
             if isinstance(method, str | Method):
                 try:
-                    _check_crossing(Trial(model=located, method=self.chosen.method(method), **settings))
+                    scaled = self.chosen.method(method, self.chosen.world_size)
+                    _check_crossing(Trial(model=located, method=scaled, **settings))
                 except ValueError as error:
                     raise pytest.UsageError(str(error)) from None
 

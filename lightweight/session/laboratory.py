@@ -18,7 +18,7 @@ import pytest
 from lightweight import models, record
 from lightweight.child import failure, handle, helper, owner
 from lightweight.corpus import Corpus
-from lightweight.forecast import calibration, replay, step_time, tracer
+from lightweight.forecast import calibration, placing, replay, step_time, tracer
 from lightweight.forecast.replay import Forecast
 from lightweight.forecast.tracer import ForecastError
 from lightweight.internals import pytest_benchmark
@@ -33,6 +33,7 @@ from lightweight.session.gatekeeper import limits
 from lightweight.session.interruption import Interruption, so_far
 from lightweight.session.ledger import Ledger, Shipment, shipment
 from lightweight.session.options import CPU_EPOCHS, CUDA_EPOCHS
+from lightweight.settings import Placement
 from lightweight.targets import NATIVE
 from lightweight.trial import Completed, Crashed, Measurements, Outcome, Trial
 from lightweight.verdict import gate
@@ -72,10 +73,10 @@ class Laboratory(Choices):
             "device_index": 0 if self.has_cuda else None,
             "world_size": self.world_size,
             **self.settings.rows,
-        }
+        } | changes
         wanted = choices.model(model)
         try:
-            chosen = self.method(method)
+            chosen = self.method(method, settings["world_size"])
             record.check_searched(self.settings.learning_rate, wanted.name, chosen)
         except ValueError as error:  # the test's own says otherwise
             pytest.skip(f"{NOT_RUN}{error}")
@@ -84,7 +85,20 @@ class Laboratory(Choices):
             check_layers(chosen, found)
         except (MethodError, models.ModelError) as error:
             pytest.fail(str(error), pytrace=False)
-        return Trial(model=found, method=chosen, **settings | changes)
+        return self._placed(Trial(model=found, method=chosen, **settings), changes.get("placement"))
+
+    def _placed(self, trial: Trial, said: Placement | None) -> Trial:
+        """`trial` with its network where it is said to be; else sharded over its ranks where that is forecast to fit
+        and a replica is not."""
+        if trial.world_size == 1:
+            return trial
+        said = said or self.settings.placement
+        if said is not None or trial.target.budget_bytes is None:
+            return dataclasses.replace(trial, placement=said or "replicated")
+        try:
+            return placing.placed(trial, self.forecast)
+        except ForecastError:  # which is told where the trial runs
+            return trial
 
     def located(self, trial: Trial) -> Trial:
         """`trial` with its model's weights in a folder, written once a session where there is none; with `--seeds` once

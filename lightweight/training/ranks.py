@@ -1,4 +1,4 @@
-"""How do several processes train what one would? Each rank has a part of every batch, and with FSDP2 of the network.
+"""How do several processes train what one would? Each rank has a part of every batch, and the network or part of it.
 
 Processes find each other as torchrun has them do, through its environment variables, and talk through torch.distributed
 as transformers and accelerate set it up. What is ours is which row goes to whom: the rows of every optimizer step are
@@ -8,9 +8,12 @@ those of one rank, in its order, whatever the number of ranks, and so are the lo
 from __future__ import annotations
 
 import os
+import re
 import socket
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +25,7 @@ from accelerate import DistributedType, PartialState
 from accelerate.data_loader import SeedableRandomSampler
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
@@ -50,6 +54,10 @@ SHARDED: Mapping[str, Any] = {
 }
 """TrainingArguments of a sharded trial: every layer's weights are gathered for its forward and its backward pass, and
 what is saved is whole."""
+
+REPLICATED: Mapping[str, Any] = {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
+"""TrainingArguments of a replicated trial, which DistributedDataParallel trains. A trained weight that a pass does not
+reach is an error of its own then; looked for, it would be found in the last pass alone, and lose what others gave."""
 
 
 def rank() -> int:
@@ -172,6 +180,12 @@ def is_first_to_say() -> bool:
     return bool(store.add(f"lightweight/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1)
 
 
+def is_of_a_lost_one(error: BaseException) -> bool:
+    """Whether `error` says that another rank no longer answers: gloo tells that as any other failure."""
+    lost = re.search(r"gloo.*(closed by peer|reset by peer|Broken pipe|Timed out|timeout)", str(error), re.IGNORECASE)
+    return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and lost is not None)
+
+
 def draws(trainer: Trainer, rows: Sequence[Any]) -> SeedableRandomSampler:
     """The order in which the Trainer draws `rows` on one rank, epoch by epoch."""
     return SeedableRandomSampler(rows, data_seed=trainer.args.data_seed)
@@ -224,7 +238,11 @@ def gather_as_stored(trainer: Trainer) -> None:
 
 
 def add_up_gradients(network: torch.nn.Module) -> None:
-    """Let FSDP2 add up the ranks' gradients in `network`, where it would average them."""
+    """Let FSDP2, or DistributedDataParallel, add up the ranks' gradients in `network`, where it would average them."""
+    if isinstance(network, DistributedDataParallel):
+        network.register_comm_hook(
+            None, lambda _, bucket: _summed(bucket)
+        )  # it evaluates no annotations as they are here
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -237,9 +255,86 @@ def without_ties(network: Any, weights: Mapping[str, torch.Tensor]) -> dict[str,
     return {name: tensor for name, tensor in weights.items() if name not in tied}
 
 
+def _summed(bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """The sum of a bucket of DistributedDataParallel's over the ranks, in its place."""
+    buffer = bucket.buffer()
+    sent: Any = distributed.all_reduce(buffer, async_op=True)
+    return sent.get_future().then(lambda _: buffer)  # type: ignore[no-any-return]
+
+
+BUCKET_BYTES = 8 * 2**20
+"""Of gradients that are sent at one time."""
+
+
+class Reducer:
+    """Adds up gradients over the ranks while a backward pass still makes them, in flat buckets: each is sent as soon as
+    all of it is there, and in one order on every rank. Can be recorded in a CUDA graph.
+
+    `weights` are trained, and `gradients` gives those of some of them, once they are made; `also`, tensors that are
+    there before the backward pass, go with the first bucket. DistributedDataParallel would want the network's forward
+    pass, and gradients of the weights that are computed with, not of their fp32 masters.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[torch.nn.Parameter],
+        gradients: Callable[[Sequence[torch.nn.Parameter]], list[torch.Tensor]],
+        also: Sequence[torch.Tensor] = (),
+    ) -> None:
+        self._gradients, self._also = gradients, also
+        self._buckets: list[list[torch.nn.Parameter]] = [[]]
+        size = 0
+        for weight in reversed(weights):  # the last of the network are the first to get theirs
+            if size >= BUCKET_BYTES:
+                self._buckets.append([])
+                size = 0
+            self._buckets[-1].append(weight)
+            size += 4 * weight.numel()
+
+    @contextmanager
+    def adding_up(self) -> Iterator[None]:
+        """Inside, one backward pass, the last of a step; afterwards the gradients are the ranks' sums. All ranks must
+        enter it."""
+        self._waiting = deque(self._buckets)
+        self._made: set[torch.nn.Parameter] = set()
+        self._sent: list[tuple[list[torch.Tensor], torch.Tensor, Any]] = []
+        hooks = [
+            weight.register_post_accumulate_grad_hook(self._on_made) for bucket in self._buckets for weight in bucket
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        while self._waiting:  # no pass has reached some of these
+            self._send(self._waiting.popleft())
+        for tensors, flat, work in self._sent:
+            work.wait()
+            _copy_out(flat, tensors)
+        self._sent.clear()
+
+    def _on_made(self, weight: torch.Tensor) -> None:
+        if weight in self._made:
+            raise RuntimeError("a gradient grew after it was sent: give gradient_checkpointing use_reentrant=False")
+        self._made.add(weight)  # type: ignore[arg-type]
+        while self._waiting and self._made.issuperset(self._waiting[0]):
+            self._send(self._waiting.popleft())
+
+    def _send(self, bucket: Sequence[torch.nn.Parameter]) -> None:
+        tensors = [*(() if self._sent else self._also), *self._gradients(bucket)]
+        with torch.no_grad():
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        self._sent.append((tensors, flat, distributed.all_reduce(flat, async_op=True)))
+
+
 def add_up(tensors: Sequence[torch.Tensor]) -> None:
-    """Replace each of `tensors` by its sum over the ranks, in one message. Can be recorded in a CUDA graph."""
+    """Replace each of `tensors` by its sum over the ranks, in one message."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     distributed.all_reduce(flat)
+    _copy_out(flat, tensors)
+
+
+def _copy_out(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+    """Copy what `flat` has of `tensors`, one after the other, into them."""
     parts = flat.split([tensor.numel() for tensor in tensors])
     torch_internals.copy_each_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])

@@ -7,6 +7,7 @@ that an epoch is a round and training goes on from round to round.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +88,8 @@ def make_trainer(
         "report_to": "none",
         "disable_tqdm": True,
     }
-    if trial.is_sharded:
-        arguments |= ranks.SHARDED
+    if trial.world_size > 1:
+        arguments |= ranks.SHARDED if trial.is_sharded else ranks.REPLICATED
     # As the method has them: what its device cannot do, accelerate leaves out, and a forecast is of another device.
     own = dict(trial.method.on_rank(trial.world_size).training_arguments)
     if trial.device_index is None:
@@ -376,6 +377,8 @@ class _RankTrainer(_MeasuredTrainer):
         super().create_accelerator_and_postprocess()
         if self.args.fsdp:
             ranks.gather_as_stored(self)
+        # its new name is not known to every version that is supported
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any

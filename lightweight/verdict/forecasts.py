@@ -207,7 +207,7 @@ def _is_like(now: ForecastRow, then: ForecastRow) -> bool:
 
 
 def _refuse_twice(run: Run) -> None:
-    """Raise ValueError for two forecasts of one cell: their order would say which of them is compared."""
+    """Raise ValueError where two forecasts of one cell leave to their order which is held against another run's."""
     for index, row in enumerate(run.forecasts):
         if any(_is_like(row, other) for other in run.forecasts[:index]):
             raise ValueError(f"record {run.path}: has {_name(row)} twice, under the same conditions: keep one of them")

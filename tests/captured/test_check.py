@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_pt_utils import LabelSmoother
 
 from captured import flash_reference
-from lightweight import corpus, targets
+from lightweight import corpus, methods, targets
 from lightweight.captured import agreement, attention, check, flash, loop, packing, passes, projections
 from lightweight.captured.agreement import Tolerance
 from lightweight.captured.packing import Buffers
@@ -22,7 +22,7 @@ from lightweight.child import worker
 from lightweight.internals import torch as torch_internals
 from lightweight.methods import CapturedStep, Method
 from lightweight.models import Model
-from lightweight.training import ranks, stock
+from lightweight.training import stock
 from lightweight.training.meter import Meter
 from lightweight.trial import Trial
 
@@ -167,7 +167,7 @@ def prepare(small_corpus, tmp_path):
         built = network(architecture).to(dtype)
         transformers.set_seed(0)
         meter = Meter(CPU, 0.0)
-        trainer = stock.make_trainer(trial, method.adapt(built), rows, meter, Unattended(), tmp_path)
+        trainer = stock.make_trainer(trial, methods.adapt(method, built), rows, meter, Unattended(), tmp_path)
         return trainer, rows, meter, trial
 
     return prepare
@@ -373,14 +373,6 @@ def test_rows_that_the_trainer_draws_otherwise_are_its_own_to_train(prepare, oth
         trainer.args.dataloader_drop_last = True  # of 20 rows, two
     _, note = run(trainer, rows, meter, trial)
     assert note.endswith("the Trainer runs the steps, since it draws other rows than the captured step")
-
-
-def test_what_several_ranks_share_is_not_left_to_the_trainer(prepare, monkeypatch):
-    trainer, rows, meter, trial = prepare("opt", method())
-    monkeypatch.setattr(agreement.Reference, "draws", lambda reference, passes: False)
-    job = loop.CapturedTraining(dataclasses.replace(trial, world_size=2), trainer, rows, meter)
-    with pytest.raises(ranks.RanksError, match="train it on one rank"):
-        job.prepare()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -24,7 +24,7 @@ def reference(hidden, head, bias, targets, weights):
 
 @pytest.mark.parametrize("tokens_a_chunk", [1, 7, 37, 1000])
 def test_loss_and_gradients_are_those_of_the_whole_logits(problem, monkeypatch, tokens_a_chunk):
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 101 * tokens_a_chunk)
+    monkeypatch.setattr(loss, "chunk_tokens", lambda *_: tokens_a_chunk)
     *tensors, targets, weights = problem
     expected = reference(*tensors, targets, weights)  # type: ignore[call-arg]
     wanted = torch.autograd.grad(3.0 * expected, tensors)
@@ -102,7 +102,7 @@ def test_autocast_rounds_the_logits_but_not_the_sum_over_tokens(problem):
 
 
 def test_logits_live_no_longer_than_their_chunk(problem, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 101 * 8)
+    monkeypatch.setattr(loss, "chunk_tokens", lambda *_: 8)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -119,3 +119,9 @@ def test_logits_live_no_longer_than_their_chunk(problem, monkeypatch):
     with Watch():
         linear_cross_entropy(hidden, head, None, targets, weights).backward()
     assert largest == 8
+
+
+def test_a_chunk_has_whole_tiles_of_tokens_and_enough_of_them():
+    assert loss.chunk_tokens(50_272, 2) == 640  # within 64 MiB
+    assert loss.chunk_tokens(262_144, 2) == loss.chunk_tokens(50_272, 4) == 512
+    assert loss.chunk_tokens(384, 2) % loss.TILE == 0

@@ -198,15 +198,38 @@ def test_chunks_of_which_each_sees_itself_alone_are_no_window(asked):
         assert isinstance(wider, torch.Tensor), "what a mask does counts, not what size it says"
 
 
-def test_heads_that_no_kernel_takes_are_not_joined_to_a_row(asked):
-    wide = torch.randn(1, 1, 12, 264, dtype=torch.float64)
+def test_under_autocast_attention_is_in_the_half_that_it_casts_to():
+    single = torch.randn(1, 2, 6, 16)
+    with flash_reference.on_a_cpu():
+        assert flash.attend(single, single, single, Reach(), 0.0, None) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            output = flash.attend(single, single, single, Reach(), 0.0, None)
+    assert output is not None and output.dtype == torch.bfloat16
+
+
+def test_of_two_windows_the_shorter_is_seen():
+    assert [Reach(first).within(8).window for first in (None, 4, 12)] == [8, 4, 8]
+
+
+@pytest.mark.parametrize("width", [264, 20])
+def test_heads_that_no_kernel_takes_are_not_joined_to_a_row(width, asked):
+    wide = torch.randn(1, 1, 12, width, dtype=torch.float64)
     joined = Reach(None, torch.zeros(1, 12), Sequences(torch.tensor([0, 12], dtype=torch.int32), 12))
     assert flash.attend(wide, wide, wide, Reach(), 0.0, None) is None
-    with pytest.raises(PartError, match="heads of 264 and 264 have no flash kernel"):
+    with pytest.raises(PartError, match=f"heads of {width} and {width} have no flash kernel"):
         flash.attend(wide, wide, wide, joined, 0.0, None)
     lengthened = torch.randn(2, 1, 12, 64, dtype=torch.float64)
     with pytest.raises(PartError, match="2 rows are in the place of one"):
         flash.attend(lengthened, lengthened, lengthened, joined, 0.0, None)
+
+
+def test_dialogues_that_share_rows_of_one_width_are_told_apart_by_a_mask(asked):
+    rows = torch.randn(2, 1, 12, 64, dtype=torch.float64)
+    shared = Reach(None, torch.tensor([[0] * 5 + [1] * 7] * 2))
+    assert flash.attend(rows, rows, rows, shared, 0.0, None) is None and not asked
+    assert attention._attend(rows, rows, rows, shared, 0.0, 1.0).equal(
+        attention._attend(rows, rows, rows, shared.mask(12, CPU), 0.0, 1.0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -225,6 +248,12 @@ def test_a_config_tells_heads_that_kernels_take(config, takes):
     assert flash.takes(AutoConfig.for_model("llama", **{"head_dim": None} | WIDE | config)) is takes
 
 
+@pytest.mark.parametrize(("hidden", "takes"), [(64, True), (40, False)])
+def test_a_config_that_names_no_width_of_heads_tells_it_by_their_number(hidden, takes):
+    config = AutoConfig.for_model("opt", hidden_size=hidden, num_attention_heads=4)
+    assert not hasattr(config, "head_dim") and flash.takes(config) is takes
+
+
 def test_a_config_without_heads_says_nothing_against_them():
     assert flash.takes(AutoConfig.for_model("mamba", hidden_size=30))
 
@@ -235,6 +264,27 @@ def test_nothing_is_dropped_while_dropout_is_off(asked):
         flash.attend(tensor, tensor, tensor, Reach(), 0.5, None)  # the reference takes no other
     with pytest.raises(AssertionError):
         flash.attend(tensor, tensor, tensor, Reach(), 0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "width", "windows"), [("gemma3_text", 2, 16, (8, None)), ("opt", 1, 8, (None,))]
+)
+def test_every_kernel_that_layers_run_on_is_asked_once(name, heads, width, windows, asked, monkeypatch):
+    model = build(name)
+    attention.install(model)
+    ids = torch.randint(64, (1, 30))
+
+    def met():
+        with attention.on_flash(None):
+            model(input_ids=ids, use_cache=False)
+        return set(flash._met)
+
+    expected = {flash._Kernel(CPU, torch.float64, heads, width, window) for window in windows}
+    assert met() == expected
+    monkeypatch.setattr(flash, "_checked", set())
+    monkeypatch.setattr(flash, "_problem_of", lambda kernel: None)
+    flash.check_met()
+    assert met() == set()
 
 
 def off_by_one(real, *arguments, window, **options):
@@ -251,6 +301,12 @@ def unscaled(real, *arguments, scale, **options):
     return real(*arguments, scale=1.0, **options)
 
 
+def of_a_wrong_gradient(real, query, key, *arguments, **options):
+    key = key * 1.0
+    key.register_hook(lambda grad: 1.5 * grad)
+    return real(query, key, *arguments, **options)
+
+
 @pytest.mark.parametrize(
     ("fault", "window", "message"),
     [
@@ -259,6 +315,7 @@ def unscaled(real, *arguments, scale, **options):
         (off_by_one, 30, "sees 31 tokens where 30 are to be seen"),
         (one_dialogue, None, "sees 142 tokens where 137 are to be seen"),
         (unscaled, None, "is .* off"),
+        (of_a_wrong_gradient, None, "is 5e-01 off"),
     ],
 )
 def test_a_kernel_that_sees_something_else_is_found(monkeypatch, fault, window, message):

@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
 
 import pytest
 
-from lightweight.child import forkserver, helper, reaper
+from lightweight.child import forkserver, handle, helper, reaper
 from lightweight.child.owner import Child
 from lightweight.internals import multiprocessing as internals
 from lightweight.internals.multiprocessing import forkserver_pid
@@ -93,6 +94,21 @@ def test_a_forkserver_that_does_not_start_a_child_in_time_is_replaced(trial, tmp
     assert isinstance(outcome, TimedOut)
     assert outcome.reason == "the forkserver answered nothing for 2 s and was killed"
     with Child(trial, tmp_path / "c") as child:
+        assert isinstance(child.finish(), Completed)
+
+
+def test_a_child_that_is_being_started_is_given_up_with_all_others(trial, tmp_path):
+    """pytest-timeout's thread does so, and must not wait for what a forkserver still imports."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    helper.call(int, tmp_path / "a")
+    os.kill(server_pid(), signal.SIGSTOP)
+    threading.Timer(0.5, handle.kill_all).start()
+    began = time.monotonic()
+    with Child(trial, tmp_path / "a", silence_seconds=120) as child:
+        assert isinstance(child.outcome, TimedOut) and child.outcome.phase == "start"
+    assert time.monotonic() - began < 100
+    with Child(trial, tmp_path / "b") as child:
         assert isinstance(child.finish(), Completed)
 
 

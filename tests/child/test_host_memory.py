@@ -72,7 +72,7 @@ def test_a_limit_of_address_space_is_seen_and_what_exceeds_it_has_run_out():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.splitlines() == [
-        f"Limit(bytes={8 * GiB}, what='the limit of ulimit -v')",
+        f"MemoryLimit(bytes={8 * GiB}, what='the limit of ulimit -v')",
         "RuntimeError True",
         "MemoryError True",
         "OSError True",

@@ -84,12 +84,14 @@ def test_a_bundle_repeats_its_run_in_a_fresh_process(project, tmp_path, monkeypa
     (bundle / "cells" / "test_whose.py").write_text(
         f"import lightweight\n\n\ndef test_whose():\n    assert lightweight.__file__.startswith({str(bundle)!r})\n"
     )
+    # a test that fails, as it may have then, makes nothing worse
+    (bundle / "cells" / "test_fails.py").write_text("def test_fails():\n    raise AssertionError\n")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "PYTEST_ADDOPTS": "-p no:randomly"}
     command = ["sh", str(bundle / "repeat.sh"), "--here"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "2 passed" in done.stdout
+    assert "1 failed, 2 passed" in done.stdout
     now = json.loads((bundle / "repeated-run.json").read_text("utf-8"))["outcomes"]
     then = json.loads((project / "run.json").read_text("utf-8"))["outcomes"]
     assert [entry["train_loss"] for entry in now] == [entry["train_loss"] for entry in then]
@@ -113,8 +115,14 @@ def test_requirements_are_exact_and_name_where_torchs_builds_are(project, tmp_pa
     (tmp_path / "gpu.json").write_text(json.dumps(document), "utf-8")
     assert main(["report", str(tmp_path / "gpu.json"), "--bundle", str(tmp_path / "b")]) == 0
     lines = (tmp_path / "b" / "requirements.txt").read_text("utf-8").splitlines()
-    assert "--extra-index-url https://download.pytorch.org/whl/cu130" in lines and "torch==2.11.0+cu130" in lines
-    packages = [line for line in lines if not line.startswith(("#", "--"))]
+    assert "torch==2.11.0+cu130" in lines
+    first = "pip install --no-deps --extra-index-url https://download.pytorch.org/whl/cu130 torch==2.11.0+cu130"
+    assert f"# install this first: {first}" in lines
+    script = (tmp_path / "b" / "repeat.sh").read_text("utf-8")
+    assert script.index(f'    "$PYTHON" -m {first}\n') < script.index(
+        '    "$PYTHON" -m pip install -r requirements.txt'
+    )
+    packages = [line for line in lines if not line.startswith("#")]
     assert all(line.count("==") == 1 for line in packages)
     names = [line.partition("==")[0].lower() for line in packages]
     assert len(names) == len(set(names)) and {"numpy", "scipy", "transformers", "peft", "pytest-benchmark"} <= set(

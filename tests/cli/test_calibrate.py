@@ -26,17 +26,37 @@ def kernels_of_ours() -> set[str]:
 
 
 def test_every_kernel_of_ours_is_timed_with_dropout_where_it_has_it():
+    names: set[str] = set()
     told: set[str] = set()
+
+    def tell(name, *launch):
+        names.add(name)
+        told.add(work.triton_kernel(name, *launch).kind)
+
     bench = calibrate.Bench(RATES, "meta")
+    with kernels.shapes_alone(), kernels.launches_told_to(tell):
+        for call in (*calibrate.our_calls(bench), *calibrate.attention_calls(bench)):
+            call()
+    assert names == kernels_of_ours()
+    assert told >= {"add_adapter with dropout", "project with dropout", "rotate with a norm", "add_norm with a norm"}
+
+
+def test_our_attention_is_timed_by_what_a_forecast_asks_for():
+    told: list[work.Kernel] = []
     with (
         kernels.shapes_alone(),
-        kernels.launches_told_to(lambda *launch: told.add(work.triton_kernel(*launch).kind)),
+        kernels.launches_told_to(lambda *launch: told.append(work.triton_kernel(*launch))),
     ):
-        for call in calibrate.our_calls(bench):
+        for call in calibrate.attention_calls(calibrate.Bench(RATES, "meta")):
             call()
-    plain = {kind.partition(" with ")[0] for kind in told}
-    assert plain == kernels_of_ours()
-    assert told >= {"add_adapter with dropout", "project with dropout", "rotate with a norm", "add_norm with a norm"}
+    assert {kernel.kind for kernel in told} == {
+        "our attention, causal",
+        "our attention backward of queries, causal",
+        "our attention backward of keys, causal",
+    }
+    of_one = [kernel for kernel in told if kernel.shape == (32, 2048, 2048, 128)]
+    forward, *backward = (kernel.flop for kernel in of_one)
+    assert forward == 4 * 32 * 2048 * 2048 * 128 / 2 and sum(backward) == pytest.approx(work.BACKWARD * forward)
 
 
 @pytest.mark.parametrize("kind", calibrate.PASSES)

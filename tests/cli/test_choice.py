@@ -12,7 +12,7 @@ from lightweight.cli import choice
 from lightweight.cli.job import Job, NothingFitsError
 from lightweight.cli.output import Interrupted
 from lightweight.corpus import Conversation, Corpus, Message
-from lightweight.forecast.plan_row import PlanRow, Question
+from lightweight.forecast.plan_row import PlanOptions, PlanRow
 from lightweight.forecast.replay import Forecast
 from lightweight.methods import CapturedStep, Method
 from lightweight.settings import Settings
@@ -55,7 +55,9 @@ def chosen(monkeypatch, before, *rows, world_size=1):
 
 
 def row(method: Method, forecast: Forecast | None, **changes) -> PlanRow:
-    return PlanRow(model="micro", method=method, target=targets.T4, question=Question(), forecast=forecast, **changes)
+    return PlanRow(
+        model="micro", method=method, target=targets.T4, question=PlanOptions(), forecast=forecast, **changes
+    )
 
 
 def test_what_was_planned_is_what_is_trained(monkeypatch, capsys):

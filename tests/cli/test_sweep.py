@@ -12,7 +12,7 @@ from lightweight import corpus, methods, record
 from lightweight.__main__ import main
 from lightweight.cli import sweep
 from lightweight.methods import Method
-from lightweight.settings import Rates, Settings
+from lightweight.settings import Settings, SweptRates
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
 
@@ -92,7 +92,7 @@ def test_a_sweep_is_recorded_and_its_rates_can_be_taken(micro, tmp_path, capsys,
     lora, baseline = settings.applied([methods.LORA, methods.BASELINE])
     best = min(losses, key=losses.__getitem__)
     assert lora.training_arguments["learning_rate"] == best == lora.changed["learning_rate"]
-    assert isinstance(settings.learning_rate, Rates)
+    assert isinstance(settings.learning_rate, SweptRates)
     assert set(settings.learning_rate.of) == {"baseline", "lora"} and baseline.changed
     assert main(["report", "found.json"]) == 0 and "--learning-rate 0.001" in capsys.readouterr().out
     record.check_searched(settings.learning_rate, micro.location, lora, baseline)
@@ -172,7 +172,7 @@ def test_a_file_that_is_no_sweep_is_refused(tmp_path):
     for text in ("{}", "[", '{"sweep": {"found": {"lora": {"learning_rate": -1}}}}', '{"sweep": 3}'):
         other.write_text(text, "utf-8")
         with pytest.raises(ValueError, match="is no sweep: give what `lightweight sweep` wrote"):
-            Rates.read(str(other))
+            SweptRates.read(str(other))
     with pytest.raises(ValueError, match="cannot be read"):
         Settings.read(lambda name: "nowhere.json" if name == "learning_rate" else None)
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
+import psutil
 import pytest
 import samples
 import torch
@@ -273,6 +275,108 @@ def test_a_job_on_two_ranks_of_which_one_is_interrupted_resumes_to_the_same_bits
     assert resumed.world_size == 2
     for key in ("train_loss", "heldout_loss_before", "heldout_loss_after"):
         assert getattr(resumed, key) == getattr(uncut, key), key
+
+
+@pytest.mark.parametrize(("method", "began_on"), [("calm:LORA", 2), ("calm:CAPTURED", 1), ("calm:CAPTURED", 2)])
+@pytest.mark.usefixtures("calm")
+def test_a_job_resumes_on_another_number_of_ranks_to_the_same_losses(
+    micro, dialogues, out, tmp_path, capsys, monkeypatch, method, began_on
+):
+    whole, cut = (arguments(Path(micro.location), dialogues, out / name, method=method) for name in ("whole", "cut"))
+    assert main(whole) == 0
+    if began_on == 2:
+        assert on_two_ranks(cut, tmp_path, nothing, interrupt_at_step_7)[0] == [130, 130]
+        assert main([*cut, "--resume"]) == 0
+        assert "going on with 1 rank where there were 2" in capsys.readouterr().out
+    else:
+        with monkeypatch.context() as patched:
+            patched.setattr(train_command.Unattended, "step_ended", train_command.Unattended.step_ended)
+            interrupt_at_step_7()
+            assert main(cut) == 130
+        status, said = on_two_ranks([*cut, "--resume"], tmp_path)
+        assert status == [0, 0], said
+        assert sum("going on with 2 ranks where there were 1" in line for line in said) == 1
+    resumed, uncut = entry(out / "cut"), entry(out / "whole")
+    assert resumed.world_size == 3 - began_on
+    assert resumed.train_loss == pytest.approx(uncut.train_loss, abs=1e-5)
+    assert resumed.heldout_loss_after == pytest.approx(uncut.heldout_loss_after, abs=1e-5)
+
+
+def test_a_job_of_shards_is_not_resumed_by_other_ranks(micro, calm, dialogues, out, tmp_path, capsys):
+    given = arguments(Path(micro.location), dialogues, out / "a", method="calm:LORA")
+    sharded = [*given, "--placement", "sharded"]
+    assert on_two_ranks(sharded, tmp_path, nothing, interrupt_at_step_7)[0] == [130, 130]
+    assert main([*given, "--resume"]) == 2
+    assert "is another one: " in (told_here := capsys.readouterr().err)
+    assert "world_size was 2 and is 1, placement was 'sharded' and is None" in told_here
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+def nodes(given: list[str], log: Path, count: int = 2) -> list[subprocess.Popen[bytes]]:
+    """torchrun on so many nodes of one rank each, all of them here, which find each other by its own rendezvous."""
+    endpoint = f"127.0.0.1:{free_port()}"
+    launch = f"--nnodes {count} --nproc-per-node 1 --rdzv-backend c10d --rdzv-id job --rdzv-endpoint {endpoint}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *launch.split()]
+    on_loopback = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    started = []
+    for node in range(count):
+        with (log / f"node-{node}").open("w") as file:
+            command = [*torchrun, "--local-addr", "127.0.0.1", "-m", "lightweight", *given]
+            started.append(subprocess.Popen(command, stdout=file, stderr=file, env=on_loopback, start_new_session=True))
+    return started
+
+
+def said_by_nodes(folder: Path) -> list[str]:
+    return [path.read_text() for path in sorted(folder.glob("node-*"))]
+
+
+def test_two_nodes_train_what_one_process_does(micro, calm, dialogues, out, tmp_path):
+    def given(name: str) -> list[str]:
+        return arguments(Path(micro.location), dialogues, out / name, method="calm:LORA")
+
+    started = nodes(given("two"), tmp_path)
+    try:
+        assert main(given("one")) == 0
+        ended = [node.wait(120) for node in started]
+    finally:
+        for node in started:
+            node.kill()
+    assert ended == [0, 0], said_by_nodes(tmp_path)
+    one, two = entry(out / "one"), entry(out / "two")
+    assert (one.world_size, two.world_size, two.placement) == (1, 2, "replicated")
+    assert two.train_loss == pytest.approx(one.train_loss, abs=1e-5)
+    assert two.heldout_loss_after == pytest.approx(one.heldout_loss_after, abs=1e-5)
+
+
+def test_a_lost_node_is_one_line_and_the_job_goes_on_without_it(micro, calm, dialogues, out, tmp_path):
+    given = arguments(
+        Path(micro.location), dialogues, out / "a", "--epochs", "20", "--save-steps", "2", method="calm:LORA"
+    )
+    started = nodes(given, tmp_path)
+    try:
+        deadline = time.monotonic() + 120
+        while Output(out / "a").checkpoint is None:
+            assert time.monotonic() < deadline and all(node.poll() is None for node in started)
+            time.sleep(0.01)
+        lost = started[1]
+        for process in (*psutil.Process(lost.pid).children(recursive=True), lost):
+            process.kill()
+        ended = started[0].wait(120)
+    finally:
+        for node in started:
+            node.kill()
+    # whichever node the first rank was on, one is left, and says it in one line
+    (line,) = told("\n".join(said_by_nodes(tmp_path)).splitlines())
+    assert ended != 0
+    assert re.fullmatch(r"lightweight: rank [01] of 2: another rank is gone: --resume goes on after the last .*", line)
+    assert main([*given, "--resume"]) == 0
+    found = entry(out / "a")
+    assert found.world_size == 1 and found.planned_steps == len(losses(found)) == 200
 
 
 CALM = """

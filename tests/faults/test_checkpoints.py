@@ -29,7 +29,7 @@ def job(given, interrupted, tmp_path, tmp_path_factory, monkeypatch):
             kept = tmp_path_factory.mktemp("kept")
             assert main(given(kept / "whole", *more, method=method)) == 0
             with monkeypatch.context() as patched:
-                patched.setattr(checkpoints.Interruption, "training_begins", stop_after_six)
+                patched.setattr(checkpoints.StopRequest, "training_begins", stop_after_six)
                 assert main(given(kept / "cut", *more, method=method)) == 130
             interrupted[method, *more] = kept
         kept = interrupted[method, *more]
@@ -39,7 +39,7 @@ def job(given, interrupted, tmp_path, tmp_path_factory, monkeypatch):
     return arrange
 
 
-def stop_after_six(self: checkpoints.Interruption) -> None:
+def stop_after_six(self: checkpoints.StopRequest) -> None:
     class AtSix:
         """True from the sixth time on that it is asked for, which is once a step."""
 

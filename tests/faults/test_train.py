@@ -88,7 +88,7 @@ def test_resuming_a_finished_job_finishes_it_and_trains_nothing(given, tmp_path,
     if where == "beside it":
         with monkeypatch.context() as patched:
             patched.setattr(Output, "publish", lambda self: os.kill(os.getpid(), signal.SIGINT))
-            patched.setattr(checkpoints.Interruption, "receive", signal.default_int_handler)
+            patched.setattr(checkpoints.StopRequest, "receive", signal.default_int_handler)
             assert main(command) == 130
         assert not (tmp_path / "a").exists()
         folder = tmp_path / "a.partial" / "result"

@@ -9,22 +9,22 @@ import pytest
 from lightweight import targets
 from lightweight.__main__ import main
 from lightweight.forecast import calibration, work
-from lightweight.forecast.calibration import LEAST_SECONDS, Calibration, CalibrationError, Sample, limit
+from lightweight.forecast.calibration import LEAST_SECONDS, Calibration, CalibrationError, TimedKernel, limit
 from lightweight.forecast.work import Kernel
 
 H100 = "NVIDIA H100 80GB HBM3"
 RATES = targets.RATES["H100 80GB HBM3"]
 
 
-def sample(kernel: Kernel, seconds: float) -> Sample:
-    return Sample(**kernel._asdict(), seconds=seconds)
+def sample(kernel: Kernel, seconds: float) -> TimedKernel:
+    return TimedKernel(**kernel._asdict(), seconds=seconds)
 
 
 def product(size: int) -> Kernel:
     return work.product("nt", "bfloat16", size, size, size, 2)
 
 
-def half_as_fast(kernel: Kernel) -> Sample:
+def half_as_fast(kernel: Kernel) -> TimedKernel:
     return sample(kernel, 2 * limit(kernel, RATES))
 
 

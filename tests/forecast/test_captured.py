@@ -245,7 +245,7 @@ def test_the_fewest_layers_that_let_a_long_row_fit_are_computed_again():
     assert held[0] > held[3] > held[6]
     for budget in (1.3 * held[0], held[3]):
         target = Target(name="any", capability=HOPPER, total_bytes=int(budget) + CONTEXT_BYTES)
-        (row,) = plan.plan([SIX_LAYERS], [long], [target], plan_row.Question(max_length=8192))
+        (row,) = plan.plan([SIX_LAYERS], [long], [target], plan_row.PlanOptions(max_length=8192))
         assert row.verdict == "fits"
         assert row.as_json()["recomputed_layers"] == row.recomputed_layers
         assert (row.recomputed_layers > 0) == (budget < held[0])

@@ -11,7 +11,7 @@ from lightweight.__main__ import main
 from lightweight.captured import loop
 from lightweight.corpus import RowForm
 from lightweight.forecast import corpus_rows, plan, replay, tracer
-from lightweight.forecast.plan_row import Question
+from lightweight.forecast.plan_row import PlanOptions
 from lightweight.methods import BASELINE, LORA_CAPTURED
 from lightweight.targets import NATIVE, T4, Device
 from lightweight.trial import Trial
@@ -65,7 +65,7 @@ def test_a_forecast_is_of_the_longest_batch_that_the_rows_make(talks, folder, ca
 @pytest.mark.parametrize("method", [BASELINE, LORA_CAPTURED], ids=lambda method: method.name)
 def test_a_plan_says_what_the_suite_forecasts_of_the_same_trial(talks, method, micro):
     read = corpus.load(talks)
-    (row,) = plan.plan([MICRO], [method], [T4], Question(corpus=read))
+    (row,) = plan.plan([MICRO], [method], [T4], PlanOptions(corpus=read))
     trial = Trial(model=micro, method=method, target=NATIVE, corpus=read)
     traced = tracer.trace_on(trial, Device(name="a card", capability=T4.capability))
     assert row.forecast == replay.within(traced, T4.budget_bytes)
@@ -121,7 +121,9 @@ def test_a_corpus_that_is_not_there_is_one_line(arguments, words, capsys):
 
 def test_a_tokenizer_that_cannot_be_used_is_a_matter_of_its_model_alone(talks, folder):
     (folder / "tokenizer.json").write_text("{}")
-    broken, sound = plan.plan([models.named(str(folder)), MICRO], [BASELINE], [T4], Question(corpus=corpus.load(talks)))
+    broken, sound = plan.plan(
+        [models.named(str(folder)), MICRO], [BASELINE], [T4], PlanOptions(corpus=corpus.load(talks))
+    )
     assert broken.verdict == "cannot_be_forecast"
     assert broken.reason is not None and "its tokenizer cannot be used" in broken.reason
     assert sound.verdict == "fits"
@@ -129,7 +131,7 @@ def test_a_tokenizer_that_cannot_be_used_is_a_matter_of_its_model_alone(talks, f
 
 def test_a_job_that_is_long_enough_to_be_compiled_is_forecast_as_train_takes_it(talks, monkeypatch):
     monkeypatch.setattr(loop, "COMPILE_STEPS", 1)
-    (row,) = plan.plan([MICRO], [LORA_CAPTURED], [T4], Question(corpus=corpus.load(talks)))
+    (row,) = plan.plan([MICRO], [LORA_CAPTURED], [T4], PlanOptions(corpus=corpus.load(talks)))
     assert row.verdict == "fits"
 
 

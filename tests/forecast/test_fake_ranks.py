@@ -19,7 +19,7 @@ from lightweight.child import helper
 from lightweight.corpus import Corpus, Row, Rows
 from lightweight.forecast import tracer
 from lightweight.forecast.fake_ranks import rank_zero_of
-from lightweight.methods import BASELINE, BASELINE_CAPTURED, LORA, QLORA
+from lightweight.methods import BASELINE, BASELINE_CAPTURED, LORA, QLORA, QLORA_CAPTURED
 from lightweight.models import GPT_NEO_TINY, OPT_TINY
 from lightweight.targets import HOPPER, NATIVE
 from lightweight.training import stock
@@ -33,13 +33,14 @@ assert OPT_TINY.architecture is not None
 UNEVEN = replace(OPT_TINY, architecture={**OPT_TINY.architecture, "vocab_size": 385, "num_hidden_layers": 2})
 
 
-def trial(model, method, world_size, **changes):
+def trial(model, method, world_size, placement="sharded", **changes):
     return Trial(
         model=model,
         method=method,
         target=NATIVE,
         corpus=Corpus(train=(), heldout=(), digest=""),
         world_size=world_size,
+        placement=placement,
         max_length=32,
         **changes,
     )
@@ -143,6 +144,31 @@ def test_nothing_of_it_is_left_behind():
     assert PartialState().num_processes == 1
 
 
-def test_a_captured_step_on_several_ranks_is_refused():
-    with pytest.raises(tracer.ForecastError, match="the captured step is forecast on one GPU"):
-        tracer.trace(trial(OPT_TINY, BASELINE_CAPTURED, 2), HOPPER)
+@pytest.mark.parametrize("method", [BASELINE, LORA, QLORA], ids=lambda method: method.name)
+def test_a_replica_holds_the_network_and_its_gradients_once_more_in_buckets(peaks, method):
+    one, two = peaks[method.name, 1], tracer.trace(trial(GPT_NEO_TINY, method, 2, "replicated"), HOPPER)
+    peak = two.replay()
+    assert peak.by_cause["gathered"] == 0
+    assert peak.by_cause["optimizer"] == one.by_cause["optimizer"]
+    assert peak.by_cause["quantization state"] == one.by_cause["quantization state"]
+    assert peak.by_cause["weights"] == pytest.approx(one.by_cause["weights"], rel=0.02)
+    more = peak.by_cause["gradients"] - one.by_cause["gradients"]
+    assert more == pytest.approx(4 * two.trainable_parameters, rel=0.05)
+
+
+@pytest.mark.parametrize("method", [BASELINE_CAPTURED, QLORA_CAPTURED], ids=lambda method: method.name)
+def test_a_rank_of_a_captured_step_holds_what_one_does_for_its_share_of_the_rows(method):
+    """A step that grows with the ranks is to each what its own is to one, but for what it sends."""
+    one = tracer.trace(trial(GPT_NEO_TINY, method, 1, "replicated"), HOPPER)
+    two = tracer.trace(trial(GPT_NEO_TINY, method.scaled(2, "batch"), 2, "replicated"), HOPPER)
+
+    def last(trace, cause):
+        """Bytes of `cause` that were allocated in the graph's pool."""
+        pool = {name for name, stream in trace.streams.items() if stream in trace.kept}
+        return sum(size for name, size in trace.events if name in pool and trace.causes[name] == cause)
+
+    assert one.replay().by_cause["weights"] == two.replay().by_cause["weights"]
+    assert one.replay().by_cause["optimizer"] == two.replay().by_cause["optimizer"]
+    sent = last(two, "gradients") - last(one, "gradients")
+    assert 4 * two.trainable_parameters <= sent <= 4 * two.trainable_parameters * 1.2 + 2**16
+    assert last(one, "activations") == last(two, "activations")

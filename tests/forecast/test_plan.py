@@ -14,7 +14,7 @@ from conftest import MICRO
 from lightweight import record, targets
 from lightweight.__main__ import main
 from lightweight.forecast import plan, plan_choice, plan_search, tracer
-from lightweight.forecast.plan_row import PlanRow, Question
+from lightweight.forecast.plan_row import PlanOptions, PlanRow
 from lightweight.forecast.replay import MARGIN, Trace
 from lightweight.forecast.tracer import ForecastError
 from lightweight.methods import BASELINE, BASELINE_CAPTURED, LORA, LORA_CAPTURED, QLORA, QLORA_CAPTURED, CapturedStep
@@ -292,7 +292,7 @@ def traced(monkeypatch):
 
 
 def planned(method, mib, **changes):
-    (row,) = plan.plan([MICRO], [method], [card(mib)], Question(**changes))
+    (row,) = plan.plan([MICRO], [method], [card(mib)], PlanOptions(**changes))
     return row, (row.passes, row.batch_size, row.accumulation, row.verdict, row.chosen)
 
 
@@ -356,7 +356,7 @@ def test_a_trace_that_fails_is_tried_once_for_all_cards(monkeypatch):
 
 
 def test_passes_that_cannot_be_shared_among_gpus_are_a_line_of_that_method(traced):
-    lora, qlora = plan.plan([MICRO], [LORA.with_batch(2), QLORA], [card(900)], Question(keeps_passes=True, gpus=3))
+    lora, qlora = plan.plan([MICRO], [LORA.with_batch(2), QLORA], [card(900)], PlanOptions(keeps_passes=True, gpus=3))
     assert lora.verdict == "cannot_be_forecast"
     assert lora.reason is not None and "which 3 ranks cannot share" in lora.reason
     assert qlora.verdict == "fits" and qlora.chosen
@@ -364,7 +364,7 @@ def test_passes_that_cannot_be_shared_among_gpus_are_a_line_of_that_method(trace
 
 def row_of(method, verdict="fits"):
     forecast = samples.predicted(verdict)
-    return PlanRow(model="m", method=method, target=targets.T4, question=Question(), forecast=forecast)
+    return PlanRow(model="m", method=method, target=targets.T4, question=PlanOptions(), forecast=forecast)
 
 
 def names_of_chosen(rows):
@@ -456,7 +456,7 @@ def test_paged_state_is_in_no_peak(traced, monkeypatch):
 def test_json_has_what_was_asked_for_and_no_bytes_where_there_is_no_forecast():
     row, extras = row_of(LORA), ("max_batch", "fewest_gpus")
     assert row.as_json().keys() & set(extras) == set()
-    asked = replace(row, question=Question(max_batch=True, fewest_gpus=True), max_batch=3)
+    asked = replace(row, question=PlanOptions(max_batch=True, fewest_gpus=True), max_batch=3)
     assert [asked.as_json()[key] for key in extras] == [3, None]
     unknown = replace(row, forecast=None, reason="no").as_json()
     assert unknown.keys() == row.as_json().keys()

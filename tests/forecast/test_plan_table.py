@@ -6,12 +6,12 @@ import samples
 
 from lightweight import targets
 from lightweight.forecast import plan_table
-from lightweight.forecast.plan_row import PlanRow, Question
+from lightweight.forecast.plan_row import PlanOptions, PlanRow
 from lightweight.methods import BASELINE, LORA, LORA_CAPTURED
 from lightweight.targets import MiB
 
-ROW = PlanRow(model="m", method=LORA, target=targets.T4, question=Question(), forecast=samples.predicted())
-ASKED = Question(gpus=2, max_batch=True, longest_row=True, fewest_gpus=True)
+ROW = PlanRow(model="m", method=LORA, target=targets.T4, question=PlanOptions(), forecast=samples.predicted())
+ASKED = PlanOptions(gpus=2, max_batch=True, longest_row=True, fewest_gpus=True)
 
 
 def line_of(row, *others):

@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 
 from lightweight.__main__ import main
 from lightweight.forecast import cuda_rules, plan
-from lightweight.forecast.plan_row import Question
+from lightweight.forecast.plan_row import PlanOptions
 from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, QLORA
 from lightweight.models import Model
 from lightweight.targets import T4
@@ -44,7 +44,7 @@ HALF = replace(
 
 
 def write(path, method, **question):
-    rows = plan.plan([SMALL], [method], [T4], Question(**question))
+    rows = plan.plan([SMALL], [method], [T4], PlanOptions(**question))
     path.write_text(json.dumps([row.as_json() for row in rows]), "utf-8")
     return path
 

@@ -9,7 +9,7 @@ from lightweight import targets
 from lightweight.corpus import Corpus
 from lightweight.forecast import step_time, work
 from lightweight.forecast.replay import Trace
-from lightweight.forecast.step_time import DEVICE_ERROR, HOSTS, UNHIDDEN, Job, JobTime, StepTime
+from lightweight.forecast.step_time import DEVICE_ERROR, HOSTS, UNHIDDEN, JobLimits, JobTime, StepTime
 from lightweight.forecast.work import Work
 from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, QLORA, CapturedStep
 from lightweight.targets import NATIVE
@@ -91,10 +91,10 @@ def step(low=2.0, high=2.0):
 
 
 def test_a_job_is_its_epochs_over_rows_of_the_corpus_and_costs_its_hours():
-    job = Job(tokens=100 * 256 - 1, epochs=3, price=0.5)
+    job = JobLimits(tokens=100 * 256 - 1, epochs=3, price=0.5)
     assert job.steps(8, 256) == 3 * 13, "100 rows, the last of 13 steps with four"
     assert job.steps(8, 256, rows=8) == 3
-    assert Job(epochs=3).steps(8, 256) is None
+    assert JobLimits(epochs=3).steps(8, 256) is None
     time = JobTime.of(step(), 1800, job)
     assert (time.seconds, time.cost, time.too_much) == (3600, 0.5, None)
 
@@ -109,7 +109,7 @@ def test_a_job_is_its_epochs_over_rows_of_the_corpus_and_costs_its_hours():
     ],
 )
 def test_what_takes_or_costs_too_much_is_marked_by_the_longest_it_may_take(changes, too_much):
-    job = Job(price=0.5, **changes)
+    job = JobLimits(price=0.5, **changes)
     assert JobTime.of(step(), 1800, job).too_much == too_much
     assert JobTime.of(step(low=1.0, high=2.0), 1800, job).too_much == too_much
     assert JobTime.of(step(low=0.5, high=1.0), 1800, job).too_much is None

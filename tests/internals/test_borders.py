@@ -79,6 +79,12 @@ def reached_into(module: ast.Module) -> Iterator[str]:
             case ast.Attribute(value=value, attr=name) if is_private(name):
                 if ast.unparse(value) not in ("self", "cls") and (name not in own or root(value) in names):
                     yield f"{node.lineno}: {ast.unparse(node)}"
+            case ast.Subscript(value=ast.Call(func=ast.Name(id="vars")), slice=ast.Constant(value=str(key))):
+                if is_private(key):
+                    yield f"{node.lineno}: {ast.unparse(node)}"
+            case ast.Call(func=ast.Name(id="getattr" | "hasattr"), args=[_, ast.Constant(value=str(key)), *_]):
+                if is_private(key):
+                    yield f"{node.lineno}: {ast.unparse(node)}"
             case ast.Assign(targets=targets) | ast.Delete(targets=targets):
                 for target in targets:
                     if isinstance(target, ast.Attribute) and root(target) in names:
@@ -108,6 +114,8 @@ def test_no_other_room_reaches_into_a_library(path):
         "model.config._attn_implementation = name",
         "import torch\ntorch.compile = later",
         "import torch\nmock.patch.object(torch.cuda, 'current_device', answer)",
+        "vars(module)['_modules'] = {}",
+        "getattr(module, '_parameters')",
         "from lightweight.preload import peft\ndel peft.get_peft_model",
     ],
 )

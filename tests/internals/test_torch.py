@@ -117,6 +117,15 @@ def test_flash_attention_is_called_as_its_operators_want_it_forward_and_backward
     assert query.grad.shape == shape and key.grad.shape == key.shape
 
 
+@pytest.mark.parametrize("name", ["flash", "efficient", "cudnn"])
+def test_a_kernel_of_attention_runs_there_and_back_as_it_is_timed(name):
+    with FakeTensorMode():
+        tensors = tuple(torch.empty(2, 2, 8, 16, dtype=torch.bfloat16, device="meta") for _ in range(3))
+        forward, backward = torch_internals.attention_kernel(name, tensors, None)
+        assert forward()[0].shape == tensors[0].shape
+        assert [grad.shape for grad in backward()[:3]] == [tensor.shape for tensor in tensors]
+
+
 def test_softmax_says_whether_it_writes_fp32():
     with FakeTensorMode():
         half = torch.empty(2, 3, dtype=torch.float16, device="meta")
@@ -210,6 +219,54 @@ def test_fsdp_shards_over_the_mesh_that_is_said_and_every_part_of_that_is_seen(m
     plain = torch.ones(1)
     assert torch_internals.own_part(plain) is plain
     assert resized and tried and written
+
+
+def test_a_twin_has_other_children_and_the_forward_pass_of_its_class():
+    module = torch.nn.Sequential(torch.nn.ReLU())
+    module.forward = lambda x: x  # as accelerate and others wrap it
+    twin = torch_internals.twin_of(module, {"0": torch.nn.Sigmoid()})
+    assert twin(torch.zeros(1)) == 0.5
+    assert module(torch.zeros(1)) == 0 and isinstance(module[0], torch.nn.ReLU)
+
+
+def test_numbers_are_computed_with_inside_a_mode_of_fake_tensors():
+    with FakeTensorMode():
+        assert isinstance(torch.ones(2), FakeTensor)
+        with torch_internals.with_numbers():
+            assert torch.ones(2).sum().item() == 2
+
+
+def test_a_number_that_the_host_reads_and_a_backward_pass_are_seen():
+    seen = []
+
+    class Mode(torch_internals.DispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+            seen.append((operator, torch_internals.in_backward()))
+            return operator(*arguments, **options or {})
+
+    with Mode():
+        x = torch.ones(2, requires_grad=True)
+        total = (x * x).sum()
+        assert total.item() == 2
+        total.backward()
+    assert (torch_internals.READ_BY_THE_HOST, False) in seen
+    assert (aten.mul.Tensor, False) in seen and (aten.mul.Tensor, True) in seen
+
+
+def test_gradients_are_clipped_in_a_few_kernels_for_all():
+    seen = []
+
+    class Mode(torch_internals.DispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+            seen.append(operator.name())
+            return operator(*arguments, **options or {})
+
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    for weight in weights:
+        weight.grad = torch.ones(2)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch_internals.gradients_clipped_at_once(), Mode():
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    assert {"aten::_foreach_norm.Scalar", "aten::_foreach_mul_.Tensor"} <= {*seen}
 
 
 def test_fake_tensors_are_told_apart_by_addresses():

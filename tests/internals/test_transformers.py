@@ -6,7 +6,7 @@ import torch
 
 from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, which imports peft
 import transformers
-from transformers import AutoModelForCausalLM, OPTConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.masking_utils import create_causal_mask
 
@@ -80,6 +80,38 @@ def test_a_model_says_its_attention_and_its_layers():
     transformers_internals.say_attention(model, "sdpa")
     assert transformers_internals.attention_of(model.model.decoder) == "sdpa"
     assert transformers_internals.layers_not_split(model) == {"OPTDecoderLayer"}
+
+
+def test_what_turns_queries_and_keys_is_replaced_and_given_back():
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    network = AutoModelForCausalLM.from_config(config)
+    attention = network.model.layers[0].self_attn
+    own, replace = transformers_internals.rotation_of(attention)
+    calls = []
+    undo = replace(lambda *arguments, **options: calls.append(1) or own(*arguments, **options))
+    network(torch.tensor([[1, 2, 3]]))
+    undo()
+    network(torch.tensor([[1, 2, 3]]))
+    assert calls == [1] and transformers_internals.rotation_of(attention)[0] is own
+    assert transformers_internals.rotation_of(torch.nn.Linear(1, 1))[0] is None
+
+
+def test_layers_are_computed_again_until_that_is_undone():
+    network = AutoModelForCausalLM.from_config(CONFIG)
+    layers = transformers_internals.recomputable_layers(network)
+    assert [type(layer).__name__ for layer in layers] == ["OPTDecoderLayer"] * CONFIG.num_hidden_layers
+    passes = []
+    layers[0].fc1.register_forward_hook(lambda *_: passes.append(1))
+
+    def step():
+        passes.clear()
+        network.train()(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+        return len(passes)
+
+    undo = transformers_internals.recompute(layers, keeps_random_numbers=True)
+    assert step() == 2
+    undo()
+    assert step() == 1
 
 
 def test_whether_a_mask_says_more_than_causality_is_decided_elsewhere():

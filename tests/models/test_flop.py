@@ -3,7 +3,7 @@
 import pytest
 
 from conftest import MICRO
-from lightweight import models
+from lightweight import methods, models
 from lightweight.methods import BASELINE, LORA
 from lightweight.models import Model
 
@@ -14,7 +14,7 @@ ATTENTION = 12 * 32
 def network(model, method=BASELINE):
     import torch
 
-    return method.adapt(models.skeleton(models.configuration(model), torch.float32, None), upcast=True)
+    return methods.adapt(method, models.skeleton(models.configuration(model), torch.float32, None), upcast=True)
 
 
 def test_six_operations_a_weight_twelve_a_pair_of_tokens_and_none_for_what_is_looked_up():

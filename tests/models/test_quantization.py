@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, ByT5Tokenizer, FineGrainedFP8Config
 
-from lightweight import models
+from lightweight import methods, models
 from lightweight.methods import BASELINE, LORA, QLORA, MethodError, adapted_layers
 from lightweight.models import Model, ModelError
 from models.damage import settings, tensors
@@ -48,11 +48,11 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 def test_a_bitsandbytes_checkpoint_is_trained_as_it_is(quantized, kind, method):
     model = quantized(**kind)
     method = method.on_cpu()
-    settled = models.settle_quantization(model, models.configuration(model), method)
+    settled = methods.settle_quantization(model, models.configuration(model), method)
     assert isinstance(settled, BitsAndBytesConfig)
     assert (settled.load_in_4bit, settled.load_in_8bit) == ("load_in_4bit" in kind, "load_in_8bit" in kind)
     assert settled.bnb_4bit_compute_dtype == torch.float32  # the method's, whatever the checkpoint says
-    network = method.adapt(models.load(model, torch.float32, CPU, settled))
+    network = methods.adapt(method, models.load(model, torch.float32, CPU, settled))
     assert models.quantization_of(network) == f"bitsandbytes {8 if 'load_in_8bit' in kind else 4}-bit"
     assert {"q_proj", "v_proj"} <= set(adapted_layers(network))
     loss = network.train()(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss
@@ -65,7 +65,7 @@ def test_a_bitsandbytes_checkpoint_is_trained_as_it_is(quantized, kind, method):
 def test_a_quantized_checkpoint_is_forecast_as_it_is(quantized):
     model = quantized(**NF4)
     config = models.configuration(model)
-    network = models.skeleton(config, torch.float32, models.settle_quantization(model, config, LORA))
+    network = models.skeleton(config, torch.float32, methods.settle_quantization(model, config, LORA))
     packed = {name for name, module in network.named_modules() if type(module).__name__ == "Linear4bit"}
     assert "model.decoder.layers.0.self_attn.q_proj" in packed
     assert models.count_parameters(network) == models.count_parameters(models.skeleton(config, torch.float32, None))
@@ -85,7 +85,7 @@ def test_a_quantized_checkpoint_is_forecast_as_it_is(quantized):
 def test_a_method_that_cannot_train_a_quantized_checkpoint_is_one_line(quantized, method, more, expected):
     model = quantized(**NF4)
     with pytest.raises(MethodError, match=expected) as raised:
-        models.settle_quantization(model, models.configuration(model), method, **more)
+        methods.settle_quantization(model, models.configuration(model), method, **more)
     assert str(raised.value).startswith(f"method {method.name}: model {model.name} is quantized by bitsandbytes 4-bit")
 
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_that_no_method_can_train_is_one_line_of_the_model(weights_
     settings("config.json", quantization_config=stored)(weights_folder)
     model = models.named(str(weights_folder))
     with pytest.raises(ModelError, match=f"its checkpoint is quantized by {kind}, which") as raised:
-        models.settle_quantization(model, models.configuration(model), method)
+        methods.settle_quantization(model, models.configuration(model), method)
     assert "\n" not in str(raised.value)
     with pytest.raises(ModelError, match=r"random weights are not drawn as|which cannot be read here"):
         models.find(model, "random")
@@ -133,7 +133,7 @@ def test_the_scales_of_fp8_weights_are_not_dropped(weights_folder, without_gpu):
     settings("config.json", quantization_config=stored)(weights_folder)
     found, _ = models.find(models.named(str(weights_folder)))
     try:
-        settled = models.settle_quantization(found, models.configuration(found), LORA)
+        settled = methods.settle_quantization(found, models.configuration(found), LORA)
     except ModelError as error:  # so up to transformers 5.17
         if "by fp8, which transformers cannot train" not in str(error):
             raise

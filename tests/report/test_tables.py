@@ -245,6 +245,18 @@ def test_trials_over_several_gpus_stand_beside_the_one_on_one():
     assert shared[4:8] == ["30,720", "15,360", "1.50x", "3.00 GiB, 2.00 GiB"]
     assert stopped_on_one_rank[3] == "out of memory in forward, rank 1"
     assert stopped_on_one_rank[4:8] == ["-", "-", "-", "-, 1.00 GiB"], "one step is no rate"
+    assert [row[8] for row in (one, shared)] == ["-", "-"], "in records that do not say"
+    grown = {
+        "changed": {"scale": "batch"},
+        "tokens_per_step": 4096,
+        "method_digest": "2" * 64,
+        "placement": "replicated",
+    }
+    weak = entry(**two | grown | {"tokens_per_second": 38_912.0, "steady_step_seconds": 0.1 / 0.95})
+    _, told = tables.ranks([entry(**rates), weak]).rows
+    assert (told[6], told[8]) == ("1.90x", "replicated, scale batch")
+    other = entry(**rates, adapter={"r": 64})
+    assert [row[6] for row in tables.ranks([other, weak]).rows] == ["-"], "of another adapter"
     untold = replace(entries[2], peak_allocated_bytes=None, host_peak_bytes=2**33)
     assert words.memory(untold) == "1.00 GiB", "of the rank that could tell, not of the host"
     assert record.baseline_of(entries[2], entries) is entries[1]

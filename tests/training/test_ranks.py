@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler
 
 from conftest import torchruns
 from lightweight import models, targets
+from lightweight.captured import agreement
 from lightweight.child import failure, worker
 from lightweight.child.owner import Child
 from lightweight.internals.multiprocessing import forkserver_pid
@@ -72,10 +73,18 @@ def on_gpus() -> list[int]:
     return [process.pid for handle in handles for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_several_ranks_have_the_losses_of_one_and_save_the_same_file(trial, tmp_path, name):
+PLACED = [
+    (name, placement)
+    for name, method in METHODS.items()
+    for placement in ("replicated", "sharded")
+    if placement == "replicated" or method.captured_step is None
+]
+
+
+@pytest.mark.parametrize(("name", "placement"), PLACED)
+def test_several_ranks_have_the_losses_of_one_and_save_the_same_file(trial, tmp_path, name, placement):
     """20 steps over 20 pairs, so that every third step is short."""
-    trial = replace(trial, method=quick(METHODS[name]))
+    trial = replace(trial, method=quick(METHODS[name]), placement=placement)
     found = {size: outcome(replace(trial, world_size=size), tmp_path / str(size)) for size in (1, *WORLDS)}
     (weights,) = {path.name for path in (tmp_path / "1" / "saved").glob("*.safetensors")}
     one = load_file(tmp_path / "1" / "saved" / weights)
@@ -94,13 +103,95 @@ def test_several_ranks_have_the_losses_of_one_and_save_the_same_file(trial, tmp_
     assert [len(found[size].measured.rank_peak_allocated_bytes) for size in WORLDS] == WORLDS
 
 
-def test_gradients_of_several_ranks_are_as_large_as_those_of_one(trial, tmp_path):
+@pytest.mark.parametrize("placement", ["replicated", "sharded"])
+def test_gradients_of_several_ranks_are_as_large_as_those_of_one(trial, tmp_path, placement):
     """AdamW and clipping would take any multiple of them for the same."""
     method = quick(BASELINE, optim="sgd", max_grad_norm=0.0, learning_rate=0.5)
-    trial = replace(trial, method=method, max_steps=6)
+    trial = replace(trial, method=method, max_steps=6, placement=placement)
     one, two = (outcome(replace(trial, world_size=size), tmp_path / str(size)) for size in (1, 2))
     assert two.measured.train_loss == pytest.approx(one.measured.train_loss, abs=EQUAL)
     assert max(one.measured.train_loss) - min(one.measured.train_loss) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "placement"), [("qlora", "replicated"), ("lora", "sharded"), ("lora-captured", "replicated")]
+)
+@pytest.mark.skipif(bool(GPUS), reason="fp32 on a CPU is what tells rounding from a mistake")
+def test_a_step_that_grows_with_two_ranks_is_that_of_one_with_twice_the_passes(trial, tmp_path, name, placement):
+    method = quick(METHODS[name]).scaled(2, "batch-sqrt")
+    assert method.sequences_per_step == 2 * METHODS[name].sequences_per_step
+    assert method.on_rank(2).sequences_per_step == METHODS[name].sequences_per_step
+    trial = replace(trial, method=method, max_steps=6, placement=placement)
+    one, two = (outcome(replace(trial, world_size=size), tmp_path / str(size)) for size in (1, 2))
+    assert isinstance(two, Completed), two
+    assert two.measured.train_loss == pytest.approx(one.measured.train_loss, abs=1e-5)
+    assert two.measured.heldout_loss_after == pytest.approx(one.measured.heldout_loss_after, abs=1e-5)
+    assert two.measured.step_tokens == one.measured.step_tokens
+    assert abs(one.measured.heldout_loss_after - one.measured.heldout_loss_before) > 1e-3
+
+
+def test_what_a_learning_rate_becomes_is_as_the_scale_says():
+    method = replace(BASELINE, training_arguments={**BASELINE.training_arguments, "learning_rate": 1e-3})
+    rates = {scale: method.scaled(4, scale) for scale in ("fixed", "batch", "batch-sqrt", "batch-linear")}
+    assert {scale: of.training_arguments["learning_rate"] for scale, of in rates.items()} == {
+        "fixed": 1e-3,
+        "batch": 1e-3,
+        "batch-sqrt": 2e-3,
+        "batch-linear": 4e-3,
+    }
+    assert [of.sequences_per_step for of in rates.values()] == [8, 32, 32, 32]
+    assert BASELINE.scaled(4, "batch-linear").training_arguments["learning_rate"] == 2e-4, "of transformers' default"
+    assert rates["fixed"] is method.scaled(1, "batch-linear") is method
+    assert [of.changed.get("scale") for of in rates.values()] == [None, "batch", "batch-sqrt", "batch-linear"]
+
+
+def test_gradients_are_sent_while_the_backward_pass_still_makes_others(monkeypatch):
+    """In one order, the last layer's first; a weight that no pass reaches goes last, as zeros."""
+    sent: list[torch.Tensor] = []
+
+    class Sent:
+        def wait(self) -> None: ...
+
+    def all_reduce(flat: torch.Tensor, async_op: bool) -> Sent:
+        sent.append(flat.clone())
+        flat *= 2  # as if the other rank had the same
+        return Sent()
+
+    monkeypatch.setattr(ranks.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(ranks, "BUCKET_BYTES", 1)
+    first, unreached, last = (torch.nn.Parameter(torch.full((2,), value)) for value in (2.0, 3.0, 5.0))
+    when: list[int] = []
+
+    class Looking(torch.autograd.Function):
+        """Between the two layers, tells how many buckets have been sent when the backward pass gets there."""
+
+        @staticmethod
+        def forward(_, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(_, grad):
+            when.append(len(sent))
+            return grad
+
+    def gradients(weights):
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        return [weight.grad for weight in weights]
+
+    loss = torch.tensor(7.0)
+    reducer = ranks.Reducer([first, unreached, last], gradients, [loss])
+    with reducer.adding_up():
+        (Looking.apply(first) * last).sum().backward()
+    assert when == [1]
+    assert [flat.tolist() for flat in sent] == [[7.0, 2.0, 2.0], [0.0, 0.0], [5.0, 5.0]]
+    assert (loss.item(), last.grad.tolist(), first.grad.tolist()) == (14.0, [4.0, 4.0], [10.0, 10.0])
+    assert not first._post_accumulate_grad_hooks, "none is left behind"
+
+
+def test_a_captured_step_of_shards_is_refused(trial):
+    with pytest.raises(ValueError, match="a captured step has the whole network on every rank: leave out --placement"):
+        replace(trial, method=METHODS["lora-captured"], world_size=2, placement="sharded")
 
 
 def adamw_by_names(network, arguments):
@@ -373,6 +464,26 @@ def test_a_trial_whose_folder_is_gone_is_an_outcome_also_for_several_ranks(trial
 
 
 RUN = worker.run
+
+
+def run_drawing_otherwise(connection, trial, *rest) -> None:
+    """`worker.run`, where the Trainer is found to draw other rows than the captured step."""
+    agreement.Reference.draws = lambda reference, passes: False  # type: ignore[method-assign]
+    RUN(connection, trial, *rest)
+
+
+def test_a_captured_step_that_is_not_the_trainers_is_left_to_it_on_several_ranks_too(trial, tmp_path, monkeypatch):
+    trial = replace(trial, method=quick(METHODS["lora-captured"]), max_steps=6)
+    one = outcome(trial, tmp_path / "one")
+    monkeypatch.setattr(worker, "run", run_drawing_otherwise)
+    two = outcome(replace(trial, world_size=2), tmp_path / "two")
+    assert isinstance(two, Completed), two
+    assert two.measured.capture_note is not None
+    assert two.measured.capture_note.endswith(
+        "the Trainer runs the steps, since it draws other rows than the captured step"
+    )
+    assert two.measured.train_loss == pytest.approx(one.measured.train_loss, abs=EQUAL)
+    assert two.measured.heldout_loss_after == pytest.approx(one.measured.heldout_loss_after, abs=EQUAL)
 
 
 def run_and_stop_in_save(connection, trial, folder, started, environment, *rest) -> None:

@@ -12,7 +12,7 @@ from conftest import rows_of
 from lightweight import models, targets
 from lightweight.child import worker
 from lightweight.corpus import IGNORED, Row
-from lightweight.methods import BASELINE, QLORA, Method, MethodError
+from lightweight.methods import BASELINE, QLORA, Method, MethodError, adapt
 from lightweight.training import ranks, stock
 from lightweight.training.meter import Meter
 from lightweight.trial import Trial
@@ -183,7 +183,7 @@ ADAPTERS = {
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_heldout_loss_is_cross_entropy_whatever_the_adapter_adds(trial, folder, name):
     trial = replace(trial, max_length=64, method=Method(name=name, adapter=ADAPTERS[name]))
-    trainer, rows, _, _ = prepare(trial, folder, Method(name=name, adapter=ADAPTERS[name]).adapt(small("llama")))
+    trainer, rows, _, _ = prepare(trial, folder, adapt(Method(name=name, adapter=ADAPTERS[name]), small("llama")))
     found = stock.heldout_loss(trainer, rows[:5])
     assert found == pytest.approx(by_hand(trainer.model, rows[:5]), abs=1e-4)
     if name == "adalora":  # which changes nothing yet, and adds its penalty to the network's own loss
@@ -205,7 +205,7 @@ def test_smoothed_labels_are_those_of_the_next_token_also_behind_virtual_ones(tr
     arguments = {"label_smoothing_factor": 0.3, "per_device_train_batch_size": 32}
     method = Method(name="smooth", adapter=adapter, training_arguments=arguments)
     trial = replace(trial, method=method, max_steps=1, max_length=64)
-    trainer, rows, meter, _ = prepare(trial, folder, method.adapt(small("llama")))
+    trainer, rows, meter, _ = prepare(trial, folder, adapt(method, small("llama")))
     batch = {key: trainer.data_collator(rows)[key] for key in ("input_ids", "attention_mask", "labels")}
     labels = batch.pop("labels")[:, 1:]
     with torch.no_grad():

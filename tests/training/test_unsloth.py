@@ -9,10 +9,10 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from lightweight import models
-from lightweight.child import unsloth
 from lightweight.methods import LORA, QLORA
 from lightweight.preload import peft
 from lightweight.targets import CPU
+from lightweight.training import unsloth
 from lightweight.trial import Trial
 
 

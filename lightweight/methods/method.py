@@ -1,30 +1,17 @@
-"""How a model is trained: a peft config, a quantization config and TrainingArguments overrides, in their own
-vocabulary, and where these do not say it, functions and classes of one's own, in the Trainer's.
-
-`BASELINE`, `LORA` and `QLORA` are the settings of the four original scripts. A variant is made with
-`dataclasses.replace`, a new method by writing one `Method`. `*_CAPTURED` train the same with the captured step.
-"""
+"""What a way to fine-tune says: a peft config, a quantization config and TrainingArguments overrides, in their own
+vocabulary, and where these do not say it, functions and classes of one's own, in the Trainer's."""
 
 from __future__ import annotations
 
-import copy
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from transformers import BitsAndBytesConfig
-from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lightweight import importable, names
-from lightweight.internals import peft as peft_internals
-from lightweight.models import Model, configuration, ran_out, reason, skeleton
+from lightweight import importable
 from lightweight.preload import peft
-
-from peft.tuners.tuners_utils import BaseTunerLayer  # isort: skip  # after preload, which decides how peft is imported
 
 if TYPE_CHECKING:  # the Trainer takes seconds to import, and torch's optimizers are nothing to wait for here
     import torch
@@ -34,8 +21,8 @@ Precision = Literal["fp32", "fp16", "bf16", "half"]
 """`half` is bf16 on a target that has it and fp16 elsewhere; a `Trial` knows which."""
 
 
-QUERIES_AND_VALUES = {"q_proj", "v_proj"}
-"""What LoRA was first put on (https://arxiv.org/abs/2106.09685, section 4.2), as most architectures call it."""
+LEARNING_RATE = 5e-5
+"""What a schedule begins at where TrainingArguments say nothing."""
 
 
 OWN_CODE = ("optimizer", "compute_loss", "trainer", "callbacks", "data_collator", "transform")
@@ -198,7 +185,7 @@ class Method:
     @property
     def not_for_ranks(self) -> list[str]:
         """What of OWN_CODE may have several ranks train otherwise than one. Those of a captured step each hold the
-        whole network; FSDP2 replaces the weights by shards, on which an optimizer must work element by element."""
+        whole network; those of the Trainer may be sharded, and then an optimizer must work element by element."""
         allowed: tuple[str, ...] = CAPTURED_WITH if self.captured_step is not None else ()
         if isinstance(self.optimizer, tuple) and importable.import_path(self.optimizer[0]) in ELEMENT_BY_ELEMENT:
             allowed = (*allowed, "optimizer")
@@ -291,6 +278,26 @@ class Method:
         """The method with `rate` as what its schedule begins at."""
         return replace(self, training_arguments={**self.training_arguments, "learning_rate": rate})
 
+    def scaled(self, world_size: int, scale: str) -> Method:
+        """The method whose step grows with the number of ranks, so that each sees what one would alone: "batch" keeps
+        the learning rate, "batch-sqrt" multiplies it by the square root of that number, the rule for Adam
+        (https://arxiv.org/abs/2205.10287), "batch-linear" by the number, the rule for SGD
+        (https://arxiv.org/abs/1706.02677). "fixed" leaves the step as it is."""
+        if world_size == 1 or scale == "fixed":
+            return self
+        arguments = dict(self.training_arguments)
+        arguments["gradient_accumulation_steps"] = self.passes_per_step * world_size
+        power = {"batch": 0.0, "batch-sqrt": 0.5, "batch-linear": 1.0}[scale]
+        if power:
+            arguments["learning_rate"] = arguments.get("learning_rate", LEARNING_RATE) * world_size**power
+        return replace(self, training_arguments=arguments, changed={**self.changed, "scale": scale})
+
+    def to_be_sharded(self) -> Method:
+        """The method whose weights FSDP can deal out: it shards floating-point tensors, so packed weights are stored as
+        if they were some."""
+        storage = "float16" if self.weights_dtype == "half" else self.weights_dtype
+        return replace(self, quantization=_with_4bit(self.quantization, bnb_4bit_quant_storage=storage))
+
     def on_rank(self, world_size: int) -> Method:
         """The method as each of `world_size` processes runs it, so that together they see the sequences of a step: no
         more in a pass than the method says, in as few passes as that takes."""
@@ -303,88 +310,7 @@ class Method:
             "per_device_train_batch_size": -(-sequences // passes),
             "gradient_accumulation_steps": passes,
         }
-        quantization = self.quantization
-        if self.captured_step is None:  # FSDP shards floating-point tensors: packed weights are stored as if they were
-            storage = "float16" if self.weights_dtype == "half" else self.weights_dtype
-            quantization = _with_4bit(quantization, bnb_4bit_quant_storage=storage)
-        return replace(self, training_arguments=arguments, quantization=quantization)
-
-    def adapt(self, network: Any, upcast: bool = True) -> Any:
-        """`network`, loaded or on the meta device, with its adapter on, as peft's own documentation does it, and what
-        its `transform` makes of that. `upcast` holds what a quantized model leaves unquantized in fp32. Raises
-        MethodError where the adapter cannot be put on this architecture, or the transform returns no network."""
-        if getattr(network, "is_quantized", False) and upcast:
-            network = peft.prepare_model_for_kbit_training(
-                network,
-                use_gradient_checkpointing=self.training_arguments.get("gradient_checkpointing", False),
-                gradient_checkpointing_kwargs=self.training_arguments.get("gradient_checkpointing_kwargs"),
-            )
-        if self.adapter is not None:
-            network = self._with_adapter(network)
-        if self.transform is None:
-            return network
-        transformed = self.transform(network)
-        its = f"method {self.name}: its transform {importable.import_path(self.transform)}"
-        if not (hasattr(transformed, "named_parameters") and hasattr(transformed, "config")):
-            without = ", which has no config" if hasattr(transformed, "named_parameters") else ""
-            raise MethodError(f"{its} returns a {type(transformed).__name__}{without}: return the network")
-        if not any(weight.requires_grad for weight in transformed.parameters()):
-            raise MethodError(f"{its} leaves nothing to train: leave some weights as requires_grad_(True)")
-        return transformed
-
-    def _with_adapter(self, network: Any) -> Any:
-        adapter = self.adapter_for(network)
-        try:
-            return peft.get_peft_model(network, adapter)
-        except Exception as error:
-            if ran_out(error):
-                raise
-            named = getattr(adapter, "target_modules", None)
-            mend = "name layers that it has in target_modules" if named else "take another adapter"
-            if "lora_dropout" in str(error):  # of peft, for experts whose weights are one parameter
-                mend = "give lora_dropout=0, or name its attention's layers in target_modules"
-            raise MethodError(
-                f"method {self.name}: its {adapter.peft_type.value} cannot be put on {network.config.model_type} "
-                f"({reason(error)}): {mend}"
-            ) from error
-
-    def adapter_for(self, network: Any) -> Any:
-        """A copy of the adapter for peft to write into. Where it leaves its layers to the architecture
-        (`target_modules` None), they are those of peft's own mapping; where that knows none, the projections of queries
-        and values, which most of the mapping names; where the network has none of that name, all linear layers. What an
-        adapter computes from weights to begin with (PiSSA, OLoRA) it cannot from those of the meta device, and has the
-        shapes of any other beginning there."""
-        adapter: Any = copy.deepcopy(self.adapter)
-        if isinstance(getattr(adapter, "init_lora_weights", None), str) and any(
-            w.is_meta for w in network.parameters()
-        ):
-            adapter.init_lora_weights = True
-        mapping = _target_mapping(adapter)
-        if mapping is None or adapter.target_modules is not None or getattr(adapter, "target_parameters", None):
-            return adapter
-        architecture = network.config.model_type
-        names = {name.rpartition(".")[2] for name, _ in network.named_modules()}
-        layers = mapping.get(architecture, QUERIES_AND_VALUES if names >= QUERIES_AND_VALUES else "all-linear")
-        adapter.target_modules = layers if isinstance(layers, str) else set(layers)
-        if layers == "all-linear" and "mamba" in architecture:
-            adapter.exclude_modules = {"conv1d", "out_proj"}  # which peft refuses there
-        return adapter
-
-    def named_layers(self, network: Any) -> list[str]:
-        """The layers of `network` that the adapter is put on, by their names without their places, for a library that
-        takes nothing else. Raises MethodError where that is none, or says more layers than the adapter does."""
-        places = [name for name, _ in network.named_modules()]
-        adapter = self.adapter_for(network)
-        chosen = peft_internals.chosen_layers(adapter, network)
-        names = sorted({place.rpartition(".")[2] for place in chosen})
-        also = sorted(place for place in places if place.rpartition(".")[2] in names and place not in chosen)
-        if also or not names:
-            problem = f"{also[0]} has the name of one that it is put on" if also else "there is none of them"
-            raise MethodError(
-                f"method {self.name}: {self.library} takes layers by name alone, and of target_modules "
-                f"{adapter.target_modules!r} {problem}: name layers of which all are meant"
-            )
-        return names
+        return replace(self, training_arguments=arguments)
 
     def on_cpu(self) -> Method:
         """The method as a CPU can run it: fp16 mixed precision needs a GPU (accelerate refuses it), and so does tf32:
@@ -410,129 +336,8 @@ def _lineage(of: Any) -> tuple[type, ...]:
     return of.__mro__ if isinstance(of, type) else ()
 
 
-def check_layers(method: Method, model: Model) -> None:
-    """Raise MethodError, in one line, where `model` has not each of the layers that the command line names for the
-    adapter of `method`. peft passes over what it does not find, until there is nothing; so it is with a method's own
-    names, which may be meant for several architectures. Raises ModelError where there is no network."""
-    wanted = method.changed.get("lora_layers", "all-linear")
-    if isinstance(wanted, str):
-        return
-    network = skeleton(configuration(model), torch.float32, None)
-    places = [place for place, _ in network.named_modules()]
-    # as peft finds them: by the end of their place
-    missing = sorted(name for name in wanted if not any(f".{place}".endswith(f".{name}") for place in places))
-    if not missing:
-        return
-    known = sorted({place.rpartition(".")[2] for place, layer in network.named_modules() if _is_linear(layer)})
-    raise MethodError(
-        f"{model.name} x {method.name}: --lora-layers: there is no layer called {' or '.join(missing)}: "
-        f"name some of {', '.join(known)}{names.question(missing[0], known)}"
-    )
-
-
-def _is_linear(layer: Any) -> bool:
-    return isinstance(layer, torch.nn.Linear | Conv1D)
-
-
-def _target_mapping(adapter: Any) -> Mapping[str, Any] | None:
-    """peft's layers by architecture for an adapter of this kind, None for a kind that is put on no layers."""
-    tuner = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(adapter.peft_type)
-    return getattr(tuner, "target_module_mapping", None) if hasattr(adapter, "target_modules") else None
-
-
-def adapted_layers(network: Any) -> tuple[str, ...]:
-    """The names, without their places, of the layers that an adapter has been put on, sorted."""
-    layers = (name for name, module in network.named_modules() if isinstance(module, BaseTunerLayer))
-    return tuple(sorted({name.rpartition(".")[2] for name in layers}))
-
-
 def _with_4bit(quantization: QuantizationConfigMixin | None, **settings: str) -> QuantizationConfigMixin | None:
     """`quantization` with other `settings` where it is to 4 bits."""
     if isinstance(quantization, BitsAndBytesConfig) and quantization.load_in_4bit:
         return BitsAndBytesConfig(**{**quantization.to_dict(), **settings})
     return quantization
-
-
-BASELINE = Method(name="baseline", training_arguments={"per_device_train_batch_size": 8})
-"""`before_small` and `before_big` of the original scripts: every parameter in fp32, 8 sequences a step."""
-
-LORA = Method(
-    name="lora",
-    adapter=peft.LoraConfig(
-        task_type=peft.TaskType.CAUSAL_LM, r=8, lora_alpha=32, lora_dropout=0.1, target_modules=None
-    ),
-    training_arguments={"per_device_train_batch_size": 8, "fp16": True},
-)
-"""`lightweight_small`: LoRA (https://arxiv.org/abs/2106.09685) of rank 8 on frozen fp32 weights, fp16 autocast. Its
-layers are those that peft names for the architecture: of OPT, GPT-Neo and Llama the original's q_proj and v_proj."""
-
-QLORA = Method(
-    name="qlora",
-    # 'all-linear' is peft's word for every linear layer but the output head
-    adapter=peft.LoraConfig(
-        task_type=peft.TaskType.CAUSAL_LM, r=8, lora_alpha=32, lora_dropout=0.1, target_modules="all-linear"
-    ),
-    quantization=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float16"),
-    training_arguments={
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 4,
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "fp16": True,
-    },
-)
-"""`lightweight_big`: LoRA on weights in NF4 (QLoRA, https://arxiv.org/abs/2305.14314), 4 passes of 2 sequences a step,
-each forward computed twice."""
-
-# All parameters are trained, so none is frozen to be held in half precision, and fp32 is what the optimizer adds its
-# small updates to: pure fp32 keeps the baseline's arithmetic and its 16 bytes a parameter. Half-precision products with
-# fp32 masters beside them are `replace(BASELINE_CAPTURED, weights_dtype="half")`, at 20 bytes a parameter.
-BASELINE_CAPTURED = replace(BASELINE, name="baseline-captured", step="captured")
-"""`baseline` with the captured step."""
-
-LORA_CAPTURED = replace(
-    LORA,
-    name="lora-captured",
-    step="captured",
-    weights_dtype="half",
-    training_arguments={"per_device_train_batch_size": 8},
-)
-"""`lora` with the captured step, its frozen weights held in half precision; what is trained stays fp32."""
-
-QLORA_CAPTURED = replace(
-    QLORA,
-    name="qlora-captured",
-    step="captured",
-    weights_dtype="half",
-    training_arguments={"per_device_train_batch_size": 8},  # one pass, nothing recomputed
-)
-"""`qlora` with the captured step: the same 8 sequences a step in one pass."""
-
-METHODS = {method.name: method for method in (BASELINE, LORA, QLORA, BASELINE_CAPTURED, LORA_CAPTURED, QLORA_CAPTURED)}
-"""What `--method` knows by name."""
-
-PLANNED = (BASELINE, LORA, QLORA, LORA_CAPTURED, QLORA_CAPTURED)
-"""What a plan lists, and a job takes one of, where no method is named."""
-
-
-def named(text: str) -> Method:
-    """The method called `text`, or the `Method` object at an import path `package.module:NAME`, or in a file,
-    `path/to/file.py:NAME`. Raises ValueError, also for another method of the name of one of the suite's, which it would
-    be taken for."""
-    if text in METHODS:
-        return METHODS[text]
-    names.check_method(text)
-    where, _, name = text.rpartition(":")
-    try:
-        module = importable.module_of(Path(where)) if where.endswith(".py") else where
-        method = pkgutil.resolve_name(f"{module}:{name}")
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"method {text!r} cannot be imported: {error}") from error
-    except Exception as error:  # of its author's code, whatever that is
-        place = "" if isinstance(error, SyntaxError) else importable.place_of(error)
-        told = f"{reason(error)} ({place})" if place else reason(error)
-        raise ValueError(f"method {text!r} cannot be imported: {told}") from error
-    if not isinstance(method, Method):
-        raise ValueError(f"method {text!r} is a {type(method).__name__}: give a lightweight.methods.Method")
-    names.refuse_namesakes("method", [METHODS.get(method.name, method), method])
-    return method
