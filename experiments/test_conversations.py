@@ -7,7 +7,6 @@ conversations of a step one behind the other.
 
 import random
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import pytest
@@ -38,7 +37,7 @@ def conversation(tokens: int, number: int) -> Conversation:
 
     size = tokens // (2 * TURNS) - len("User: \nAssistant: .") // 2  # with the names of roles and the ends of answers
     turns = [(Message("user", said(size)), Message("assistant", said(size))) for _ in range(TURNS)]
-    return Conversation(tuple(chain.from_iterable(turns)))
+    return Conversation(tuple(message for turn in turns for message in turn))
 
 
 def conversations() -> Corpus:
