@@ -90,6 +90,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--faults", action="store_true", help="inject every fault, not a sample of each class")
     parser.addoption(
+        "--faults-draw", type=int, default=0, metavar="N", help="make other mutants than the ones of draw 0, the default"
+    )
+    parser.addoption(
         "--faults-into",
         type=Path,
         metavar="FILE.md",
