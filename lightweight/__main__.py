@@ -12,15 +12,19 @@ with interrupted_silently():
     import select
     import signal
     import sys
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from contextlib import contextmanager
     from pathlib import Path
     from typing import NoReturn
 
     from lightweight import __version__, names
+    from lightweight.child import host_memory
     from lightweight.cli import checks
+    from lightweight.cli.checkpoints import signals_to
     from lightweight.cli.terminal import refuse, tell
     from lightweight.report import publish
     from lightweight.settings import OF_CORPUS, SETTINGS
+    from lightweight.targets import size
     from lightweight.verdict.limits import LIMITS
 
 
@@ -28,10 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 1 for a gate that fails or a training that did not complete, 2 for
     input that cannot be used, 130 for an interruption, 141 where nobody reads what it prints."""
     try:
-        options = parser().parse_args(arguments)
-        options.given = sys.argv[1:] if arguments is None else arguments
-        status = _run(options)
-        sys.stdout.flush()
+        with signals_to(signal.default_int_handler):  # what asks a command to end has it leave as Ctrl-C does
+            options = parser().parse_args(arguments)
+            options.given = sys.argv[1:] if arguments is None else arguments
+            status = _run(options)
+            sys.stdout.flush()
     except BrokenPipeError:
         if not _nobody_reads():
             raise
@@ -39,6 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         tell("interrupted")
         return 128 + signal.SIGINT
+    except Exception as error:
+        if not host_memory.ran_out(error):
+            raise
+        least = host_memory.limit()
+        tell(f"out of memory of the host: {least.what} is {size(least.bytes)}: raise it, or ask for less")
+        return 1
     return status
 
 
@@ -51,6 +62,19 @@ def _run(options: argparse.Namespace) -> int:
     except ValueError as error:
         return refuse(error)
     return run(options)
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Inside, torch is imported, which takes seconds: what asks this process to end ends it at once, since what is
+    imported may swallow a KeyboardInterrupt."""
+    with signals_to(_leave), for_good():
+        yield
+
+
+def _leave(*_: object) -> NoReturn:
+    tell("interrupted")
+    os._exit(128 + signal.SIGINT)
 
 
 def _nobody_reads() -> bool:
@@ -192,7 +216,7 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    with for_good():  # torch takes seconds
+    with _importing():
         from lightweight.cli import plan
     return plan.command(options)
 
@@ -272,7 +296,7 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    with for_good():  # torch takes seconds
+    with _importing():
         from lightweight.cli import sweep
     return sweep.command(options)
 
@@ -312,7 +336,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 
 def _chat(options: argparse.Namespace) -> int:
-    with for_good():  # torch takes seconds
+    with _importing():
         from lightweight.cli import chat
     return chat.command(options)
 
@@ -323,7 +347,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    with for_good():  # torch takes seconds
+    with _importing():
         from lightweight.cli import calibrate
     return calibrate.command(options)
 

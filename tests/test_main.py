@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -218,3 +219,25 @@ def test_a_signal_while_train_is_imported_ends_it_without_a_traceback(tmp_path, 
     else:
         assert (done.returncode, done.stdout, done.stderr) == (-number, "", "")
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.json"]
+
+
+@pytest.mark.parametrize("module", ["torch", "lightweight.forecast.plan_row"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_whatever_asks_a_command_to_end_has_it_say_so_in_a_line(module, number):
+    """Also one whose KeyboardInterrupt is swallowed by what is imported."""
+    command = [sys.executable, "-c", SIGNALLED.format(module=module, number=int(number)), "plan", "opt-tiny"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "lightweight: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(errno.ENOMEM, "x"), RuntimeError("DefaultCPUAllocator: not enough memory")]
+)
+def test_memory_that_runs_out_is_one_line_with_the_limit_in_force(run, monkeypatch, capsys, error):
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(record, "load", fail)
+    assert main(["report", str(run)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lightweight: out of memory of the host: ") and " GiB: raise it, or ask for less" in line

@@ -11,10 +11,12 @@ import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lightweight.targets import GiB
-from lightweight.trial import Measurements, OutOfMemory, Phase
+
+if TYPE_CHECKING:  # torch takes seconds, and memory
+    from lightweight.trial import Measurements, OutOfMemory, Phase
 
 PROC = Path("/proc")
 
@@ -59,6 +61,8 @@ def ran_out(error: BaseException) -> bool:
 
 def outcome(phase: Phase, reason: str, measured: Measurements) -> OutOfMemory:
     """How a trial ended for which the host's memory did not suffice; `reason` is completed by the limit in force."""
+    from lightweight.trial import OutOfMemory
+
     least = limit()
     return OutOfMemory(
         phase=phase,

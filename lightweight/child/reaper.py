@@ -83,9 +83,9 @@ class Reaper:
             self._tell()
 
     @contextmanager
-    def temporary_folder(self) -> Iterator[Path]:
-        """A new folder that is removed afterwards, also where this process is killed inside."""
-        folder = self.make_folder()
+    def temporary_folder(self, inside: Path | None = None) -> Iterator[Path]:
+        """`make_folder`, removed afterwards, also where this process is killed inside."""
+        folder = self.make_folder(inside)
         try:
             yield folder
         finally:

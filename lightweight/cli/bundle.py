@@ -10,18 +10,19 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import os
 import re
 import shlex
 import shutil
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import lightweight
-from lightweight import corpus, methods, record
+from lightweight import corpus, files, methods, record
+from lightweight.child import reaper
 from lightweight.record import Entry, Run
 from lightweight.settings import OF_CORPUS, Settings, how_read
 
@@ -42,25 +43,25 @@ def write(path: Path, runs: Sequence[Run], root: Path | None = None) -> str:
     """Write the bundle of `runs`, which pytest ran in `root` (here if None), to the folder or the zip file `path`; what
     is to be known of it, in a line. Raises BundleError."""
     root = (root or Path.cwd()).resolve()
-    if path.exists() and (path.is_file() or any(path.iterdir())):
-        raise BundleError(f"--bundle {path}: is there already: give another name")
-    if not path.absolute().parent.is_dir():
-        raise BundleError(f"--bundle {path}: there is no folder {path.absolute().parent}")
     for run in runs:
         if not run.command or not run.entries:
             raise BundleError(
                 f"--bundle: record {run.path} does not say by which command it was made: run it again with this version"
             )
-    with tempfile.TemporaryDirectory(prefix=".bundle-", dir=path.absolute().parent) as scratch:
-        folder = Path(scratch) / (path.stem if path.suffix == ".zip" else path.name)
-        folder.mkdir()
-        notes = _fill(folder, runs, root)
-        if path.suffix == ".zip":
-            _zip(folder, path)
-        else:
-            if path.exists():
-                path.rmdir()
-            folder.rename(path)
+    try:
+        is_free = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+        if os.path.lexists(path) and not is_free:
+            raise BundleError(f"--bundle {path}: is there already: give another name")
+        files.check(path / "in it" if is_free else path)
+        with reaper.own.temporary_folder(path.absolute().parent) as scratch:
+            folder = scratch / (path.stem if path.suffix == ".zip" else path.name)
+            folder.mkdir()
+            notes = _fill(folder, runs, root)
+            made = _zip(folder) if path.suffix == ".zip" else folder
+            made.rename(path)  # in the place of an empty folder, but of nothing that has come there since
+    except OSError as error:
+        what = f"{error.filename} cannot be read or written" if error.filename else "cannot be written"
+        raise BundleError(f"--bundle {path}: {what} ({error.strerror})") from error
     return f"{path}: sh {'' if path.suffix == '.zip' else f'{path}/'}repeat.sh repeats it" + "".join(
         f"; {note}" for note in notes
     )
@@ -258,6 +259,9 @@ def _requirements(runs: Sequence[Run], files: Iterable[Path]) -> str:
     """The exact versions: those that the records name, then what else is installed here that `files` import."""
     entry = next(entry for run in runs for entry in run.entries)
     recorded = {name: number for name, number in (entry.versions or {}).items() if number}
+    for name, number in recorded.items():
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.!+-]+", f"{name}=={number}", re.ASCII):
+            raise BundleError(f"--bundle: the record's version of {name!r}, {number!r}, is none that can be installed")
     lines = ["# as the record has them"]
     if build := re.search(r"\+((?:cu|rocm|xpu|cpu)[\w.]*)$", recorded.get("torch", "")):
         lines.append(f"--extra-index-url {PYTORCH}/{build[1]}")
@@ -338,10 +342,10 @@ def _cell(entry: Entry) -> str:
     return record.one_line(f"{entry.model} x {entry.method}, seed {entry.seed}, on {entry.device}: `{said}`")
 
 
-def _zip(folder: Path, path: Path) -> None:
-    """`folder` as a zip file, whole or not at all."""
+def _zip(folder: Path) -> Path:
+    """`folder` as a zip file beside it."""
     beside = folder.with_name("bundle.zip")
-    with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as file:
+    with zipfile.ZipFile(beside, "x", zipfile.ZIP_DEFLATED) as file:
         for one in sorted(folder.rglob("*")):
-            file.write(one, Path(path.stem) / one.relative_to(folder))
-    beside.rename(path)
+            file.write(one, Path(folder.name) / one.relative_to(folder))
+    return beside

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from lightweight import corpus, methods, models, record, targets
+from lightweight import corpus, files, methods, models, record, targets
 from lightweight.child import handle, helper, owner, reaper, worker
 from lightweight.cli.terminal import leave_to_us, refuse, show, tell
 from lightweight.corpus import How
@@ -36,6 +36,10 @@ from lightweight.trial import Completed, Trial
 
 class SweepError(ValueError):
     """A sweep that cannot be made. The message names what it is about and the mend."""
+
+
+class NothingFoundError(RuntimeError):
+    """None of a method's trials completed. The message says how the last of them ended."""
 
 
 REFUSALS = (SweepError, corpus.CorpusError, models.ModelError, MethodError)
@@ -111,7 +115,7 @@ def best(tried: Sequence[Tried]) -> Tried | None:
 
 def run(sweep: Sweep, progress: Callable[[str], None] = lambda text: None) -> Iterator[str]:
     """Search, and keep what was found in `sweep.output` after every trial; a line for each method. Raises SweepError,
-    or what else REFUSALS names."""
+    or what else REFUSALS names, and at the end NothingFoundError."""
     examples = corpus.without_heldout(corpus.load(sweep.corpus, sweep.reading, progress), sweep.corpus)
     on_gpu = torch.cuda.is_available()
     try:
@@ -130,9 +134,14 @@ def run(sweep: Sweep, progress: Callable[[str], None] = lambda text: None) -> It
                 progress(f"{model.name}: writing its weights")
                 seconds = helper.SILENCE_SECONDS
                 model = helper.call_within(seconds, models.write, scratch, model, scratch / "weights", sweep.seed)
-            search = _Search(sweep, device, scratch, progress)
+            search, failed = _Search(sweep, device, scratch, progress), list[NothingFoundError]()
             for trial in trials.values():
-                yield search.of(replace(trial, model=model))
+                try:
+                    yield search.of(replace(trial, model=model))
+                except NothingFoundError as error:  # the others' rates are found all the same
+                    failed.append(error)
+            if failed:
+                raise NothingFoundError("; ".join(map(str, failed)))
     except handle.ChildError as error:
         raise SweepError(f"sweep: {error}") from error
 
@@ -161,7 +170,8 @@ class _Search:
         completed = sum(math.isfinite(one.loss) for one in tried)
         said = f"{name}: {completed} of {len(tried)} trials completed"
         if found is None:
-            return f"{said}: no rate was found"
+            last = self._entries[-1]
+            raise NothingFoundError(f"{said}, no rate was found: the last one: {last.outcome}: {last.reason}")
         ends = {min(one.rate for one in tried), max(one.rate for one in tried)}
         is_at_end = found.rate in ends
         self._found[name] = {"learning_rate": found.rate, "loss": found.loss, "is_at_end": is_at_end}
@@ -184,10 +194,8 @@ class _Search:
         sweep = self._sweep
         searched = {"low": sweep.low, "high": sweep.high, "budget": sweep.budget, "found": self._found}
         content = record.document(self._entries) | {"datetime": datetime.now(UTC).isoformat(), "sweep": searched}
-        beside = sweep.output.with_name(f".{sweep.output.name}.partial")
         try:
-            beside.write_text(json.dumps(content, indent=1), "utf-8")
-            beside.replace(sweep.output)
+            files.write(sweep.output, json.dumps(content, indent=1))
         except OSError as error:
             raise SweepError(f"--output {sweep.output}: cannot be written ({error.strerror})") from error
 
@@ -236,8 +244,12 @@ def command(options: argparse.Namespace) -> int:
             print(line, flush=True)
     except REFUSALS as error:
         return refuse(error)
+    except NothingFoundError as error:
+        show("")
+        tell(str(error))
+        return 1
     except KeyboardInterrupt:
-        tell(f"interrupted: what was tried until then is in {options.output}")
+        tell(f"interrupted: trials that had ended, if any, are in {options.output}")
         return 130
     print(f"{options.output}: take the rates with --learning-rate {shlex.quote(str(options.output))}")
     return 0

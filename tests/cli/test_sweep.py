@@ -101,6 +101,32 @@ def test_a_sweep_is_recorded_and_its_rates_can_be_taken(micro, tmp_path, capsys,
     assert settings.apply(mine).training_arguments["learning_rate"] == lora.training_arguments["learning_rate"]
 
 
+@pytest.fixture
+def asked(micro, tmp_path, monkeypatch):
+    """A search of three trials, into `found.json` in the folder that the test is in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus.json").write_text(json.dumps(turns(24)), "utf-8")
+    words = f"sweep --model {micro.location} --method lora --budget 3 --max-steps 2 --max-length 48 --output found.json"
+    return words.split()
+
+
+def test_a_search_in_which_nothing_completes_is_no_success_and_says_why(asked, tmp_path, capsys):
+    assert main([*asked, "--learning-rate", "1e37..1e38"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lightweight: lora: 0 of 3 trials completed, no rate was found: the last one: diverged: ")
+    assert [entry.outcome for entry in record.load(tmp_path / "found.json").entries] == ["diverged"] * 3
+
+
+def test_no_link_is_followed_by_a_sweep(asked, tmp_path):
+    """Neither under the name that a temporary file had once, nor the record's."""
+    (tmp_path / "precious").write_text("precious")
+    for name in (".found.json.partial", "found.json"):
+        (tmp_path / name).symlink_to("precious")
+    assert main(asked) == 0
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert len(record.load(tmp_path / "found.json").entries) == 3
+
+
 def test_a_file_that_is_no_sweep_is_refused(tmp_path):
     other = tmp_path / "other.json"
     for text in ("{}", "[", '{"sweep": {"found": {"lora": {"learning_rate": -1}}}}', '{"sweep": 3}'):
@@ -120,6 +146,7 @@ def test_a_file_that_is_no_sweep_is_refused(tmp_path):
         (["--seed", "-1"], "--seed -1: give a number from 0 to 4294967295"),
         (["--method", "lorra"], "did you mean lora"),
         (["--output", "nowhere/x.json"], "there is no folder"),
+        (["--output", "."], "it is a folder: name a file in it"),
         (["--corpus", "nowhere.json"], "does not exist"),
     ],
 )
