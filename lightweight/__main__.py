@@ -8,12 +8,13 @@ from lightweight.imports import for_good, interrupted_silently
 
 with interrupted_silently():
     import argparse
+    import errno
     import os
     import select
     import signal
     import sys
     from collections.abc import Callable, Iterator
-    from contextlib import contextmanager
+    from contextlib import contextmanager, suppress
     from pathlib import Path
     from typing import NoReturn
 
@@ -26,6 +27,10 @@ with interrupted_silently():
     from lightweight.settings import OF_CORPUS, SETTINGS
     from lightweight.targets import size
     from lightweight.verdict.limits import LIMITS
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What writing to a file answers that can take no more; of what is printed it does not say which."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,11 +50,18 @@ def main(arguments: list[str] | None = None) -> int:
         tell("interrupted")
         return 128 + signal.SIGINT
     except Exception as error:
-        if not host_memory.ran_out(error):
+        if host_memory.ran_out(error):
+            least = host_memory.limit()
+            tell(f"out of memory of the host: {least.what} is {size(least.bytes)}: raise it, or ask for less")
+            return 1
+        if isinstance(error, OSError) and error.filename is not None:  # such as a name that is too long
+            tell(f"{error.filename}: cannot be read or written ({error.strerror})")
+        elif isinstance(error, OSError) and error.errno in FULL:
+            _print_nowhere()
+            tell(f"what is printed cannot be written ({error.strerror}): free some space, or print it elsewhere")
+        else:
             raise
-        least = host_memory.limit()
-        tell(f"out of memory of the host: {least.what} is {size(least.bytes)}: raise it, or ask for less")
-        return 1
+        return 2
     return status
 
 
@@ -83,8 +95,14 @@ def _nobody_reads() -> bool:
     output.register(sys.stdout.fileno(), select.POLLOUT)
     if not any(event & select.POLLERR for _, event in output.poll(0)):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _print_nowhere()
     return True
+
+
+def _print_nowhere() -> None:
+    """Python flushes what is left as it ends, and would fail once more."""
+    with suppress(OSError, ValueError):  # of an output that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):

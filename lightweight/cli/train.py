@@ -162,7 +162,7 @@ def _carry_out(
             if step is not None:
                 say(_how_long(trial, step))
             _require_room(trial, trainer, output)
-            draw_curves_in(trainer, output.runs)  # one curve, also of a job that is resumed
+            draw_curves_in(trainer, output.curves())  # one curve, also of a job that is resumed
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(saving)
             trainer.add_callback(bar)
