@@ -61,7 +61,7 @@ class Rates:
             rates = {name: rate(str(one["learning_rate"])) for name, one in found.items()}
         except OSError as error:
             raise ValueError(f"cannot be read ({error.strerror}): give what `lightweight sweep` wrote") from None
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
             raise ValueError("is no sweep: give what `lightweight sweep` wrote") from None
         return cls(path, rates)
 

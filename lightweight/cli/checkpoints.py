@@ -157,7 +157,7 @@ def _wrong_step(checkpoint: Path) -> str | None:
     """A whole checkpoint under another one's name is not where that one would go on."""
     try:
         step = json.loads((checkpoint / TRAINER_STATE).read_text("utf-8"))["global_step"]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return f"its {TRAINER_STATE} does not say after which step it was saved"
     return None if step == step_of(checkpoint) else f"it was saved after step {step}"
 

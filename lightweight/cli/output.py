@@ -409,7 +409,7 @@ def entry_in(folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((folder / RECORD_NAME).read_text("utf-8"))
         (entry,) = record["outcomes"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return entry if isinstance(entry, dict) and entry.get("outcome") == "completed" else None
 

@@ -129,7 +129,7 @@ def test_no_link_is_followed_by_a_sweep(asked, tmp_path):
 
 def test_a_file_that_is_no_sweep_is_refused(tmp_path):
     other = tmp_path / "other.json"
-    for text in ("{}", "[", '{"sweep": {"found": {"lora": {"learning_rate": -1}}}}', '{"sweep": 3}'):
+    for text in ("{}", "[", '{"sweep": {"found": {"lora": {"learning_rate": -1}}}}', '{"sweep": 3}', "[" * 100_000):
         other.write_text(text, "utf-8")
         with pytest.raises(ValueError, match="is no sweep: give what `lightweight sweep` wrote"):
             Rates.read(str(other))
