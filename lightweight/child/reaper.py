@@ -77,9 +77,10 @@ class Reaper:
 
     def remove_folder(self, folder: Path) -> None:
         """Remove `folder`, or what is left of it, now."""
-        shutil.rmtree(folder, ignore_errors=True)
         if (lock := self._folders.pop(folder, None)) is not None:
-            os.close(lock)
+            os.close(lock)  # first: a process may have no other descriptor left to remove it with
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
             self._tell()
 
     @contextmanager

@@ -223,7 +223,7 @@ def _counted(number: int, what: str) -> str:
 
 @contextlib.contextmanager
 def _limits(seconds: float, count: int) -> Iterator[None]:
-    """Raise TimeoutError after `seconds`, and MemoryError beyond `count` bytes more than this process has; only a
+    """Raise TimeoutError after `seconds`, and ValueError beyond `count` bytes more than this process has; only a
     process's main thread can, and in another there is no limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -266,7 +266,7 @@ def _memory_limit(count: int) -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, (limit, most))
     try:
         yield
-    except MemoryError as error:
-        raise MemoryError(f"it takes over {count / 2**30:g} GiB of memory") from error
+    except MemoryError:  # which is not this machine's fault, as the error alone would say
+        raise ValueError(f"it takes over {count / 2**30:g} GiB of memory") from None
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (before, most))

@@ -85,6 +85,10 @@ def wait_for(is_true, seconds: float = 120.0) -> bool:
     return bool(is_true())
 
 
+FOLDERS = (reaper.PREFIX, "pymp-")
+"""How ours, and multiprocessing's, are called."""
+
+
 def left(project: Path) -> list[str]:
     """Processes of the project's sessions that are there, stopped ones too, and folders."""
     found = []
@@ -95,7 +99,7 @@ def left(project: Path) -> list[str]:
                 found.append((folder / "cmdline").read_text())
         except OSError:
             continue
-    return found + [path.name for path in (project / "scratch").glob(f"{reaper.PREFIX}*")]
+    return found + [path.name for path in (project / "scratch").iterdir() if path.name.startswith(FOLDERS)]
 
 
 def outcomes(project: Path) -> list[tuple[str, str, str | None, str | None]]:
