@@ -30,7 +30,9 @@ def test_training(train: Train, laboratory: Laboratory, model: str, method: str)
         assert forecast.verdict != "does_not_fit", f"{trial.name} was forecast not to fit, and does"
 
     loss = outcome.measured.train_loss
-    assert len(loss) == len(outcome.measured.step_seconds) == trial.steps
+    assert len(loss) == len(outcome.measured.step_seconds)
+    if not trial.method.own_code:  # a callback of somebody's may end early, which the record says
+        assert len(loss) == trial.steps
     if trial.can_learn:
         window = min(trial.steps_per_epoch, len(loss) // 2)
         assert mean(loss[-window:]) < mean(loss[:window]), "training loss did not fall"

@@ -159,6 +159,15 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         "call it where pytest was called",
     )
     parser.add_argument(
+        "--files",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="repeatable, for --bundle: the folder of a corpus, a method or another file that lay outside of where "
+        "pytest was called",
+    )
+    parser.add_argument(
         "--into", type=Path, metavar="README.md", help="write the tables whose marks this file has between them"
     )
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="also write every picture there, as an SVG file")

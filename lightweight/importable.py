@@ -16,6 +16,7 @@ import re
 import sys
 import sysconfig
 import textwrap
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, ModuleType
@@ -91,6 +92,20 @@ def module_of(file: Path) -> str:
     if found is None or not file.samefile(found):
         raise ValueError(f"{name} is already the name of {found or 'a built-in module'}: call the file otherwise")
     return name
+
+
+def place_of(error: BaseException) -> str | None:
+    """Where in code that is not installed `error` was raised, or what raised it was called: `function in file.py, line
+    3`; None where no such code was running. By its file: of a module that could not be imported nothing else is
+    left."""
+    place = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = Path(frame.f_code.co_filename)
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if file.is_file() and package != ROOT and not any(map(_is_package_folder, file.parents)):
+            function = "" if frame.f_code.co_name == "<module>" else f"{frame.f_code.co_name} in "
+            place = f"{function}{file.name}, line {line}"
+    return place
 
 
 def _is_found(package: str) -> bool:

@@ -49,6 +49,31 @@ ELEMENT_BY_ELEMENT = ("torch.optim.adamw:AdamW", "torch.optim.sgd:SGD")
 """Optimizers that do with a shard of a weight what they would with that part of it; `arguments` says so of `optim`."""
 
 
+LEFT_TO_THE_CALLER: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "eva": (
+        ("transform",),
+        "init_lora_weights='eva' is computed from data, and without them peft begins as LoRA does: have a transform "
+        "call peft's initialize_lora_eva_weights",
+    ),
+    "corda": (
+        ("transform",),
+        "init_lora_weights='corda' is computed from data: leave out adapter, and have a transform call peft's "
+        "preprocess_corda and get_peft_model",
+    ),
+    "lora_ga": (
+        ("transform",),
+        "init_lora_weights='lora_ga' is computed from data, and without them peft begins as LoRA does: leave out "
+        "adapter, and have a transform call peft's preprocess_loraga and get_peft_model",
+    ),
+    "ADALORA": (
+        ("callbacks", "trainer"),
+        "AdaLoRA gives its ranks to the layers by update_and_allocate, which the Trainer does not call: have a "
+        "callback do it, on_optimizer_step",
+    ),
+}
+"""What peft leaves to its caller, by the adapter's beginning or type: the fields that could do it, and what to do."""
+
+
 class MethodError(ValueError):
     """A method that asks for something that what runs it does not do. The message names it and the mend."""
 
@@ -135,6 +160,10 @@ class Method:
         if self.library == "unsloth" and not (self.step == "trainer" and isinstance(self.adapter, peft.LoraConfig)):
             raise MethodError(f"method {self.name}: unsloth trains LoRA by the Trainer's steps: give it both, or peft")
         self._check_own_code()
+        for value, (code, told) in LEFT_TO_THE_CALLER.items():
+            said = (getattr(self.adapter, "init_lora_weights", None), getattr(self.adapter, "peft_type", None))
+            if value in said and not any(getattr(self, name) for name in code):
+                raise MethodError(f"method {self.name}: {told}")
 
     def _check_own_code(self) -> None:
         for name, value in self.own_code.items():
@@ -295,11 +324,12 @@ class Method:
         if self.transform is None:
             return network
         transformed = self.transform(network)
-        if not hasattr(transformed, "named_parameters"):
-            where = importable.import_path(self.transform)
-            raise MethodError(
-                f"method {self.name}: its transform {where} returns a {type(transformed).__name__}: return the network"
-            )
+        its = f"method {self.name}: its transform {importable.import_path(self.transform)}"
+        if not (hasattr(transformed, "named_parameters") and hasattr(transformed, "config")):
+            without = ", which has no config" if hasattr(transformed, "named_parameters") else ""
+            raise MethodError(f"{its} returns a {type(transformed).__name__}{without}: return the network")
+        if not any(weight.requires_grad for weight in transformed.parameters()):
+            raise MethodError(f"{its} leaves nothing to train: leave some weights as requires_grad_(True)")
         return transformed
 
     def _with_adapter(self, network: Any) -> Any:
@@ -487,7 +517,8 @@ PLANNED = (BASELINE, LORA, QLORA, LORA_CAPTURED, QLORA_CAPTURED)
 
 def named(text: str) -> Method:
     """The method called `text`, or the `Method` object at an import path `package.module:NAME`, or in a file,
-    `path/to/file.py:NAME`. Raises ValueError."""
+    `path/to/file.py:NAME`. Raises ValueError, also for another method of the name of one of the suite's, which it would
+    be taken for."""
     if text in METHODS:
         return METHODS[text]
     names.check_method(text)
@@ -497,6 +528,11 @@ def named(text: str) -> Method:
         method = pkgutil.resolve_name(f"{module}:{name}")
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"method {text!r} cannot be imported: {error}") from error
+    except Exception as error:  # of its author's code, whatever that is
+        place = "" if isinstance(error, SyntaxError) else importable.place_of(error)
+        told = f"{reason(error)} ({place})" if place else reason(error)
+        raise ValueError(f"method {text!r} cannot be imported: {told}") from error
     if not isinstance(method, Method):
         raise ValueError(f"method {text!r} is a {type(method).__name__}: give a lightweight.methods.Method")
+    names.refuse_namesakes("method", [METHODS.get(method.name, method), method])
     return method

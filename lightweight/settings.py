@@ -48,22 +48,31 @@ def rate(text: str) -> float:
 
 @dataclass(frozen=True)
 class Rates:
-    """The learning rate of each method by its name, as `lightweight sweep` wrote them to the file `path`."""
+    """The learning rate of each method by its name, as `lightweight sweep` found them on the model of that name and
+    wrote them to the file `path`. `digests` are those of the methods as they were searched for, at their rates."""
 
     path: str
+    model: str
     of: Mapping[str, float]
+    digests: Mapping[str, str]
 
     @classmethod
     def read(cls, path: str) -> Self:
         """Raises ValueError for what no sweep wrote."""
         try:
-            found = json.loads(Path(path).read_text("utf-8"))["sweep"]["found"]
+            document = json.loads(Path(path).read_text("utf-8"))
+            found, tried = document["sweep"]["found"], document["outcomes"]
             rates = {name: rate(str(one["learning_rate"])) for name, one in found.items()}
+            digests = {
+                one["method"]: str(one["method_digest"])
+                for one in tried
+                if one["training_arguments"]["learning_rate"] == rates.get(one["method"])
+            }
+            return cls(path, str(tried[0]["model"]), rates, {name: digests[name] for name in rates})
         except OSError as error:
             raise ValueError(f"cannot be read ({error.strerror}): give what `lightweight sweep` wrote") from None
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
             raise ValueError("is no sweep: give what `lightweight sweep` wrote") from None
-        return cls(path, rates)
 
 
 def rate_or_rates(text: str) -> float | Rates:

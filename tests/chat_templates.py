@@ -13,7 +13,17 @@ from lightweight.corpus import Conversation, Message
 SPECIAL = (
     *("<s>", "</s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
     *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    *("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "[INST]", "[/INST]"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+    *("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>", "<|im_sep|>", "<|START_OF_TURN_TOKEN|>"),
+    *(
+        "<|END_OF_TURN_TOKEN|>",
+        "<|SYSTEM_TOKEN|>",
+        "<|USER_TOKEN|>",
+        "<|CHATBOT_TOKEN|>",
+        "<｜User｜>",
+        "<｜Assistant｜>",
+    ),
+    *("<｜end▁of▁sentence｜>", "<|start|>", "<|message|>", "<|channel|>", "<|return|>", "<eos>"),
 )
 
 

@@ -1,3 +1,4 @@
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -84,6 +85,44 @@ def test_a_method_of_ones_own_is_named_by_its_import_path():
 def test_a_name_that_is_no_method_is_told(text, expected):
     with pytest.raises(ValueError, match=expected):
         methods.named(text)
+
+
+NAMELESS = replace(BASELINE, training_arguments={"learning_rate": 1e-3})
+
+
+def test_another_method_of_the_suites_name_is_refused_since_it_would_be_taken_for_it():
+    with pytest.raises(ValueError, match=r"methods are called 'baseline' \(their training_arguments differ"):
+        methods.named("test_methods:NAMELESS")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("import os\nMINE = nothing\n", r"cannot be imported: name 'nothing' is not defined \(mine_\d.py, line 2\)"),
+        ("def f(:\n", r"cannot be imported: invalid syntax \(mine_\d.py, line 1\)"),
+        ("def f(): return 1 / 0\nMINE = f()\n", r"cannot be imported: division by zero \(f in mine_\d.py, line 1\)"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_one_line_with_the_place(text, expected, tmp_path, request):
+    number = request.node.callspec.indices["text"]
+    (tmp_path / f"mine_{number}.py").write_text(text, "utf-8")
+    with pytest.raises(ValueError, match=expected) as raised:
+        methods.named(f"{tmp_path}/mine_{number}.py:MINE")
+    assert "\n" not in str(raised.value)
+
+
+def test_what_peft_leaves_to_its_caller_is_not_left_out():
+    def lora(beginning):
+        return peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=beginning)
+
+    for beginning in ("eva", "corda", "lora_ga"):
+        with pytest.warns() if beginning != "lora_ga" else contextlib.nullcontext():
+            adapter = lora(beginning)
+        with pytest.raises(MethodError, match=f"init_lora_weights='{beginning}' is computed from data"):
+            Method(name="m", adapter=adapter)
+    with pytest.raises(MethodError, match="have a callback do it, on_optimizer_step"):
+        Method(name="m", adapter=peft.AdaLoraConfig(task_type="CAUSAL_LM", total_step=9))
+    Method(name="m", adapter=lora("olora"))
 
 
 def test_batch_is_the_trainers_default_where_nothing_is_said():

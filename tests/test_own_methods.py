@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from training.test_stock import CPU, Unattended
+from transformers import Trainer
 
 from conftest import turns
 from lightweight import methods, models, record, targets
@@ -160,6 +161,23 @@ def test_a_forecast_has_the_batches_that_a_collator_makes(small, small_corpus):
         traced = tracer.trace(trial_of(small, small_corpus, Method(name="m", data_collator=collator)), (7, 5))
         logits.append(sum(size for name, size in traced.events if traced.causes.get(name) == "logits"))
     assert logits[1] >= 2 * logits[0] > 0
+
+
+class TwoPasses(Trainer):
+    """Computes each batch twice, as sharpness-aware training does."""
+
+    def training_step(self, model, inputs, *others):
+        super().training_step(model, dict(inputs), *others)
+        model.zero_grad()
+        return super().training_step(model, inputs, *others)
+
+
+def test_a_forecast_counts_all_that_a_trainer_computes_of_a_batch(small, small_corpus):
+    plain, twice_over = (
+        tracer.trace(trial_of(small, small_corpus, method), (7, 5)).work.flop
+        for method in (BASELINE, replace(BASELINE, name="m", trainer=TwoPasses))
+    )
+    assert twice_over == pytest.approx(2 * plain, rel=0.01)
 
 
 def test_what_cannot_be_traced_is_named_in_a_line(small, small_corpus):

@@ -225,11 +225,19 @@ def test_an_outcome_is_looked_up_not_trained_twice(project):
 
     def test_other_changes_are_another_trial(outcome_of):
         assert len(outcome_of(MICRO, "lora", max_steps=1).measured.train_loss) == 1
+
+    def test_a_part_of_a_corpus_is_another_corpus(outcome_of, laboratory):
+        from dataclasses import replace
+
+        part = replace(laboratory.corpus, train=laboratory.corpus.train[:1])
+        assert part.train[0].messages[0].content not in repr(part)
+        assert outcome_of(MICRO, "lora", max_steps=1, corpus=part).measured.training_rows == 1
     """
     )
     result, document = run_json(project)
-    result.assert_outcomes(passed=4)
-    assert [(e["method"], e["steps"]) for e in document["outcomes"]] == [("baseline", 6), ("lora", 6), ("lora", 1)]
+    result.assert_outcomes(passed=5)
+    steps = [(e["method"], e["steps"]) for e in document["outcomes"]]
+    assert steps == [("baseline", 6), ("lora", 6), ("lora", 1), ("lora", 1)]
     assert len(document["benchmarks"]) == 2
 
 

@@ -476,6 +476,7 @@ def without_trace(network: torch.nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
         drop_gradients(network)
     if on_gpu:
+        torch_internals.free_workspaces()  # each lies in the middle of a large segment that was free when it was needed
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.reset_accumulated_memory_stats()  # a step of the Trainer's that did not fit is no outcome

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from lightweight.internals import torch as torch_internals
+
 
 def what_cannot_be_captured(network: torch.nn.Module, step: Callable[[], None]) -> str | None:
     """Run `step`: the innermost module of `network` in which it failed and why, in one line, or None. On a device,
@@ -44,6 +46,7 @@ def waiting_forbidden() -> Iterator[None]:
 def recorded(step: Callable[[], None], pool: Any, *, several_ranks: bool) -> torch.cuda.CUDAGraph:
     """A graph of `step` in a memory `pool`, None for one of its own. Raises torch.OutOfMemoryError where that is the
     reason it cannot be recorded, and RuntimeError for any other."""
+    torch_internals.free_workspaces()  # of the stream that warmed up, which no step runs in; the graph has its own
     graph = torch.cuda.CUDAGraph()
     # The thread that watches over messages to other ranks asks CUDA for their state meanwhile.
     errors = "thread_local" if several_ranks else "global"

@@ -69,7 +69,8 @@ class Lean:
         for parent, modules in _families(model, adapted):
             in_place = parent in rotations and kernels.take(self._seed)
             joins = not turns or in_place or hasattr(parent, "gate_proj")
-            family = Family(modules, self._seed, site, joins=joins, most=most)
+            between = _between(parent, modules)
+            family = Family(modules, self._seed, site, joins=joins, most=most, between=between)
             for index, module in enumerate(modules):
                 self._change(module, functools.partial(family.project, index))
             site += len(modules)
@@ -207,6 +208,18 @@ def _families(model: torch.nn.Module, adapted: list[Any]) -> Iterator[tuple[Any,
             for child in family:
                 left.pop(child, None)
     yield from ((None, [module]) for module in left)
+
+
+def _between(parent: Any, family: list[Any]) -> list[torch.Tensor]:
+    """The frozen weights that a checkpoint, whose tensors are sorted by name, has among those of `family`: OPT's and
+    Llama's attention has that of its output between those of its keys and its queries."""
+    if parent is None:
+        return []
+    children = dict(sorted(parent.named_children()))
+    places = [index for index, child in enumerate(children.values()) if child in family]
+    others = [child for child in [*children.values()][places[0] : places[-1]] if child not in family]
+    bases = [child.get_base_layer() if isinstance(child, peft.tuners.lora.LoraLayer) else child for child in others]
+    return [base.weight for base in bases if type(base) is torch.nn.Linear and not base.weight.requires_grad]
 
 
 def _is_frozen_linear(module: Any) -> bool:

@@ -3,7 +3,7 @@ once, whatever the number of their adapters; or nothing, where that can be compu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,13 +25,22 @@ class Family:
 
     Dropout is drawn from `seed`, one number on the device, for each layer with a number of its own from `site` on.
     `joins`: whether their outputs may be parts of one tensor; `most` is how many elements a weight may have that is
-    dequantized for all of them.
+    dequantized for all of them. Frozen weights `between` theirs move with them.
     """
 
-    def __init__(self, modules: list[Any], seed: torch.Tensor, site: int, *, joins: bool, most: int = 0) -> None:
+    def __init__(
+        self,
+        modules: list[Any],
+        seed: torch.Tensor,
+        site: int,
+        *,
+        joins: bool,
+        most: int = 0,
+        between: Sequence[torch.Tensor] = (),
+    ) -> None:
         self._modules, self._seed, self._site = modules, seed, site
         bases = [Projection.of(module, site).base for module in modules]
-        self._joint = _joined(bases, most) if joins else None
+        self._joint = _joined(bases, between, most) if joins else None
         self._x: torch.Tensor | None = None
         self._waiting: dict[int, torch.Tensor] = {}
 
@@ -106,9 +115,10 @@ class _Joint:
 
 
 @torch.no_grad()
-def _joined(bases: list[Any], most: int) -> _Joint | None:
-    """Several layers as one; the weights of whole ones become parts of one. None where that cannot be, and where one of
-    4 bits would have more than `most` elements."""
+def _joined(bases: list[Any], between: Sequence[torch.Tensor], most: int) -> _Joint | None:
+    """Several layers as one; the weights of whole ones become parts of one, and move together with those that were
+    loaded `between` them: what they leave is then as large as what the next layer's need, and they take it. None where
+    that cannot be, and where one of 4 bits would have more than `most` elements."""
     biases = [base.bias for base in bases if base.bias is not None]
     if len(bases) == 1 or len(biases) not in (0, len(bases)):
         return None
@@ -122,9 +132,11 @@ def _joined(bases: list[Any], most: int) -> _Joint | None:
         return None
     weights = [base.weight for base in bases]
     if (whole := _as_they_lie(weights)) is None:
-        whole = torch.cat(weights)
-        for weight, part in zip(weights, whole.split(widths), strict=True):
-            weight.data = part
+        moved = [*weights, *(weight for weight in between if weight.dtype == weights[0].dtype)]
+        storage = torch.cat([weight.flatten() for weight in moved])
+        for weight, part in zip(moved, storage.split([weight.numel() for weight in moved]), strict=True):
+            weight.data = part.view(weight.shape)
+        whole = _as_they_lie(weights)
     return _Joint(bases, widths, whole, bias)
 
 

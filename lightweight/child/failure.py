@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
+from lightweight import importable
 from lightweight.child import host_memory
+from lightweight.methods import MethodError
 from lightweight.targets import GiB, MiB
 from lightweight.training.meter import DivergedError, Meter
 from lightweight.trial import Crashed, Diverged, Measurements, OutOfMemory, Phase, Trial
@@ -40,6 +42,9 @@ def outcome_of(error: Exception, trial: Trial, meter: Meter | None, folder: Path
         return host_memory.outcome(phase, reason, measured)
     if (full := _full_disk(error, folder)) is not None:
         reason += f"; {full}"
+    elif trial.method.own_code and not isinstance(error, MethodError):
+        place = importable.place_of(error)
+        reason += f" ({place})" if place else ""
     return Crashed(phase=phase, reason=reason, details=traceback.format_exc(), measured=measured)
 
 

@@ -358,7 +358,8 @@ def build(trial: Trial, device: torch.device) -> torch.nn.Module:
         return unsloth.build(trial, device, quantization)
     if trial.is_sharded and quantization is None:
         device = torch.device("cpu")
-    network = models.load(trial.model, getattr(torch, method.weights_dtype), device, quantization)
+    dtype = getattr(torch, method.weights_dtype)
+    network = models.load(trial.model, dtype, device, quantization, in_order=step is not None)
     network = method.adapt(network, upcast=step is None or step.upcast)
     if device.type == "cpu":
         never_repack(network)

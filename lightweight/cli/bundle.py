@@ -17,6 +17,7 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
@@ -39,10 +40,39 @@ class BundleError(ValueError):
     """A bundle that cannot be made, or that would repeat something else. The message names the thing and the mend."""
 
 
-def write(path: Path, runs: Sequence[Run], root: Path | None = None) -> str:
-    """Write the bundle of `runs`, which pytest ran in `root` (here if None), to the folder or the zip file `path`; what
-    is to be known of it, in a line. Raises BundleError."""
-    root = (root or Path.cwd()).resolve()
+@dataclass(frozen=True)
+class _Places:
+    """Where the files lie that a command names: in pytest's `root`, and what lay elsewhere, which a command names
+    without its folder, in one of `others`."""
+
+    root: Path
+    others: Sequence[Path]
+
+    def find(self, name: str) -> Path | None:
+        """The file or folder of that name, None where there is none. It has that name in the bundle, too, and one that
+        leads out of a folder is none."""
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return None
+        for folder in (self.root, *self.others):
+            path = (folder / name).resolve()
+            if path.exists() and path.is_relative_to(folder.resolve()):
+                return path
+        return None
+
+    def the(self, what: str, name: str) -> Path:
+        """The file or folder of that name, which is `what`. Raises BundleError."""
+        if (found := self.find(name)) is None:
+            raise BundleError(
+                f"--bundle: {what} {name} is not here: call it where pytest was called, and give the folder of what "
+                "lay elsewhere by --files"
+            )
+        return found
+
+
+def write(path: Path, runs: Sequence[Run], others: Sequence[Path] = ()) -> str:
+    """Write the bundle of `runs`, which pytest ran here, to the folder or the zip file `path`; what is to be known of
+    it, in a line. What lay elsewhere is looked for in `others`, folders. Raises BundleError."""
+    places = _Places(Path.cwd().resolve(), others)
     for run in runs:
         if not run.command or not run.entries:
             raise BundleError(
@@ -56,7 +86,7 @@ def write(path: Path, runs: Sequence[Run], root: Path | None = None) -> str:
         with reaper.own.temporary_folder(path.absolute().parent) as scratch:
             folder = scratch / (path.stem if path.suffix == ".zip" else path.name)
             folder.mkdir()
-            notes = _fill(folder, runs, root)
+            notes = _fill(folder, runs, places)
             made = _zip(folder) if path.suffix == ".zip" else folder
             made.rename(path)  # in the place of an empty folder, but of nothing that has come there since
     except OSError as error:
@@ -67,23 +97,23 @@ def write(path: Path, runs: Sequence[Run], root: Path | None = None) -> str:
     )
 
 
-def _fill(folder: Path, runs: Sequence[Run], root: Path) -> list[str]:
+def _fill(folder: Path, runs: Sequence[Run], places: _Places) -> list[str]:
     """Put everything into `folder`; what is not in it, and must be had otherwise."""
     notes: list[str] = []
     (folder / "records").mkdir()
     names = _file_names(runs)
     for run, name in zip(runs, names, strict=True):
         shutil.copy(run.path, folder / "records" / name)
-    needed: dict[Path, None] = {}
+    needed: dict[str, Path] = {}  # by their place in the bundle
     for run in runs:
-        needed |= dict.fromkeys(_sources(run, root))
-        needed |= dict.fromkeys(_corpora(run, root, notes))
-        _check_methods(run, root)
+        needed |= _sources(run, places)
+        needed |= _data(run, places, notes)
+        _check_methods(run, places)
         notes += [note for note in _models(run) if note not in notes]
-    for file in needed:
-        place = folder / file.relative_to(root)
+    for name, source in needed.items():
+        place = folder / name
         place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, place)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, place)
     shutil.copytree(
         Path(lightweight.__file__).parent, folder / "lightweight", ignore=shutil.ignore_patterns("__pycache__")
     )
@@ -110,9 +140,10 @@ def _said(run: Run, option: str) -> list[str]:
     return [argument.removeprefix(start) for argument in run.command if argument.startswith(start)]
 
 
-def _sources(run: Run, root: Path) -> Iterator[Path]:
-    """The tests of `run`, what configures them, and all modules under `root` that they and its methods import. Raises
-    BundleError for a test that is not there."""
+def _sources(run: Run, places: _Places) -> dict[str, Path]:
+    """The tests of `run`, what configures them, and all modules beside them that they and its methods import, by their
+    place in the bundle. Raises BundleError for a test that is not there."""
+    root = places.root
     tests = list(dict.fromkeys(entry.test.partition("::")[0] for entry in run.entries if entry.test))
     if not tests:
         raise BundleError(f"--bundle: record {run.path} does not say which tests made it")
@@ -124,15 +155,23 @@ def _sources(run: Run, root: Path) -> Iterator[Path]:
         above = [folder for folder in (file.parent, *file.parent.parents) if folder.is_relative_to(root)]
         found += [file, *_named_beside(file)]
         found += [conftest for folder in above if (conftest := folder / "conftest.py").is_file()]
+    elsewhere: list[Path] = []
     for name in _said(run, "method"):
         where = name.rpartition(":")[0]
         if name in methods.METHODS:
             continue
-        files = _of_file(where, root) if where.endswith(".py") else _of_module(where, root)
-        if not files:
+        if where.endswith(".py"):
+            file = places.the(f"method {name}: its file", where)
+            (found if file.is_relative_to(root) else elsewhere).append(file)
+        elif files := _of_module(where, root):
+            found += files
+        else:
             raise BundleError(f"--bundle: method {name}: its module is not here: call it where pytest was called")
-        found += files
-    yield from _with_imports(found, root)
+    sources = {file.relative_to(root).as_posix(): file for file in _with_imports(found, root)}
+    for method in elsewhere:
+        beside = method.parent
+        sources |= {file.relative_to(beside).as_posix(): file for file in _with_imports([method], beside)}
+    return sources
 
 
 def _named_beside(file: Path) -> list[Path]:
@@ -140,12 +179,6 @@ def _named_beside(file: Path) -> list[Path]:
     texts = (node.value for node in ast.walk(_parsed(file)) if isinstance(node, ast.Constant))
     names = {text for text in texts if isinstance(text, str) and 0 < len(text) < 200 and "\n" not in text}
     return [beside for beside in file.parent.iterdir() if beside.name in names and beside.is_file()]
-
-
-def _of_file(name: str, root: Path) -> list[Path]:
-    """The file that a method is in, where it is under `root`."""
-    file = (root / name).resolve()
-    return [file] if file.is_file() and file.is_relative_to(root) else []
 
 
 def _of_module(name: str, root: Path) -> list[Path]:
@@ -197,16 +230,28 @@ def _parsed(file: Path) -> ast.Module:
         raise BundleError(f"--bundle: {file} cannot be read ({error})") from error
 
 
-def _check_methods(run: Run, root: Path) -> None:
+def _check_methods(run: Run, places: _Places) -> None:
     """Whether the methods that the command names are those of the record. Raises BundleError where one has changed."""
-    settings = Settings.read(lambda name: next(iter(_said(run, name.replace("_", "-"))), None))
-    sys.path.insert(0, str(root))
+
+    def said(setting: str) -> str | None:
+        given = next(iter(_said(run, setting.replace("_", "-"))), None)
+        is_file = setting == "learning_rate" and given is not None and given.endswith(".json")
+        return str(places.the("the rates", given)) if is_file and given else given
+
+    def as_here(name: str) -> str:
+        where, _, of = name.rpartition(":")
+        return f"{places.the('method', where)}:{of}" if where.endswith(".py") else name
+
+    sys.path.insert(0, str(places.root))
     try:
-        named = settings.applied(methods.named(name) for name in _said(run, "method"))
+        settings = Settings.read(said)
+        named = settings.applied(methods.named(as_here(name)) for name in _said(run, "method"))
+    except BundleError:
+        raise
     except ValueError as error:
         raise BundleError(f"--bundle: {error}") from error
     finally:
-        sys.path.remove(str(root))
+        sys.path.remove(str(places.root))
     for method in named:
         digests = {entry.method_digest for entry in run.entries if entry.method == method.name}
         if digests and record.method_digest(method) not in digests:
@@ -216,32 +261,37 @@ def _check_methods(run: Run, root: Path) -> None:
             )
 
 
-def _corpora(run: Run, root: Path, notes: list[str]) -> Iterator[Path]:
-    """The files of the corpus of `run`. Raises BundleError where it is another one than the record's."""
-    said = {one.name.replace("-", "_"): _said(run, one.name) for one in OF_CORPUS}
-    flags = {name: f"--{name.replace('_', '-')}" in run.command for name in said}
-    how = how_read(lambda name: flags[name] or next(iter(said[name]), None))
+def _data(run: Run, places: _Places, notes: list[str]) -> dict[str, Path]:
+    """What `run` was trained on, asked, and given rates from, by its place in the bundle. Raises BundleError where it
+    is another corpus or task than the record's."""
+    flags = {one.name.replace("-", "_"): f"--{one.name}" in run.command for one in OF_CORPUS}
+    how = how_read(lambda name: flags[name] or next(iter(_said(run, name.replace("_", "-"))), None))
+    rates = [name for name in _said(run, "learning-rate") if name.endswith(".json")]
+    found = {name: places.the("the rates", name) for name in rates}
+    if how.held_out is not None and corpus.share_of(how.held_out) is None:
+        found[how.held_out] = places.the("what is held out,", how.held_out)
+        how = replace(how, held_out=str(found[how.held_out]))
     (given,) = _said(run, "corpus") or ["corpus.json"]
     if given.startswith("hub:"):
         notes.append(f"the corpus {given} is read from the hub")
-        return
-    path = root / given
+        return found | {name: places.the("task", name) for name in _said(run, "task")}
+    found[given] = places.the("corpus", given)
     try:
-        read = corpus.load(path, how)
+        read = corpus.load(found[given], how)
+        digests = {read.digest}
+        with contextlib.suppress(corpus.CorpusError):  # none is in Latin letters
+            digests.add(corpus.in_latin_letters(read).digest)
+        if not digests & {entry.corpus_digest for entry in run.entries}:
+            raise BundleError(
+                f"--bundle: corpus {given} is another one now than in record {run.path}: its digest differs"
+            )
+        for name in _said(run, "task"):
+            found[name] = places.the("task", name)
+            if corpus.load_task(found[name], read).digest not in {entry.task_digest for entry in run.entries}:
+                raise BundleError(f"--bundle: task {name} is another one now than in record {run.path}")
     except corpus.CorpusError as error:
         raise BundleError(f"--bundle: {error}") from error
-    digests = {read.digest}
-    with contextlib.suppress(corpus.CorpusError):  # none is in Latin letters
-        digests.add(corpus.in_latin_letters(read).digest)
-    if not digests & {entry.corpus_digest for entry in run.entries}:
-        raise BundleError(f"--bundle: corpus {given} is another one now than in record {run.path}: its digest differs")
-    yield path
-    yield from (root / task for task in _said(run, "task"))
-    for sweep in _said(run, "learning-rate"):
-        if sweep.endswith(".json"):
-            yield root / sweep
-    if how.held_out and (root / how.held_out).is_file():
-        yield root / how.held_out
+    return found
 
 
 def _models(run: Run) -> Iterator[str]:

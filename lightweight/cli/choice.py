@@ -10,16 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from lightweight import methods
+from lightweight import methods, targets
 from lightweight.child import helper, reaper
 from lightweight.cli.job import Job, NothingFitsError
 from lightweight.cli.output import Interrupted
 from lightweight.cli.terminal import say
 from lightweight.corpus import Corpus
-from lightweight.forecast import plan, plan_row, plan_search, tracer
+from lightweight.forecast import calibration, plan, plan_row, plan_search, step_time, tracer
 from lightweight.forecast.step_time import StepTime
 from lightweight.methods import Method
-from lightweight.models import Model
+from lightweight.models import Model, ModelError
 from lightweight.targets import Device, Target, size
 from lightweight.training import ranks
 from lightweight.trial import Trial
@@ -79,6 +79,20 @@ def choose(
         f"by forecast, expected to be the fastest of what fits ({', '.join(fitting)}){_check(method)}{where}"
     )
     return Choice(chosen, row.step)
+
+
+def timed(trial: Trial, device: Device, progress: Callable[[str], None]) -> StepTime | None:
+    """What a step of a trial whose method was given is forecast to take; None where nobody knows."""
+    if device.total_bytes is None or targets.rates(device.name) is None or trial.world_size > 1:
+        return None
+    progress(f"{trial.name}: tracing a step")
+    try:
+        traced = tracer.trace_on(trial, device)
+    except (tracer.ForecastError, ModelError):  # no forecast is no reason not to train
+        return None
+    finally:
+        progress("")
+    return step_time.forecast(traced, trial, device.name, calibration.stored())
 
 
 def _as_forecast(method: Method) -> Method:

@@ -23,6 +23,8 @@ def command(options: argparse.Namespace) -> int:
         measured = [entry for path in options.record for entry in record.load(path).entries]
         named = [methods.named(name) for name in dict.fromkeys(options.method or ())] or methods.PLANNED
         wanted_methods = options.settings.applied(named)
+        for model in wanted_models:
+            record.check_searched(options.settings.learning_rate, model.name, *wanted_methods)
         names.refuse_namesakes("method", wanted_methods)
         how = how_read(lambda name: getattr(options, name))
         read = data.read_if_named(options.corpus, how, show)

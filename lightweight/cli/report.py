@@ -28,14 +28,14 @@ def command(options: argparse.Namespace) -> int:
             print(_content(options, runs), end="")
     except (record.RecordError, write.ReportError, publish.ColumnError) as error:
         return refuse(error)
-    return _bundle(options.bundle, runs) if options.bundle else 0
+    return _bundle(options.bundle, runs, options.files) if options.bundle else 0
 
 
-def _bundle(path: Path, runs: Sequence[record.Run]) -> int:
+def _bundle(path: Path, runs: Sequence[record.Run], files: Sequence[Path]) -> int:
     from lightweight.cli import bundle  # torch takes seconds
 
     try:
-        tell(bundle.write(path, runs))
+        tell(bundle.write(path, runs, files))
     except bundle.BundleError as error:
         return refuse(error)
     return 0

@@ -6,6 +6,7 @@ never seen: it is left for the comparison.
 
 Half of the trials are on a grid of equal factors from one end of the range to the other; each further one halves, as
 factors, the wider gap beside the best so far. A trial that does not complete is a trial like any other, and no best.
+One that the record holds from a search that was interrupted is not run again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-from lightweight import corpus, files, methods, models, record, targets
+from lightweight import corpus, files, methods, models, names, record, targets
 from lightweight.child import handle, helper, owner, reaper, worker
 from lightweight.cli.terminal import leave_to_us, refuse, show, tell
 from lightweight.corpus import How
@@ -36,10 +37,6 @@ from lightweight.trial import Completed, Trial
 
 class SweepError(ValueError):
     """A sweep that cannot be made. The message names what it is about and the mend."""
-
-
-class NothingFoundError(RuntimeError):
-    """None of a method's trials completed. The message says how the last of them ended."""
 
 
 REFUSALS = (SweepError, corpus.CorpusError, models.ModelError, MethodError)
@@ -113,13 +110,23 @@ def best(tried: Sequence[Tried]) -> Tried | None:
     return min(completed, key=lambda one: one.loss, default=None)
 
 
-def run(sweep: Sweep, progress: Callable[[str], None] = lambda text: None) -> Iterator[str]:
-    """Search, and keep what was found in `sweep.output` after every trial; a line for each method. Raises SweepError,
-    or what else REFUSALS names, and at the end NothingFoundError."""
+@dataclass(frozen=True)
+class Found:
+    """What a method's search came to: its best rate, None where no trial completed, and that in a line."""
+
+    rate: float | None
+    told: str
+
+
+def run(sweep: Sweep, progress: Callable[[str], None] = lambda text: None) -> Iterator[Found]:
+    """Search, and keep what was found in `sweep.output` after every trial; what, of each method. Goes on from what an
+    interrupted search has left there. Raises SweepError, or what else REFUSALS names."""
+    before = _before(sweep.output)
     examples = corpus.without_heldout(corpus.load(sweep.corpus, sweep.reading, progress), sweep.corpus)
     on_gpu = torch.cuda.is_available()
     try:
         named = sweep.settings.applied([methods.named(name) for name in dict.fromkeys(sweep.methods)])
+        names.refuse_namesakes("method", named)
     except ValueError as error:
         raise SweepError(str(error)) from error
     try:
@@ -134,32 +141,37 @@ def run(sweep: Sweep, progress: Callable[[str], None] = lambda text: None) -> It
                 progress(f"{model.name}: writing its weights")
                 seconds = helper.SILENCE_SECONDS
                 model = helper.call_within(seconds, models.write, scratch, model, scratch / "weights", sweep.seed)
-            search, failed = _Search(sweep, device, scratch, progress), list[NothingFoundError]()
+            search = _Search(sweep, device, scratch, progress, before)
             for trial in trials.values():
-                try:
-                    yield search.of(replace(trial, model=model))
-                except NothingFoundError as error:  # the others' rates are found all the same
-                    failed.append(error)
-            if failed:
-                raise NothingFoundError("; ".join(map(str, failed)))
+                yield search.of(replace(trial, model=model))
+            search.end()
     except handle.ChildError as error:
         raise SweepError(f"sweep: {error}") from error
 
 
 class _Search:
-    """The search of one method after the other, and its record."""
+    """The search of one method after the other, and its record, in which the trials of `before` stay until the end."""
 
-    def __init__(self, sweep: Sweep, device: Device, scratch: Path, progress: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        device: Device,
+        scratch: Path,
+        progress: Callable[[str], None],
+        before: Sequence[Entry] = (),
+    ) -> None:
         self._sweep, self._device, self._scratch, self._progress = sweep, device, scratch, progress
+        self._before = list(before)
         self._entries: list[Entry] = []
         self._found: dict[str, dict[str, Any]] = {}
 
-    def of(self, trial: Trial) -> str:
-        """Search for the rate of the method of `trial`; what was found, in a line."""
+    def of(self, trial: Trial) -> Found:
+        """Search for the rate of the method of `trial`."""
         name = trial.method.name
 
         def loss_of(rate: float) -> float:
-            entry = self._run(at_rate(trial, rate))
+            wanted = at_rate(trial, rate)
+            entry = self._take(wanted) or self._run(wanted)
             self._entries.append(entry)
             self._store()
             loss = entry.heldout_loss_after
@@ -170,14 +182,31 @@ class _Search:
         completed = sum(math.isfinite(one.loss) for one in tried)
         said = f"{name}: {completed} of {len(tried)} trials completed"
         if found is None:
-            last = self._entries[-1]
-            raise NothingFoundError(f"{said}, no rate was found: the last one: {last.outcome}: {last.reason}")
+            return Found(None, record.one_line(f"{said}: no rate was found: {self._entries[-1].reason}"))
         ends = {min(one.rate for one in tried), max(one.rate for one in tried)}
         is_at_end = found.rate in ends
         self._found[name] = {"learning_rate": found.rate, "loss": found.loss, "is_at_end": is_at_end}
         self._store()
         told = f"{said}: {found.rate:g}, held-out loss {found.loss:.4f}"
-        return told + ", at an end of the range: widen it" * is_at_end
+        return Found(found.rate, told + ", at an end of the range: widen it" * is_at_end)
+
+    def end(self) -> None:
+        """Leave in the record what this search has asked for alone."""
+        self._before = []
+        self._store()
+
+    def _take(self, trial: Trial) -> Entry | None:
+        """The entry of `trial` from before, if it ended as it would again: under the same settings, on the same device,
+        by the same versions."""
+        settings = json.loads(json.dumps(record.settings(trial)))
+        for entry in self._before:
+            stored, installed = entry.stored or {}, entry.versions or {}
+            is_same = all(stored.get(key) == value for key, value in settings.items())
+            is_here = entry.device == self._device.name and record.versions().items() <= installed.items()
+            if is_same and is_here and entry.outcome != "crashed":
+                self._before.remove(entry)
+                return entry
+        return None
 
     def _run(self, trial: Trial) -> Entry:
         self._progress(f"{trial.name} at {trial.method.training_arguments['learning_rate']:g}")
@@ -193,11 +222,27 @@ class _Search:
         """Write the record, whole or not at all."""
         sweep = self._sweep
         searched = {"low": sweep.low, "high": sweep.high, "budget": sweep.budget, "found": self._found}
-        content = record.document(self._entries) | {"datetime": datetime.now(UTC).isoformat(), "sweep": searched}
+        content = record.document([*self._entries, *self._before]) | {
+            "datetime": datetime.now(UTC).isoformat(),
+            "sweep": searched,
+        }
         try:
             files.write(sweep.output, json.dumps(content, indent=1))
         except OSError as error:
             raise SweepError(f"--output {sweep.output}: cannot be written ({error.strerror})") from error
+
+
+def _before(output: Path) -> list[Entry]:
+    """What a search has left in `output`; nothing where that is not there. Raises SweepError for what is no sweep's."""
+    if not output.exists():
+        return []
+    try:
+        entries = record.load(output).entries
+        if "sweep" in json.loads(output.read_text("utf-8")):
+            return [*entries]
+    except (OSError, ValueError):  # no record at all
+        pass
+    raise SweepError(f"--output {output}: is there already, and no sweep wrote it: give another name")
 
 
 def at_rate(trial: Trial, rate: float) -> Trial:
@@ -234,22 +279,20 @@ def _trial(
 
 
 def command(options: argparse.Namespace) -> int:
-    """Search as `options` ask, and print what was found of each method; the exit status."""
+    """Search as `options` ask, and print what was found of each method; the exit status, 1 where one has no rate."""
     leave_to_us()
     asked = {part.name: getattr(options, part.name) for part in fields(Sweep) if hasattr(options, part.name)}
     asked |= {"methods": options.method, "reading": how_read(lambda name: getattr(options, name))}
+    is_complete = True
     try:
-        for line in run(Sweep(**asked), progress=show):
+        for found in run(Sweep(**asked), progress=show):
             show("")
-            print(line, flush=True)
+            print(found.told, flush=True)
+            is_complete &= found.rate is not None
     except REFUSALS as error:
         return refuse(error)
-    except NothingFoundError as error:
-        show("")
-        tell(str(error))
-        return 1
     except KeyboardInterrupt:
-        tell(f"interrupted: trials that had ended, if any, are in {options.output}")
+        tell(f"interrupted: what was tried until then is in {options.output}, and the same command goes on from there")
         return 130
     print(f"{options.output}: take the rates with --learning-rate {shlex.quote(str(options.output))}")
-    return 0
+    return 0 if is_complete else 1

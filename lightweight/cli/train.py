@@ -31,7 +31,7 @@ from lightweight.child.process import see_gpus
 from lightweight.cli import checkpoints
 from lightweight.cli.callbacks import Checkpoints, Progress
 from lightweight.cli.checkpoints import Interruption, step_of
-from lightweight.cli.choice import choose, instead
+from lightweight.cli.choice import choose, instead, timed
 from lightweight.cli.job import Job, JobError
 from lightweight.cli.output import Interrupted, Output, OutputError
 from lightweight.cli.result import finish, publish_finished
@@ -111,6 +111,8 @@ def _run(job: Job, progress: Callable[[str], None], interruption: Interruption) 
             _check_same(trial, before, output)
         if before and before.is_finished:
             return publish_finished(before.settings, output)
+        if step is None:
+            step = ranks.of_first(lambda: timed(trial, device, progress))
         progress(f"{trial.name}: loading")
         settings = record.settings(trial)
         trial = replace(trial, model=ranks.of_first(lambda: _written(model, output, job.seed, settings)))
@@ -279,6 +281,7 @@ def _target(name: str | None, device: Device, on_gpu: bool) -> Target:
 
 def _trial(job: Job, model: Model, method: Method, target: Target, dialogues: corpus.Corpus, on_gpu: bool) -> Trial:
     try:
+        record.check_searched(job.settings.learning_rate, model.name, method)
         return Trial(
             model=model,
             method=method,

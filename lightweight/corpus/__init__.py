@@ -35,7 +35,7 @@ from lightweight.corpus.rows import (
     ends_of_answers,
     watched,
 )
-from lightweight.corpus.split import in_latin_letters, without_heldout
+from lightweight.corpus.split import in_latin_letters, share_of, without_heldout
 from lightweight.corpus.task import load_task
 from lightweight.corpus.template import LossOn
 
@@ -70,6 +70,7 @@ __all__ = [
     "load",
     "load_task",
     "pair",
+    "share_of",
     "watched",
     "without_heldout",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
@@ -120,13 +120,13 @@ class Corpus:
 
     `elsewhere` is plain text from somewhere else, nothing of which is trained on: what a model could say of it before
     and cannot after training is what it forgot. None leaves that unmeasured. `task` is what is asked before and after
-    training. `origin` is known of what was read.
+    training. `origin` is known of what was read. What is said is left out where it is shown, for it may be a gigabyte.
     """
 
-    train: tuple[Example, ...]
-    heldout: tuple[Example, ...]
+    train: tuple[Example, ...] = field(repr=False)
+    heldout: tuple[Example, ...] = field(repr=False)
     digest: str
-    elsewhere: str | None = None
+    elsewhere: str | None = field(default=None, repr=False)
     origin: Origin | None = None
     task: Task | None = None
 

@@ -72,7 +72,7 @@ def opened(path: Path, progress: Callable[[str], None]) -> Iterator[tuple[io.Buf
         with path.open("rb") as raw:
             if raw.peek(len(LFS_POINTER)).startswith(LFS_POINTER):
                 fail(path, "is a Git LFS pointer, not the data: fetch them with git lfs pull")
-            yield _unzipped(raw), Told(raw, path, progress)
+            yield _unzipped(raw), Told(path.name, progress, raw)
     except FileNotFoundError:
         fail(path, "does not exist: give --corpus the path of a JSON file")
     except IsADirectoryError:
@@ -91,21 +91,25 @@ def _unzipped(raw: io.BufferedReader) -> io.BufferedReader:
 
 
 class Told:
-    """How much of a file has been read, told whenever it is another hundredth."""
+    """How much of what is called `name` has been read, told whenever it is another hundredth. `file` is what it is read
+    from, None where that does not say it."""
 
-    def __init__(self, raw: BinaryIO, path: Path, progress: Callable[[str], None]) -> None:
-        self._raw, self._path, self._progress = raw, path, progress
-        self._bytes = os.fstat(raw.fileno()).st_size
+    def __init__(self, name: str, progress: Callable[[str], None], file: BinaryIO | None = None) -> None:
+        self._name, self._progress, self._file = name, progress, file
+        self._bytes = 0 if file is None else os.fstat(file.fileno()).st_size
         self._share = 0
 
     def look(self) -> None:
-        """Tell it, if there is something new."""
-        if self._bytes <= CHUNK_BYTES:  # at once, or a pipe
-            return
-        share = 100 * self._raw.tell() // self._bytes
+        """Tell what is new of the file, unless it is read at once, or a pipe."""
+        if self._file is not None and self._bytes > CHUNK_BYTES:
+            self.at(self._file.tell(), self._bytes)
+
+    def at(self, done: int, whole: int) -> None:
+        """Tell that so much of `whole` has been read, if that is new."""
+        share = 100 * done // whole
         if share > self._share:
             self._share = share
-            self._progress(f"reading {self._path.name}: {share} %")
+            self._progress(f"reading {self._name}: {share} %")
 
 
 def _lines(lines: Iterable[bytes], told: Told) -> Iterator[Item]:

@@ -21,6 +21,12 @@ from lightweight.corpus.messages import (
 
 Row = Mapping[str, Any]
 
+ASKED = ("prompt", "question", "conversations", "instruction", "input", "query", "context")
+"""What preferences call that which is answered."""
+
+CHOICES = ("choices", "options")
+"""What a question that names only the right one of them calls its answers."""
+
 
 @dataclass(frozen=True)
 class Format:
@@ -84,12 +90,20 @@ def _refuse_system(row: Row) -> None:
 
 def _alpaca(row: Row) -> Conversation:
     refuse_what_is_not_wanted(row)
-    said = [*_instructed(row), Message("assistant", _text(row, "output", "response"))]
+    said = [*_instructed(row, "instruction"), Message("assistant", _text(row, "output", "response"))]
     return conversation_of(_behind_system(said, row), "instruction")
 
 
-def _instructed(row: Row) -> list[Message]:
-    """What was said before an alpaca row's answer: its history, and what it asks."""
+def _question_answer(row: Row) -> Conversation:
+    refuse_what_is_not_wanted(row)
+    if key := next((key for key in CHOICES if row.get(key)), None):
+        raise Defect(f"{key}: would be left out of the question: write them into it, or leave the row out")
+    said = [*_instructed(row, "question", "query"), Message("assistant", _text(row, "answer", "response"))]
+    return conversation_of(_behind_system(said, row), "question")
+
+
+def _instructed(row: Row, *keys: str) -> list[Message]:
+    """What was said before the answer to what a row asks as one of `keys`: its history, and that."""
     said: list[Message] = []
     history = row.get("history") or []
     if not isinstance(history, list):
@@ -100,13 +114,13 @@ def _instructed(row: Row) -> list[Message]:
             raise Defect(f"{field}: is no pair: write [instruction, output]")
         asked, answered = (text_of(text, f"{field}[{side}]") for side, text in enumerate(turn))
         said += [Message("user", asked), Message("assistant", answered)]
-    return [*said, Message("user", _instruction(row))]
+    return [*said, Message("user", _instruction(row, *keys))]
 
 
-def _instruction(row: Row) -> str:
-    """What an alpaca row asks: the instruction and, under it, what it is about."""
+def _instruction(row: Row, *keys: str) -> str:
+    """What a row asks as one of `keys` and, under it, what it is about."""
     about_key, about = _first(row, "input", "context")
-    instruction = text_of(row["instruction"], "instruction")
+    instruction = _text(row, *keys)
     more = optional_text_of(about, about_key)
     return f"{instruction}\n\n{more}" if more else instruction
 
@@ -158,13 +172,13 @@ def _preference(row: Row) -> Example:
 
 def _asked(row: Row) -> list[Message] | None:
     """What a row of preferences asks for, in whichever of the usual keys."""
-    key, value = _first(row, "prompt", "question", "conversations", "instruction")
+    key, value = _first(row, *ASKED)
     if value is None:
         return None
     if isinstance(value, list):
         return messages_of(value, key)
     if key == "instruction":
-        return _instructed(row)
+        return _instructed(row, key)
     text = text_of(value, key)
     return of_hh_string(text, key) or [Message("user", text)]
 
@@ -181,6 +195,7 @@ FORMATS = {
         Format("alpaca", (("instruction",), ("output", "response")), _alpaca),
         Format("prompt-completion", (("prompt",), ("completion",)), _prompt_completion),
         Format("text", (("text",),), _plain),
+        Format("question-answer", (("question", "query"), ("answer", "response")), _question_answer),
     )
 }
 """By name. A row may have the keys of several, as hub data sets do: it is of the first."""

@@ -127,7 +127,8 @@ def _message(value: Any, field: str) -> Message:
 
 def _role(value: Mapping[str, Any], key: str, field: str) -> Role:
     if key not in value:
-        raise Defect(f"{field}: has no {key!r}: use 'system', 'user' or 'assistant'")
+        others = ", ".join(map(repr, value)) or "nothing else"
+        raise Defect(f"{field}: has no {key!r}, but {short_text(others)}: use 'system', 'user' or 'assistant'")
     said = value[key]
     if isinstance(said, str) and said.lower() in OF_TOOLS:
         raise Defect(f"{field}.{key}: {said!r} is a tool's, and {TOOLS_MEND}")

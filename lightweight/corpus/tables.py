@@ -1,4 +1,7 @@
-"""Rows of tables: CSV by Python's own module, and Parquet, Arrow and the hub's data sets through `datasets`."""
+"""Rows of tables: CSV by Python's own module, Parquet and Arrow by pyarrow, the hub's data sets by `datasets`.
+
+A file is read some rows at a time. `datasets` holds a group of rows of a Parquet file whole, which often is all of it.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,20 @@ import csv
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
 from lightweight.corpus.conversation import CorpusError, Defect
-from lightweight.corpus.files import Item, fail, opened
+from lightweight.corpus.files import CHUNK_BYTES, Item, Told, fail, opened
 from lightweight.models import reason
 
 HUB = "hub:"
 """What the name of a data set on the hub begins with, where a corpus is said."""
 
-OF_DATASETS = {".parquet": "parquet", ".arrow": "arrow"}
-"""Endings of files that `datasets` reads, and what it calls them."""
+COLUMNS = (".parquet", ".arrow")
+"""Endings of the files that pyarrow reads, which comes with `datasets`."""
+
+BATCH = 1000
+"""Rows of a file that are read at once."""
 
 SEPARATED = re.compile(r"\.(csv|tsv)(\.gz)?$", re.IGNORECASE)
 
@@ -27,7 +33,7 @@ LONGEST_CELL = 2**31 - 1
 def holds(path: Path | str) -> bool:
     """Whether the corpus at `path` is a table."""
     name = str(path)
-    return name.startswith(HUB) or bool(SEPARATED.search(name)) or Path(name).suffix.lower() in OF_DATASETS
+    return name.startswith(HUB) or bool(SEPARATED.search(name)) or Path(name).suffix.lower() in COLUMNS
 
 
 def items(path: Path | str, progress: Callable[[str], None]) -> Iterator[Item]:
@@ -35,10 +41,7 @@ def items(path: Path | str, progress: Callable[[str], None]) -> Iterator[Item]:
     name = str(path)
     if SEPARATED.search(name):
         return _separated(Path(path), progress)
-    if not name.startswith(HUB):
-        with opened(Path(path), progress):
-            pass  # it is there
-    return _of_datasets(path, progress)
+    return _of_hub(name, progress) if name.startswith(HUB) else _of_columns(Path(path), progress)
 
 
 def _separated(path: Path, progress: Callable[[str], None]) -> Iterator[Item]:
@@ -72,27 +75,70 @@ def _row(header: list[str], cells: list[str]) -> dict[str, str] | Defect:
     return dict(zip(header, cells, strict=True))
 
 
-def _of_datasets(path: Path | str, progress: Callable[[str], None]) -> Iterator[Item]:
+def _of_columns(path: Path, progress: Callable[[str], None]) -> Iterator[Item]:
+    """The rows of a Parquet or Arrow file."""
+    with opened(path, progress) as (stream, told):
+        try:
+            import pyarrow  # noqa: F401  it and datasets are an extra
+        except ImportError:
+            _missing(path)
+        read = _parquet if path.suffix.lower() == ".parquet" else _arrow
+        try:
+            index = 0
+            for batch in read(stream, told):
+                batch.validate(full=True)  # pyarrow trusts offsets, also where they lead out of a damaged file
+                for row in batch.to_pylist():
+                    yield Item(("row", index), row)
+                    index += 1
+        except Exception as error:  # of pyarrow, in its own ways
+            raise CorpusError(f"corpus {path}: pyarrow cannot read it ({reason(error)}): write it once more") from error
+
+
+def _parquet(stream: BinaryIO, told: Told) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    file = parquet.ParquetFile(stream, buffer_size=CHUNK_BYTES, pre_buffer=False)
+    done = 0
+    for batch in file.iter_batches(BATCH):
+        yield batch
+        done += batch.num_rows
+        told.at(done, file.metadata.num_rows)
+
+
+def _arrow(stream: BinaryIO, told: Told) -> Iterator[Any]:
+    """Batches of either of Arrow's two kinds of files."""
+    from pyarrow import ipc
+
     try:
-        import datasets  # a second, and an extra
+        batches: Iterable[Any] = ipc.open_stream(stream)
+    except ValueError:
+        stream.seek(0)
+        file = ipc.open_file(stream)
+        batches = map(file.get_batch, range(file.num_record_batches))
+    for batch in batches:
+        yield batch
+        told.look()
+
+
+def _of_hub(name: str, progress: Callable[[str], None]) -> Iterator[Item]:
+    """The rows of a data set, which `datasets` maps from its cache into memory."""
+    try:
+        import datasets
     except ImportError:
-        fail(path, "needs the package datasets to be read: pip install 'lightweight-llm[data]'")
-    progress(f"loading {path}")
+        _missing(name)
+    progress(f"loading {name}")
     datasets.disable_progress_bars()
+    of_hub, _, split = name.removeprefix(HUB).partition(":")
     try:
-        for index, row in enumerate(_rows(datasets, str(path))):
+        found = datasets.load_dataset(of_hub, split=split or "train")
+        told = Told(of_hub, progress)
+        for index, row in enumerate(found):
             yield Item(("row", index), row)
-    except CorpusError:
-        raise
-    except Exception as error:  # of pyarrow, the hub or the network, each in its own way
-        mend = "give hub:NAME:SPLIT of one that exists" if str(path).startswith(HUB) else "write it once more"
-        raise CorpusError(f"corpus {path}: datasets cannot read it ({reason(error)}): {mend}") from error
+            told.at(index, len(found))
+    except Exception as error:  # of the hub or the network, each in its own way
+        mend = "give hub:NAME:SPLIT of one that exists"
+        raise CorpusError(f"corpus {name}: datasets cannot read it ({reason(error)}): {mend}") from error
 
 
-def _rows(datasets: Any, path: str) -> Iterable[dict[str, Any]]:
-    """What `datasets` reads; a file row by row, without a copy in its cache, the hub's through its cache."""
-    if path.startswith(HUB):
-        name, _, split = path.removeprefix(HUB).partition(":")
-        return datasets.load_dataset(name, split=split or "train")  # type: ignore[no-any-return]
-    kind = OF_DATASETS[Path(path).suffix.lower()]
-    return datasets.load_dataset(kind, data_files=path, split="train", streaming=True)  # type: ignore[no-any-return]
+def _missing(path: Path | str) -> NoReturn:
+    fail(path, "needs the package datasets to be read: pip install 'lightweight-llm[data]'")

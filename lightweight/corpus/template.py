@@ -79,8 +79,9 @@ def marked_up(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, l
                 raise _UnstableError("its marks are not one a turn")
             spans = spans[-1:] if loss_on == "last" else spans
             return _with_their_ends(text, spans, _special(tokenizer))
-        spans = [_by_growing(messages, index, text, tokenizer) for index in wanted]
         special = _special(tokenizer)
+        # the last one first, since where it cannot be told either, it is no way out
+        spans = [_by_growing(messages, index, text, tokenizer, special) for index in reversed(wanted)][::-1]
         ends = [_end_within(text, span, special) for span in spans]
         learned = tuple((start, stop) for (start, _), (stop, _) in zip(spans, ends, strict=True))
         return MarkedUp(text, learned, ends[-1][1])
@@ -136,7 +137,9 @@ def _check_nothing_is_left_out(
 # Where the turns lie
 
 
-def _by_growing(messages: Sequence[Message], index: int, text: str, tokenizer: PreTrainedTokenizerBase) -> Span:
+def _by_growing(
+    messages: Sequence[Message], index: int, text: str, tokenizer: PreTrainedTokenizerBase, special: re.Pattern[str]
+) -> Span:
     """Where the answer `index` of `messages` lies in their `text`. Raises _UnstableError."""
     is_last = index + 1 == len(messages)
     mend = "take a chat template with {% generation %} marks"
@@ -144,9 +147,14 @@ def _by_growing(messages: Sequence[Message], index: int, text: str, tokenizer: P
         raise _UnstableError(f"a conversation begins with the assistant: let another role begin, or {mend}")
     before = _rendered(messages[:index], tokenizer, answer_follows=True)
     upto = text if is_last else _rendered(messages[: index + 1], tokenizer)
-    if not text.startswith(upto) and tokenizer.eos_token:  # some write the end of all text after the last turn
+    is_as_before = text.startswith(upto)
+    if not is_as_before and tokenizer.eos_token:  # some write the end of all text after the last turn
         upto = upto.removesuffix(str(tokenizer.eos_token))
-    if not (text.startswith(before) and text.startswith(upto) and len(before) < len(upto)):
+        # and some write it in place of another end
+        is_as_before = text.startswith(upto) and not (
+            _end_within(upto, (len(before), len(upto)), special)[1] is None and _follows(text, len(upto), special)
+        )
+    if not (text.startswith(before) and is_as_before and len(before) < len(upto)):
         what = "the last turn" if is_last else f"message {index + 1} of {len(messages)}"
         after = "after its prompt" if is_last else "once another follows"
         mend = mend if is_last else f"take --loss-on last, or {mend.removeprefix('take ')}"
@@ -209,12 +217,18 @@ def _with_their_ends(text: str, spans: Sequence[Span], special: re.Pattern[str])
     own = [_end_within(text, span, special)[1] for span in spans]
     if own[-1] is not None:
         return MarkedUp(text, tuple(spans), own[-1])
-    follows = re.compile(rf"\s*({special.pattern})").match(text, spans[-1][1])
+    follows = _follows(text, spans[-1][1], special)
     if follows is None:
         return MarkedUp(text, tuple(spans), None)
-    end = re.compile(rf"\s*{re.escape(follows[1])}")
+    end = re.compile(rf"\s*{re.escape(follows)}")
     longer = [(start, match.end() if (match := end.match(text, stop)) else stop) for start, stop in spans]
-    return MarkedUp(text, tuple(longer), follows[1])
+    return MarkedUp(text, tuple(longer), follows)
+
+
+def _follows(text: str, place: int, special: re.Pattern[str]) -> str | None:
+    """The special token that is the next in `text` after `place`, but for whitespace."""
+    match = re.compile(rf"\s*({special.pattern})").match(text, place)
+    return match[1] if match else None
 
 
 def _counted(number: int, what: str) -> str:

@@ -1,7 +1,7 @@
 """How is the captured step prepared and recorded on fake tensors? By its own code, in the order of `captured.loop`.
 
-The job's check comes first: its peaks do not count, but there must be room for it, and the weights that it casts to and
-fro lie afterwards where there was room. What it compares and reads is taken to agree. Then a step warms up in a stream
+The job's check comes first: its peaks do not count, but there must be room for it, and it moves the weights that it
+joins. What it compares and reads is taken to agree. Then a step warms up in a stream
 of its own, and the step that is recorded allocates from the graph's own pool, which is kept for as long as the job.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lightweight.captured import agreement, dropout, flash, kernels, packing
-from lightweight.captured.agreement import Loss, PartError, Parts, Reference, Sample
+from lightweight.captured.agreement import Loss, PartError, Parts, Reference
 from lightweight.captured.capture import what_cannot_be_captured
 from lightweight.captured.epochs import Epochs
 from lightweight.captured.packing import Buffers
@@ -102,6 +102,7 @@ def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> 
             _check(step, epochs, Reference(trainer, halves=False), _wanted(asked, step, epochs), recorder)
         _mark_weights(step, recorder)
         agreement.drop_gradients(network)
+        recorder.free_workspaces()
         recorder.begin_training()
         _record(step, epochs, recorder, is_graph=asked.graph)
 
@@ -140,41 +141,23 @@ def _wanted(asked: CapturedStep, step: Step, epochs: Epochs) -> Parts:
 
 
 def _check(step: Step, epochs: Epochs, reference: Reference, wanted: Parts, recorder: Recorder) -> None:
-    """What `check.Check` has computed, where all that is asked for agrees."""
+    """What `check.Check` must have room for, where all that is asked for agrees. The rest it does where there is more,
+    the Trainer's whole passes and those in fp32, leaves nothing behind and is not traced."""
     begin, rows = epochs.samples()
-    weights = step.passes.model.parameters()
-    is_half = step.passes.casts or any(weight.dtype in agreement.HALVES for weight in weights)
     numbers = {*chain(*begin.rows, *rows.rows)}
     is_full = all(packing.length(epochs.rows[number]) == epochs.rows.width for number in numbers)
     recorder.rules.padding = "full" if is_full else "padded"
-    with recorder.aside() as least, reference.recomputing():  # what alone there must be room for
-        reference.gradients(reference.least(begin))
-    with recorder.optionally(least):
-        expected = [reference.gradients(begin)]
+    with reference.recomputing():
+        expected = reference.gradients(reference.least(begin))
     recorder.meter.phase = "capture"
-    if is_half:
-        step.make_optimizer()
-        _mark_state(step, recorder)
-        with recorder.optionally():
-            exact = reference.in_fp32(rows)
-            recorder.meter.phase = "capture"
-            _mark_weights(step, recorder)
-    else:
-        expected.append(reference.gradients(rows))
-        recorder.meter.phase = "capture"
-        step.make_optimizer()
-        exact = None
+    step.make_optimizer()
+    _mark_state(step, recorder)
     _use(step, epochs, wanted)
     _mark_weights(step, recorder)
-    computed = [_gradients(step, epochs, begin)]
-    if exact is None:
-        computed.append(_gradients(step, epochs, rows))
-    else:
-        with recorder.optionally():
-            with step.passes.fp32():
-                computed.append(_gradients(step, epochs, rows))
-                agreement.drop_gradients(step.passes.network)
-            _mark_weights(step, recorder)
+    _, shape = epochs.laid_out(begin, step.parts)
+    computed = step.gradients(Buffers(shape, step.device), 1.0)
+    del expected, computed
+    agreement.drop_gradients(step.passes.network)
     _use(step, epochs, step.parts)
 
 
@@ -192,13 +175,6 @@ def _use(step: Step, epochs: Epochs, wanted: Parts) -> None:
     epochs.lay_out(step.parts)
 
 
-def _gradients(step: Step, epochs: Epochs, sample: Sample) -> Any:
-    _, shape = epochs.laid_out(sample, step.parts)
-    gradients = step.gradients(Buffers(shape, step.device), 1.0)
-    agreement.drop_gradients(step.passes.network)
-    return gradients
-
-
 def _record(step: Step, epochs: Epochs, recorder: Recorder, *, is_graph: bool) -> None:
     """The steps that are warmed up and recorded, the largest shape first, or run twice where there `is_graph` not."""
     buffers = {shape: Buffers(shape, step.device) for shape in epochs.shapes}
@@ -213,6 +189,7 @@ def _record(step: Step, epochs: Epochs, recorder: Recorder, *, is_graph: bool) -
             if not is_graph:
                 run()
                 continue
+            recorder.free_workspaces()
             recorder.empty_cache()
             with recorder.in_the_graphs_pool():
                 run()

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lightweight.captured.cross_entropy import ALIGNMENT
 from lightweight.forecast.cuda_rules import GROUPED_PRODUCT, CudaRules, grouped_product
-from lightweight.forecast.replay import Cause, Event, Optional
+from lightweight.forecast.replay import Cause, Event
 from lightweight.forecast.work import Watch
 from lightweight.internals import bitsandbytes as bitsandbytes_internals
 from lightweight.internals.torch import (
@@ -64,17 +64,17 @@ class Recorder(DispatchMode):
         self.kept: set[int] = set()
         self.emptied: list[int] = []
         self.training_from = 0
-        self.optional: list[Optional] = []
         self.paged_bytes = 0
         self.watch: Watch | None = None
         self.of_pass, self.of_optimizer = Watch(), Watch()
+        self._is_in_a_pass = False
         self.answers: Callable[[], bool] = lambda: False
         self._logits = {vocabulary, -(-vocabulary // ALIGNMENT) * ALIGNMENT}
         self._is_sharded = is_sharded
         self._graphs_stream = torch.cpu.Stream()
         self._stream_numbers = {torch.cpu.current_stream(): 0}
         self._names: dict[int, int | None] = {}
-        self._workspaces: set[tuple[str, int, bool]] = set()
+        self._workspaces: dict[tuple[str, int, bool], int] = {}
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
@@ -96,8 +96,7 @@ class Recorder(DispatchMode):
         # Each thread that multiplies matrices has workspaces in each stream, and backward runs in another thread.
         for kind, size in self.rules.workspace_bytes(operator).items():
             if (workspace := (kind, self._stream(), in_backward())) not in self._workspaces:
-                self._workspaces.add(workspace)
-                self._allocate(size, "workspace")
+                self._workspaces[workspace] = self._allocate(size, "workspace")
         scratch_bytes = self.rules.scratch_bytes(operator, arguments)
         scratch = self._allocate(scratch_bytes, "workspace") if scratch_bytes else None
         result = self._run(operator, arguments, options or {})
@@ -122,6 +121,8 @@ class Recorder(DispatchMode):
         if operator.name() == GROUPED_PRODUCT:
             with no_dispatch():
                 return FakeTensor(self._mode, grouped_product(*arguments, **options), _CPU)
+        if _writes_to_its_first(operator) and type(arguments[0]) is FakeTensor:
+            return arguments[0]  # which has no content to change
         if not _is_pure(operator):
             return operator(*arguments, **options)
         key = operator, _shapes(arguments), _shapes(tuple(options.items()))
@@ -165,6 +166,11 @@ class Recorder(DispatchMode):
         """As `torch.cuda.empty_cache`."""
         self.emptied.append(len(self.events))
 
+    def free_workspaces(self) -> None:
+        """As `internals.torch.free_workspaces`."""
+        self.events += [(name, 0) for name in self._workspaces.values()]
+        self._workspaces.clear()
+
     @contextmanager
     def in_a_stream(self) -> Iterator[None]:
         """Inside, memory is that of a further stream, which no other gets."""
@@ -188,6 +194,15 @@ class Recorder(DispatchMode):
             self.watch = None
 
     @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Inside is one pass of the Trainer's, however often a method's own code has the network compute in it."""
+        self.of_pass, self._is_in_a_pass = Watch(), True
+        try:
+            yield
+        finally:
+            self._is_in_a_pass = False
+
+    @contextmanager
     def counting(self, times: int) -> Iterator[None]:
         """Inside, what the device does stands for so many times of it."""
         watch = self.watch
@@ -205,30 +220,6 @@ class Recorder(DispatchMode):
         """Be told of a launch of a kernel of ours."""
         if self.watch is not None:
             self.watch.launched(name, programs, arguments, settings)
-
-    @contextmanager
-    def optionally(self, instead: Sequence[Event] = ()) -> Iterator[None]:
-        """Inside is what is left out where there is no room for it; then there must be for `instead`."""
-        begin = len(self.events)
-        yield
-        self.optional.append(Optional(begin=begin, end=len(self.events), instead=tuple(instead)))
-
-    @contextmanager
-    def aside(self) -> Iterator[list[Event]]:
-        """What is allocated and released inside, as if it had not happened."""
-        main = self.events, self.phases, set(self._workspaces)
-        apart: list[Event] = []
-        self.events, self.phases = apart, []
-        try:
-            yield apart
-        finally:
-            self.events, self.phases, self._workspaces = main
-            allocated, released = ({name for name, size in apart if bool(size) == kept} for kept in (True, False))
-            self.events += [(name, 0) for name in released - allocated]  # of before, and over by then
-            apart[:] = [(name, size) for name, size in apart if name in allocated]
-            for key, name in self._names.items():
-                if name in allocated:
-                    self._names[key] = None
 
     def page(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor in managed memory, which the caching allocator knows nothing of."""
@@ -299,7 +290,8 @@ class Recorder(DispatchMode):
         """Count what the newest pass of the Trainer's has the device do, and the newest optimizer step."""
         phase = self.meter.phase
         if phase == "forward":
-            self.watch = self.of_pass = Watch()
+            self.of_pass = self.of_pass if self._is_in_a_pass else Watch()
+            self.watch = self.of_pass
         elif phase == "optimizer":
             self.watch = self.of_optimizer = Watch()
         elif phase != "backward":
@@ -327,6 +319,20 @@ def _is_pure(operator: Any) -> bool:
         or operator is VIEW_THAT_SAYS_IT_IS_NONE
         or torch.Tag.dynamic_output_shape in operator.tags
         or torch.Tag.data_dependent_output in operator.tags
+    )
+
+
+@functools.cache
+def _writes_to_its_first(operator: Any) -> bool:
+    """Whether an operator writes into its first argument and into nothing else, and gives that back as it was."""
+    signature = schema(operator)
+    written = [argument.name for argument in signature.arguments if argument.is_write]
+    return (
+        signature.name.endswith("_")
+        and written == [signature.arguments[0].name]
+        and [argument.is_write for argument in signature.returns] == [True]
+        and not signature.name.startswith(("aten::resize", "aten::set_"))
+        and torch.Tag.inplace_view not in operator.tags
     )
 
 

@@ -43,16 +43,6 @@ Event = tuple[int, int]
 """A name allocated with its bytes, or released with 0."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Optional:
-    """Events `begin` to `end`, the last one not included, that are left out where there is no room for them, but for
-    what they leave behind; and what then is done `instead`, which there must be room for."""
-
-    begin: int
-    end: int
-    instead: tuple[Event, ...] = ()
-
-
 @dataclass(kw_only=True)
 class Trace:
     """Every allocation and release of building a network and training it for a few optimizer steps.
@@ -74,7 +64,6 @@ class Trace:
     kept: frozenset[int] = frozenset()
     emptied: list[int] = field(default_factory=list)
     training_from: int = 0
-    optional: list[Optional] = field(default_factory=list)
     paged_bytes: int = 0
     work: Work = NOTHING
     flop_per_token: float | None = None
@@ -101,50 +90,23 @@ class _Replay:
         self._peak_phase: Phase = self._phase
         self._stopped_in: Phase | None = None
         self._peak_bytes = 0
-        self._left_out: set[int] = set()  # names in spans that there was no room for
-        self._left_out_until = 0  # the end of the last of these
 
     def take(self, index: int, name: int, size: int) -> bool:
-        """Replay event `index`. Whether there was room for it, or it need not be."""
+        """Replay event `index`. Whether there was room for it."""
         self._phase = self._begins.get(index, self._phase)
         if index in self._emptied:
             self._allocator.empty_cache()
         if index == self._trace.training_from:
             self._allocator.reset_peaks()
             self._peak_bytes = 0
-        if name in self._left_out:
-            return True
         if size == 0:
             self._release(name)
             return True
         try:
             self._allocate(name, size)
         except OutOfBudgetError:
-            span = next((span for span in self._trace.optional if span.begin <= index < span.end), None)
-            if span is None or span.end == self._left_out_until or not self._leave_out(span):
-                self._stopped_in = self._phase
-                return False
-            return name in self._left_out or self.take(index, name, size)
-        return True
-
-    def _leave_out(self, span: Optional) -> bool:
-        """Release what the span has allocated and does not leave behind, and have the rest of it left out. Whether
-        there is room for what is done instead."""
-        events = self._trace.events[span.begin : span.end]
-        released = {name for name, size in events if size == 0}
-        passing = {name for name, size in events if size and name in released}
-        self._left_out |= passing
-        self._left_out_until = span.end
-        for name in passing & self._sizes.keys():
-            self._release(name)
-        held = set(self._sizes)
-        try:
-            for name, size in span.instead:
-                self._allocate(name, size) if size else self._release(name)
-        except OutOfBudgetError:
+            self._stopped_in = self._phase
             return False
-        for name in self._sizes.keys() - held:
-            self._release(name)
         return True
 
     def _allocate(self, name: int, size: int) -> None:

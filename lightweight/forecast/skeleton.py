@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+
+from lightweight.preload import peft  # isort: skip  # before transformers, which may import it
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
@@ -31,18 +34,33 @@ def materialise(network: Any, dtype: torch.dtype, recorder: Recorder) -> None:
         return made[id(tensor)]
 
     recorder.reserve(_bytes_to_load(network))
+    for module, key, tensor in _as_loaded(network):
+        if isinstance(module, Linear4bit) and key == "weight":
+            module.weight = _quantized(tensor, dtype, recorder)
+            bitsandbytes_internals.keep_state(module)
+        else:
+            setattr(module, key, fake(tensor))
+    bitsandbytes_internals.never_repack(network)
+    torch_internals.pin(network)  # it is where it is to be
+
+
+def _as_loaded(network: Any) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Module, name and tensor of all that is allocated, in that order: a checkpoint's weights as transformers sorts
+    them, then buffers, and an adapter's weights, which no checkpoint has. It decides which holes are left where some
+    are replaced. transformers/core_model_loading.py, `convert_and_load_state_dict_in_model`."""
+    loaded, made = [], []
+    is_adapted = isinstance(network, peft.PeftModel)
     for name, module in network.named_modules():
         if isinstance(module, Linear8bitLt):
             raise UntraceableError(f"{name} is quantized to 8 bits, which cannot be traced: use 4 bits, or none")
         own = {"recurse": False, "remove_duplicate": False}
-        for key, tensor in [*module.named_parameters(**own), *module.named_buffers(**own)]:
-            if isinstance(module, Linear4bit) and key == "weight":
-                module.weight = _quantized(tensor, dtype, recorder)
-                bitsandbytes_internals.keep_state(module)
-            else:
-                setattr(module, key, fake(tensor))
-    bitsandbytes_internals.never_repack(network)
-    torch_internals.pin(network)  # it is where it is to be
+        for key, weight in module.named_parameters(**own):
+            place = f"{name}.{key}".replace(".base_layer.", ".").split(".")
+            order = [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in place]
+            (made if is_adapted and weight.requires_grad else loaded).append((order, module, key, weight))
+        made += [([], module, key, buffer) for key, buffer in module.named_buffers(**own)]
+    loaded.sort(key=lambda found: found[0])
+    yield from ((module, key, tensor) for _, module, key, tensor in [*loaded, *made])
 
 
 def _quantized(weight: Any, dtype: torch.dtype, recorder: Recorder) -> nn.Parameter:

@@ -60,7 +60,14 @@ def train(network: Any, trial: Trial, paddings: tuple[BatchKind, ...], recorder:
     if arguments.get("fp16"):
         accelerate_internals.autocast_on_cpu(trainer, torch_internals.FindingAllFinite("cpu"))
     kinds = iter([kind for step in steps for kind in step])
-    network.register_forward_pre_hook(lambda *_: setattr(recorder.rules, "padding", next(kinds)))
+    of_trainer = trainer.training_step
+
+    def training_step(*given: Any, **options: Any) -> Any:  # a method's own may compute a batch several times over
+        recorder.rules.padding = next(kinds)
+        with recorder.one_pass():
+            return of_trainer(*given, **options)
+
+    trainer.training_step = training_step
     batch = _batch(trainer, method.sequences_per_pass, trial.max_length)
     transformers_internals.feed(trainer, [dict(batch) for step in steps for _ in step])
     with _whole_gradients_marked_by(recorder) if trial.world_size > 1 else nullcontext():

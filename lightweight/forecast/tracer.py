@@ -181,7 +181,6 @@ def _trace(trial: Trial, capability: Capability, rows: Rows | None, network: Any
         kept=frozenset(recorder.kept),
         emptied=recorder.emptied,
         training_from=recorder.training_from,
-        optional=recorder.optional,
         paged_bytes=recorder.paged_bytes,
         work=_work(trial, recorder),
         flop_per_token=flop_per_token,

@@ -74,6 +74,13 @@ def add_each_(targets: Sequence[Tensor], others: Sequence[Tensor]) -> None:
     torch._foreach_add_(list(targets), list(others))
 
 
+def free_workspaces() -> None:
+    """Have cuBLAS give back what it keeps on the GPU for each thread and stream that multiplies matrices; it takes it
+    again where it needs it. torch's own CUDA graphs call it; there is no public name. aten/src/ATen/cuda/
+    CublasHandlePool.cpp, `clearCublasWorkspaces`."""
+    torch._C._cuda_clearCublasWorkspaces()
+
+
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
     """Whether something is called before or after the steps of `optimizer`, beside what all have called.
     torch/optim/optimizer.py."""

@@ -31,6 +31,7 @@ from lightweight.record.likeness import differing_settings as differing_settings
 from lightweight.record.reading import RecordError as RecordError
 from lightweight.record.reading import load as load
 from lightweight.record.reading import run as run
+from lightweight.record.searched import check_searched as check_searched
 from lightweight.record.shown import one_line as one_line
 from lightweight.record.shown import readable as readable
 from lightweight.record.writing import SCHEMA as SCHEMA

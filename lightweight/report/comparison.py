@@ -9,6 +9,7 @@ from lightweight import record
 from lightweight.record import BASELINE, Entry, baseline_of, one_line
 from lightweight.report import forecast_comparison, words
 from lightweight.report.table import Column, table
+from lightweight.report.tables import shares
 from lightweight.verdict import forecasts, gate
 from lightweight.verdict.gate import Cell, Comparison
 from lightweight.verdict.limits import Limits
@@ -48,6 +49,7 @@ def text(comparison: Comparison) -> str:
         *now_and_stored("speedup", lambda entry, among: words.speedup(entry, baseline_of(entry, among))),
         ("now / stored", "r", lambda cell: str(cell.against_stored or "-")),
         *now_and_stored("step", lambda entry, _: words.step(entry)),
+        *((heading, side, lambda cell, share=share: share(cell.now)) for heading, side, share in shares(entries)),
         *now_and_stored("memory", _memory),
         *now_and_stored("held-out loss", lambda entry, _: words.loss(entry)),
         ("verdict", "l", _verdict),

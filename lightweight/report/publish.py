@@ -67,10 +67,6 @@ def _tokens(entry: Entry) -> float | None:
     return entry.tokens_per_second if entry.step_tokens else None  # older records counted padding
 
 
-def _percent_of_peak(entry: Entry) -> float | None:
-    return None if entry.share_of_peak is None else entry.share_of_peak * 100
-
-
 def _forgotten(entry: Entry) -> float | None:
     before, after = entry.elsewhere_loss_before, entry.elsewhere_loss_after
     return None if before is None or after is None else after - before
@@ -103,7 +99,7 @@ COLUMNS: Mapping[str, Word | Number] = {
     "step": Number(heading="step", unit="ms", form="{:.1f}", of=lambda study: study.mean(words.step_ms)),
     "tokens": Number(heading="tokens", unit="1/s", form="{:,.0f}", of=lambda study: study.mean(_tokens)),
     "share": Number(
-        heading="of the card's peak", unit="%", form="{:.1f}", of=lambda study: study.mean(_percent_of_peak)
+        heading="of the card's peak", unit="%", form="{:.1f}", of=lambda study: study.mean(words.percent_of_peak)
     ),
     "speedup": Number(heading="speedup", unit="x", form="{:.2f}", of=lambda study: study.speedup),
     "total": Number(heading="total", unit="s", form="{:.1f}", of=lambda study: study.mean(lambda e: e.cold_seconds)),
@@ -116,14 +112,26 @@ COLUMNS: Mapping[str, Word | Number] = {
     "over-baseline": Number(heading="over baseline", unit="nats", form="{:+.3f}", of=lambda study: study.over_baseline),
     "task": Number(heading="answered right", unit="", form="{:.3f}", of=lambda study: study.answered),
     "forgotten": Number(heading="forgotten", unit="nats", form="{:+.3f}", of=lambda study: study.mean(_forgotten)),
+    "note": Word(heading="note", of=lambda study: _data_note(study)),
 }
 """The columns that there are, by the names that `--columns` takes."""
 
-DEFAULT = ("model", "method", "seeds", "trainable", "peak", "step", "tokens", "loss", "over-baseline", "forgotten")
+DEFAULT = (
+    *("model", "method", "card", "outcome", "seeds", "trainable", "peak", "step", "tokens"),
+    *("share", "loss", "over-baseline", "forgotten", "note"),
+)
+"""The columns where nobody chooses. CSV has the numbers alone, and so has all of them; elsewhere the card and the
+outcome stand where rows differ in them, and the note is of how it was measured."""
 
 
 def _millions(count: int | None) -> float | None:
     return None if count is None else count / 1e6
+
+
+def _data_note(study: Study) -> str:
+    """How what the method trained on differs from what the others did, in any of its seeds; nothing where it does
+    not."""
+    return "; ".join(dict.fromkeys(entry.data_note for entry in study.entries if entry.data_note))
 
 
 def _worst(study: Study) -> Entry:
@@ -131,25 +139,36 @@ def _worst(study: Study) -> Entry:
     return next((entry for entry in study.entries if entry.outcome != "completed"), study.first)
 
 
-def chosen(text: str | None) -> tuple[str, ...]:
-    """The columns that `text` names, with commas between them; the default where it is None. Raises ColumnError."""
+def chosen(text: str | None) -> tuple[str, ...] | None:
+    """The columns that `text` names, with commas between them; None where it is None. Raises ColumnError."""
     if text is None:
-        return DEFAULT
+        return None
     named = tuple(name.strip() for name in text.split(","))
     if unknown := [name for name in named if name not in COLUMNS]:
         raise ColumnError(f"--columns: there is no {unknown[0]!r}: choose from {', '.join(COLUMNS)}")
     return named
 
 
-def published(runs: Sequence[Run], form: Form, columns: Sequence[str]) -> str:
-    """The cells of `runs`, those of a report's results, in `columns`, with how they were measured; CSV has the numbers
-    alone."""
+def published(runs: Sequence[Run], form: Form, columns: Sequence[str] | None = None) -> str:
+    """The cells of `runs`, those of a report's results, in `columns`, the default where there are none, with how they
+    were measured; CSV has the numbers alone."""
     rows = studies.studies(select.main_cells(select.newest(runs)), least=1)
+    columns = _usual(rows, form) if columns is None else columns
     if form == "csv":
         return _csv(rows, columns)
     note = measured(rows, columns)
     shown = _table(rows, columns)
     return _latex(shown, note) if form == "latex" else f"{shown.text(form)}\n\n{one_line(note)}\n"
+
+
+def _usual(rows: Sequence[Study], form: Form) -> Sequence[str]:
+    """Those of DEFAULT that say something."""
+    tells = {
+        "card": len({words.timed_on(entry) for study in rows for entry in study.entries}) > 1,
+        "outcome": any(len(study.completed) < len(study.entries) for study in rows),
+        "note": False,
+    }
+    return [name for name in DEFAULT if form == "csv" or tells.get(name, True)]
 
 
 def _table(rows: Sequence[Study], columns: Sequence[str]) -> Table:
@@ -240,6 +259,8 @@ def measured(rows: Sequence[Study], columns: Sequence[str] = tuple(COLUMNS)) -> 
     entries = [entry for study in rows for entry in study.entries]
     parts = [_trained(group) for group in SAME_BASELINE.but("model").groups(entries)]
     parts += [sentence for names, sentence in SAID if set(names) & set(columns)]
+    noted = {study.first.method: note for study in rows if (note := _data_note(study))}
+    parts += [f"Not trained as the others are: {method}: {note}" for method, note in noted.items()]
     if any(len(study.completed) > 1 for study in rows):
         parts.append("Numbers are means over seeds, in brackets their two-sided 95% Student t-intervals")
     if any(entry.weights == "random" for entry in entries):
@@ -255,6 +276,11 @@ SAID = (
         ("step", "tokens", "speedup"),
         "Step is the median device time of an optimizer step after the first epoch, with HF Trainer or a step that was "
         "shown to be its equal; tokens are those of the examples, without padding",
+    ),
+    (
+        ("share",),
+        "Of the card's peak is the arithmetic that training needs, by the papers' count, over the card's dense rate "
+        "for the number format",
     ),
     (("speedup",), "Speedup is per token against the baseline of the same seed, geometric means"),
     (("peak",), "Peak memory is what torch allocated on the GPU at most (without one, the process on the host)"),

@@ -57,7 +57,7 @@ def _names(among: Sequence[Entry]) -> list[Column[Entry]]:
     ]
 
 
-def _shares(entries: Sequence[Entry]) -> list[Column[Entry]]:
+def shares(entries: Sequence[Entry]) -> list[Column[Entry]]:
     """The share of the card's peak, where the records know what their models need."""
     known = any(entry.share_of_peak is not None for entry in entries)
     return [("of the card's peak", "r", words.share_of_peak)] if known else []
@@ -69,7 +69,7 @@ def _results(entries: Sequence[Entry], among: Sequence[Entry]) -> list[Column[En
         ("outcome", "l", words.outcome),
         ("total", "r", words.total),
         ("step", "r", words.step),
-        *_shares(entries),
+        *shares(entries),
         ("speedup", "r", lambda entry: words.speedup(entry, pace_of(entry, among))),
         ("peak memory", "r", words.memory),
         ("forecast", "r", words.forecast),
@@ -109,6 +109,10 @@ def over_seeds(entries: Sequence[Entry]) -> Table:
         ("seeds", "r", words.seeds),
         ("steps", "r", lambda study: str(study.first.planned_steps or "-")),
         ("step", "r", lambda study: words.estimate(study.mean(words.step_ms), "{:.1f}", " ms")),
+        *(
+            (heading, side, lambda study: words.estimate(study.mean(words.percent_of_peak), "{:.1f}", " %"))
+            for heading, side, _ in shares(entries)
+        ),
         ("speedup", "r", lambda study: words.estimate(study.speedup, "{:.2f}", "x")),
         ("peak memory", "r", words.largest),
         ("held-out loss", "r", lambda study: words.estimate(study.mean(lambda e: e.heldout_loss_after), "{:.3f}")),
@@ -142,6 +146,7 @@ def brief(runs: Sequence[Run]) -> Table:
         *_names(cells),
         ("outcome", "l", lambda cell: words.ending(cell.outcome)),
         ("step", "r", words.step),
+        *shares(cells),
         ("speedup", "r", lambda cell: words.times(_ratio(cell, entries))),
         ("peak", "r", words.memory),
     ]
@@ -363,7 +368,7 @@ def ladder(rungs: Sequence[Entry], number: int = 0) -> Table:
         ("what changed", "l", lambda step: change(*step)),
         ("outcome", "l", lambda step: words.outcome(step[1])),
         ("step", "r", lambda step: words.step(step[1])),
-        *((heading, side, lambda step, cell=cell: cell(step[1])) for heading, side, cell in _shares(rungs)),
+        *((heading, side, lambda step, cell=cell: cell(step[1])) for heading, side, cell in shares(rungs)),
         ("bought", "r", lambda step: words.times(step_ratio(*step))),
         ("in all", "r", lambda step: words.times(step_ratio(first, step[1]))),
         ("peak memory", "r", lambda step: words.memory(step[1])),
@@ -425,7 +430,7 @@ def peers(entries: Sequence[Entry]) -> Table:
         ("by", "l", by),
         ("outcome", "l", words.outcome),
         ("step", "r", words.step),
-        *_shares(shown),
+        *shares(shown),
         ("as fast", "r", as_fast),
         ("products alone", "r", lambda peer: words.milliseconds(products_seconds(peer))),
         ("peak memory", "r", words.memory),
@@ -463,7 +468,7 @@ def ranks(entries: Sequence[Entry]) -> Table:
         *((heading, side, _first(cell)) for heading, side, cell in _names(entries)),
         ("outcome", "l", _first(lambda e: words.outcome(e) + f", rank {e.failed_rank}" * (e.failed_rank is not None))),
         ("tokens/s", "r", _first(lambda entry: _rate(rate(entry)))),
-        *((heading, side, _first(cell)) for heading, side, cell in _shares(entries)),
+        *((heading, side, _first(cell)) for heading, side, cell in shares(entries)),
         ("a GPU", "r", _first(lambda entry: _rate(entry.rank_tokens_per_second if rate(entry) else None))),
         ("of one GPU", "r", gained),
         ("peak of each", "r", _first(peaks)),

@@ -100,6 +100,11 @@ def share_of_peak(entry: Entry) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 
+def percent_of_peak(entry: Entry) -> float | None:
+    """The share of its card's peak that a trial reached, in percent."""
+    return None if entry.share_of_peak is None else entry.share_of_peak * 100
+
+
 def step_ms(entry: Entry) -> float | None:
     """The steady step in milliseconds."""
     return None if entry.steady_step_seconds is None else entry.steady_step_seconds * 1000
@@ -192,7 +197,7 @@ def notes(entries: Sequence[Entry], runs: Sequence[Run] = ()) -> list[str]:
     said = changes((entry.method, entry.changed) for entry in entries)
     lines = [] if said is None else [said]
     lines += dict.fromkeys(
-        one_line(f"Not trained on what the others are: {entry.model} x {entry.method}: {entry.data_note}.")
+        one_line(f"Not trained as the others are: {entry.model} x {entry.method}: {entry.data_note}.")
         for entry in entries
         if entry.data_note
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lightweight import corpus, files, methods, models, targets
+from lightweight import corpus, files, methods, models, record, targets
 from lightweight.child import handle, helper, reaper, worker
 from lightweight.methods import Method, MethodError
 from lightweight.models import Model
@@ -37,7 +37,9 @@ class Choices:
     def check(self) -> None:
         """Whether the options make sense. Raises pytest.UsageError."""
         try:
-            self.settings.applied(self.method(name) for name in self.methods)
+            chosen = self.settings.applied(self.method(name) for name in self.methods)
+            for name in self.models:
+                record.check_searched(self.settings.learning_rate, model(name).name, *chosen)
         except ValueError as error:
             raise pytest.UsageError(str(error)) from None
         try:

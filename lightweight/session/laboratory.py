@@ -17,6 +17,7 @@ import pytest
 
 from lightweight import models, record
 from lightweight.child import failure, handle, helper, owner
+from lightweight.corpus import Corpus
 from lightweight.forecast import calibration, replay, step_time, tracer
 from lightweight.forecast.replay import Forecast
 from lightweight.forecast.tracer import ForecastError
@@ -36,6 +37,13 @@ from lightweight.targets import NATIVE
 from lightweight.trial import Completed, Crashed, Measurements, Outcome, Trial
 from lightweight.verdict import gate
 
+_Key = tuple[str, Corpus]
+
+
+def _key(trial: Trial) -> _Key:
+    """What only an equal trial has. A method has parts that cannot be hashed, and a corpus may be too long to write."""
+    return repr(trial), trial.corpus
+
 
 class Laboratory(Choices):
     """The session's trials, under what its options say: what has been trained, and training what has not."""
@@ -49,8 +57,8 @@ class Laboratory(Choices):
         self.collection = Collection(self, self.ledger)
         stores = ("benchmark_json", "benchmark_save", "benchmark_autosave")
         self._is_stored = any(config.getoption(option, None) for option in stores)
-        self._outcomes: dict[str, tuple[str, Outcome]] = {}  # each with the test that found it
-        self._traces: dict[str, replay.Trace] = {}
+        self._outcomes: dict[_Key, tuple[str, Outcome]] = {}  # each with the test that found it
+        self._traces: dict[_Key, replay.Trace] = {}
         self._written: dict[tuple[str, int], Model] = {}  # by name and seed
         self._has_named_culprit = False
 
@@ -65,11 +73,13 @@ class Laboratory(Choices):
             "world_size": self.world_size,
             **self.settings.rows,
         }
+        wanted = choices.model(model)
         try:
             chosen = self.method(method)
-        except MethodError as error:  # the test's own says otherwise
+            record.check_searched(self.settings.learning_rate, wanted.name, chosen)
+        except ValueError as error:  # the test's own says otherwise
             pytest.skip(f"{NOT_RUN}{error}")
-        found = self.find(choices.model(model))
+        found = self.find(wanted)
         try:
             check_layers(chosen, found)
         except (MethodError, models.ModelError) as error:
@@ -102,7 +112,7 @@ class Laboratory(Choices):
         ForecastError."""
         # Kernels are the device's own; without one they are those of the target aimed at.
         target = NATIVE if self.device.capability else trial.target
-        key = repr(dataclasses.replace(trial, target=target, seed=0))  # a peak is every seed's
+        key = _key(dataclasses.replace(trial, target=target, seed=0))  # a peak is every seed's
         if key not in self._traces:
             self.progress.show(f"{trial.name}: forecasting its memory")
             seconds = self.option("trial_timeout")
@@ -132,7 +142,7 @@ class Laboratory(Choices):
 
     def outcome_of(self, trial: Trial) -> Outcome | None:
         """How `trial` ended, if it has been run in this session."""
-        return self._outcomes.get(repr(trial), ("", None))[1]
+        return self._outcomes.get(_key(trial), ("", None))[1]
 
     def run(self, item: pytest.Item, trial: Trial, rounds: Callable[[owner.Child], None] | None = None) -> Outcome:
         """Run `trial` in a child of its own, letting `rounds` time its rounds, and record it with `item`: as it ended,
@@ -168,7 +178,7 @@ class Laboratory(Choices):
     def _record(self, item: pytest.Item, trial: Trial, outcome: Outcome) -> None:
         """Keep how `trial` ended, before anything else can fail."""
         self.progress.show(f"{trial.name}: {outcome.kind.replace('_', ' ')}", " ", " ")
-        self._outcomes[repr(trial)] = item.nodeid, outcome
+        self._outcomes[_key(trial)] = item.nodeid, outcome
         shipment(item).entries.append(self._entry(item, trial, outcome))
         self.ledger.tell_begun(item)
 

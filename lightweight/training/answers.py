@@ -89,6 +89,7 @@ def answers(trainer: Trainer, batch: Sequence[Asked], room: int, tokenizer: PreT
 
 
 def _text(ids: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """An answer up to its end."""
+    """An answer up to its end, with every space as it was written: many a tokenizer takes those before a comma away."""
     end = next((at for at, number in enumerate(ids) if number in ends), len(ids))
-    return str(tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
+    text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(text).strip()

@@ -15,6 +15,7 @@ from transformers import Trainer
 from lightweight import importable
 from lightweight.arguments import OF_OPTIMIZER
 from lightweight.methods import Method, MethodError
+from lightweight.models import reason
 
 ClassAndKeywords = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 
@@ -41,7 +42,12 @@ def check(trainer: Trainer, method: Method) -> None:
     says of it in its TrainingArguments. It is made for that, and dropped."""
     network, arguments = trainer.model, trainer.args
     assert network is not None
-    made = _made(trainer)
+    try:
+        made = _made(trainer)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, MethodError):
+            raise
+        raise MethodError(f"method {method.name}: {_whose(method)} cannot be made ({reason(error)})") from error
     held = {id(weight) for group in made.param_groups for weight in group["params"]}
     missing = [name for name, weight in network.named_parameters() if weight.requires_grad and id(weight) not in held]
     if missing:

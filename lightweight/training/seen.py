@@ -1,4 +1,4 @@
-"""Which rows reached the network, where a method's own code may have changed them, their order, or their number?
+"""Which rows reached the network, and at which rates, where a method's own code may have changed them?
 
 Every other method trains on the corpus's rows in the seed's order. What a Trainer, a collator or a callback of somebody
 makes of that is counted where it arrives: by what identifies a row, computed on the device without waiting for it.
@@ -35,6 +35,7 @@ class Seen:
         self._pass: list[torch.Tensor] = []
         self._counts: list[tuple[torch.Tensor | int, int]] = []
         self._looks = True
+        self._rates: set[int] = set()  # steps at other learning rates than the schedule's
         see = torch.compiler.disable(self._see) if is_compiled else self._see
         network.register_forward_pre_hook(see, with_kwargs=True)
 
@@ -61,6 +62,11 @@ class Seen:
         answers = self._identities(labels, mask * (labels != IGNORED), self._places(mask)).sum()
         self._pending.append((self.step, labels.new_empty(0), answers))
 
+    def see_rates(self, rates: Sequence[float], scheduled: Sequence[float]) -> None:
+        """The learning rates of the step that is about to be taken, and those that the schedule has for it."""
+        if list(rates) != list(scheduled):
+            self._rates.add(self.step)
+
     @property
     def tokens(self) -> tuple[Any, int]:
         """Tokens of the newest pass: those of its rows, each counted once however often the network computes it, and
@@ -84,6 +90,9 @@ class Seen:
         told = []
         if self.step < len(steps):
             told.append(f"it ended after {self.step} of {len(steps)} optimizer steps")
+        if self._rates:
+            of_all = f"{len(self._rates):,} of its {self.step:,} steps"
+            told.append(f"its learning rate was another than its schedule's in {of_all}")
         own = [self._identity(row["input_ids"]) for row in self._rows]
         answers = [self._identity(row["labels"], row["labels"] != IGNORED) for row in self._rows]
         planned = [Counter(own[number] for number in numbers) for numbers in steps[self._began : self.step]]

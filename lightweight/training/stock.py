@@ -36,6 +36,7 @@ from lightweight.methods import Method, MethodError
 from lightweight.models import reason
 from lightweight.training import own_optimizer, ranks
 from lightweight.training.meter import DivergedError, Meter
+from lightweight.training.own_loss import OwnLoss
 from lightweight.training.seen import Seen
 from lightweight.trial import Trial
 
@@ -121,13 +122,19 @@ def _made(
     if method.trainer is not None:
         kind = cast("type[_MeasuredTrainer]", type(method.trainer.__name__, (kind, method.trainer), {}))
     collate = Collate(rows.pad_token_id, rows.padded_to)
+    own_collate = collate if method.data_collator is None else method.data_collator(collate)
+    if not callable(own_collate):
+        where = import_path(method.data_collator)
+        raise MethodError(
+            f"method {method.name}: its data_collator {where} returns a {type(own_collate).__name__}: return a collator"
+        )
     callbacks = [_RoundBegin(meter, rounds), *(make() for make in method.callbacks), _RoundBoundary(meter, rounds)]
-    options: dict[str, Any] = {} if method.compute_loss is None else {"compute_loss_func": method.compute_loss}
+    options: dict[str, Any] = {} if method.compute_loss is None else {"compute_loss_func": OwnLoss(method)}
     try:
         trainer = kind(
             model=model,
             args=arguments,
-            data_collator=collate if method.data_collator is None else method.data_collator(collate),
+            data_collator=own_collate,
             train_dataset=list(rows),
             callbacks=callbacks,
             meter=meter,
@@ -144,6 +151,7 @@ def _made(
         own_optimizer.check(trainer, method)
     if method.captured_step is None and set(method.own_code) - {"optimizer"}:
         trainer.seen = Seen(model, rows, is_compiled=arguments.torch_compile)
+        trainer.add_callback(_Rates(trainer.seen))
     return trainer
 
 
@@ -336,6 +344,11 @@ class _MeasuredTrainer(TrainerHooks, Trainer):
         if self.seen is not None:
             self.seen.step = self._meter.steps
             self.seen.begin_pass(inputs)
+        if "labels" not in inputs and self.method.data_collator is not None and self.method.trainer is None:
+            raise MethodError(
+                f"method {self.method.name}: its data_collator {import_path(self.method.data_collator)} makes a batch "
+                "without labels: keep those of the suite's collator"
+            )
         loss = super().training_step(model, inputs, *arguments, **options)
         if self.seen is not None:
             real, padded = self.seen.tokens
@@ -449,6 +462,19 @@ class _RoundBegin(TrainerCallback):
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.rounds.await_request("round")
         self.meter.begin_round()
+
+
+class _Rates(TrainerCallback):
+    """Has `seen` compare the rates of a step with the schedule's, after all other callbacks."""
+
+    def __init__(self, seen: Seen) -> None:
+        self.seen = seen
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any
+    ) -> None:
+        rates = [group["lr"] for group in told["optimizer"].param_groups]
+        self.seen.see_rates(rates, told["lr_scheduler"].get_last_lr())
 
 
 class _RoundBoundary(TrainerCallback, ExportableState):

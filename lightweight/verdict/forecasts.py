@@ -75,7 +75,10 @@ def load(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
 
 
 def compare(new: Run, runs: Sequence[Run], limits: Limits) -> ForecastComparison:
-    """Hold every forecast of `new` against the first of `runs` that has its like."""
+    """Hold every forecast of `new` against the first of `runs` that has its like. Raises ValueError for a plan that has
+    two forecasts of one cell."""
+    for run in (new, *runs):
+        _refuse_twice(run)
     cells = [_cell(row, runs, limits) for row in new.forecasts]
     compared = [cell for cell in cells if cell.then is not None]
     missing = [
@@ -201,6 +204,13 @@ def _is_like(now: ForecastRow, then: ForecastRow) -> bool:
 
 
 # The plan as a whole
+
+
+def _refuse_twice(run: Run) -> None:
+    """Raise ValueError for two forecasts of one cell: their order would say which of them is compared."""
+    for index, row in enumerate(run.forecasts):
+        if any(_is_like(row, other) for other in run.forecasts[:index]):
+            raise ValueError(f"record {run.path}: has {_name(row)} twice, under the same conditions: keep one of them")
 
 
 def _missing_line(run: Run, then: ForecastRow, new: Run) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import turns
+from lightweight import corpus
 from lightweight.__main__ import main
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
@@ -129,7 +130,7 @@ def test_requirements_are_exact_and_name_where_torchs_builds_are(project, tmp_pa
         ("rates.py", "RATE = 1e-3\n", "method mine is another one now than in record *: its digest differs"),
         ("corpus.json", json.dumps(turns(13)), "corpus corpus.json is another one now than in record"),
         ("cells/test_cells.py", None, "cells/test_cells.py is not here: call it where pytest was called"),
-        ("mine.py", None, "method mine.py:MINE: its module is not here: call it where pytest was called"),
+        ("mine.py", None, "method mine.py:MINE: its file mine.py is not here: call it where pytest was called"),
     ],
 )
 def test_what_has_changed_since_is_refused(project, tmp_path, file, text, problem):
@@ -142,6 +143,44 @@ def test_what_has_changed_since_is_refused(project, tmp_path, file, text, proble
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("lightweight: --bundle: ") and problem.partition("*")[0] in line
     assert not (copy / "b").exists() and not list(copy.glob("lightweight-*"))
+
+
+@pytest.fixture
+def elsewhere(project, tmp_path, monkeypatch):
+    """The project, whose corpus, method and task lay in other folders, as records say it: by their names alone."""
+    root, away = tmp_path / "root", tmp_path / "away"
+    shutil.copytree(project, root)
+    (away / "code").mkdir(parents=True)
+    for name in ("mine.py", "rates.py"):
+        (root / name).rename(away / "code" / name)
+    (root / "corpus.json").rename(away / "talks.json")
+    (away / "task.jsonl").write_text('{"prompt": "2 + 2?", "answer": "4"}\n', "utf-8")
+    document = json.loads((root / "run.json").read_text("utf-8"))
+    document["command"] += ["--corpus=talks.json", "--task=task.jsonl"]
+    read = corpus.load(away / "talks.json")
+    document["outcomes"][0]["task_digest"] = corpus.load_task(away / "task.jsonl", read).digest
+    (root / "run.json").write_text(json.dumps(document), "utf-8")
+    monkeypatch.chdir(root)
+    return away
+
+
+def test_what_lay_elsewhere_goes_in_by_its_name_where_its_folder_is_given(elsewhere, tmp_path, capsys):
+    asked = ["report", "run.json", "--bundle", str(tmp_path / "b")]
+    assert main(asked) == 2
+    told = capsys.readouterr().err
+    assert "mine.py is not here: call it where pytest was called, and give the folder of what lay elsewhere" in told
+    assert main([*asked, "--files", str(elsewhere / "code")]) == 2
+    assert "corpus talks.json is not here" in capsys.readouterr().err
+    asked += ["--files", str(elsewhere / "code"), "--files", str(elsewhere)]
+    assert main(asked) == 0
+    assert {"mine.py", "rates.py", "talks.json", "task.jsonl", "cells/test_cells.py"} <= files(tmp_path / "b")
+
+
+def test_another_task_is_refused(elsewhere, tmp_path, capsys):
+    (elsewhere / "task.jsonl").write_text('{"prompt": "2 + 2?", "answer": "5"}\n', "utf-8")
+    asked = ["report", "run.json", "--bundle", str(tmp_path / "b"), "--files", str(elsewhere)]
+    assert main([*asked, "--files", str(elsewhere / "code")]) == 2
+    assert "task task.jsonl is another one now than in record run.json" in capsys.readouterr().err
 
 
 def test_a_record_without_its_command_and_a_name_that_is_taken_are_refused(project, tmp_path, monkeypatch, capsys):
@@ -189,3 +228,18 @@ def test_a_link_or_what_cannot_be_written_is_no_place_for_a_bundle(project, tmp_
         (line,) = capsys.readouterr().err.splitlines()
         assert problem in line
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+@pytest.mark.parametrize("option", ["--corpus", "--task", "--learning-rate", "--held-out"])
+@pytest.mark.parametrize("name", ["../secret.json", "cells/../../project/corpus.json", "/etc/passwd"])
+def test_no_record_leads_out_of_the_folder(project, tmp_path, monkeypatch, capsys, option, name):
+    """A bundle is published: what else lies on the disk is nobody's business, and nothing is written beside it."""
+    monkeypatch.chdir(project)
+    document = json.loads(Path("run.json").read_text("utf-8"))
+    name += ".json" * (option == "--learning-rate" and not name.endswith(".json"))
+    document["command"] += [f"{option}={name}"]
+    (tmp_path / "run.json").write_text(json.dumps(document), "utf-8")
+    (project.parent / "secret.json").write_text("{}")
+    assert main(["report", str(tmp_path / "run.json"), "--bundle", str(tmp_path / "b")]) == 2
+    assert f"{name} is not here: call it where pytest was called" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

@@ -5,11 +5,13 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from conftest import turns
 from lightweight import corpus, methods, record
 from lightweight.__main__ import main
 from lightweight.cli import sweep
+from lightweight.methods import Method
 from lightweight.settings import Rates, Settings
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
@@ -76,14 +78,14 @@ def test_a_sweep_is_recorded_and_its_rates_can_be_taken(micro, tmp_path, capsys,
     assert main(asked) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0].startswith("baseline: 3 of 3 trials completed: ") and told[1].startswith("lora: 3 of 3 ")
-    run = record.load("found.json")
-    tried = {name: [rate_of(of) for of in run.entries if of.method == name] for name in ("baseline", "lora")}
+    entries = record.load("found.json").entries
+    tried = {name: [rate_of(of) for of in entries if of.method == name] for name in ("baseline", "lora")}
     assert tried["baseline"] == tried["lora"] == pytest.approx([1e-4, 1e-3, 1e-2])
     whole = corpus.load("corpus.json")
-    assert {of.corpus_digest for of in run.entries} == {corpus.without_heldout(whole, "").digest}
+    assert {of.corpus_digest for of in entries} == {corpus.without_heldout(whole, "").digest}
     losses = {
         rate_of(of): of.heldout_loss_after
-        for of in run.entries
+        for of in entries
         if of.method == "lora" and of.heldout_loss_after is not None
     }
     settings = Settings.read(lambda name: "found.json" if name == "learning_rate" else None)
@@ -93,12 +95,76 @@ def test_a_sweep_is_recorded_and_its_rates_can_be_taken(micro, tmp_path, capsys,
     assert isinstance(settings.learning_rate, Rates)
     assert set(settings.learning_rate.of) == {"baseline", "lora"} and baseline.changed
     assert main(["report", "found.json"]) == 0 and "--learning-rate 0.001" in capsys.readouterr().out
+    record.check_searched(settings.learning_rate, micro.location, lora, baseline)
+    with pytest.raises(ValueError, match=f"found.json: was searched on model {micro.location}, not on opt-tiny: sweep"):
+        record.check_searched(settings.learning_rate, "opt-tiny", lora)
+    assert main(["plan", "opt-tiny", "--method", "lora", "--learning-rate", "found.json"]) == 2
+    assert "was searched on model" in capsys.readouterr().err
+    job = ["train", "--model", "opt-tiny", "--weights", "random", "--method", "lora", "--output", "out"]
+    assert main([*job, "--learning-rate", "found.json"]) == 2
+    assert "was searched on model" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    other = replace(lora, adapter=replace(lora.adapter, r=16))
+    with pytest.raises(ValueError, match=r"found\.json: method lora is another one now than was searched for"):
+        record.check_searched(settings.learning_rate, micro.location, other)
     with pytest.raises(
         methods.MethodError, match="has no rate for method qlora, but for baseline, lora: sweep it, too"
     ):
         settings.apply(methods.QLORA)
     mine = replace(methods.LORA, name="lora", training_arguments={"learning_rate": 0.5})
     assert settings.apply(mine).training_arguments["learning_rate"] == lora.training_arguments["learning_rate"]
+
+    # an interrupted search goes on: what is there is not run again
+    ran = []
+    run = sweep._Search._run
+    monkeypatch.setattr(sweep._Search, "_run", lambda self, trial: ran.append(trial.method.name) or run(self, trial))
+    document = json.loads((tmp_path / "found.json").read_text("utf-8"))
+    document["outcomes"].pop()
+    document["outcomes"][1]["versions"]["torch"] = "1.0"
+    (tmp_path / "found.json").write_text(json.dumps(document), "utf-8")
+    assert main(asked) == 0
+    assert ran == ["baseline", "lora"]
+    again = record.load("found.json").entries
+    assert [(of.method, rate_of(of), of.heldout_loss_after) for of in again] == [
+        (of.method, rate_of(of), of.heldout_loss_after) for of in entries
+    ]
+
+
+def test_what_no_search_wrote_is_not_written_over(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus.json").write_text(json.dumps(turns(24)), "utf-8")
+    for text in ("thesis", json.dumps(record.document([]))):
+        (tmp_path / "x.json").write_text(text, "utf-8")
+        assert main(["sweep", "--model", "opt-tiny", "--method", "lora", "--output", "x.json"]) == 2
+        assert "--output x.json: is there already, and no sweep wrote it: give another name" in capsys.readouterr().err
+        assert (tmp_path / "x.json").read_text("utf-8") == text
+
+
+def at_a_rate_of_its_own(network, arguments):
+    return torch.optim.SGD(network.parameters(), lr=0.1)
+
+
+FIXED = Method(name="fixed", optimizer=at_a_rate_of_its_own)
+
+
+def test_a_method_without_a_rate_is_told_with_its_reason(micro, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus.json").write_text(json.dumps(turns(24)), "utf-8")
+    asked = [
+        "sweep",
+        "--model",
+        micro.location,
+        "--method",
+        "cli.test_sweep:FIXED",
+        "--budget",
+        "3",
+        "--max-steps",
+        "1",
+    ]
+    assert main([*asked, "--max-length", "48", "--output", "found.json"]) == 1
+    line, _ = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        "fixed: 0 of 3 trials completed: no rate was found: MethodError: method fixed: learning_rate="
+    )
 
 
 @pytest.fixture
@@ -110,18 +176,10 @@ def asked(micro, tmp_path, monkeypatch):
     return words.split()
 
 
-def test_a_search_in_which_nothing_completes_is_no_success_and_says_why(asked, tmp_path, capsys):
-    assert main([*asked, "--learning-rate", "1e37..1e38"]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("lightweight: lora: 0 of 3 trials completed, no rate was found: the last one: diverged: ")
-    assert [entry.outcome for entry in record.load(tmp_path / "found.json").entries] == ["diverged"] * 3
-
-
 def test_no_link_is_followed_by_a_sweep(asked, tmp_path):
-    """Neither under the name that a temporary file had once, nor the record's."""
+    """Under the name that a temporary file had once."""
     (tmp_path / "precious").write_text("precious")
-    for name in (".found.json.partial", "found.json"):
-        (tmp_path / name).symlink_to("precious")
+    (tmp_path / ".found.json.partial").symlink_to("precious")
     assert main(asked) == 0
     assert (tmp_path / "precious").read_text() == "precious"
     assert len(record.load(tmp_path / "found.json").entries) == 3

@@ -24,11 +24,11 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from conftest import torchruns, torchruns_store, turns
-from lightweight import methods, models, record
+from lightweight import methods, models, record, targets
 from lightweight.__main__ import main
 from lightweight.child import failure, forkserver, helper, worker
 from lightweight.child.process import redirect_output
-from lightweight.cli import chat
+from lightweight.cli import chat, choice
 from lightweight.cli import train as train_command
 from lightweight.cli.model_card import model_card
 from lightweight.cli.output import Output
@@ -495,6 +495,24 @@ def test_out_of_memory_is_one_line_that_names_what_fits(train, out, monkeypatch,
     assert "--method lora is forecast to fit, with " in line
     assert "Traceback" not in error
     assert not list(out.iterdir())
+
+
+def test_a_method_that_is_given_is_timed_as_one_that_is_chosen(train, out, monkeypatch, capsys):
+    """Traced as it is trained, as if the card were one whose pace is known."""
+    traced = []
+    card = targets.Device(name="NVIDIA H100 80GB HBM3", total_bytes=80 * 2**30, capability=targets.HOPPER)
+
+    def timed(trial, device, progress):
+        traced.append(choice.timed(trial, card, progress))
+        assert choice.timed(trial, device, progress) is None, "a CPU's pace is not known"
+        return traced[0]
+
+    monkeypatch.setattr(train_command, "timed", timed)
+    assert train("a", method="lora") == 0
+    (step,) = traced
+    assert 0 < step.low < step.high
+    assert "20 steps, forecast to take " in capsys.readouterr().out
+    assert entry(out / "a").forecast_seconds == pytest.approx(20 * step.seconds)
 
 
 def test_a_loss_that_is_no_number_is_one_line(train, monkeypatch, capsys):

@@ -185,6 +185,31 @@ PUBLIC: dict[str, tuple[str, dict, corpus.Example]] = {
         {"system": "", "question": "Hi", "chosen": "Hello", "rejected": "No"},
         talk(U("Hi"), A("Hello")),
     ),
+    "argilla/distilabel-intel-orca-dpo-pairs": (
+        "preference",
+        {"system": "Be brief.", "input": "Hi", "chosen": "Hello", "rejected": "No", "status": "tie"},
+        talk(S("Be brief."), U("Hi"), A("Hello")),
+    ),
+    "openai/gsm8k": (
+        "question-answer",
+        {"question": "How many?", "answer": "6 and 6 are 12.\n#### 12"},
+        talk(U("How many?"), A("6 and 6 are 12.\n#### 12")),
+    ),
+    "Open-Orca/OpenOrca": (
+        "question-answer",
+        {"id": "cot.1", "system_prompt": "Be brief.", "question": "Hi", "response": "Hello"},
+        talk(S("Be brief."), U("Hi"), A("Hello")),
+    ),
+    "meta-math/MetaMathQA": (
+        "question-answer",
+        {"type": "MATH_AnsAug", "query": "Hi", "original_question": "Hey", "response": "Hello"},
+        talk(U("Hi"), A("Hello")),
+    ),
+    "b-mc2/sql-create-context": (
+        "question-answer",
+        {"question": "How many?", "context": "CREATE TABLE head (age INTEGER)", "answer": "SELECT COUNT(*) FROM head"},
+        talk(U("How many?\n\nCREATE TABLE head (age INTEGER)"), A("SELECT COUNT(*) FROM head")),
+    ),
     "LLaMA-Factory's pairs": (
         "preference",
         {
@@ -274,6 +299,7 @@ NEEDED = {
     "prompt-completion": ("completion",),
     "text": ("text",),
     "preference": ("chosen",),
+    "question-answer": ("question", "query", "answer", "response"),
 }
 MUTANTS = {
     "missing": None,
@@ -340,7 +366,7 @@ def test_a_mutant_is_one_line_with_file_place_field_and_mend_or_is_skipped(tmp_p
         corpus.load(path)
     message = str(raised.value)
     assert message.startswith(f"corpus {path}: line 2: ")
-    assert "\n" not in message and len(message) < len(str(path)) + 330
+    assert "\n" not in message and len(message) < len(str(path)) + 400
     problem = message.removeprefix(f"corpus {path}: line 2: ")
     assert ": " in problem  # the mend
     assert key in problem if not key.isdigit() else True
@@ -428,7 +454,15 @@ REFUSED = {
     "a text and messages": ({"prompt": "a", "completion": [ANSWERED]}, "completion: is a JSON list, and 'prompt' a"),
     "messages without what was asked": ({"chosen": [ANSWERED], "rejected": []}, "has no 'prompt': write what was"),
     "Open Assistant's rows": ({"text": "Hi", "role": "prompter", "parent_id": None}, "role: is of one message"),
-    "keys of no format": ({"question": "a", "answer": "b"}, "has the keys 'question', 'answer', which no format has"),
+    "keys of no format": ({"source": "a", "target": "b"}, "has the keys 'source', 'target', which no format has"),
+    "a question whose answers are left out": (
+        {"question": "a", "choices": {"text": ["b", "c"], "label": ["A", "B"]}, "answer": "A"},
+        "choices: would be left out of the question: write them into it",
+    ),
+    "turns by other names": (
+        {"conversation": [{"input": "a", "output": "b"}]},
+        "conversation[0]: has no 'role', but 'input', 'output': use 'system', 'user' or 'assistant'",
+    ),
     "no keys": ({}, "has the keys of nothing"),
 }
 

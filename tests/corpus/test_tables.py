@@ -1,6 +1,7 @@
 import csv
 import gzip
 import json
+import subprocess
 import sys
 
 import pytest
@@ -75,9 +76,8 @@ def test_a_cell_may_be_long_and_a_bad_row_is_skipped(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 @pytest.mark.parametrize("rows", [ALPACA, MESSAGES], ids=["alpaca", "messages"])
-def test_a_file_of_datasets_is_what_the_same_lines_are(tmp_path, monkeypatch, name, rows):
+def test_a_file_of_datasets_is_what_the_same_lines_are(tmp_path, name, rows):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     table = datasets.Dataset.from_list(rows)
     if name == "a.parquet":
         table.to_parquet(tmp_path / name)
@@ -86,7 +86,92 @@ def test_a_file_of_datasets_is_what_the_same_lines_are(tmp_path, monkeypatch, na
         (file,) = (tmp_path / "saved").glob("*.arrow")
         file.rename(tmp_path / name)
     assert corpus.load(tmp_path / name) == lined(tmp_path, rows)
-    assert not list((tmp_path / "cache").rglob("*.arrow"))  # no copy of it
+
+
+def test_both_kinds_of_arrow_files_are_read(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_pylist(MESSAGES)
+    for name, new in (("stream.arrow", pyarrow.ipc.new_stream), ("file.arrow", pyarrow.ipc.new_file)):
+        with new(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+        assert corpus.load(tmp_path / name) == lined(tmp_path, MESSAGES)
+
+
+DAMAGED = """
+import sys
+from pathlib import Path
+
+from lightweight import corpus
+
+path = Path(sys.argv[1])
+sound = path.read_bytes()
+refused = 0
+for place in range(0, len(sound), 5):
+    path.write_bytes(sound[:place] + bytes([sound[place] ^ 0xFF]) + sound[place + 1 :])
+    try:
+        corpus.load(path)
+    except corpus.CorpusError as error:
+        assert "\\n" not in str(error)
+        refused += 1
+print(refused)
+"""
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_damaged_table_is_one_line_and_ends_no_process(tmp_path, name):
+    """Whichever of its bytes is wrong: pyarrow follows an offset that leads anywhere."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.Table.from_pylist(MESSAGES)
+    if name == "a.parquet":
+        parquet.write_table(table, tmp_path / name)
+    else:
+        with pyarrow.ipc.new_stream(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+    found = subprocess.run(
+        [sys.executable, "-c", DAMAGED, tmp_path / name], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout) > 50
+
+
+LOADED = r"""
+import re, sys
+from pathlib import Path
+
+from lightweight import corpus
+from lightweight.corpus import tables
+
+if not tables.SEPARATED.search(sys.argv[1]):
+    import pyarrow.parquet
+peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+before = peak()
+told = []
+loaded = corpus.load(Path(sys.argv[1]), progress=told.append)
+print(peak() - before, len([text for text in told if " %" in text]))
+"""
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.csv"])
+def test_a_large_table_is_read_with_progress_and_not_held_twice(tmp_path, name):
+    """64 MiB of texts: what is in memory beside them is some rows, and what pyarrow allocates once."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = [f"{number:05}" + chr(97 + number % 26) * 4091 for number in range(16384)]
+    table = pyarrow.table({"prompt": texts, "completion": ["."] * len(texts)})
+    if name == "a.parquet":
+        parquet.write_table(table, tmp_path / name, use_dictionary=False, compression="none")
+    elif name == "a.arrow":
+        with pyarrow.ipc.new_stream(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table, max_chunksize=1000)
+    else:
+        separated(tmp_path / name, table.to_pylist())
+    found = subprocess.run([sys.executable, "-c", LOADED, tmp_path / name], capture_output=True, text=True, check=True)
+    kilobytes, told = map(int, found.stdout.split())
+    assert 64 << 10 <= kilobytes < 128 << 10
+    assert told >= 5
 
 
 def test_a_data_set_of_the_hub_is_loaded_by_its_name_and_split(tmp_path, monkeypatch):
@@ -105,7 +190,7 @@ def test_a_data_set_of_the_hub_is_loaded_by_its_name_and_split(tmp_path, monkeyp
 def test_what_datasets_cannot_read_is_one_line(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     (tmp_path / "a.parquet").write_bytes(b"no parquet" * 9)
-    with pytest.raises(CorpusError, match=r"a\.parquet: datasets cannot read it \(.*\): write it once more") as raised:
+    with pytest.raises(CorpusError, match=r"a\.parquet: pyarrow cannot read it \(.*\): write it once more") as raised:
         corpus.load(tmp_path / "a.parquet")
     assert "\n" not in str(raised.value)
     with pytest.raises(CorpusError, match="does not exist"):
@@ -121,6 +206,7 @@ def test_what_datasets_cannot_read_is_one_line(tmp_path, monkeypatch):
 
 def test_without_datasets_the_command_that_installs_it_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     for path in (tmp_path / "a.parquet", "hub:a/b"):
         with pytest.raises(CorpusError, match=r"needs the package datasets.*: pip install 'lightweight-llm\[data\]'"):

@@ -19,6 +19,7 @@ from chat_templates import (
     WITHOUT_SYSTEM,
     tokenizer,
 )
+from published_templates import LAST_ALONE, NEVER, PUBLISHED, WIDER
 from transformers import AddedToken, ByT5Tokenizer
 
 from lightweight import corpus
@@ -43,10 +44,13 @@ def by_hand(written, found):
     return list(chain(*ids)), list(chain(*labels))
 
 
+EVERY = TEMPLATES | PUBLISHED
+
+
 @pytest.mark.parametrize("loss_on", ["all", "last"])
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", EVERY | WIDER)
 def test_the_loss_is_on_what_was_marked_by_hand(name, loss_on):
-    of = TEMPLATES[name]
+    of = (EVERY | WIDER)[name]
     found = tokenizer(of.template, bos=of.bos, eos=of.eos)
     row = corpus.encode_whole(of.talk, found, loss_on)
     written = of.written
@@ -64,7 +68,7 @@ def test_the_loss_is_on_what_was_marked_by_hand(name, loss_on):
 
 @pytest.mark.parametrize("name", ["ChatML, marked", "thoughts, marked"])
 def test_marks_are_read_as_transformers_reads_them(name):
-    of = TEMPLATES[name]
+    of = EVERY[name]
     found = tokenizer(of.template, eos=of.eos)
     theirs = found.apply_chat_template(
         said(of.talk), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -73,9 +77,9 @@ def test_marks_are_read_as_transformers_reads_them(name):
     assert (row["labels"] != IGNORED).tolist() == [bool(mark) for mark in theirs["assistant_masks"]]
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_prompt_is_how_the_row_of_its_answer_begins(name):
-    of = TEMPLATES[name]
+    of = EVERY[name]
     found = tokenizer(of.template, bos=of.bos, eos=of.eos)
     row = corpus.encode_whole(of.talk, found, "last")
     begun = corpus.encode_prompt(replace(of.talk, messages=of.talk.messages[:-1]), found)
@@ -83,19 +87,19 @@ def test_a_prompt_is_how_the_row_of_its_answer_begins(name):
     assert row["input_ids"][:first].tolist() == begun
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", EVERY)
 def test_an_answer_is_ended_by_the_token_that_was_learned_last(name):
-    of = TEMPLATES[name]
+    of = EVERY[name]
     found = tokenizer(of.template, bos=of.bos, eos=of.eos)
     row = corpus.encode_whole(of.talk, found)
     last = row["labels"][row["labels"] != IGNORED][-1]
     assert set(corpus.ends_of_answers(found)) == {found.eos_token_id, last}
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_slow_tokenizer_gives_the_same_rows(name):
     """ByT5's, which does not say where in the text its tokens are."""
-    of = TEMPLATES[name]
+    of = EVERY[name]
     found = ByT5Tokenizer(bos_token=of.bos, eos_token=AddedToken(of.eos))  # its own takes spaces around it along
     special = re.findall(r"<\|?[a-z_]+\|?>|</s>|\[/?INST\]", of.written)
     found.add_special_tokens({"additional_special_tokens": sorted({t for t in special if "think" not in t} - {of.eos})})
@@ -150,16 +154,34 @@ def test_thoughts_that_a_template_takes_out_of_earlier_turns_leave_the_last_turn
     assert learned(one, found) == "<think>\nA guest.\n</think>\n\nHello.<|im_end|>"
 
 
+@pytest.mark.parametrize("name", LAST_ALONE)
+def test_a_turn_that_is_written_otherwise_once_another_follows_is_not_learned(name):
+    of = LAST_ALONE[name]
+    found = tokenizer(of.template, bos=of.bos, eos=of.eos)
+    with pytest.raises(ModelError, match="otherwise once another follows: take --loss-on last") as raised:
+        corpus.encode_whole(of.talk, found)
+    assert "\n" not in str(raised.value)
+    row = corpus.encode_whole(of.talk, found, "last")
+    assert (row["input_ids"].tolist(), row["labels"].tolist()) == by_hand(of.written, found)
+
+
+@pytest.mark.parametrize("name", NEVER)
+@pytest.mark.parametrize("loss_on", ["all", "last"])
+def test_a_published_template_that_cannot_be_used_is_one_line(name, loss_on):
+    of, expected = NEVER[name]
+    with pytest.raises(ModelError, match=expected) as raised:
+        corpus.encode_whole(of.talk, tokenizer(of.template, bos=of.bos, eos=of.eos), loss_on)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_template_that_never_says_where_a_turn_lies_is_refused():
     found = tokenizer(UNSTABLE)
-    cases: list[tuple[LossOn, str]] = [
-        ("all", "message 3 of 5 otherwise once another follows"),
-        ("last", "the last turn otherwise"),
-    ]
-    for loss_on, which in cases:
-        with pytest.raises(
-            ModelError, match=f"model .*: what its chat template's loss is on cannot be told: .*{which}"
-        ):
+    expected = (
+        "model .*: what its chat template's loss is on cannot be told: it writes the last turn otherwise .*: take a"
+    )
+    modes: list[LossOn] = ["all", "last"]
+    for loss_on in modes:
+        with pytest.raises(ModelError, match=expected):
             corpus.encode_whole(TALK, found, loss_on)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightweight.forecast.replay import MARGIN, Optional, Trace, within
+from lightweight.forecast.replay import MARGIN, Trace, within
 from lightweight.targets import MiB
 
 
@@ -44,38 +44,6 @@ def test_a_verdict_needs_a_margin():
     refused = within(traced, round(need / (1 + MARGIN)) - MiB)
     assert (refused.verdict, refused.phase, refused.reserved_bytes) == ("does_not_fit", "forward", need)
     assert within(traced, None).verdict == "fits"
-
-
-def optional(instead_bytes):
-    """40 MiB of weights; a check of 100 MiB that leaves 20 MiB behind, or one of `instead_bytes`; then training that
-    holds 30 MiB."""
-    events = [(0, 40 * MiB), (1, 100 * MiB), (2, 20 * MiB), (1, 0), (3, 30 * MiB)]
-    return Trace(
-        parameters=1,
-        trainable_parameters=1,
-        events=events,
-        causes=dict.fromkeys(range(5), "activations"),
-        phases=[(0, "build"), (1, "capture")],
-        emptied=[1, 4],
-        training_from=4,
-        optional=[Optional(begin=1, end=4, instead=((4, instead_bytes), (4, 0)))],
-    )
-
-
-@pytest.mark.parametrize(
-    ("budget", "instead_bytes", "phase"),
-    [
-        (160, 0, None),  # the whole check
-        (100, 50 * MiB, None),  # what is done instead
-        (100, 70 * MiB, "capture"),  # which there must be room for
-        (80, 30 * MiB, "capture"),  # and for training, with what the check leaves behind
-    ],
-)
-def test_a_check_takes_the_room_there_is(budget, instead_bytes, phase):
-    peak = optional(instead_bytes).replay(budget * MiB)
-    assert peak.out_of_memory_in == phase
-    if phase is None:
-        assert (peak.allocated_bytes, peak.reserved_bytes) == (90 * MiB, 90 * MiB), "of training alone"
 
 
 def test_what_a_graph_has_reserved_stays_reserved():

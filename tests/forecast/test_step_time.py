@@ -9,9 +9,9 @@ from lightweight import targets
 from lightweight.corpus import Corpus
 from lightweight.forecast import step_time, work
 from lightweight.forecast.replay import Trace
-from lightweight.forecast.step_time import DEVICE_ERROR, HOSTS, Job, JobTime, StepTime
+from lightweight.forecast.step_time import DEVICE_ERROR, HOSTS, UNHIDDEN, Job, JobTime, StepTime
 from lightweight.forecast.work import Work
-from lightweight.methods import LORA, LORA_CAPTURED, QLORA, CapturedStep
+from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, QLORA, CapturedStep
 from lightweight.targets import NATIVE
 from lightweight.trial import Trial
 from tests.forecast.test_calibration import H100, MADE_UP, PASS, SAMPLES, product
@@ -42,22 +42,26 @@ def test_of_arithmetic_that_nobody_can_count_the_share_is_not_known_and_the_time
 def test_a_stock_step_takes_as_long_as_python_within_an_interval_or_the_card():
     step = step_time.forecast(TRACE, trial(LORA), H100, [MADE_UP])
     assert step is not None
-    assert step.high == pytest.approx(DEVICE * (1 + DEVICE_ERROR) + 100 * 1e-5 * HOSTS[1])
+    assert step.high == pytest.approx(100 * 1e-5 * HOSTS[1] + UNHIDDEN * DEVICE * (1 + DEVICE_ERROR))
     assert step.low == pytest.approx(DEVICE * (1 - DEVICE_ERROR)) and step.low > 100 * 1e-5 * HOSTS[0]
+    few = step_time.forecast(replace(TRACE, work=WORK._replace(operators=10)), trial(LORA), H100, [MADE_UP])
+    assert few is not None
+    assert few.high == pytest.approx(DEVICE * (1 + DEVICE_ERROR) + UNHIDDEN * 10 * 1e-5 * HOSTS[1])
     slow = replace(TRACE, work=WORK._replace(operators=10_000))
     step = step_time.forecast(slow, trial(LORA), H100, [MADE_UP])
     assert step is not None and step.low == pytest.approx(0.1 * HOSTS[0])
+    assert step.high == pytest.approx(0.1 * HOSTS[1] + UNHIDDEN * DEVICE * (1 + DEVICE_ERROR))
     assert step.low < step.seconds < step.high
 
 
-def test_a_quantized_step_has_a_pace_of_its_own():
+def test_each_kind_of_step_has_a_pace_of_its_own():
     paced = replace(MADE_UP, operator_seconds={"baseline": 1e-5, "lora": 2e-5, "qlora": 3e-5})
     slow = replace(TRACE, work=WORK._replace(operators=10_000))
     device = DEVICE * (1 + DEVICE_ERROR)
-    for method, low, high in ((LORA, 0.1, 0.2), (QLORA, 0.3, 0.3)):
+    for method, host in ((BASELINE, 0.1), (LORA, 0.2), (QLORA, 0.3)):
         step = step_time.forecast(slow, trial(method), H100, [paced])
         assert step is not None
-        assert (step.low, step.high) == pytest.approx((low * HOSTS[0], device + high * HOSTS[1]))
+        assert (step.low, step.high) == pytest.approx((host * HOSTS[0], UNHIDDEN * device + host * HOSTS[1]))
 
 
 def test_a_step_that_is_not_captured_as_a_graph_waits_for_python_too():

@@ -1,5 +1,6 @@
 """What a step has the device do: kernels, their sizes and arithmetic, against what is counted by hand."""
 
+import functools
 from collections import Counter
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from conftest import MICRO
+from lightweight.captured import kernels, rotary
 from lightweight.corpus import Corpus
 from lightweight.forecast import tracer, work
 from lightweight.forecast.work import Kernel, Watch, Work
@@ -95,6 +97,7 @@ def test_a_window_leaves_fewer_pairs():
         (lambda: meta(8, 4).softmax(-1), "row by row", 2 * 64),
         (lambda: meta(8, 4).copy_(meta(8, 4)), "elementwise", 2 * 64),
         (lambda: meta(8, 4).zero_(), "elementwise", 64),
+        (lambda: torch.mul(meta(8, 4), meta(8, 4), out=meta(8, 4)), "elementwise", 3 * 64),
         (lambda: functional.embedding(meta(3, dtype=torch.long), meta(100, 4)), "elementwise", 2 * 24),
     ],
 )
@@ -102,7 +105,34 @@ def test_other_operators_are_passes_over_what_they_read_and_write(run, kind, cou
     assert seen(run) == {Kernel(kind, "", (count,), 0, count): 1}
 
 
-@pytest.mark.parametrize("run", [lambda: meta(8, 4).t(), lambda: meta(8, 4)[2:], lambda: torch.empty_like(meta(8, 4))])
+def test_attention_moves_its_factors_and_its_result_and_backward_as_much_again():
+    sizes, how = (6, 5, 7, 8), {"causal": False, "masked": False}
+    forward, backward = (work.attention("flash", "bfloat16", sizes, backward=b, **how) for b in (False, True))
+    assert forward.bytes == 2 * 6 * 8 * (5 + 7 + 7 + 5) and backward.bytes == 2 * forward.bytes
+    assert work.attention("flash", "float32", sizes, backward=False, **how).bytes == 2 * forward.bytes
+
+
+def test_four_bits_are_read_and_what_they_stand_for_is_written():
+    packed, x, weight = meta(64, dtype=torch.uint8), meta(6, 8), meta(16, 8)
+    unpacked = work.a_pass("dequantization", 64 + 2 * 128)
+    operators = torch.ops.bitsandbytes
+    assert list(work.kernels_of(operators.dequantize_4bit.default, (packed,), {}, weight)) == [unpacked]
+    found = list(work.kernels_of(operators.gemm_4bit.default, (x, packed, [16, 8]), {}, None))
+    assert found == [unpacked, work.product("nt", "bfloat16", 6, 16, 8, 2)]
+
+
+def test_the_gradient_of_a_part_is_zeros_with_the_part_copied_into_them():
+    found = seen(lambda: torch.ops.aten.slice_backward(meta(3), [8], 0, 0, 3, 1))
+    assert found == {work.a_pass("elementwise", 2 * 8): 1, work.a_pass("elementwise", 2 * 2 * 3): 1}
+
+
+VIEWS = (
+    *(lambda: meta(8, 4).t(), lambda: meta(8, 4)[2:], lambda: torch.ops.aten._unsafe_view(meta(8, 4), [4, 8])),
+    lambda: torch.empty_like(meta(8, 4)),
+)
+
+
+@pytest.mark.parametrize("run", VIEWS)
 def test_views_and_memory_alone_run_nothing(run):
     assert seen(run) == {}
 
@@ -111,8 +141,29 @@ def test_lists_of_tensors_take_as_few_kernels_as_on_a_gpu():
     tensors = [meta(1000, dtype=torch.float32) for _ in range(100)]
     ((kernel, launches),) = seen(lambda: torch._foreach_mul_(tensors, 2.0)).items()
     assert (launches, kernel.bytes) == (1, 2 * 100 * 4000)
+    others, thirds, fourths = ([meta(1000, dtype=torch.float32) for _ in range(100)] for _ in range(3))
+    ((kernel, launches),) = seen(lambda: torch._foreach_mul_(tensors, others)).items()
+    assert (launches, kernel.bytes) == (2, 3 * 100 * 4000 // 2), "a kernel on two lists has 64 tensors"
+    assert sum(seen(lambda: torch._foreach_addcmul_(tensors, others, thirds)).values()) == 3, "and on three 48"
+    steps = [meta(dtype=torch.float32) for _ in range(100)]
+    options = {"lr": 1.0, "beta1": 0.0, "beta2": 0.0, "weight_decay": 0.0, "eps": 1.0, "amsgrad": False}
+    adamw = functools.partial(torch._fused_adamw_, tensors, others, thirds, fourths, [], steps, maximize=False)
+    assert sum(seen(lambda: adamw(**options)).values()) == 3, "and on four 36, beside their steps"
     large = [meta(65_536 * 640, dtype=torch.float32)]
     assert list(seen(lambda: torch._foreach_mul_(large, 2.0)).values()) == [2], "a kernel has 320 chunks"
+
+
+def test_everything_is_seen_as_often_as_the_watch_says():
+    factor, logits = meta(2, 2), meta(4, 4)
+    with Watching() as mode:
+        mode.watch.times = 3
+        factor @ factor
+        mode.watch.launched("cross_entropy", (4,), (logits,), {})
+        mode.watch.times = 1
+        factor @ factor
+    found = mode.watch.work()
+    assert {kernel.kind: times for kernel, times in found.kernels.items()} == {"product nn": 4, "cross_entropy": 3}
+    assert (found.launches, found.operators) == (7, 7)
 
 
 def test_a_kernel_of_ours_passes_once_over_each_tensor_and_again_where_it_adds():
@@ -122,6 +173,56 @@ def test_a_kernel_of_ours_passes_once_over_each_tensor_and_again_where_it_adds()
     kernel = work.triton_kernel("add_adapter", (4,), arguments, {"drops": True})
     assert kernel == Kernel("add_adapter with dropout", "bfloat16", (once + 2 * 2 * 64 * 32, 4), 0, once + 8192)
     assert work.triton_kernel("add_adapter", (4,), arguments, {"drops": False}).kind == "add_adapter"
+
+
+def told(run) -> list[Kernel]:
+    """The kernels of ours that are launched."""
+    found: list[Kernel] = []
+    with (
+        kernels.shapes_alone(),
+        kernels.launches_told_to(lambda *launch: found.append(work.triton_kernel(*launch))),
+    ):
+        run()
+    return found
+
+
+HALF, LONG, FLOAT = 2, 8, 4
+X, GRAD_X = meta(64, 16), meta(64, 16)
+REACHED, A, B, OUT = meta(64, 8), meta(8, 16), meta(32, 8), meta(64, 32)
+ONCE = HALF * (64 * 8 + 64 * 16 + 8 * 16)  # what is reached, x and a
+SHARE_OF_A, SHARES = HALF * 8 * 16, HALF * (8 * 16 + 32 * 8)  # of 64 rows
+SEED = meta(dtype=torch.long)
+
+
+@pytest.mark.parametrize("adds", [True, False], ids=["the input has a gradient", "it has none"])
+@pytest.mark.parametrize(
+    ("run", "moved"),
+    [
+        (lambda grad_x: kernels.project_backward(REACHED, X, A, grad_x, 1.0), ONCE + SHARE_OF_A),
+        (
+            lambda grad_x: kernels.adapter_backward(OUT, REACHED, X, A, B, grad_x, 1.0, 0.0, SEED, 0),
+            ONCE + HALF * (64 * 32 + 32 * 8) + kernels._over(64, kernels.NARROW_TILE["rows"]) * SHARES + LONG,
+        ),
+    ],
+    ids=["project", "adapter"],
+)
+def test_a_backward_kernel_of_an_adapter_reads_and_writes_the_gradient_that_it_adds_to(run, moved, adds):
+    (kernel,) = told(lambda: run(GRAD_X if adds else None))
+    assert kernel.bytes == moved + 2 * HALF * 64 * 16 * adds
+
+
+def test_cross_entropy_reads_logits_twice_and_writes_their_gradient():
+    of_tokens = meta(6, dtype=torch.long), meta(6, dtype=torch.float32)
+    (kernel,) = told(lambda: kernels.cross_entropy_(meta(6, 40), 40, *of_tokens))
+    assert kernel.bytes == 3 * HALF * 6 * 40 + 6 * (LONG + FLOAT + FLOAT)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_rotation_reads_and_writes_queries_and_keys_in_place_or_not(in_place):
+    given, others = ((meta(2, 4, 8, 16), meta(2, 1, 8, 16)) for _ in range(2))
+    turns = rotary.Turns(meta(1, 8, 16), meta(1, 8, 16), neighbours=False, repeated=True)
+    (kernel,) = told(lambda: rotary.rotate(given, given if in_place else others, turns, None))
+    assert kernel.bytes == HALF * (2 * 2 * 5 * 8 * 16 + 2 * 8 * 16)
 
 
 def trial(method, **changes):

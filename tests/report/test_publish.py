@@ -75,18 +75,36 @@ def test_whatever_a_name_holds_is_text_in_latex():
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no TeX here; the escapes are tested above")
 def test_latex_compiles(tmp_path):
-    table = publish.published([run(*SEEDED, entry(model=NASTY))], "latex", publish.DEFAULT)
+    table = publish.published([run(*SEEDED, entry(model=NASTY))], "latex")
     head = r"\documentclass{article}\usepackage{booktabs}\usepackage[T1]{fontenc}\begin{document}"
     (tmp_path / "t.tex").write_text(f"{head}\n{table}\n\\end{{document}}\n", "utf-8")
     subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"], cwd=tmp_path, check=True)
 
 
 def test_braces_and_rows_of_latex_are_balanced():
-    table = publish.published([run(*SEEDED, entry(model=NASTY))], "latex", publish.DEFAULT)
+    table = publish.published([run(*SEEDED, entry(model=NASTY))], "latex")
     bare = re.sub(r"\\[\\{}]", "", table)
     assert bare.count("{") == bare.count("}")
     inside = table.partition("\\midrule")[2].partition("\\bottomrule")[0].strip().splitlines()
-    assert {len(re.findall(r"(?<!\\)&", row)) for row in inside} == {len(publish.DEFAULT) - 1}
+    assert {len(re.findall(r"(?<!\\)&", row)) for row in inside} == {len(publish.DEFAULT) - 4}
+
+
+def test_a_card_and_an_outcome_are_told_where_rows_differ_in_them():
+    def headings(*entries):
+        first = publish.published([run(*entries)], "markdown").partition("\n")[0]
+        return [heading.strip() for heading in first.split("|")]
+
+    assert not {"card", "outcome"} & {*headings(entry(), entry(method="lora"))}
+    assert "card" in headings(entry(), entry(device="another"))
+    assert "outcome" in headings(entry(), stopped(method="lora"))
+
+
+def test_a_method_that_trained_on_other_rows_is_told_in_every_form():
+    note = "40 of 80 rows did not reach it"
+    of_run = run(entry(), entry(method="half", data_note=note))
+    for form in ("terminal", "markdown", "latex"):
+        assert f"Not trained as the others are: half: {note}" in publish.published([of_run], form)
+    assert [row["note"] for row in fields(*of_run.entries)] == ["", note]
 
 
 def test_csv_holds_no_formula():
@@ -109,7 +127,7 @@ def test_the_command_line_writes_the_chosen_columns(tmp_path, capsys):
     assert main(["report", str(stored), "--columns", "method,loss", "-o", str(tmp_path / "t.tex")]) == 0
     assert r"\begin{tabular}{lr}" in (tmp_path / "t.tex").read_text("utf-8")
     assert main(["report", str(stored), "--format", "csv"]) == 0
-    assert capsys.readouterr().out.startswith("model,method,seeds,")
+    assert capsys.readouterr().out.startswith("model,method,card,outcome,seeds,")
     assert main(["report", str(stored), "--format", "markdown", "--columns", "method"]) == 0
     assert capsys.readouterr().out.startswith("| method")
     assert main(["report", str(stored), "--columns", "method,los"]) == 2

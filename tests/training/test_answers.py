@@ -93,6 +93,13 @@ def test_what_was_learned_is_answered_and_the_training_is_the_same_without_a_tas
     assert (without.measured.task_matches_before, without.measured.task_matches_after) == (None, None)
 
 
+def test_spaces_of_an_answer_are_compared_as_they_are(micro):
+    tokenizer = models.load_tokenizer(micro)
+    tokenizer.clean_up_tokenization_spaces = True  # as GPT-2's and OPT's tokenizers have it
+    said = "3 , 4 .  5"
+    assert answers._text([*tokenizer.encode(f" {said}", add_special_tokens=False), 1, 7], [1], tokenizer) == said
+
+
 def test_ranks_share_no_task(micro, small_corpus):
     with pytest.raises(ValueError, match="a task is asked on one GPU: leave out --task, or --gpus-per-trial"):
         trial_of(micro, replace(small_corpus, task=asks("a", "b", "c")), world_size=2)

@@ -11,10 +11,11 @@ from transformers import Trainer, TrainerCallback
 
 from lightweight import targets
 from lightweight.child import worker
+from lightweight.child.owner import Child
 from lightweight.corpus import IGNORED
 from lightweight.methods import BASELINE, Method, MethodError
 from lightweight.training.meter import Meter
-from lightweight.trial import Trial
+from lightweight.trial import Crashed, Trial
 from training.test_stock import CPU, Unattended
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
@@ -245,6 +246,94 @@ def test_a_transform_is_trained_as_it_is(trained):
     assert own.trainable_parameters < own.parameters == trained().parameters
     assert own.data_note is None
     assert own.heldout_loss_before == trained().heldout_loss_before
+
+
+class Faster(TrainerCallback):
+    def on_step_begin(self, args, state, control, optimizer=None, **_):
+        assert optimizer is not None
+        if state.global_step == 2:
+            optimizer.param_groups[0]["lr"] = 0.01
+
+
+def test_a_rate_that_a_callback_sets_is_told(trained):
+    own = trained(Method(name="faster", callbacks=(Faster,)))
+    assert own.data_note == "its learning rate was another than its schedule's in 1 of its 6 steps"
+
+
+def of_each_token(outputs, labels, num_items_in_batch):
+    return cross_entropy(outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+
+
+def of_nothing(outputs, labels, num_items_in_batch):
+    cross_entropy(outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:])
+
+
+def detached(outputs, labels, num_items_in_batch):
+    return of_each_token(outputs, labels, num_items_in_batch).mean().detach()
+
+
+def of_two(outputs, labels):
+    return of_each_token(outputs, labels, None).mean()
+
+
+class WithoutLabels(Beginnings):
+    def __call__(self, rows):
+        return {name: value for name, value in self.collate(rows).items() if name != "labels"}
+
+
+def no_collator(collate):
+    return None
+
+
+def nothing_to_train(network):
+    return network.requires_grad_(False)
+
+
+def wrapped(network):
+    return torch.nn.Sequential(network)
+
+
+def twice_held(network, arguments):
+    weights = list(network.parameters())
+    return torch.optim.SGD([{"params": weights}, {"params": weights[:1]}], lr=arguments.learning_rate)
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        (
+            {"compute_loss": of_each_token},
+            "its compute_loss .*:of_each_token returns a tensor of 8 x 255: return one num",
+        ),
+        ({"compute_loss": of_nothing}, "its compute_loss .*:of_nothing returns a NoneType: return a tensor"),
+        ({"compute_loss": detached}, "its compute_loss .*:detached returns a loss without a gradient"),
+        ({"compute_loss": of_two}, "its compute_loss .*:of_two cannot be called .*num_items_in_batch"),
+        ({"data_collator": WithoutLabels}, "its data_collator .*:WithoutLabels makes a batch without labels"),
+        ({"data_collator": no_collator}, "its data_collator .*:no_collator returns a NoneType: return a collator"),
+        ({"transform": nothing_to_train}, "its transform .*:nothing_to_train leaves nothing to train"),
+        ({"transform": wrapped}, "its transform .*:wrapped returns a Sequential, which has no config"),
+        ({"optimizer": twice_held}, "its optimizer .*:twice_held cannot be made .*more than one parameter group"),
+    ],
+)
+def test_what_cannot_train_is_one_line_that_names_it(trained, own, expected):
+    with pytest.raises(MethodError, match=f"method wrong: {expected}") as raised:
+        trained(Method(name="wrong", **own))
+    assert "\n" not in str(raised.value)
+
+
+class Mistaken(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        raise KeyError("loss")
+
+
+def test_an_error_in_somebodys_code_is_told_with_its_place(micro, small_corpus, folder):
+    method = replace(BASELINE, name="mistaken", callbacks=(Mistaken,))
+    trial = Trial(model=micro, method=method, target=targets.CPU, corpus=small_corpus, epochs=1)
+    with Child(trial, folder) as child:
+        outcome = child.finish()
+    assert isinstance(outcome, Crashed)
+    line = Mistaken.on_step_end.__code__.co_firstlineno + 1
+    assert outcome.reason == f"KeyError: 'loss' (on_step_end in test_seen.py, line {line})"
 
 
 class Records(TrainerCallback):

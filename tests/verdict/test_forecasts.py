@@ -160,6 +160,15 @@ def test_the_first_plan_that_has_the_cell_is_taken():
     assert forecasts.compare(plan(row()), [other, oldest], LIMITS).cells[0].run is oldest
 
 
+@pytest.mark.parametrize("of", ["new", "stored"])
+def test_a_plan_that_has_a_cell_twice_is_refused_whichever_comes_first(of):
+    for twice in ([THEN, row(2000)], [row(2000), THEN], [THEN, replace(THEN, gpus=None, method_digest=None)]):
+        now, then, name = (twice, [THEN], "after") if of == "new" else ([THEN], twice, "before")
+        with pytest.raises(ValueError, match=rf"^record {name}\.json: has opt-350m x lora on t4 twice, .* keep one"):
+            held(now, then)
+    assert held([THEN, row(2000, target="l4")], [THEN, row(2000, gpus=2)], replace(LIMITS, missing="pass")).cells
+
+
 def test_where_nothing_is_compared_this_is_told_and_may_fail():
     limits = replace(LIMITS, missing="pass")
     found = held([row(model="new")], [THEN], limits)
@@ -189,6 +198,15 @@ def test_two_files_are_an_older_and_a_newer_one(files, capsys):
         assert said.splitlines()[2].split()[-2:] == ["activations", "FAIL"]
     assert main(["gate", before, after, "--memory-fail", "6%"]) == 0
     assert main(["gate", after, before, "--memory-fail", "2%"]) == 0
+
+
+def test_a_file_that_has_a_cell_twice_is_told_in_one_line(files, capsys):
+    before, after = files
+    content = json.loads(Path(before).read_text())
+    Path(before).write_text(json.dumps(content * 2))
+    assert main(["gate", before, after, "--memory-fail", "2%"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "before.json: has opt-350m x lora on t4 twice" in line
 
 
 @pytest.mark.parametrize(
