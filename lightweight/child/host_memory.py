@@ -27,6 +27,10 @@ SIGNS = ("DefaultCPUAllocator", "Cannot allocate memory", "std::bad_alloc")
 """In the message of an error that has no type of its own: torch's allocator, the C library, C++."""
 
 
+HOST = "the host's memory: "
+"""In the reason of an outcome, what is in force comes after it."""
+
+
 class Limit(NamedTuple):
     """`bytes` of memory, and `what` grants no more than that, as a person would look for it."""
 
@@ -68,7 +72,7 @@ def outcome(phase: Phase, reason: str, measured: Measurements) -> OutOfMemory:
         phase=phase,
         requested_bytes=None,
         budget_bytes=least.bytes,
-        reason=f"{reason}; the host's memory: {least.what} is {least.bytes / GiB:.2f} GiB",
+        reason=f"{reason}; {HOST}{least.what} is {least.bytes / GiB:.2f} GiB",
         measured=measured,
     )
 
