@@ -42,9 +42,9 @@ class Summary:
             terminalreporter.write_line(f"ended by {by.name}: what was found until then is recorded")
         for line, count in not_run.items():
             terminalreporter.write_line(line if count == 1 else f"{line} ({count} cells)")
-        for line in (self.ledger.journal.problem, self._of_report):
-            if line:
-                terminalreporter.write_line(line)
+        for told in (self.ledger.journal.problem, self._of_report):
+            if told:
+                terminalreporter.write_line(told)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
