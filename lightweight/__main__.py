@@ -8,30 +8,40 @@ from lightweight.imports import for_good, interrupted_silently
 
 with interrupted_silently():
     import argparse
+    import errno
     import os
     import select
     import signal
     import sys
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from contextlib import contextmanager, suppress
     from pathlib import Path
     from typing import NoReturn
 
     from lightweight import __version__, names
+    from lightweight.child import host_memory
     from lightweight.cli import checks
+    from lightweight.cli.checkpoints import signals_to
     from lightweight.cli.terminal import refuse, tell
     from lightweight.report import publish
     from lightweight.settings import OF_CORPUS, SETTINGS
+    from lightweight.targets import size
     from lightweight.verdict.limits import LIMITS
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What writing to a file answers that can take no more; of what is printed it does not say which."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 1 for a gate that fails or a training that did not complete, 2 for
     input that cannot be used, 130 for an interruption, 141 where nobody reads what it prints."""
     try:
-        options = parser().parse_args(arguments)
-        options.given = sys.argv[1:] if arguments is None else arguments
-        status = _run(options)
-        sys.stdout.flush()
+        with signals_to(signal.default_int_handler):  # what asks a command to end has it leave as Ctrl-C does
+            options = parser().parse_args(arguments)
+            options.given = sys.argv[1:] if arguments is None else arguments
+            status = _run(options)
+            sys.stdout.flush()
     except BrokenPipeError:
         if not _nobody_reads():
             raise
@@ -39,6 +49,21 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         tell("interrupted")
         return 128 + signal.SIGINT
+    except Exception as error:
+        if host_memory.ran_out(error):
+            least = host_memory.limit()
+            tell(f"out of memory of the host: {least.what} is {size(least.bytes)}: raise it, or ask for less")
+            return 1
+        if isinstance(error, OSError) and error.filename is not None:  # such as a name that is too long
+            tell(f"{error.filename}: cannot be read or written ({error.strerror})")
+        elif isinstance(error, OSError) and error.errno in FULL:
+            _print_nowhere()
+            tell(f"what is printed cannot be written ({error.strerror}): free some space, or print it elsewhere")
+        elif isinstance(error, FileNotFoundError):  # getcwd(3)
+            tell("the folder that this was called in is gone: change to another one")
+        else:
+            raise
+        return 2
     return status
 
 
@@ -53,14 +78,33 @@ def _run(options: argparse.Namespace) -> int:
     return run(options)
 
 
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Inside, torch is imported, which takes seconds: what asks this process to end ends it at once, since what is
+    imported may swallow a KeyboardInterrupt."""
+    with signals_to(_leave), for_good():
+        yield
+
+
+def _leave(*_: object) -> NoReturn:
+    tell("interrupted")
+    os._exit(128 + signal.SIGINT)
+
+
 def _nobody_reads() -> bool:
     """Whether who reads the output, `head` say, has read enough; what Python flushes as it ends then goes nowhere."""
     output = select.poll()
     output.register(sys.stdout.fileno(), select.POLLOUT)
     if not any(event & select.POLLERR for _, event in output.poll(0)):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _print_nowhere()
     return True
+
+
+def _print_nowhere() -> None:
+    """Python flushes what is left as it ends, and would fail once more."""
+    with suppress(OSError, ValueError):  # of an output that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -201,7 +245,7 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    with for_good():  # torch takes seconds
+    with _importing():
         from lightweight.cli import plan
     return plan.command(options)
 
@@ -281,7 +325,7 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    with for_good():  # torch takes seconds
+    with _importing():
         from lightweight.cli import sweep
     return sweep.command(options)
 
@@ -321,7 +365,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 
 def _chat(options: argparse.Namespace) -> int:
-    with for_good():  # torch takes seconds
+    with _importing():
         from lightweight.cli import chat
     return chat.command(options)
 
@@ -332,7 +376,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    with for_good():  # torch takes seconds
+    with _importing():
         from lightweight.cli import calibrate
     return calibrate.command(options)
 

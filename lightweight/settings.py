@@ -74,7 +74,7 @@ class SweptRates:
             return cls(path, str(tried[0]["model"]), rates, {name: digests[name] for name in rates})
         except OSError as error:
             raise ValueError(f"cannot be read ({error.strerror}): give what `lightweight sweep` wrote") from None
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
             raise ValueError("is no sweep: give what `lightweight sweep` wrote") from None
 
 

@@ -89,6 +89,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="hold captured steps against the Trainer's for every causal language model of transformers, not a sample",
     )
     parser.addoption("--faults", action="store_true", help="inject every fault, not a sample of each class")
+    parser.addoption("--faults-draw", type=int, default=0, metavar="N", help="other mutants than those of draw 0")
     parser.addoption(
         "--faults-into",
         type=Path,

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -218,3 +219,57 @@ def test_a_signal_while_train_is_imported_ends_it_without_a_traceback(tmp_path, 
     else:
         assert (done.returncode, done.stdout, done.stderr) == (-number, "", "")
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.json"]
+
+
+@pytest.mark.parametrize("module", ["torch", "lightweight.forecast.plan_row"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_whatever_asks_a_command_to_end_has_it_say_so_in_a_line(module, number):
+    """Also one whose KeyboardInterrupt is swallowed by what is imported."""
+    command = [sys.executable, "-c", SIGNALLED.format(module=module, number=int(number)), "plan", "opt-tiny"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "lightweight: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(errno.ENOMEM, "x"), RuntimeError("DefaultCPUAllocator: not enough memory")]
+)
+def test_memory_that_runs_out_is_one_line_with_the_limit_in_force(run, monkeypatch, capsys, error):
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(record, "load", fail)
+    assert main(["report", str(run)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lightweight: out of memory of the host: ") and " GiB: raise it, or ask for less" in line
+
+
+@pytest.mark.parametrize("words", [["data", "corpus.json"], ["report", "RUN"], ["gate", "RUN", "--against", "RUN"]])
+def test_what_is_printed_onto_a_full_disk_is_one_line(run, words):
+    words = [str(run) if word == "RUN" else word for word in words]
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "lightweight", *words]
+        root = Path(__file__).parents[1]
+        done = subprocess.run(command, cwd=root, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    line = "lightweight: what is printed cannot be written (No space left on device): free some space, or print it else"
+    assert done.returncode == 2 and done.stderr == f"{line}where\n"
+
+
+def test_a_place_that_no_command_looked_at_before_is_one_line(capsys):
+    assert main(["chat", "x" * 5000, "--prompt", "a"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lightweight: xxx") and line.endswith("x: cannot be read or written (File name too long)")
+
+
+def test_a_folder_that_is_gone_is_no_place_to_be_called_in(tmp_path):
+    command = f"mkdir gone; cd gone; rmdir ../gone; exec {sys.executable} -m lightweight data corpus.json"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("lightweight: ") and done.stderr.count("\n") == 1
+
+
+def test_memory_that_ulimit_does_not_grant_is_one_line(tmp_path):
+    turn = json.loads((Path(__file__).parents[1] / "corpus.json").read_text("utf-8"))
+    (tmp_path / "corpus.json").write_text(json.dumps(turn * (10**8 // len(json.dumps(turn)))), "utf-8")
+    command = f"ulimit -v {2**18}; exec {sys.executable} -m lightweight data corpus.json"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    line = "lightweight: out of memory of the host: the limit of ulimit -v is 256 MiB: raise it, or ask for less\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", line)

@@ -430,7 +430,7 @@ def test_parametrising_a_test_oneself_goes_before_the_command_line(project):
         (["--seed=-1"], "--seed -1: give a number from 0 to *"),
         (["--seeds=0"], "--seeds 0: give more than 0"),
         (["--seed=4294967295", "--seeds=2"], "--seed 4294967296 of the last of --seeds 2: give a number from 0 to *"),
-        (["--report=nowhere/report.html"], "--report nowhere/report.html: there is no folder *nowhere"),
+        (["--report=nowhere/report.html"], "--report nowhere/report.html: cannot be written (there is no folder *"),
         (["--lora-rank=0"], "--lora-rank 0: give at least 1"),
         (["--schedule=cosin"], "--schedule cosin: choose one of linear, cosine, *; did you mean cosine*"),
         (["--method=baseline", "--lora-rank=4"], "--lora-rank 4: method baseline has no LoRA adapter: leave it out, *"),

@@ -30,7 +30,7 @@ STATUS_SECONDS = 3.0
 """How long the forkserver, which alone is told how a child ended, may take to pass that on."""
 
 SOCKET_FOLDER_CHARACTERS = 60
-"""Of the path of a temporary folder in which there is room for a socket, /pymp-12345678/listener-12345678."""
+"""Of the path of a temporary folder in which there is room for a socket, /lightweight-12345678/listener-12345678."""
 
 # Which physical pages a process gets decides what collides in its caches for as long as it lives; of like children some
 # were 2 and 3 % slower than others. A huge page is laid out alike in all of them. glibc reads this when a program
@@ -61,7 +61,7 @@ def start(process: BaseProcess, seconds: float) -> Crashed | TimedOut | None:
         expired.set()
         kill()
 
-    _shorten_sockets_path()
+    _own_sockets_folder()
     timer = threading.Timer(seconds, expire)
     timer.daemon = True
     timer.start()
@@ -94,11 +94,12 @@ def _not_started(expired: bool, seconds: float) -> Crashed | TimedOut:
     return TimedOut(phase="start", silent_seconds=seconds, reason=reason, details="", measured=Measurements())
 
 
-def _shorten_sockets_path() -> None:
-    """The forkserver listens on a socket in multiprocessing's own temporary folder, whose path may have some hundred
-    characters (unix(7)); TMPDIR may have more."""
-    if not has_folder() and len(tempfile.gettempdir()) > SOCKET_FOLDER_CHARACTERS:
-        choose_folder(reaper.own.make_folder(Path("/tmp")))  # noqa: S108  the folder is made for us alone
+def _own_sockets_folder() -> None:
+    """The forkserver listens on a socket in a temporary folder, which multiprocessing would leave behind where this
+    process is killed. The path of a socket may have some hundred characters (unix(7)); TMPDIR may have more."""
+    if not has_folder():
+        is_long = len(tempfile.gettempdir()) > SOCKET_FOLDER_CHARACTERS
+        choose_folder(reaper.own.make_folder(Path("/tmp") if is_long else None))  # noqa: S108  it is made for us alone
 
 
 def give_up() -> None:

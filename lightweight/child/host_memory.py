@@ -11,10 +11,12 @@ import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lightweight.targets import GiB
-from lightweight.trial import Measurements, OutOfMemory, Phase
+
+if TYPE_CHECKING:  # torch takes seconds, and memory
+    from lightweight.trial import Measurements, OutOfMemory, Phase
 
 PROC = Path("/proc")
 
@@ -23,6 +25,10 @@ UNLIMITED = 2**60
 
 SIGNS = ("DefaultCPUAllocator", "Cannot allocate memory", "std::bad_alloc")
 """In the message of an error that has no type of its own: torch's allocator, the C library, C++."""
+
+
+HOST = "the host's memory: "
+"""In the reason of an outcome, what is in force comes after it."""
 
 
 class MemoryLimit(NamedTuple):
@@ -59,12 +65,14 @@ def ran_out(error: BaseException) -> bool:
 
 def outcome(phase: Phase, reason: str, measured: Measurements) -> OutOfMemory:
     """How a trial ended for which the host's memory did not suffice; `reason` is completed by the limit in force."""
+    from lightweight.trial import OutOfMemory
+
     least = limit()
     return OutOfMemory(
         phase=phase,
         requested_bytes=None,
         budget_bytes=least.bytes,
-        reason=f"{reason}; the host's memory: {least.what} is {least.bytes / GiB:.2f} GiB",
+        reason=f"{reason}; {HOST}{least.what} is {least.bytes / GiB:.2f} GiB",
         measured=measured,
     )
 

@@ -77,15 +77,16 @@ class Reaper:
 
     def remove_folder(self, folder: Path) -> None:
         """Remove `folder`, or what is left of it, now."""
-        shutil.rmtree(folder, ignore_errors=True)
         if (lock := self._folders.pop(folder, None)) is not None:
-            os.close(lock)
+            os.close(lock)  # first: a process may have no other descriptor left to remove it with
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
             self._tell()
 
     @contextmanager
-    def temporary_folder(self) -> Iterator[Path]:
-        """A new folder that is removed afterwards, also where this process is killed inside."""
-        folder = self.make_folder()
+    def temporary_folder(self, inside: Path | None = None) -> Iterator[Path]:
+        """`make_folder`, removed afterwards, also where this process is killed inside."""
+        folder = self.make_folder(inside)
         try:
             yield folder
         finally:

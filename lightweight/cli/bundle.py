@@ -10,11 +10,11 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import os
 import re
 import shlex
 import shutil
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,8 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import lightweight
-from lightweight import corpus, methods, record
+from lightweight import corpus, files, methods, record
+from lightweight.child import reaper
 from lightweight.record import Entry, Run
 from lightweight.settings import OF_CORPUS, Settings, how_read
 
@@ -48,7 +49,10 @@ class _Places:
     others: Sequence[Path]
 
     def find(self, name: str) -> Path | None:
-        """The file or folder of that name, None where there is none."""
+        """The file or folder of that name, None where there is none. It has that name in the bundle, too, and one that
+        leads out of a folder is none."""
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return None
         for folder in (self.root, *self.others):
             path = (folder / name).resolve()
             if path.exists() and path.is_relative_to(folder.resolve()):
@@ -69,25 +73,25 @@ def write(path: Path, runs: Sequence[Run], others: Sequence[Path] = ()) -> str:
     """Write the bundle of `runs`, which pytest ran here, to the folder or the zip file `path`; what is to be known of
     it, in a line. What lay elsewhere is looked for in `others`, folders. Raises BundleError."""
     places = _Places(Path.cwd().resolve(), others)
-    if path.exists() and (path.is_file() or any(path.iterdir())):
-        raise BundleError(f"--bundle {path}: is there already: give another name")
-    if not path.absolute().parent.is_dir():
-        raise BundleError(f"--bundle {path}: there is no folder {path.absolute().parent}")
     for run in runs:
         if not run.command or not run.entries:
             raise BundleError(
                 f"--bundle: record {run.path} does not say by which command it was made: run it again with this version"
             )
-    with tempfile.TemporaryDirectory(prefix=".bundle-", dir=path.absolute().parent) as scratch:
-        folder = Path(scratch) / (path.stem if path.suffix == ".zip" else path.name)
-        folder.mkdir()
-        notes = _fill(folder, runs, places)
-        if path.suffix == ".zip":
-            _zip(folder, path)
-        else:
-            if path.exists():
-                path.rmdir()
-            folder.rename(path)
+    try:
+        is_free = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+        if os.path.lexists(path) and not is_free:
+            raise BundleError(f"--bundle {path}: is there already: give another name")
+        files.check(path / "in it" if is_free else path)
+        with reaper.own.temporary_folder(path.absolute().parent) as scratch:
+            folder = scratch / (path.stem if path.suffix == ".zip" else path.name)
+            folder.mkdir()
+            notes = _fill(folder, runs, places)
+            made = _zip(folder) if path.suffix == ".zip" else folder
+            made.rename(path)  # in the place of an empty folder, but of nothing that has come there since
+    except OSError as error:
+        what = f"{error.filename} cannot be read or written" if error.filename else "cannot be written"
+        raise BundleError(f"--bundle {path}: {what} ({error.strerror})") from error
     return f"{path}: sh {'' if path.suffix == '.zip' else f'{path}/'}repeat.sh repeats it" + "".join(
         f"; {note}" for note in notes
     )
@@ -319,6 +323,9 @@ def _build_of_torch(runs: Sequence[Run]) -> tuple[str, str | None]:
 def _requirements(runs: Sequence[Run], files: Iterable[Path]) -> str:
     """The exact versions: those that the records name, then what else is installed here that `files` import."""
     recorded = _recorded(runs)
+    for name, number in recorded.items():
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.!+-]+", f"{name}=={number}", re.ASCII):
+            raise BundleError(f"--bundle: the record's version of {name!r}, {number!r}, is none that can be installed")
     build, index = _build_of_torch(runs)
     lines = ["# as the record has them"]
     if index:
@@ -404,10 +411,10 @@ def _cell(entry: Entry) -> str:
     return record.one_line(f"{entry.model} x {entry.method}, seed {entry.seed}, on {entry.device}: `{said}`")
 
 
-def _zip(folder: Path, path: Path) -> None:
-    """`folder` as a zip file, whole or not at all."""
+def _zip(folder: Path) -> Path:
+    """`folder` as a zip file beside it."""
     beside = folder.with_name("bundle.zip")
-    with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as file:
+    with zipfile.ZipFile(beside, "x", zipfile.ZIP_DEFLATED) as file:
         for one in sorted(folder.rglob("*")):
-            file.write(one, Path(path.stem) / one.relative_to(folder))
-    beside.rename(path)
+            file.write(one, Path(folder.name) / one.relative_to(folder))
+    return beside

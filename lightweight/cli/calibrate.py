@@ -22,7 +22,7 @@ from lightweight import preload  # isort: skip  # noqa: F401  # before bitsandby
 import torch
 from torch import Tensor
 
-from lightweight import targets
+from lightweight import files, targets
 from lightweight.captured import hopper, joined, rotary
 from lightweight.captured import kernels as ours
 from lightweight.captured.kernels import Norm, Reached, Sum
@@ -128,9 +128,11 @@ def command(options: argparse.Namespace) -> int:
     """Time the GPU at hand and store what was found; the exit status."""
     try:
         found = run(progress=show)
-        options.output.write_text(calibration.written(found), "utf-8")
+        files.write(options.output, calibration.written(found))
     except CalibrationError as error:
         return refuse(error)
+    except OSError as error:
+        return refuse(CalibrationError(f"--output {options.output}: cannot be written ({error.strerror})"))
     finally:
         show("")
     print(f"{found.device}: {len(found.samples):,} kernels timed; stored in {options.output}")

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -156,7 +157,7 @@ def _wrong_step(checkpoint: Path) -> str | None:
     """A whole checkpoint under another one's name is not where that one would go on."""
     try:
         step = json.loads((checkpoint / TRAINER_STATE).read_text("utf-8"))["global_step"]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return f"its {TRAINER_STATE} does not say after which step it was saved"
     return None if step == step_of(checkpoint) else f"it was saved after step {step}"
 
@@ -185,7 +186,11 @@ class Shelf:
 
 @contextlib.contextmanager
 def signals_to(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Inside, SIGNALS come to `handler`. What the parent has had ignored, such as SIGHUP under nohup, stays so."""
+    """Inside, SIGNALS come to `handler`, in the first thread alone. What the parent has had ignored, such as SIGHUP
+    under nohup, stays so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.getsignal(number) for number in SIGNALS}
     taken = {number: former for number, former in before.items() if former not in (signal.SIG_IGN, None)}
     for number in taken:

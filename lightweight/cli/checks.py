@@ -6,8 +6,9 @@ A check leaves what it read with the options. Its ValueError names the option an
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from lightweight import models, names, targets
+from lightweight import files, models, names, targets
 from lightweight.settings import Settings
 
 
@@ -55,14 +56,12 @@ def sweep(options: argparse.Namespace) -> None:
         raise ValueError(f"--learning-rate {options.learning_rate}: give a range, such as 1e-5..1e-2") from None
     options.settings = Settings.read(lambda name: None if name == "learning_rate" else getattr(options, name))
     of_names(options)
-    if not options.output.absolute().parent.is_dir():
-        raise ValueError(f"--output {options.output}: there is no folder {options.output.absolute().parent}")
+    _writable("--output", options.output)
 
 
 def calibrate(options: argparse.Namespace) -> None:
     """A place for the record. Raises ValueError."""
-    if not options.output.absolute().parent.is_dir():  # before two minutes of measuring
-        raise ValueError(f"{options.output}: its folder does not exist: make it first")
+    _writable("--output", options.output)  # before two minutes of measuring
 
 
 def chat(options: argparse.Namespace) -> None:
@@ -92,6 +91,14 @@ def _at_least(options: argparse.Namespace, **least: int) -> None:
         value = getattr(options, name)
         if value is not None and value < bound:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {bound}")
+
+
+def _writable(option: str, path: Path) -> None:
+    """A place for a file. Raises ValueError."""
+    try:
+        files.check(path)
+    except OSError as error:
+        raise ValueError(f"{option} {path}: cannot be written ({error.strerror})") from error
 
 
 def _settings(options: argparse.Namespace) -> Settings:

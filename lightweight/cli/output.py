@@ -15,6 +15,8 @@ import json
 import os
 import resource
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,8 +220,21 @@ class Output:
                 f"a folder with {RECORD_NAME}; remove it yourself or give another"
             )
 
+    def _check_owner(self) -> None:
+        """Raise OutputError where somebody else could put links into `partial` while this trains. Whose a folder would
+        be that is made here is asked of the file system, which may have users of its own."""
+        status = self.partial.stat()
+        with tempfile.TemporaryFile(dir=self.partial) as ours:
+            is_ours = os.fstat(ours.fileno()).st_uid == status.st_uid
+        if not is_ours or status.st_mode & stat.S_IWOTH:
+            raise OutputError(
+                f"--output {self.folder}: {self.partial} belongs to somebody else, or anybody can write there: move it "
+                "away, or give another folder"
+            )
+
     def _take_lock(self) -> None:
         self.partial.mkdir(parents=True, exist_ok=True)
+        self._check_owner()
         mark = self.partial / MARK
         descriptor = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
@@ -326,6 +341,12 @@ class Output:
 
     # While it trains, and afterwards
 
+    def curves(self) -> Path:
+        """`runs`, for a tracker to write into. Raises OutputError where a link has come there since the claim."""
+        if self.runs.is_symlink():
+            raise OutputError(f"--output {self.folder}: {self.runs} is a link, and none is followed: remove it")
+        return self.runs
+
     def keep_base(self, job: Mapping[str, Any]) -> None:
         """Make `unfinished/base`, which `job` needs, the base weights, whole."""
         checkpoints.seal(self.unfinished / "base", job)
@@ -388,7 +409,7 @@ def entry_in(folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((folder / RECORD_NAME).read_text("utf-8"))
         (entry,) = record["outcomes"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return entry if isinstance(entry, dict) and entry.get("outcome") == "completed" else None
 

@@ -7,11 +7,10 @@ seconds of a step over the operators of its trace are the host's pace.
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 
 from lightweight import corpus, models
-from lightweight.child import owner
+from lightweight.child import owner, reaper
 from lightweight.corpus import Corpus
 from lightweight.forecast import tracer
 from lightweight.forecast.calibration import CalibrationError
@@ -40,8 +39,7 @@ LENGTH = 64
 
 def operator_seconds() -> dict[str, float]:
     """The seconds from one operator to the next, of each kind of stock step. Raises CalibrationError."""
-    with tempfile.TemporaryDirectory(prefix="lightweight-") as name:
-        folder = Path(name)
+    with reaper.own.temporary_folder() as folder:
         model = models.write(models.find(SMALL)[0], folder / "model", 0)
         turns = [
             {"role": role, "content": f"What is said for the {index}th time, which fills a row"}

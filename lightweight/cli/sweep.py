@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from lightweight import corpus, methods, models, names, record, targets
+from lightweight import corpus, files, methods, models, names, record, targets
 from lightweight.child import handle, helper, owner, reaper, worker
 from lightweight.cli.terminal import leave_to_us, refuse, show, tell
 from lightweight.corpus import How
@@ -226,10 +226,8 @@ class _Search:
             "datetime": datetime.now(UTC).isoformat(),
             "sweep": searched,
         }
-        beside = sweep.output.with_name(f".{sweep.output.name}.partial")
         try:
-            beside.write_text(json.dumps(content, indent=1), "utf-8")
-            beside.replace(sweep.output)
+            files.write(sweep.output, json.dumps(content, indent=1))
         except OSError as error:
             raise SweepError(f"--output {sweep.output}: cannot be written ({error.strerror})") from error
 

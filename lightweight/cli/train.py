@@ -26,7 +26,7 @@ from transformers import PrinterCallback, Trainer
 from transformers.integrations import integration_utils
 
 from lightweight import corpus, methods, models, record, targets
-from lightweight.child import failure, worker
+from lightweight.child import failure, host_memory, worker
 from lightweight.child.process import see_gpus
 from lightweight.cli import checkpoints
 from lightweight.cli.callbacks import Checkpoints, ProgressBar
@@ -171,7 +171,7 @@ def _carry_out(
             if step is not None:
                 say(_how_long(trial, step))
             _require_room(trial, trainer, output)
-            draw_curves_in(trainer, output.runs)  # one curve, also of a job that is resumed
+            draw_curves_in(trainer, output.curves())  # one curve, also of a job that is resumed
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(saving)
             trainer.add_callback(bar)
@@ -413,7 +413,9 @@ def _tell(
         return
     asked = "" if failed.requested_bytes is None else f", where {size(failed.requested_bytes)} more were asked for"
     where = f" on rank {ranks.rank()}" if ranks.world_size() > 1 else ""
-    what = f"{trial.name}: out of memory{where} in {failed.phase}{asked}, of {size(failed.budget_bytes)}"
+    _, of_host, in_force = failed.reason.partition(host_memory.HOST)
+    of = f"{of_host}{in_force}" if of_host else size(failed.budget_bytes)
+    what = f"{trial.name}: out of memory{where} in {failed.phase}{asked}, of {of}"
     fail(f"{what}: {instead(trial, job, device, progress)}")
 
 

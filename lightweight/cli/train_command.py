@@ -22,8 +22,7 @@ def command(options: argparse.Namespace) -> int:
     """Train what `options` ask for; the exit status. Whatever ends it is told in one line."""
     options.reading = how_read(lambda name: getattr(options, name))
     try:
-        with checkpoints.signals_to(signal.default_int_handler):  # also while torch is imported, which takes seconds
-            return _train(options)
+        return _train(options)
     except KeyboardInterrupt:
         return _interrupted(options)
 

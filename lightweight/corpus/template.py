@@ -12,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import resource
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightweight.corpus.conversation import Message
 from lightweight.models import ModelError, reason
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
 
 RENDER_SECONDS = 10.0
 """What a chat template may take for one conversation; those that end take a thousandth."""
+
+RENDER_BYTES = 2**30
+"""What a chat template may take of memory while it is at it; one operation of it may ask for any amount, and cannot be
+interrupted."""
 
 MARKUP_CHARACTERS = 1_000_000
 """What a chat template may write around what is said; a long system prompt has a hundredth."""
@@ -105,7 +111,7 @@ def _refused(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
 
 def _rendered(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, answer_follows: bool = False) -> str:
     said = [{"role": message.role, "content": message.content} for message in messages]
-    with _time_limit(RENDER_SECONDS):
+    with _limits(RENDER_SECONDS, RENDER_BYTES):
         text = str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=answer_follows))
     if len(text) > sum(len(message.content) for message in messages) + MARKUP_CHARACTERS:
         raise ValueError(f"it writes {len(text):,} characters for {_counted(len(messages), 'message')}")
@@ -167,7 +173,7 @@ def _by_marks(messages: Sequence[Message], text: str, tokenizer: PreTrainedToken
     from transformers.utils.chat_template_utils import render_jinja_template
 
     said = [{"role": message.role, "content": message.content} for message in messages]
-    with _time_limit(RENDER_SECONDS):
+    with _limits(RENDER_SECONDS, RENDER_BYTES):
         special: Any = tokenizer.special_tokens_map
         rendered: Any = render_jinja_template(  # what `apply_chat_template` calls, whose mask is of tokens
             [said], chat_template=tokenizer.get_chat_template(), return_assistant_tokens_mask=True, **special
@@ -236,21 +242,51 @@ def _counted(number: int, what: str) -> str:
 
 
 @contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError after `seconds`, which only a process's main thread can; in another there is no limit."""
+def _limits(seconds: float, count: int) -> Iterator[None]:
+    """Raise TimeoutError after `seconds`, and ValueError beyond `count` bytes more than this process has; only a
+    process's main thread can, and in another there is no limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(*_: object) -> NoReturn:
-        raise TimeoutError(f"not done after {seconds:g} seconds")
+    is_over = False
+
+    def stop(*_: object) -> None:
+        if not is_over:
+            raise TimeoutError(f"not done after {seconds:g} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
-    began, (left, interval) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, seconds)
+    # and again a second later: Jinja computes what is constant twice, and whatever the first time raises it swallows
+    began, (left, interval) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
-        yield
+        with _memory_limit(count):
+            yield
     finally:
+        is_over = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         if left:  # somebody else's alarm, pytest-timeout's say
             signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - began), 1e-3), interval)
+
+
+@contextlib.contextmanager
+def _memory_limit(count: int) -> Iterator[None]:
+    """Inside, this process may map `count` bytes more than it has; without a limit where it cannot tell how many those
+    are."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:  # another system than Linux
+        yield
+        return
+    before, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + count
+    if before != resource.RLIM_INFINITY and before <= limit:
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (limit, most))
+    try:
+        yield
+    except MemoryError:  # which is not this machine's fault, as the error alone would say
+        raise ValueError(f"it takes over {count / 2**30:g} GiB of memory") from None
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (before, most))

@@ -5,6 +5,7 @@ Its hooks let a plugin read what is saved and shown; none of them lets one switc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import pytest
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-ATTRIBUTES = ("benchmarks", "compare", "disabled", "only")
+ATTRIBUTES = ("benchmarks", "compare", "disabled", "json", "logger", "only", "save_json")
 """What is read and set of its session."""
 
 
@@ -68,6 +69,18 @@ def save_without_rows(config: pytest.Config) -> None:
         private.benchmarks = _Rows(private.benchmarks)
 
 
+def save_by(config: pytest.Config, write: Callable[[str], bool]) -> None:
+    """Have `write(text)` store its JSON, and say whether it could, in place of its own opening of the file, which
+    empties that first."""
+    private = session(config)
+
+    def save_json(content: dict[str, Any]) -> None:
+        if write(to_json(content, indent=4)):
+            private.logger.info(f"Wrote benchmark data in: {private.json}", purple=True)
+
+    private.save_json = save_json
+
+
 class _Rows(list[Any]):
     """Rows that are worth saving, even if there are none."""
 
@@ -85,11 +98,11 @@ def timed(item: pytest.Item) -> dict[str, Any] | None:
     return row | {"data": fixture.stats.stats.data, "iterations": fixture.stats.iterations}
 
 
-def to_json(row: dict[str, Any]) -> str:
-    """`row` as JSON text, in its own words for what JSON has none for."""
+def to_json(content: dict[str, Any], **layout: Any) -> str:
+    """`content`, a row say, as JSON text, in its own words for what JSON has none for."""
     from pytest_benchmark.utils import safe_dumps
 
-    return str(safe_dumps(row))
+    return str(safe_dumps(content, ensure_ascii=True, **layout))
 
 
 def add_row(config: pytest.Config, row: dict[str, Any]) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from lightweight import files
 from lightweight.record import Run, one_line
 from lightweight.report import publish, tables
 from lightweight.report.findings import findings
@@ -89,32 +88,8 @@ def draw(folder: Path, runs: Sequence[Run]) -> None:
 
 
 def write(path: Path, content: str) -> None:
-    """Put `content` into the file at `path`, all of it or nothing. Raises ReportError.
-
-    It is written beside it first, into a file with a name of its own that nobody can have put there before."""
-    beside = None
+    """Put `content` into the file at `path`, all of it or nothing. Raises ReportError."""
     try:
-        if path.is_dir():
-            raise ReportError(f"report {path}: is a folder: name a file in it, such as {path / 'report.html'}")
-        if path.exists() and not path.is_file():
-            raise ReportError(f"report {path}: is no file that can be replaced: give another name")
-        handle, name = tempfile.mkstemp(prefix=".report-", dir=path.absolute().parent)
-        beside = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
-            file.write(content)
-        beside.chmod(_mode(path))
-        beside.replace(path)
+        files.write(path, content)
     except OSError as error:
         raise ReportError(f"report {path}: cannot be written ({error.strerror})") from error
-    finally:
-        if beside is not None:
-            beside.unlink(missing_ok=True)
-
-
-def _mode(path: Path) -> int:
-    """The permissions of what stands at `path`, else of a new file; `mkstemp` gives its owner's only."""
-    if path.exists():
-        return path.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lightweight import corpus, methods, models, record, targets
+from lightweight import corpus, files, methods, models, record, targets
 from lightweight.child import handle, helper, reaper, worker
 from lightweight.methods import Method, MethodError
 from lightweight.models import Model
@@ -50,8 +50,15 @@ class Choices:
             value = self.option(key)
             if value is not None and value <= 0:
                 raise pytest.UsageError(f"--{key.replace('_', '-')} {value:g}: give more than 0")
-        if (path := self.option("report")) and not path.absolute().parent.is_dir():
-            raise pytest.UsageError(f"--report {path}: there is no folder {path.absolute().parent}")
+        for option, path in (
+            ("--report", self.option("report")),
+            ("--benchmark-json", self.config.getoption("benchmark_json", None)),
+        ):
+            try:
+                if path is not None and not path.is_char_device():
+                    files.check(path)
+            except OSError as error:
+                raise pytest.UsageError(f"{option} {path}: cannot be written ({error.strerror})") from None
         for seed in (self.seeds[0], self.seeds[-1]):
             if not 0 <= seed < 2**32:
                 of_several = f" of the last of --seeds {len(self.seeds)}" * (seed != self.option("seed"))

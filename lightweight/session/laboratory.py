@@ -167,7 +167,7 @@ class Laboratory(Choices):
         def begin(running: owner.Child | None) -> None:
             nonlocal child
             child = running
-            died = Crashed(**so_far(child), reason="the worker that ran it died", details="")
+            died = Crashed(**so_far(child), reason="the process that ran it died", details="")
             self.ledger.tell_begun(item, Shipment(entries=[self._entry(item, trial, died)]))
 
         begin(None)

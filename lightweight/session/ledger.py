@@ -18,6 +18,7 @@ from lightweight.internals import pytest_benchmark
 from lightweight.record import SAME_TRIAL, Entry, ForecastRow, Speedup
 from lightweight.session import xdist_bridge
 from lightweight.session.fixtures import NOT_RUN
+from lightweight.session.journal import Journal
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Ledger:
         self.forecasts: list[ForecastRow] = []
         self.not_run: Counter[str] = Counter()
         self.is_used = False  # by a test of this session
+        self.journal = Journal(config)
         self._begun: dict[str, Shipment] = {}
 
     def tell_begun(self, item: pytest.Item, begun: Shipment | None = None) -> None:
@@ -79,6 +81,7 @@ class Ledger:
         so_far = shipment(item).and_also(begun or Shipment())
         self._begun[item.nodeid] = so_far
         xdist_bridge.tell_begun(item, so_far.as_json())
+        self._keep()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
@@ -92,6 +95,7 @@ class Ledger:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if begun := getattr(report, "lightweight_begun", None):
             self._begun[report.nodeid] = Shipment.of_json(begun)
+            self._keep()
         elif (shipped := getattr(report, "lightweight", None)) is not None:
             if report.when == "setup":  # of a test that is run again, the last time counts
                 self.entries = [entry for entry in self.entries if entry.test != report.nodeid]
@@ -113,11 +117,29 @@ class Ledger:
             self._take(self._begun.popitem()[1])
         if self.entries or self.forecasts:
             pytest_benchmark.save_without_rows(self.config)
+        if self.is_used:
+            self.journal.take_over()
+
+    def _keep(self) -> None:
+        """Have on the disk all that was found, and what has begun as it stands if this process is killed now."""
+        if self.journal.is_kept:
+            found = Shipment(self.entries, self.forecasts)
+            for begun in self._begun.values():
+                found = _with(found, begun)
+            self.journal.write(found.entries, found.forecasts)
 
     def _take(self, shipped: Shipment) -> None:
-        self.entries += shipped.entries
-        self.forecasts += shipped.forecasts
-        for trial, speedup in shipped.speedups:
-            index = next((i for i, entry in enumerate(self.entries) if SAME_TRIAL.holds(entry, trial)), None)
-            if index is not None:
-                self.entries[index] = replace(self.entries[index], speedup=speedup)
+        found = _with(Shipment(self.entries, self.forecasts), shipped)
+        self.entries, self.forecasts = found.entries, found.forecasts
+        if shipped != Shipment():
+            self._keep()
+
+
+def _with(found: Shipment, shipped: Shipment) -> Shipment:
+    """`found` and `shipped` after it, whose speedups are put into the trials that they are of."""
+    entries = [*found.entries, *shipped.entries]
+    for trial, speedup in shipped.speedups:
+        index = next((i for i, entry in enumerate(entries) if SAME_TRIAL.holds(entry, trial)), None)
+        if index is not None:
+            entries[index] = replace(entries[index], speedup=speedup)
+    return Shipment(entries, [*found.forecasts, *shipped.forecasts])

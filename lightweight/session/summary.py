@@ -42,8 +42,9 @@ class Summary:
             terminalreporter.write_line(f"ended by {by.name}: what was found until then is recorded")
         for line, count in not_run.items():
             terminalreporter.write_line(line if count == 1 else f"{line} ({count} cells)")
-        if self._of_report:
-            terminalreporter.write_line(self._of_report)
+        for told in (self.ledger.journal.problem, self._of_report):
+            if told:
+                terminalreporter.write_line(told)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
@@ -60,9 +61,11 @@ class Summary:
             output_json["command"] = command(self.config)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Write the report."""
+        """Write the report; a record or a report that cannot be written is no success."""
         if self.interruption.ended_by:
             session.exitstatus = 128 + self.interruption.ended_by
+        if self.ledger.journal.problem and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
         path, entries, forecasts = self.laboratory.option("report"), self.ledger.entries, self.ledger.forecasts
         if path is None or hasattr(self.config, "workerinput") or not (entries or forecasts):
             return

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -149,7 +150,7 @@ def test_what_has_changed_since_is_refused(project, tmp_path, file, text, proble
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("lightweight: --bundle: ") and problem.partition("*")[0] in line
-    assert not (copy / "b").exists() and not list(copy.glob(".bundle-*"))
+    assert not (copy / "b").exists() and not list(copy.glob("lightweight-*"))
 
 
 @pytest.fixture
@@ -199,3 +200,54 @@ def test_a_record_without_its_command_and_a_name_that_is_taken_are_refused(proje
     assert "does not say by which command it was made" in capsys.readouterr().err
     assert main(["report", "run.json", "--bundle", str(tmp_path / "old.json")]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_a_version_that_would_have_pip_do_something_else_is_refused(project, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    document = json.loads(Path("run.json").read_text("utf-8"))
+    for name, number in (("torch", "2.11.0\n--index-url=https://x"), ("torch @ https://x", "1")):
+        versions = {**document["outcomes"][0]["versions"], name: number}
+        outcomes = [{**document["outcomes"][0], "versions": versions}]
+        (tmp_path / "run.json").write_text(json.dumps(document | {"outcomes": outcomes}), "utf-8")
+        assert main(["report", str(tmp_path / "run.json"), "--bundle", str(tmp_path / "b")]) == 2
+        assert "is none that can be installed" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("name", ["b", "b.zip"])
+def test_a_bundle_that_has_no_room_is_one_line_and_leaves_nothing(project, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(project)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        status = main(["report", "run.json", "--bundle", str(tmp_path / name)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert status == 2 and "cannot be" in line and "(File too large)" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_or_what_cannot_be_written_is_no_place_for_a_bundle(project, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    (tmp_path / "link").symlink_to("nothing")
+    for name, problem in (("link", "is there already"), ("nowhere/b", "there is no folder"), ("x" * 300, "too long")):
+        assert main(["report", "run.json", "--bundle", str(tmp_path / name)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert problem in line
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+@pytest.mark.parametrize("option", ["--corpus", "--task", "--learning-rate", "--held-out"])
+@pytest.mark.parametrize("name", ["../secret.json", "cells/../../project/corpus.json", "/etc/passwd"])
+def test_no_record_leads_out_of_the_folder(project, tmp_path, monkeypatch, capsys, option, name):
+    """A bundle is published: what else lies on the disk is nobody's business, and nothing is written beside it."""
+    monkeypatch.chdir(project)
+    document = json.loads(Path("run.json").read_text("utf-8"))
+    name += ".json" * (option == "--learning-rate" and not name.endswith(".json"))
+    document["command"] += [f"{option}={name}"]
+    (tmp_path / "run.json").write_text(json.dumps(document), "utf-8")
+    (project.parent / "secret.json").write_text("{}")
+    assert main(["report", str(tmp_path / "run.json"), "--bundle", str(tmp_path / "b")]) == 2
+    assert f"{name} is not here: call it where pytest was called" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

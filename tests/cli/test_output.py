@@ -86,6 +86,8 @@ PLACES = {
     ),
     "a link at the curves": (lambda at: ours(at, lambda partial: linked(partial / "runs", at)), "runs is a link"),
     "a link at the result": (lambda at: ours(at, lambda partial: linked(partial / "result", at)), "result is a link"),
+    "a partial of another user": (lambda at: ours(at, lambda partial: os.chown(partial, 12_345, -1)), "somebody else"),
+    "a partial that anybody can write to": (lambda at: ours(at, lambda partial: partial.chmod(0o777)), "anybody can"),
     "a mark that is a folder": (lambda at: (at / "a.partial" / MARK).mkdir(parents=True), "move it away"),
 }
 OVERWRITTEN = ("an empty folder", "a model")
@@ -95,6 +97,8 @@ OVERWRITTEN = ("an empty folder", "a model")
 @pytest.mark.parametrize("place", PLACES)
 def test_what_is_somebody_elses_is_refused_in_a_line_and_left_alone(tmp_path, place, overwrite):
     prepare, line = PLACES[place]
+    if "another user" in place and os.geteuid():
+        pytest.skip("only root can give a folder away")
     prepare(tmp_path)
     before = everything(tmp_path)
     output = Output(tmp_path / "a")
@@ -124,6 +128,17 @@ def test_what_somebody_puts_beside_the_working_files_stays_and_is_told_to_the_ne
     with pytest.raises(OutputError, match="partial is not of this version of `lightweight train`: move it away"):
         Output(tmp_path / "a").claim(resume=False, overwrite=True)
     assert (output.partial / "thesis").exists()
+
+
+def test_a_link_that_comes_after_the_claim_gets_no_curves(tmp_path):
+    output = Output(tmp_path / "a")
+    output.claim(resume=False, overwrite=False)
+    assert output.curves() == output.runs
+    output.runs.symlink_to(model(tmp_path / "b", "old"))
+    with pytest.raises(OutputError, match="runs is a link, and none is followed: remove it"):
+        output.curves()
+    output.release()
+    assert name_of(tmp_path / "b") == "old"
 
 
 UNUSABLE = {

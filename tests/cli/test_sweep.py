@@ -170,9 +170,27 @@ def test_a_method_without_a_rate_is_told_with_its_reason(micro, tmp_path, capsys
     )
 
 
+@pytest.fixture
+def asked(micro, tmp_path, monkeypatch):
+    """A search of three trials, into `found.json` in the folder that the test is in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus.json").write_text(json.dumps(turns(24)), "utf-8")
+    words = f"sweep --model {micro.location} --method lora --budget 3 --max-steps 2 --max-length 48 --output found.json"
+    return words.split()
+
+
+def test_no_link_is_followed_by_a_sweep(asked, tmp_path):
+    """Under the name that a temporary file had once."""
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".found.json.partial").symlink_to("precious")
+    assert main(asked) == 0
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert len(record.load(tmp_path / "found.json").entries) == 3
+
+
 def test_a_file_that_is_no_sweep_is_refused(tmp_path):
     other = tmp_path / "other.json"
-    for text in ("{}", "[", '{"sweep": {"found": {"lora": {"learning_rate": -1}}}}', '{"sweep": 3}'):
+    for text in ("{}", "[", '{"sweep": {"found": {"lora": {"learning_rate": -1}}}}', '{"sweep": 3}', "[" * 100_000):
         other.write_text(text, "utf-8")
         with pytest.raises(ValueError, match="is no sweep: give what `lightweight sweep` wrote"):
             SweptRates.read(str(other))
@@ -189,6 +207,7 @@ def test_a_file_that_is_no_sweep_is_refused(tmp_path):
         (["--seed", "-1"], "--seed -1: give a number from 0 to 4294967295"),
         (["--method", "lorra"], "did you mean lora"),
         (["--output", "nowhere/x.json"], "there is no folder"),
+        (["--output", "."], "it is a folder: name a file in it"),
         (["--corpus", "nowhere.json"], "does not exist"),
     ],
 )

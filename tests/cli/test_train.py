@@ -601,6 +601,34 @@ def test_out_of_memory_is_one_line_that_names_what_fits(train, out, monkeypatch,
     assert not list(out.iterdir())
 
 
+def test_memory_of_the_host_that_runs_out_is_one_line_with_the_limit_in_force(without_gpu, base, dialogues, tmp_path):
+    """An allocation in a step beyond what `ulimit -v` grants, in a process of its own."""
+    job = f"train --model {base} --corpus {dialogues} --output {tmp_path / 'a'} --method lora --max-steps 3"
+    command = [sys.executable, "-c", GREEDY, *f"{job} --batch-size 2 --max-length 32".split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("lightweight: ")]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "out of memory in train, of the host's memory: the limit of ulimit -v is " in line
+    assert not list(tmp_path.iterdir())
+
+
+GREEDY = """
+import resource, sys
+from pathlib import Path
+import torch
+from lightweight.__main__ import main
+from lightweight.cli import train
+
+def step_ended(self):
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
+    torch.empty(2**32)
+
+train.Unattended.step_ended = step_ended
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_a_method_that_is_given_is_timed_as_one_that_is_chosen(train, out, monkeypatch, capsys):
     """Traced as it is trained, as if the card were one whose pace is known."""
     traced = []

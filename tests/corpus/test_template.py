@@ -222,6 +222,9 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
     ("written", "expected"),
     [
         (ENDLESS, "not done after 0.2 seconds"),
+        ("{{ 9 ** (9 ** 9) }}", "not done after 0.2 seconds"),
+        ("{{ 'x' * 10 ** 10 }}", "it takes over 1 GiB of memory"),
+        ("{{ '%9999999999d' % 1 }}", "it takes over 1 GiB of memory"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ nobody.name.first }}", "is undefined"),
         ("{% for %}", "Expected an expression"),
@@ -267,7 +270,7 @@ def test_a_time_limit_leaves_anothers_alarm_running():
     before = signal.signal(signal.SIGALRM, lambda *_: rang.append(True))
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.3)
-        with template._time_limit(5):
+        with template._limits(5, 2**30):
             pass
         assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 0.3
         time.sleep(0.4)

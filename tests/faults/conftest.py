@@ -1,5 +1,6 @@
 """`pytest tests/faults` injects a sample of every class of faults, `--faults` all of them. Both print how many were
-tried and survived; `--faults-into docs/faults.md` also writes that between the marks of a file."""
+tried and survived; `--faults-into docs/faults.md` also writes that between the marks of a file. `--faults-draw N` makes
+other mutants."""
 
 import datetime
 import json
@@ -24,6 +25,17 @@ SURVIVED: Counter[str] = Counter()
 def whole(request: pytest.FixtureRequest) -> bool:
     """Whether every fault of a class is asked for."""
     return bool(request.config.getoption("--faults"))
+
+
+@pytest.fixture
+def seeds(request: pytest.FixtureRequest, whole: bool) -> Callable[[int, int], range]:
+    """The seeds of so many mutants of a class, which has its own `first`; of a sample, of one in twelve."""
+
+    def drawn(first: int, count: int) -> range:
+        first += 1_000_000 * int(request.config.getoption("--faults-draw"))
+        return range(first, first + (count if whole else max(6, count // 12)))
+
+    return drawn
 
 
 @pytest.fixture

@@ -36,13 +36,13 @@ def test_a_rank_that_no_memory_has_room_for_is_one_line(model, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("model", ["constant:STOCK", "constant:CAPTURED"], indirect=True)
-def test_a_damaged_model_is_one_line_or_answers(model, tmp_path, whole, tried, capfd):
+def test_a_damaged_model_is_one_line_or_answers(model, tmp_path, seeds, tried, capfd):
     def talk(folder):
         return outcome_of(["chat", str(folder), "--prompt", "how are you?", "--max-tokens", "2"], capfd)
 
     right, lost = talk(model), []
     assert (right.status, right.err.strip()) == (0, "")
-    for seed in range(40_000, 40_150 if whole else 40_015):
+    for seed in seeds(40_000, 150):
         folder = shutil.copytree(model, tmp_path / "copy")
         done = mutants.folder_of_a_model(folder, random.Random(seed))
         found = talk(folder)

@@ -33,12 +33,6 @@ LLAMA = {
 }
 
 
-@pytest.fixture
-def seeds(whole):
-    """The seeds of so many mutants, of which one in twelve is a sample; others for each class."""
-    return lambda first, count: range(first, first + (count if whole else max(6, count // 12)))
-
-
 def records() -> list[Any]:
     """The committed records, what is much and alike left out of them."""
     kept = ("outcomes", "forecasts", "datetime", "commit_info", "machine_info", "version")

@@ -148,4 +148,4 @@ def test_without_a_gpu_there_is_nothing_to_calibrate(tmp_path, capsys):
     assert main(["calibrate", "--output", str(tmp_path / "card.json")]) == 2
     assert capsys.readouterr().err == "lightweight: calibrate: measures a GPU, and torch has none here\n"
     assert main(["calibrate", "--output", str(tmp_path / "no folder" / "card.json")]) == 2
-    assert "its folder does not exist: make it first" in capsys.readouterr().err
+    assert "cannot be written (there is no folder" in capsys.readouterr().err

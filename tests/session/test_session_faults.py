@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from conftest import MICRO, turns
+from lightweight import record
 from lightweight.child import reaper
 from lightweight.session.interruption import Interruption
 from lightweight.session.ledger import Ledger
@@ -84,6 +85,10 @@ def wait_for(is_true, seconds: float = 120.0) -> bool:
     return bool(is_true())
 
 
+FOLDERS = (reaper.PREFIX, "pymp-")
+"""How ours, and multiprocessing's, are called."""
+
+
 def left(project: Path) -> list[str]:
     """Processes of the project's sessions that are there, stopped ones too, and folders."""
     found = []
@@ -94,7 +99,7 @@ def left(project: Path) -> list[str]:
                 found.append((folder / "cmdline").read_text())
         except OSError:
             continue
-    return found + [path.name for path in (project / "scratch").glob(f"{reaper.PREFIX}*")]
+    return found + [path.name for path in (project / "scratch").iterdir() if path.name.startswith(FOLDERS)]
 
 
 def outcomes(project: Path) -> list[tuple[str, str, str | None, str | None]]:
@@ -136,7 +141,7 @@ def test_each_signal_that_ends_a_session_interrupts_it_once_and_is_named(pyteste
 
 
 @pytest.mark.parametrize("whom", ["pytest", "its group"])
-def test_a_session_that_is_killed_leaves_no_process_and_no_folder(project, whom):
+def test_a_session_that_is_killed_leaves_its_record_and_no_process_and_no_folder(project, whom):
     """Not even a child that is stopped, which could not end itself."""
     session = start(project, STOPPED)
     assert wait_for((project / "stopped").exists)
@@ -144,6 +149,10 @@ def test_a_session_that_is_killed_leaves_no_process_and_no_folder(project, whom)
     (session.kill if whom == "pytest" else lambda: os.killpg(session.pid, signal.SIGKILL))()
     session.communicate(timeout=60)
     assert wait_for(lambda: not left(project), 15), left(project)
+    died = ("lora", "crashed", "train", "the process that ran it died")
+    assert outcomes(project) == [("baseline", "completed", None, None), died]
+    assert [path.name for path in project.iterdir() if path.name.startswith(".writing-")] == []
+    assert record.load(project / "out.json").command
 
 
 def test_a_worker_of_xdist_that_is_killed_leaves_its_phase_and_no_process_and_no_folder(project):
@@ -152,7 +161,7 @@ def test_a_worker_of_xdist_that_is_killed_leaves_its_phase_and_no_process_and_no
     assert session.returncode == 1, output
     assert outcomes(project) == [
         ("baseline", "completed", None, None),
-        ("lora", "crashed", "train", "the worker that ran it died"),
+        ("lora", "crashed", "train", "the process that ran it died"),
     ]
     assert wait_for(lambda: not left(project), 15), left(project)
 

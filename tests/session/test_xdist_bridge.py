@@ -126,7 +126,7 @@ def test_a_worker_dies_and_loses_the_cell_it_ran_and_nothing_else(project):
     ]
     assert sorted(entry["seed"] for entry in document["outcomes"] if entry["model"] == "micro") == [0, 0, 1, 1]
     (crashed,) = [entry for entry in document["outcomes"] if entry["outcome"] == "crashed"]
-    assert (crashed["reason"], crashed["seed"]) == ("the worker that ran it died", 1)
+    assert (crashed["reason"], crashed["seed"]) == ("the process that ran it died", 1)
     assert len(document["benchmarks"]) == 4
     result.stdout.fnmatch_lines_random(["micro * baseline * crashed in train *", "micro * lora * completed *"])
 

@@ -1,0 +1,57 @@
+"""How is a file written so that it is whole, or what it was before?
+
+It is written beside its place first, into a file with a name of its own that nobody can have put there before, and
+renamed once it is on the disk. A link in its place is replaced, not followed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write(path: Path, content: str) -> None:
+    """Put `content` into the file at `path`, all of it or nothing. Raises OSError, whose `strerror` says why."""
+    with _beside(path) as (handle, beside):
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.chmod(_mode(path))
+        beside.replace(path)
+
+
+def check(path: Path) -> None:
+    """Whether `write` can put a file at `path`, before what is to be in it is made. Raises OSError where it cannot."""
+    with _beside(path) as (handle, _):
+        os.close(handle)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[tuple[int, Path]]:
+    """A new file, opened, in the folder of `path`; removed afterwards if it is still there."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"it is a folder: name a file in it, such as {path / 'name'}")
+    if os.path.lexists(path) and not (path.is_symlink() or path.is_file()):
+        raise FileExistsError(errno.EEXIST, "it is no file that can be replaced: give another name")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, f"there is no folder {folder}: make it first")
+    handle, name = tempfile.mkstemp(prefix=".writing-", dir=folder)
+    try:
+        yield handle, Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _mode(path: Path) -> int:
+    """The permissions of what stands at `path`, else of a new file; `mkstemp` gives its owner's only."""
+    if path.exists():
+        return path.stat().st_mode & 0o777
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
