@@ -642,6 +642,7 @@ def test_a_method_that_is_given_is_timed_as_one_that_is_chosen(train, out, monke
     monkeypatch.setattr(train_command, "timed", timed)
     assert train("a", method="lora") == 0
     (step,) = traced
+    assert step is not None
     assert 0 < step.low < step.high
     assert "20 steps, forecast to take " in capsys.readouterr().out
     assert entry(out / "a").forecast_seconds == pytest.approx(20 * step.seconds)
