@@ -48,7 +48,8 @@ def _as_loaded(network: Any) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """Module, name and tensor of all that is allocated, in that order: a checkpoint's weights as transformers sorts
     them, then buffers, and an adapter's weights, which no checkpoint has. It decides which holes are left where some
     are replaced. transformers/core_model_loading.py, `convert_and_load_state_dict_in_model`."""
-    loaded, made = [], []
+    loaded: list[tuple[list[tuple[int, int, str]], nn.Module, str, Tensor]] = []
+    made: list[tuple[list[tuple[int, int, str]], nn.Module, str, Tensor]] = []
     is_adapted = isinstance(network, peft.PeftModel)
     for name, module in network.named_modules():
         if isinstance(module, Linear8bitLt):

@@ -22,18 +22,24 @@ pytestmark = pytest.mark.xdist_group("traces")  # of which one worker makes all
 
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "experiments" / "records" / "h100-captured-forecast.json"
-CELLS = {str(entry.test).partition("[")[2].rstrip("]"): entry for entry in record.load(RUN).entries}
-"""What was measured, by the name that experiments/test_forecast.py gives the cell."""
+ENTRIES = {str(entry.test).partition("[")[2].rstrip("]"): entry for entry in record.load(RUN).entries}
+"""What was run, by the name that experiments/test_forecast.py gives the cell."""
 
-RESERVED_OFF = {
-    "opt-350m x lora-captured, 8 x 256": 0.08,
-    "llama-3.2-1b x lora-captured, 8 x 256": 0.07,
-    "opt-350m x lora-captured, 4 x 1024 packed": 0.09,
-}
-"""Cells whose reserved bytes are forecast further off than they may be, and by how much: too low, by what the check
-leaves behind, which differs from run to run."""
+CELLS = {cell: entry for cell, entry in ENTRIES.items() if entry.outcome == "completed"}
+"""What was measured."""
 
-STEP_OFF = {"smollm2-135m x lora-captured, 8 x 256": 0.14, "opt-350m x lora-captured, 4 x 1024 packed": 0.16}
+OF_ALL_CELLS = pytest.mark.parametrize(
+    "cell",
+    [
+        cell if cell in CELLS else pytest.param(cell, marks=pytest.mark.skip("not run: the record lacks it"))
+        for cell in CAPTURED_CELLS
+    ],
+)
+
+RESERVED_OFF: dict[str, float] = {}
+"""Cells whose reserved bytes are forecast further off than they may be, and by how much."""
+
+STEP_OFF = {"smollm2-135m x lora-captured, 8 x 256": 0.19, "smollm2-135m x qlora-captured, 8 x 256": 0.12}
 """The same of steps, of many small kernels."""
 
 SIX_LAYERS = Model(
@@ -75,9 +81,9 @@ def traces(tmp_path_factory):
         return dict(zip(CELLS, pool.map(traced, CELLS), strict=True))
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@OF_ALL_CELLS
 def test_step_times_agree_with_the_committed_measurements(traces, cell):
-    """The card was calibrated on another day than it was measured."""
+    """The card was calibrated two minutes after it was measured."""
     entry = CELLS[cell]
     model, method, max_length, _ = CAPTURED_CELLS[cell]
     of = trial(CAPTURED_MODELS[model], method, max_length=max_length)
@@ -86,7 +92,7 @@ def test_step_times_agree_with_the_committed_measurements(traces, cell):
     assert step.seconds == pytest.approx(entry.steady_step_seconds, rel=STEP_OFF.get(cell, STEP))
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@OF_ALL_CELLS
 def test_forecasts_agree_with_the_committed_measurements(traces, cell):
     """Measured with torch 2.11 on an H100; traced with what is installed here."""
     entry, peak = CELLS[cell], traces[cell].replay()
@@ -96,7 +102,7 @@ def test_forecasts_agree_with_the_committed_measurements(traces, cell):
     assert peak.phase == "capture"
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@OF_ALL_CELLS
 def test_what_was_measured_to_fit_is_not_forecast_not_to(traces, cell):
     assert within(traces[cell], CELLS[cell].budget_bytes).verdict == "fits"
 
@@ -115,12 +121,17 @@ def test_stock_steps_were_measured_within_their_interval(method, widest):
     of = Trial(model=model, method=method, target=T4, corpus=Corpus(train=(), heldout=(), digest=""))
     step = step_time.forecast(tracer.trace(of, HOPPER), of, entries[0].device, calibration.stored())
     assert step is not None and step.high / step.low < widest
-    assert all(step.low < entry.steady_step_seconds < step.high for entry in entries)
+    assert all(step.low < (entry.steady_step_seconds or 0) < step.high for entry in entries)
 
 
-def test_the_committed_cells_are_all_that_are_measured():
-    assert CELLS.keys() == CAPTURED_CELLS.keys()
+def test_what_the_record_lacks_was_cut_off_and_nothing_failed():
+    """A run ended by its machine's time lacks the cells that came last, in the order they are in."""
+    assert len(CELLS) >= 14
+    assert list(CELLS) == list(CAPTURED_CELLS)[: len(CELLS)]
     assert all(entry.captured for entry in CELLS.values())
+    others = [entry for cell, entry in ENTRIES.items() if cell not in CELLS]
+    assert all((entry.outcome, entry.reason) == ("crashed", "interrupted by SIGTERM") for entry in others)
+    assert CELLS.keys() >= RESERVED_OFF.keys() | STEP_OFF.keys()
 
 
 def test_each_thread_has_a_workspace_in_each_stream_and_only_the_graphs_are_kept():
