@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from experiments.full_rows import ADAPTER, LENGTH, ROWS, full_rows
-from experiments.test_forecast import GEMMA3_SHAPE
 from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, QLORA, QLORA_CAPTURED, CapturedStep, Method
 from lightweight.models import GPT_NEO_1_3B, OPT_350M, Model
 from lightweight.models.known import named
@@ -178,7 +177,7 @@ def still(model: Model, **no_dropout: float) -> Model:
         pytest.param(still(GPT_NEO_1_3B), 1e-4, id="gpt-neo-1.3b", marks=pytest.mark.model("gpt-neo-1.3b")),
         pytest.param(still(named("qwen3-0.6b")), 1e-4, id="qwen3-0.6b"),
         pytest.param(still(named("llama-3.2-1b")), 1e-4, id="llama-3.2-1b"),
-        pytest.param(still(GEMMA3_SHAPE), 1e-4, id="gemma-3-1b"),
+        pytest.param(still(named("gemma-3-1b")), 1e-4, id="gemma-3-1b"),
     ],
 )
 @pytest.mark.parametrize("accumulation", [1, 4])

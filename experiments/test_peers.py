@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 from experiments.full_rows import ADAPTER, LENGTH, ROWS, full_rows
-from experiments.test_forecast import GEMMA3_SHAPE
 from lightweight.methods import LORA_CAPTURED, QLORA_CAPTURED, CapturedStep, Method
 from lightweight.models import Model
 from lightweight.plugin import NOT_RUN, Laboratory, Train
@@ -38,7 +37,7 @@ BY = ("peft", "unsloth", "captured")
 MODERN: dict[str, tuple[str | Model, Method]] = {
     "qwen3-0.6b": ("qwen3-0.6b", LORA_CAPTURED),
     "llama-3.2-1b": ("llama-3.2-1b", QLORA_CAPTURED),
-    "gemma-3-1b": (GEMMA3_SHAPE, LORA_CAPTURED),
+    "gemma-3-1b": ("gemma-3-1b", LORA_CAPTURED),
 }
 MODERN_BY = ("peft", "liger", "unsloth", "captured")
 PACKAGES = {"unsloth": "unsloth", "liger": "liger-kernel"}

@@ -101,6 +101,25 @@ LLAMA_3_2_1B = Model(
         "max_position_embeddings": 131072,
     },
 )
+GEMMA_3_1B = Model(
+    name="gemma-3-1b",
+    source="google/gemma-3-1b-pt",
+    architecture={
+        "model_type": "gemma3_text",
+        "hidden_size": 1152,
+        "intermediate_size": 6912,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "sliding_window": 512,
+        "query_pre_attn_scalar": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+        "vocab_size": 262144,
+        "max_position_embeddings": 32768,
+    },
+)
 QWEN2_5_7B = Model(
     name="qwen2.5-7b",
     source="Qwen/Qwen2.5-7B",
@@ -189,7 +208,7 @@ LLAMA_TINY = Model(
 MODELS = {
     model.name: model
     for model in (
-        *(OPT_350M, GPT_NEO_1_3B, SMOLLM2_135M, TINYLLAMA_1_1B, QWEN3_0_6B, LLAMA_3_2_1B),
+        *(OPT_350M, GPT_NEO_1_3B, SMOLLM2_135M, TINYLLAMA_1_1B, QWEN3_0_6B, LLAMA_3_2_1B, GEMMA_3_1B),
         *(QWEN2_5_7B, LLAMA_3_1_8B, QWEN3_8B),
         *(OPT_TINY, GPT_NEO_TINY, LLAMA_TINY),
     )

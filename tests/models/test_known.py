@@ -23,6 +23,7 @@ def configuration(name: str) -> PretrainedConfig:
         ("tinyllama-1.1b", 1_100_048_384),
         ("qwen3-0.6b", 596_049_920),
         ("llama-3.2-1b", 1_235_814_400),
+        ("gemma-3-1b", 999_885_952),
         ("qwen2.5-7b", 7_615_616_512),
         ("llama-3.1-8b", 8_030_261_248),
         ("qwen3-8b", 8_190_735_360),
