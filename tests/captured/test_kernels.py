@@ -403,7 +403,7 @@ def check_gate_and_adapter(dtype: torch.dtype, shape: tuple[int, int, int], acti
 
     tokens, width, rank = shape
     both, grad, reached, a = random(dtype, (tokens, 2 * width), (tokens, width), (tokens, rank), (rank, width))
-    again = both.clone().split(width, -1)
+    again, again_up = both.clone().split(width, -1)
     gate, up = both.split(width, -1)
     exact_gate, exact_up, exact_a = exact(gate, up, a)
     product = activations.FUNCTIONS[activation](exact_gate) * exact_up
@@ -414,7 +414,7 @@ def check_gate_and_adapter(dtype: torch.dtype, shape: tuple[int, int, int], acti
         near(each, gradient(reference))
     assert found[0].data_ptr() == gate.data_ptr()
     with last_first():
-        reverse = kernels.gate_project_backward(grad, kernels.Reached(reached, a, 2.0), *again, activation)
+        reverse = kernels.gate_project_backward(grad, kernels.Reached(reached, a, 2.0), again, again_up, activation)
     assert all(torch.equal(one, other) for one, other in zip(found, reverse, strict=True))
 
 
