@@ -125,7 +125,7 @@ def _number(text: str) -> float:
         return math.nan
 
 
-FORMATS = ("turns", "preference", "messages", "sharegpt", "alpaca", "prompt-completion", "text")
+FORMATS = ("turns", "preference", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "question-answer")
 """What `corpus.FORMATS` are called, which is not imported to say so."""
 
 

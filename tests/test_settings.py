@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from transformers import SchedulerType
+from transformers import SchedulerType, TrainerCallback
 
 from lightweight import arguments, corpus, methods, names, record, settings
 from lightweight.corpus import Long, LossOn
@@ -148,7 +148,8 @@ def test_where_a_method_of_ones_own_says_nothing_or_the_same_it_is_changed():
 
 def test_loras_settings_leave_alone_what_has_no_lora():
     ia3 = Method(name="ia3", adapter=peft.IA3Config(task_type="CAUSAL_LM"))
-    ada = Method(name="ada", adapter=peft.AdaLoraConfig(task_type="CAUSAL_LM", total_step=10))  # r says nothing there
+    adapter = peft.AdaLoraConfig(task_type="CAUSAL_LM", total_step=10)  # r says nothing there
+    ada = Method(name="ada", adapter=adapter, callbacks=(TrainerCallback,))
     rank = Settings(lora_rank=4)
     assert rank.applied([BASELINE, ia3, ada, LORA])[:3] == [BASELINE, ia3, ada]
     with pytest.raises(MethodError, match="--lora-rank 4: method baseline, ia3, ada has no LoRA adapter: leave it out"):

@@ -363,8 +363,8 @@ def test_a_lost_node_is_one_line_and_the_job_goes_on_without_it(micro, calm, dia
         while Output(out / "a").checkpoint is None:
             assert time.monotonic() < deadline and all(node.poll() is None for node in started)
             time.sleep(0.01)
-        lost = started[1]
-        for process in (*psutil.Process(lost.pid).children(recursive=True), lost):
+        lost = psutil.Process(started[1].pid)
+        for process in (*lost.children(recursive=True), lost):
             process.kill()
         ended = started[0].wait(120)
     finally:
@@ -642,6 +642,7 @@ def test_a_method_that_is_given_is_timed_as_one_that_is_chosen(train, out, monke
     monkeypatch.setattr(train_command, "timed", timed)
     assert train("a", method="lora") == 0
     (step,) = traced
+    assert step is not None
     assert 0 < step.low < step.high
     assert "20 steps, forecast to take " in capsys.readouterr().out
     assert entry(out / "a").forecast_seconds == pytest.approx(20 * step.seconds)

@@ -221,8 +221,8 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
-        (ENDLESS, "not done after 0.2 seconds"),
-        ("{{ 9 ** (9 ** 9) }}", "not done after 0.2 seconds"),
+        (ENDLESS, "not done after 1 seconds"),
+        ("{{ 9 ** (9 ** 9) }}", "not done after 1 seconds"),
         ("{{ 'x' * 10 ** 10 }}", "it takes over 1 GiB of memory"),
         ("{{ '%9999999999d' % 1 }}", "it takes over 1 GiB of memory"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
