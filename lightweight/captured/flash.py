@@ -150,7 +150,7 @@ def attend(
     global _have_ours_run
     _have_ours_run |= is_ours
     if not torch.compiler.is_compiling():  # whose layers have run before
-        is_joined = sequences is not None
+        is_joined = sequences is not None or not is_ours  # torch's are the same for both
         kernel = _Kernel(query.device, query.dtype, heads // key.shape[1], width, window, cap, is_ours, is_joined)
         _met.update({kernel} - _checked)
     scale = width**-0.5 if scale is None else scale
@@ -258,7 +258,8 @@ def _problem_of(kernel: _Kernel) -> str | None:
         if kernel.cap is not None:
             scores = query @ key.transpose(-1, -2) * kernel.width**-0.5
             bent = (kernel.cap * (scores / kernel.cap).tanh()).masked_fill(~mask, float("-inf"))
-            return (bent.softmax(-1) @ value).squeeze(0).transpose(0, 1)
+            attended: torch.Tensor = (bent.softmax(-1) @ value).squeeze(0).transpose(0, 1)
+            return attended
         output = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
         return output.squeeze(0).transpose(0, 1)
 

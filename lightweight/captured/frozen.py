@@ -111,8 +111,8 @@ class Lean:
             self._change(block.layer, block.forward)
         for attention, rotation in rotations.items():
             heads: list[Any] = [getattr(attention, name, None) for name in HEAD_NORMS]
-            width = getattr(attention, "head_dim", None)
-            if not all(module in norms and norms[module].weight.numel() == width for module in heads):
+            of_head = getattr(attention, "head_dim", None)
+            if not all(module in norms and norms[module].weight.numel() == of_head for module in heads):
                 continue
             own = {module: module.forward for module in heads}
             for module in heads:

@@ -217,7 +217,8 @@ class _ProjectWhole(torch.autograd.Function):
         ctx.save_for_backward(inner, *tensors[2 * len(whole.widths) :])
         ctx.settings = whole, function, x.shape
         ctx.set_materialize_grads(False)
-        return y.view(*x.shape[:-1], whole.out).split(whole.widths, -1)
+        outputs: tuple[torch.Tensor, ...] = y.view(*x.shape[:-1], whole.out).split(whole.widths, -1)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

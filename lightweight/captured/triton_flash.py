@@ -73,7 +73,7 @@ def _attend_over(  # type: ignore[no-untyped-def]
         column = start + tl.arange(0, columns)
         place, inside = column[:, None] * k_token + unit[None, :], column[:, None] < length
         key = tl.load(k + place, mask=inside, other=0.0) if masked else tl.load(k + place)
-        scores = _bent(tl.dot(query, tl.trans(key)), scale, cap, capped)
+        scores = _bent(tl.dot(query, tl.trans(key), input_precision="ieee"), scale, cap, capped)
         if masked:
             scores = tl.where(_seen(row[:, None], column[None, :], window, length, windowed), scores, float("-inf"))
         highest = tl.maximum(largest, tl.max(scores, 1))
@@ -83,7 +83,7 @@ def _attend_over(  # type: ignore[no-untyped-def]
         sums = sums * shrink + tl.sum(share, 1)
         place = column[:, None] * v_token + unit[None, :]
         value = tl.load(v + place, mask=inside, other=0.0) if masked else tl.load(v + place)
-        total = tl.dot(share.to(value.dtype), value, total * shrink[:, None])
+        total = tl.dot(share.to(value.dtype), value, total * shrink[:, None], input_precision="ieee")
         largest = highest
     return total, sums, largest
 
@@ -155,12 +155,14 @@ def _query_gradient_over(  # type: ignore[no-untyped-def]
         of_value, inside = column[:, None] * v_token + unit[None, :], column[:, None] < length
         key = tl.load(k + of_key, mask=inside, other=0.0) if masked else tl.load(k + of_key)
         value = tl.load(v + of_value, mask=inside, other=0.0) if masked else tl.load(v + of_value)
-        scores = _bent(tl.dot(query, tl.trans(key)), scale, cap, capped)
+        scores = _bent(tl.dot(query, tl.trans(key), input_precision="ieee"), scale, cap, capped)
         if masked:
             scores = tl.where(_seen(row[:, None], column[None, :], window, length, windowed), scores, float("-inf"))
         share = tl.exp2(scores * factor - sums[:, None])
-        slope = _slope(share, tl.dot(change, tl.trans(value)), delta[:, None], scores, cap, capped)
-        total = tl.dot(slope.to(key.dtype), key, total)
+        slope = _slope(
+            share, tl.dot(change, tl.trans(value), input_precision="ieee"), delta[:, None], scores, cap, capped
+        )
+        total = tl.dot(slope.to(key.dtype), key, total, input_precision="ieee")
     return total
 
 
@@ -225,13 +227,15 @@ def _key_gradient_over(  # type: ignore[no-untyped-def]
         change = tl.load(grad + row[:, None] * grad_token + unit[None, :], mask=inside, other=0.0)
         summed = tl.load(sums + row, mask=row < length, other=float("inf"))
         delta = tl.load(deltas + row, mask=row < length, other=0.0)
-        scores = _bent(tl.dot(key, tl.trans(query)), scale, cap, capped)  # [columns, rows]
+        scores = _bent(tl.dot(key, tl.trans(query), input_precision="ieee"), scale, cap, capped)  # [columns, rows]
         if masked:
             scores = tl.where(_seen(row[None, :], column[:, None], window, length, windowed), scores, float("-inf"))
         share = tl.exp2(scores * factor - summed[None, :])
-        total_v = tl.dot(share.to(change.dtype), change, total_v)
-        slope = _slope(share, tl.dot(value, tl.trans(change)), delta[None, :], scores, cap, capped)
-        total_k = tl.dot(slope.to(query.dtype), query, total_k)
+        total_v = tl.dot(share.to(change.dtype), change, total_v, input_precision="ieee")
+        slope = _slope(
+            share, tl.dot(value, tl.trans(change), input_precision="ieee"), delta[None, :], scores, cap, capped
+        )
+        total_k = tl.dot(slope.to(query.dtype), query, total_k, input_precision="ieee")
     return total_k, total_v
 
 

@@ -397,15 +397,17 @@ def gate_backward(  # type: ignore[no-untyped-def]
     grad, gate, up, grad_gate, grad_up, stride, grad_stride, width,
     activation: tl.constexpr, gated: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a gate and of what it lets through."""
+    """The gradients of a gate and of what it lets through, which may be written over the two."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * columns + tl.arange(0, columns)
     place, there = row * stride + column, row * grad_stride + column
     change = tl.load(grad + row * width + column, mask=column < width, other=0.0).to(tl.float32)
     value, slope = _activated(tl.load(gate + place, mask=column < width, other=0.0).to(tl.float32), activation)
     if gated:
+        passed = tl.load(up + place, mask=column < width, other=0.0).to(tl.float32)
+        tl.debug_barrier()  # one thread may load what another writes over
         tl.store(grad_up + there, change * value, mask=column < width)
-        change *= tl.load(up + place, mask=column < width, other=0.0).to(tl.float32)
+        change *= passed
     tl.store(grad_gate + there, change * slope, mask=column < width)
 
 
@@ -416,7 +418,11 @@ def gate_project_backward(  # type: ignore[no-untyped-def]
     rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     """`project_backward` of a gate's product, which is made again, and `gate_backward` of what it makes of `grad`,
-    which may have the adapter's share already."""
+    which may have the adapter's share already.
+
+    The gradients may be written over gate and up. A tile is one program's alone, and all of it is loaded before its
+    dot, whose operands threads exchange behind a barrier; one of our own could keep loads from being pipelined.
+    """
     column, unit = tl.program_id(1) * columns + tl.arange(0, columns), tl.arange(0, rank)
     there = (unit[:, None] < rank_) & (column[None, :] < width)
     if reaches:

@@ -68,11 +68,11 @@ def check_attention(width, dtype, lengths, window, cap, group):
     ends = None
     if len(set(lengths)) > 1:
         ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
-    leaves = [part.detach().requires_grad_() for part in parts]
-    output = hopper.attend(*leaves, Sees(ends, max(lengths), window, 0.3, cap))
+    query, key, value = leaves = [part.detach().requires_grad_() for part in parts]
+    output = hopper.attend(query, key, value, Sees(ends, max(lengths), window, 0.3, cap))
     output.backward(upstream)
-    exactly = exact(*parts)
-    expected = attention(*exactly, lengths, window, 0.3, cap)
+    query, key, value = exactly = exact(*parts)
+    expected = attention(query, key, value, lengths, window, 0.3, cap)
     expected.backward(upstream.cpu().double())
     found = [output.detach(), *(gradient(leaf) for leaf in leaves)]
     for own, right in zip(found, (expected.detach(), *(gradient(leaf) for leaf in exactly)), strict=True):
@@ -116,13 +116,13 @@ def test_rows_and_dialogues_run_on_them_where_they_are(monkeypatch):
         output = flash.attend(query, key, key, Reach(window=8), 0.0, 0.5)
         assert output is not None and output.shape == (2, 30, 4, 64)
         ends = torch.tensor([0, 10, 30], dtype=torch.int32)
-        row = [tensor[:1] for tensor in (query, key, key)]
-        output = flash.attend(*row, Reach(sequences=Sequences(ends, 20)), 0.0, None)
+        query, key = query[:1], key[:1]
+        output = flash.attend(query, key, key, Reach(sequences=Sequences(ends, 20)), 0.0, None)
         assert output is not None and output.shape == (1, 30, 4, 64)
-        capped = [tensor.repeat(1, 1, 1, 4) for tensor in row]
-        assert flash.attend(*capped, Reach(), 0.0, 0.5, cap=50.0) is not None
+        query, key = query.repeat(1, 1, 1, 4), key.repeat(1, 1, 1, 4)
+        assert flash.attend(query, key, key, Reach(), 0.0, 0.5, cap=50.0) is not None
     with flash.as_on((8, 0)), kernels.shapes_alone():
-        assert flash.attend(*capped, Reach(), 0.0, 0.5, cap=50.0) is None  # nothing of torch's bends scores
+        assert flash.attend(query, key, key, Reach(), 0.0, 0.5, cap=50.0) is None  # nothing of torch's bends scores
     assert told[0] == ((60, 4, 64), Sees(None, 30, 8, 0.5))
     assert told[1][0] == (30, 4, 64) and told[1][1][1:] == (20, None, 0.125, None)
     assert told[2][1].cap == 50.0

@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
 from lightweight.captured import joined, kernels
-from lightweight.captured.joined import Placing, whole_of
+from lightweight.captured.joined import Adapter, Placing, whole_of
 from lightweight.captured.projections import factor_gradients
 from tests.captured.test_kernels import DEVICE, HAS_CUDA, apart, exact, gradient, near, random  # noqa: F401
 
@@ -29,9 +29,15 @@ def layer(out: int, bits: int, dtype: torch.dtype, nested: bool, kind: str) -> A
     return packed.to(DEVICE)
 
 
+def adapter(dtype: torch.dtype, out: int) -> Adapter:
+    a, b = random(dtype, (8, WIDTH), (out, 8))
+    return a, b
+
+
 def weight_of(base: Any) -> torch.Tensor:
     if isinstance(base, Linear4bit):
-        return bitsandbytes.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
+        weight: Any = base.weight
+        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
     return base.weight.detach()
 
 
@@ -52,7 +58,7 @@ def check_whole(
     try:
         bases = [layer(width, bits, dtype, nested, kind) for width in widths]
         before = [weight_of(base).clone() for base in bases]
-        adapters = [tuple(random(dtype, (8, WIDTH), (width, 8))) for width in widths]
+        adapters = [adapter(dtype, width) for width in widths]
         whole = whole_of(bases, adapters, SCALING)
         assert whole is not None
         assert all(torch.equal(weight_of(base), weight) for base, weight in zip(bases, before, strict=True))
@@ -96,7 +102,7 @@ def check_placing() -> None:
     take, kernels.take = kernels.take, lambda x: True
     try:
         bases = [layer(32, 16, torch.float32, False, ""), layer(48, 16, torch.float32, False, "")]
-        adapters = [tuple(random(torch.float32, (8, WIDTH), (width, 8))) for width in (32, 48)]
+        adapters = [adapter(torch.float32, width) for width in (32, 48)]
         whole, placing = whole_of(bases, adapters, SCALING), Placing()
         assert whole is not None and whole.there is not None
         placing.add(whole)

@@ -5,6 +5,7 @@ Triton decides what `@triton.jit` makes when it is imported. The checks therefor
 which is started with `TRITON_INTERPRET=1` where there is no GPU.
 """
 
+import contextlib
 import importlib.util
 import math
 import multiprocessing
@@ -66,6 +67,25 @@ def exact(*tensors: torch.Tensor) -> list[torch.Tensor]:
 def gradient(leaf: torch.Tensor) -> torch.Tensor:
     assert leaf.grad is not None
     return leaf.grad
+
+
+@contextlib.contextmanager
+def last_first() -> Iterator[None]:
+    """Inside, the interpreter runs a kernel's programs in reverse; a GPU has an order of its own."""
+    if HAS_CUDA:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    forwards = builder.set_grid_idx
+
+    def backwards(*place: int) -> None:
+        forwards(*(size - 1 - index for size, index in zip(builder.grid_dim, place, strict=True)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "set_grid_idx", backwards)
+        yield
 
 
 def seed_of(number: int) -> torch.Tensor:
@@ -344,9 +364,14 @@ def test_a_gated_activation_and_its_gradients(apart, dtype, shape, activation, g
 def check_gate(dtype: torch.dtype, shape: tuple[int, ...], activation: Any, gated: bool) -> None:
     from lightweight.captured import activations, kernels
 
-    wide = (*shape[:-1], 2 * shape[-1])
-    both, apart, grad = random(dtype, wide, shape, shape)
-    for gate, up in (both.split(shape[-1], -1), (both[..., : shape[-1]].contiguous(), apart)):
+    width = shape[-1]
+    both, other, grad = random(dtype, (*shape[:-1], 2 * width), shape, shape)
+    apart = both[..., :width].clone(), other
+    for order, (gate, up) in (
+        (contextlib.nullcontext, both.clone().split(width, -1)),
+        (last_first, both.split(width, -1)),
+        (contextlib.nullcontext, apart),
+    ):
         up = up if gated else None
         sources = exact(gate) if up is None else exact(gate, up)
         expected = activations.FUNCTIONS[activation](sources[0])
@@ -354,11 +379,14 @@ def check_gate(dtype: torch.dtype, shape: tuple[int, ...], activation: Any, gate
             expected = expected * sources[1]
         expected.backward(grad.cpu().double())
         near(kernels.gate(gate, up, activation), expected.detach())
-        grads = kernels.gate_backward(grad, gate, up, activation)
+        with order():
+            grads = kernels.gate_backward(grad, gate, up, activation)
         for found, reference in zip(grads, sources, strict=False):
             assert found is not None
             near(found, gradient(reference))
         assert (grads[1] is None) == (not gated)
+        are_one = gated and gate.dim() > 1 and gate is not apart[0]
+        assert (grads[0].data_ptr() == gate.data_ptr()) is are_one  # written over the two
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu2"])
@@ -375,6 +403,7 @@ def check_gate_and_adapter(dtype: torch.dtype, shape: tuple[int, int, int], acti
 
     tokens, width, rank = shape
     both, grad, reached, a = random(dtype, (tokens, 2 * width), (tokens, width), (tokens, rank), (rank, width))
+    again, again_up = both.clone().split(width, -1)
     gate, up = both.split(width, -1)
     exact_gate, exact_up, exact_a = exact(gate, up, a)
     product = activations.FUNCTIONS[activation](exact_gate) * exact_up
@@ -383,6 +412,10 @@ def check_gate_and_adapter(dtype: torch.dtype, shape: tuple[int, int, int], acti
     found = kernels.gate_project_backward(grad, kernels.Reached(reached, a, 2.0), gate, up, activation)
     for each, reference in zip(found, (exact_gate, exact_up, exact_a), strict=True):
         near(each, gradient(reference))
+    assert found[0].data_ptr() == gate.data_ptr()
+    with last_first():
+        reverse = kernels.gate_project_backward(grad, kernels.Reached(reached, a, 2.0), again, again_up, activation)
+    assert all(torch.equal(one, other) for one, other in zip(found, reverse, strict=True))
 
 
 # Rotary embeddings
