@@ -42,6 +42,7 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["lightweight.child.nursery"])
 
 _answered: int | None = None
+_choosing = threading.Lock()
 _starting: set[Callable[[], None]] = set()
 """What gives up a start that is under way."""
 
@@ -97,9 +98,10 @@ def _not_started(expired: bool, seconds: float) -> Crashed | TimedOut:
 def _own_sockets_folder() -> None:
     """The forkserver listens on a socket in a temporary folder, which multiprocessing would leave behind where this
     process is killed. The path of a socket may have some hundred characters (unix(7)); TMPDIR may have more."""
-    if not has_folder():
-        is_long = len(tempfile.gettempdir()) > SOCKET_FOLDER_CHARACTERS
-        choose_folder(reaper.own.make_folder(Path("/tmp") if is_long else None))  # noqa: S108  it is made for us alone
+    with _choosing:
+        if not has_folder():
+            is_long = len(tempfile.gettempdir()) > SOCKET_FOLDER_CHARACTERS
+            choose_folder(reaper.own.make_folder(Path("/tmp") if is_long else None))  # noqa: S108  made for us alone
 
 
 def give_up() -> None:

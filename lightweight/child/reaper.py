@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -42,6 +43,7 @@ class Reaper:
         self._owner = os.getpid()
         self._pids: dict[int, str | None] = {}  # each with when it started, which tells it from a later one
         self._folders: dict[Path, int] = {}  # each with the descriptor of its lock
+        self._telling = threading.RLock()  # which a signal's handler may ask for again
 
     def adopt(self, pid: int) -> None:
         """End `pid`, and the group it leads, when this process ends."""
@@ -107,7 +109,11 @@ class Reaper:
             self._process = None
 
     def _tell(self) -> None:
-        folders = [str(folder) for folder in self._folders]
+        with self._telling:  # two threads would start two reapers, and the first, let go of, would end everything
+            self._tell_one_at_a_time()
+
+    def _tell_one_at_a_time(self) -> None:
+        folders = [str(folder) for folder in list(self._folders)]
         line = json.dumps([list(self._pids.items()), folders]).encode() + b"\n"
         for _ in range(2):
             try:

@@ -235,8 +235,8 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
     ],
 )
 def test_a_chat_template_that_cannot_be_used_is_one_line(monkeypatch, written, expected):
-    if written is ENDLESS:
-        monkeypatch.setattr(template, "RENDER_SECONDS", 0.2)
+    if expected.startswith("not done"):
+        monkeypatch.setattr(template, "RENDER_SECONDS", 1.0)
     found = ByT5Tokenizer()
     found.chat_template = written
     with pytest.raises(ModelError, match=expected) as raised:
