@@ -388,7 +388,8 @@ def calm(method):
     adapter = copy.deepcopy(method.adapter)
     adapter.lora_dropout = 0.0
     arguments = {name: value for name, value in method.training_arguments.items() if name == "fp16"}
-    return replace(method, adapter=adapter, training_arguments={**arguments, "learning_rate": 2e-3})
+    arguments["learning_rate"] = 2e-3
+    return replace(method, name=f"calm-{method.name}", adapter=adapter, training_arguments=arguments)
 
 LORA, CAPTURED = (calm(methods.METHODS[name]) for name in ("lora", "lora-captured"))
 """
