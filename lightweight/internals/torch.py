@@ -88,8 +88,9 @@ def add_each_(targets: Sequence[Tensor], others: Sequence[Tensor]) -> None:
 def free_workspaces() -> None:
     """Have cuBLAS give back what it keeps on the GPU for each thread and stream that multiplies matrices; it takes it
     again where it needs it. torch's own CUDA graphs call it; there is no public name. aten/src/ATen/cuda/
-    CublasHandlePool.cpp, `clearCublasWorkspaces`."""
-    torch._C._cuda_clearCublasWorkspaces()
+    CublasHandlePool.cpp, `clearCublasWorkspaces`, which a build without CUDA lacks."""
+    if torch.cuda.is_available():
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:

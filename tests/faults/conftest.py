@@ -105,7 +105,8 @@ from lightweight import methods
 
 def constant(name):
     method = methods.METHODS[name]
-    return replace(method, training_arguments={**method.training_arguments, "lr_scheduler_type": "constant"})
+    arguments = {**method.training_arguments, "lr_scheduler_type": "constant"}
+    return replace(method, name=f"constant-{name}", training_arguments=arguments)
 
 STOCK, CAPTURED = constant("baseline"), constant("lora-captured")
 """
