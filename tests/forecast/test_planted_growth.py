@@ -140,7 +140,7 @@ PLANTED = [
     (gradients_that_stay, BASELINE, {}, "gradients"),
     (smaller_blocks, QLORA, {}, "quantization state"),
     (larger_workspaces, LORA, {}, "workspace"),
-    (whole_weights_kept, BASELINE, {"gpus": 2}, "gathered"),
+    (whole_weights_kept, BASELINE, {"gpus": 2, "placement": "sharded"}, "gathered"),
 ]
 
 
