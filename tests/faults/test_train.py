@@ -245,7 +245,7 @@ def test_a_file_that_may_not_be_as_large_is_one_line_and_the_job_goes_on_without
 def test_a_method_that_names_a_folder_of_its_own_is_refused_before_anything_is_written(given, tmp_path, capfd):
     (tmp_path / "own.py").write_text(
         "from dataclasses import replace\nfrom lightweight.methods import BASELINE\n"
-        f"OWN = replace(BASELINE, training_arguments={{'output_dir': {str(tmp_path / 'mine')!r}}})\n"
+        f"OWN = replace(BASELINE, name='own', training_arguments={{'output_dir': {str(tmp_path / 'mine')!r}}})\n"
     )
     assert main(given(tmp_path / "a", method="own:OWN")) == 2
     (line,) = told(capfd.readouterr().err)
