@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from lightweight import corpus, methods, record
+from lightweight.corpus import Corpus
 from lightweight.methods import BASELINE, BASELINE_CAPTURED, LORA, LORA_CAPTURED, QLORA, QLORA_CAPTURED, Method
 from lightweight.plugin import NOT_RUN, Laboratory, Train
 from lightweight.record import RecordError
@@ -85,18 +86,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def differences(
-    request: pytest.FixtureRequest, train: Train, outcome_of: Train, laboratory: Laboratory, model: str
-) -> Differences:
-    """Train a method with every seed: each one's held-out loss over the baseline's, in nats a token."""
+def examples(request: pytest.FixtureRequest, laboratory: Laboratory, model: str) -> Corpus:
+    """What `model` is trained on, where that says something of quality. Before anything is there to be timed."""
     if not request.config.getoption("--model"):
         pytest.skip(f"{NOT_RUN}takes minutes; name a model with real weights, such as --model smollm2-135m")
     if laboratory.trial(model, BASELINE).model.weights != "pretrained":
         pytest.skip(f"{NOT_RUN}random weights say nothing of quality")
     try:
-        examples = laboratory.corpus if laboratory.option("corpus") else corpus.in_latin_letters(laboratory.corpus)
+        return laboratory.corpus if laboratory.option("corpus") else corpus.in_latin_letters(laboratory.corpus)
     except corpus.CorpusError as error:
         pytest.skip(f"{NOT_RUN}{error}")
+
+
+@pytest.fixture
+def differences(examples: Corpus, train: Train, outcome_of: Train, laboratory: Laboratory, model: str) -> Differences:
+    """Train a method with every seed: each one's held-out loss over the baseline's, in nats a token."""
     settings = SETTINGS[laboratory.has_cuda]
     elsewhere = "\n\n".join(ELSEWHERE.read_text("utf-8").split("\n\n")[: settings.paragraphs])
     changes = {**_length(settings, laboratory), "corpus": replace(examples, elsewhere=elsewhere)}
