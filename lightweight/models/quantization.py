@@ -61,6 +61,11 @@ def title(quantization: QuantizationConfigMixin) -> str:
 
 def quantization_of(network: Any) -> str | None:
     """How the weights of a network are quantized, None where they are not."""
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
     if not getattr(network, "is_quantized", False):
         return None
-    return title(network.config.quantization_config)
+    settings = network.config.quantization_config
+    if isinstance(settings, dict):  # which is what Unsloth leaves of it
+        settings = AutoQuantizationConfig.from_dict(copy.deepcopy(settings))
+    return title(settings)

@@ -53,7 +53,10 @@ def test_a_bitsandbytes_checkpoint_is_trained_as_it_is(quantized, kind, method):
     assert (settled.load_in_4bit, settled.load_in_8bit) == ("load_in_4bit" in kind, "load_in_8bit" in kind)
     assert settled.bnb_4bit_compute_dtype == torch.float32  # the method's, whatever the checkpoint says
     network = methods.adapt(method, models.load(model, torch.float32, CPU, settled))
-    assert models.quantization_of(network) == f"bitsandbytes {8 if 'load_in_8bit' in kind else 4}-bit"
+    by = f"bitsandbytes {8 if 'load_in_8bit' in kind else 4}-bit"
+    assert models.quantization_of(network) == by
+    network.config.quantization_config = network.config.quantization_config.to_dict()  # as Unsloth leaves it
+    assert models.quantization_of(network) == by
     assert {"q_proj", "v_proj"} <= set(adapted_layers(network))
     loss = network.train()(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss
     loss.backward()
