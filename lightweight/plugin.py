@@ -174,11 +174,16 @@ def lightweight_seed(request: pytest.FixtureRequest, laboratory: Laboratory) -> 
 def train(
     request: pytest.FixtureRequest, laboratory: Laboratory, benchmark: BenchmarkFixture, lightweight_seed: int
 ) -> Train:
-    """Train a cell, an epoch a round of pytest-benchmark, and return its Outcome."""
+    """Train a cell, an epoch a round of pytest-benchmark, and return its Outcome; once in a test, whose row it is."""
+    is_used = False
 
     def run(model: str | Model, method: str | Method, **changes: Any) -> Outcome:
         from lightweight.report.select import several
 
+        nonlocal is_used
+        if is_used:
+            pytest.fail("train: pytest-benchmark times one cell a test: take outcome_of for the others", pytrace=False)
+        is_used = True
         trial = laboratory.trial(model, method, **{"seed": lightweight_seed} | changes)
         benchmark.group = f"{trial.model.name} on {several(trial.world_size, trial.target.name)}"
         try:

@@ -527,6 +527,22 @@ def test_random_weights_are_of_each_seed_and_a_test_without_a_cell_runs_once(pro
     assert of["baseline", 1]["heldout_loss_before"] != of["baseline", 0]["heldout_loss_before"]
 
 
+def test_a_test_that_trains_twice_is_told_so_before_the_second_trial(project):
+    project.makepyfile(
+        CELLS.partition("    @pytest.mark.parametrize")[0]
+        + """
+    def test_two(train):
+        assert train(MICRO, "baseline").kind == "completed"
+        train(MICRO, "lora")
+    """
+    )
+    result, document = run_json(project)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["train: pytest-benchmark times one cell a test: take outcome_of for the others"])
+    assert [(entry["method"], entry["outcome"]) for entry in document["outcomes"]] == [("baseline", "completed")]
+    assert len(document["benchmarks"]) == 1
+
+
 def test_a_stored_seed_that_nobody_asked_for_now_is_not_missed(project, micro):
     project.makepyfile("def test_cell(train, model, method):\n    train(model, method)\n")
     cell = (f"--model={micro.location}", "--method=lora", "--epochs=1")
