@@ -10,6 +10,7 @@ import pytest
 
 from lightweight import targets
 from lightweight.corpus import Corpus, pair
+from lightweight.forecast.replay import Forecast
 from lightweight.methods import LORA_CAPTURED, QLORA_CAPTURED, Method
 from lightweight.plugin import NOT_RUN, ForecastOf, Train
 from lightweight.preload import peft
@@ -37,6 +38,8 @@ BY: dict[str, Method] = {
     },
 }
 
+LONG = replace(LORA_CAPTURED, name="lora-captured-long", adapter=ADAPTER, training_arguments=ONE_ROW)
+
 
 def full_rows(length: int) -> Corpus:
     """As many rows as there are steps, each of `length` bytes and so longer than as many tokens."""
@@ -53,20 +56,25 @@ def job(length: int, target: str) -> dict[str, Any]:
 @pytest.mark.needs_cuda
 @pytest.mark.shown_as("peers")
 @pytest.mark.parametrize("by", BY)
-def test_a_peer_trains_8b(train: Train, by: str) -> None:
-    """The captured step under 24 GiB, whatever the card has; the others on all of it."""
+def test_a_peer_trains_8b(train: Train, forecast_of: ForecastOf, by: str) -> None:
+    """The captured step under 24 GiB, whatever the card has, as forecast; the others on all of it."""
     if by == "unsloth" and importlib.util.find_spec("unsloth") is None:
         pytest.skip(f"{NOT_RUN}needs unsloth: pip install unsloth")
-    outcome = train("llama-3.1-8b", BY[by], **job(2048, "24GiB" if by == "captured" else "native"))
+    changes = job(2048, "24GiB" if by == "captured" else "native")
+    outcome = train("llama-3.1-8b", BY[by], **changes)
     assert isinstance(outcome, Completed), f"{outcome.reason}\n{getattr(outcome, 'details', '')[-2000:]}"
+    if by == "captured":
+        assert_as_forecast(outcome, forecast_of("llama-3.1-8b", BY[by], **changes))
 
 
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("length", [8192, 32768])
 def test_a_long_row_fits_as_forecast(train: Train, forecast_of: ForecastOf, length: int) -> None:
-    method = replace(LORA_CAPTURED, name="lora-captured-long", adapter=ADAPTER, training_arguments=ONE_ROW)
-    outcome = train("qwen3-0.6b", method, **job(length, "40GiB"))
+    outcome = train("qwen3-0.6b", LONG, **job(length, "40GiB"))
     assert isinstance(outcome, Completed), outcome.reason
-    forecast = forecast_of("qwen3-0.6b", method, **job(length, "40GiB"))
+    assert_as_forecast(outcome, forecast_of("qwen3-0.6b", LONG, **job(length, "40GiB")))
+
+
+def assert_as_forecast(outcome: Completed, forecast: Forecast) -> None:
     assert forecast.verdict == "fits"
     assert outcome.measured.peak_allocated_bytes == pytest.approx(forecast.allocated_bytes, rel=0.03)

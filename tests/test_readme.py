@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import turns
-from lightweight import __main__, corpus, methods
+from lightweight import __main__, corpus, methods, record
 from lightweight.methods import Method
 
 ROOT = Path(__file__).parents[1]
@@ -144,6 +144,16 @@ def test_every_generated_table_is_that_of_the_committed_records():
         [ROOT / "docs" / "regenerate", "--check"], capture_output=True, text=True, env={**os.environ, "PATH": path}
     )
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize("sequences", [2, 8])
+def test_the_tokens_of_joined_conversations_are_those_of_the_committed_record(sequences):
+    of = {entry.method: entry for entry in record.load(ROOT / "experiments/records/h100-conversations.json").entries}
+    pair = [of[f"lora-{by}-{sequences}x1"] for by in ("padded", "joined")]
+    rates = [sum(one.step_tokens[4:]) / sum(one.step_seconds[4:]) for one in pair]
+    peaks = [f"{one.peak_allocated_bytes / 2**30:.1f} GiB" for one in pair]
+    row = [f"{sequences}", *(f"{rate:,.0f}" for rate in rates), f"{rates[1] / rates[0]:.1f}", *peaks]
+    assert f"\n| {' | '.join(row)} |\n" in (ROOT / "docs" / "large.md").read_text("utf-8")
 
 
 def test_no_table_of_a_page_is_left_out_by_regenerate():

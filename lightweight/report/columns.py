@@ -22,3 +22,9 @@ def shares(entries: Sequence[Entry]) -> list[Column[Entry]]:
     """The share of the card's peak, where the records know what their models need."""
     known = any(entry.share_of_peak is not None for entry in entries)
     return [("of the card's peak", "r", words.share_of_peak)] if known else []
+
+
+def lengths(entries: Sequence[Entry]) -> list[Column[Entry]]:
+    """The tokens of a row at most, where the records have rows of several lengths."""
+    several = len({entry.max_length for entry in entries}) > 1
+    return [("tokens a row", "r", lambda entry: str(entry.max_length or "-"))] if several else []

@@ -31,12 +31,15 @@ def findings(runs: Sequence[Run]) -> list[Finding]:
     entries = select.newest(runs)
     cells = select.main_cells(entries)
     answer = [*_in_all(cells, entries), *_climbed(entries), *_picked(entries), *_no_worse(entries)]
-    answer += [_about(group, entries) for group in select.groups(cells)]
+    several_lengths = len({cell.max_length for cell in cells}) > 1
+    answer += [_about(group, entries, several_lengths) for group in select.groups(cells)]
     answer += [*_agreement(cells), *_forecast_only(runs)]
     if any(cell.weights == "random" for cell in cells):
         words = "Weights are random: speed and memory are as with trained ones, and the loss says nothing of quality"
         answer.append(Finding(parts=(words,)))
-    return answer or [Finding(parts=("No trial and no forecast is in these records",))]
+    if not answer and not entries:
+        return [Finding(parts=("No trial and no forecast is in these records",))]
+    return answer  # nothing where all cells are of tables that answer by themselves: peers, say
 
 
 def _in_all(cells: Sequence[Entry], entries: Sequence[Entry]) -> list[Finding]:
@@ -138,14 +141,16 @@ def _no_worse(entries: Sequence[Entry]) -> list[Finding]:
     ]
 
 
-def _about(group: Sequence[Entry], entries: Sequence[Entry]) -> Finding:
-    parts = []
+def _about(group: Sequence[Entry], entries: Sequence[Entry], several_lengths: bool) -> Finding:
+    """What the cells of a model on a target do."""
+    first, parts = group[0], []
     for cell in select.one_seed(group):
         if cell.outcome != "completed":
             parts.append(f"{name_among(cell, group)} {_failure(cell)}")
         else:
             parts.append(f"{method_among(cell, group)} {_success(cell, group, entries)}")
-    return Finding(about=f"{group[0].model} on {timed_on(group[0])}", parts=tuple(parts))
+    rows = f" in rows of {first.max_length}" if several_lengths else ""
+    return Finding(about=f"{first.model} on {timed_on(first)}{rows}", parts=tuple(parts))
 
 
 def _failure(cell: Entry) -> str:

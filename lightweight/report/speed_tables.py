@@ -112,7 +112,8 @@ def peers(entries: Sequence[Entry]) -> Table:
 
     def as_fast(peer: Entry) -> str:
         alike = [other for other in shown if SAME_BASELINE.holds(other, peer)]
-        return words.times(step_ratio(max(alike, key=lambda other: other.steady_step_seconds or 0.0), peer))
+        slowest = max(alike, key=lambda other: other.steady_step_seconds or 0.0)
+        return words.times(step_ratio(slowest, peer) if len(alike) > 1 else None)
 
     columns: list[Column[Entry]] = [
         *named(shown),

@@ -14,7 +14,7 @@ from lightweight.record import (
 )
 from lightweight.report import frontier as fitting
 from lightweight.report import select, studies, words
-from lightweight.report.columns import named, shares
+from lightweight.report.columns import lengths, named, shares
 from lightweight.report.select import cell_of, is_card, pace_of, planned, target_of
 from lightweight.report.speed import faster
 from lightweight.report.speed_tables import ladder, peers, ranks, speedups
@@ -86,7 +86,7 @@ def _worker(entry: Entry) -> str:
 def results(entries: Sequence[Entry], among: Sequence[Entry] | None = None, runs: Sequence[Run] = ()) -> Table:
     """One row a trial: how it ended, its time, memory and loss, and how they compare with its baseline; steps with the
     baseline's of its own run where one is `among` those. `runs` are what the entries come from, where that is known."""
-    columns = [*_results(entries, among or entries), *_seed_and_worker(entries)]
+    columns = [*_results(entries, among or entries), *lengths(entries), *_seed_and_worker(entries)]
     return table("results", "Every cell", columns, entries, entries, words.notes(entries, runs))
 
 

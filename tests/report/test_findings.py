@@ -26,6 +26,25 @@ def test_the_answer_comes_first_and_names_every_cell():
     assert write.text([run(entry(), lora, *neo)], "markdown").startswith(f"- {found[0]}")
 
 
+def test_rows_of_several_lengths_are_told_apart():
+    short, long = entry(max_length=256), entry(max_length=8192, corpus_digest="of longer rows")
+    found = [str(finding) for finding in findings([run(short, long)])]
+    assert [line.partition(": ")[0] for line in found[1:3]] == [
+        f"opt-350m on NVIDIA H200 as t4 in rows of {length}" for length in (256, 8192)
+    ]
+    page = write.text([run(short, long)], "markdown")
+    assert "tokens a row |" in page.partition("### Loss")[0]
+    assert "tokens a row |" not in write.text([run(short)], "markdown").partition("### Loss")[0]
+
+
+def test_peers_alone_have_a_table_and_no_sentence():
+    alone = entry(shown_as="peers", captured_step={"packing": True})
+    page = write.text([run(alone)], "markdown")
+    assert "No trial" not in page
+    assert "What a user could pick instead" in page
+    assert "1.00x" not in page
+
+
 def test_the_answer_names_what_trains_where_the_baseline_cannot():
     neo = [stopped(), entry(method="qlora"), entry(method="qlora-captured"), stopped(method="lora")]
     assert str(findings([run(*neo)])[0]) == (
