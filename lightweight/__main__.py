@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from lightweight.imports import for_good, interrupted_silently
 
-with interrupted_silently():
+with interrupted_silently(), for_good():
     import argparse
     import errno
     import os
@@ -16,17 +16,15 @@ with interrupted_silently():
     from collections.abc import Callable, Iterator
     from contextlib import contextmanager, suppress
     from pathlib import Path
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
     from lightweight import __version__, names
     from lightweight.child import host_memory
     from lightweight.cli import checks
     from lightweight.cli.checkpoints import signals_to
     from lightweight.cli.terminal import refuse, tell
-    from lightweight.report import publish
     from lightweight.settings import OF_CORPUS, SETTINGS
     from lightweight.targets import size
-    from lightweight.verdict.limits import LIMITS
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -108,7 +106,19 @@ def _print_nowhere() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Repeats what it was given as it is shown on a terminal, in one line."""
+    """Of the command line, or of a command, whose arguments `add` adds once it is the one that is called: what they
+    name need not be imported for another. Repeats what it was given as it is shown on a terminal, in one line."""
+
+    def __init__(self, add: Callable[[argparse.ArgumentParser], None] | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._add = add
+
+    def parse_known_args(self, *given: Any, **settings: Any) -> Any:
+        add, self._add = self._add, None
+        if add is not None:
+            with for_good():
+                add(self)
+        return super().parse_known_args(*given, **settings)
 
     def error(self, message: str) -> NoReturn:
         super().error(names.one_line(message))
@@ -119,18 +129,30 @@ def parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lightweight", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_plan(commands.add_parser("plan", help="forecast which methods fit which cards, without a GPU or the weights"))
-    _add_train(commands.add_parser("train", help="fine-tune a model and save it, with checkpoints on the way"))
-    _add_calibrate(commands.add_parser("calibrate", help="time this GPU's kernels, for forecasts of time: two minutes"))
-    _add_sweep(commands.add_parser("sweep", help="search for each method's learning rate, each with the same budget"))
-    _add_data(commands.add_parser("data", help="look at a corpus before training: lengths, and what the loss is on"))
-    _add_chat(commands.add_parser("chat", help="let a model that was trained answer prompts"))
-    _add_report(commands.add_parser("report", help="what saved records say: a page, markdown, or tables"))
-    _add_gate(commands.add_parser("gate", help="hold a saved record against older ones; status 1 where it got worse"))
+    commands.add_parser(
+        "plan", add=_add_plan, help="forecast which methods fit which cards, without a GPU or the weights"
+    )
+    commands.add_parser("train", add=_add_train, help="fine-tune a model and save it, with checkpoints on the way")
+    commands.add_parser(
+        "calibrate", add=_add_calibrate, help="time this GPU's kernels, for forecasts of time: two minutes"
+    )
+    commands.add_parser(
+        "sweep", add=_add_sweep, help="search for each method's learning rate, each with the same budget"
+    )
+    commands.add_parser(
+        "data", add=_add_data, help="look at a corpus before training: lengths, and what the loss is on"
+    )
+    commands.add_parser("chat", add=_add_chat, help="let a model that was trained answer prompts")
+    commands.add_parser("report", add=_add_report, help="what saved records say: a page, markdown, or tables")
+    commands.add_parser(
+        "gate", add=_add_gate, help="hold a saved record against older ones; status 1 where it got worse"
+    )
     return parser
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
+    from lightweight.report import publish
+
     parser.set_defaults(run=_report, check=checks.nothing)
     parser.add_argument(
         "records",
@@ -174,8 +196,8 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from lightweight.cli import report
-
+    with for_good():
+        from lightweight.cli import report
     return report.command(options)
 
 
@@ -396,6 +418,8 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:
+    from lightweight.verdict.limits import LIMITS
+
     parser.set_defaults(run=_gate, check=checks.nothing)
     parser.add_argument(
         "records",
@@ -431,8 +455,8 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
 
 
 def _gate(options: argparse.Namespace) -> int:
-    from lightweight.cli import gate
-
+    with for_good():
+        from lightweight.cli import gate
     return gate.command(options)
 
 
