@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 
-from lightweight.forecast.replay import Forecast
 from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, QLORA, QLORA_CAPTURED, CapturedStep, Method
 from lightweight.models import SMOLLM2_135M, Model
 from lightweight.plugin import ForecastOf, Train
 from lightweight.targets import CONTEXT_BYTES, HOPPER, NATIVE, T4, Target
-from lightweight.trial import Completed, Outcome, OutOfMemory
+from lightweight.trial import Completed, Forecast, Outcome, OutOfMemory
 
 ALLOCATED, RESERVED = 0.02, 0.05
 """How far from the measured peak a forecast may be."""

@@ -1,12 +1,11 @@
-"""The command line: `lightweight plan MODEL`, `lightweight train --model MODEL --output DIR`, `lightweight chat DIR`,
-`lightweight data FILE`, `lightweight sweep --model MODEL --method A --method B`, `lightweight report RECORD.json`,
-`lightweight gate NEW.json`."""
+"""Which way of fine-tuning fits this GPU, and how fast is it? `lightweight COMMAND --help` says what a command takes.
+Experiments are run by pytest: `pytest experiments`."""
 
 from __future__ import annotations
 
 from lightweight.imports import for_good, interrupted_silently
 
-with interrupted_silently():
+with interrupted_silently(), for_good():
     import argparse
     import errno
     import os
@@ -16,17 +15,15 @@ with interrupted_silently():
     from collections.abc import Callable, Iterator
     from contextlib import contextmanager, suppress
     from pathlib import Path
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
     from lightweight import __version__, names
     from lightweight.child import host_memory
     from lightweight.cli import checks
     from lightweight.cli.checkpoints import signals_to
     from lightweight.cli.terminal import refuse, tell
-    from lightweight.report import publish
     from lightweight.settings import OF_CORPUS, SETTINGS
     from lightweight.targets import size
-    from lightweight.verdict.limits import LIMITS
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -108,7 +105,19 @@ def _print_nowhere() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Repeats what it was given as it is shown on a terminal, in one line."""
+    """Of the command line, or of a command, whose arguments `add` adds once it is the one that is called: what they
+    name need not be imported for another. Repeats what it was given as it is shown on a terminal, in one line."""
+
+    def __init__(self, add: Callable[[argparse.ArgumentParser], None] | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._add = add
+
+    def parse_known_args(self, *given: Any, **settings: Any) -> Any:
+        add, self._add = self._add, None
+        if add is not None:
+            with for_good():
+                add(self)
+        return super().parse_known_args(*given, **settings)
 
     def error(self, message: str) -> NoReturn:
         super().error(names.one_line(message))
@@ -119,18 +128,28 @@ def parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lightweight", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_plan(commands.add_parser("plan", help="forecast which methods fit which cards, without a GPU or the weights"))
-    _add_train(commands.add_parser("train", help="fine-tune a model and save it, with checkpoints on the way"))
-    _add_calibrate(commands.add_parser("calibrate", help="time this GPU's kernels, for forecasts of time: two minutes"))
-    _add_sweep(commands.add_parser("sweep", help="search for each method's learning rate, each with the same budget"))
-    _add_data(commands.add_parser("data", help="look at a corpus before training: lengths, and what the loss is on"))
-    _add_chat(commands.add_parser("chat", help="let a model that was trained answer prompts"))
-    _add_report(commands.add_parser("report", help="what saved records say: a page, markdown, or tables"))
-    _add_gate(commands.add_parser("gate", help="hold a saved record against older ones; status 1 where it got worse"))
+    commands.add_parser(
+        "plan", add=_add_plan, help="forecast which methods fit which cards, without a GPU or the weights"
+    )
+    commands.add_parser("train", add=_add_train, help="fine-tune a model and save it, with checkpoints on the way")
+    commands.add_parser(
+        "calibrate", add=_add_calibrate, help="time this GPU's kernels, for forecasts of time: two minutes"
+    )
+    commands.add_parser(
+        "sweep", add=_add_sweep, help="search for each method's learning rate, each with the same budget"
+    )
+    commands.add_parser(
+        "data", add=_add_data, help="look at a corpus before training: lengths, and which tokens the loss is taken over"
+    )
+    commands.add_parser("chat", add=_add_chat, help="let a model that was trained answer prompts")
+    commands.add_parser("report", add=_add_report, help="show saved records as a page, Markdown or tables")
+    commands.add_parser("gate", add=_add_gate, help="compare a saved record with older ones; status 1 if it got worse")
     return parser
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
+    from lightweight.report import publish
+
     parser.set_defaults(run=_report, check=checks.nothing)
     parser.add_argument(
         "records",
@@ -138,25 +157,28 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="RUN.json",
         help="what `pytest experiments --benchmark-json` or `lightweight plan --format json` stored; several runs of "
-        "a cell are its history",
+        "a model and method are shown as its history",
     )
-    parser.add_argument("-o", "--output", type=Path, metavar="PATH", help="write it there: a page, or markdown for .md")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="PATH", help="write to this file: HTML, or by its suffix .md, .tex or .csv"
+    )
     parser.add_argument(
         "--format",
         choices=("terminal", "markdown", "html", "latex", "csv"),
-        help="(default: what PATH is called, else terminal); latex and csv are one table, a row a cell",
+        help="(default: by the suffix of PATH, else terminal); latex and csv are one table, one row a model and method",
     )
     parser.add_argument(
         "--columns",
         metavar="NAME,...",
-        help=f"one table for a paper, a row a cell with all its seeds, in these columns: {', '.join(publish.COLUMNS)}",
+        help="one table for a paper with these columns, one row a model and method with all its seeds: "
+        f"{', '.join(publish.COLUMNS)}",
     )
     parser.add_argument(
         "--bundle",
         type=Path,
         metavar="DIR|FILE.zip",
-        help="write what repeats the run of RUN.json with one command: records, tests, methods, corpus and versions; "
-        "call it where pytest was called",
+        help="write all that one command needs to repeat the run: records, tests, methods, corpus and versions; run "
+        "this in the folder in which pytest ran",
     )
     parser.add_argument(
         "--files",
@@ -164,18 +186,20 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="DIR",
-        help="repeatable, for --bundle: the folder of a corpus, a method or another file that lay outside of where "
-        "pytest was called",
+        help="repeatable, for --bundle: another folder that holds a file of the run: its corpus, or a method",
     )
     parser.add_argument(
-        "--into", type=Path, metavar="README.md", help="write the tables whose marks this file has between them"
+        "--into",
+        type=Path,
+        metavar="README.md",
+        help="replace the tables between marks in this file: <!-- KEY: begin --> and <!-- KEY: end -->",
     )
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="also write every picture there, as an SVG file")
 
 
 def _report(options: argparse.Namespace) -> int:
-    from lightweight.cli import report
-
+    with for_good():
+        from lightweight.cli import report
     return report.command(options)
 
 
@@ -195,8 +219,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "--corpus",
         type=Path,
         metavar="PATH",
-        help="what would be trained on, a file or hub:NAME[:SPLIT]: forecasts then hold for the longest batch that it "
-        "can make (default: for rows of --max-length tokens)",
+        help="the corpus, a file or hub:NAME[:SPLIT]: the forecast is then of its longest batch (default: of rows of "
+        "--max-length tokens)",
     )
     _add_how_read(parser)
     _add_settings(parser)
@@ -204,13 +228,13 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length-that-fits",
         action="store_true",
-        help="also find the longest rows that fit, of as few in a pass as there can be",
+        help="also find the longest rows that fit, with as few rows in a pass as possible",
     )
     parser.add_argument(
         "--gpus",
         metavar="N",
-        help="GPUs that share a trial by FSDP2, at most one for each sequence of a step: forecast one of them, and "
-        "find the fewest that suffice (default: one GPU, not sharded)",
+        help="GPUs that share a trial by FSDP2, at most one for each sequence of a step; also finds the fewest that "
+        "suffice (default: one GPU, not sharded)",
     )
     parser.add_argument(
         "--record",
@@ -223,24 +247,27 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_job(parser)
     parser.add_argument("--format", choices=("table", "json"), default="table")
     parser.add_argument(
-        "--traceback", action="store_true", help="also show where in which library a method could not be forecast"
+        "--traceback", action="store_true", help="where a method cannot be forecast, also show the traceback"
     )
 
 
 def _add_job(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("time", "of the whole job, and what it may take; forecast for cards only")
+    group = parser.add_argument_group(
+        "time",
+        "how long the whole job takes and what it costs; forecast only for cards with a calibration or data sheet",
+    )
     group.add_argument("--tokens", type=int, metavar="N", help="tokens of the corpus")
     group.add_argument("--epochs", type=int, default=10, metavar="N", help="passes over the corpus (default: 10)")
     group.add_argument("--price", type=float, metavar="AMOUNT", help="what an hour of the card costs")
-    group.add_argument("--max-hours", type=float, metavar="HOURS", help="mark, and do not choose, what takes longer")
-    group.add_argument("--max-price", type=float, metavar="AMOUNT", help="mark, and do not choose, what costs more")
+    group.add_argument("--max-hours", type=float, metavar="HOURS", help="mark methods that take longer; choose another")
+    group.add_argument("--max-price", type=float, metavar="AMOUNT", help="mark methods that cost more; choose another")
     group.add_argument(
         "--calibration",
         action="append",
         default=[],
         type=Path,
         metavar="CARD.json",
-        help="repeatable: what `lightweight calibrate` wrote, before those that come with the package",
+        help="repeatable: what `lightweight calibrate` wrote; preferred to the calibrations that come with the package",
     )
 
 
@@ -270,7 +297,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is there already")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of an interrupted job")
     parser.add_argument(
-        "--target", metavar="NAME", help="the card whose memory it gets, or an amount such as 16GiB (default: all)"
+        "--target",
+        metavar="NAME",
+        help="train within the memory of this card, or an amount such as 16GiB (default: all there is)",
     )
     parser.add_argument(
         "--weights",
@@ -280,9 +309,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, default=10, metavar="N", help="passes over the corpus (default: 10)")
     parser.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps, instead of epochs")
     _add_settings(parser)
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all random numbers (default: 0)")
     parser.add_argument(
-        "--report-to", choices=("tensorboard", "wandb", "trackio", "mlflow", "none"), default="none", help="a tracker"
+        "--report-to",
+        choices=("tensorboard", "wandb", "trackio", "mlflow", "none"),
+        default="none",
+        help="send losses to a tracker (default: none)",
     )
     parser.add_argument(
         "--save-steps", type=int, metavar="N", help="optimizer steps between checkpoints (default: every five minutes)"
@@ -310,16 +342,21 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("corpus.json"),
         metavar="PATH",
-        help="on what: a file, or hub:NAME[:SPLIT]; what it holds out is not used (default: corpus.json)",
+        help="what to train on: a file, or hub:NAME[:SPLIT]; rates are chosen without its held-out part "
+        "(default: corpus.json)",
     )
     _add_how_read(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="where the record goes")
     parser.add_argument("--budget", type=int, default=8, metavar="N", help="trials of each method (default: 8)")
-    parser.add_argument("--target", metavar="NAME", help="the card whose memory trials get (default: all)")
-    parser.add_argument("--weights", choices=("pretrained", "random"), help="where weights come from (default: either)")
+    parser.add_argument("--target", metavar="NAME", help="train within the memory of this card (default: all there is)")
+    parser.add_argument(
+        "--weights",
+        choices=("pretrained", "random"),
+        help="where weights come from (default: pretrained where they can be had, else random)",
+    )
     parser.add_argument("--epochs", type=int, default=10, metavar="N", help="passes over the corpus (default: 10)")
     parser.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps, instead of epochs")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all random numbers (default: 0)")
     _add_settings(parser, learning_rate="the range that is searched (default: 1e-5..1e-2)")
     parser.set_defaults(learning_rate="1e-5..1e-2")
 
@@ -349,18 +386,19 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt",
         metavar="TEXT",
-        help="answer this one, or each in the file of this name, as JSON lines (default: standard input, line by line)",
+        help="answer this prompt; or, if TEXT is a file, each of its lines, as JSON lines (default: standard input, "
+        "line by line)",
     )
+    parser.add_argument("--system", metavar="TEXT", help="the system prompt, for a model trained on conversations")
     parser.add_argument(
-        "--system", metavar="TEXT", help="what stands before the dialogue, for a model trained on conversations"
+        "--max-tokens", type=int, default=256, metavar="N", help="longest answer, in tokens (default: 256)"
     )
-    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)")
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.0,
         metavar="T",
-        help="0, the default, takes the likeliest token each time",
+        help="sampling temperature (default: 0, the most likely token each time)",
     )
 
 
@@ -384,7 +422,9 @@ def _calibrate(options: argparse.Namespace) -> int:
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_data, check=checks.of_names)
     parser.add_argument("corpus", type=Path, metavar="FILE", help="a corpus: a file, or hub:NAME[:SPLIT]")
-    parser.add_argument("--model", metavar="NAME", help="whose tokens are counted: a known name, a hub id or a folder")
+    parser.add_argument(
+        "--model", metavar="NAME", help="the model whose tokenizer counts: a known name, a hub id or a folder"
+    )
     _add_how_read(parser)
     parser.add_argument("--format", choices=("text", "json"), default="text")
 
@@ -396,43 +436,43 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:
+    from lightweight.verdict.limits import LIMITS
+
     parser.set_defaults(run=_gate, check=checks.nothing)
     parser.add_argument(
         "records",
         nargs="+",
         type=Path,
         metavar="RECORD.json",
-        help="the new one, with --against; else an older one and the new one: of `pytest experiments "
-        "--benchmark-json`, or plans of `lightweight plan --format json`, whose forecasts are compared",
+        help="with --against the new record; else an older one and the new one: of `pytest experiments "
+        "--benchmark-json`, or of `lightweight plan --format json`, whose forecasts are compared",
     )
-    parser.add_argument(
-        "--against", nargs="+", type=Path, metavar="OLD.json", help="what the new record is held against"
-    )
+    parser.add_argument("--against", nargs="+", type=Path, metavar="OLD.json", help="older records to compare with")
     for option in LIMITS:
-        words = f"fail where {option.of} (default: {option.default}; none: no verdict)"
+        words = f"fail if {option.of} (default: {option.default}; none: no verdict)"
         parser.add_argument(option.flag, default=option.default, metavar=option.metavar, help=words.replace("%", "%%"))
     parser.add_argument(
         "--undecided",
         choices=("pass", "fail"),
         default="pass",
-        help="what becomes of a speedup that noise leaves open (default: pass)",
+        help="verdict on a speedup that noise leaves open (default: pass)",
     )
     parser.add_argument(
         "--missing",
         choices=("pass", "fail"),
         default="fail",
-        help="what becomes of a stored cell that the new record has not (default: fail)",
+        help="verdict on a model and method that only the older records have (default: fail)",
     )
     parser.add_argument(
         "--require-match",
         action="store_true",
-        help="fail where no stored run has a cell of the new one under the same conditions",
+        help="fail if nothing in the older records was measured under the same conditions",
     )
 
 
 def _gate(options: argparse.Namespace) -> int:
-    from lightweight.cli import gate
-
+    with for_good():
+        from lightweight.cli import gate
     return gate.command(options)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -40,6 +39,8 @@ def nearest(text: str, known: Iterable[str]) -> list[str]:
     plain = {_plain(name): name for name in known}
     if _plain(text) in plain:
         return [plain[_plain(text)]]
+    import difflib  # of a mistake alone
+
     return [plain[match] for match in difflib.get_close_matches(_plain(text), plain, n=2, cutoff=0.7)]
 
 

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
     from lightweight.child import owner
-    from lightweight.forecast.replay import Forecast
     from lightweight.methods import Method
     from lightweight.models import Model
     from lightweight.record import Speedup
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
     from lightweight.session.speedups import CPU_STEPS as CPU_STEPS
     from lightweight.session.speedups import CUDA_STEPS as CUDA_STEPS
     from lightweight.session.speedups import PRECISION as PRECISION
-    from lightweight.trial import Outcome
+    from lightweight.trial import Forecast, Outcome
 
 
 def __getattr__(name: str) -> Any:

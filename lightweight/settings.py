@@ -141,17 +141,17 @@ class OfCorpus:
 OF_CORPUS = (
     OfCorpus(
         "corpus-format",
-        f"how the corpus is written: {', '.join(FORMATS)} (default: what its keys tell)",
+        f"how the corpus is written: {', '.join(FORMATS)} (default: recognised by its keys)",
         {"choices": FORMATS, "metavar": "NAME"},
     ),
     OfCorpus(
         "skip-bad",
-        "leave rows out that cannot be used, and count them (default: the first one is an error)",
+        "leave out rows that cannot be used, and count them (default: the first one is an error)",
         {"action": "store_true", "default": False},
     ),
     OfCorpus(
         "held-out",
-        "what is held out: another corpus, or a share of this one such as 0.1 (default: a sixth)",
+        "what to evaluate on: another corpus, or a share of this one such as 0.1 (default: a sixth)",
         {"metavar": "FILE|SHARE"},
     ),
 )
@@ -198,7 +198,7 @@ SETTINGS = (
         name="max_length",
         metavar="N",
         read=whole(2),  # `corpus.MIN_LENGTH`, which is not imported to say so
-        help=f"tokens a row at most (default: {MAX_LENGTH})",
+        help=f"longest row, in tokens (default: {MAX_LENGTH})",
         of="rows",
         key="max_length",
     ),
@@ -206,7 +206,7 @@ SETTINGS = (
         name="loss_on",
         metavar="WHICH",
         read=one_of("all", "last"),
-        help="the assistant's turns that the loss is on: all of a conversation, or the last (default: all)",
+        help="the assistant's turns that the loss is taken over: all of a conversation, or its last (default: all)",
         of="rows",
         key="loss_on",
     ),
@@ -214,8 +214,8 @@ SETTINGS = (
         name="long",
         metavar="HOW",
         read=one_of("cut", "split", "drop"),
-        help="what becomes of a conversation that is longer than a row: cut, its first turns go; split, it becomes "
-        "several rows; drop, it is left out (default: cut)",
+        help="a conversation longer than a row is: cut, without its first turns; split, into several rows; or "
+        "drop, left out (default: cut)",
         of="rows",
         key="long",
     ),
@@ -223,8 +223,8 @@ SETTINGS = (
         name="padding",
         metavar="HOW",
         read=one_of("longest", "max"),
-        help="rows of a batch are padded to its longest, or all to --max-length (default: max for pairs of turns as "
-        "the original's, longest for all others)",
+        help="pad the rows of a batch to the longest of them, or to --max-length: longest, max (default: max for a "
+        "corpus of prompt and answer pairs, else longest)",
         of="rows",
         key="padding",
     ),
@@ -232,8 +232,8 @@ SETTINGS = (
         name="batch_size",
         metavar="N",
         read=whole(1),
-        help="sequences a forward pass (default: the method's; plan, and train without --method: or the most that fit "
-        "in more passes of the same step)",
+        help="rows in a forward pass (default: the method's; plan, and train without --method, take fewer rows in "
+        "more passes where those do not fit)",
         of="arguments",
         key="per_device_train_batch_size",
     ),
@@ -241,7 +241,7 @@ SETTINGS = (
         name="accumulation",
         metavar="N",
         read=whole(1),
-        help="forward passes an optimizer step, whose gradients accumulate (default: the method's)",
+        help="forward passes in an optimizer step: gradient accumulation (default: the method's)",
         of="arguments",
         key="gradient_accumulation_steps",
     ),
@@ -249,7 +249,7 @@ SETTINGS = (
         name="learning_rate",
         metavar="RATE",
         read=rate_or_rates,
-        help="what the schedule begins at, after any warmup, or the file of a sweep, which has one for each method "
+        help="peak learning rate, or the file that `lightweight sweep` wrote, which has one for each method "
         "(default: the method's, else 5e-5)",
         of="arguments",
         key="learning_rate",
@@ -258,7 +258,7 @@ SETTINGS = (
         name="schedule",
         metavar="NAME",
         read=one_of(*names.SCHEDULES),
-        help="how the learning rate goes on, as transformers calls it: linear, cosine, constant, ... (default: the "
+        help="learning rate schedule, as transformers names it: linear, cosine, constant, ... (default: the "
         "method's, else linear)",
         of="arguments",
         key="lr_scheduler_type",
@@ -267,8 +267,7 @@ SETTINGS = (
         name="warmup",
         metavar="STEPS",
         read=warmup,
-        help="optimizer steps in which the learning rate rises, or a share of all of them below 1 (default: the "
-        "method's, else 0)",
+        help="warmup in optimizer steps, or, below 1, as a share of all steps (default: the method's, else 0)",
         of="arguments",
         key="warmup_steps",
     ),
@@ -285,7 +284,7 @@ SETTINGS = (
         name="lora_alpha",
         metavar="N",
         read=whole(1),
-        help="a LoRA adapter's output is multiplied by this over its rank (default: the method's)",
+        help="alpha of a LoRA adapter, whose output is scaled by alpha / rank (default: the method's)",
         of="adapter",
         key="lora_alpha",
         others=("alpha_pattern",),
@@ -294,7 +293,7 @@ SETTINGS = (
         name="lora_dropout",
         metavar="SHARE",
         read=share,
-        help="dropout of a LoRA adapter's input (default: the method's)",
+        help="dropout on a LoRA adapter's input (default: the method's)",
         of="adapter",
         key="lora_dropout",
     ),
@@ -302,8 +301,7 @@ SETTINGS = (
         name="lora_layers",
         metavar="NAMES",
         read=layers,
-        help="the layers that a LoRA adapter is put on, with commas between their names, or all-linear (default: the "
-        "method's)",
+        help="layers with a LoRA adapter: names with commas between them, or all-linear (default: the method's)",
         of="adapter",
         key="target_modules",
     ),
@@ -311,8 +309,8 @@ SETTINGS = (
         name="scale",
         metavar="HOW",
         read=one_of("fixed", "batch", "batch-sqrt", "batch-linear"),
-        help="what grows with the GPUs of a trial: fixed, nothing, they share the method's step; batch, the sequences "
-        "of a step, the learning rate kept; batch-sqrt or batch-linear, the learning rate as well (default: fixed)",
+        help="what grows with the number of GPUs: fixed, nothing; batch, the rows of a step; batch-sqrt or "
+        "batch-linear, the rows and, by that rule, the learning rate (default: fixed)",
         of="ranks",
         key="scale",
     ),
@@ -320,8 +318,8 @@ SETTINGS = (
         name="placement",
         metavar="HOW",
         read=one_of("replicated", "sharded"),
-        help="whether each GPU of a trial holds the network, or a part of it (default: replicated where that is "
-        "forecast to fit, else sharded)",
+        help="with several GPUs: replicated, each holds the whole network; sharded, each holds a part (default: "
+        "replicated if that is forecast to fit, else sharded)",
         of="ranks",
         key="placement",
     ),

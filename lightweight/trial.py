@@ -1,13 +1,13 @@
-"""What is tried, and how it ended: a Trial goes into a child process, an Outcome comes out.
+"""What is tried, what is forecast of it, and how it ended: a Trial goes into a child process, an Outcome comes out.
 
-Both are plain frozen data that cross the process boundary whole.
+All are plain frozen data; those two cross the process boundary whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from lightweight import arguments
 from lightweight.corpus import Corpus, Long, LossOn, RowForm
@@ -23,6 +23,17 @@ Phase = Literal["start", "build", "evaluate", "capture", "train", "forward", "ba
 """Where in a trial something happened. Forward, backward and optimizer are parts of train; gradient clipping counts as
 backward, since the Trainer has no boundary before it. Capture is the preparation of a captured step, whose parts
 have no boundary that the host sees."""
+
+
+Cause = Literal[
+    "weights", "quantization state", "gradients", "optimizer", "activations", "logits", "gathered", "workspace"
+]
+"""What memory is held for. `gathered` is what ranks gather from each other and reduce among them, a layer at a time:
+its whole weights, and the buffers of both ways."""
+
+CAUSES: tuple[Cause, ...] = get_args(Cause)
+
+ForecastVerdict = Literal["fits", "does_not_fit", "too_close_to_call"]
 
 
 def pads_to_max(padding: Padding | None, corpus: Corpus) -> bool:
@@ -146,6 +157,31 @@ class Trial:
     def can_learn(self) -> bool:
         """Whether losses say something: an adapter on random weights has nothing to adapt."""
         return self.model.weights == "pretrained" or (self.method.adapter is None and not self.method.transform)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What training takes, and whether a budget allows it.
+
+    `allocated_bytes` is the peak of `torch.cuda.max_memory_allocated`, and `by_cause` what it consists of.
+    `reserved_bytes` is that of `max_memory_reserved`: under the budget where it fits, without one where it does not.
+    `phase` is where it runs out of memory, or else where the peak is. `paged_bytes` is what a paged optimizer keeps
+    beside that in managed memory, on the card as far as there is room and else on the host; no verdict counts it.
+    `step_seconds` is what an optimizer step takes, None where no calibration says so; `is_calibrated` says whether that
+    is of the same card.
+    """
+
+    allocated_bytes: int
+    reserved_bytes: int
+    phase: Phase
+    by_cause: dict[Cause, int]
+    verdict: ForecastVerdict
+    budget_bytes: int | None
+    parameters: int
+    trainable_parameters: int
+    paged_bytes: int = 0
+    step_seconds: float | None = None
+    is_calibrated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

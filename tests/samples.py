@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lightweight.forecast.replay import CAUSES, Forecast, Verdict
 from lightweight.record import Entry, ForecastRow, Run, Speedup
 from lightweight.report import tables
 from lightweight.targets import T4
+from lightweight.trial import CAUSES, Forecast, ForecastVerdict
 
 
 def entry(**changes) -> Entry:
@@ -76,7 +76,7 @@ def seeds(method: str, *losses: float, **changes) -> list[Entry]:
     ]
 
 
-def predicted(verdict: Verdict = "fits", reserved_bytes: int = 2**30, **changes) -> Forecast:
+def predicted(verdict: ForecastVerdict = "fits", reserved_bytes: int = 2**30, **changes) -> Forecast:
     """What a trial is forecast to take of a T4."""
     usual: dict[str, Any] = {"phase": "forward", "by_cause": dict.fromkeys(CAUSES, 0), "budget_bytes": T4.budget_bytes}
     usual |= {"allocated_bytes": reserved_bytes, "parameters": 1, "trainable_parameters": 1}

@@ -69,10 +69,8 @@ def test_no_import_crosses_a_border(room):
 
 
 def modules_imported(node: ast.AST, modules: set[str]) -> Iterator[str]:
-    """Those of `modules`, by their names with dots, that `node` imports at run time: what of a room is named, or the
-    room's own module."""
-    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-        return
+    """Those of `modules`, by their names with dots, that `node` imports, if only for type checkers: what of a room is
+    named, or the room's own module."""
     if isinstance(node, ast.Import):
         yield from (name.name for name in node.names if name.name in modules)
     if isinstance(node, ast.ImportFrom):

@@ -12,7 +12,6 @@ from typing import get_args
 import pytest
 
 from lightweight import __main__, corpus, models, record, schema, settings, trial
-from lightweight.forecast import replay
 from lightweight.methods import Precision
 from lightweight.record import RecordError
 from lightweight.report import page, write
@@ -37,7 +36,7 @@ def test_the_words_are_those_that_the_modules_write():
     assert get_args(schema.Padding) == get_args(trial.Padding)
     assert set(get_args(schema.Weights)) == set(get_args(models.Weights))
     assert set(get_args(schema.Precision)) == set(get_args(Precision))
-    assert set(get_args(schema.ForecastVerdict)) == set(get_args(replay.Verdict))
+    assert set(get_args(schema.ForecastVerdict)) == set(get_args(trial.ForecastVerdict))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from lightweight import preload  # isort: skip  # noqa: F401  # before transform
 import torch
 from torch.nn import functional
 
-from lightweight.captured import kernels
+from lightweight.captured import kernels, launching
 from lightweight.captured.joined import Whole
 from lightweight.captured.kernels import Activation
 from lightweight.captured.projections import Family, Projection, factor_gradients, weight_of
@@ -83,7 +83,7 @@ def gated(module: Any, activation: Activation, down: Family | None, x: torch.Ten
     """The forward pass of such a layer, whose last projection is that of `down`, if of any: [..., width] ->
     [..., width]."""
     gate, up = module.gate_proj(x), module.up_proj(x)
-    if kernels.take(gate) and down is not None and (projection := down.alone()) is not None:
+    if launching.take(gate) and down is not None and (projection := down.alone()) is not None:
         assert projection.adapter is not None
         projected: torch.Tensor
         if down.whole is not None and gate.dtype == down.whole.dtype:
@@ -104,7 +104,7 @@ def activated(activation: Activation, x: torch.Tensor) -> torch.Tensor:
 
 
 def _gate(activation: Activation, gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
-    if kernels.take(gate):
+    if launching.take(gate):
         return kernels.gate(gate, up, activation)
     value = FUNCTIONS[activation](gate)
     return value if up is None else value * up
@@ -122,7 +122,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        if kernels.take(gate):
+        if launching.take(gate):
             return *kernels.gate_backward(grad_output, gate, up, ctx.activation), None
         with torch.enable_grad():
             source = gate.detach().requires_grad_()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lightweight.captured import kernels, recomputed
+from lightweight.captured import kernels, launching, recomputed
 from lightweight.captured.activations import Stub
 from lightweight.captured.kernels import Norm, Sum, Summed
 from lightweight.internals import torch as torch_internals
@@ -104,7 +104,7 @@ class Block:
 
     def _add(self, past: torch.Tensor, branch: torch.Tensor, after: Any, taker: Any) -> torch.Tensor:
         """past + after(branch). `taker` finds the norm that it takes of it beside it."""
-        if taker is None or not kernels.take(branch) or branch.dtype != past.dtype:
+        if taker is None or not launching.take(branch) or branch.dtype != past.dtype:
             return past + (branch if after is None else after(branch))
         room = self.rooms.get(taker, 0)
         made = Sum(self.norms[taker], None if after is None else self.norms[after], room=room)
@@ -147,7 +147,7 @@ def normed(module: Any, norm: Norm, room: int, x: torch.Tensor) -> torch.Tensor:
     taken: tuple[Any, torch.Tensor] | None = vars(x).pop("normed", None)  # or it would live as long as `x` is kept
     if taken is not None and taken[0] is module:
         return taken[1]
-    if not room or not kernels.take(x):
+    if not room or not launching.take(x):
         return recomputed.recomputable(functools.partial(recomputed.norm, norm), x)
     result = recomputed.norm(norm, x, room)
     vars(result).update(recipe=(functools.partial(recomputed.norm, norm), (x,)), room=room)

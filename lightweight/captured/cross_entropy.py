@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lightweight.captured import kernels
+from lightweight.captured import kernels, launching
 
 CHUNK_BYTES = 64 * 2**20
 """Logits that exist at one time: 640 tokens of a vocabulary of 50 272 in half precision."""
@@ -122,7 +122,7 @@ def chunk_tokens(vocabulary: int, size: int) -> int:
 def _cross_entropy_(logits: torch.Tensor, vocabulary: int, targets: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Each row's cross-entropy, [tokens], fp32; the first `vocabulary` columns of `logits` then hold `scales` times its
     gradient, and the rest means nothing before and after."""
-    if kernels.take(logits):
+    if launching.take(logits):
         return kernels.cross_entropy_(logits, vocabulary, targets, scales)
     whole, index = logits[:, :vocabulary].float(), targets.unsqueeze(1)
     normaliser = whole.logsumexp(1, keepdim=True)

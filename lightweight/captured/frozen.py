@@ -20,7 +20,7 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from torch.nn.functional import rms_norm
 
-from lightweight.captured import activations, blocks, joined, kernels, recomputed, rotary
+from lightweight.captured import activations, blocks, joined, launching, recomputed, rotary
 from lightweight.captured.joined import Placing
 from lightweight.captured.kernels import Norm
 from lightweight.captured.projections import Family, layers_of
@@ -72,9 +72,9 @@ class Lean:
         found = list(_families(model, adapted))
         joining = {}
         for parent, modules in found:
-            in_place = parent in rotations and kernels.take(self._seed)
+            in_place = parent in rotations and launching.take(self._seed)
             joining[modules[0]] = not turns or in_place or hasattr(parent, "gate_proj")
-        if kernels.take(self._seed):
+        if launching.take(self._seed):
             _gather(model, [modules for _, modules in found], joining)
         for parent, modules in found:
             joins = joining[modules[0]]

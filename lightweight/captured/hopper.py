@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lightweight.captured import kernels
-from lightweight.captured.kernels import launch
+from lightweight.captured import launching
+from lightweight.captured.launching import launch
 
 CAPABILITY = (9, 0)
 
@@ -101,7 +101,7 @@ def takes(query: torch.Tensor, capability: tuple[int, int] | None, cap: float | 
     """Whether kernels for `query` [..., width] are to be used on a card of this `capability`."""
     width = query.shape[-1]
     is_faster = width in TILES and (width < SLOWER or cap is not None)
-    return capability == CAPABILITY and is_faster and kernels.take(query)
+    return capability == CAPABILITY and is_faster and launching.take(query)
 
 
 def _sequences(sees: Sees, tokens: int) -> int:

@@ -24,7 +24,7 @@ import bitsandbytes.functional
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 
-from lightweight.captured import kernels
+from lightweight.captured import kernels, launching
 from lightweight.internals import torch as torch_internals
 
 Adapter = tuple[torch.Tensor, torch.Tensor]
@@ -55,7 +55,7 @@ class Joint:
         shape = sum(self.widths), self.bases[0].in_features
         joint = torch.empty(shape, dtype=packed[0].quant_state.dtype, device=packed[0].device)
         for part, each in zip(joint.split(self.widths), packed, strict=True):
-            if kernels.compute():  # bitsandbytes finds no shape right for fake tensors
+            if launching.compute():  # bitsandbytes finds no shape right for fake tensors
                 bitsandbytes.functional.dequantize_4bit(each.data, each.quant_state, out=part)
         return joint.to(dtype)
 
@@ -76,7 +76,7 @@ def joint_of(bases: list[Any], between: Sequence[torch.Tensor], most: int) -> Jo
     widths = [base.out_features for base in bases]
     if all(isinstance(base, Linear4bit) for base in bases):
         elements = sum(widths) * bases[0].in_features
-        is_fast = elements <= most and kernels.take(bases[0].weight)
+        is_fast = elements <= most and launching.take(bases[0].weight)
         return Joint(bases, widths, None, bias) if is_fast else None
     if any(type(base) is not torch.nn.Linear for base in bases):
         return None
@@ -263,7 +263,7 @@ def unpack(
     (a, b), state, (row, column), (out, room) = adapter, base.weight.quant_state, place, sizes
     outer, scales = state.state2 if state.nested else None, state.absmax
     programs = -(-base.out_features * base.in_features // ELEMENTS)
-    kernels.launch(
+    launching.launch(
         "unpack", (programs + FACTORS,),
         base.weight.data, scales, state.code, scales if outer is None else outer.absmax,
         state.code if outer is None else outer.code, scales if outer is None else state.offset, a, b, matrix, scaling,
@@ -407,17 +407,17 @@ class Placing:
         """Do so: a kernel, whatever their number."""
         if not self._sources:
             return
-        where = [weight.data_ptr() for weight in self._sources] if kernels.compute() else []
+        where = [weight.data_ptr() for weight in self._sources] if launching.compute() else []
         if self._made is None or self._made[0] != where:
             self._made = where, self._placed()
         placed = self._made[1]
-        kernels.launch("place", (len(placed.scales), 4), *placed, elements=2048)
+        launching.launch("place", (len(placed.scales), 4), *placed, elements=2048)
 
     def _placed(self) -> Placed:
         """What the kernel is told. Waits for the device."""
         pairs = list(zip(self._sources, self._targets, strict=True))
         device = pairs[0][0].device
-        addresses = [(a.data_ptr(), b.data_ptr()) if kernels.compute() else (0, 0) for a, b in pairs]
+        addresses = [(a.data_ptr(), b.data_ptr()) if launching.compute() else (0, 0) for a, b in pairs]
         sizes = [(a.numel(), a.shape[1], b.stride(0)) for a, b in pairs]
         return Placed(
             torch.tensor(addresses, dtype=torch.int64, device=device),

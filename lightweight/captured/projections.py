@@ -14,7 +14,7 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from torch.nn.functional import linear
 
-from lightweight.captured import joined, kernels
+from lightweight.captured import joined, kernels, launching
 from lightweight.captured.dropout import drop, drop_backward, probability
 from lightweight.captured.joined import MOST_RANKS, Joint, Whole
 from lightweight.captured.recomputed import recipe_of
@@ -42,7 +42,7 @@ class Family:
         projections = [Projection.of(module, site) for module in modules]
         bases = [projection.base for projection in projections]
         self.whole: Whole | None = None
-        if kernels.take(seed) and (layers := layers_of(modules, joins=joins)) is not None:
+        if launching.take(seed) and (layers := layers_of(modules, joins=joins)) is not None:
             self.whole = joined.whole_of(*layers, projections[0].scaling)
         self._joint = joined.joint_of(bases, between, most) if joins and self.whole is None else None
         self._x: torch.Tensor | None = None
@@ -155,7 +155,7 @@ class _Project(torch.autograd.Function):
         weights = iter(tensors)
         adapters = [_Kept(next(weights), next(weights)) for projection in projections if projection.adapter]
         adapted = [(projection, y) for projection, y in zip(projections, outputs, strict=True) if projection.adapter]
-        together = kernels.take(x) and _is_one_product(projections, adapters)
+        together = launching.take(x) and _is_one_product(projections, adapters)
         if together:
             inner = kernels.project(flat, torch.cat([adapter.a for adapter in adapters]), adapted[0][0].scaling)
             for part, adapter, (_, y) in zip(inner.split(_ranks(adapters), -1), adapters, adapted, strict=True):
@@ -298,7 +298,7 @@ def _add_adapter_(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Add scaling * dropout(x) @ a.T @ b.T to y, [tokens, out]; return what b was multiplied with, [tokens, r], and
     dropout's mask where it must be kept."""
-    if kernels.take(x):
+    if launching.take(x):
         site, p = projection.site, projection.p
         return kernels.add_adapter_(y, x, a, b, projection.scaling, p, seed, site), None
     x, mask = drop(x, projection.p)
@@ -318,7 +318,7 @@ def _adapter_backward(
     """The gradients of the adapter's two weights, given that of `_add_adapter_`'s y; adds that of x to `grad_x`."""
     a, b, inner, mask = adapter
     assert inner is not None
-    if kernels.take(x):
+    if launching.take(x):
         site, p = projection.site, projection.p
         return kernels.adapter_backward(grad, inner, x, a, b, grad_x, projection.scaling, p, seed, site)
     reached = (grad @ b) * projection.scaling

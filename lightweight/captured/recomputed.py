@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import layer_norm, rms_norm
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
-from lightweight.captured import kernels
+from lightweight.captured import kernels, launching
 from lightweight.captured.dropout import drop, drop_backward, probability
 from lightweight.captured.kernels import Norm, Sum, Summed
 
@@ -39,7 +39,7 @@ def recomputable(function: Callable[..., torch.Tensor], *sources: torch.Tensor) 
 
 def norm(norm: Norm, x: torch.Tensor, room: int = 0) -> torch.Tensor:
     """`norm` of `x`: [..., width] -> [..., width]; by our kernel, with `room` at the end of each row."""
-    if kernels.take(x):
+    if launching.take(x):
         result: torch.Tensor = _Norm.apply(x, norm, room)  # type: ignore[no-untyped-call]
         return result
     weight = norm.weight + norm.offset if norm.offset else norm.weight
@@ -74,14 +74,14 @@ def relu(widths: set[int], x: torch.Tensor) -> torch.Tensor:
 class _Relu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        result, positive = kernels.relu(x) if kernels.take(x) else (torch.relu(x), x > 0)
+        result, positive = kernels.relu(x) if launching.take(x) else (torch.relu(x), x > 0)
         ctx.save_for_backward(positive)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:
         (positive,) = ctx.saved_tensors
-        if kernels.take(grad_output):
+        if launching.take(grad_output):
             return kernels.relu_backward(grad_output, positive)
         grad: torch.Tensor = grad_output * positive
         return grad
@@ -126,7 +126,7 @@ class _RecomputedAddNorm(torch.autograd.Function):
         ctx: Any, branch: torch.Tensor, past: torch.Tensor, made: Sum, seed: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         mask = None
-        if kernels.take(branch):
+        if launching.take(branch):
             total, result, statistics, _ = kernels.add_norm(branch, past, made, seed)
         else:
             weight, bias, eps, *_ = made.norm
@@ -145,7 +145,7 @@ class _RecomputedAddNorm(torch.autograd.Function):
         total, statistics, seed, mask = ctx.saved_tensors
         made: Sum = ctx.made
         grads = [grad for grad in grad_outputs[:2] if grad is not None]
-        if kernels.take(total):
+        if launching.take(total):
             summed = Summed(total, total, statistics, None)
             grad_branch, grad_past = kernels.add_norm_backward(grads, None, None, summed, made, seed)
         else:

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lightweight.captured import kernels, recomputed
-from lightweight.captured.kernels import Norm, launch, power_of_2
+from lightweight.captured import launching, recomputed
+from lightweight.captured.kernels import Norm, power_of_2
+from lightweight.captured.launching import launch
 from lightweight.internals import torch as torch_internals
 from lightweight.internals import transformers as transformers_internals
 
@@ -183,7 +184,7 @@ class HeadNorm:
     @classmethod
     def of(cls, norm: Norm) -> HeadNorm:
         """With its weights looked at."""
-        return cls(norm, kernels.are_even(norm.weight + norm.offset, MOST_SPREAD))
+        return cls(norm, launching.are_even(norm.weight + norm.offset, MOST_SPREAD))
 
 
 class Rotation:
@@ -282,7 +283,7 @@ def _fit(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
     tensors = (q, k, cos, sin)
     if not all(isinstance(x, torch.Tensor) and x.dtype == q.dtype and x.stride(-1) == 1 for x in tensors):
         return False
-    if not (kernels.take(q) and q.dim() == k.dim() == 4 and cos.dim() == sin.dim() == 3):
+    if not (launching.take(q) and q.dim() == k.dim() == 4 and cos.dim() == sin.dim() == 3):
         return False
     batch, _, time, width = q.shape
     return (

@@ -8,7 +8,7 @@ import torch
 from transformers import Trainer
 
 from lightweight.captured.agreement import Gradients, Parts
-from lightweight.captured.kernels import compiling
+from lightweight.captured.launching import compiling
 from lightweight.captured.optimizer import Optimizer, adamw_of
 from lightweight.captured.packing import Buffers
 from lightweight.captured.passes import Passes

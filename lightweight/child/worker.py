@@ -26,7 +26,7 @@ import torch
 import transformers
 
 from lightweight import corpus, methods, models
-from lightweight.captured import attention, kernels, loop
+from lightweight.captured import attention, launching, loop
 from lightweight.child.failure import outcome_of
 from lightweight.child.process import lead_a_group, log_of, redirect_output, see_gpus
 from lightweight.internals.bitsandbytes import never_repack
@@ -203,7 +203,7 @@ def set_up(
         if step is not None and step.attention == "sdpa":
             attention.disable_cudnn()
         if step is not None and step.graph and device.type == "cuda":
-            kernels.warm_up()
+            launching.warm_up()
         transformers.set_seed(trial.seed)
         network = build(trial, device)
         tokenizer = models.load_tokenizer(trial.model)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lightweight import files, targets
-from lightweight.captured import hopper, joined, rotary
+from lightweight.captured import hopper, joined, launching, rotary
 from lightweight.captured import kernels as ours
 from lightweight.captured.kernels import Norm, Reached, Sum
 from lightweight.captured.rotary import Turns
@@ -330,12 +330,12 @@ def _our_attention(bench: Bench) -> Iterator[_Candidate]:
 
 
 def _launched(bench: Bench, calls: list[Launch]) -> Iterator[_Candidate]:
-    with ours.compiling():
+    with launching.compiling():
         for make in calls:
             make()
     for make in calls:
         launched: list[list[tuple[Any, ...]]] = [[]]
-        with ours.launches_told_to(lambda *launch: launched[-1].append(launch)):  # noqa: B023
+        with launching.launches_told_to(lambda *launch: launched[-1].append(launch)):  # noqa: B023
             make()
             first = launched[-1]
             size = max(work.triton_kernel(*launch).bytes for launch in first)
@@ -344,7 +344,7 @@ def _launched(bench: Bench, calls: list[Launch]) -> Iterator[_Candidate]:
                 make()
         for index, launch in enumerate(first):
             yield _Candidate(
-                work.triton_kernel(*launch), [partial(ours.launch_again, *each[index]) for each in launched]
+                work.triton_kernel(*launch), [partial(launching.launch_again, *each[index]) for each in launched]
             )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lightweight import files, models, names, targets
+from lightweight import files, names, targets
 from lightweight.settings import Settings
 
 
@@ -71,6 +71,8 @@ def chat(options: argparse.Namespace) -> None:
 
 def of_names(options: argparse.Namespace) -> None:
     """Models, methods and targets that there can be. Raises ValueError."""
+    from lightweight import models  # ten modules, which a report does without
+
     for name in _given(options, "models", "model"):
         models.named(name)
     for name in _given(options, "method"):

@@ -22,7 +22,7 @@ from lightweight.methods import Method
 from lightweight.models import Model, ModelError
 from lightweight.targets import Device, Target, size
 from lightweight.training import ranks
-from lightweight.trial import Trial
+from lightweight.trial import Forecast, Trial
 
 
 class Choice(NamedTuple):
@@ -90,7 +90,7 @@ def placed(
     if trial.world_size == 1 or trial.method.captured_step is not None or trial.device_index is None or said:
         return replace(trial, placement=said or "replicated")
 
-    def forecast(of: Trial) -> replay.Forecast:
+    def forecast(of: Trial) -> Forecast:
         # A forecast of one of several ranks plays that it is one, which a process that is one cannot.
         with reaper.own.temporary_folder() as folder:
             return replay.of_trial(helper.call(tracer.trace_on, folder, of, device), of, device)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lightweight.captured import agreement, dropout, flash, kernels, packing
+from lightweight.captured import agreement, dropout, flash, launching, packing
 from lightweight.captured.agreement import Loss, PartError, Parts, Reference
 from lightweight.captured.capture import what_cannot_be_captured
 from lightweight.captured.epochs import Epochs
@@ -89,8 +89,8 @@ def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> 
     recorder.meter.phase = "capture"
     is_drawn = trial.model.weights == "random"
     with (
-        kernels.shapes_alone(drawn=is_drawn),
-        kernels.launches_told_to(recorder.launched),
+        launching.shapes_alone(drawn=is_drawn),
+        launching.launches_told_to(recorder.launched),
         flash.as_on(recorder.rules.capability),
     ):
         step = _FirstPasses(trial, trainer, recorder)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from lightweight.forecast.replay import Forecast
-from lightweight.trial import Trial
+from lightweight.trial import Forecast, Trial
 
 
 def placed(trial: Trial, forecast: Callable[[Trial], Forecast]) -> Trial:

@@ -17,7 +17,6 @@ from lightweight.forecast.corpus_rows import CorpusRows
 from lightweight.forecast.plan_choice import with_choice
 from lightweight.forecast.plan_row import ANY_BATCH, PlanOptions, PlanRow, recomputed_layers
 from lightweight.forecast.plan_search import fewest_gpus, fewest_layers, largest_batch, smaller_passes
-from lightweight.forecast.replay import Cause, Forecast
 from lightweight.forecast.step_time import JobTime
 from lightweight.forecast.tracer import ForecastError
 from lightweight.methods import Method
@@ -25,7 +24,7 @@ from lightweight.models import Model, ModelError
 from lightweight.record import Entry
 from lightweight.settings import Placement
 from lightweight.targets import NATIVE, Capability, Target
-from lightweight.trial import Trial, pads_to_max
+from lightweight.trial import Cause, Forecast, Trial, pads_to_max
 
 LONGEST_ROW = 2**20
 """Where the search for the longest row ends, in tokens, for a model that does not say how many it takes."""

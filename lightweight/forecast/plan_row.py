@@ -8,16 +8,15 @@ from typing import Any, Literal
 from lightweight.corpus import Corpus, Long, LossOn
 from lightweight.forecast import step_time
 from lightweight.forecast.corpus_rows import CorpusRows
-from lightweight.forecast.replay import Forecast, Verdict
 from lightweight.forecast.step_time import JobLimits, JobTime, StepTime
 from lightweight.methods import Method
 from lightweight.record import method_digest, said_of, versions
 from lightweight.record.codec import plain
 from lightweight.settings import Placement
 from lightweight.targets import CONTEXT_BYTES, Target
-from lightweight.trial import MAX_LENGTH, Padding, pads_to_max
+from lightweight.trial import MAX_LENGTH, Forecast, ForecastVerdict, Padding, pads_to_max
 
-PlanVerdict = Verdict | Literal["cannot_be_forecast"]
+PlanVerdict = ForecastVerdict | Literal["cannot_be_forecast"]
 
 
 @dataclass(frozen=True, kw_only=True)

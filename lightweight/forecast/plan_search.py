@@ -6,8 +6,8 @@ import bisect
 from collections.abc import Callable
 
 from lightweight.forecast import replay
-from lightweight.forecast.replay import Forecast
 from lightweight.methods import Method
+from lightweight.trial import Forecast
 
 LARGEST_BATCH = 2**14
 """Where the search for the largest batch ends."""

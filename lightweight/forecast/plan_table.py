@@ -8,9 +8,9 @@ from tabulate import tabulate
 
 from lightweight.forecast import time_table
 from lightweight.forecast.plan_row import PlanRow
-from lightweight.forecast.replay import CAUSES
 from lightweight.settings import changes
 from lightweight.targets import CONTEXT_BYTES, MiB, size
+from lightweight.trial import CAUSES
 
 STEP = "passes x rows"
 """The column of what one GPU does in an optimizer step."""

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lightweight.captured.cross_entropy import ALIGNMENT
 from lightweight.forecast.cuda_rules import GROUPED_PRODUCT, CudaRules, grouped_product
-from lightweight.forecast.replay import Cause, Event
+from lightweight.forecast.replay import Event
 from lightweight.forecast.work import Watch
 from lightweight.internals import bitsandbytes as bitsandbytes_internals
 from lightweight.internals.torch import (
@@ -39,7 +39,7 @@ from lightweight.internals.torch import (
     written_by_fsdp,
 )
 from lightweight.training.meter import Meter
-from lightweight.trial import Phase
+from lightweight.trial import Cause, Phase
 
 _CPU = torch.device("cpu")
 

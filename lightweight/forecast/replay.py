@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 from lightweight.forecast.allocator import CachingAllocator, OutOfBudgetError
 from lightweight.forecast.work import NOTHING, Work
 from lightweight.targets import CONTEXT_BYTES, Device
-from lightweight.trial import Phase, Trial
-
-Cause = Literal[
-    "weights", "quantization state", "gradients", "optimizer", "activations", "logits", "gathered", "workspace"
-]
-"""What memory is held for. `gathered` is what ranks gather from each other and reduce among them, a layer at a time:
-its whole weights, and the buffers of both ways."""
-
-CAUSES: tuple[Cause, ...] = get_args(Cause)
-
-Verdict = Literal["fits", "does_not_fit", "too_close_to_call"]
+from lightweight.trial import CAUSES, Cause, Forecast, ForecastVerdict, Phase, Trial
 
 MARGIN = 0.03
 """How far from a budget a forecast must be to decide: the committed matrix (experiments/records/h200-forecast.json)
@@ -133,35 +122,10 @@ class _Replay:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Forecast:
-    """What training takes, and whether a budget allows it.
-
-    `allocated_bytes` is the peak of `torch.cuda.max_memory_allocated`, and `by_cause` what it consists of.
-    `reserved_bytes` is that of `max_memory_reserved`: under the budget where it fits, without one where it does not.
-    `phase` is where it runs out of memory, or else where the peak is. `paged_bytes` is what a paged optimizer keeps
-    beside that in managed memory, on the card as far as there is room and else on the host; no verdict counts it.
-    `step_seconds` is what an optimizer step takes, None where no calibration says so; `is_calibrated` says whether that
-    is of the same card.
-    """
-
-    allocated_bytes: int
-    reserved_bytes: int
-    phase: Phase
-    by_cause: dict[Cause, int]
-    verdict: Verdict
-    budget_bytes: int | None
-    parameters: int
-    trainable_parameters: int
-    paged_bytes: int = 0
-    step_seconds: float | None = None
-    is_calibrated: bool = False
-
-
 def within(traced: Trace, budget_bytes: int | None) -> Forecast:
     """The forecast of a trace on a card whose allocator may reserve `budget_bytes`; `None` is no limit."""
     free = capped = traced.replay()
-    verdict: Verdict = "fits"
+    verdict: ForecastVerdict = "fits"
     if budget_bytes is not None:
         capped = traced.replay(budget_bytes)
         if traced.replay(budget_bytes * (1 - MARGIN)).out_of_memory_in is not None:

@@ -7,7 +7,6 @@ import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from lightweight.models.config import CAUSAL, configuration_beside_weights
 from lightweight.models.model import Model, ModelError, reason, refused
@@ -72,6 +71,8 @@ def load(
     weights are to lie in the device's memory in the order of their names. Raises ModelError, also where not every
     tensor of the network came from the files, or they hold others.
     """
+    from unittest import mock  # it imports asyncio, and this module is one of every command's
+
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from lightweight.internals.bitsandbytes import layers_without_scales

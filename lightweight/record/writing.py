@@ -18,10 +18,9 @@ from lightweight.record.codec import as_json
 from lightweight.record.entries import Entry, ForecastRow
 
 if TYPE_CHECKING:  # a record is read without torch
-    from lightweight.forecast.replay import Forecast
     from lightweight.methods import Method
     from lightweight.targets import Device
-    from lightweight.trial import Outcome, Trial
+    from lightweight.trial import Forecast, Outcome, Trial
 
 SCHEMA = 1
 """The number of what a record's JSON looks like: one more whenever a key goes or gets another meaning, and

@@ -19,6 +19,7 @@ from lightweight.session.progress import Progress
 from lightweight.settings import Settings, how_read
 from lightweight.targets import CPU, NATIVE, T4, Device, GiB, Target
 from lightweight.verdict import ratio
+from lightweight.verdict.limits import LIMITS, Limits
 
 CPU_PARAMETERS = 20_000_000
 """Of the largest model whose cells a CPU trains unless told how long: two epochs of it take a minute or two."""
@@ -172,6 +173,16 @@ class Choices:
             return Settings.read(self.option)
         except ValueError as error:
             raise pytest.UsageError(str(error)) from None
+
+    @cached_property
+    def limits(self) -> Limits:
+        """How much worse than a stored run the command line allows this one to be."""
+        try:
+            shares: dict[str, Any] = {limit.name: limit.value(self.option(limit.name)) for limit in LIMITS}
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from None
+        words: dict[str, Any] = {name: self.option(name) for name in ("undecided", "missing", "require_match")}
+        return Limits(**shares, **words)
 
     def method(self, wanted: str | Method, world_size: int = 1) -> Method:
         """The method of that name, or a test's own, with what the command line sets for so many ranks. Raises

@@ -14,9 +14,8 @@ import pytest
 from lightweight import models, record
 from lightweight.internals import pytest_benchmark, xdist
 from lightweight.report import comparison
-from lightweight.session import options
 from lightweight.verdict import gate
-from lightweight.verdict.limits import LIMITS, Limits
+from lightweight.verdict.limits import LIMITS
 
 if TYPE_CHECKING:
     from lightweight.session.laboratory import Laboratory
@@ -27,6 +26,7 @@ class Gatekeeper:
 
     def __init__(self, laboratory: Laboratory) -> None:
         self.laboratory, self.config = laboratory, laboratory.config
+        limits = laboratory.limits  # refused now, if they make no sense
         self.problems: list[str] = []
         self.selected: set[str] = set()
         self.deselected: set[str] = set()
@@ -38,9 +38,9 @@ class Gatekeeper:
             laboratory.runs, self.problems = gate.load(self._stored_files())
             # pytest-benchmark takes a path: times are compared with the run that ratios are compared with, or not
             pytest_benchmark.compare_with(self.config, self._newest_alike())
-        elif laboratory.limits.ask or laboratory.limits.require_match:
-            given = [limit.flag for limit in LIMITS if getattr(laboratory.limits, limit.name) is not None]
-            given += ["--require-match"] * laboratory.limits.require_match
+        elif limits.ask or limits.require_match:
+            given = [limit.flag for limit in LIMITS if getattr(limits, limit.name) is not None]
+            given += ["--require-match"] * limits.require_match
             raise pytest.UsageError(
                 f"{', '.join(given)}: there is no stored run to hold against: add --benchmark-compare"
             )
@@ -169,16 +169,6 @@ class Gatekeeper:
                 terminalreporter.section("lightweight: did it get worse")
                 for line in [*self.problems, *comparison.text(self.comparison).splitlines()]:
                     terminalreporter.write_line(line, red=line.startswith("FAILED"))
-
-
-def limits(config: pytest.Config) -> Limits:
-    """What the command line asks for. Raises pytest.UsageError."""
-    try:
-        shares: dict[str, Any] = {limit.name: limit.value(options.value(config, limit.name)) for limit in LIMITS}
-    except ValueError as error:
-        raise pytest.UsageError(str(error)) from None
-    words: dict[str, Any] = {name: options.value(config, name) for name in ("undecided", "missing", "require_match")}
-    return Limits(**shares, **words)
 
 
 def _without_group(nodeid: str) -> str:

@@ -19,7 +19,6 @@ from lightweight import models, record
 from lightweight.child import failure, handle, helper, owner
 from lightweight.corpus import Corpus
 from lightweight.forecast import calibration, placing, replay, step_time, tracer
-from lightweight.forecast.replay import Forecast
 from lightweight.forecast.tracer import ForecastError
 from lightweight.internals import pytest_benchmark
 from lightweight.methods import Method, MethodError, check_layers
@@ -29,13 +28,12 @@ from lightweight.session import choices, speedups, xdist_bridge
 from lightweight.session.choices import Choices
 from lightweight.session.collection import Collection
 from lightweight.session.fixtures import NOT_RUN
-from lightweight.session.gatekeeper import limits
 from lightweight.session.interruption import Interruption, so_far
 from lightweight.session.ledger import Ledger, Shipment, shipment
 from lightweight.session.options import CPU_EPOCHS, CUDA_EPOCHS
 from lightweight.settings import Placement
 from lightweight.targets import NATIVE
-from lightweight.trial import Completed, Crashed, Measurements, Outcome, Trial
+from lightweight.trial import Completed, Crashed, Forecast, Measurements, Outcome, Trial
 from lightweight.verdict import gate
 
 _Key = tuple[str, Corpus]
@@ -51,7 +49,6 @@ class Laboratory(Choices):
 
     def __init__(self, config: pytest.Config) -> None:
         super().__init__(config)
-        self.limits = limits(config)
         self.runs: list[record.Run] = []  # what this one is compared with, newest first
         self.ledger = Ledger(config)
         self.interruption = Interruption(config, self.ledger)

@@ -44,7 +44,7 @@ class Option:
 
 
 def _of_limit(limit: Limit) -> Option:
-    words = f"with --benchmark-compare: fail where {limit.of} ({limit.default} if nothing is said)"
+    words = f"with --benchmark-compare: fail if {limit.of} ({limit.default} where no number is given)"
     settings = {"metavar": limit.metavar, "nargs": "?", "const": limit.default}
     return Option(limit.name.replace("_", "-"), words, settings)
 
@@ -68,8 +68,8 @@ OPTIONS = (
     ),
     Option(
         "target",
-        "the card whose memory trials get: t4 and other cards by name, or an amount such as 16GiB (default: t4 where "
-        "the GPU has at least as much, else native)",
+        "train within the memory of this card: t4 and others by name, or an amount such as 16GiB (default: t4 where "
+        "the GPU has at least as much, else native, all there is)",
         {"metavar": "NAME"},
     ),
     Option(
@@ -85,7 +85,7 @@ OPTIONS = (
     *(Option(one.name, one.help, one.settings) for one in OF_CORPUS),
     Option(
         "task",
-        "JSON lines of prompts with answers, asked before and after training: how many are answered exactly right",
+        "JSON lines of prompts with answers: count exact answers before and after training",
         {"type": Path, "metavar": "FILE.jsonl"},
     ),
     Option(
@@ -96,65 +96,66 @@ OPTIONS = (
     Option("seed", "seed of every trial (default: 0)", {"type": int, "default": 0, "metavar": "N"}),
     Option(
         "seeds",
-        "train every cell N times, with the seeds from --seed on: the order of the data, the adapter's first values, "
-        "dropout, and random weights are each seed's own (default: 1)",
+        "train each model and method N times, with the seeds from --seed on; each seed has its own order of the data, "
+        "initial adapter, dropout masks and random weights (default: 1)",
         {"type": int, "metavar": "N"},
     ),
     Option(
         "margin",
-        "nats a token that a method may lose on its baseline and be no worse, in experiments/test_no_worse.py "
+        "how much higher than the baseline's a loss may be and still count as no worse, in nats a token "
         f"(default: {MARGIN})",
         {"type": float, "default": MARGIN, "metavar": "NATS"},
     ),
     Option(
         "pilot",
-        "a record that says how far the losses of seeds scatter, to tell before training how many show the margin "
-        "(default: a committed one)",
+        "a record with several seeds: from the spread of their losses it is said before training how many seeds can "
+        "show the margin (default: a committed one)",
         {"type": Path, "metavar": "RUN.json"},
     ),
     Option(
         "epochs",
-        f"passes over the training pairs (default: {CUDA_EPOCHS}; without CUDA: {CPU_EPOCHS})",
+        f"passes over the corpus (default: {CUDA_EPOCHS}; without CUDA: {CPU_EPOCHS})",
         {"type": int, "metavar": "N"},
     ),
     *map(_of_setting, SETTINGS),
     Option(
         "pairs",
-        "at most N pairs of rounds for a speedup, a multiple of 4; fewer as soon as its verdict is clear "
+        "measure a speedup with at most N pairs of rounds, a multiple of 4; fewer once the verdict is clear "
         f"(default: {CAP})",
         {"type": int, "default": CAP, "metavar": "N"},
     ),
     *map(_of_limit, LIMITS),
     Option(
         "missing",
-        "with a limit: what becomes of a stored cell that this run was asked for and has not (default: fail)",
+        "with --benchmark-compare: verdict on a model and method that was asked for, and that only the stored run has "
+        "(default: fail)",
         {"choices": ("pass", "fail"), "default": "fail"},
     ),
     Option(
         "require-match",
-        "with --benchmark-compare: fail where no stored run has a cell of this one under the same conditions",
+        "with --benchmark-compare: fail if nothing stored was measured under the same conditions",
         {"action": "store_true", "default": False},
     ),
     Option(
         "undecided",
-        "what becomes of a speedup that noise leaves open after --pairs (default: pass)",
+        "verdict on a speedup that noise leaves open after --pairs (default: pass)",
         {"choices": ("pass", "fail"), "default": "pass"},
     ),
     Option(
         "report",
-        "write what was found as one page of pictures and tables, or as markdown where PATH ends in .md; with "
-        "--benchmark-compare beside the stored runs",
+        "write the results as one HTML page, or as Markdown if PATH ends in .md; with --benchmark-compare beside the "
+        "stored runs",
         {"type": Path, "metavar": "PATH"},
     ),
     Option(
         "false-alarms",
-        "also count the gate's false alarms on N gates (200 if nothing is said) and its misses on half as many; takes "
-        "an hour on a CPU",
+        "also count the gate's false alarms in N trials of it (200 where no number is given), and its misses in half "
+        "as many; takes an hour on a CPU",
         {"nargs": "?", "type": int, "const": 200, "metavar": "N"},
     ),
     Option(
         "trial-timeout",
-        "a trial that reports nothing, not even a step, for this long has timed out (default: 600)",
+        "a trial that reports nothing for this long, not even a step, has timed out (default: 600)",
         {"type": float, "default": 600.0, "metavar": "SECONDS"},
     ),
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightweight.captured import activations, blocks, kernels, rotary
+from lightweight.captured import activations, blocks, launching, rotary
 from lightweight.captured.frozen import Lean
 from lightweight.internals.transformers import rotation_of
 from lightweight.preload import peft
@@ -91,7 +91,7 @@ def test_a_decoder_with_our_kernels_has_its_own_loss_and_gradients(apart, kind, 
 
 
 def check_decoder(kind: str, checkpointing: bool) -> None:
-    take, kernels.take = kernels.take, lambda x: True
+    take, launching.take = launching.take, lambda x: True
     reference, network = build(kind), build(kind)
     expected_loss, expected = loss_and_gradients(reference)
     before = rotation_of(next(m for m in network.modules() if hasattr(m, "o_proj") or hasattr(m, "qkv_proj")))[0]
@@ -99,17 +99,11 @@ def check_decoder(kind: str, checkpointing: bool) -> None:
         network.gradient_checkpointing_enable({"use_reentrant": False})
         network.enable_input_require_grads()
     launched: list[str] = []
-    launch = kernels.launch
-
-    def counted(name: str, *arguments: Any, **settings: Any) -> None:
-        launched.append(name)
-        launch(name, *arguments, **settings)
-
-    kernels.launch = rotary.launch = counted
     try:
         lean = Lean(network)
         lean.roll()
-        loss, found = loss_and_gradients(network)
+        with launching.launches_told_to(lambda name, *_: launched.append(name)):
+            loss, found = loss_and_gradients(network)
         assert loss == pytest.approx(expected_loss, abs=1e-5)
         for key, gradient in found.items():
             assert torch.allclose(gradient, expected[key], atol=2e-5, rtol=1e-4), key
@@ -125,8 +119,7 @@ def check_decoder(kind: str, checkpointing: bool) -> None:
         assert rotation_of(attention)[0] is before
         assert not any("forward" in vars(module) for module in network.modules())
     finally:
-        kernels.take = take
-        kernels.launch = rotary.launch = launch
+        launching.take = take
 
 
 def test_a_function_that_turns_otherwise_is_left_alone() -> None:

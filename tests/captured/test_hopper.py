@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from lightweight.captured import flash, hopper, kernels
+from lightweight.captured import flash, hopper, launching
 from lightweight.captured.agreement import Deviation, PartError, Parts
 from lightweight.captured.check import Check
 from lightweight.captured.flash import Reach, Sequences
@@ -97,9 +97,9 @@ def check_attention(width, dtype, lengths, window, cap, group):
     ],
 )
 def test_hopper_alone_has_them(monkeypatch, capability, width, cap, takes):
-    monkeypatch.setattr(kernels, "take", lambda x: True)
+    monkeypatch.setattr(launching, "take", lambda x: True)
     assert hopper.takes(torch.empty(1, 1, 1, width), capability, cap) is takes
-    monkeypatch.setattr(kernels, "take", lambda x: False)  # no Triton
+    monkeypatch.setattr(launching, "take", lambda x: False)  # no Triton
     assert not hopper.takes(torch.empty(1, 1, 1, width), capability, cap)
 
 
@@ -112,7 +112,7 @@ def test_rows_and_dialogues_run_on_them_where_they_are(monkeypatch):
 
     monkeypatch.setattr(hopper, "attend", attend)
     query, key = torch.empty(2, 4, 30, 64, dtype=torch.bfloat16), torch.empty(2, 2, 30, 64, dtype=torch.bfloat16)
-    with flash.as_on((9, 0)), kernels.shapes_alone():
+    with flash.as_on((9, 0)), launching.shapes_alone():
         output = flash.attend(query, key, key, Reach(window=8), 0.0, 0.5)
         assert output is not None and output.shape == (2, 30, 4, 64)
         ends = torch.tensor([0, 10, 30], dtype=torch.int32)
@@ -121,7 +121,7 @@ def test_rows_and_dialogues_run_on_them_where_they_are(monkeypatch):
         assert output is not None and output.shape == (1, 30, 4, 64)
         query, key = query.repeat(1, 1, 1, 4), key.repeat(1, 1, 1, 4)
         assert flash.attend(query, key, key, Reach(), 0.0, 0.5, cap=50.0) is not None
-    with flash.as_on((8, 0)), kernels.shapes_alone():
+    with flash.as_on((8, 0)), launching.shapes_alone():
         assert flash.attend(query, key, key, Reach(), 0.0, 0.5, cap=50.0) is None  # nothing of torch's bends scores
     assert told[0] == ((60, 4, 64), Sees(None, 30, 8, 0.5))
     assert told[1][0] == (30, 4, 64) and told[1][1][1:] == (20, None, 0.125, None)

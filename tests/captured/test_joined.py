@@ -9,7 +9,7 @@ import pytest
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
-from lightweight.captured import joined, kernels
+from lightweight.captured import joined, kernels, launching
 from lightweight.captured.joined import Adapter, Placing, whole_of
 from lightweight.captured.projections import factor_gradients
 from tests.captured.test_kernels import DEVICE, HAS_CUDA, apart, exact, gradient, near, random  # noqa: F401
@@ -54,7 +54,7 @@ def test_layers_and_their_adapters_are_one_product(apart, widths, bits, nested, 
 def check_whole(
     widths: tuple[int, ...], bits: int, nested: bool, kind: str, has_room: bool, dtype: torch.dtype
 ) -> None:
-    kernels_take, kernels.take = kernels.take, lambda x: True
+    kernels_take, launching.take = launching.take, lambda x: True
     try:
         bases = [layer(width, bits, dtype, nested, kind) for width in widths]
         before = [weight_of(base).clone() for base in bases]
@@ -91,7 +91,7 @@ def check_whole(
             assert own is not None
             near(own, gradient(leaf))
     finally:
-        kernels.take = kernels_take
+        launching.take = kernels_take
 
 
 def test_factors_are_placed_as_they_are_now(apart) -> None:  # noqa: F811
@@ -99,7 +99,7 @@ def test_factors_are_placed_as_they_are_now(apart) -> None:  # noqa: F811
 
 
 def check_placing() -> None:
-    take, kernels.take = kernels.take, lambda x: True
+    take, launching.take = launching.take, lambda x: True
     try:
         bases = [layer(32, 16, torch.float32, False, ""), layer(48, 16, torch.float32, False, "")]
         adapters = [adapter(torch.float32, width) for width in (32, 48)]
@@ -121,7 +121,7 @@ def check_placing() -> None:
         again = whole_of(bases, adapters, SCALING)
         assert again is not None and again.there is whole.there  # nothing is copied twice
     finally:
-        kernels.take = take
+        launching.take = take
 
 
 def test_what_cannot_be_one_matrix_is_none() -> None:

@@ -497,7 +497,7 @@ def test_compiling_launches_nothing_and_compiles_all_that_would_have_been(apart)
 def check_compiling() -> None:
     import triton
 
-    from lightweight.captured import kernels
+    from lightweight.captured import kernels, launching
 
     def adapt(width: int) -> bool:
         """Whether y was changed."""
@@ -510,7 +510,7 @@ def check_compiling() -> None:
     compiled = []
     if HAS_CUDA:
         triton.knobs.runtime.jit_post_compile_hook = lambda *, fn, **_: compiled.append(fn.name)
-    with kernels.compiling():
+    with launching.compiling():
         assert not adapt(256), "a kernel was launched"
         adapt(1280)
     assert len(compiled) == (4 if HAS_CUDA else 0), compiled  # a rank that nothing else here has

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightweight import targets
-from lightweight.captured import kernels
+from lightweight.captured import kernels, launching
 from lightweight.cli import calibrate
 from lightweight.forecast import calibration, work
 from tests.forecast.test_work import seen
@@ -34,7 +34,7 @@ def test_every_kernel_of_ours_is_timed_with_dropout_where_it_has_it():
         told.add(work.triton_kernel(name, *launch).kind)
 
     bench = calibrate.Bench(RATES, "meta")
-    with kernels.shapes_alone(), kernels.launches_told_to(tell):
+    with launching.shapes_alone(), launching.launches_told_to(tell):
         for call in (*calibrate.our_calls(bench), *calibrate.attention_calls(bench)):
             call()
     assert names == kernels_of_ours()
@@ -44,8 +44,8 @@ def test_every_kernel_of_ours_is_timed_with_dropout_where_it_has_it():
 def test_our_attention_is_timed_by_what_a_forecast_asks_for():
     told: list[work.Kernel] = []
     with (
-        kernels.shapes_alone(),
-        kernels.launches_told_to(lambda *launch: told.append(work.triton_kernel(*launch))),
+        launching.shapes_alone(),
+        launching.launches_told_to(lambda *launch: told.append(work.triton_kernel(*launch))),
     ):
         for call in calibrate.attention_calls(calibrate.Bench(RATES, "meta")):
             call()

@@ -13,10 +13,10 @@ from lightweight.cli.job import Job, NothingFitsError
 from lightweight.cli.output import Interrupted
 from lightweight.corpus import Conversation, Corpus, Message
 from lightweight.forecast.plan_row import PlanOptions, PlanRow
-from lightweight.forecast.replay import Forecast
 from lightweight.methods import CapturedStep, Method
 from lightweight.settings import Settings
 from lightweight.training import ranks
+from lightweight.trial import Forecast
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from conftest import MICRO
-from lightweight.captured import kernels, rotary
+from lightweight.captured import kernels, launching, rotary
 from lightweight.corpus import Corpus
 from lightweight.forecast import tracer, work
 from lightweight.forecast.work import Kernel, Watch, Work
@@ -179,8 +179,8 @@ def told(run) -> list[Kernel]:
     """The kernels of ours that are launched."""
     found: list[Kernel] = []
     with (
-        kernels.shapes_alone(),
-        kernels.launches_told_to(lambda *launch: found.append(work.triton_kernel(*launch))),
+        launching.shapes_alone(),
+        launching.launches_told_to(lambda *launch: found.append(work.triton_kernel(*launch))),
     ):
         run()
     return found
