@@ -2,6 +2,7 @@
 phase and reason, the one after runs where the session goes on, and no process and no folder stays."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from session.test_session_faults import left, outcomes, project, wait_for  # noq
 from conftest import MICRO
 
 CELLS = f"""
-import os, signal
+import os
+import hurt
 import pytest
-from lightweight.child import handle, owner
+from lightweight.child import handle, helper, owner, worker
 from lightweight.internals.multiprocessing import forkserver_pid
 from lightweight.models import Model
 
@@ -32,6 +34,7 @@ def fault(monkeypatch, request):
     def act(process):
         if not done:
             done.append(1)
+            monkeypatch.setattr(helper, "_answer", hurt.answer_one)
             whom = WHOM
             os.kill(whom, NUMBER)
             open("done", "w").close()
@@ -44,6 +47,8 @@ def fault(monkeypatch, request):
             told(child)
             if child.phase == "PHASE":
                 act(child._ranks[0])
+                if STOPS:
+                    child.silence_seconds = 1
 
         child._on_phase = on_phase
 
@@ -51,9 +56,13 @@ def fault(monkeypatch, request):
         begin(process, *arguments)
         if "PHASE" == "helper" and type(process) is handle.Handle:
             act(process)
+            if STOPS:
+                process.connection.poll = lambda _, poll=process.connection.poll: poll(1)
 
     monkeypatch.setattr(owner.Child, "__init__", entering)
     monkeypatch.setattr(handle.Handle, "__init__", beginning)
+    monkeypatch.setattr(worker, "run", hurt.run)
+    monkeypatch.setattr(helper, "_answer", hurt.answer)
 
 def test_before(train):
     assert train(MODELS["first"], "baseline").kind == "completed"
@@ -64,6 +73,34 @@ def test_at_hand(train):
 def test_after(train):
     assert train(MODELS["first"], "lora").kind == "completed"
 """
+"""STOPS where the one that is hit is stopped and nobody else ends its trial: its owner then need not wait long."""
+
+HURT = """
+import os, time
+from lightweight.child import helper, worker
+
+run_one, answer_one = worker.run, helper._answer
+
+def wait(phase):
+    while phase == "PHASE" and not (GOES_ON and os.path.exists("DONE")):
+        time.sleep(0.01)
+
+def run(*arguments):
+    enter = worker._OwnersEnd.enter
+
+    def enter_and_wait(owner, phase):
+        enter(owner, phase)
+        wait(phase)
+
+    worker._OwnersEnd.enter = enter_and_wait
+    run_one(*arguments)
+
+def answer(*arguments):
+    wait("helper")
+    answer_one(*arguments)
+"""
+"""What the child of the trial at hand runs: it waits in its phase to be hit, and GOES_ON after DONE where somebody else
+is."""
 
 PHASES = ("build", "evaluate", "save")
 
@@ -107,15 +144,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_nothing_is_lost(project, fault, tried):  # noqa: F811
-    cells = CELLS.replace("WHOM", fault.whom).replace("NUMBER", str(int(fault.number))).replace("PHASE", fault.phase)
-    (project / "test_cells.py").write_text(cells)
-    for _ in range(3):
-        output = hurt_session(project, fault)
-        rows = outcomes(project)
-        if not was_late(fault, rows):
-            break
-        for name in ("done", "out.json"):
-            (project / name).unlink()
+    for name, text in (("test_cells.py", CELLS), ("hurt.py", HURT)):
+        (project / name).write_text(injected(text, fault, project / "done"))
+    output = hurt_session(project, fault)
+    rows = outcomes(project)
     survived = [row[:3] for row in rows] == expected(fault) and wait_for(lambda: not left(project), 15)
     tried(f"{fault.what} killed, stopped or asked to end", survived=survived)
     assert survived, (rows, left(project), output)
@@ -125,13 +157,26 @@ def test_nothing_is_lost(project, fault, tried):  # noqa: F811
         assert rows[1][3] == ("the process that ran it died" if killed else f"interrupted by {by}")
 
 
+def injected(text: str, fault: Fault, done: Path) -> str:
+    """`text` of a module with `fault` in the places of what is in capitals."""
+    values = {
+        "WHOM": fault.whom,
+        "NUMBER": str(int(fault.number)),
+        "PHASE": fault.phase,
+        "STOPS": str(fault.number == signal.SIGSTOP and fault.what in ("child", "helper")),
+        "GOES_ON": str(fault.what == "forkserver"),
+        "DONE": str(done),
+    }
+    return re.sub("|".join(values), lambda found: values[found[0]], text)
+
+
 def hurt_session(folder: Path, fault: Fault) -> str:
     """What a session of the cells says, into which `fault` is injected."""
     environment = {**os.environ, "TMPDIR": str(folder / "scratch"), "MARK": str(folder)}
     command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider", "--epochs=2"]
     command += [
         "--benchmark-json=out.json",
-        "--trial-timeout=15",
+        "--trial-timeout=120",
         *(["-n", "1"] if fault.what == "xdist worker" else []),
     ]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -146,18 +191,6 @@ def hurt_session(folder: Path, fault: Fault) -> str:
     finally:
         session.kill()
     return output
-
-
-AFTER = {"build": {"evaluate", "train", "save"}, "evaluate": {"train", "save"}, "save": set[str]()}
-"""The phases that follow each of PHASES."""
-
-
-def was_late(fault: Fault, rows: list[Any]) -> bool:
-    """Whether the child was past the phase, or done, before the signal reached it: nobody waits there for one."""
-    if fault.what not in ("child", "pytest") or len(rows) < 2:
-        return False
-    _, kind, phase, *_ = rows[1]
-    return kind == "completed" or phase in AFTER[fault.phase]
 
 
 def hear_all() -> None:
