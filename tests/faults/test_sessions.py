@@ -150,7 +150,7 @@ ENDED = [Fault("pytest", signal.SIGSTOP, phase, then) for then in ENDS for phase
 """What ends a session."""
 
 SAMPLE = [SURVIVED["child"][2], SURVIVED["helper"][0]]
-"""Of pytest, of the forkserver and of workers session/test_session_faults.py has one each, in another phase."""
+"""session/test_session_faults.py has pytest and the forkserver, session/test_xdist_bridge.py a worker, elsewhere."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
