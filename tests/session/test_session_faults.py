@@ -332,6 +332,36 @@ def test_a_temporary_folder_is_removed_whatever_ends_its_process(tmp_path):
         assert wait_for(lambda: not list(tmp_path.iterdir()), 15), list(tmp_path.iterdir())
 
 
+FULL = """
+import os, resource, tempfile
+from pathlib import Path
+from lightweight.child.reaper import Reaper
+
+mine = Reaper()
+folder, empty = mine.make_folder(), mine.make_folder()
+(folder / "trial" / "saved").mkdir(parents=True)
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+try:
+    while True:
+        os.open(os.devnull, os.O_RDONLY)
+except OSError:
+    pass
+try:
+    mine.make_folder(Path(tempfile.gettempdir()))
+except OSError:
+    pass
+mine.remove_folder(folder)
+mine.remove_folder(empty)
+"""
+
+
+def test_folders_of_a_process_that_has_opened_all_the_files_it_may_are_removed(tmp_path):
+    """Two levels deep, where one descriptor does not do, and one that it could no longer lock."""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", FULL], env=environment, check=True)
+    assert wait_for(lambda: not list(tmp_path.iterdir()), 15), list(tmp_path.rglob("*"))
+
+
 def test_a_reaper_that_nobody_holds_any_more_is_nothing_to_warn_of(recwarn):
     """As when pytester unloads the module that started it."""
     process = reaper._start()
