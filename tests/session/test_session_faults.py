@@ -140,9 +140,18 @@ def test_each_signal_that_ends_a_session_interrupts_it_once_and_is_named(pyteste
     assert signal.getsignal(number) == signal.SIG_DFL
 
 
+FIRST = """
+from test_cells import MICRO
+
+def test_first(train):
+    assert train(MICRO, "baseline", seed=1).kind == "completed"
+"""
+
+
 @pytest.mark.parametrize("whom", ["pytest", "its group"])
-def test_a_session_that_is_killed_leaves_its_record_and_no_process_and_no_folder(project, whom):
+def test_a_session_that_is_killed_leaves_every_completed_trial_and_no_process_and_no_folder(project, whom):
     """Not even a child that is stopped, which could not end itself."""
+    (project / "test_before.py").write_text(FIRST)
     session = start(project, STOPPED)
     assert wait_for((project / "stopped").exists)
     assert left(project)
@@ -150,7 +159,7 @@ def test_a_session_that_is_killed_leaves_its_record_and_no_process_and_no_folder
     session.communicate(timeout=60)
     assert wait_for(lambda: not left(project), 15), left(project)
     died = ("lora", "crashed", "train", "the process that ran it died")
-    assert outcomes(project) == [("baseline", "completed", None, None), died]
+    assert outcomes(project) == [("baseline", "completed", None, None)] * 2 + [died]
     assert [path.name for path in project.iterdir() if path.name.startswith(".writing-")] == []
     assert record.load(project / "out.json").command
 
