@@ -42,7 +42,7 @@ class Reaper:
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = os.getpid()
         self._pids: dict[int, str | None] = {}  # each with when it started, which tells it from a later one
-        self._folders: dict[Path, int] = {}  # each with the descriptor of its lock
+        self._folders: dict[Path, int | None] = {}  # each with the descriptor of its lock, None once that is closed
         self._telling = threading.RLock()  # which a signal's handler may ask for again
 
     def adopt(self, pid: int) -> None:
@@ -69,7 +69,11 @@ class Reaper:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=inside))
         # Locked before it has its name, so that no other session takes it for one that was left behind.
         unnamed = folder / f"{OWNER}.new"
-        lock = os.open(unnamed, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        try:
+            lock = os.open(unnamed, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        except OSError:  # no descriptor left, or no room
+            folder.rmdir()
+            raise
         with suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
             unnamed.rename(folder / OWNER)
@@ -78,11 +82,14 @@ class Reaper:
         return folder
 
     def remove_folder(self, folder: Path) -> None:
-        """Remove `folder`, or what is left of it, now."""
-        if (lock := self._folders.pop(folder, None)) is not None:
-            os.close(lock)  # first: a process may have no other descriptor left to remove it with
+        """Remove `folder`, or what is left of it, now; what cannot be removed now, when this process ends: one that has
+        no descriptors left cannot even look into a folder, and the reaper has its own."""
+        if (lock := self._folders.get(folder)) is not None:
+            self._folders[folder] = None
+            os.close(lock)
         shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
+        if folder in self._folders and not folder.exists():
+            del self._folders[folder]
             self._tell()
 
     @contextmanager

@@ -140,9 +140,18 @@ def test_each_signal_that_ends_a_session_interrupts_it_once_and_is_named(pyteste
     assert signal.getsignal(number) == signal.SIG_DFL
 
 
+FIRST = """
+from test_cells import MICRO
+
+def test_first(train):
+    assert train(MICRO, "baseline", seed=1).kind == "completed"
+"""
+
+
 @pytest.mark.parametrize("whom", ["pytest", "its group"])
-def test_a_session_that_is_killed_leaves_its_record_and_no_process_and_no_folder(project, whom):
+def test_a_session_that_is_killed_leaves_every_completed_trial_and_no_process_and_no_folder(project, whom):
     """Not even a child that is stopped, which could not end itself."""
+    (project / "test_before.py").write_text(FIRST)
     session = start(project, STOPPED)
     assert wait_for((project / "stopped").exists)
     assert left(project)
@@ -150,26 +159,17 @@ def test_a_session_that_is_killed_leaves_its_record_and_no_process_and_no_folder
     session.communicate(timeout=60)
     assert wait_for(lambda: not left(project), 15), left(project)
     died = ("lora", "crashed", "train", "the process that ran it died")
-    assert outcomes(project) == [("baseline", "completed", None, None), died]
+    assert outcomes(project) == [("baseline", "completed", None, None)] * 2 + [died]
     assert [path.name for path in project.iterdir() if path.name.startswith(".writing-")] == []
     assert record.load(project / "out.json").command
 
 
-def test_a_worker_of_xdist_that_is_killed_leaves_its_phase_and_no_process_and_no_folder(project):
-    session = start(project, "os.kill(child.pid, signal.SIGSTOP); os.kill(os.getpid(), signal.SIGKILL)", "-n", "1")
-    output, _ = session.communicate(timeout=240)
-    assert session.returncode == 1, output
-    assert outcomes(project) == [
-        ("baseline", "completed", None, None),
-        ("lora", "crashed", "train", "the process that ran it died"),
-    ]
-    assert wait_for(lambda: not left(project), 15), left(project)
+TIMED = '''
+import threading
 
-
-TIMED = """
 @pytest.mark.parametrize("seed", [
-    pytest.param(1, marks=pytest.mark.timeout(9, method="signal")),
-    pytest.param(2, marks=pytest.mark.timeout(9, method="thread")),
+    pytest.param(1, marks=pytest.mark.timeout(222, method="signal")),
+    pytest.param(2, marks=pytest.mark.timeout(222, method="thread")),
 ])
 def test_its_time_is_up(train, seed):
     train(MICRO, "lora", seed=seed)
@@ -177,17 +177,25 @@ def test_its_time_is_up(train, seed):
 
 def test_afterwards(train):
     assert train(MICRO, "baseline", seed=1).kind == "completed"
-"""
+
+def let_time_be_up():
+    """What pytest-timeout waits for comes now."""
+    if signal.getsignal(signal.SIGALRM) != signal.SIG_DFL:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+    for timer in threading.enumerate():
+        if getattr(timer, "interval", None) == 222:
+            threading.Thread(target=timer.function).start()
+'''
 
 
 def test_pytest_timeout_is_an_outcome_and_the_next_cell_runs(project):
     pytest.importorskip("pytest_timeout")
-    session = start(project, STOPPED, "-k", "baseline or its or afterwards")
+    session = start(project, f"{STOPPED}; let_time_be_up()", "-k", "baseline or its or afterwards")
     with (project / "test_cells.py").open("a") as cells:
         cells.write(TIMED)
-    output, _ = session.communicate(timeout=120)
+    output, _ = session.communicate(timeout=240)
     assert session.returncode == 1, output
-    timed_out = ("lora", "timed_out", "train", "Timeout (>9.0s) from pytest-timeout.")
+    timed_out = ("lora", "timed_out", "train", "Timeout (>222.0s) from pytest-timeout.")
     completed = ("baseline", "completed", None, None)
     assert outcomes(project) == [completed, timed_out, timed_out, completed]
     assert "2 failed, 2 passed" in output
@@ -331,6 +339,36 @@ def test_a_temporary_folder_is_removed_whatever_ends_its_process(tmp_path):
         done = subprocess.run([sys.executable, "-c", inside.format(act=act)], env=environment, check=False)
         assert done.returncode == status
         assert wait_for(lambda: not list(tmp_path.iterdir()), 15), list(tmp_path.iterdir())
+
+
+FULL = """
+import os, resource, tempfile
+from pathlib import Path
+from lightweight.child.reaper import Reaper
+
+mine = Reaper()
+folder, empty = mine.make_folder(), mine.make_folder()
+(folder / "trial" / "saved").mkdir(parents=True)
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+try:
+    while True:
+        os.open(os.devnull, os.O_RDONLY)
+except OSError:
+    pass
+try:
+    mine.make_folder(Path(tempfile.gettempdir()))
+except OSError:
+    pass
+mine.remove_folder(folder)
+mine.remove_folder(empty)
+"""
+
+
+def test_folders_of_a_process_that_has_opened_all_the_files_it_may_are_removed(tmp_path):
+    """Two levels deep, where one descriptor does not do, and one that it could no longer lock."""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", FULL], env=environment, check=True)
+    assert wait_for(lambda: not list(tmp_path.iterdir()), 15), list(tmp_path.rglob("*"))
 
 
 def test_a_reaper_that_nobody_holds_any_more_is_nothing_to_warn_of(recwarn):

@@ -8,6 +8,7 @@ import pytest
 
 from conftest import MICRO, turns
 from lightweight.session import xdist_bridge
+from session.test_session_faults import left, wait_for
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
 
@@ -36,10 +37,13 @@ KILLER = """
     @pytest.fixture(autouse=True)
     def killer(monkeypatch, request):
         import os, signal
+        from lightweight.child import handle
         from lightweight.plugin import Laboratory
 
         def kill(laboratory, trial, step, loss):
             if trial.name == "micro x baseline" and trial.seed == 1 and step == 3:
+                for child in handle._living:
+                    os.kill(child.pid, signal.SIGSTOP)  # it cannot end itself then
                 os.kill(os.getpid(), signal.SIGKILL)
 
         monkeypatch.setattr(Laboratory, "_show_step", kill)
@@ -109,9 +113,12 @@ def test_on_two_gateways_cells_are_all_there_once_and_a_models_together(project)
     assert len(json.loads(stored.read_text())["outcomes"]) == 4
 
 
-def test_a_worker_dies_and_loses_the_cell_it_ran_and_nothing_else(project):
-    """Not what the test that it died in had found before. Under --benchmark-only, which pytest-benchmark refuses under
-    pytest-xdist."""
+def test_a_worker_dies_and_loses_the_cell_it_ran_and_nothing_else(project, monkeypatch):
+    """Not what the test that it died in had found before; and it leaves no process and no folder. Under
+    --benchmark-only, which pytest-benchmark refuses under pytest-xdist."""
+    (project.path / "scratch").mkdir()
+    monkeypatch.setenv("TMPDIR", str(project.path / "scratch"))
+    monkeypatch.setenv("MARK", str(project.path))
     project.makepyfile(test_cells=CELLS + NO_BENCHMARK + TWO_IN_ONE + KILLER)
     arguments = ("-n", "2", "--benchmark-only")
     result, document = run_json(project.runpytest, project, *arguments)
@@ -129,6 +136,7 @@ def test_a_worker_dies_and_loses_the_cell_it_ran_and_nothing_else(project):
     assert (crashed["reason"], crashed["seed"]) == ("the process that ran it died", 1)
     assert len(document["benchmarks"]) == 4
     result.stdout.fnmatch_lines_random(["micro * baseline * crashed in train *", "micro * lora * completed *"])
+    assert wait_for(lambda: not left(project.path), 15), left(project.path)
 
 
 def test_a_wrong_command_line_is_one_line_from_the_workers_too(project):
