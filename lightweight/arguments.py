@@ -160,7 +160,11 @@ ARGUMENTS: Mapping[str, Argument] = {
 
 def check(method: Method, target: Target, world_size: int) -> None:
     """Raise MethodError, in one line, for a TrainingArgument of `method` that would not mean what it says when
-    `world_size` ranks train it for `target`."""
+    `world_size` ranks train it for `target`, and for an adapter that would not."""
+    if method.left_out is not None:
+        raise MethodError(f"method {method.name}: {method.left_out}")
+    if method.moves_ranks and world_size > 1:
+        raise MethodError(f"method {method.name}: several ranks would not move AdaLoRA's alike: train it on one GPU")
     defaults = _defaults()
     for name, value in method.training_arguments.items():
         if name not in defaults:

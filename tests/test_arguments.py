@@ -1,6 +1,7 @@
 import dataclasses
 import re
 
+import peft
 import pytest
 from transformers import SchedulerType, TrainingArguments
 
@@ -42,6 +43,12 @@ def test_an_argument_that_the_table_does_not_have_is_refused_where_it_is_set(mon
     monkeypatch.setattr(arguments, "ARGUMENTS", rest)
     arguments.check(method(learning_rate=1.0), targets.NATIVE, 1)
     assert "weight_decay is new in transformers" in refused(method(weight_decay=0.1))
+
+
+def test_adalora_is_trained_on_one_rank():
+    adalora = Method(name="mine", adapter=peft.AdaLoraConfig(task_type="CAUSAL_LM", total_step=9))
+    arguments.check(adalora, targets.NATIVE, 1)
+    assert "train it on one GPU" in refused(adalora, world_size=2)
 
 
 @pytest.mark.parametrize(("step", "world_size"), HOW)

@@ -1,4 +1,5 @@
 import contextlib
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from lightweight import methods, models
+from lightweight import arguments, methods, models, targets
 from lightweight.methods import (
     BASELINE,
     BASELINE_CAPTURED,
@@ -119,11 +120,11 @@ def test_what_peft_leaves_to_its_caller_is_not_left_out():
     for beginning in ("eva", "corda", "lora_ga"):
         with pytest.warns() if beginning != "lora_ga" else contextlib.nullcontext():
             adapter = lora(beginning)
-        with pytest.raises(MethodError, match=f"init_lora_weights='{beginning}' is computed from data"):
-            Method(name="m", adapter=adapter)
-    with pytest.raises(MethodError, match="have a callback do it, on_optimizer_step"):
-        Method(name="m", adapter=peft.AdaLoraConfig(task_type="CAUSAL_LM", total_step=9))
-    Method(name="m", adapter=lora("olora"))
+        method = Method(name="m", adapter=adapter)  # whose neighbours in a file are still to be had
+        with pytest.raises(MethodError, match=f"method m: init_lora_weights='{beginning}' is computed from data"):
+            arguments.check(method, targets.NATIVE, 1)
+        arguments.check(replace(method, transform=os.path.abspath), targets.NATIVE, 1)
+    arguments.check(Method(name="m", adapter=lora("olora")), targets.NATIVE, 1)
 
 
 def test_batch_is_the_trainers_default_where_nothing_is_said():

@@ -21,6 +21,7 @@ from lightweight.captured import agreement, dropout, flash, launching, packing
 from lightweight.captured.agreement import Loss, PartError, Parts, Reference
 from lightweight.captured.capture import what_cannot_be_captured
 from lightweight.captured.epochs import Epochs
+from lightweight.captured.loop import RANKS_MOVE
 from lightweight.captured.packing import Buffers
 from lightweight.captured.passes import NOTHING
 from lightweight.captured.step import Step
@@ -72,6 +73,8 @@ def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> 
     UncapturedError."""
     asked = trial.method.captured_step
     assert asked is not None
+    if trial.method.moves_ranks:
+        raise UncapturedError(RANKS_MOVE)
     if rows is None:
         trial, rows = _one_full_step(trial)
     folder = Path(tempfile.gettempdir())  # which is there, as the Trainer will have it, and gets nothing

@@ -57,6 +57,10 @@ def train(network: Any, trial: Trial, paddings: tuple[BatchKind, ...], recorder:
     folder = Path(tempfile.gettempdir())  # which is there, as the Trainer will have it, and gets nothing
     trainer: Any = stock.make_trainer(trial, network, rows, recorder.meter, owner, folder, **overrides)
     owner.trainer = trainer
+    if method.moves_ranks:
+        adalora = network.base_model
+        # what is weighed is kept; to which layers it then gives ranks is asked of numbers
+        adalora.update_and_allocate = lambda _: adalora.rankallocator.update_ipt(adalora.model)
     if arguments.get("fp16"):
         accelerate_internals.autocast_on_cpu(trainer, torch_internals.FindingAllFinite("cpu"))
     kinds = iter([kind for step in steps for kind in step])

@@ -52,13 +52,8 @@ LEFT_TO_THE_CALLER: Mapping[str, tuple[tuple[str, ...], str]] = {
         "init_lora_weights='lora_ga' is computed from data, and without them peft begins as LoRA does: leave out "
         "adapter, and have a transform call peft's preprocess_loraga and get_peft_model",
     ),
-    "ADALORA": (
-        ("callbacks", "trainer"),
-        "AdaLoRA gives its ranks to the layers by update_and_allocate, which the Trainer does not call: have a "
-        "callback do it, on_optimizer_step",
-    ),
 }
-"""What peft leaves to its caller, by the adapter's beginning or type: the fields that could do it, and what to do."""
+"""What peft leaves to its caller, by how the adapter begins: the fields that could do it, and what to do."""
 
 
 class MethodError(ValueError):
@@ -147,10 +142,6 @@ class Method:
         if self.library == "unsloth" and not (self.step == "trainer" and isinstance(self.adapter, peft.LoraConfig)):
             raise MethodError(f"method {self.name}: unsloth trains LoRA by the Trainer's steps: give it both, or peft")
         self._check_own_code()
-        for value, (code, told) in LEFT_TO_THE_CALLER.items():
-            said = (getattr(self.adapter, "init_lora_weights", None), getattr(self.adapter, "peft_type", None))
-            if value in said and not any(getattr(self, name) for name in code):
-                raise MethodError(f"method {self.name}: {told}")
 
     def _check_own_code(self) -> None:
         for name, value in self.own_code.items():
@@ -181,6 +172,18 @@ class Method:
     def own_code(self) -> dict[str, Any]:
         """What of OWN_CODE it has, by name."""
         return {name: value for name in OWN_CODE if (value := getattr(self, name))}
+
+    @property
+    def left_out(self) -> str | None:
+        """What peft leaves to its caller and nothing of the method does, with the mend; None where nothing is."""
+        begins = getattr(self.adapter, "init_lora_weights", None)
+        code, told = LEFT_TO_THE_CALLER.get(begins, ((), "")) if isinstance(begins, str) else ((), "")
+        return told if told and not any(getattr(self, name) for name in code) else None
+
+    @property
+    def moves_ranks(self) -> bool:
+        """Whether its adapter is AdaLoRA's, which gives its ranks to the layers after every step."""
+        return isinstance(self.adapter, peft.AdaLoraConfig)
 
     @property
     def not_for_ranks(self) -> list[str]:

@@ -130,6 +130,8 @@ def _made(
             f"method {method.name}: its data_collator {where} returns a {type(own_collate).__name__}: return a collator"
         )
     callbacks = [_RoundBegin(meter, rounds), *(make() for make in method.callbacks), _RoundBoundary(meter, rounds)]
+    if method.moves_ranks and not (method.callbacks or method.trainer):  # which may do so themselves
+        callbacks.append(_MovesRanks())
     options: dict[str, Any] = {} if method.compute_loss is None else {"compute_loss_func": OwnLoss(method)}
     try:
         trainer = kind(
@@ -465,6 +467,15 @@ class _RoundBegin(TrainerCallback):
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.rounds.await_request("round")
         self.meter.begin_round()
+
+
+class _MovesRanks(TrainerCallback):
+    """Has AdaLoRA give its ranks to the layers, which peft asks of whoever trains it, and the Trainer does not do."""
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any
+    ) -> None:
+        told["model"].base_model.update_and_allocate(state.global_step)
 
 
 class _Rates(TrainerCallback):

@@ -157,7 +157,11 @@ def _cell(now: Entry, entries: Sequence[Entry], counterpart: tuple[Run, Entry] |
         against, verdict, failures = _speedup(now, then, run, limits)
         failures += _memory_failures(now, then, entries, run, limits)
         if now.outcome == then.outcome == "completed":
-            failures += [*_loss_failures(now, then, run, limits), *_step_failures(now, then, run, limits)]
+            failures += [
+                *_training_failures(now, then, run, limits),
+                *_loss_failures(now, then, run, limits),
+                *_step_failures(now, then, run, limits),
+            ]
     changed = _changed(now, then)
     return Cell(
         now=now,
@@ -238,6 +242,20 @@ def _memory_failures(now: Entry, then: Entry, entries: Sequence[Entry], run: Run
         f"{_name(now)}: {what} {exact.format(float(held_now))}{unit} now, {exact.format(float(held_then))} in "
         f"{run.name}: {float(held_now / held_then - 1):+.1%}, more than {limits.memory_fail:+.1%}; both are exact"
     ]
+
+
+def _training_failures(now: Entry, then: Entry, run: Run, limits: Limits) -> list[str]:
+    """Why the training of a trial fails, of the same seed and as many planned steps: a loss and a step's time say
+    nothing where it ended earlier, or had other rows."""
+    if not limits.ask or not SAME_TRIAL.holds(now, then):
+        return []
+    failures = []
+    if now.steps < then.steps:
+        failures.append(f"{_name(now)}: {now.steps} of {now.planned_steps} steps now, {then.steps} in {run.name}")
+    if now.data_note and now.data_note != then.data_note:
+        was = then.data_note or "no such note"
+        failures.append(one_line(f"{_name(now)}: trained on other rows now: {now.data_note}; {was} in {run.name}"))
+    return failures
 
 
 def _loss_failures(now: Entry, then: Entry, run: Run, limits: Limits) -> list[str]:

@@ -44,6 +44,12 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "word_embed_proj_dim", "lru_width"), 64),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers"), 4),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_decoder_layers", "num_decoder_attention_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 4),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_chunk_size", "chunk_size"), 32),
+    **dict.fromkeys(("mamba_d_state", "mamba_state_size", "ssm_state_size"), 16),
+    **dict.fromkeys(("mamba_n_groups", "mamba_ngroups", "n_groups"), 1),
+    "mamba_d_ssm": 128,
     **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "n_inner", "ffn_hidden_size"), 128),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"), 512),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
@@ -67,6 +73,7 @@ OTHERWISE: tuple[dict[str, Any], ...] = (
     {},
     {"bos_token_id": LEFT_OUT},
     {"head_dim": LEFT_OUT},
+    {"head_dim": 32},
     {"num_key_value_heads": 4},
     {"num_kv_shared_layers": 0},
     {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 4},
@@ -191,7 +198,7 @@ def _trained(root: Path, kind: str, method: Method) -> tuple[list[float], str]:
     """The losses of four steps without dropout, and the note of a captured step."""
     model, _ = models.find(models.named(str(root / kind)), "pretrained")
     data = corpus.Corpus(train=PAIRS[:16], heldout=PAIRS[16:], digest="")
-    trial = Trial(model=model, method=method, target=CPU, corpus=data, max_steps=4, max_length=256)
+    trial = Trial(model=model, method=method, target=CPU, corpus=data, max_steps=4, max_length=128)
     meter = Meter(torch.device("cpu"), start_seconds=0.0)
     _, trainer, rows, heldout = worker.set_up(trial, meter.device, meter, Unattended(), root / "run")
     assert trainer.model is not None

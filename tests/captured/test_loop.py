@@ -405,6 +405,14 @@ def test_an_optimizer_that_only_the_trainer_runs_is_refused_in_one_line(trial, t
     assert "\n" not in str(raised.value)
 
 
+def test_adaloras_steps_are_run_by_the_trainer(trial, tmp_path):
+    adapter = peft.AdaLoraConfig(task_type="CAUSAL_LM", total_step=9, target_modules=["q_proj"])
+    captured = replace(trial, method=replace(trial.method, adapter=adapter), max_steps=2)
+    trainer, rows, meter, _ = prepared(captured, tmp_path)
+    assert loop.prepare(captured, trainer, rows, meter) is None
+    assert meter.facts["capture_note"].endswith("the Trainer runs the steps, since " + loop.RANKS_MOVE)
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_tokens_of_a_captured_step_are_its_dialogues_and_the_rows_that_it_runs(trial, tmp_path, packing):
     trial = replace(trial, method=replace(trial.method, step=CapturedStep(packing=packing)))

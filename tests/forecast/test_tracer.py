@@ -81,6 +81,14 @@ def cell_of(entry):
     )
 
 
+def test_adalora_is_traced_although_it_moves_its_ranks_by_numbers():
+    adapter = peft.AdaLoraConfig(task_type="CAUSAL_LM", total_step=4, tinit=0, target_modules=["q_proj"])
+    method = replace(LORA, name="adalora", adapter=adapter)
+    assert trace(trial(MICRO, method, max_length=32)).events
+    with pytest.raises(ForecastError, match="cannot be captured: AdaLoRA moves its ranks"):
+        trace(trial(MICRO, replace(method, step="captured"), max_length=32))
+
+
 def test_the_committed_matrix_is_whole():
     completed = [entry for entry in record.load(MATRIX).entries if entry.target == "native"]
     assert {cell_of(entry) for entry in completed} == set(CELLS)

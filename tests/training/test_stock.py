@@ -188,9 +188,30 @@ class Allocates(transformers.TrainerCallback):
         model.base_model.update_and_allocate(state.global_step)
 
 
+@pytest.mark.parametrize("callbacks", [(), (Allocates,)])
+def test_adalora_moves_its_ranks_once_a_step_by_the_suite_or_by_the_methods_own_callback(
+    trial, folder, callbacks, monkeypatch
+):
+    asked = []
+    allocate = peft.AdaLoraModel.update_and_allocate
+    monkeypatch.setattr(
+        peft.AdaLoraModel, "update_and_allocate", lambda model, step: (asked.append(step), allocate(model, step))
+    )
+    adapter = peft.AdaLoraConfig(
+        task_type="CAUSAL_LM", total_step=4, init_r=4, target_r=1, tfinal=1, target_modules=["q_proj"]
+    )
+    method = Method(name="adalora", adapter=adapter, callbacks=callbacks)
+    network = adapt(method, small("llama"))
+    trainer, *_ = prepare(replace(trial, max_length=64, method=method, max_steps=3), folder, network)
+    trainer.train()
+    assert asked == [0, 1, 2]
+    kept = network.peft_config["default"].rank_pattern
+    assert 0 < sum(map(sum, kept.values())) < adapter.init_r * len(kept)
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_heldout_loss_is_cross_entropy_whatever_the_adapter_adds(trial, folder, name):
-    method = Method(name=name, adapter=ADAPTERS[name], callbacks=(Allocates,) if name == "adalora" else ())
+    method = Method(name=name, adapter=ADAPTERS[name])
     trial = replace(trial, max_length=64, method=method)
     trainer, rows, _, _ = prepare(trial, folder, adapt(method, small("llama")))
     found = stock.heldout_loss(trainer, rows[:5])

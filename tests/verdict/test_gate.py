@@ -63,6 +63,20 @@ def test_without_limits_nothing_fails():
     assert compare([cell(speedup=speedup(1.0))], [cell(speedup=speedup(1.7))], Limits()).failures == []
 
 
+def test_a_training_that_ended_earlier_or_had_other_rows_fails_whatever_it_measured():
+    then = cell("baseline", steps=130)
+    assert compare([cell("baseline", steps=130)], [then]).failures == []
+    (failure,) = compare([cell("baseline", steps=100)], [then]).failures
+    assert failure.startswith("opt-350m x baseline: 100 of 130 steps now, 130 in 0001_old.json. ")
+    note = "2 rows are left out"
+    (failure,) = compare([cell("baseline", steps=130, data_note=note)], [then]).failures
+    assert f"trained on other rows now: {note}; no such note in 0001_old.json" in failure
+    noted = cell("baseline", steps=130, data_note=note)
+    assert compare([noted], [noted]).failures == []
+    assert compare([replace(noted, seed=1)], [then]).failures == []  # another trial, whose rows may be others
+    assert compare([noted], [then], Limits()).failures == []
+
+
 @pytest.mark.parametrize(("undecided", "failures"), [("pass", 0), ("fail", 1)])
 def test_what_noise_leaves_open_is_the_users_choice(undecided, failures):
     now, then = cell(speedup=speedup(1.62, noise=0.2)), cell(speedup=speedup(1.7, noise=0.2, seed=9))
