@@ -26,8 +26,12 @@ MAX_LENGTH = 256
 """Tokens in a row where nobody says otherwise, padding included, as in the original scripts."""
 
 
+MOST = 2**31 - 1
+"""What whole numbers may be said: torch's sizes and Python's ranges take no more than some of what is larger."""
+
+
 def whole(least: int) -> Callable[[str], int]:
-    """Reads whole numbers from `least` on, and raises ValueError for anything else."""
+    """Reads whole numbers from `least` to MOST, and raises ValueError for anything else."""
 
     def read(text: str) -> int:
         try:
@@ -36,6 +40,8 @@ def whole(least: int) -> Callable[[str], int]:
             raise ValueError("give a whole number") from None
         if value < least:
             raise ValueError(f"give at least {least}")
+        if value > MOST:
+            raise ValueError(f"give at most {MOST}")
         return value
 
     return read

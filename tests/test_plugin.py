@@ -418,7 +418,7 @@ def test_parametrising_a_test_oneself_goes_before_the_command_line(project):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--corpus=nowhere.json"], "corpus nowhere.json: does not exist: give --corpus the path of a JSON file"),
+        (["--corpus=nowhere.json"], "corpus nowhere.json: does not exist: give the path of a file"),
         (["--corpus=test_cells.py"], "corpus test_cells.py: is not JSON at line *"),
         (["--model=./nowhere"], "model ./nowhere: no such folder; give a folder with *"),
         (["--method=lorra"], "--method: unknown method 'lorra': choose one of baseline, lora, qlora, *-captured, or *"),

@@ -168,6 +168,8 @@ def test_what_peft_refuses_together_is_one_line():
     [
         ("max_length", "1", "--max-length 1: give at least 2"),
         ("batch_size", "0", "--batch-size 0: give at least 1"),
+        ("batch_size", "9" * 23, f"--batch-size {'9' * 23}: give at most 2147483647"),
+        ("lora_rank", "2147483648", "--lora-rank 2147483648: give at most 2147483647"),
         ("batch_size", "2.5", "--batch-size 2.5: give a whole number"),
         ("accumulation", "-1", "--accumulation -1: give at least 1"),
         ("learning_rate", "0", "--learning-rate 0: give a number above 0, such as 1e-3"),

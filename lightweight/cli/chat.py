@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from lightweight import corpus, models, record
 from lightweight.child import reaper
 from lightweight.cli.output import RECORD_NAME
-from lightweight.cli.terminal import leave_to_us, refuse, show
+from lightweight.cli.terminal import leave_to_us, refuse, show, tell
 from lightweight.corpus import Conversation, Example, Message, Text
 from lightweight.models import Model
 from lightweight.targets import has_bf16
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 class ChatError(ValueError):
     """A folder that cannot be talked to, or a question that cannot be put. The message names it and the mend."""
 
+
+COMMAND = re.compile(r"/[a-z]+")
+"""What a line of a dialogue is taken for a command by, known or not; a prompt that begins so has more to say."""
 
 REFUSALS = (ChatError, models.ModelError, record.RecordError)
 """What is raised where there is nothing to talk to, each with one clear line."""
@@ -55,9 +59,10 @@ class Chat:
     def answer(self, begun: Example, *, max_tokens: int, temperature: float = 0.0, show: bool = False) -> str:
         """The answer to what has `begun`, a dialogue up to a user's turn or the prompt of a text, of at most
         `max_tokens`; greedy at `temperature` 0. `show` prints it as it grows. Of a dialogue that has no room beside it
-        the first turns go. Raises ChatError where settings that were saved with the network prevent one."""
+        the first turns go, and of a prompt its beginning, which is told; half of the model's positions are theirs at
+        least. Raises ChatError where settings that were saved with the network prevent one."""
         longest = getattr(self.network.config, "max_position_embeddings", None)
-        prompt = self._prompt(begun, max(1, longest - max_tokens) if longest else None)
+        prompt = self._prompt(begun, max(longest - max_tokens, longest // 2) if longest else None)
         ids = torch.tensor([prompt], device=self.network.device)
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
@@ -83,7 +88,10 @@ class Chat:
                 break
             begun = shorter
             prompt = corpus.encode_prompt(begun, self.tokenizer)
-        return prompt if room is None else prompt[-room:]
+        if room is None or len(prompt) <= room:
+            return prompt
+        tell(f"a prompt of {len(prompt):,} tokens, of which the model has room for the last {room:,} beside its answer")
+        return prompt[-room:]
 
 
 def _without_first_turn(begun: Conversation) -> Conversation:
@@ -228,7 +236,8 @@ def _trained_on(folder: Path) -> corpus.Kind:
 
 def talk(dialogue: Dialogue, **how: Any) -> None:
     """Answer standard input line by line until it ends; on a terminal with a prompt to type at. Of a model that knows
-    conversations the lines are one, `/new` begins another, and `/undo` takes the last turn back."""
+    conversations the lines are one, `/new` begins another, and `/undo` takes the last turn back; another command is
+    told, and not said to the model."""
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         with contextlib.suppress(ImportError):
@@ -246,6 +255,8 @@ def talk(dialogue: Dialogue, **how: Any) -> None:
             case "/undo" if dialogue.remembers:
                 if not dialogue.undo():
                     print("nothing was said yet", file=sys.stderr)
+            case command if dialogue.remembers and COMMAND.fullmatch(command):
+                print(f"{command}: no command: /new begins another dialogue, /undo takes a turn back", file=sys.stderr)
             case _:
                 dialogue.say(text, show=True, **how)
 
@@ -254,19 +265,17 @@ def answer_file(chat: Chat, path: Path, system: str | None, **how: Any) -> None:
     """Answer each of the prompts in `path` by itself, to standard output as JSON lines: `prompt` and `answer`, or
     `messages` with the answer. A file called .jsonl has a text a line, `{"prompt": ...}` or `{"messages": [...]}`; any
     other has a prompt a line. Raises ChatError, for a defect before anything is answered."""
-    for asked in list(_asked(path)):
+    every = list(_asked(path))
+    if chat.trained_on != "conversations" and any(not isinstance(asked, str) and len(asked) > 1 for asked in every):
+        raise ChatError(f"{path}: has a dialogue, where {chat.folder} was trained on {chat.trained_on}: ask one turn")
+    for asked in every:
         if isinstance(asked, str):
             answer = Dialogue(chat, system).say(asked, **how)
             told: dict[str, Any] = {"prompt": asked, "answer": answer}
         else:
             own = asked[0].content if asked[0].role == "system" else system
             turns = [message for message in asked if message.role != "system"]
-            dialogue = Dialogue(chat, own, turns[:-1])
-            if len(turns) > 1 and not dialogue.remembers:
-                raise ChatError(
-                    f"{path}: has a dialogue, where {chat.folder} was trained on {chat.trained_on}: ask one turn"
-                )
-            answer = dialogue.say(turns[-1].content, **how)
+            answer = Dialogue(chat, own, turns[:-1]).say(turns[-1].content, **how)
             said = [*asked, Message("assistant", answer)]
             told = {"messages": [{"role": message.role, "content": message.content} for message in said]}
         print(json.dumps(told, ensure_ascii=False), flush=True)
@@ -322,7 +331,7 @@ def command(options: argparse.Namespace) -> int:
     try:
         model = load(options.folder, progress=show)
         show("")
-        if options.prompt is not None and _is_file(options.prompt):
+        if options.prompt is not None and (_is_file(options.prompt) or _is_called_as_one(options.prompt)):
             answer_file(model, Path(options.prompt), options.system, **how)
         elif options.prompt is not None:
             Dialogue(model, options.system).say(options.prompt, show=True, **how)
@@ -341,3 +350,8 @@ def _is_file(text: str) -> bool:
         return Path(text).is_file()
     except (OSError, ValueError):  # too long for a path, or with a null in it
         return False
+
+
+def _is_called_as_one(text: str) -> bool:
+    """Whether `text` is the name of a file, be there one or not, rather than something to say."""
+    return text.endswith(".jsonl") and len(text.split()) == 1

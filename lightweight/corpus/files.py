@@ -74,9 +74,9 @@ def opened(path: Path, progress: Callable[[str], None]) -> Iterator[tuple[io.Buf
                 fail(path, "is a Git LFS pointer, not the data: fetch them with git lfs pull")
             yield _unzipped(raw), ReadSoFar(path.name, progress, raw)
     except FileNotFoundError:
-        fail(path, "does not exist: give --corpus the path of a JSON file")
+        fail(path, "does not exist: give the path of a file")
     except IsADirectoryError:
-        fail(path, "is a directory: give --corpus the path of a JSON file")
+        fail(path, "is a directory: give the path of a file")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         fail(path, f"is damaged or cut off ({error}): compress it once more")
     except OSError as error:

@@ -25,6 +25,8 @@ def share_of(text: str | None) -> float | None:
     for one of which nothing would be held out, or nothing trained on."""
     if text is None:
         return None
+    if not text.strip():
+        raise CorpusError("--held-out: is empty: give a share between 0 and 1, such as 0.1, or a file")
     try:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:

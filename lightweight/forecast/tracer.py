@@ -75,10 +75,13 @@ def _with_rows(trial: Trial) -> tuple[Trial, Rows | None]:
 
 def _longest_batches(trial: Trial, rows: Rows | None) -> tuple[Trial, tuple[BatchKind, ...]]:
     """The trial with the longest batches that `rows` can make, and of which kinds these can be: such a batch has one of
-    the longest rows, and as many others as the method says."""
+    the longest rows, and as many others as the method says and there are."""
     if rows is None:
         return trial, ("full", "padded")
     in_a_pass = trial.method.on_rank(trial.world_size).sequences_per_pass
+    if trial.world_size == 1 and len(rows) < in_a_pass:  # several ranks are dealt rows of nothing for those that lack
+        in_a_pass = len(rows)
+        trial = replace(trial, method=trial.method.with_batch(in_a_pass))
     if not trial.pads_to_max:
         trial = replace(trial, max_length=rows.width)
         if in_a_pass == 1:

@@ -73,7 +73,7 @@ def conclusion(difference: Estimate, margin: float = MARGIN) -> Conclusion:
     return "worse" if difference.low > margin else "inconclusive"
 
 
-SAME_JOB = SAME_BASELINE.also("elsewhere_digest", "planned_steps", "max_length", "tokens_per_step")
+SAME_JOB = SAME_BASELINE.also("elsewhere_digest", "planned_steps", "max_length", "tokens_per_step", "loss_on", "long")
 """What method and baseline must have in common beside the seed."""
 
 

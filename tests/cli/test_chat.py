@@ -91,9 +91,12 @@ def test_what_a_model_was_trained_on_is_in_its_record(conversations, trained):
 
 
 def test_a_dialogue_is_kept_taken_back_and_begun_anew(monkeypatch, conversations, asked, capsys):
-    lines = ["Hello", "", "And now?", "/undo", "And then?", "/new", "/undo", "Bye"]
+    lines = ["Hello", "", "And now?", "/undo", "And then?", "/new", "/undo", "/ubdo", "Bye"]
     assert talked(monkeypatch, conversations, lines, "--system", "Be brief.") == 0
-    assert "nothing was said yet" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "nothing was said yet" in told
+    assert "/ubdo: no command: /new begins another dialogue, /undo takes a turn back" in told
+    assert len(asked) == 4
     tokenizer = chat.load(conversations).tokenizer
     prompts = [str(tokenizer.decode(ids)) for ids in asked]
     begun = "System: Be brief.\nUser: Hello\nAssistant: "
@@ -137,6 +140,23 @@ def test_of_a_dialogue_without_room_the_first_turns_go(conversations, asked):
     assert last.endswith("User: Question number 11\nAssistant: ")
     assert "number 0" not in last
     assert len(asked[-1]) <= 254
+
+
+def test_a_prompt_without_room_keeps_its_end_half_of_the_positions_at_least_and_that_is_told(
+    conversations, asked, capsys
+):
+    dialogue = chat.Dialogue(chat.load(conversations))
+    capsys.readouterr()
+    dialogue.say("Hello", max_tokens=256)  # as many as the model has positions
+    assert capsys.readouterr().err == ""
+    dialogue.new()
+    dialogue.say("Well " * 100, max_tokens=256)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("a prompt of 518 tokens, of which the model has room for the last 128 beside its answer")
+    tokenizer = dialogue.chat.tokenizer
+    assert tokenizer.decode(asked[0]) == "User: Hello\nAssistant: "
+    assert len(asked[1]) == 128
+    assert str(tokenizer.decode(asked[1])).endswith("Well \nAssistant: ")
 
 
 def test_a_model_of_pairs_answers_each_prompt_by_itself(monkeypatch, trained, asked, capsys):
@@ -205,12 +225,22 @@ def test_a_file_of_prompts_that_cannot_be_used_is_one_line(conversations, tmp_pa
     assert words in line and str(file) in line and not found.out
 
 
+def test_a_file_of_prompts_that_is_not_there_is_no_prompt(conversations, capsys, tmp_path):
+    assert main(["chat", str(conversations), "--prompt", str(tmp_path / "prompts.jsonl")]) == 2
+    found = capsys.readouterr()
+    (line,) = found.err.strip().splitlines()
+    assert "prompts.jsonl: cannot be read" in line and not found.out
+
+
 def test_a_dialogue_for_a_model_of_pairs_is_one_line(trained, tmp_path, capsys):
     pairs = [{"role": role, "content": f"{role} {n}"} for n in range(4) for role in ("user", "therapist")]
     folder = trained("pairs", pairs)
     file = tmp_path / "prompts.jsonl"
-    file.write_text(json.dumps({"messages": TALKS[0]["messages"][1:4]}), "utf-8")
-    capsys.readouterr()
-    assert main(["chat", str(folder), "--prompt", str(file)]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "has a dialogue, where" in line and "was trained on pairs: ask one turn" in line
+    for said in (TALKS[0]["messages"][1:4], TALKS[0]["messages"][:2]):
+        file.write_text("\n".join(json.dumps(each) for each in ("Hello", {"messages": said})), "utf-8")
+        capsys.readouterr()
+        assert main(["chat", str(folder), "--prompt", str(file)]) == 2
+        found = capsys.readouterr()
+        (line,) = found.err.strip().splitlines()
+        assert f"{file}: has a dialogue, where" in line and "was trained on pairs: ask one turn" in line
+        assert not found.out

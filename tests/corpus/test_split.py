@@ -48,6 +48,11 @@ def test_a_share_of_nothing_or_all_is_refused(tmp_path, share):
         corpus.load(write(tmp_path / "a.jsonl", map(str, range(60))), How(held_out=share))
 
 
+def test_a_held_out_file_without_a_name_is_told_of_the_option(tmp_path):
+    with pytest.raises(CorpusError, match=r"^--held-out: is empty: give a share between 0 and 1"):
+        corpus.load(write(tmp_path / "a.jsonl", map(str, range(60))), How(held_out=" "))
+
+
 def test_a_file_is_held_out_and_nothing_of_it_is_trained_on(tmp_path):
     path = write(tmp_path / "a.jsonl", ["a", "b", "c", "b"])
     loaded = corpus.load(path, How(held_out=str(write(tmp_path / "h.jsonl", ["b", "d"]))))

@@ -421,6 +421,17 @@ def test_where_batches_are_padded_to_their_longest_that_of_the_longest_row_is_tr
     assert longest_batches(replace(given, padding="max"))[0].max_length == 200
 
 
+def test_a_batch_has_no_more_rows_than_the_corpus(micro, small_corpus):
+    of_all, of_more = (
+        Trial(model=micro, method=BASELINE.with_batch(size), target=NATIVE, corpus=small_corpus, max_length=64)
+        for size in (20, 1000)
+    )
+    assert longest_batches(of_more) == longest_batches(of_all)
+    cpu = targets.Device(name="cpu")
+    peaks = [tracer.trace_on(given, cpu).replay().allocated_bytes for given in (of_all, of_more)]
+    assert peaks[0] == peaks[1]
+
+
 def test_the_forecast_of_a_batch_padded_to_its_longest_is_that_of_the_longest_row(micro, small_corpus):
     def peak(longest, padding):
         train = (pair("Hi", "Hello"), pair("Hi", "o" * (longest - 21)))

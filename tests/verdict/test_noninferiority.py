@@ -96,7 +96,7 @@ def test_a_method_that_lost_something_is_told():
     "key",
     [
         *("model", "target", "device", "weights", "corpus_digest", "elsewhere_digest"),
-        *("planned_steps", "max_length", "tokens_per_step"),
+        *("planned_steps", "max_length", "tokens_per_step", "loss_on", "long"),
     ],
 )
 def test_another_job_is_no_baseline(key):
