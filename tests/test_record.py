@@ -420,6 +420,8 @@ def test_the_gpus_peak_is_that_of_the_fullest_rank_and_else_the_hosts():
     assert samples.entry(rank_peak_allocated_bytes=(None, 5 * 2**30)).peak_bytes == 5 * 2**30
     alone = samples.entry(peak_allocated_bytes=None)
     assert (alone.gpu_peak_bytes, alone.peak_bytes) == (None, 2**30)
+    on_a_gpu = replace(alone, device_bytes=80 * 2**30)  # which ended before it had allocated anything there
+    assert on_a_gpu.peak_bytes is None
     assert samples.entry().memory_share(samples.stopped()) is None
     assert samples.entry(peak_allocated_bytes=2**30).memory_share(samples.entry()) == 0.25
 

@@ -246,8 +246,9 @@ class Entry:
 
     @property
     def peak_bytes(self) -> int | None:
-        """The peak allocated on the GPU, else of the whole process on the host."""
-        return self.gpu_peak_bytes or self.host_peak_bytes
+        """The peak allocated on the GPU, or where there is none of the whole process on the host; None for what ended on
+        a GPU before it could tell."""
+        return self.gpu_peak_bytes or (self.host_peak_bytes if self.device_bytes is None else None)
 
     @property
     def share_of_peak(self) -> float | None:
