@@ -205,7 +205,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("module", ["argparse", "lightweight.verdict.limits", "torch", "lightweight.cli.result"])
+@pytest.mark.parametrize("module", ["argparse", "lightweight.settings", "torch", "lightweight.cli.result"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_while_train_is_imported_ends_it_without_a_traceback(tmp_path, module, number):
     """Also one whose KeyboardInterrupt is swallowed: nothing is trained by what was asked to end."""
