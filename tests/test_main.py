@@ -205,7 +205,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("module", ["argparse", "lightweight.verdict.limits", "torch", "lightweight.cli.result"])
+@pytest.mark.parametrize("module", ["argparse", "lightweight.settings", "torch", "lightweight.cli.result"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_while_train_is_imported_ends_it_without_a_traceback(tmp_path, module, number):
     """Also one whose KeyboardInterrupt is swallowed: nothing is trained by what was asked to end."""
@@ -269,7 +269,7 @@ def test_a_folder_that_is_gone_is_no_place_to_be_called_in(tmp_path):
 def test_memory_that_ulimit_does_not_grant_is_one_line(tmp_path):
     turn = json.loads((Path(__file__).parents[1] / "corpus.json").read_text("utf-8"))
     (tmp_path / "corpus.json").write_text(json.dumps(turn * (10**8 // len(json.dumps(turn)))), "utf-8")
-    command = f"ulimit -v {2**18}; exec {sys.executable} -m lightweight data corpus.json"
+    command = f"ulimit -v {2**17}; exec {sys.executable} -m lightweight data corpus.json"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
-    line = "lightweight: out of memory of the host: the limit of ulimit -v is 256 MiB: raise it, or ask for less\n"
+    line = "lightweight: out of memory of the host: the limit of ulimit -v is 128 MiB: raise it, or ask for less\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
