@@ -234,8 +234,8 @@ def _check_beside_own_code(method: Method) -> None:
             if field in method.own_code and name in method.training_arguments:
                 value = _brief(method.training_arguments[name])
                 raise MethodError(
-                    f"method {method.name}: {name}={value} would be passed over, since its {field} says what takes its "
-                    "place: leave one of both out"
+                    f"method {method.name}: {name}={value} would be ignored, since its {field} replaces it: "
+                    "leave out one of them"
                 )
 
 
@@ -280,7 +280,7 @@ def _refused(method: Method, names: Iterable[str]) -> Iterator[None]:
         yield
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         given = [f"{name}={_brief(value)}" for name, value in method.training_arguments.items() if name in names]
-        raise MethodError(f"method {method.name}: {', '.join(given)} cannot be had ({reason(error)})") from error
+        raise MethodError(f"method {method.name}: {', '.join(given)} is refused ({reason(error)})") from error
 
 
 def _defaults() -> dict[str, Any]:

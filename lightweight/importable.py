@@ -83,14 +83,14 @@ def module_of(file: Path) -> str:
     while (root / "__init__.py").is_file():
         root, parts = root.parent, [root.name, *parts]
     if not all(part.isidentifier() for part in parts):
-        raise ValueError(f"{file.name} has no name that Python can import: call it by letters, digits and _")
+        raise ValueError(f"{file.name} has no name that Python can import: name it with letters, digits and _")
     if str(root) not in sys.path:
         sys.path.append(str(root))
         importlib.invalidate_caches()
     name = ".".join(parts)
     found = getattr(importlib.import_module(name), "__file__", None)
     if found is None or not file.samefile(found):
-        raise ValueError(f"{name} is already the name of {found or 'a built-in module'}: call the file otherwise")
+        raise ValueError(f"{name} is already the name of {found or 'a built-in module'}: give the file another name")
     return name
 
 

@@ -81,7 +81,7 @@ class SweptRates:
         except OSError as error:
             raise ValueError(f"cannot be read ({error.strerror}): give what `lightweight sweep` wrote") from None
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
-            raise ValueError("is no sweep: give what `lightweight sweep` wrote") from None
+            raise ValueError("is not the record of a sweep: give what `lightweight sweep` wrote") from None
 
 
 def rate_or_rates(text: str) -> float | SweptRates:
@@ -424,7 +424,7 @@ class Settings:
             if says and not is_stock:
                 here = as_typed({setting.name: value})
                 raise methods.MethodError(
-                    f"method {method.name} says {says}, and the command line {here}: leave one of both out"
+                    f"method {method.name} says {says}, and the command line {here}: leave out one of them"
                 )
             changed[setting.name] = value
             new[setting.of][setting.key] = list(value) if isinstance(value, tuple) else value
@@ -436,7 +436,7 @@ class Settings:
                 adapter = replace(adapter, **new["adapter"])
             except (TypeError, ValueError) as error:
                 said = as_typed({setting.name: value for setting, value in of_adapter})
-                raise methods.MethodError(f"method {method.name}: {said} cannot be had ({error})") from error
+                raise methods.MethodError(f"method {method.name}: {said} is refused ({error})") from error
         training_arguments = {**method.training_arguments, **new["arguments"]}
         return replace(method, adapter=adapter, training_arguments=training_arguments, changed=changed)
 

@@ -154,16 +154,16 @@ def test_a_peer_trains_with_nothing_of_ones_own():
         (
             {"optimizer": (torch.optim.SGD, {}), "training_arguments": {"optim": "sgd"}},
             1,
-            "optim='sgd' would be passed",
+            "optim='sgd' would be ignored",
         ),
         (
             {"compute_loss": module_level, "training_arguments": {"label_smoothing_factor": 0.1}},
             1,
-            "label_smoothing_factor=0.1 would be passed over, since its compute_loss",
+            "label_smoothing_factor=0.1 would be ignored, since its compute_loss",
         ),
     ],
 )
-def test_what_would_be_passed_over_is_refused(micro, small_corpus, changes, world_size, expected):
+def test_what_would_be_ignored_is_refused(micro, small_corpus, changes, world_size, expected):
     method = Method(name="m", **changes)
     with pytest.raises(ValueError, match=f"method m: {expected}"):
         Trial(model=micro, method=method, target=targets.CPU, corpus=small_corpus, world_size=world_size)
@@ -197,7 +197,7 @@ def test_a_method_is_found_in_a_file_and_its_code_by_a_child(tmp_path, monkeypat
     [
         ("nowhere.py:MINE", "cannot be imported: there is no file .*nowhere.py"),
         ("my-file.py:MINE", "my-file.py has no name that Python can import"),
-        ("string.py:MINE", "string is already the name of .*string.py: call the file otherwise"),
+        ("string.py:MINE", "string is already the name of .*string.py: give the file another name"),
     ],
 )
 def test_a_file_that_cannot_be_imported_is_told(tmp_path, monkeypatch, name, expected):

@@ -127,7 +127,7 @@ MINE = Method(
             {"learning_rate": "1e-3"},
             "method mine says learning_rate=0.0001, and the command line --learning-rate 0.001",
         ),
-        ({"lora_rank": "16"}, "method mine says r=64, and the command line --lora-rank 16: leave one of both out"),
+        ({"lora_rank": "16"}, "method mine says r=64, and the command line --lora-rank 16: leave out one of them"),
         ({"lora_alpha": "16"}, "method mine says alpha_pattern={'fc1': 4}, and the command line --lora-alpha 16"),
         ({"lora_layers": "k_proj,v_proj"}, "says target_modules={'q_proj'}, .* --lora-layers k_proj,v_proj"),
     ],
@@ -159,7 +159,7 @@ def test_loras_settings_leave_alone_what_has_no_lora():
 
 def test_what_peft_refuses_together_is_one_line():
     some = Method(name="some", adapter=peft.LoraConfig(task_type="CAUSAL_LM", layers_to_transform=[0]))
-    with pytest.raises(MethodError, match=r"method some: --lora-layers all-linear cannot be had .*layers_to_transform"):
+    with pytest.raises(MethodError, match=r"method some: --lora-layers all-linear is refused .*layers_to_transform"):
         Settings(lora_layers="all-linear").apply(some)
 
 

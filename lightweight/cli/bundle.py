@@ -63,8 +63,8 @@ class _Places:
         """The file or folder of that name, which is `what`. Raises BundleError."""
         if (found := self.find(name)) is None:
             raise BundleError(
-                f"--bundle: {what} {name} is not here: call it where pytest was called, and give the folder of what "
-                "lay elsewhere by --files"
+                f"--bundle: {what} {name} is not here: run this in the folder in which pytest ran, and "
+                "name the folder of what lay elsewhere by --files"
             )
         return found
 
@@ -154,7 +154,9 @@ def _sources(run: Run, places: _Places) -> dict[str, Path]:
     for test in tests:
         file = (root / test).resolve()
         if not file.is_file() or not file.is_relative_to(root):
-            raise BundleError(f"--bundle: record {run.path}: {test} is not here: call it where pytest was called")
+            raise BundleError(
+                f"--bundle: record {run.path}: {test} is not here: run this in the folder in which pytest ran"
+            )
         above = [folder for folder in (file.parent, *file.parent.parents) if folder.is_relative_to(root)]
         found += [file, *_named_beside(file)]
         found += [conftest for folder in above if (conftest := folder / "conftest.py").is_file()]
@@ -169,7 +171,9 @@ def _sources(run: Run, places: _Places) -> dict[str, Path]:
         elif files := _of_module(where, root):
             found += files
         else:
-            raise BundleError(f"--bundle: method {name}: its module is not here: call it where pytest was called")
+            raise BundleError(
+                f"--bundle: method {name}: its module is not here: run this in the folder in which pytest ran"
+            )
     sources = {file.relative_to(root).as_posix(): file for file in _with_imports(found, root)}
     for method in elsewhere:
         beside = method.parent
@@ -259,8 +263,8 @@ def _check_methods(run: Run, places: _Places) -> None:
         digests = {entry.method_digest for entry in run.entries if entry.method == method.name}
         if digests and record.method_digest(method) not in digests:
             raise BundleError(
-                f"--bundle: method {method.name} is another one now than in record {run.path}: its digest differs; run "
-                "it again, or take back what was changed"
+                f"--bundle: method {method.name} has changed since record {run.path}: its digest differs; run "
+                "it again, or undo the change"
             )
 
 
@@ -285,13 +289,11 @@ def _data(run: Run, places: _Places, notes: list[str]) -> dict[str, Path]:
         with contextlib.suppress(corpus.CorpusError):  # none is in Latin letters
             digests.add(corpus.in_latin_letters(read).digest)
         if not digests & {entry.corpus_digest for entry in run.entries}:
-            raise BundleError(
-                f"--bundle: corpus {given} is another one now than in record {run.path}: its digest differs"
-            )
+            raise BundleError(f"--bundle: corpus {given} has changed since record {run.path}: its digest differs")
         for name in _said(run, "task"):
             found[name] = places.the("task", name)
             if corpus.load_task(found[name], read).digest not in {entry.task_digest for entry in run.entries}:
-                raise BundleError(f"--bundle: task {name} is another one now than in record {run.path}")
+                raise BundleError(f"--bundle: task {name} has changed since record {run.path}")
     except corpus.CorpusError as error:
         raise BundleError(f"--bundle: {error}") from error
     return found

@@ -170,7 +170,7 @@ def load(folder: Path, progress: Callable[[str], None] = lambda text: None) -> C
         raise ChatError(f"{folder}: holds neither an adapter nor a model: give a folder that `lightweight train` wrote")
     for name, tensor in network.named_parameters():
         if tensor.is_floating_point() and tensor.isnan().any():
-            raise ChatError(f"{folder}: {name} holds what is no number: train it anew")
+            raise ChatError(f"{folder}: {name} holds NaN: train it again")
     return Chat(folder, network.eval(), models.load_tokenizer(saved), _trained_on(folder))
 
 

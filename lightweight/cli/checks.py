@@ -27,7 +27,7 @@ def plan(options: argparse.Namespace) -> None:
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{option} {value:g}: give a number above 0")
         if value is not None and options.tokens is None and options.corpus is None:
-            raise ValueError(f"{option} is of a job: give its --tokens or its --corpus")
+            raise ValueError(f"{option} is about a whole job: give its --tokens or its --corpus")
     if options.max_price is not None and options.price is None:
         raise ValueError("--max-price: give the --price of an hour as well")
     of_names(options)
@@ -121,7 +121,7 @@ def _check_limits(options: argparse.Namespace) -> None:
     if not limits:
         return
     if (options.gpus or 1) > 1:
-        raise ValueError(f"{limits[0]}: no time is forecast of GPUs that share a trial: leave it or --gpus out")
+        raise ValueError(f"{limits[0]}: time is not forecast for GPUs that share a trial: leave out it or --gpus")
     for target in map(targets.named, options.target or ()):
         if target.card is None or targets.rates(target.card) is None:
-            raise ValueError(f"{limits[0]}: no time is forecast of target {target.name!r}: name a card instead")
+            raise ValueError(f"{limits[0]}: time is not forecast for target {target.name!r}: name a card instead")

@@ -156,7 +156,7 @@ class Output:
     def _check_place(self, resume: bool) -> None:
         """Raise OutputError where `folder` or `partial` is something that training must leave alone."""
         if self.folder.name in ("", ".."):
-            raise OutputError(f"--output {self.folder}: is no name of a folder: give one that does not exist yet")
+            raise OutputError(f"--output {self.folder}: is not a folder name: give one that does not exist yet")
         for path in (self.folder, self.partial):
             if path.is_symlink():
                 raise OutputError(f"--output {self.folder}: {path} is a link: give the folder itself, or another one")
@@ -186,7 +186,8 @@ class Output:
         for path in sorted(self.partial.iterdir()):
             if path.name != MARK and path not in ours and not path.name.startswith("."):
                 raise OutputError(
-                    f"--output {self.folder}: {path} is not of `lightweight train`: move it away, or give another one"
+                    f"--output {self.folder}: {path} was not written by `lightweight train`: move it away, or "
+                    "give another one"
                 )
             if path.is_symlink() and path not in without:
                 raise OutputError(
@@ -198,13 +199,13 @@ class Output:
         for path in (self.result, self.rescued):
             if path.exists():
                 raise OutputError(
-                    f"--output {self.folder}: {path} has been trained and is not in its place yet: --resume goes on "
-                    "with it, --overwrite starts anew"
+                    f"--output {self.folder}: {path} has been trained and not been moved to its place yet: "
+                    "--resume goes on with it, --overwrite starts again"
                 )
         if self.checkpoint is not None:
             raise OutputError(
-                f"--output {self.folder}: an interrupted job has got to step {step_of(self.checkpoint)} there: "
-                "--resume goes on with it, --overwrite starts anew"
+                f"--output {self.folder}: an interrupted job reached step {step_of(self.checkpoint)} there: "
+                "--resume goes on with it, --overwrite starts again"
             )
 
     def _check_taken(self, resume: bool) -> None:
@@ -313,7 +314,7 @@ class Output:
             )
         if passed_over:
             raise OutputError(
-                f"--output {self.folder}: {'; '.join(passed_over)}: no checkpoint is left to go on with: start anew "
+                f"--output {self.folder}: {'; '.join(passed_over)}: no checkpoint is left to go on with: start again "
                 "with --overwrite, without --resume"
             )
         return None

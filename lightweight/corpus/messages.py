@@ -60,7 +60,7 @@ def text_of(value: Any, field: str) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise Defect(
-            f"{field}: holds half of a surrogate pair, which is no character: write the character itself"
+            f"{field}: holds half of a surrogate pair, which is not a character: write the character itself"
         ) from None
     return value
 

@@ -52,7 +52,7 @@ def load_task(path: Path, corpus: Corpus) -> Task:
     for number, one in enumerate(asked, 1):
         if (*(message.content for message in one.messages), one.answer) in trained_on:
             raise CorpusError(
-                f"task {path}: question {number} is trained on, answer and all: leave it out of one of both"
+                f"task {path}: question {number} is trained on, answer and all: leave it out of one of them"
             )
     said = [[*([message.role, message.content] for message in one.messages), one.answer] for one in asked]
     digest = hashlib.sha256(json.dumps(said, ensure_ascii=False).encode()).hexdigest()

@@ -102,7 +102,9 @@ def _refused(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     try:
         yield
     except _UnstableError as error:
-        raise ModelError(f"model {name}: what its chat template's loss is on cannot be told: {error}") from error
+        raise ModelError(
+            f"model {name}: its chat template does not show which tokens the loss is taken over: {error}"
+        ) from error
     except Exception as error:  # a template is a program, and may raise what it likes
         raise ModelError(
             f"model {name}: its chat template cannot be used ({reason(error)}): mend chat_template"
@@ -180,7 +182,7 @@ def _by_marks(messages: Sequence[Message], text: str, tokenizer: PreTrainedToken
         )
     (again,), (marks,) = rendered
     if again != text:
-        raise ValueError("it writes another text each time")
+        raise ValueError("it writes a different text each time")
     spans = [(start, stop) for start, stop in marks if start < stop]
     if not spans:
         raise ValueError("it marks no turn as generated")

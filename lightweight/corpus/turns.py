@@ -73,6 +73,6 @@ def _said(turn: dict[str, Any], content: Any) -> str:
         content.encode()
     except UnicodeEncodeError:
         raise Defect(
-            "'content' holds half of a surrogate pair, which is no character: write the character itself"
+            "'content' holds half of a surrogate pair, which is not a character: write the character itself"
         ) from None
     return content

@@ -65,7 +65,7 @@ def _read(model: Model, location: str) -> PretrainedConfig:
                     raise ValueError(f"{key} is no probability")  # which else shows in the first step
         config: PretrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError(f"{config.model_type} is no causal language model")
+            raise ValueError(f"{config.model_type} is not a causal language model")
         return config
 
 

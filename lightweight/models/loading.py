@@ -48,7 +48,7 @@ def skeleton(
     if quantization is not None and not isinstance(quantization, BitsAndBytesConfig):
         raise ModelError(
             f"model {described.name}: weights quantized by {title(quantization)} have no shapes before they are "
-            f"loaded, so that nothing is forecast of them: {UNQUANTIZED}"
+            f"loaded, so that no forecast can be made: {UNQUANTIZED}"
         )
     with refused(described, "no network can be built of its config.json", CAUSAL), torch.device("meta"):
         network: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)

@@ -46,9 +46,9 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     encoded = set(tokenizer.encode(PROBE, add_special_tokens=False))
     if not encoded - {tokenizer.unk_token_id}:
-        raise ValueError("it has a token for no word")
+        raise ValueError("it gives plain text unknown tokens alone")
     if tokenizer.eos_token_id is None:
-        raise ValueError("it has no end: name an eos_token in tokenizer_config.json")
+        raise ValueError("it has no end token: name an eos_token in tokenizer_config.json")
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -24,6 +24,6 @@ def check_searched(rate: Any, model: str, *methods: Method) -> None:
     for method in methods:
         if method_digest(method.with_learning_rate(rate.of[method.name])) != rate.digests[method.name]:
             raise ValueError(
-                f"{here}: method {method.name} is another one now than was searched for, in its code or its settings: "
-                "sweep it again, or take back what was changed"
+                f"{here}: method {method.name} has changed since the sweep, in its code or its settings: "
+                "sweep it again, or undo the change"
             )

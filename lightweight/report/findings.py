@@ -196,7 +196,11 @@ def _agreement(cells: Sequence[Entry]) -> list[Finding]:
     if wrong:
         names = ", ".join(f"{cell.model} x {cell.method} on {target_of(cell)}" for cell in wrong)
         return [Finding(parts=(f"The forecast was wrong about {names}{within}",))]
-    return [Finding(parts=(f"Fits or not was forecast rightly for all {len(limited)} cells under a budget{within}",))]
+    return [
+        Finding(
+            parts=(f"Whether they fit was forecast correctly for all {len(limited)} cells with a memory limit{within}",)
+        )
+    ]
 
 
 def _forecast_only(runs: Sequence[Run]) -> list[Finding]:

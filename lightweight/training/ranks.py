@@ -173,7 +173,7 @@ def is_first_to_say() -> bool:
     """Whether no other rank has asked this before: of several that fail in one way, one tells."""
     if world_size() == 1:
         return True
-    # What the launcher's environment names is there for as long as the launcher is, and kept where that starts anew.
+    # What the launcher's environment names is there for as long as the launcher is, and kept where that starts again.
     store = distributed.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
     )

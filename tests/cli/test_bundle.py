@@ -135,10 +135,14 @@ def test_requirements_are_exact_and_name_where_torchs_builds_are(project, tmp_pa
 @pytest.mark.parametrize(
     ("file", "text", "problem"),
     [
-        ("rates.py", "RATE = 1e-3\n", "method mine is another one now than in record *: its digest differs"),
-        ("corpus.json", json.dumps(turns(13)), "corpus corpus.json is another one now than in record"),
-        ("cells/test_cells.py", None, "cells/test_cells.py is not here: call it where pytest was called"),
-        ("mine.py", None, "method mine.py:MINE: its file mine.py is not here: call it where pytest was called"),
+        ("rates.py", "RATE = 1e-3\n", "method mine has changed since record *: its digest differs"),
+        ("corpus.json", json.dumps(turns(13)), "corpus corpus.json has changed since record"),
+        ("cells/test_cells.py", None, "cells/test_cells.py is not here: run this in the folder in which pytest ran"),
+        (
+            "mine.py",
+            None,
+            "method mine.py:MINE: its file mine.py is not here: run this in the folder in which pytest ran",
+        ),
     ],
 )
 def test_what_has_changed_since_is_refused(project, tmp_path, file, text, problem):
@@ -176,7 +180,10 @@ def test_what_lay_elsewhere_goes_in_by_its_name_where_its_folder_is_given(elsewh
     asked = ["report", "run.json", "--bundle", str(tmp_path / "b")]
     assert main(asked) == 2
     told = capsys.readouterr().err
-    assert "mine.py is not here: call it where pytest was called, and give the folder of what lay elsewhere" in told
+    assert (
+        "mine.py is not here: run this in the folder in which pytest ran, and name the folder of what lay elsewhere"
+        in told
+    )
     assert main([*asked, "--files", str(elsewhere / "code")]) == 2
     assert "corpus talks.json is not here" in capsys.readouterr().err
     asked += ["--files", str(elsewhere / "code"), "--files", str(elsewhere)]
@@ -188,7 +195,7 @@ def test_another_task_is_refused(elsewhere, tmp_path, capsys):
     (elsewhere / "task.jsonl").write_text('{"prompt": "2 + 2?", "answer": "5"}\n', "utf-8")
     asked = ["report", "run.json", "--bundle", str(tmp_path / "b"), "--files", str(elsewhere)]
     assert main([*asked, "--files", str(elsewhere / "code")]) == 2
-    assert "task task.jsonl is another one now than in record run.json" in capsys.readouterr().err
+    assert "task task.jsonl has changed since record run.json" in capsys.readouterr().err
 
 
 def test_a_record_without_its_command_and_a_name_that_is_taken_are_refused(project, tmp_path, monkeypatch, capsys):
@@ -249,5 +256,5 @@ def test_no_record_leads_out_of_the_folder(project, tmp_path, monkeypatch, capsy
     (tmp_path / "run.json").write_text(json.dumps(document), "utf-8")
     (project.parent / "secret.json").write_text("{}")
     assert main(["report", str(tmp_path / "run.json"), "--bundle", str(tmp_path / "b")]) == 2
-    assert f"{name} is not here: call it where pytest was called" in capsys.readouterr().err
+    assert f"{name} is not here: run this in the folder in which pytest ran" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

@@ -82,7 +82,7 @@ PLACES = {
     ),
     "somebody's file beside our mark": (
         lambda at: ours(at, lambda partial: (partial / "thesis").touch()),
-        "thesis is not",
+        "thesis was not",
     ),
     "a link at the curves": (lambda at: ours(at, lambda partial: linked(partial / "runs", at)), "runs is a link"),
     "a link at the result": (lambda at: ours(at, lambda partial: linked(partial / "result", at)), "result is a link"),
@@ -160,7 +160,7 @@ def test_what_cannot_be_written_is_refused_in_a_line(tmp_path, place):
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     for resume in (False, True):
         output = Output(UNUSABLE[place](tmp_path))
-        with pytest.raises(OutputError, match=r"--output .*: (cannot be written|is no name)"):
+        with pytest.raises(OutputError, match=r"--output .*: (cannot be written|is not a folder name)"):
             output.claim(resume=resume, overwrite=False)
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -295,7 +295,7 @@ def test_a_result_that_cannot_be_put_into_its_place_stays_and_the_line_says_wher
         Output(tmp_path / "a").claim(resume=False, overwrite=False)
     (tmp_path / "a").rename(tmp_path / "b")
     again = Output(tmp_path / "a")
-    with pytest.raises(OutputError, match="has been trained and is not in its place yet"):
+    with pytest.raises(OutputError, match="has been trained and not been moved to its place yet"):
         again.claim(resume=False, overwrite=False)
     again.claim(resume=True, overwrite=False)
     again.publish()
@@ -322,7 +322,7 @@ def test_an_interrupted_job_is_neither_lost_nor_taken_over(tmp_path):
     checkpoint(output, 4)
     output.release()
     for _ in range(2):
-        with pytest.raises(OutputError, match="has got to step 4 there"):
+        with pytest.raises(OutputError, match="reached step 4 there"):
             Output(tmp_path / "a").claim(resume=False, overwrite=False)
     again = Output(tmp_path / "a")
     again.claim(resume=True, overwrite=False)

@@ -107,7 +107,7 @@ def test_a_sweep_is_recorded_and_its_rates_can_be_taken(micro, tmp_path, capsys,
     adapter = lora.adapter
     assert isinstance(adapter, peft.LoraConfig)
     other = replace(lora, adapter=replace(adapter, r=16))
-    with pytest.raises(ValueError, match=r"found\.json: method lora is another one now than was searched for"):
+    with pytest.raises(ValueError, match=r"found\.json: method lora has changed since the sweep"):
         record.check_searched(settings.learning_rate, micro.location, other)
     with pytest.raises(
         methods.MethodError, match="has no rate for method qlora, but for baseline, lora: sweep it, too"
@@ -192,7 +192,7 @@ def test_a_file_that_is_no_sweep_is_refused(tmp_path):
     other = tmp_path / "other.json"
     for text in ("{}", "[", '{"sweep": {"found": {"lora": {"learning_rate": -1}}}}', '{"sweep": 3}', "[" * 100_000):
         other.write_text(text, "utf-8")
-        with pytest.raises(ValueError, match="is no sweep: give what `lightweight sweep` wrote"):
+        with pytest.raises(ValueError, match="is not the record of a sweep: give what `lightweight sweep` wrote"):
             SweptRates.read(str(other))
     with pytest.raises(ValueError, match="cannot be read"):
         Settings.read(lambda name: "nowhere.json" if name == "learning_rate" else None)

@@ -731,7 +731,7 @@ def test_another_job_is_not_resumed(train, out, signal_at, capsys):
     assert train("a") == 130
     capsys.readouterr()
     assert train("a") == 2
-    assert "an interrupted job has got to step 4 there: --resume goes on" in capsys.readouterr().err
+    assert "an interrupted job reached step 4 there: --resume goes on" in capsys.readouterr().err
     assert train("a", "--resume", "--seed", "1") == 2
     assert "is another one: seed was 0 and is 1" in capsys.readouterr().err
     assert train("a", "--resume", "--learning-rate", "1e-3") == 2
@@ -807,7 +807,7 @@ def test_the_readmes_two_commands_work(base, dialogues, out, capsys):
         (("--schedule", "cosin"), "warmup_stable_decay; did you mean cosine?"),
         (
             ("--method", "cli.test_train:MINE", "--learning-rate", "1e-3"),
-            "method mine says learning_rate=0.0001, and the command line --learning-rate 0.001: leave one of both out",
+            "method mine says learning_rate=0.0001, and the command line --learning-rate 0.001: leave out one of them",
         ),
         (("--max-length", "300"), "rows of 300 tokens, where it has 256 positions: take a smaller max_length"),
     ],

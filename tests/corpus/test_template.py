@@ -177,7 +177,8 @@ def test_a_published_template_that_cannot_be_used_is_one_line(name, loss_on):
 def test_a_template_that_never_says_where_a_turn_lies_is_refused():
     found = tokenizer(UNSTABLE)
     expected = (
-        "model .*: what its chat template's loss is on cannot be told: it writes the last turn otherwise .*: take a"
+        "model .*: its chat template does not show which tokens the loss is taken over: "
+        "it writes the last turn otherwise .*: take a"
     )
     modes: list[LossOn] = ["all", "last"]
     for loss_on in modes:

@@ -141,7 +141,7 @@ def test_a_checkpoint_under_another_ones_name_or_without_manifest_is_not_gone_on
     (partial / "checkpoint-6" / "added.bin").touch()
     (partial / "checkpoint-nine").mkdir()
     assert main(command) == 2
-    assert "checkpoint-nine is not of `lightweight train`: move it away" in capsys.readouterr().err
+    assert "checkpoint-nine was not written by `lightweight train`: move it away" in capsys.readouterr().err
     (partial / "checkpoint-nine").rmdir()
     assert main(command) == 0
     said = capsys.readouterr().out

@@ -275,7 +275,7 @@ def test_weights_that_are_no_numbers_are_told_as_such_and_not_as_a_learning_rate
     assert main(given(tmp_path / "b")) == 0
     shutil.copy(tmp_path / "model" / "model.safetensors", tmp_path / "b")
     found = outcome_of(["chat", str(tmp_path / "b"), "--prompt", "x"], capfd)
-    assert found.is_a_line and "fc1.weight holds what is no number" in found.err, found
+    assert found.is_a_line and "fc1.weight holds NaN" in found.err, found
 
 
 def test_settings_of_answers_that_cannot_be_used_are_one_line(given, tmp_path, capfd):

@@ -134,11 +134,14 @@ REMOTE = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoM
         (["opt-tiny", "--record", "nowhere.json"], "nowhere.json"),
         (
             ["opt-tiny", "--target", "16GiB", "--tokens", "9", "--max-hours", "1"],
-            "no time is forecast of target '16GiB'",
+            "time is not forecast for target '16GiB'",
         ),
         (["opt-tiny", "--gpus", "2", "--tokens", "9", "--price", "1", "--max-price", "1"], "leave it or --gpus out"),
-        (["opt-tiny", "--target", "t4", "--price", "1"], "--price is of a job: give its --tokens or its --corpus"),
-        (["opt-tiny", "--target", "t4", "--max-hours", "1"], "--max-hours is of a job: give its --tokens or"),
+        (
+            ["opt-tiny", "--target", "t4", "--price", "1"],
+            "--price is about a whole job: give its --tokens or its --corpus",
+        ),
+        (["opt-tiny", "--target", "t4", "--max-hours", "1"], "--max-hours is about a whole job: give its --tokens or"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(capsys, tmp_path, arguments, words):
