@@ -78,6 +78,7 @@ class Output:
         self.folder = folder
         self._lock: int | None = None
         self._overwrite = False
+        self._is_published = False
 
     @property
     def partial(self) -> Path:
@@ -373,6 +374,7 @@ class Output:
         """Put the result into its place, if it is not there. Raises OutputError where that fails: the result then
         stays where it is."""
         if not self.result.exists():
+            self._is_published = True
             return
         self._remove_all_but(self.result)  # which is all that is still needed
         try:
@@ -386,17 +388,19 @@ class Output:
                 f"--output {self.folder}: cannot be put there ({reason}): what was trained lies whole in "
                 f"{self.result}: move it, or make room and go on with --resume"
             ) from error
+        self._is_published = True
         checkpoints.sync(self.folder.parent)
         checkpoints.remove(self.replaced)
 
     def release(self) -> None:
-        """Unlock `partial`, having removed it unless there is something in it to go on with."""
+        """Unlock `partial`, having removed it unless there is something in it to go on with: nothing where the result
+        is in its place, even if something could not be removed at once."""
         if self._lock is None:
             return
         if self.replaced.exists() and not os.path.lexists(self.folder):
             self.replaced.rename(self.folder)
         checkpoints.remove(self.unfinished)
-        if not (self.can_resume or self.rescued.exists() or self.replaced.exists()):
+        if self._is_published or not (self.can_resume or self.rescued.exists() or self.replaced.exists()):
             self._remove_all_but()
             with contextlib.suppress(OSError):  # a mount point, or what somebody else has put there
                 (self.partial / MARK).unlink(missing_ok=True)

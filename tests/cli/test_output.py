@@ -316,6 +316,26 @@ def test_trained_weights_outlive_an_error_after_training(tmp_path):
     assert name_of(output.rescued) == "new"
 
 
+def test_what_cannot_be_removed_at_once_goes_with_its_job(tmp_path, monkeypatch):
+    """As over NFS, where somebody still reads it. It is nothing to go on with."""
+    output = Output(tmp_path / "a")
+    output.claim(resume=False, overwrite=False)
+    checkpoint(output, 3)
+    failed: list[object] = []
+
+    def rmdir(path, *, dir_fd=None, rmdir=os.rmdir) -> None:
+        if not failed and str(path).endswith("checkpoint-3"):
+            failed.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rmdir(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    train(output, "new")
+    assert failed
+    output.release()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_an_interrupted_job_is_neither_lost_nor_taken_over(tmp_path):
     output = Output(tmp_path / "a")
     output.claim(resume=False, overwrite=False)
