@@ -246,6 +246,8 @@ def talk(dialogue: Dialogue, **how: Any) -> None:
         try:
             text = input("> " if at_terminal else "")
         except EOFError:
+            if at_terminal:
+                print()
             return
         match text.strip():
             case "":

@@ -105,7 +105,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # gpt_bigcode's own
 def test_captured_steps_train_what_the_trainer_trains(kind: str, tmp_path: Path) -> None:
-    network = _small(kind)
+    network = small(kind)
     if isinstance(network, str):
         assert kind not in SAMPLE, network
         pytest.skip(f"not run: {kind} is not made small: {network}")
@@ -131,7 +131,7 @@ def test_captured_steps_on_flash_kernels_train_what_they_train_with_masks(
     kind_on_flash: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernels' part is played by a reference for the CPU, and in fp32, so that nothing passes for rounding."""
-    network = _small(kind_on_flash)
+    network = small(kind_on_flash)
     if isinstance(network, str):
         pytest.skip(f"not run: {kind_on_flash} is not made small: {network}")
     network.save_pretrained(tmp_path / kind_on_flash)
@@ -159,7 +159,7 @@ def _given_up(note: str) -> list[str]:
     return [part.split(" given up: ")[0] for part in note.split("; ") if " given up: " in part]
 
 
-def _small(kind: str) -> Any:
+def small(kind: str) -> Any:
     """A network of that kind, its matrices four times what they are drawn as, so that a wrong context shows in the
     loss; or why there is none."""
     ids = torch.arange(3, 23).unsqueeze(0)
