@@ -52,6 +52,18 @@ def test_a_link_in_its_place_is_replaced_and_not_followed(tmp_path):
     assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "a").is_symlink()
 
 
+def test_what_is_written_beside_is_a_new_file_and_no_link_that_waits_there(tmp_path, monkeypatch):
+    opened = []
+
+    def spy(path, flags, *mode, open=os.open, **folder) -> int:
+        opened.append(flags)
+        return open(path, flags, *mode, **folder)
+
+    monkeypatch.setattr(os, "open", spy)
+    files.write(tmp_path / "a", "new")
+    assert opened and all(flags & os.O_EXCL for flags in opened)
+
+
 @pytest.mark.parametrize(
     ("make", "number"),
     [

@@ -135,6 +135,21 @@ class Fault:
             return "lora", "completed", None
         return "lora", "timed_out" if self.is_late else "crashed", "start" if self.what == "helper" else self.phase
 
+    @property
+    def reason(self) -> str:
+        """What its row's reason says."""
+        match self.what:
+            case "forkserver":
+                return ""
+            case "child" | "helper":
+                ended = "and was killed" if self.is_late else f"killed by {self.number.name}"
+                return f"writing the weights: {ended}" if self.what == "helper" and not self.is_late else ended
+            case _ if self.then in (None, signal.SIGKILL):
+                return "the process that ran it died"
+            case _:
+                by = "KeyboardInterrupt" if self.then == signal.SIGINT else self.then and self.then.name
+                return f"interrupted by {by}"
+
 
 ENDS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 WHAT_ENDS_OTHERS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
@@ -165,14 +180,12 @@ def test_nothing_is_lost(project, faults, tried):  # noqa: F811
     rows, remains = outcomes(project), remaining(project)
     before, after = ("baseline", "completed", None), ("lora", "completed", None)
     expected = [before, *(fault.row for fault in faults), *([after] if faults[0].then is None else [])]
-    found = [row[:3] for row in rows]
-    for fault, row in zip(faults, found[1:], strict=False):
-        tried(f"{fault.what} killed, stopped or asked to end", survived=row == fault.row and not remains)
-    assert found == expected, output
+    for fault, (*row, reason) in zip(faults, rows[1:], strict=False):
+        is_told = tuple(row) == fault.row and fault.reason in (reason or "")
+        tried(f"{fault.what} killed, stopped or asked to end", survived=is_told and not remains)
+        assert is_told, (fault, row, reason, output)
+    assert [row[:3] for row in rows] == expected, output
     assert not remains
-    if (then := faults[0].then) is not None:
-        by = "KeyboardInterrupt" if then == signal.SIGINT else then.name
-        assert rows[1][3] == ("the process that ran it died" if then == signal.SIGKILL else f"interrupted by {by}")
 
 
 def remaining(folder: Path) -> list[str]:
