@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,12 @@ from unittest import mock
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+
+def leave_cpu_unnumbered() -> None:
+    """Have ranks on CPUs compute on `cpu`, which accelerate numbers as it does GPUs: torch knows no `cpu:0` to load to,
+    and transformers 5.17 resumes an optimizer there. accelerate/state.py, `PartialState`."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 
 
 @contextmanager

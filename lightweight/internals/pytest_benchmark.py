@@ -40,7 +40,7 @@ def switch_on(config: pytest.Config) -> None:
     """Have it time although pytest-xdist is there, unless the command line says no."""
     private = session(config)
     private.disabled = config.getoption("benchmark_disable") and not config.getoption("benchmark_enable")
-    private.xdist_warning = False  # from 5.3 on: it would tell that benchmarks are off
+    private.xdist_warning = False  # it would tell that benchmarks are off
 
 
 def compare_with(config: pytest.Config, path: str | None) -> None:

@@ -111,6 +111,8 @@ def meet(*, cpu: bool) -> None:
             os.environ.pop(name, None)
     elif not distributed.is_initialized():
         share_threads()
+        if cpu:
+            accelerate_internals.leave_cpu_unnumbered()
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
             _listen_on_loopback()
         ours: dict[str, Any] = {}  # torchrun has a store of its own

@@ -11,14 +11,17 @@ from pathlib import Path
 import pynvml
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
+from transformers import TrainingArguments
 
 from conftest import torchruns
 from lightweight import models, targets
 from lightweight.captured import agreement
 from lightweight.child import failure, worker
 from lightweight.child.owner import Child
+from lightweight.internals import torch as torch_internals
 from lightweight.internals.multiprocessing import forkserver_pid
 from lightweight.methods import BASELINE, METHODS, QLORA, Method
 from lightweight.training import ranks
@@ -434,6 +437,25 @@ def test_one_rank_of_torchrun_forgets_its_launcher(monkeypatch):
     assert "RANK" not in os.environ
 
 
+def test_ranks_on_cpus_compute_where_torch_can_load_to(monkeypatch, tmp_path):
+    for name, value in (torchruns(0, 2, port=1) | {"OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": ""}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("ACCELERATE_TORCH_DEVICE")
+    torch.save(torch.ones(2), tmp_path / "optimizer.pt")
+    torch.distributed.init_process_group("fake", store=torch_internals.fake_store(), rank=0, world_size=2)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.distributed, "is_initialized", lambda: False)
+            patched.setattr(ranks, "PartialState", lambda **_: None)
+            ranks.meet(cpu=True)
+        device = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none").device
+        loaded = torch.load(tmp_path / "optimizer.pt", map_location=device, weights_only=True)
+    finally:
+        torch.distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert loaded.tolist() == [1, 1]
+
+
 def listening() -> dict[str, str]:
     """The TCP sockets that listen on this machine: inode -> address, as the kernel writes both."""
     tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
@@ -465,7 +487,7 @@ def test_torchruns_ranks_listen_on_loopback_where_all_are_on_this_host(monkeypat
     for name, value in (torchruns(0, 2, port=1) | {"LOCAL_WORLD_SIZE": here, "OMP_NUM_THREADS": "1"}).items():
         monkeypatch.setenv(name, value)
     listening_on = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-    for name in listening_on:
+    for name in (*listening_on, "ACCELERATE_TORCH_DEVICE"):
         monkeypatch.setenv(name, "eth0")
     monkeypatch.setattr(ranks, "PartialState", lambda **_: None)
     ranks.meet(cpu=True)
