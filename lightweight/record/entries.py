@@ -246,8 +246,8 @@ class Entry:
 
     @property
     def peak_bytes(self) -> int | None:
-        """The peak allocated on the GPU, or where there is none of the whole process on the host; None for what ended on
-        a GPU before it could tell."""
+        """The peak allocated on the GPU, or where there is none of the whole process on the host; None for what ended
+        on a GPU before it could tell."""
         return self.gpu_peak_bytes or (self.host_peak_bytes if self.device_bytes is None else None)
 
     @property
