@@ -316,6 +316,28 @@ def test_trained_weights_outlive_an_error_after_training(tmp_path):
     assert name_of(output.rescued) == "new"
 
 
+def test_a_checkpoint_and_a_result_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch):
+    synced: set[str] = set()
+
+    def fsync(descriptor: int, fsync=os.fsync) -> None:
+        synced.add(os.path.relpath(Path(f"/proc/self/fd/{descriptor}").readlink(), tmp_path))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    output = Output(tmp_path / "a")
+    output.claim(resume=False, overwrite=False)
+    checkpoint(output, 3)
+    train(output, "new")
+    output.release()
+    for folder, names in (
+        ("checkpoint-3", ("trainer_state.json", "manifest.json")),
+        ("result", ("model.safetensors",)),
+    ):
+        at = f"a.partial/unfinished/{folder}"
+        assert {at, *(f"{at}/{name}" for name in names)} <= synced
+    assert {"a.partial", "."} <= synced  # the names
+
+
 def test_what_cannot_be_removed_at_once_goes_with_its_job(tmp_path, monkeypatch):
     """As over NFS, where somebody still reads it. It is nothing to go on with."""
     output = Output(tmp_path / "a")
