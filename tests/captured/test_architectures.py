@@ -6,6 +6,7 @@ without dropout, by the Trainer and by the captured step. CI takes a sample of t
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,7 @@ SAMPLE = (
 ON_FLASH = ("gemma3_text", "gpt_neox", "olmo3")
 """The sample on flash kernels: full and sliding layers in one network, partial rotary embeddings, no groups."""
 
-MOST_PARAMETERS = 9_000_000
+MOST_PARAMETERS = 15_000_000
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "word_embed_proj_dim", "lru_width"), 64),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers"), 4),
@@ -65,6 +66,8 @@ SMALL: dict[str, Any] = {
     **{"qk_rope_head_dim": 8, "qk_head_dim": 24, "vocab_size_per_layer_input": 384, "num_kv_shared_layers": 2},
     **{"embedding_size": 64, "dim": 64, "depth": 2, "image_size": 32, "patch_size": 16},
     "attention_types": [[["global", "local"], 2]],
+    **{"full_attn_idxs": [1, 3], "attn_layer_indices": [1, 3]},
+    **{"attn_layer_period": 2, "attn_layer_offset": 1, "axial_pos_embds": False},
 }
 """What makes a network of any kind small, by every name that configurations use for it."""
 
@@ -78,6 +81,10 @@ OTHERWISE: tuple[dict[str, Any], ...] = (
     {"num_kv_shared_layers": 0},
     {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 4},
     {"q_lora_rank": LEFT_OUT, "n_shared_experts": LEFT_OUT},
+    {"layer_types": ["conv", "full_attention"] * 2},
+    {"layer_types": ["linear_attention", "hybrid"] * 2},
+    {"attention_hidden_size": 128},
+    {"num_experts_per_tok": 1, "default_language": "en_XX", "head_dim": LEFT_OUT},
 )
 """What is tried where a configuration refuses these sizes, or gives no network that computes with them."""
 
@@ -191,7 +198,20 @@ def _sizes(config_class: Any, wanted: dict[str, Any]) -> dict[str, Any]:
     for name in getattr(config_class, "sub_configs", {}):
         if (inner := getattr(config_class(), name, None)) is not None:
             sizes[name] = {"model_type": inner.model_type} | _sizes(type(inner), wanted)
-    return sizes
+    return sizes | _mixed(config_class, sizes)
+
+
+def _mixed(config_class: Any, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Layers of every type that a network of this kind has, in turn, where so few layers would have one once."""
+    with contextlib.suppress(Exception):  # what a configuration refuses, it refuses below
+        small = getattr(config_class(**sizes), "layer_types", None)
+        if small and (len({*small}) == 1 or any(small.count(one) == 1 for one in small)):
+            types = [*dict.fromkeys(getattr(config_class(), "layer_types", None) or small)]
+            types = types if len(types) > 1 else [*types, "full_attention"]
+            mixed = [types[index % len(types)] for index in range(len(small))]
+            config_class(**sizes, layer_types=mixed)
+            return {"layer_types": mixed}
+    return {}
 
 
 def _trained(root: Path, kind: str, method: Method) -> tuple[list[float], str]:
