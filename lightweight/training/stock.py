@@ -330,6 +330,14 @@ class _MeasuredTrainer(TrainerHooks, Trainer):
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
         self._meter.phase = "forward"
         loss = super().compute_loss(*arguments, **options)
+        of_pass = loss[0] if isinstance(loss, tuple) else loss
+        if torch.is_grad_enabled() and not of_pass.requires_grad:
+            network: Any = self.accelerator.unwrap_model(self.model)
+            network = network.get_base_model() if isinstance(network, peft.PeftModel) else network
+            raise MethodError(
+                f"method {self.method.name}: no weight that it trains takes part in the loss of "
+                f"{type(network).__name__}: give its adapter other target_modules"
+            )
         self._meter.phase = "backward"
         return loss
 

@@ -221,6 +221,15 @@ def test_heldout_loss_is_cross_entropy_whatever_the_adapter_adds(trial, folder, 
         assert own_loss(trainer.model, rows[:5]) > found + 0.1
 
 
+def test_a_network_whose_loss_no_trained_weight_takes_part_in_is_one_line(trial, folder):
+    """As Reformer's, whose layers are computed without a graph, and phi4_multimodal's, whose adapters see images."""
+    trainer, *_ = prepare(trial, folder)
+    forward = trainer.model.forward
+    trainer.model.forward = torch.no_grad()(forward)
+    with pytest.raises(MethodError, match="method baseline: no weight that it trains takes part in the loss of OPT"):
+        trainer.train()
+
+
 def test_a_network_without_logits_has_no_heldout_loss(trial, folder):
     trainer, rows, _, _ = prepare(trial, folder)
     forward = trainer.model.forward
