@@ -94,6 +94,8 @@ def warmup(text: str) -> int | float:
     value = _number(text)
     if not (0 <= value < 1 or (value >= 1 and value.is_integer())):
         raise ValueError("give a whole number of steps, or a share of them below 1, such as 0.1")
+    if value > MOST:
+        raise ValueError(f"give at most {MOST}")
     return value if 0 < value < 1 else int(value)
 
 

@@ -178,6 +178,7 @@ def test_what_peft_refuses_together_is_one_line():
         ("warmup", "-1", "--warmup -1: give a whole number of steps, or a share of them below 1, such as 0.1"),
         ("warmup", "1.5", "--warmup 1.5: give a whole number of steps"),
         ("warmup", "inf", "--warmup inf: give a whole number of steps"),
+        ("warmup", "1e30", f"--warmup 1e30: give at most {2**31 - 1}"),
         ("lora_rank", "0", "--lora-rank 0: give at least 1"),
         ("lora_alpha", "1e1", "--lora-alpha 1e1: give a whole number"),
         ("lora_dropout", "1", "--lora-dropout 1: give a share from 0 to below 1, such as 0.05"),
