@@ -37,20 +37,25 @@ def findings(runs: Sequence[Run]) -> list[Finding]:
     if any(cell.weights == "random" for cell in cells):
         words = "Weights are random: speed and memory are as with trained ones, and the loss says nothing of quality"
         answer.append(Finding(parts=(words,)))
-    if not answer and not entries:
-        return [Finding(parts=("No trial and no forecast is in these records",))]
-    return answer  # nothing where all cells are of tables that answer by themselves: peers, say
+    if not answer and entries:  # of tables that answer by themselves: peers, say
+        return [_counted(entries, "trial")]
+    return answer or [Finding(parts=("No trial and no forecast is in these records",))]
 
 
 def _in_all(cells: Sequence[Entry], entries: Sequence[Entry]) -> list[Finding]:
     """The answer in a sentence, and how many cells ended how."""
     if not cells:
         return []
-    ends = [ending(cell.outcome) for cell in cells]
-    counts = ", ".join(f"{ends.count(end)} {end}" for end in sorted(dict.fromkeys(ends), key=_badness))
-    in_all = Finding(about=f"{len(cells)} cell{'s' * (len(cells) > 1)}", parts=(counts,))
+    in_all = _counted(cells, "cell")
     answer = [*_fastest(cells, entries), *_rescued(cells)]
     return [Finding(parts=tuple(answer)), in_all] if answer else [in_all]
+
+
+def _counted(entries: Sequence[Entry], noun: str) -> Finding:
+    """How many of them ended how."""
+    ends = [ending(entry.outcome) for entry in entries]
+    counts = ", ".join(f"{ends.count(end)} {end}" for end in sorted(dict.fromkeys(ends), key=_badness))
+    return Finding(about=f"{len(entries)} {noun}{'s' * (len(entries) > 1)}", parts=(counts,))
 
 
 def _badness(end: str) -> int:

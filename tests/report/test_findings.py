@@ -37,12 +37,14 @@ def test_rows_of_several_lengths_are_told_apart():
     assert "tokens a row |" not in write.text([run(short)], "markdown").partition("### Loss")[0]
 
 
-def test_peers_alone_have_a_table_and_no_sentence():
+def test_peers_alone_have_a_table_and_are_counted():
     alone = entry(shown_as="peers", captured_step={"packing": True})
     page = write.text([run(alone)], "markdown")
     assert "No trial" not in page
     assert "What a user could pick instead" in page
     assert "1.00x" not in page
+    assert page.startswith("- 1 trial: 1 completed.")
+    assert "1 trial: 1 completed." in write.rendered([run(alone)], "html")
 
 
 def test_the_answer_names_what_trains_where_the_baseline_cannot():
@@ -116,3 +118,10 @@ def test_a_method_that_is_worse_is_not_the_answer_where_another_is_not():
     assert str(found[0]).startswith("good trains opt-350m 2.0 times as fast as baseline (2.0 to 2.0 over 2 seeds)")
     only = str(findings([run(*seeds("baseline", 2.5, 2.7), *fast)])[0])
     assert only.startswith("fast-and-worse ") and only.endswith("and is worse.")
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_committed_record_alone_has_a_page_and_an_answer(path):
+    run_of = record.load(path)
+    assert findings([run_of])
+    assert "<html" in write.rendered([run_of], "html")
