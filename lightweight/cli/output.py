@@ -24,6 +24,7 @@ from typing import Any
 
 from lightweight.cli import checkpoints
 from lightweight.cli.checkpoints import step_of
+from lightweight.cli.terminal import tell
 from lightweight.targets import MiB, size
 
 RECORD_NAME = "record.json"
@@ -405,6 +406,8 @@ class Output:
             with contextlib.suppress(OSError):  # a mount point, or what somebody else has put there
                 (self.partial / MARK).unlink(missing_ok=True)
                 self.partial.rmdir()
+            if self._is_published and self.partial.exists():
+                tell(f"{self.partial}: cannot be removed, and nothing in it is needed any more: remove it")
         os.close(self._lock)
         self._lock = None
 

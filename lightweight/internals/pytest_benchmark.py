@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,17 @@ def session(config: pytest.Config) -> Any:
             "kept on under pytest-xdist; install pytest-benchmark==5.3.1, or run without -n and --tx"
         )
     return private
+
+
+def json_path(config: pytest.Config) -> Path | None:
+    """Where its JSON goes. Raises pytest.UsageError where it has opened that file already, and so emptied it."""
+    path = config.getoption("benchmark_json", None)
+    if path is not None and not isinstance(path, Path):
+        raise pytest.UsageError(
+            f"pytest-benchmark {version('pytest-benchmark')} empties the file of --benchmark-json before anything is "
+            "checked: pip install 'pytest-benchmark>=5.3.1'"
+        )
+    return path
 
 
 def switch_on(config: pytest.Config) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from lightweight import corpus, files, methods, models, record, targets
 from lightweight.child import handle, helper, reaper, worker
+from lightweight.internals import pytest_benchmark
 from lightweight.methods import Method, MethodError
 from lightweight.models import Model
 from lightweight.session import options
@@ -53,7 +54,7 @@ class Choices:
                 raise pytest.UsageError(f"--{key.replace('_', '-')} {value:g}: give more than 0")
         for option, path in (
             ("--report", self.option("report")),
-            ("--benchmark-json", self.config.getoption("benchmark_json", None)),
+            ("--benchmark-json", pytest_benchmark.json_path(self.config)),
         ):
             try:
                 if path is not None and not path.is_char_device():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 
@@ -30,7 +29,7 @@ class Journal:
     @property
     def is_kept(self) -> bool:
         """Whether there is a file for it; a pipe or a device is written once, by pytest-benchmark."""
-        path: Path | None = self.config.getoption("benchmark_json", None)
+        path = pytest_benchmark.json_path(self.config)
         return path is not None and (path.is_file() or not path.exists())
 
     def write(self, entries: Iterable[Entry], forecasts: Iterable[ForecastRow]) -> None:
@@ -45,7 +44,8 @@ class Journal:
 
     def _write(self, text: str) -> bool:
         """Whether `text` is in the file now."""
-        path: Path = self.config.getoption("benchmark_json")
+        path = pytest_benchmark.json_path(self.config)
+        assert path is not None
         try:
             files.write(path, text)
             self.problem = None

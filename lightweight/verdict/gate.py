@@ -246,7 +246,7 @@ def _memory_failures(now: Entry, then: Entry, entries: Sequence[Entry], run: Run
 
 def _training_failures(now: Entry, then: Entry, run: Run, limits: Limits) -> list[str]:
     """Why the training of a trial fails, of the same seed and as many planned steps: a loss and a step's time say
-    nothing where it ended earlier, or had other rows."""
+    nothing where it ended earlier, or had other rows or rates."""
     if not limits.ask or not SAME_TRIAL.holds(now, then):
         return []
     failures = []
@@ -254,7 +254,7 @@ def _training_failures(now: Entry, then: Entry, run: Run, limits: Limits) -> lis
         failures.append(f"{_name(now)}: {now.steps} of {now.planned_steps} steps now, {then.steps} in {run.name}")
     if now.data_note and now.data_note != then.data_note:
         was = then.data_note or "no such note"
-        failures.append(one_line(f"{_name(now)}: trained on other rows now: {now.data_note}; {was} in {run.name}"))
+        failures.append(one_line(f"{_name(now)}: trained otherwise now: {now.data_note}; {was} in {run.name}"))
     return failures
 
 

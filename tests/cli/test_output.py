@@ -358,6 +358,24 @@ def test_what_cannot_be_removed_at_once_goes_with_its_job(tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_what_cannot_be_removed_at_all_is_told(tmp_path, monkeypatch, capsys):
+    output = Output(tmp_path / "a")
+    output.claim(resume=False, overwrite=False)
+    checkpoint(output, 3)
+
+    def rmdir(path, *, dir_fd=None, rmdir=os.rmdir) -> None:
+        if str(path).endswith("checkpoint-3"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rmdir(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    train(output, "new")
+    output.release()
+    assert capsys.readouterr().err == (
+        f"lightweight: {output.partial}: cannot be removed, and nothing in it is needed any more: remove it\n"
+    )
+
+
 def test_an_interrupted_job_is_neither_lost_nor_taken_over(tmp_path):
     output = Output(tmp_path / "a")
     output.claim(resume=False, overwrite=False)

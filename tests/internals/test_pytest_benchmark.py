@@ -99,3 +99,12 @@ def test_another_pytest_benchmark_is_told_in_one_line():
     with pytest.raises(pytest.UsageError, match=r"has no 'disabled'.*install pytest-benchmark==5\.3\.1") as raised:
         internals.session(config)  # type: ignore[arg-type]
     assert "\n" not in str(raised.value)
+
+
+def test_a_version_that_has_emptied_the_file_already_is_refused_in_a_line(pytester, tmp_path):
+    config = pytester.parseconfigure(f"--benchmark-json={tmp_path / 'run.json'}")
+    assert internals.json_path(config) == tmp_path / "run.json"
+    with (tmp_path / "run.json").open("wb") as file:
+        config.option.benchmark_json = file  # what it is before 5.3
+        with pytest.raises(pytest.UsageError, match=r"pip install 'pytest-benchmark>=5\.3\.1'"):
+            internals.json_path(config)

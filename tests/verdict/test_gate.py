@@ -70,7 +70,7 @@ def test_a_training_that_ended_earlier_or_had_other_rows_fails_whatever_it_measu
     assert failure.startswith("opt-350m x baseline: 100 of 130 steps now, 130 in 0001_old.json. ")
     note = "2 rows are left out"
     (failure,) = compare([cell("baseline", steps=130, data_note=note)], [then]).failures
-    assert f"trained on other rows now: {note}; no such note in 0001_old.json" in failure
+    assert f"trained otherwise now: {note}; no such note in 0001_old.json" in failure
     noted = cell("baseline", steps=130, data_note=note)
     assert compare([noted], [noted]).failures == []
     assert compare([replace(noted, seed=1)], [then]).failures == []  # another trial, whose rows may be others
