@@ -82,6 +82,7 @@ COLUMNS: Mapping[str, Word | Number] = {
     "model": Word(heading="model", of=lambda study: study.first.model),
     "method": Word(heading="method", of=lambda study: study.first.method),
     "card": Word(heading="card", of=lambda study: words.timed_on(study.first)),
+    "length": Word(heading="tokens a row", of=lambda study: str(study.first.max_length or "-")),
     "outcome": Word(heading="outcome", of=lambda study: words.outcome(_worst(study))),
     "seeds": Word(heading="seeds", of=words.seeds),
     "steps": Number(heading="steps", unit="", form="{:,}", of=lambda study: study.first.planned_steps, varies=False),
@@ -117,11 +118,11 @@ COLUMNS: Mapping[str, Word | Number] = {
 """The columns that there are, by the names that `--columns` takes."""
 
 DEFAULT = (
-    *("model", "method", "card", "outcome", "seeds", "trainable", "peak", "step", "tokens"),
+    *("model", "method", "card", "length", "outcome", "seeds", "trainable", "peak", "step", "tokens"),
     *("share", "loss", "over-baseline", "forgotten", "note"),
 )
-"""The columns where nobody chooses. CSV has the numbers alone, and so has all of them; elsewhere the card and the
-outcome stand where rows differ in them, a number where any row has one, and the note below."""
+"""The columns where nobody chooses. CSV has the numbers alone, and so has all of them; elsewhere the card, the
+length and the outcome stand where rows differ in them, a number where any row has one, and the note below."""
 
 
 def _millions(count: int | None) -> float | None:
@@ -166,6 +167,7 @@ def _usual(rows: Sequence[Study]) -> Sequence[str]:
     """Those of DEFAULT that say something of `rows`, beside how they were measured."""
     tells = {
         "card": len({words.timed_on(entry) for study in rows for entry in study.entries}) > 1,
+        "length": len({study.first.max_length for study in rows}) > 1,
         "outcome": any(len(study.completed) < len(study.entries) for study in rows),
         "note": False,
     }
@@ -263,7 +265,7 @@ def measured(rows: Sequence[Study], columns: Sequence[str] = tuple(COLUMNS)) -> 
     """How the cells of `rows` were measured, as `columns` need it: what was trained on what, what each number is, and
     with which versions."""
     if not rows:
-        return "No trial is in these records."
+        return "No cell is in these records; peers and ladders have tables of their own in Markdown and HTML."
     entries = [entry for study in rows for entry in study.entries]
     parts = [_trained(group) for group in SAME_BASELINE.but("model").groups(entries)]
     parts += [sentence for names, sentence in SAID if set(names) & set(columns)]

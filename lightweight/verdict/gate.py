@@ -35,6 +35,7 @@ from lightweight.record import (
     one_line,
 )
 from lightweight.schema import GateVerdict
+from lightweight.settings import MAX_LENGTH
 from lightweight.targets import size
 from lightweight.verdict import ratio
 from lightweight.verdict.limits import Limits
@@ -431,7 +432,8 @@ def _changed(now: Entry, then: Entry) -> str:
 
 def _name(entry: Entry) -> str:
     on = f" on {entry.world_size} GPUs" if entry.world_size > 1 else ""
-    return one_line(f"{entry.model} x {entry.method}{on}")
+    rows = f" in rows of {entry.max_length}" if entry.max_length not in (None, MAX_LENGTH) else ""
+    return one_line(f"{entry.model} x {entry.method}{rows}{on}")
 
 
 def _words(outcome: str) -> str:

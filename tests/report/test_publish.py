@@ -36,6 +36,15 @@ def test_a_row_is_a_cell_with_its_seeds_and_csv_has_the_ends_of_intervals_in_col
     assert "trainable low (M)" not in of_baseline and "peak low (GiB)" not in of_baseline
 
 
+def test_rows_of_several_lengths_and_peers_alone_are_told():
+    short, long = entry(max_length=256), entry(max_length=8192, corpus_digest="of longer rows")
+    assert [row["length"] for row in fields(short, long)] == ["256", "8192"]
+    assert "tokens a row" in publish.published([run(short, long)], "markdown")
+    assert "tokens a row" not in publish.published([run(short)], "markdown")
+    alone = publish.published([run(entry(shown_as="peers", method="lora-captured"))], "latex")
+    assert "peers and ladders have tables of their own" in alone
+
+
 def test_one_seed_has_no_interval_and_what_did_not_complete_is_a_row():
     one, failed = fields(entry(), stopped(method="lora"), columns=("method", "outcome", "loss", "step"))
     assert (one["loss (nats)"], one["loss low (nats)"]) == ("2.5", "")
@@ -135,7 +144,7 @@ def test_the_command_line_writes_the_chosen_columns(tmp_path, capsys):
     assert main(["report", str(stored), "--columns", "method,loss", "-o", str(tmp_path / "t.tex")]) == 0
     assert r"\begin{tabular}{lr}" in (tmp_path / "t.tex").read_text("utf-8")
     assert main(["report", str(stored), "--format", "csv"]) == 0
-    assert capsys.readouterr().out.startswith("model,method,card,outcome,seeds,")
+    assert capsys.readouterr().out.startswith("model,method,card,length,outcome,seeds,")
     assert main(["report", str(stored), "--format", "markdown", "--columns", "method"]) == 0
     assert capsys.readouterr().out.startswith("| method")
     assert main(["report", str(stored), "--columns", "method,los"]) == 2

@@ -542,3 +542,10 @@ def test_every_default_says_where_it_comes_from():
     longer = [max(of) / min(of) - 1 for of in steps.values() if len(of) > 1]
     assert longer and max(longer) < limits.STEP_FAIL / 10
     assert limits.STEP_FAIL > 8.97 / 8.28 - 1
+
+
+def test_cells_of_several_lengths_are_told_apart():
+    cells = [cell(max_length=length, corpus_digest=f"{length}") for length in (256, 8192)]
+    found = compare(cells, cells)
+    (note,) = (note for note in found.notes if note.startswith("no verdict on the speedup"))
+    assert "opt-350m x lora, opt-350m x lora in rows of 8192:" in note
