@@ -106,7 +106,7 @@ def test_a_bundle_repeats_its_run_in_a_fresh_process(project, tmp_path, monkeypa
     stored.write_text(json.dumps(document), "utf-8")
     (bundle / "cells" / "test_whose.py").unlink()
     worse = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert worse.returncode == 1 and "FAILED llama-tiny x mine: held-out loss" in worse.stdout
+    assert worse.returncode == 1 and "FAILED llama-tiny x mine in rows of 48: held-out loss" in worse.stdout
 
 
 def test_requirements_are_exact_and_name_where_torchs_builds_are(project, tmp_path, monkeypatch):
