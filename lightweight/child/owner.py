@@ -23,7 +23,7 @@ from lightweight.child.handle import ChildError, Handle
 from lightweight.child.helper import SILENCE_SECONDS
 from lightweight.child.process import log_of
 from lightweight.training import ranks
-from lightweight.training.stock import Request
+from lightweight.training.rounds import Request
 from lightweight.trial import (
     Completed,
     Crashed,

@@ -31,7 +31,7 @@ from lightweight.internals import accelerate as accelerate_internals
 from lightweight.internals import torch as torch_internals
 from lightweight.methods import CapturedStep
 from lightweight.training import stock
-from lightweight.training.stock import Request
+from lightweight.training.rounds import Request
 from lightweight.trial import Trial
 
 PASSES = 2
