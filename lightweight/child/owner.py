@@ -1,4 +1,4 @@
-"""One trial, one process: the child's owner, which turns its death into an Outcome.
+"""One trial, one process: the child's owner, which asks it for rounds and hears how it ended.
 
 So peaks are a trial's own, and an out-of-memory or a broken CUDA context cannot reach the next trial.
 """
