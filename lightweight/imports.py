@@ -14,16 +14,11 @@ from contextlib import contextmanager, suppress
 def without_collecting() -> Iterator[None]:
     """Inside, Python does not look for garbage; what is made there is old afterwards. For imports, which leave hardly
     any."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with _not_collecting():
         yield
         if not gc.get_freeze_count():
             gc.freeze()
             gc.unfreeze()  # into the oldest generation
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @contextmanager
@@ -44,8 +39,19 @@ def interrupted_silently() -> Iterator[None]:
 
 @contextmanager
 def for_good() -> Iterator[None]:
-    """`without_collecting`, and what there is afterwards is never looked through: in a process that is all ours. What a
-    fork of it does not look through it does not copy either."""
-    with without_collecting():
+    """Inside, Python does not look for garbage, and what there is afterwards is never looked through: in a process that
+    is all ours. What a fork of it does not look through it does not copy either."""
+    with _not_collecting():
         yield
-        gc.freeze()
+        gc.freeze()  # without asking how much is frozen already: Python counts it one by one, which takes milliseconds
+
+
+@contextmanager
+def _not_collecting() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -465,10 +465,10 @@ def _has_lora(method: Method) -> bool:
 def _own(method: Method, setting: Setting) -> tuple[Any, str]:
     """What `method` has for `setting`, and how it says so itself: with nothing where that is the library's default,
     which a config of peft has whether or not somebody has said it, and a copy of the suite's methods spells out."""
-    from lightweight import arguments
+    from lightweight import training_arguments
 
     if setting.of == "arguments":
-        usual = arguments.default(setting.key)
+        usual = training_arguments.default(setting.key)
         value = method.training_arguments.get(setting.key, usual)
         return value, f"{setting.key}={value!r}" if value != usual else ""
     adapter: Any = method.adapter

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, get_args
 
-from lightweight import arguments
+from lightweight import training_arguments
 from lightweight.corpus import Corpus, Long, LossOn, RowForm
 from lightweight.methods import Method
 from lightweight.models import Model
@@ -101,7 +101,7 @@ class Trial:
                 f"method {self.method.name}: with its own {', '.join(own)} several ranks may train otherwise than one: "
                 "train it on one GPU"
             )
-        arguments.check(self.method, self.target, self.world_size)
+        training_arguments.check(self.method, self.target, self.world_size)
 
     @property
     def row_form(self) -> RowForm:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from lightweight import arguments, methods, models, targets
+from lightweight import methods, models, targets, training_arguments
 from lightweight.methods import (
     BASELINE,
     BASELINE_CAPTURED,
@@ -122,9 +122,9 @@ def test_what_peft_leaves_to_its_caller_is_not_left_out():
             adapter = lora(beginning)
         method = Method(name="m", adapter=adapter)  # whose neighbours in a file are still to be had
         with pytest.raises(MethodError, match=f"method m: init_lora_weights='{beginning}' is computed from data"):
-            arguments.check(method, targets.NATIVE, 1)
-        arguments.check(replace(method, transform=os.path.abspath), targets.NATIVE, 1)
-    arguments.check(Method(name="m", adapter=lora("olora")), targets.NATIVE, 1)
+            training_arguments.check(method, targets.NATIVE, 1)
+        training_arguments.check(replace(method, transform=os.path.abspath), targets.NATIVE, 1)
+    training_arguments.check(Method(name="m", adapter=lora("olora")), targets.NATIVE, 1)
 
 
 def test_batch_is_the_trainers_default_where_nothing_is_said():

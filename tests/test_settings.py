@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 from transformers import SchedulerType, TrainerCallback
 
-from lightweight import arguments, corpus, methods, names, record, settings
+from lightweight import corpus, methods, names, record, settings, training_arguments
 from lightweight.corpus import Long, LossOn
 from lightweight.corpus.rows import MIN_LENGTH
 from lightweight.methods import BASELINE, LORA, QLORA, Method, MethodError
@@ -239,7 +239,11 @@ def test_the_table_is_read_without_what_takes_long():
 def test_every_key_is_one_of_the_library_or_the_trial():
     from lightweight.trial import Trial
 
-    of = {"arguments": arguments._defaults(), "adapter": vars(peft.LoraConfig()), "rows": Trial.__dataclass_fields__}
+    of = {
+        "arguments": training_arguments._defaults(),
+        "adapter": vars(peft.LoraConfig()),
+        "rows": Trial.__dataclass_fields__,
+    }
     of["ranks"] = {"placement": Trial, "scale": Method.scaled}
     assert all(key in of[setting.of] for setting in SETTINGS for key in (setting.key, *setting.others))
     assert replace(LORA).changed == {}

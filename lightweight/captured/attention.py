@@ -27,8 +27,8 @@ from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from transformers.models.opt.modeling_opt import OPTAttention
 
 from lightweight.captured import flash
-from lightweight.captured.agreement import PartError
 from lightweight.captured.flash import Reach, Sequences
+from lightweight.captured.parts import PartError
 from lightweight.internals import torch as torch_internals
 from lightweight.internals.transformers import attention_of, say_attention
 

@@ -14,22 +14,15 @@ from dataclasses import replace
 import torch
 from transformers import Trainer
 
-from lightweight.captured import agreement, flash, probes
-from lightweight.captured.agreement import (
-    Deviation,
-    Expected,
-    Gradients,
-    Loss,
-    PartError,
-    Parts,
-    Reference,
-    Sample,
-    Tolerance,
-)
+from lightweight.captured import agreement, flash, probes, temporary
+from lightweight.captured.agreement import Deviation, Expected, Gradients, Tolerance
 from lightweight.captured.capture import first_line
 from lightweight.captured.epochs import Epochs
 from lightweight.captured.packing import Buffers
+from lightweight.captured.parts import Loss, PartError, Parts
 from lightweight.captured.passes import NOTHING
+from lightweight.captured.reference import Reference
+from lightweight.captured.sample import Sample
 from lightweight.captured.step import Step
 from lightweight.internals import torch as torch_internals
 from lightweight.training import ranks
@@ -38,14 +31,14 @@ from lightweight.trial import Trial
 
 class Check:
     """Compares a job's `step` with the Trainer's. `expect` comes first, while the network is still the Trainer's, then
-    `search`; both within `agreement.without_trace`."""
+    `search`; both within `temporary.without_trace`."""
 
     def __init__(self, trial: Trial, trainer: Trainer, step: Step, epochs: Epochs) -> None:
         self._method, self._step, self._epochs = trial.running_method, step, epochs
         self._network, self._passes = step.passes.network, step.passes
         self._precision = self._coarsest()
         self._reference = Reference(trainer, halves=self._precision == "fp16")
-        self._names = agreement.trained(self._network)
+        self._names = temporary.trained(self._network)
         self._full = NOTHING
         self._taken_on: Parts | None = None
         self._expected: list[Expected] = []
@@ -61,19 +54,19 @@ class Check:
         """Have the Trainer compute what is compared, and make the step's optimizer, which holds the weights as they
         are trained: in fp32 in the place of halves where the Trainer can."""
         begin, rows = self._epochs.samples()
-        with agreement.nudged(self._names):
+        with temporary.nudged(self._names):
             self._expected = [Expected(*self._reference.gradients(begin), self._allowed)]
-        agreement.free_unused(self._step.device)  # what stays is not to lie in the middle of what does not
+        temporary.free_unused(self._step.device)  # what stays is not to lie in the middle of what does not
         self._step.make_optimizer()
         if self._is_half:
-            with agreement.nudged(self._names):
+            with temporary.nudged(self._names):
                 exact = self._reference.in_fp32(rows)
             if exact is not None:
                 allowed = agreement.TOLERANCES["fp32 on a GPU"]
                 self._expected.append(Expected(rows, exact, allowed, in_fp32=True))
                 return
             self._step.optimizer.withdraw()
-        with agreement.nudged(self._names):
+        with temporary.nudged(self._names):
             self._expected.append(Expected(*self._reference.gradients(rows), self._allowed))
         self._step.make_optimizer()
 
@@ -81,8 +74,8 @@ class Check:
         """Take on as many of `parts` as leave the step the Trainer's, with `losses` tried in order. Those, and notes of
         what others were off; None, and what the Trainer expects left as it was, where nothing agrees."""
         self._full = parts
-        agreement.free_unused(self._step.device)  # as in `expect`: weights that are joined move
-        with agreement.nudged(self._names):
+        temporary.free_unused(self._step.device)  # as in `expect`: weights that are joined move
+        with temporary.nudged(self._names):
             agreeing, notes = agreement.search(parts, losses, self._deviation)
         if self._chaos is not None and agreeing is not None:
             moved = f"{self._precision} moves the Trainer's own gradient by {self._chaos:.0e}"
@@ -107,7 +100,7 @@ class Check:
         return self._precision in ("fp16", "bf16")
 
     def _coarsest(self) -> str:
-        """The coarsest arithmetic of the step, a key of agreement.TOLERANCES; of the weights as they are now."""
+        """The coarsest arithmetic of the step, a key of `agreement.TOLERANCES`; of the weights as they are now."""
         method = self._method
         dtypes = {parameter.dtype for parameter in self._passes.model.parameters()}
         dtypes.add(getattr(method.quantization, "bnb_4bit_compute_dtype", None))
@@ -214,7 +207,7 @@ class Check:
         def compute() -> None:
             with self._passes.fp32() if expected.in_fp32 else contextlib.nullcontext():
                 own.append(self._sampled(expected.sample, expected.gradients.scale))
-                agreement.drop_gradients(self._network)  # before weights are halves again
+                temporary.drop_gradients(self._network)  # before weights are halves again
 
         problem = self._problem_of(compute, asked_for=parts == self._full and not expected.in_fp32)
         return (None, problem) if problem else (own[0].over_ranks(self._names), None)
@@ -255,6 +248,6 @@ class Check:
             problem = str(error)
         except Exception as error:  # noqa: BLE001  of any kind: the part is switched off, and the note says why
             problem = f"its step fails ({type(error).__name__}: {first_line(error)[:160]})"
-        agreement.drop_gradients(self._network)
+        temporary.drop_gradients(self._network)
         (any_failed,) = ranks.any_says(problem is not None, device=self._step.device)
         return problem or ("another rank cannot" if any_failed else None)

@@ -7,9 +7,10 @@ from dataclasses import replace
 from torch.utils.data import BatchSampler
 from transformers import Trainer
 
-from lightweight.captured import agreement, packing
-from lightweight.captured.agreement import Parts, Sample
+from lightweight.captured import packing, sample
 from lightweight.captured.packing import Layout, Shape
+from lightweight.captured.parts import Parts
+from lightweight.captured.sample import Sample
 from lightweight.corpus import Rows
 from lightweight.training import ranks
 from lightweight.trial import Trial
@@ -105,9 +106,9 @@ class Epochs:
         return self._joined_shape(layout) if self._is_joined else self._by_rows[len(layout.rows)]
 
     def samples(self) -> list[Sample]:
-        """The dialogues that speak for the job: see `agreement.samples`."""
+        """The dialogues that speak for the job: see `sample.samples`."""
         layouts = [layout for epoch in self._packed for layout in epoch]
-        return agreement.samples(layouts, self.first_epoch[0], self.rows, self._trial.method.sequences_per_pass)
+        return sample.samples(layouts, self.first_epoch[0], self.rows, self._trial.method.sequences_per_pass)
 
     def laid_out(self, sample: Sample, parts: Parts) -> tuple[Layout, Shape]:
         """This rank's share of `sample` in a step with `parts`, and the job's shape for it, or one of its own."""

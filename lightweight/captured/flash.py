@@ -16,7 +16,8 @@ import torch
 from torch.nn import functional
 
 from lightweight.captured import dropout, hopper
-from lightweight.captured.agreement import HALVES, PartError
+from lightweight.captured.parts import PartError
+from lightweight.captured.temporary import HALVES
 from lightweight.internals import torch as torch_internals
 from lightweight.targets import Capability
 

@@ -24,8 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lightweight.captured import agreement
-from lightweight.captured.agreement import Loss, Parts
+from lightweight.captured import temporary
 from lightweight.captured.capture import (
     first_line,
     on_a_side_stream,
@@ -36,6 +35,7 @@ from lightweight.captured.capture import (
 from lightweight.captured.check import Check
 from lightweight.captured.epochs import Epochs
 from lightweight.captured.packing import Buffers, Layout, Shape
+from lightweight.captured.parts import Loss, Parts
 from lightweight.captured.step import Step
 from lightweight.corpus import Rows
 from lightweight.internals import transformers as transformers_internals
@@ -98,7 +98,7 @@ class CapturedTraining:
         )
         if self.epochs.note is not None:
             self.notes.append(self.epochs.note)
-        with agreement.without_trace(self.network):
+        with temporary.without_trace(self.network):
             agrees = self._agree()
         self.meter.begin_training()
         if agrees:
@@ -257,7 +257,7 @@ class CapturedTraining:
         layout = self.epochs.layouts[0][0]
         buffers = self._buffers[self.epochs.shape_of(layout)]
         buffers.fill(layout, self.rows)
-        with agreement.nudged(agreement.trained(self.network)):  # else nothing that LoRA drops is seen
+        with temporary.nudged(temporary.trained(self.network)):  # else nothing that LoRA drops is seen
             changing = passes.changing_layer(buffers)
         if changing is None:
             return True

@@ -12,12 +12,13 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import Trainer
 
-from lightweight.captured import agreement, attention, flash, probes
-from lightweight.captured.agreement import Parts, Tolerance
+from lightweight.captured import attention, flash, probes, temporary
+from lightweight.captured.agreement import Tolerance
 from lightweight.captured.cross_entropy import linear_cross_entropy
 from lightweight.captured.flash import Sequences
 from lightweight.captured.frozen import Lean
 from lightweight.captured.packing import Buffers
+from lightweight.captured.parts import Parts
 from lightweight.internals import transformers as transformers_internals
 from lightweight.methods import Method
 
@@ -115,7 +116,7 @@ class Passes:
         """Inside, passes are computed in fp32 in the place of halves."""
         self.in_fp32, lean = True, self._lean is not None
         try:
-            with agreement.in_fp32(self.network):
+            with temporary.in_fp32(self.network):
                 self._lean_on(lean)
                 yield
         finally:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from lightweight.captured import agreement
-from lightweight.captured.agreement import PartError, Tolerance
+from lightweight.captured import agreement, temporary
+from lightweight.captured.agreement import Tolerance
+from lightweight.captured.parts import PartError
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -83,7 +84,7 @@ def check_dialogues_are_apart(
     loss = (logits[own].float() * torch.linspace(-1, 1, logits.shape[-1], device=logits.device)).sum()
     loss.backward()  # not autograd.grad, which reentrant checkpointing does not take part in
     reached: Any = sum(tensor.grad[0].float().norm(dim=-1) for tensor in embedded if tensor.grad is not None)
-    agreement.drop_gradients(network)
+    temporary.drop_gradients(network)
     elsewhere = reached[~own].norm() / reached[own].norm()
     if elsewhere.item() != 0:
         raise PartError(f"{elsewhere.item():.0e} of a dialogue's gradient is another's in its row")

@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from transformers import Trainer
 
-from lightweight.captured.agreement import Gradients, Parts
+from lightweight.captured.agreement import Gradients
 from lightweight.captured.launching import compiling
 from lightweight.captured.optimizer import Optimizer, adamw_of
 from lightweight.captured.packing import Buffers
+from lightweight.captured.parts import Parts
 from lightweight.captured.passes import Passes
 from lightweight.training import ranks
 from lightweight.trial import Trial

@@ -1,14 +1,14 @@
-"""A child process in its owner's hands: the owner's end of its pipe, and how it died."""
+"""A child process in its owner's hands: the owner's end of its pipe, and how it is ended."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from lightweight.child import forkserver, host_memory, reaper
+from lightweight.child.death import outcome_of_death
 from lightweight.child.forkserver import STATUS_SECONDS, wait_until
 from lightweight.internals.multiprocessing import forkserver_pid
 from lightweight.trial import Crashed, Measurements, OutOfMemory, Phase, TimedOut
@@ -83,26 +83,15 @@ class Handle:
 
     def death(self, phase: Phase = "start", measured: Measurements | None = None) -> Crashed | OutOfMemory:
         """How it ended, which has ended without saying."""
-        measured = measured or Measurements()
         self._join()
-        code = self.process.exitcode
-        if code == -signal.SIGKILL and host_memory.kills() > self._kills:
-            return host_memory.outcome(phase, "killed by the kernel", measured)
-        return Crashed(phase=phase, reason=self._reason(code), details=self.last_words(), measured=measured)
-
-    def _reason(self, code: int | None) -> str:
-        if code == -signal.SIGKILL:
-            return "killed by SIGKILL (what the kernel's out-of-memory killer sends, too)"
-        if code is not None and code < 0:
-            return f"killed by {signal.Signals(-code).name}"
-        server = self._server
-        since = None if server is None else reaper.own.since(server)
-        if code == 255 and server is not None:  # what multiprocessing says where the forkserver says nothing
-            wait_until(lambda: not reaper.is_running(server, since), STATUS_SECONDS)
-            code = code if reaper.is_running(server, since) else None
-        if code is None:
-            return "died, and the forkserver, which alone knows how, had died or was stopped"
-        return f"the child exited with status {code} before its trial had ended"
+        return outcome_of_death(
+            self.process.exitcode,
+            phase,
+            measured or Measurements(),
+            self.last_words(),
+            kernel_killed=host_memory.kills() > self._kills,
+            server=self._server,
+        )
 
     def _is_running(self) -> bool:
         """By the kernel, since where the forkserver is stopped or dead multiprocessing does not know."""

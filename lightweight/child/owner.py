@@ -1,4 +1,4 @@
-"""One trial, one process: the child's owner, which turns its death into an Outcome.
+"""One trial, one process: the child's owner, which asks it for rounds and hears how it ended.
 
 So peaks are a trial's own, and an out-of-memory or a broken CUDA context cannot reach the next trial.
 """
@@ -23,7 +23,7 @@ from lightweight.child.handle import ChildError, Handle
 from lightweight.child.helper import SILENCE_SECONDS
 from lightweight.child.process import log_of
 from lightweight.training import ranks
-from lightweight.training.stock import Request
+from lightweight.training.rounds import Request
 from lightweight.trial import (
     Completed,
     Crashed,

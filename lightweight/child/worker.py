@@ -33,8 +33,9 @@ from lightweight.internals.bitsandbytes import never_repack
 from lightweight.internals.transformers import call_first
 from lightweight.targets import Device
 from lightweight.training import answers, ranks, stock, unsloth
+from lightweight.training.heldout import heldout_loss
 from lightweight.training.meter import DivergedError, Meter
-from lightweight.training.stock import Request, Rounds
+from lightweight.training.rounds import Request, Rounds
 from lightweight.trial import Completed, Measurements, Outcome, Phase, Trial
 
 
@@ -267,9 +268,9 @@ def evaluate(trainer: transformers.Trainer, heldout: Heldout, meter: Meter) -> N
     """Add the losses on what is held out, as they are now, to the meter's. Raises DivergedError where what has been
     trained gives none that is finite; before training the first step's loss says so."""
     with meter.during("evaluate"):
-        meter.heldout_losses.append(loss := stock.heldout_loss(trainer, heldout.examples))
+        meter.heldout_losses.append(loss := heldout_loss(trainer, heldout.examples))
         if heldout.elsewhere:
-            meter.elsewhere_losses.append(stock.heldout_loss(trainer, heldout.elsewhere))
+            meter.elsewhere_losses.append(heldout_loss(trainer, heldout.elsewhere))
         if heldout.questions.each:
             assert trainer.model is not None
             attention.give_back(trainer.model)  # after training; losses were taken with what has trained

@@ -45,7 +45,7 @@ from lightweight.models import Model
 from lightweight.targets import CPU, NATIVE, Device, MiB, Target, size
 from lightweight.training import ranks, stock
 from lightweight.training.meter import Meter
-from lightweight.training.stock import Request
+from lightweight.training.rounds import Request
 from lightweight.trial import (
     Completed,
     Crashed,

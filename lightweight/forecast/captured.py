@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from lightweight.captured import agreement, dropout, flash, launching, packing
-from lightweight.captured.agreement import Loss, PartError, Parts, Reference
+from lightweight.captured import dropout, flash, launching, packing, temporary
 from lightweight.captured.capture import what_cannot_be_captured
 from lightweight.captured.epochs import Epochs
 from lightweight.captured.loop import RANKS_MOVE
 from lightweight.captured.packing import Buffers
+from lightweight.captured.parts import Loss, PartError, Parts
 from lightweight.captured.passes import NOTHING
+from lightweight.captured.reference import Reference
 from lightweight.captured.step import Step
 from lightweight.corpus import Row, Rows
 from lightweight.forecast.recorder import Recorder
@@ -31,7 +32,7 @@ from lightweight.internals import accelerate as accelerate_internals
 from lightweight.internals import torch as torch_internals
 from lightweight.methods import CapturedStep
 from lightweight.training import stock
-from lightweight.training.stock import Request
+from lightweight.training.rounds import Request
 from lightweight.trial import Trial
 
 PASSES = 2
@@ -87,7 +88,7 @@ def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> 
     if trainer.args.gradient_checkpointing:
         network.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
         network.enable_input_require_grads()
-    for weight in agreement.trained(network):
+    for weight in temporary.trained(network):
         weight.register_post_accumulate_grad_hook(lambda grown: recorder.mark(grown.grad, "gradients"))
     recorder.meter.phase = "capture"
     is_drawn = trial.model.weights == "random"
@@ -104,7 +105,7 @@ def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> 
         with dropout.off():
             _check(step, epochs, Reference(trainer, halves=False), _wanted(asked, step, epochs), recorder)
         _mark_weights(step, recorder)
-        agreement.drop_gradients(network)
+        temporary.drop_gradients(network)
         recorder.free_unused()
         recorder.begin_training()
         _record(step, epochs, recorder, is_graph=asked.graph)
@@ -161,7 +162,7 @@ def _check(step: Step, epochs: Epochs, reference: Reference, wanted: Parts, reco
     _, shape = epochs.laid_out(begin, step.parts)
     computed = step.gradients(Buffers(shape, step.device), 1.0)
     del expected, computed
-    agreement.drop_gradients(step.passes.network)
+    temporary.drop_gradients(step.passes.network)
     _use(step, epochs, step.parts)
 
 

@@ -172,7 +172,7 @@ class Recorder(DispatchMode):
         self.emptied.append(len(self.events))
 
     def free_unused(self) -> None:
-        """As `captured.agreement.free_unused`."""
+        """As `captured.temporary.free_unused`."""
         self.events += [(name, 0) for name in self._workspaces.values()]
         self._workspaces.clear()
         self.empty_cache()

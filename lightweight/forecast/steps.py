@@ -26,7 +26,7 @@ from lightweight.internals import accelerate as accelerate_internals
 from lightweight.internals import torch as torch_internals
 from lightweight.internals import transformers as transformers_internals
 from lightweight.training import stock
-from lightweight.training.stock import Request
+from lightweight.training.rounds import Request
 from lightweight.trial import Trial
 
 

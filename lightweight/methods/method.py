@@ -33,7 +33,8 @@ CAPTURED_WITH = ("optimizer", "transform")
 
 
 ELEMENT_BY_ELEMENT = ("torch.optim.adamw:AdamW", "torch.optim.sgd:SGD")
-"""Optimizers that do with a shard of a weight what they would with that part of it; `arguments` says so of `optim`."""
+"""Optimizers that do with a shard of a weight what they would with that part of it; `training_arguments` says so of
+`optim`."""
 
 
 LEFT_TO_THE_CALLER: Mapping[str, tuple[tuple[str, ...], str]] = {

@@ -8,8 +8,8 @@ from typing import Any
 
 from lightweight.record import BASELINE, SAME_BASELINE, SAME_BUT_RANKS, SAME_BUT_SCALE, Entry
 from lightweight.report import select, words
-from lightweight.report.columns import named, shares
 from lightweight.report.select import pace_of
+from lightweight.report.shared_columns import named, shares
 from lightweight.report.speed import faster, products_seconds, step_ratio
 from lightweight.report.table import Column, Table, table
 from lightweight.targets import size

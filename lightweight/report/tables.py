@@ -14,8 +14,8 @@ from lightweight.record import (
 )
 from lightweight.report import frontier as fitting
 from lightweight.report import select, studies, words
-from lightweight.report.columns import lengths, named, shares
 from lightweight.report.select import cell_of, is_card, pace_of, planned, target_of
+from lightweight.report.shared_columns import lengths, named, shares
 from lightweight.report.speed import faster
 from lightweight.report.speed_tables import ladder, peers, ranks, speedups
 from lightweight.report.table import Column, Table, table

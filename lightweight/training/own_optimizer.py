@@ -13,9 +13,9 @@ import torch
 from transformers import Trainer
 
 from lightweight import importable
-from lightweight.arguments import OF_OPTIMIZER
 from lightweight.methods import Method, MethodError
 from lightweight.models import reason
+from lightweight.training_arguments import OF_OPTIMIZER
 
 ClassAndKeywords = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lightweight.corpus import IGNORED, Rows
 
@@ -151,3 +152,16 @@ class Seen:
         self._counts.append(((mask.sum(1) * ~again).sum(), ids.numel()))
         self._pass.append(rows)
         self._pending.append((self.step, rows, rows.new_zeros(())))
+
+
+class SeesRates(TrainerCallback):
+    """Has `seen` compare the rates of a step with the schedule's, after all other callbacks."""
+
+    def __init__(self, seen: Seen) -> None:
+        self.seen = seen
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any
+    ) -> None:
+        rates = [group["lr"] for group in told["optimizer"].param_groups]
+        self.seen.see_rates(rates, told["lr_scheduler"].get_last_lr())

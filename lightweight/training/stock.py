@@ -1,8 +1,4 @@
-"""Rounds with HF `Trainer`: what is timed is the Trainer people use, not a rewrite of it.
-
-The Trainer owns its loop. A callback waits for a request at the beginning of every epoch and reports at its end, so
-that an epoch is a round and training goes on from round to round.
-"""
+"""How is HF's `Trainer` made for a trial? What is timed is the Trainer people use, not a rewrite of it."""
 
 from __future__ import annotations
 
@@ -11,14 +7,12 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, cast
 
 from lightweight.preload import peft  # isort: skip  # before Trainer, which imports peft
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
-from torch.nn.functional import cross_entropy
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -26,8 +20,6 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LabelSmoother
 
 from lightweight.corpus import IGNORED, Row, Rows
@@ -36,32 +28,15 @@ from lightweight.internals.transformers import TrainerHooks
 from lightweight.methods import Method, MethodError
 from lightweight.models import reason
 from lightweight.training import own_optimizer, ranks
-from lightweight.training.meter import DivergedError, Meter
+from lightweight.training.meter import Meter
 from lightweight.training.own_loss import OwnLoss
-from lightweight.training.seen import Seen
+from lightweight.training.rounds import Rounds, callbacks_around, resume
+from lightweight.training.seen import Seen, SeesRates
 from lightweight.trial import Trial
 
 TOKENS = "tokens"
 """The key of a batch under which it carries how many tokens it has, real ones and all of them, as two integers: asking
 a tensor would wait for the device."""
-
-Request = Literal["round", "finish"]
-
-
-class Rounds(Protocol):
-    """The owner of the trial, as seen from inside: it asks, one request after the other, and is told."""
-
-    def training_began(self) -> None:
-        """Everything before the first step is done."""
-
-    def await_request(self, request: Request) -> None:
-        """Return when `request` has been asked for."""
-
-    def step_ended(self) -> None:
-        """An optimizer step has ended; the device may still be at it."""
-
-    def round_ended(self) -> None:
-        """A round has ended and the device is idle."""
 
 
 def make_trainer(
@@ -115,13 +90,13 @@ def _made(
     rows: Rows,
     meter: Meter,
     rounds: Rounds,
-) -> _MeasuredTrainer:
+) -> MeasuredTrainer:
     """The Trainer, or the method's own kind of it, with what else of the method is its author's code. What measures
     comes before what its author overrides."""
     method = trial.method
-    kind: type[_MeasuredTrainer] = _MeasuredTrainer if trial.world_size == 1 else _RankTrainer
+    kind: type[MeasuredTrainer] = MeasuredTrainer if trial.world_size == 1 else _RankTrainer
     if method.trainer is not None:
-        kind = cast("type[_MeasuredTrainer]", type(method.trainer.__name__, (kind, method.trainer), {}))
+        kind = cast("type[MeasuredTrainer]", type(method.trainer.__name__, (kind, method.trainer), {}))
     collate = Collate(rows.pad_token_id, rows.padded_to)
     own_collate = collate if method.data_collator is None else method.data_collator(collate)
     if not callable(own_collate):
@@ -129,7 +104,7 @@ def _made(
         raise MethodError(
             f"method {method.name}: its data_collator {where} returns a {type(own_collate).__name__}: return a collator"
         )
-    callbacks = [_RoundBegin(meter, rounds), *(make() for make in method.callbacks), _RoundBoundary(meter, rounds)]
+    callbacks = callbacks_around([make() for make in method.callbacks], meter, rounds)
     if method.moves_ranks and not (method.callbacks or method.trainer):  # which may do so themselves
         callbacks.append(_MovesRanks())
     options: dict[str, Any] = {} if method.compute_loss is None else {"compute_loss_func": OwnLoss(method)}
@@ -154,7 +129,7 @@ def _made(
         own_optimizer.check(trainer, method)
     if method.captured_step is None and set(method.own_code) - {"optimizer"}:
         trainer.seen = Seen(model, rows, is_compiled=arguments.torch_compile)
-        trainer.add_callback(_Rates(trainer.seen))
+        trainer.add_callback(SeesRates(trainer.seen))
     return trainer
 
 
@@ -167,93 +142,6 @@ def _planned(trial: Trial, trainer: Trainer, rows: Rows) -> list[list[int]]:
         numbers = list(sampler)
         steps += [numbers[start : start + size] for start in range(0, len(numbers), size)]
     return steps[: trial.steps]
-
-
-def heldout_loss(trainer: Trainer, rows: Sequence[Row]) -> float:
-    """Mean cross-entropy (nats a token) of each next token over the answers of `rows`, under the trainer's own
-    autocast.
-
-    From the logits alone, in fp32: the network's own loss may hold more (a router's balance, an adapter's penalty), and
-    is of the same token instead of the next one where the architecture shifts no labels (BART as a decoder). Weighted
-    by tokens, unlike `Trainer.evaluate`, which averages batches and so depends on the batch size. What code a method
-    brings along changes none of that; where it could have the network see what it is to predict, that is looked for.
-    Raises TypeError for a network that gives no logits, and MethodError for one that sees the tokens it predicts.
-    """
-    measured = cast("_MeasuredTrainer", trainer)
-    model = trainer.model
-    assert model is not None
-    model.eval()
-    optimizer: Any = trainer.optimizer
-    if callable(getattr(optimizer, "eval", None)):
-        optimizer.eval()  # one without a schedule has other weights to evaluate than to train; its next step goes back
-    collate = measured.collate
-    batch_size = trainer.args.per_device_train_batch_size
-    total, tokens = 0.0, 0
-    with torch.no_grad(), measured.evaluating():
-        if set(measured.method.own_code) - {"optimizer"}:
-            _check_causal(measured, collate([max(rows, key=lambda row: len(row["input_ids"]))]))
-        for start in range(0, len(rows), batch_size):
-            batch = collate(rows[start : start + batch_size])
-            ids, mask, labels = (
-                batch[name].to(trainer.args.device) for name in ("input_ids", "attention_mask", "labels")
-            )
-            # Without labels, where a peer would give a loss in the place of logits.
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            if not isinstance(logits, torch.Tensor):
-                raise TypeError(f"{type(model).__name__} gives no logits, which a held-out loss is computed from")
-            summed, predicted = _next_token_losses(logits, labels)
-            total += summed
-            tokens += predicted
-    return total / tokens
-
-
-FP32_TOKENS = 1024
-"""Tokens whose logits are copied to fp32 at one time: 0.6 GB for a vocabulary of 151 936, and that twice."""
-
-
-LEAK = 0.05
-"""How far later tokens may move the logits of earlier ones, of what those vary by: by rounding, where experts compute
-what is routed to them together."""
-
-
-def _check_causal(trainer: _MeasuredTrainer, batch: dict[str, Any]) -> None:
-    """Raise MethodError where the logits of the first half of a row, the one of `batch`, depend on its second half: the
-    last of them, where it is long."""
-    model: Any = trainer.model
-    ids, mask = (batch[name].to(trainer.args.device) for name in ("input_ids", "attention_mask"))
-    end = int(mask.sum()) // 2
-
-    def first_half(ids: torch.Tensor) -> torch.Tensor | None:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        if not isinstance(logits, torch.Tensor):
-            return None
-        return logits[0, -ids.shape[1] :][max(0, end - FP32_TOKENS) : end].float()
-
-    logits = first_half(ids)
-    if logits is None or end == 0 or not logits.isfinite().all():
-        return
-    others = ids.clone()
-    others[0, end:] = (others[0, end:] + 1) % logits.shape[-1]
-    moved_logits = first_half(others)
-    assert moved_logits is not None
-    moved = (moved_logits - logits).norm() / (logits - logits.mean()).norm().clamp_min(1e-12)
-    if not moved <= LEAK:
-        raise MethodError(
-            f"method {trainer.method.name}: its network sees the tokens that it is to predict: later tokens move the "
-            f"logits of earlier ones by {float(moved):.0%}, and no held-out loss of it could be compared"
-        )
-
-
-def _next_token_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
-    """The sum of the cross-entropies of what `labels`, [rows, time], predict, and of how many tokens that is. `logits`,
-    [rows, at least time, vocabulary], begin earlier where an adapter puts virtual tokens before the row."""
-    logits, targets = logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
-    total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for row, targets_of_row in zip(logits, targets, strict=True):
-        answered = (targets_of_row != IGNORED).nonzero().squeeze(1)
-        for part in answered.split(FP32_TOKENS):
-            total += cross_entropy(row[part].float(), targets_of_row[part], reduction="sum")
-    return float(total), int((targets != IGNORED).sum())
 
 
 @dataclass(frozen=True)
@@ -291,7 +179,7 @@ class _NextTokenSmoother(LabelSmoother):
         return super().__call__({"logits": logits}, labels, True, num_items_in_batch)  # type: ignore[no-untyped-call]
 
 
-class _MeasuredTrainer(TrainerHooks, Trainer):
+class MeasuredTrainer(TrainerHooks, Trainer):
     """The Trainer, telling the meter where it is and which losses it saw. `collate` is the suite's own collator, and
     `seen` what reaches the network, where code of the method could change that."""
 
@@ -328,6 +216,7 @@ class _MeasuredTrainer(TrainerHooks, Trainer):
         return Trainer.compute_loss_context_manager(self)
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        """The loss of a pass. Raises MethodError where no trained weight takes part in it."""
         self._meter.phase = "forward"
         loss = super().compute_loss(*arguments, **options)
         of_pass = loss[0] if isinstance(loss, tuple) else loss
@@ -351,6 +240,7 @@ class _MeasuredTrainer(TrainerHooks, Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
     ) -> torch.Tensor:
+        """Forward and backward of a pass. Raises MethodError for a batch of the method's own that has no labels."""
         real, padded = inputs.pop(TOKENS, (0, 0))  # a forecast's batches have none
         if self.seen is not None:
             self.seen.step = self._meter.steps
@@ -373,7 +263,7 @@ class _MeasuredTrainer(TrainerHooks, Trainer):
         return loss, real, padded
 
 
-class _RankTrainer(_MeasuredTrainer):
+class _RankTrainer(MeasuredTrainer):
     """The Trainer on one of several ranks, whose batches and losses are together those of one."""
 
     def __init__(self, *, train_dataset: list[Row], **arguments: Any) -> None:
@@ -444,7 +334,7 @@ class _RankTrainer(_MeasuredTrainer):
 
 def tell_what_was_seen(trial: Trial, trainer: Trainer, rows: Rows, meter: Meter) -> None:
     """Add to the facts of `meter` how what the network was trained on differs from what every other method's is."""
-    seen = cast("_MeasuredTrainer", trainer).seen
+    seen = cast("MeasuredTrainer", trainer).seen
     if seen is not None:
         seen.step = meter.steps
         meter.facts["data_note"] = seen.note(_planned(trial, trainer, rows))
@@ -452,29 +342,9 @@ def tell_what_was_seen(trial: Trial, trainer: Trainer, rows: Rows, meter: Meter)
 
 def resume_meter(meter: Meter, trainer: Trainer, checkpoint: Path) -> None:
     """Give `meter`, that of `trainer`, what was measured when `checkpoint` was saved."""
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    callbacks: Any = state.stateful_callbacks
-    meter.resume(**callbacks[_RoundBoundary.__name__]["attributes"])
-    if (seen := cast("_MeasuredTrainer", trainer).seen) is not None:
+    resume(meter, checkpoint)
+    if (seen := cast("MeasuredTrainer", trainer).seen) is not None:
         seen.go_on_from(meter.steps)
-
-
-def _is_finite(network: torch.nn.Module) -> bool:
-    """Whether all that is trained of `network`, or this rank's shards of it, are numbers. Waits for the device."""
-    weights = [weight.detach() for weight in network.parameters() if weight.requires_grad]
-    shards = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
-    return all(bool(shard.isfinite().all()) for shard in shards)
-
-
-class _RoundBegin(TrainerCallback):
-    """Begins a round before any other callback is told of an epoch, so that what they do then is of the round."""
-
-    def __init__(self, meter: Meter, rounds: Rounds) -> None:
-        self.meter, self.rounds = meter, rounds
-
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.rounds.await_request("round")
-        self.meter.begin_round()
 
 
 class _MovesRanks(TrainerCallback):
@@ -484,52 +354,3 @@ class _MovesRanks(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any
     ) -> None:
         told["model"].base_model.update_and_allocate(state.global_step)
-
-
-class _Rates(TrainerCallback):
-    """Has `seen` compare the rates of a step with the schedule's, after all other callbacks."""
-
-    def __init__(self, seen: Seen) -> None:
-        self.seen = seen
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any
-    ) -> None:
-        rates = [group["lr"] for group in told["optimizer"].param_groups]
-        self.seen.see_rates(rates, told["lr_scheduler"].get_last_lr())
-
-
-class _RoundBoundary(TrainerCallback, ExportableState):
-    """Ends steps and rounds after a method's own callbacks, so that what these do is of the step."""
-
-    def __init__(self, meter: Meter, rounds: Rounds) -> None:
-        self.meter, self.rounds = meter, rounds
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the measurements."""
-        return {"args": {}, "attributes": self.meter.state()}
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.rounds.training_began()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self.meter.phase = "optimizer"
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.meter.end_step()
-        self.meter.phase = "train"
-        self.rounds.step_ended()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any) -> None:
-        """Raise DivergedError before a checkpoint counts that no training could go on from."""
-        self.meter.check_losses()
-        # A gradient may have overflowed in the last step, whose loss had not.
-        (any_is_not_finite,) = ranks.any_says(not _is_finite(told["model"]), device=args.device)
-        if any_is_not_finite:
-            raise DivergedError(state.global_step, "a trained weight is not finite")
-
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.meter.end_round()
-        self.rounds.round_ended()

@@ -6,8 +6,10 @@ import functools
 import pytest
 import torch
 
-from lightweight.captured import agreement
-from lightweight.captured.agreement import Deviation, Gradients, Parts, Sample, Tolerance
+from lightweight.captured import agreement, temporary
+from lightweight.captured.agreement import Deviation, Gradients, Tolerance
+from lightweight.captured.parts import Parts
+from lightweight.captured.sample import Sample
 
 
 def test_parts_are_given_up_one_by_one_before_two_by_two():
@@ -57,7 +59,7 @@ def test_weights_of_zero_are_something_meanwhile_and_zero_again():
     zero, other = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.ones(3))
     seen = []
     for _ in range(2):
-        with agreement.nudged([zero, other]):
+        with temporary.nudged([zero, other]):
             seen.append(zero.detach().clone())
             assert torch.equal(other, torch.ones(3))
     assert torch.equal(*seen) and seen[0].any()

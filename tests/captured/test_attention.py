@@ -8,7 +8,7 @@ from transformers.models.llama import LlamaConfig
 from transformers.models.mistral import MistralConfig
 
 from lightweight.captured import attention
-from lightweight.captured.agreement import PartError
+from lightweight.captured.parts import PartError
 
 SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "max_position_embeddings": 128}
 CONFIGS = {

@@ -15,9 +15,21 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from captured import flash_reference
 from lightweight import corpus, methods, targets
-from lightweight.captured import agreement, attention, check, flash, loop, packing, passes, projections
+from lightweight.captured import (
+    agreement,
+    attention,
+    check,
+    flash,
+    loop,
+    packing,
+    passes,
+    projections,
+    reference,
+    sample,
+)
 from lightweight.captured.agreement import Tolerance
 from lightweight.captured.packing import Buffers
+from lightweight.captured.sample import Sample
 from lightweight.child import worker
 from lightweight.internals import torch as torch_internals
 from lightweight.methods import CapturedStep, Method
@@ -399,14 +411,14 @@ def test_the_comparison_leaves_no_trace_in_what_is_trained(prepare, monkeypatch)
 
     compared = job()
     monkeypatch.setattr(agreement, "search", lambda parts, losses, measure: (parts, []))
-    monkeypatch.setattr(agreement.Reference, "gradients", lambda reference, sample: (sample, None))
+    monkeypatch.setattr(reference.Reference, "gradients", lambda reference, sample: (sample, None))
     assert job() == compared
     assert len(compared) == 20
 
 
 @pytest.mark.parametrize("fits", [3, 1])
 def test_as_many_dialogues_are_compared_as_the_trainers_step_has_memory_for(prepare, monkeypatch, fits):
-    real, seen = agreement.Reference._gradients, []
+    real, seen = reference.Reference._gradients, []
 
     def short_of_memory(reference, sample, scale):
         if sample.size > fits:
@@ -414,7 +426,7 @@ def test_as_many_dialogues_are_compared_as_the_trainers_step_has_memory_for(prep
         seen.append(sample.size)
         return real(reference, sample, scale)
 
-    monkeypatch.setattr(agreement.Reference, "_gradients", short_of_memory)
+    monkeypatch.setattr(reference.Reference, "_gradients", short_of_memory)
     drops_a_weight(monkeypatch)
     trainer, rows, meter, trial = prepare("opt", method())
     assert loop.CapturedTraining(trial, trainer, rows, meter).prepare()
@@ -456,7 +468,7 @@ def test_what_passes_for_the_rounding_of_a_half_is_found_in_fp32(prepare, monkey
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("none left"), RuntimeError("no kernel for fp32")])
 def test_where_fp32_cannot_be_had_halves_are_compared(prepare, monkeypatch, error):
-    gradients = agreement.Reference._gradients
+    gradients = reference.Reference._gradients
     asked = []
 
     def short(reference, sample, scale, autocast=None):
@@ -465,7 +477,7 @@ def test_where_fp32_cannot_be_had_halves_are_compared(prepare, monkeypatch, erro
             raise error
         return gradients(reference, sample, scale)
 
-    monkeypatch.setattr(agreement.Reference, "_gradients", short)
+    monkeypatch.setattr(reference.Reference, "_gradients", short)
     step = dataclasses.replace(method(lora()), weights_dtype="bfloat16")
     trainer, rows, meter, trial = prepare("opt", step, torch.bfloat16)
     job = loop.CapturedTraining(trial, trainer, rows, meter)
@@ -489,7 +501,7 @@ def test_what_half_precision_makes_of_a_deep_network_is_compared_in_fp32(prepare
 
 
 def test_as_much_is_compared_in_fp32_as_there_is_memory_for(prepare, monkeypatch):
-    gradients = agreement.Reference._gradients
+    gradients = reference.Reference._gradients
     sizes = []
 
     def short(reference, sample, scale, autocast=None):
@@ -499,7 +511,7 @@ def test_as_much_is_compared_in_fp32_as_there_is_memory_for(prepare, monkeypatch
                 raise torch.OutOfMemoryError("none left")
         return gradients(reference, sample, scale, autocast)
 
-    monkeypatch.setattr(agreement.Reference, "_gradients", short)
+    monkeypatch.setattr(reference.Reference, "_gradients", short)
     step = dataclasses.replace(method(lora()), weights_dtype="bfloat16")
     trainer, rows, meter, trial = prepare("gpt_neo", step, torch.bfloat16)
     assert loop.CapturedTraining(trial, trainer, rows, meter).prepare()
@@ -509,7 +521,7 @@ def test_as_much_is_compared_in_fp32_as_there_is_memory_for(prepare, monkeypatch
 
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
 def test_where_there_is_no_memory_for_one_dialogue_its_layers_are_computed_twice(prepare, monkeypatch, architecture):
-    gradients = agreement.Reference._gradients
+    gradients = reference.Reference._gradients
     found = []
 
     def short(reference, sample, scale, autocast=None):
@@ -519,7 +531,7 @@ def test_where_there_is_no_memory_for_one_dialogue_its_layers_are_computed_twice
         found.append((sample.size, gradients(reference, sample, scale, autocast)))
         return found[-1][1]
 
-    monkeypatch.setattr(agreement.Reference, "_gradients", short)
+    monkeypatch.setattr(reference.Reference, "_gradients", short)
     trainer, rows, meter, trial = prepare(architecture, method(lora()))
     job = loop.CapturedTraining(trial, trainer, rows, meter)
     assert job.prepare()
@@ -530,7 +542,7 @@ def test_where_there_is_no_memory_for_one_dialogue_its_layers_are_computed_twice
 
 @pytest.mark.parametrize(("fault", "note"), [(None, None), (halves_a_gradient, "lean given up: ")])
 def test_where_there_is_no_memory_for_a_whole_dialogue_its_end_is_compared(prepare, monkeypatch, fault, note):
-    gradients = agreement.Reference._gradients
+    gradients = reference.Reference._gradients
     tried = []
 
     def short(reference, sample, scale, autocast=None):
@@ -539,8 +551,8 @@ def test_where_there_is_no_memory_for_a_whole_dialogue_its_end_is_compared(prepa
             raise torch.OutOfMemoryError("none left")
         return gradients(reference, sample, scale, autocast)
 
-    monkeypatch.setattr(agreement.Reference, "_gradients", short)
-    monkeypatch.setattr(agreement, "LEAST_TOKENS", 10)
+    monkeypatch.setattr(reference.Reference, "_gradients", short)
+    monkeypatch.setattr(sample, "LEAST_TOKENS", 10)
     if fault is not None:
         fault(monkeypatch)
     trainer, rows, meter, trial = prepare("llama", method(lora()))
@@ -555,7 +567,7 @@ def test_where_there_is_no_memory_for_the_end_of_a_dialogue_there_is_none(prepar
     def short(*_):
         raise torch.OutOfMemoryError("none left")
 
-    monkeypatch.setattr(agreement.Reference, "_gradients", short)
+    monkeypatch.setattr(reference.Reference, "_gradients", short)
     trainer, rows, meter, trial = prepare("llama", method(lora()))
     with pytest.raises(torch.OutOfMemoryError, match="no room for the Trainer's step of 512 tokens"):
         loop.CapturedTraining(trial, trainer, rows, meter).prepare()
@@ -565,7 +577,7 @@ def test_the_end_of_a_dialogue_is_up_to_its_last_answer():
     ids, labels = np.arange(10, dtype=np.int32), np.full(10, corpus.IGNORED, np.int32)
     labels[5:8] = ids[5:8]
     rows = corpus.Rows([{"input_ids": ids, "labels": labels}], 0, 10)
-    sample = agreement.Sample([[0]], [[0]], tokens=6)
+    sample = Sample([[0]], [[0]], tokens=6)
     (row,) = sample.of_each(rows)
     assert row["input_ids"].tolist() == [2, 3, 4, 5, 6, 7]
     assert row["labels"].tolist()[3:] == [5, 6, 7]

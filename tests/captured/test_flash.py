@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from captured import flash_reference
 from lightweight.captured import attention, dropout, flash
-from lightweight.captured.agreement import PartError
 from lightweight.captured.flash import Reach, Sequences
+from lightweight.captured.parts import PartError
 from lightweight.internals import torch as torch_internals
 
 CPU = torch.device("cpu")

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from lightweight.captured import flash, hopper, launching
-from lightweight.captured.agreement import Deviation, PartError, Parts
+from lightweight.captured.agreement import Deviation
 from lightweight.captured.check import Check
 from lightweight.captured.flash import Reach, Sequences
 from lightweight.captured.hopper import Sees, Tile
+from lightweight.captured.parts import PartError, Parts
 from tests.captured.test_kernels import DEVICE, HAS_CUDA, apart, exact, gradient, random  # noqa: F401
 
 SMALL = Tile(16, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)

@@ -5,7 +5,7 @@ import torch
 
 from lightweight import targets
 from lightweight.methods import BASELINE, LORA, Method, MethodError
-from lightweight.training import stock
+from lightweight.training.heldout import heldout_loss
 from lightweight.trial import Trial
 from training.test_stock import prepare
 
@@ -110,9 +110,9 @@ def test_held_out_losses_are_of_the_weights_that_an_optimizer_evaluates(trainer_
     trainer.train()
     weight = next(trainer.model.parameters())
     before = weight.detach().clone()
-    loss = stock.heldout_loss(trainer, rows[:4])
+    loss = heldout_loss(trainer, rows[:4])
     assert torch.allclose(weight, before + 1)
-    assert stock.heldout_loss(trainer, rows[:4]) == loss
+    assert heldout_loss(trainer, rows[:4]) == loss
 
 
 def test_an_adapters_optimizer_has_the_adapters_weights(trainer_of):

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from conftest import torchruns
 from lightweight import models, targets
-from lightweight.captured import agreement
+from lightweight.captured import reference
 from lightweight.child import failure, worker
 from lightweight.child.owner import Child
 from lightweight.internals import torch as torch_internals
@@ -505,7 +505,7 @@ RUN = worker.run
 
 def run_drawing_otherwise(connection, trial, *rest) -> None:
     """`worker.run`, where the Trainer is found to draw other rows than the captured step."""
-    agreement.Reference.draws = lambda reference, passes: False  # type: ignore[assignment]
+    reference.Reference.draws = lambda reference, passes: False  # type: ignore[assignment]
     RUN(connection, trial, *rest)
 
 

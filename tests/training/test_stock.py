@@ -14,6 +14,7 @@ from lightweight.child import worker
 from lightweight.corpus import IGNORED, Row
 from lightweight.methods import BASELINE, QLORA, Method, MethodError, adapt
 from lightweight.training import ranks, stock
+from lightweight.training.heldout import heldout_loss
 from lightweight.training.meter import Meter
 from lightweight.trial import Trial
 
@@ -104,64 +105,12 @@ def test_max_steps_cut_the_job_short(trial, folder):
     assert (owner.steps, owner.rounds) == (4, 2)
 
 
-def test_heldout_loss_is_the_mean_over_answer_tokens_whatever_the_batch(trial, folder):
-    trainer, rows, _, _ = prepare(trial, folder)
-    rows = rows[:5]
-    ids, mask, labels = (trainer.data_collator(rows)[name] for name in ("input_ids", "attention_mask", "labels"))
-    with torch.no_grad():
-        logits = trainer.model.eval()(input_ids=ids, attention_mask=mask).logits
-    expected = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED).item()
-    for batch_size in (1, 2, 8):
-        trainer.args.per_device_train_batch_size = batch_size
-        assert stock.heldout_loss(trainer, rows) == pytest.approx(expected, abs=1e-5)
-
-
-def by_hand(network, rows):
-    """Cross-entropy of each next token of an answer, row by row, from the logits of the row alone."""
-    losses = []
-    for row in rows:
-        ids, labels = (torch.tensor(row[name])[None] for name in ("input_ids", "labels"))
-        mask = torch.ones_like(ids)
-        with torch.no_grad():
-            logits = network.eval()(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -ids.shape[1] :]
-        for place, token in enumerate(labels[0, 1:].tolist()):
-            if token != IGNORED:
-                losses.append(-logits[0, place].log_softmax(-1)[token].item())
-    return sum(losses) / len(losses)
-
-
-def own_loss(network, rows):
-    batch = stock.Collate(0, 256)(rows)
-    del batch[stock.TOKENS]
-    with torch.no_grad():
-        return network.eval()(**batch, use_cache=False).loss.item()
-
-
 def small(kind, **settings):
     torch.manual_seed(0)
     sizes = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}
     config = transformers.AutoConfig.for_model(kind, **sizes, **heads, **settings)
     return transformers.AutoModelForCausalLM.from_config(config)
-
-
-def test_heldout_loss_has_no_router_loss(trial, folder):
-    network = small("mixtral", num_local_experts=4, router_aux_loss_coef=0.5, output_router_logits=True)
-    trainer, rows, _, _ = prepare(trial, folder, network)
-    expected = by_hand(network, rows[:5])
-    assert stock.heldout_loss(trainer, rows[:5]) == pytest.approx(expected, abs=1e-4)
-    assert own_loss(network, rows[:5]) > expected + 0.5
-
-
-@pytest.mark.parametrize("kind", ["bart", "mbart"])
-def test_heldout_loss_is_of_the_next_token_where_the_network_shifts_no_labels(trial, folder, kind):
-    torch.manual_seed(0)
-    sizes = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 64}
-    config = transformers.AutoConfig.for_model(kind, vocab_size=384, is_decoder=True, **sizes)
-    config.is_encoder_decoder = False
-    network = transformers.AutoModelForCausalLM.from_config(config)
-    trainer, rows, _, _ = prepare(trial, folder, network)
-    assert stock.heldout_loss(trainer, rows[:5]) == pytest.approx(by_hand(network, rows[:5]), abs=1e-4)
 
 
 ADAPTERS = {
@@ -209,18 +158,6 @@ def test_adalora_moves_its_ranks_once_a_step_by_the_suite_or_by_the_methods_own_
     assert 0 < sum(map(sum, kept.values())) < adapter.init_r * len(kept)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_heldout_loss_is_cross_entropy_whatever_the_adapter_adds(trial, folder, name):
-    method = Method(name=name, adapter=ADAPTERS[name])
-    trial = replace(trial, max_length=64, method=method)
-    trainer, rows, _, _ = prepare(trial, folder, adapt(method, small("llama")))
-    found = stock.heldout_loss(trainer, rows[:5])
-    assert found == pytest.approx(by_hand(trainer.model, rows[:5]), abs=1e-4)
-    if name == "adalora":  # which changes nothing yet, and adds its penalty to the network's own loss
-        assert found == pytest.approx(by_hand(small("llama"), rows[:5]), abs=1e-4)
-        assert own_loss(trainer.model, rows[:5]) > found + 0.1
-
-
 def test_a_network_whose_loss_no_trained_weight_takes_part_in_is_one_line(trial, folder):
     """As Reformer's, whose layers are computed without a graph, and phi4_multimodal's, whose adapters see images."""
     trainer, *_ = prepare(trial, folder)
@@ -228,14 +165,6 @@ def test_a_network_whose_loss_no_trained_weight_takes_part_in_is_one_line(trial,
     trainer.model.forward = torch.no_grad()(forward)
     with pytest.raises(MethodError, match="method baseline: no weight that it trains takes part in the loss of OPT"):
         trainer.train()
-
-
-def test_a_network_without_logits_has_no_heldout_loss(trial, folder):
-    trainer, rows, _, _ = prepare(trial, folder)
-    forward = trainer.model.forward
-    trainer.model.forward = lambda **inputs: forward(**inputs) | {"logits": None}
-    with pytest.raises(TypeError, match="gives no logits"):
-        stock.heldout_loss(trainer, rows)
 
 
 @pytest.mark.parametrize("name", [None, "prompt"])
@@ -315,7 +244,7 @@ def test_qlora_trains_its_adapter_alone_and_after_an_evaluation_too(trial, folde
     trained = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     assert trained
     assert all("lora_" in name for name in trained)
-    stock.heldout_loss(trainer, rows)
+    heldout_loss(trainer, rows)
     trainer.train()
     after = dict(trainer.model.named_parameters())
     assert all(torch.equal(after[name], tensor) for name, tensor in frozen.items())
@@ -332,20 +261,3 @@ def test_the_meter_knows_forward_backward_and_optimizer(trial, folder):
     trainer.optimizer.register_step_pre_hook(lambda *_: seen.append(meter.phase))
     trainer.train()
     assert seen == ["forward", "backward", "optimizer"]
-
-
-def test_logits_of_a_long_row_are_copied_to_fp32_in_parts(monkeypatch):
-    torch.manual_seed(0)
-    logits, labels = torch.randn(2, 11, 7), torch.randint(7, (2, 11))
-    labels[:, :3] = IGNORED
-    expected = float(cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"))
-    sizes = []
-
-    def noted(part, targets, **options):
-        sizes.append(len(part))
-        return cross_entropy(part, targets, **options)
-
-    monkeypatch.setattr(stock, "FP32_TOKENS", 3)
-    monkeypatch.setattr(stock, "cross_entropy", noted)
-    assert stock._next_token_losses(logits, labels) == (pytest.approx(expected, rel=1e-6), 16)
-    assert sizes == [3, 3, 2] * 2

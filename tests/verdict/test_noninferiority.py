@@ -18,6 +18,7 @@ from lightweight.corpus import Rows
 from lightweight.methods import BASELINE
 from lightweight.targets import Device
 from lightweight.training import stock
+from lightweight.training.heldout import heldout_loss
 from lightweight.training.meter import Meter
 from lightweight.trial import Completed, Trial
 from lightweight.verdict import noninferiority
@@ -145,7 +146,7 @@ def test_the_loss_elsewhere_is_measured_before_and_after_and_recorded(micro, sma
     network, meter = worker.build(trial, torch.device("cpu")), Meter(torch.device("cpu"), 0.0)
     trainer = stock.make_trainer(trial, network, Rows([], 0), meter, Unattended(), folder)
     rows = corpus.encode_text(text, models.load_tokenizer(micro), trial.max_length)
-    untrained = stock.heldout_loss(trainer, rows)
+    untrained = heldout_loss(trainer, rows)
     measured = outcome.measured
     assert measured.elsewhere_loss_before == pytest.approx(untrained, abs=1e-5)
     assert measured.elsewhere_loss_after is not None

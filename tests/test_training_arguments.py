@@ -5,7 +5,7 @@ import peft
 import pytest
 from transformers import SchedulerType, TrainingArguments
 
-from lightweight import arguments, targets
+from lightweight import targets, training_arguments
 from lightweight.__main__ import main
 from lightweight.forecast import plan
 from lightweight.forecast.tracer import ForecastError
@@ -26,7 +26,7 @@ def method(step="trainer", **settings):
 def refused(made, world_size=1, target=targets.NATIVE):
     """The line that refuses `made`."""
     with pytest.raises(MethodError) as raised:
-        arguments.check(made, target, world_size)
+        training_arguments.check(made, target, world_size)
     assert "\n" not in str(raised.value)
     assert str(raised.value).startswith("method mine: ")
     return str(raised.value)
@@ -34,28 +34,28 @@ def refused(made, world_size=1, target=targets.NATIVE):
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_training_argument_has_its_place_in_the_table(name):
-    assert name in arguments.ARGUMENTS
+    assert name in training_arguments.ARGUMENTS
 
 
 def test_an_argument_that_the_table_does_not_have_is_refused_where_it_is_set(monkeypatch):
     """As one would be that a new version of transformers brings."""
-    rest = {name: argument for name, argument in arguments.ARGUMENTS.items() if name != "weight_decay"}
-    monkeypatch.setattr(arguments, "ARGUMENTS", rest)
-    arguments.check(method(learning_rate=1.0), targets.NATIVE, 1)
+    rest = {name: argument for name, argument in training_arguments.ARGUMENTS.items() if name != "weight_decay"}
+    monkeypatch.setattr(training_arguments, "ARGUMENTS", rest)
+    training_arguments.check(method(learning_rate=1.0), targets.NATIVE, 1)
     assert "weight_decay is new in transformers" in refused(method(weight_decay=0.1))
 
 
 def test_adalora_is_trained_on_one_rank():
     adalora = Method(name="mine", adapter=peft.AdaLoraConfig(task_type="CAUSAL_LM", total_step=9))
-    arguments.check(adalora, targets.NATIVE, 1)
+    training_arguments.check(adalora, targets.NATIVE, 1)
     assert "train it on one GPU" in refused(adalora, world_size=2)
 
 
 @pytest.mark.parametrize(("step", "world_size"), HOW)
 def test_what_is_said_as_it_is_anyway_is_no_reason_to_refuse(step, world_size):
-    for name, value in arguments._defaults().items():
-        if not arguments.ARGUMENTS[name].replaced:
-            arguments.check(method(step, **{name: value}), targets.NATIVE, world_size)
+    for name, value in training_arguments._defaults().items():
+        if not training_arguments.ARGUMENTS[name].replaced:
+            training_arguments.check(method(step, **{name: value}), targets.NATIVE, world_size)
     own = {
         "save_strategy": "no",
         "logging_strategy": "no",
@@ -64,13 +64,13 @@ def test_what_is_said_as_it_is_anyway_is_no_reason_to_refuse(step, world_size):
         "max_steps": -1,
     }
     own |= {"do_train": True, "label_names": ["labels"], "lr_scheduler_type": SchedulerType.LINEAR}
-    arguments.check(method(step, **own), targets.NATIVE, world_size)
+    training_arguments.check(method(step, **own), targets.NATIVE, world_size)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_suites_own_methods_are_honoured(world_size):
     for own in METHODS.values():
-        arguments.check(own, targets.T4, world_size)
+        training_arguments.check(own, targets.T4, world_size)
 
 
 HONOURED = {
@@ -94,7 +94,7 @@ HONOURED = {
 
 @pytest.mark.parametrize(("step", "world_size"), HOW)
 def test_what_is_honoured_everywhere_is_refused_nowhere(step, world_size):
-    arguments.check(method(step, **HONOURED), targets.NATIVE, world_size)
+    training_arguments.check(method(step, **HONOURED), targets.NATIVE, world_size)
 
 
 @pytest.mark.parametrize(
@@ -113,11 +113,11 @@ def test_what_is_honoured_everywhere_is_refused_nowhere(step, world_size):
     ],
 )
 def test_what_the_trainer_alone_does_is_refused_of_the_captured_step(name, value, on_ranks):
-    arguments.check(method(**{name: value}), targets.NATIVE, 1)
+    training_arguments.check(method(**{name: value}), targets.NATIVE, 1)
     line = refused(method("captured", **{name: value}))
     assert f"{name}={value!r} is not done by the captured step: leave it out, or let the Trainer run the steps" in line
     if on_ranks:
-        arguments.check(method(**{name: value}), targets.NATIVE, 2)
+        training_arguments.check(method(**{name: value}), targets.NATIVE, 2)
     else:
         assert "would have several ranks train otherwise than one" in refused(method(**{name: value}), 2)
 
@@ -172,7 +172,7 @@ def test_a_mend_offers_options_that_there_are(command, capsys):
             main([*command, "--help"])
         known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     offered = set()
-    for argument in arguments.ARGUMENTS.values():
+    for argument in training_arguments.ARGUMENTS.values():
         of = {name: re.findall(rf"(?:`lightweight {name}[`]? |{name}: )(--[a-z-]+)", argument.mend) for name in OF}
         named = [option for words in of.values() for option in words]
         offered |= set(of[command[0]] if command else set(re.findall(r"--[a-z-]+", argument.mend)) - set(named))
@@ -183,14 +183,14 @@ def test_a_mend_offers_options_that_there_are(command, capsys):
 OF = ("train", "plan")
 
 
-@pytest.mark.parametrize("kind", sorted(arguments.SCHEDULES))
+@pytest.mark.parametrize("kind", sorted(training_arguments.SCHEDULES))
 def test_every_schedule_that_is_honoured_can_be_had(kind):
     needs = {
         "warmup_stable_decay": {"num_decay_steps": 2},
         "cosine_with_min_lr": {"min_lr": 1e-5},
         "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
     }
-    arguments.check(method(lr_scheduler_type=kind, lr_scheduler_kwargs=needs.get(kind)), targets.NATIVE, 1)
+    training_arguments.check(method(lr_scheduler_type=kind, lr_scheduler_kwargs=needs.get(kind)), targets.NATIVE, 1)
 
 
 def test_tf32_on_a_target_without_it_is_refused():
@@ -198,7 +198,7 @@ def test_tf32_on_a_target_without_it_is_refused():
 
 
 def test_ranks_that_would_weigh_their_own_tokens_are_refused_and_one_is_not():
-    arguments.check(method(average_tokens_across_devices=False), targets.NATIVE, 1)
+    training_arguments.check(method(average_tokens_across_devices=False), targets.NATIVE, 1)
     assert "would have several ranks" in refused(method(average_tokens_across_devices=False), 2)
 
 

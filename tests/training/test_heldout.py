@@ -1,0 +1,110 @@
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+
+from lightweight import targets
+from lightweight.corpus import IGNORED
+from lightweight.methods import BASELINE, Method, adapt
+from lightweight.training import heldout, stock
+from lightweight.training.heldout import heldout_loss
+from lightweight.trial import Trial
+from training.test_stock import ADAPTERS, prepare, small
+
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
+
+@pytest.fixture
+def trial(micro, small_corpus):
+    return Trial(model=micro, method=BASELINE, target=targets.CPU, corpus=small_corpus, epochs=2)
+
+
+def test_heldout_loss_is_the_mean_over_answer_tokens_whatever_the_batch(trial, folder):
+    trainer, rows, _, _ = prepare(trial, folder)
+    rows = rows[:5]
+    ids, mask, labels = (trainer.data_collator(rows)[name] for name in ("input_ids", "attention_mask", "labels"))
+    with torch.no_grad():
+        logits = trainer.model.eval()(input_ids=ids, attention_mask=mask).logits
+    expected = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED).item()
+    for batch_size in (1, 2, 8):
+        trainer.args.per_device_train_batch_size = batch_size
+        assert heldout_loss(trainer, rows) == pytest.approx(expected, abs=1e-5)
+
+
+def by_hand(network, rows):
+    """Cross-entropy of each next token of an answer, row by row, from the logits of the row alone."""
+    losses = []
+    for row in rows:
+        ids, labels = (torch.tensor(row[name])[None] for name in ("input_ids", "labels"))
+        mask = torch.ones_like(ids)
+        with torch.no_grad():
+            logits = network.eval()(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -ids.shape[1] :]
+        for place, token in enumerate(labels[0, 1:].tolist()):
+            if token != IGNORED:
+                losses.append(-logits[0, place].log_softmax(-1)[token].item())
+    return sum(losses) / len(losses)
+
+
+def own_loss(network, rows):
+    batch = stock.Collate(0, 256)(rows)
+    del batch[stock.TOKENS]
+    with torch.no_grad():
+        return network.eval()(**batch, use_cache=False).loss.item()
+
+
+def test_heldout_loss_has_no_router_loss(trial, folder):
+    network = small("mixtral", num_local_experts=4, router_aux_loss_coef=0.5, output_router_logits=True)
+    trainer, rows, _, _ = prepare(trial, folder, network)
+    expected = by_hand(network, rows[:5])
+    assert heldout_loss(trainer, rows[:5]) == pytest.approx(expected, abs=1e-4)
+    assert own_loss(network, rows[:5]) > expected + 0.5
+
+
+@pytest.mark.parametrize("kind", ["bart", "mbart"])
+def test_heldout_loss_is_of_the_next_token_where_the_network_shifts_no_labels(trial, folder, kind):
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 64}
+    config = transformers.AutoConfig.for_model(kind, vocab_size=384, is_decoder=True, **sizes)
+    config.is_encoder_decoder = False
+    network = transformers.AutoModelForCausalLM.from_config(config)
+    trainer, rows, _, _ = prepare(trial, folder, network)
+    assert heldout_loss(trainer, rows[:5]) == pytest.approx(by_hand(network, rows[:5]), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_heldout_loss_is_cross_entropy_whatever_the_adapter_adds(trial, folder, name):
+    method = Method(name=name, adapter=ADAPTERS[name])
+    trial = replace(trial, max_length=64, method=method)
+    trainer, rows, _, _ = prepare(trial, folder, adapt(method, small("llama")))
+    found = heldout_loss(trainer, rows[:5])
+    assert found == pytest.approx(by_hand(trainer.model, rows[:5]), abs=1e-4)
+    if name == "adalora":  # which changes nothing yet, and adds its penalty to the network's own loss
+        assert found == pytest.approx(by_hand(small("llama"), rows[:5]), abs=1e-4)
+        assert own_loss(trainer.model, rows[:5]) > found + 0.1
+
+
+def test_a_network_without_logits_has_no_heldout_loss(trial, folder):
+    trainer, rows, _, _ = prepare(trial, folder)
+    forward = trainer.model.forward
+    trainer.model.forward = lambda **inputs: forward(**inputs) | {"logits": None}
+    with pytest.raises(TypeError, match="gives no logits"):
+        heldout_loss(trainer, rows)
+
+
+def test_logits_of_a_long_row_are_copied_to_fp32_in_parts(monkeypatch):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 11, 7), torch.randint(7, (2, 11))
+    labels[:, :3] = IGNORED
+    expected = float(cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"))
+    sizes = []
+
+    def noted(part, targets, **options):
+        sizes.append(len(part))
+        return cross_entropy(part, targets, **options)
+
+    monkeypatch.setattr(heldout, "FP32_TOKENS", 3)
+    monkeypatch.setattr(heldout, "cross_entropy", noted)
+    assert heldout._next_token_losses(logits, labels) == (pytest.approx(expected, rel=1e-6), 16)
+    assert sizes == [3, 3, 2] * 2
