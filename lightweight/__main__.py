@@ -17,7 +17,7 @@ with interrupted_silently(), for_good():
     from pathlib import Path
     from typing import Any, NoReturn
 
-    from lightweight import __version__, names
+    from lightweight import __version__
     from lightweight.child import host_memory
     from lightweight.cli import checks
     from lightweight.cli.checkpoints import signals_to
@@ -106,7 +106,7 @@ def _print_nowhere() -> None:
 
 class _Parser(argparse.ArgumentParser):
     """Of the command line, or of a command, whose arguments `add` adds once it is the one that is called: what they
-    name need not be imported for another. Repeats what it was given as it is shown on a terminal, in one line."""
+    name need not be imported for another. What it refuses is told in one line, as all else is."""
 
     def __init__(self, add: Callable[[argparse.ArgumentParser], None] | None = None, **settings: Any) -> None:
         super().__init__(**settings)
@@ -117,10 +117,15 @@ class _Parser(argparse.ArgumentParser):
         if add is not None:
             with for_good():
                 add(self)
-        return super().parse_known_args(*given, **settings)
+        options, others = super().parse_known_args(*given, **settings)
+        if others:  # which the command line would refuse in its own name, with its own help
+            self.error(f"unrecognized arguments: {' '.join(others)}")
+        return options, others
 
     def error(self, message: str) -> NoReturn:
-        super().error(names.one_line(message))
+        problem = message.removeprefix("argument ").replace("ignored explicit argument", "takes no value, not")
+        tell(f"{problem}; see `{self.prog} --help`")
+        self.exit(2)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -244,6 +244,29 @@ GPT_OSS = """{{- "<|start|>system<|message|>You are ChatGPT.\\n\\n# Valid channe
 {{- "<|start|>assistant" }}
 {%- endif %}
 """
+LLAMA_2 = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}
+{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}
+{% set system_message = false %}{% endif %}{% for message in loop_messages %}
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}
+{% if loop.index0 == 0 and system_message != false %}
+{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}
+{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}
+{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}
+{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}
+""".replace("}\n", "}")
+MISTRAL_NEMO = """{{- bos_token }}
+{%- for message in messages %}
+    {%- if message["role"] == "user" %}
+        {{- "[INST]" + message["content"] + "[/INST]" }}
+    {%- elif message["role"] == "assistant" %}
+        {{- message["content"] | trim + eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
+GLM_4 = """[gMASK]<sop>{% for item in messages %}
+<|{{ item['role'] }}|>\n{{ item['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}
+""".replace("}\n", "}").replace("\\n", "\n")
 
 PUBLISHED = {
     "Llama 3.1, whose system message has a date": Template(
@@ -284,6 +307,25 @@ PUBLISHED = {
         "<s>[INST] Hi.[/INST]« Hello 그래.</s>»[INST] And now?[/INST]« Sleep.</s>»",
         bos="<s>",
         talk=WITHOUT_SYSTEM,
+    ),
+    "Llama 2, which begins each turn anew": Template(
+        LLAMA_2,
+        "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi. [/INST]« Hello 그래. </s>»"
+        "<s>[INST] And now? [/INST]« Sleep. </s>»",
+        bos="<s>",
+    ),
+    "Mistral Nemo": Template(
+        MISTRAL_NEMO,
+        "<s>[INST]Hi.[/INST]«Hello 그래.</s>»[INST]And now?[/INST]«Sleep.</s>»",
+        bos="<s>",
+        talk=WITHOUT_SYSTEM,
+    ),
+    "GLM-4, whose turns end where another begins": Template(
+        GLM_4,
+        "[gMASK]<sop><|system|>\nBe kind.<|user|>\nHi.<|assistant|>«\nHello 그래.»"
+        "<|user|>\nAnd now?<|assistant|>«\nSleep.»",
+        eos="<|endoftext|>",
+        is_ended=False,
     ),
     "Mistral v7": Template(
         MISTRAL_V7,

@@ -122,6 +122,35 @@ def test_bad_input_is_one_line_and_status_2(run, arguments, capsys):
     assert captured.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["data", "a.jsonl", "--corpus-format", "WRONG"], ["--corpus-format: invalid choice: 'WRONG'", "alpaca"]),
+        (["data", "a.jsonl", "--skip-bad=X"], ["--skip-bad: takes no value, not 'X'"]),
+        (["data", "a.jsonl", "--skip-bda"], ["unrecognized arguments: --skip-bda"]),
+        (["data", "a.jsonl", "--held-out"], ["--held-out: expected one argument"]),
+        (["data"], ["required: FILE"]),
+        (
+            ["train", "--model", "x", "--output", "y", "--epochs", "three\x1b[2J"],
+            ["--epochs: invalid int value: 'three"],
+        ),
+        (["train", "--m", "x"], ["--m could match --model, --method"]),
+        (["gate", "run.json", "--missing", "perhaps"], ["--missing: invalid choice: 'perhaps'", "pass", "fail"]),
+        (["dta"], ["command: invalid choice: 'dta'", "data"]),
+        ([], ["required: command"]),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_with_the_help_to_ask_for(arguments, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("lightweight: ") and told.count("\n") == 1 and "\x1b" not in told
+    assert all(word in told for word in words)
+    command = " ".join(["lightweight", *arguments[:1]]) if arguments and arguments[0] != "dta" else "lightweight"
+    assert told.endswith(f"; see `{command} --help`\n")
+
+
 def test_it_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "lightweight", "--version"], capture_output=True, text=True)
     assert done.stdout.strip() == __version__

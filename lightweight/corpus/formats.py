@@ -21,7 +21,10 @@ from lightweight.corpus.messages import (
 
 Row = Mapping[str, Any]
 
-ASKED = ("prompt", "question", "conversations", "instruction", "input", "query", "context")
+ASKED = (
+    *("prompt", "question", "conversations", "instruction", "input", "query", "context"),
+    *("trajectory", "conversation", "messages"),
+)
 """What preferences call that which is answered."""
 
 CHOICES = ("choices", "options")
@@ -224,7 +227,10 @@ def _is_turn(row: Row) -> bool:
 
 
 def unknown(row: Any) -> Defect:
-    """That no format has the keys of `row`."""
+    """That no format has the keys of `row`, and those of the formats that it has some of, of all where it has none."""
+    if isinstance(row, dict) and "message_tree_id" in row:  # Open Assistant's, of which each path is a conversation
+        return Defect("message_tree_id: is of a tree of answers: write each way through it as 'messages'")
     keys = ", ".join(map(repr, list(row)[:8])) if isinstance(row, dict) else ""
-    known = "; ".join(f"{one.name}: {one.words}" for one in FORMATS.values())
+    near = [one for one in FORMATS.values() if one.has_any_key(row)] or FORMATS.values()
+    known = "; ".join(f"{one.name}: {one.words}" for one in near)
     return Defect(f"has the keys {keys[:100] or 'of nothing'}, which no format has: rename them ({known})")

@@ -95,8 +95,19 @@ def messages_of(value: Any, field: str) -> list[Message]:
         raise Defect(f'{field}: is a JSON {json_kind(value)}: write a list of {{"role": ..., "content": ...}}')
     if not value:
         raise Defect(f"{field}: is empty: write its messages or leave the row out")
-    said = [_message(message, f"{field}[{index}]") for index, message in enumerate(value)]
+    if isinstance(value[0], str):  # LIMA's, which are texts alone and begin with the user's
+        roles: tuple[Role, Role] = ("user", "assistant")
+        return [Message(roles[index % 2], text_of(text, f"{field}[{index}]")) for index, text in enumerate(value)]
+    said = [message for index, one in enumerate(value) for message in _said(one, f"{field}[{index}]")]
     return [message for message in said if message.role != "system" or message.content]
+
+
+def _said(value: Any, field: str) -> list[Message]:
+    """The message that `value` is, or both of a turn with its answer, as Capybara has them."""
+    if isinstance(value, dict) and value and value.keys() <= {"input", "output"}:
+        asked, answered = (text_of(value.get(key), f"{field}.{key}") for key in ("input", "output"))
+        return [Message("user", asked), Message("assistant", answered)]
+    return [_message(value, field)]
 
 
 def _message(value: Any, field: str) -> Message:

@@ -64,6 +64,8 @@ def _separated(path: Path, progress: Callable[[str], None]) -> Iterator[Item]:
 def _decoded(lines: Iterable[bytes], path: Path) -> Iterator[str]:
     for number, line in enumerate(lines, 1):
         try:
+            if (zero := line.find(0)) >= 0:  # UTF-16 has them, and blocks that were never written
+                fail(path, f"holds a zero byte, as no text does, at byte {zero} of line {number}: save it as UTF-8")
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             fail(path, f"is not UTF-8 at byte {error.start} of line {number}: save it as UTF-8")

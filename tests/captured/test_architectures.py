@@ -83,6 +83,7 @@ OTHERWISE: tuple[dict[str, Any], ...] = (
     {"q_lora_rank": LEFT_OUT, "n_shared_experts": LEFT_OUT},
     {"layer_types": ["conv", "full_attention"] * 2},
     {"layer_types": ["linear_attention", "hybrid"] * 2},
+    {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     {"attention_hidden_size": 128},
     {"num_experts_per_tok": 1, "default_language": "en_XX", "head_dim": LEFT_OUT},
 )

@@ -1,9 +1,21 @@
 """What is asked of a trained model is put to it as it was trained; the model is a real one, its answers are its own."""
 
+import contextlib
 import io
 import json
+import os
+import pty
+import subprocess
+import sys
+import time
 
 import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
 from lightweight import corpus, record
 from lightweight.__main__ import main
@@ -244,3 +256,42 @@ def test_a_dialogue_for_a_model_of_pairs_is_one_line(trained, tmp_path, capsys):
         (line,) = found.err.strip().splitlines()
         assert f"{file}: has a dialogue, where" in line and "was trained on pairs: ask one turn" in line
         assert not found.out
+
+
+# As it grows
+
+
+@pytest.fixture
+def speaks_words(tmp_path):
+    """A folder of a small model whose tokens are words, and that never ends an answer."""
+    words = ["<unk>", "</s>", "sea", *(f"word{number}" for number in range(30))]
+    made = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, "<unk>"))
+    made.pre_tokenizer = Whitespace()
+    special = {"unk_token": "<unk>", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, **special)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"vocab_size": len(words), "bos_token_id": None, "eos_token_id": 1, "pad_token_id": None}
+    network = LlamaForCausalLM(LlamaConfig(**sizes, **ids, tie_word_embeddings=False))
+    with torch.no_grad():
+        network.lm_head.weight[:2] = 0  # some word always has a logit above it
+    for saved in (network, tokenizer):
+        saved.save_pretrained(tmp_path / "words")
+    return tmp_path / "words"
+
+
+def test_an_answer_is_shown_as_it_grows(speaks_words):
+    """On a terminal, in pieces that come one after the other."""
+    ours, theirs = pty.openpty()
+    given = ["chat", str(speaks_words), "--prompt", "word1 word2", "--max-tokens", "400"]
+    with subprocess.Popen([sys.executable, "-m", "lightweight", *given], stdout=theirs) as child:
+        os.close(theirs)
+        pieces = []
+        with contextlib.suppress(OSError):  # which says that nobody writes any more
+            while piece := os.read(ours, 4096):
+                pieces.append((time.monotonic(), piece.decode()))
+        os.close(ours)
+        assert child.wait() == 0
+    assert len("".join(piece for _, piece in pieces).split()) == 400
+    assert len(pieces) > 1 and pieces[0][0] < pieces[-1][0]
+    assert len(pieces[0][1].split()) < 200

@@ -119,6 +119,19 @@ PUBLIC: dict[str, tuple[str, dict, corpus.Example]] = {
         },
         talk(U("Hi"), A("Hello")),
     ),
+    "GAIR/lima": (
+        "sharegpt",
+        {"conversations": ["Hi", "Hello", "And?", "Yes"], "source": "multi_turn"},
+        talk(U("Hi"), A("Hello"), U("And?"), A("Yes")),
+    ),
+    "LDJnr/Capybara": (
+        "sharegpt",
+        {
+            "source": "Airoboros",
+            "conversation": [{"input": "Hi", "output": "Hello"}, {"input": "And?", "output": "Yes"}],
+        },
+        talk(U("Hi"), A("Hello"), U("And?"), A("Yes")),
+    ),
     "tatsu-lab/alpaca": (
         "alpaca",
         {"instruction": "Add these.", "input": "1 2", "output": "3", "text": "Below is an instruction"},
@@ -224,6 +237,20 @@ PUBLIC: dict[str, tuple[str, dict, corpus.Example]] = {
         {"instruction": "And", "input": "you?", "history": [["Hi", "Hello"]], "chosen": "Well.", "rejected": "No."},
         talk(U("Hi"), A("Hello"), U("And\n\nyou?"), A("Well.")),
     ),
+    "openbmb/UltraInteract_pair": (
+        "preference",
+        {
+            "dataset": "MATH",
+            "trajectory": [
+                {"from": "user", "value": "Hi"},
+                {"from": "assistant", "value": "Hello"},
+                {"from": "user", "value": "And?"},
+            ],
+            "chosen": "Yes",
+            "rejected": "No",
+        },
+        talk(U("Hi"), A("Hello"), U("And?"), A("Yes")),
+    ),
     "a system prompt beside the turns": (
         "sharegpt",
         {
@@ -325,7 +352,8 @@ def mutants(kind: str, row: dict):
             for step in path[:-1]:
                 place = place[step]
             is_part = kind == "messages" and "text" in place
-            may_be_empty = "system" in place.values() or "developer" in place.values() or is_part
+            of_system = isinstance(place, dict) and {"system", "developer"} & {str(value) for value in place.values()}
+            may_be_empty = of_system or is_part
             if may_be_empty and path[-1] in ("content", "value", "text") and words in ("null", "empty", "blank"):
                 continue  # no system message, or one part of several
             if change is not None:
@@ -441,7 +469,7 @@ REFUSED = {
     ),
     "Open Assistant's trees": (
         {"message_tree_id": "a1", "prompt": {"text": "Hi", "role": "prompter", "replies": []}},
-        "has the keys 'message_tree_id', 'prompt', which no format has",
+        "message_tree_id: is of a tree of answers: write each way through it as 'messages'",
     ),
     "hh-rlhf without the last answer": (
         {"chosen": "\n\nHuman: Hi\n\nAssistant:", "rejected": ""},
@@ -460,8 +488,17 @@ REFUSED = {
         "choices: would be left out of the question: write them into it",
     ),
     "turns by other names": (
-        {"conversation": [{"input": "a", "output": "b"}]},
-        "conversation[0]: has no 'role', but 'input', 'output': use 'system', 'user' or 'assistant'",
+        {"conversation": [{"asked": "a", "answered": "b"}]},
+        "conversation[0]: has no 'role', but 'asked', 'answered': use 'system', 'user' or 'assistant'",
+    ),
+    "LIMA's questions for a test": (
+        {"conversations": ["Hi"], "source": "pushshift_r_askhistorians"},
+        "conversations[0]: the last user turn has no answer",
+    ),
+    "SQuAD's answers": (
+        {"id": "5", "context": "a", "question": "b", "answers": {"text": ["c"], "answer_start": [0]}},
+        "has the keys 'id', 'context', 'question', 'answers', which no format has: "
+        "rename them (question-answer: 'question' and 'answer')",
     ),
     "no keys": ({}, "has the keys of nothing"),
 }

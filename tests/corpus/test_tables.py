@@ -46,6 +46,8 @@ def test_separated_values_are_what_the_same_lines_are(tmp_path, name, delimiter)
         (b"instruction,output\na\n", r"line 2: has 1 cells"),
         (b'instruction,output\na,"b" c\n', r"line 2: is no CSV"),
         (b"instruction,output\na,\xff\n", r"is not UTF-8 at byte 2 of line 2"),
+        (b"instruction,output\na,b\0\n", r"holds a zero byte, as no text does, at byte 3 of line 2: save it as UTF-8"),
+        ("instruction,output\na,b\n".encode("utf-16-le"), r"holds a zero byte, .* at byte 1 of line 1"),
         (b"a,b\nc,d\n", r"line 2: has the keys 'a', 'b', which no format has"),
         (b"", r"has 0 pair\(s\)"),
     ],

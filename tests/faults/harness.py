@@ -126,9 +126,13 @@ class Found(NamedTuple):
 
     @property
     def is_a_line(self) -> bool:
-        """Whether it refused its input in one line; argparse puts the usage before its own."""
-        line = self.err[self.err.find("\nlightweight") + 1 :] if self.err.startswith("usage: ") else self.err
-        return self.status == 2 and line.startswith("lightweight") and line.count("\n") == 1 and not steers(self.err)
+        """Whether it refused its input in one line."""
+        return (
+            self.status == 2
+            and self.err.startswith("lightweight: ")
+            and self.err.count("\n") == 1
+            and not steers(self.err)
+        )
 
 
 def outcome_of(given: list[str], capfd: Any) -> Found:
