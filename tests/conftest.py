@@ -126,8 +126,10 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Model:
 @pytest.fixture
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process, and what it starts, sees no GPU: for tests of what happens on a CPU."""
+    monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
+    torch.cuda.is_available()  # the driver reads the variable once: set before that, it would hide GPUs for good
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # CUDA may have been initialised before
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
 

@@ -53,7 +53,7 @@ del Garbage
         ("from lightweight.imports import for_good\nwith for_good():\n    import lightweight.cli.train", True),
         (
             "from lightweight.imports import without_collecting\n"
-            "with without_collecting():\n    import lightweight.session.laboratory",
+            "with without_collecting():\n    import lightweight.session.laboratory\n    gc.callbacks.clear()",
             False,
         ),
     ],
