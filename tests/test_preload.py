@@ -100,3 +100,17 @@ def test_what_initialises_cuda_is_named_and_an_open_device_is_not_that(tmp_path,
     assert nursery.load([]) == "a module before the first of lightweight's own"
     for name in ("inner_one", "outer_one"):
         del sys.modules[name]
+
+
+def test_in_a_fork_of_what_has_initialised_cuda_torch_is_asked_for_more(monkeypatch):
+    """Another package may have started the forkserver, with a preload that does: torch says of its children that CUDA
+    is not initialised, and raises only when it is used."""
+    import torch
+
+    from lightweight.child import nursery
+
+    monkeypatch.setattr(torch.cuda, "_initialized", False)
+    assert nursery.load([]) is None
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    assert not torch.cuda.is_initialized()
+    assert nursery.load([]) == "a module before the first of lightweight's own"

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -110,11 +110,11 @@ def process_of(
     function: Callable[..., None], connection: Connection, *args: Any, gpus: tuple[int, int] | None = None
 ) -> BaseProcess:
     """The process that calls `function(connection, *args)`: a fork of the forkserver, or a fresh interpreter where that
-    could not use the GPU."""
-    if culprit() is None:
-        return forkserver.context.Process(target=function, args=(connection, *args), daemon=True)
+    could not use the GPU. They come pickled, since unpickling imports a method's own module: what that does to CUDA, it
+    does to the `gpus`, the first one and how many."""
+    context: SpawnContext | ForkServerContext = forkserver.context if culprit() is None else fresh()
     pickled = pickle.dumps((function, args))
-    return fresh().Process(target=process.run_fresh, args=(connection, pickled, gpus), daemon=True)
+    return context.Process(target=process.run_pickled, args=(connection, pickled, gpus), daemon=True)
 
 
 def fresh() -> SpawnContext:

@@ -37,6 +37,16 @@ def touches_cuda() -> bool:
     return cuda is not None and bool(cuda.is_initialized())
 
 
+def _is_fork_without_cuda() -> bool:
+    """Whether this is a fork of a process that had initialised CUDA, of which torch says there that it is not: a
+    forkserver that another package started, with a preload of its own."""
+    if "torch" not in sys.modules:
+        return False
+    from lightweight.internals.torch import is_fork_without_cuda
+
+    return is_fork_without_cuda()
+
+
 def load(modules: Sequence[str]) -> str | None:
     """Import `modules`. The one of them, or of what they import, that has initialised CUDA, or None."""
     with _watching() as touched, for_good():
@@ -52,7 +62,7 @@ def _watching() -> Iterator[list[str]]:
     """A list to which the name of the first module is added after whose execution CUDA is initialised. Modules that are
     imported by others are done before them, so that it is the innermost."""
     touched: list[str] = []
-    if touches_cuda():
+    if touches_cuda() or _is_fork_without_cuda():
         touched.append("a module before the first of lightweight's own")
     loaders = [importlib.machinery.SourceFileLoader, importlib.machinery.ExtensionFileLoader]
     originals = [(loader, loader.exec_module, "exec_module" in vars(loader)) for loader in loaders]

@@ -314,7 +314,7 @@ def _process_for(
     """The process that runs `trial`, not started yet; always a fresh interpreter for a library that must come before
     what the forkserver has imported."""
     if trial.method.library == "peft":
-        gpus = None if trial.device_index is None else (trial.device_index, trial.world_size)
+        gpus = (0, 0) if trial.device_index is None else (trial.device_index, trial.world_size)
         return helper.process_of(
             worker.run, connection, trial, folder, time.monotonic(), environment, tells_steps, gpus=gpus
         )

@@ -55,14 +55,14 @@ def redirect_output(path: Path) -> None:
     os.close(descriptor)
 
 
-def run_fresh(connection: Connection, pickled: bytes, gpus: tuple[int, int] | None) -> None:
-    """In an interpreter that has imported nothing yet: `function(connection, *args)`, both `pickled`, since unpickling
-    them imports what may touch CUDA. `gpus` are the first one and how many this process is to see."""
+def run_pickled(connection: Connection, pickled: bytes, gpus: tuple[int, int] | None) -> None:
+    """In a child: `function(connection, *args)`, both `pickled`, since unpickling them imports what may touch CUDA.
+    `gpus` are the first one and how many this process is to see, None where it keeps what it sees."""
     lead_a_group()
     if gpus is not None:
         see_gpus(*gpus)
     with for_good():
-        from lightweight import preload  # noqa: F401  # before anything else of what follows
+        from lightweight import preload  # noqa: F401  # before all else that a fresh interpreter imports
 
         function, args = pickle.loads(pickled)  # noqa: S301  from the owner
     function(connection, *args)

@@ -60,6 +60,12 @@ def twin_of(module: nn.Module, children: dict[str, Any]) -> Any:
     return twin
 
 
+def is_fork_without_cuda() -> bool:
+    """Whether this process was forked from one that had initialised CUDA, and so can never use it.
+    `torch.cuda.is_initialized` is false there, and torch raises only when CUDA is used."""
+    return bool(torch.cuda._is_in_bad_fork())
+
+
 def address(storage: torch.UntypedStorage) -> int:
     """What tells a storage from another while it lives, fake ones too: these have no `data_ptr`. torch/storage.py."""
     return int(storage._cdata)

@@ -85,6 +85,7 @@ OTHERWISE: tuple[dict[str, Any], ...] = (
     {"layer_types": ["linear_attention", "hybrid"] * 2},
     {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     {"attention_hidden_size": 128},
+    {"layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": 128, "attention_head_dim": 32},
     {"num_experts_per_tok": 1, "default_language": "en_XX", "head_dim": LEFT_OUT},
 )
 """What is tried where a configuration refuses these sizes, or gives no network that computes with them."""

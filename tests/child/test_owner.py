@@ -1,5 +1,6 @@
 """Real children, on the GPU where there is one."""
 
+import importlib
 import os
 import signal
 import time
@@ -55,6 +56,30 @@ def test_a_trial_trains_its_whole_job_round_by_round(trial, folder, method):
     assert 0 < sum(measured.step_seconds) <= measured.phase_seconds["train"]
     saved = {file.name for file in (folder / "saved").iterdir()}
     assert ("model.safetensors" if method is BASELINE else "adapter_model.safetensors") in saved
+
+
+ASKS = """
+import os
+import pathlib
+import transformers
+
+pathlib.Path(__file__).with_name(str(os.getpid())).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+
+class Nothing(transformers.TrainerCallback):
+    pass
+"""
+
+
+def test_a_methods_module_is_imported_where_only_its_trials_gpus_are_seen(trial, folder, tmp_path, monkeypatch):
+    """It may ask torch for the device's properties, from when on another choice would come too late: of two workers
+    both would train on the first GPU."""
+    (tmp_path / "asks_for_gpus.py").write_text(ASKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("asks_for_gpus")
+    method = replace(BASELINE, name="mine", callbacks=(module.Nothing,))
+    with Child(replace(trial, method=method, target=targets.CPU, device_index=None), folder) as child:
+        assert child.outcome is None, child.outcome
+    assert (tmp_path / str(child.pids[0])).read_text() == ""
 
 
 def test_of_a_long_corpus_it_is_told_how_far_its_encoding_is(trial, folder):
