@@ -107,16 +107,20 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the kernel knows no name of it
     finally:
         os.close(descriptor)
 
 
 def remove(path: Path) -> None:
-    """Remove what lies at `path`, where something does: a folder with all that is in it, of a link only itself."""
+    """Remove what lies at `path`, where something does: a folder with all that is in it, of a link only itself. What
+    cannot be removed stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _files(folder: Path) -> list[Path]:

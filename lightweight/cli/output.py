@@ -80,6 +80,8 @@ class Output:
         self._lock: int | None = None
         self._overwrite = False
         self._is_published = False
+        self._is_stuck = False
+        """Whether trained weights lie in `unfinished`, since they could not be renamed."""
 
     @property
     def partial(self) -> Path:
@@ -135,8 +137,8 @@ class Output:
         self._overwrite = overwrite
         try:
             self._check_place(resume)
-            self._take_lock()
             try:
+                self._take_lock()
                 self._recover()
                 self._check_place(resume)
                 if not (resume or overwrite):
@@ -170,8 +172,7 @@ class Output:
             )
         if ours:
             self._check_all_is_ours()
-        cut_off = ours and _is_empty(self.folder)  # where `_try_to_rename` was killed
-        if os.path.lexists(self.folder) and not cut_off:
+        if os.path.lexists(self.folder) and not _is_empty(self.folder):  # an empty one is nobody's, or a probe's
             self._check_taken(resume)
 
     def _working_files(self) -> list[Path]:
@@ -217,7 +218,7 @@ class Output:
             raise OutputError(
                 f"--output {self.folder}: already exists: give another folder, or --overwrite to replace it"
             )
-        if not is_model and not _is_empty(self.folder):
+        if not is_model:
             raise OutputError(
                 f"--output {self.folder}: holds something else than a trained model: --overwrite replaces only "
                 f"a folder with {RECORD_NAME}; remove it yourself or give another"
@@ -256,9 +257,9 @@ class Output:
             os.close(descriptor)  # the one that held it has just ended, and has removed it
             self._take_lock()
             return
+        self._lock = descriptor
         os.truncate(descriptor, 0)
         os.write(descriptor, str(os.getpid()).encode())
-        self._lock = descriptor
 
     def _recover(self) -> None:
         """Put things right where another job was killed between the two renames of `publish`."""
@@ -365,8 +366,10 @@ class Output:
             yield unfinished
             checkpoints.sync_all(unfinished)
         except BaseException:
+            self._is_stuck = True
             checkpoints.remove(self.rescued)
             unfinished.rename(self.rescued)
+            self._is_stuck = False
             raise
         checkpoints.remove(self.result)
         unfinished.rename(self.result)
@@ -397,11 +400,14 @@ class Output:
         """Unlock `partial`, having removed it unless there is something in it to go on with: nothing where the result
         is in its place, even if something could not be removed at once."""
         if self._lock is None:
+            with contextlib.suppress(OSError):  # another job's, or not empty
+                self.partial.rmdir()
             return
-        if self.replaced.exists() and not os.path.lexists(self.folder):
-            self.replaced.rename(self.folder)
-        checkpoints.remove(self.unfinished)
-        if self._is_published or not (self.can_resume or self.rescued.exists() or self.replaced.exists()):
+        self._put_back()
+        if not self._is_stuck:
+            checkpoints.remove(self.unfinished)
+        kept = self._is_stuck or self.can_resume or self.rescued.exists() or self.replaced.exists()
+        if self._is_published or not kept:
             self._remove_all_but()
             with contextlib.suppress(OSError):  # a mount point, or what somebody else has put there
                 (self.partial / MARK).unlink(missing_ok=True)
@@ -410,6 +416,15 @@ class Output:
                 tell(f"{self.partial}: cannot be removed, and nothing in it is needed any more: remove it")
         os.close(self._lock)
         self._lock = None
+
+    def _put_back(self) -> None:
+        """Put the model that was there before back into its place, where no result has come."""
+        if not self.replaced.exists() or os.path.lexists(self.folder):
+            return
+        try:
+            self.replaced.rename(self.folder)
+        except OSError as error:
+            tell(f"{self.folder}: what was there lies whole in {self.replaced} ({error.strerror}): move it back")
 
 
 def entry_in(folder: Path) -> dict[str, Any] | None:

@@ -63,6 +63,9 @@ BESIDES_BYTES = 64 * MiB
 """Room for what is saved beside weights and moments: tokenizer, card, random numbers' state, a tracker's files."""
 
 
+MENDS = {errno.EMFILE: "raise ulimit -n"} | dict.fromkeys((errno.EIO, errno.EROFS), "mend that disk, or take another")
+"""Of what keeps a working file from being written, where it is nobody who has changed what lies there."""
+
 REFUSALS = (
     *(JobError, OutputError, corpus.CorpusError, models.ModelError, tracer.ForecastError, MethodError),
     ranks.RanksError,
@@ -133,7 +136,8 @@ def _run(job: Job, progress: Callable[[str], None], stop_request: StopRequest) -
             raise _unwritable(output, "the disk is full: free some space") from error
         if isinstance(error, OSError) and output.partial in Path(str(error.filename)).parents:
             what = f"{error.filename} cannot be written ({error.strerror})"
-            raise _unwritable(output, f"{what}: leave alone what lies there while it trains") from error
+            mend = MENDS.get(error.errno or 0, "leave alone what lies there while it trains")
+            raise _unwritable(output, f"{what}: {mend}") from error
         raise
     finally:
         progress("")

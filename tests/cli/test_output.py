@@ -69,7 +69,6 @@ def linked(place: Path, at: Path) -> None:
 PLACES = {
     "a folder of somebody": (lambda at: (at / "a" / "thesis").mkdir(parents=True), "already exists"),
     "a file": (lambda at: (at / "a").write_text("thesis"), "already exists"),
-    "an empty folder": (lambda at: (at / "a").mkdir(), "already exists"),
     "a model": (lambda at: model(at / "a", "old"), "already exists"),
     "a dangling link": (lambda at: (at / "a").symlink_to(at / "nowhere"), "is a link"),
     "a link to a folder": (lambda at: (at / "a").symlink_to(model(at / "b", "old")), "is a link"),
@@ -90,7 +89,6 @@ PLACES = {
     "a partial that anybody can write to": (lambda at: ours(at, lambda partial: partial.chmod(0o777)), "anybody can"),
     "a mark that is a folder": (lambda at: (at / "a.partial" / MARK).mkdir(parents=True), "move it away"),
 }
-OVERWRITTEN = ("an empty folder", "a model")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -102,7 +100,7 @@ def test_what_is_somebody_elses_is_refused_in_a_line_and_left_alone(tmp_path, pl
     prepare(tmp_path)
     before = everything(tmp_path)
     output = Output(tmp_path / "a")
-    if overwrite and place in OVERWRITTEN:
+    if overwrite and place == "a model":
         output.claim(resume=False, overwrite=True)
         train(output, "new")
         output.release()
@@ -112,6 +110,17 @@ def test_what_is_somebody_elses_is_refused_in_a_line_and_left_alone(tmp_path, pl
         output.claim(resume=False, overwrite=overwrite)
     assert "\n" not in str(told.value)
     assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_empty_folder_is_nobodys_and_a_result_takes_its_place(tmp_path, resume):
+    """Such as one that was made for it, or a probe's that could not be removed."""
+    (tmp_path / "a").mkdir()
+    output = Output(tmp_path / "a")
+    output.claim(resume=resume, overwrite=False)
+    train(output, "new")
+    output.release()
+    assert name_of(tmp_path / "a") == "new" and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("trains", [True, False])
@@ -314,6 +323,43 @@ def test_trained_weights_outlive_an_error_after_training(tmp_path):
     with pytest.raises(OutputError, match="rescued has been trained"):
         Output(tmp_path / "a").claim(resume=False, overwrite=False)
     assert name_of(output.rescued) == "new"
+
+
+def test_trained_weights_that_cannot_be_renamed_either_stay_where_they_are(tmp_path, monkeypatch):
+    output = Output(tmp_path / "a")
+    output.claim(resume=False, overwrite=False)
+    model(output.unfinished / "result", "new")
+
+    def fail(self: Path, target: Path) -> Path:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="Input/output error"):  # noqa: PT012
+        patched.setattr(Path, "rename", fail)
+        with output.completing():
+            raise OSError(errno.ENOSPC, "no room for the card")
+    output.release()
+    assert name_of(output.unfinished / "result") == "new"
+
+
+def test_a_model_that_cannot_be_put_back_is_told(tmp_path, monkeypatch, capsys):
+    """The second rename of the trial fails, and the one that would mend it."""
+    model(tmp_path / "a", "old")
+    output, rename = Output(tmp_path / "a"), Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self == output.replaced:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, target)
+
+    with monkeypatch.context() as patched, pytest.raises(OutputError, match="no folder can be renamed"):  # noqa: PT012
+        patched.setattr(Path, "rename", fail)
+        output.claim(resume=False, overwrite=True)
+    told = f"what was there lies whole in {output.replaced} (Input/output error): move it back\n"
+    assert capsys.readouterr().err == f"lightweight: {tmp_path / 'a'}: {told}"
+    again = Output(tmp_path / "a")
+    again.claim(resume=True, overwrite=True)
+    again.release()
+    assert name_of(tmp_path / "a") == "old" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_checkpoint_and_a_result_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch):

@@ -1,14 +1,19 @@
 """Faults, and jobs to have them: `lightweight train` in a process of its own that is killed where it changes a file."""
 
+import errno
 import json
 import os
 import re
 import signal
 import sys
 import traceback
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from conftest import torchruns, torchruns_store
 from lightweight import record
@@ -20,36 +25,39 @@ CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.
 """Audit events of what changes names, besides `open` for writing: https://docs.python.org/3/library/audit_events.html"""
 
 
-@dataclass(frozen=True)
-class Kill:
-    """SIGKILL at change number `at` (from 1) below `folder`; without `at` they are only counted, into `tally`. `torn`:
-    the files being written lose their second halves, as in a power cut."""
+@dataclass
+class AtChange:
+    """What happens at change number `at` (from 1) below `folder`; without `at` they are only counted, into `tally`."""
 
     folder: Path
     tally: Path
     at: int | None = None
-    torn: bool = False
+    count: int = field(default=0, init=False)
 
-    def arm(self) -> None:
-        """Have this process killed so."""
-        count = 0
+    @contextmanager
+    def armed(self) -> Iterator[None]:
+        """Inside, it happens in this process."""
+        hooks = HOOKS or [sys.addaudithook(_hook)]  # one for all, as none can be taken away
+        HOOKS[:] = hooks
+        ARMED.append(self)
+        try:
+            with patch.object(os, "fsync", partial(_audited, os.fsync)):
+                yield
+        finally:
+            ARMED.remove(self)
 
-        def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal count
-            if not self._changes(event, arguments):
-                return
-            count += 1
+    def heed(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Count the change of which Python tells, and have happen what is to."""
+        if self._changes(event, arguments):
+            self.count += 1
             if self.at is None:
-                self._tally(count)
-            elif count == self.at:
-                os.write(2, f"killed at change {count}: {event} {arguments}\n".encode())
-                if self.torn:
-                    for path in self.folder.rglob("unfinished/**/*"):
-                        if path.is_file():
-                            os.truncate(path, path.stat().st_size // 2)
-                os.kill(os.getpid(), signal.SIGKILL)
+                self._tally(self.count)
+            elif self.count >= self.at:
+                self.happen(event, arguments)
 
-        sys.addaudithook(hook)
+    def happen(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """At change number `at`, and at every later one."""
+        raise NotImplementedError
 
     def _changes(self, event: str, arguments: tuple[Any, ...]) -> bool:
         if event == "open":
@@ -68,17 +76,67 @@ class Kill:
         os.close(descriptor)
 
 
-def run_here(given: list[str], log: Path, environment: dict[str, str], kill: Kill | None) -> None:
+@dataclass
+class Kill(AtChange):
+    """SIGKILL. `torn`: the files being written lose their second halves, as in a power cut."""
+
+    torn: bool = False
+
+    def happen(self, event: str, arguments: tuple[Any, ...]) -> None:
+        os.write(2, f"killed at change {self.count}: {event} {arguments}\n".encode())
+        if self.torn:
+            for path in self.folder.rglob("unfinished/**/*"):
+                if path.is_file():
+                    os.truncate(path, path.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass
+class Fail(AtChange):
+    """The change fails with `error`; where that is `lasting`, so does every later one. To have a file's bytes on the
+    disk is a change as well."""
+
+    error: int = errno.EIO
+    lasting: bool = False
+    failed: str = field(default="", init=False)
+
+    def happen(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.count == self.at or self.lasting:
+            self.failed = self.failed or f"{event} {arguments}"
+            named = () if event == SYNC else (str(arguments[0]),)
+            raise OSError(self.error, os.strerror(self.error), *named)
+
+    def _changes(self, event: str, arguments: tuple[Any, ...]) -> bool:
+        return super()._changes(event, arguments) or (event == SYNC and Path(arguments[0]).is_relative_to(self.folder))
+
+
+SYNC = "faults.fsync"
+"""The event of an os.fsync(), of which Python itself tells nothing."""
+
+ARMED: list[AtChange] = []
+HOOKS: list[None] = []
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    for each in ARMED:
+        each.heed(event, arguments)
+
+
+def _audited(fsync: Callable[[int], None], descriptor: int) -> None:
+    sys.audit(SYNC, str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    fsync(descriptor)
+
+
+def run_here(given: list[str], log: Path, environment: dict[str, str], kill: AtChange | None) -> None:
     """The command in this process, which ends with it; what it says goes into `log`."""
     os.environ.update(environment)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the forkserver may have been started where GPUs were visible
     redirect_output(log)
-    if kill is not None:
-        kill.arm()
-    sys.exit(main(given))
+    with nullcontext() if kill is None else kill.armed():
+        sys.exit(main(given))
 
 
-def run(given: list[str], folder: Path, kill: Kill | None = None, *, world_size: int = 1) -> tuple[int, str]:
+def run(given: list[str], folder: Path, kill: AtChange | None = None, *, world_size: int = 1) -> tuple[int, str]:
     """The command's exit status, that of its first rank, and what it said; `kill` is for the last rank, whose death
     the others do not survive, as under torchrun."""
     store = torchruns_store() if world_size > 1 else None
