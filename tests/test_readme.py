@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from conftest import turns
-from lightweight import __main__, corpus, methods
+from lightweight import __main__, corpus, methods, record
 from lightweight.methods import Method
+from lightweight.targets import size
 
 ROOT = Path(__file__).parents[1]
 README, KOREAN = ROOT / "README.md", ROOT / "README.ko.md"
@@ -65,6 +66,18 @@ def test_a_ratio_in_the_readmes_prose_is_one_of_its_table(readme):
     text = readme.read_text("utf-8")
     ratios = re.findall(r"(\d+\.\d+)(?: times| ?배)", text)
     assert ratios and [ratio for ratio in ratios if f" {ratio}x |" not in text] == []
+
+
+def test_the_memory_and_the_sizes_in_the_readmes_question_are_those_of_its_record():
+    entries = record.load(ROOT / "experiments" / "records" / "h100-t4.json").entries
+    (budget,) = {entry.budget_bytes for entry in entries if entry.budget_bytes}  # the control has none
+    baselines = {entry.model: entry.parameters or 0 for entry in entries if entry.method == "baseline"}
+    small, large = baselines["opt-350m"], baselines["gpt-neo-1.3b"]
+    english, korean = README.read_text("utf-8"), KOREAN.read_text("utf-8")
+    assert f"has {size(budget)} for" in english and size(budget) in korean
+    assert f"of {small / 1e6:.0f} million parameters, and one of {large / 1e9:.1f} billion?" in english
+    hundreds, rest = divmod(round(small / 1e6), 100)
+    assert f"파라미터 {hundreds}억 {rest * 100:,}만 개와 {large / 1e8:.0f}억 개의" in korean
 
 
 @each_page

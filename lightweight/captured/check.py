@@ -16,8 +16,8 @@ from transformers import Trainer
 
 from lightweight.captured import agreement, flash, probes, temporary
 from lightweight.captured.agreement import Deviation, Expected, Gradients, Tolerance
-from lightweight.captured.capture import first_line
 from lightweight.captured.epochs import Epochs
+from lightweight.captured.graphs import first_line
 from lightweight.captured.packing import Buffers
 from lightweight.captured.parts import Loss, PartError, Parts
 from lightweight.captured.passes import NOTHING

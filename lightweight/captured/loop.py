@@ -25,15 +25,15 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lightweight.captured import temporary
-from lightweight.captured.capture import (
+from lightweight.captured.check import Check
+from lightweight.captured.epochs import Epochs
+from lightweight.captured.graphs import (
+    Graphs,
     first_line,
     on_a_side_stream,
-    recorded,
     waiting_forbidden,
     what_cannot_be_captured,
 )
-from lightweight.captured.check import Check
-from lightweight.captured.epochs import Epochs
 from lightweight.captured.packing import Buffers, Layout, Shape
 from lightweight.captured.parts import Loss, Parts
 from lightweight.captured.step import Step
@@ -79,7 +79,7 @@ class CapturedTraining:
         self.compiled = self.step.device.type == "cuda" and compiles(asked, trial.steps)
         self._compiled_layers: list[Any] = []
         self._buffers: dict[Shape, Buffers] = {}
-        self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
+        self._graphs = Graphs(several_ranks=trial.world_size > 1)
 
     def prepare(self) -> bool:
         """Lay the job out in static shapes, see that its step is the Trainer's, warm it up and capture it, leaving no
@@ -268,15 +268,15 @@ class CapturedTraining:
     def _capture(self) -> bool:
         """Record a graph for each shape, all in one memory pool, the largest first. Whether it could be done."""
         examples = {self.epochs.shape_of(layout): layout for epoch in self.epochs.layouts for layout in epoch}
-        pool = None
         for shape, layout in sorted(examples.items(), key=lambda item: -item[0].tokens):
             buffers = self._buffers[shape]
             buffers.fill(layout, self.rows)
+            is_first = not self._graphs.by_shape
             with on_a_side_stream():
-                if pool is None:
+                if is_first:
                     self.step.compile_kernels(buffers)
                 self.step.run(buffers)  # libraries initialise themselves, and the optimizer its state
-                if pool is None:
+                if is_first:
                     free_workspaces()  # a forward pass that holds the backward pass's takes more than the graph
                     with waiting_forbidden():
                         problem = what_cannot_be_captured(self.network, functools.partial(self.step.run, buffers))
@@ -289,15 +289,12 @@ class CapturedTraining:
                     self.step.run(buffers)
             self.step.optimizer.clear_gradients()
             try:
-                several = self.trial.world_size > 1
-                graph = recorded(functools.partial(self.step.run, buffers), pool, several_ranks=several)
+                self._graphs.record(shape, functools.partial(self.step.run, buffers))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 self.notes.append(f"uncaptured: {type(self.model).__name__}: {first_line(error)}")
                 return False
-            pool = graph.pool()
-            self._graphs[shape] = graph
         return True
 
     def _compile(self) -> None:
@@ -314,7 +311,7 @@ class CapturedTraining:
         shape = self.epochs.shape_of(layout)
         self._buffers[shape].fill(layout, self.rows)
         if self.captured:
-            self._graphs[shape].replay()
+            self._graphs.replay(shape)
         else:
             self.step.run(self._buffers[shape])
 

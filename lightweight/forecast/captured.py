@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from lightweight.captured import dropout, flash, launching, packing, temporary
-from lightweight.captured.capture import what_cannot_be_captured
 from lightweight.captured.epochs import Epochs
+from lightweight.captured.graphs import what_cannot_be_captured
 from lightweight.captured.loop import RANKS_MOVE
 from lightweight.captured.packing import Buffers
 from lightweight.captured.parts import Loss, PartError, Parts

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lightweight.record import ForecastRow, NoForecast, Run, differing_settings, one_line
 from lightweight.targets import MiB, size
+from lightweight.verdict import unlike
 from lightweight.verdict.gate import load_holding
 from lightweight.verdict.limits import Limits
 
@@ -235,7 +236,7 @@ def _unlike(now: ForecastRow, then: ForecastRow) -> str:
     if "method_digest" in pairs and now.settings and then.settings:  # what it is of says more
         found = differing_settings(then.settings, now.settings)
         pairs = {**{key: pair for key, pair in pairs.items() if key != "method_digest"}, **found} if found else pairs
-    return ", ".join(f"{key} is {_brief(was)} there and {_brief(is_now)} here" for key, (was, is_now) in pairs.items())
+    return unlike.said(pairs)
 
 
 def _changed(now: ForecastRow, then: ForecastRow) -> str:
@@ -263,7 +264,3 @@ def _size(count: int | None) -> str:
     if count is None:
         return "no limit"
     return size(count) if count >= MiB else f"{count:,} bytes"
-
-
-def _brief(value: object) -> str:
-    return str(value)[:40] if len(str(value)) < 60 else f"{str(value)[:12]}..."

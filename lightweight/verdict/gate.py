@@ -37,7 +37,7 @@ from lightweight.record import (
 from lightweight.schema import GateVerdict
 from lightweight.settings import MAX_LENGTH
 from lightweight.targets import size
-from lightweight.verdict import ratio
+from lightweight.verdict import ratio, unlike
 from lightweight.verdict.limits import Limits
 from lightweight.verdict.ratio import Interval
 
@@ -413,9 +413,7 @@ def _said(keys: Sequence[str], then: Entry, now: Entry) -> str:
         of_then, of_now = ({key: getattr(entry, key) for key in OF_METHOD} for entry in (then, now))
         found = differing_settings(of_then, of_now) or {"method_digest": differing["method_digest"]}
         differing = {**{key: pair for key, pair in differing.items() if key != "method_digest"}, **found}
-    return ", ".join(
-        f"{key} is {_brief(was)} there and {_brief(is_now)} here" for key, (was, is_now) in differing.items()
-    )
+    return unlike.said(differing)
 
 
 def _changed(now: Entry, then: Entry) -> str:
@@ -438,7 +436,3 @@ def _name(entry: Entry) -> str:
 
 def _words(outcome: str) -> str:
     return outcome.replace("_", " ")
-
-
-def _brief(value: object) -> str:
-    return str(value)[:40] if len(str(value)) < 60 else f"{str(value)[:12]}..."

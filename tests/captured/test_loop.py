@@ -14,7 +14,7 @@ from conftest import rows_of
 from lightweight import corpus, models, record, targets
 from lightweight.captured import loop, packing
 from lightweight.captured import optimizer as optimizer_module
-from lightweight.captured.capture import what_cannot_be_captured
+from lightweight.captured.graphs import what_cannot_be_captured
 from lightweight.captured.step import Step
 from lightweight.child import owner, worker
 from lightweight.corpus import Corpus
@@ -558,10 +558,10 @@ def test_replays_train_as_the_steps_they_recorded_in_every_shape(trial, tmp_path
     with job.step.optimizer.rehearsing():
         job.captured = job._capture()
     assert job.captured
-    shapes = list(job._graphs)
+    shapes = list(job._graphs.by_shape)
     assert len(shapes) > 1 and set(shapes) == set(job.epochs.shapes)
     assert shapes[0].rows == max(shape.rows for shape in shapes)  # memory is laid out by the largest
-    assert [graph.in_pool for graph in job._graphs.values()] == [None] + ["pool"] * (len(shapes) - 1)  # type: ignore[attr-defined]
+    assert [graph.in_pool for graph in job._graphs.by_shape.values()] == [None] + ["pool"] * (len(shapes) - 1)  # type: ignore[attr-defined]
     job.train()
     assert meter.measurements().train_loss == expected.measurements().train_loss
 

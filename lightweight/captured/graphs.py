@@ -1,4 +1,4 @@
-"""How is a step recorded as a CUDA graph, and what of a network prevents it?"""
+"""How is a step recorded as a CUDA graph and replayed, and what of a network prevents it?"""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lightweight.captured.packing import Shape
 from lightweight.internals import torch as torch_internals
 
 
@@ -59,6 +60,30 @@ def recorded(step: Callable[[], None], pool: Any, *, several_ranks: bool) -> tor
             raise ran_out from None
         raise
     return graph
+
+
+class Graphs:
+    """The graphs of a step, one for each static shape, all in one memory pool: the largest shape is to come first."""
+
+    def __init__(self, *, several_ranks: bool) -> None:
+        self._several_ranks = several_ranks
+        self._pool: Any = None
+        self.by_shape: dict[Shape, torch.cuda.CUDAGraph] = {}
+
+    def record(self, shape: Shape, step: Callable[[], None]) -> None:
+        """Record `step`, which is of that shape. Raises as `recorded`."""
+        graph = recorded(step, self._pool, several_ranks=self._several_ranks)
+        self._pool = graph.pool()
+        self.by_shape[shape] = graph
+
+    def replay(self, shape: Shape) -> None:
+        """Run the step of a shape again, over what its buffers hold now."""
+        self.by_shape[shape].replay()
+
+    def clear(self) -> None:
+        """Let go of the graphs and of their memory."""
+        self.by_shape.clear()
+        self._pool = None
 
 
 @contextlib.contextmanager
