@@ -98,9 +98,10 @@ class Entry:
     its author by field, each with its import path and the SHA-256 of its source, and in `changed` those that the
     command line has changed; the card whose memory it got, `target`, and whether another one gave it its times,
     `emulated`; the data, `corpus_digest` and `elsewhere_digest`, with `task_questions` of a task, `task_digest`, read
-    from the format `corpus_format` with `corpus_skipped` rows left out, which are `trained_on` as pairs, conversations
-    or texts, in rows of at most `max_length` tokens, the loss on `loss_on` of the assistant's turns, a `long`
-    conversation cut, split or dropped, batches with the `padding` to their longest row or to `max_length`;
+    from the format `corpus_format` with `corpus_skipped` rows left out and `heldout_examples` held out, the others
+    `trained_on` as pairs, conversations or texts, in rows of at most `max_length` tokens, the loss on `loss_on` of the
+    assistant's turns, a `long` conversation cut, split or dropped, batches with the `padding` to their longest row or
+    to `max_length`;
     `tokens_per_step` in a full step at most, padding included, for `planned_steps` optimizer steps. `world_size` ranks
     trained it together, and several had the `placement` of the network: replicated, all of it on each, or sharded.
 
@@ -146,6 +147,7 @@ class Entry:
     task_questions: AtLeast1 | None = None
     corpus_format: str | None = None
     corpus_skipped: Count | None = None
+    heldout_examples: Count | None = None
     seed: Count | None
     planned_steps: Count | None = None
     steps_per_epoch: AtLeast1 | None = None

@@ -63,6 +63,7 @@ def settings(trial: Trial) -> dict[str, Any]:
         "task_questions": trial.corpus.task and len(trial.corpus.task.questions),
         "corpus_format": trial.corpus.origin and trial.corpus.origin.format,
         "corpus_skipped": trial.corpus.origin and trial.corpus.origin.skipped,
+        "heldout_examples": len(trial.corpus.heldout),
         "seed": trial.seed,
         "planned_steps": trial.steps,
         "steps_per_epoch": trial.steps_per_epoch,

@@ -246,7 +246,7 @@ def test_a_job_says_how_its_corpus_was_read_and_its_record_does(train, out, tmp_
     assert train("a", "--corpus", str(own), "--skip-bad", "--held-out", "0.25", "--corpus-format", "messages") == 0
     assert "messages: 12 conversations, 2.0 turns each; rows skipped: 1" in capsys.readouterr().out
     found = entry(out / "a")
-    assert (found.corpus_format, found.corpus_skipped) == ("messages", 1)
+    assert (found.corpus_format, found.corpus_skipped, found.heldout_examples) == ("messages", 1, 3)
     assert found.example_tokens is not None and sum(found.example_tokens.values()) == 9
     assert train("b", "--corpus", str(own), "--skip-bad") == 0
     assert entry(out / "b").corpus_digest != found.corpus_digest
