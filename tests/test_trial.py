@@ -1,13 +1,16 @@
 import pickle
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from experiments import test_training as training_experiment
 from lightweight import targets
 from lightweight.corpus import Conversation, Message, Text
 from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, QLORA
 from lightweight.models import OPT_350M
-from lightweight.trial import Measurements, Trial
+from lightweight.trial import Completed, Measurements, Trial
 
 
 @pytest.fixture
@@ -74,3 +77,15 @@ def test_steps_are_those_of_the_rows_that_examples_became(trial):
     split = replace(trial, epochs=2).with_rows(41)
     assert (split.steps_per_epoch, split.steps, split.rounds) == (6, 12, 2)
     assert replace(split, max_steps=7).rounds == 2
+
+
+@pytest.mark.parametrize(
+    ("after", "ends"), [(1.0, nullcontext()), (3.0, pytest.raises(AssertionError, match="held-out"))]
+)
+def test_of_a_trial_of_one_step_the_held_out_loss_is_the_answer(micro, small_corpus, after, ends):
+    """As where a batch has the whole corpus: there is no later training loss to compare with."""
+    trial = Trial(model=micro, method=BASELINE, target=targets.CPU, corpus=small_corpus, max_steps=1)
+    measured = Measurements(train_loss=(2.0,), step_seconds=(1.0,), heldout_loss_before=2.0, heldout_loss_after=after)
+    laboratory = SimpleNamespace(takes_long=lambda _: False, trial=lambda *_: trial, has_cuda=False)
+    with ends:
+        training_experiment.test_training(lambda *_: Completed(measured=measured), laboratory, "micro", "baseline")  # type: ignore[arg-type]
