@@ -40,7 +40,7 @@ def outcome_of(error: Exception, trial: Trial, meter: Meter | None, folder: Path
             )
     if host_memory.ran_out(error):
         return host_memory.outcome(phase, reason, measured)
-    if (full := _full_disk(error, folder)) is not None:
+    if (full := full_disk(error, folder)) is not None:
         reason += f"; {full}"
     elif trial.method.own_code and not isinstance(error, MethodError):
         place = importable.place_of(error)
@@ -48,8 +48,8 @@ def outcome_of(error: Exception, trial: Trial, meter: Meter | None, folder: Path
     return Crashed(phase=phase, reason=reason, details=traceback.format_exc(), measured=measured)
 
 
-def _full_disk(error: Exception, folder: Path) -> str | None:
-    """Which disk has no room for what a trial writes into `folder`, and the mend; None where `error` is another one.
+def full_disk(error: Exception, folder: Path) -> str | None:
+    """Which disk has no room for what is written into the scratch `folder`, and the mend; None where `error` is none.
     safetensors and torch have messages alone for it, and some of torch's do not say why."""
     number, message = getattr(error, "errno", None), str(error)
     if number == errno.EFBIG or os.strerror(errno.EFBIG) in message:

@@ -26,6 +26,11 @@ UNLIMITED = 2**60
 SIGNS = ("DefaultCPUAllocator", "Cannot allocate memory", "std::bad_alloc")
 """In the message of an error that has no type of its own: torch's allocator, the C library, C++."""
 
+LOADERS_SIGN = "failed to map segment from shared object"
+"""What the dynamic loader says where `ulimit -v` has no room for a library, and on a disk that is mounted noexec."""
+
+RLIMITS = ((resource.RLIMIT_AS, "ulimit -v"), (resource.RLIMIT_DATA, "ulimit -d"))
+"""Each with the command that sets it."""
 
 HOST = "the host's memory: "
 """In the reason of an outcome, what is in force comes after it."""
@@ -41,10 +46,7 @@ class MemoryLimit(NamedTuple):
 def limit() -> MemoryLimit:
     """The smallest limit in force on this process."""
     limits = [MemoryLimit(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory")]
-    for number, what in ((resource.RLIMIT_AS, "ulimit -v"), (resource.RLIMIT_DATA, "ulimit -d")):
-        soft, _ = resource.getrlimit(number)
-        if soft != resource.RLIM_INFINITY:
-            limits.append(MemoryLimit(soft, f"the limit of {what}"))
+    limits += [MemoryLimit(soft, f"the limit of {what}") for soft, what in _rlimits()]
     for folder in _cgroups():
         for name in ("memory.max", "memory.limit_in_bytes"):
             text = _read(folder / name).strip()
@@ -58,7 +60,7 @@ def ran_out(error: BaseException) -> bool:
     for that."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    if any(sign in str(error) for sign in SIGNS):
+    if any(sign in str(error) for sign in SIGNS) or (LOADERS_SIGN in str(error) and _rlimits()):
         return True
     return error.__cause__ is not None and ran_out(error.__cause__)
 
@@ -85,6 +87,12 @@ def kills() -> int:
             if (count := _counted(folder / name)) is not None:
                 return count
     return _counted(PROC / "vmstat") or 0
+
+
+def _rlimits() -> list[tuple[int, str]]:
+    """The limits that are set on this process, each in bytes and with the command that sets it."""
+    limits = [(resource.getrlimit(number)[0], what) for number, what in RLIMITS]
+    return [(soft, what) for soft, what in limits if soft != resource.RLIM_INFINITY]
 
 
 def _cgroups() -> Iterator[Path]:

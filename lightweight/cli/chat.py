@@ -25,7 +25,7 @@ from transformers import TextStreamer
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from lightweight import corpus, models, record
-from lightweight.child import reaper
+from lightweight.child import failure, reaper
 from lightweight.cli.output import RECORD_NAME
 from lightweight.cli.terminal import leave_to_us, refuse, show, tell
 from lightweight.corpus import Conversation, Example, Message, Text
@@ -222,7 +222,13 @@ def _base(folder: Path, name: str, dtype: torch.dtype, device: torch.device, pro
         return models.load(base, dtype, device, quantization)
     with reaper.own.temporary_folder() as scratch:
         progress(f"{base.name}: writing its weights")
-        return models.load(models.write(base, scratch, entry.seed or 0), dtype, device, quantization)
+        try:
+            written = models.write(base, scratch, entry.seed or 0)
+        except Exception as error:
+            if (full := failure.full_disk(error, scratch)) is None:
+                raise
+            raise ChatError(f"{folder}: its base weights cannot be written: {full}") from error
+        return models.load(written, dtype, device, quantization)
 
 
 def _trained_on(folder: Path) -> corpus.Kind:

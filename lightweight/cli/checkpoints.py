@@ -103,7 +103,7 @@ def sync_all(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file's bytes, or the names in a folder, on the disk."""
+    """Have a file's bytes, or the names in a folder, on the disk. Raises OSError, which names it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -87,6 +87,19 @@ def test_other_errors_are_not_for_want_of_memory_and_what_one_causes_is():
     assert host_memory.ran_out(caused)
 
 
+def test_a_library_that_a_limit_of_address_space_keeps_out_is_for_want_of_memory_and_on_a_noexec_disk_is_not():
+    """The dynamic loader says the same of both."""
+    program = (
+        "import resource, sys; from lightweight.child import host_memory\n"
+        "error = ImportError('libtorch.so: failed to map segment from shared object')\n"
+        "print(host_memory.ran_out(error))\n"
+        f"resource.setrlimit(resource.RLIMIT_AS, ({8 * GiB}, {8 * GiB}))\n"
+        "print(host_memory.ran_out(error))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True"], done.stderr
+
+
 def test_the_kernels_own_figures_are_read():
     assert 0 < host_memory.limit().bytes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert host_memory.kills() >= 0

@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import shutil
 
 import pytest
@@ -33,6 +34,18 @@ def test_a_rank_that_no_memory_has_room_for_is_one_line(model, tmp_path, capfd):
     (folder / "adapter_config.json").write_text(json.dumps(settings | {"r": 10**13}), "utf-8")
     found = outcome_of(["chat", str(folder), "--prompt", "how are you?"], capfd)
     assert found.is_a_line and "(rank 10000000000000, where no tensor has over" in found.err, found
+
+
+def test_base_weights_that_have_no_room_are_a_line_about_the_disk_and_not_about_the_model(given, tmp_path, capfd):
+    assert main(given(tmp_path / "a", "--weights", "random", method="constant:CAPTURED")) == 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, before[1]))
+    try:
+        found = outcome_of(["chat", str(tmp_path / "a"), "--prompt", "how are you?"], capfd)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert found.is_a_line and "its base weights cannot be written: a file in the scratch folder" in found.err, found
+    assert "by the limit of ulimit -f: raise it" in found.err
 
 
 @pytest.mark.parametrize("model", ["constant:STOCK", "constant:CAPTURED"], indirect=True)
