@@ -56,6 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
         elif isinstance(error, OSError) and error.errno in FULL:
             _print_nowhere()
             tell(f"what is printed cannot be written ({error.strerror}): free some space, or print it elsewhere")
+        elif isinstance(error, OSError) and error.errno == errno.EMFILE:
+            tell("this process has opened all the files it may by the limit of ulimit -n: raise it")
         elif isinstance(error, FileNotFoundError):  # getcwd(3)
             tell("the folder that this was called in is gone: change to another one")
         else:

@@ -283,6 +283,16 @@ def test_what_is_printed_onto_a_full_disk_is_one_line(run, words):
     assert done.returncode == 2 and done.stderr == f"{line}where\n"
 
 
+def test_a_process_that_may_open_no_more_files_is_told_in_a_line(run, monkeypatch, capsys):
+    def fail(path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(record, "load", fail)
+    assert main(["report", str(run)]) == 2
+    line = "this process has opened all the files it may by the limit of ulimit -n: raise it"
+    assert capsys.readouterr().err == f"lightweight: {line}\n"
+
+
 def test_a_place_that_no_command_looked_at_before_is_one_line(capsys):
     assert main(["chat", "x" * 5000, "--prompt", "a"]) == 2
     (line,) = capsys.readouterr().err.splitlines()

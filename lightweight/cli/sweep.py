@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from lightweight import corpus, files, methods, models, names, record, targets
-from lightweight.child import handle, helper, owner, reaper, worker
+from lightweight.child import failure, handle, helper, owner, reaper, worker
 from lightweight.cli.terminal import leave_to_us, refuse, show, tell
 from lightweight.corpus import How
 from lightweight.methods import Method, MethodError
@@ -139,14 +139,23 @@ def run(sweep: Sweep, progress: Callable[[str], None] = lambda text: None) -> It
             trials = {method.name: _trial(sweep, model, method, target, examples, on_gpu) for method in named}
             if not model.is_loadable:
                 progress(f"{model.name}: writing its weights")
-                seconds = helper.SILENCE_SECONDS
-                model = helper.call_within(seconds, models.write, scratch, model, scratch / "weights", sweep.seed)
+                model = _written(model, scratch, sweep.seed)
             search = _Search(sweep, device, scratch, progress, before)
             for trial in trials.values():
                 yield search.of(replace(trial, model=model))
             search.end()
     except handle.ChildError as error:
         raise SweepError(f"sweep: {error}") from error
+
+
+def _written(model: models.Model, scratch: Path, seed: int) -> models.Model:
+    """`model` with random weights in `scratch`. Raises SweepError where they have no room there, and ChildError."""
+    try:
+        return helper.call_within(helper.SILENCE_SECONDS, models.write, scratch, model, scratch / "weights", seed)
+    except Exception as error:
+        if isinstance(error, handle.ChildError) or (full := failure.full_disk(error, scratch)) is None:
+            raise
+        raise SweepError(f"sweep: the weights of {model.name} cannot be written: {full}") from error
 
 
 class _Search:
