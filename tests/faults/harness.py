@@ -84,6 +84,7 @@ class Kill(AtChange):
 
     def happen(self, event: str, arguments: tuple[Any, ...]) -> None:
         os.write(2, f"killed at change {self.count}: {event} {arguments}\n".encode())
+        ARMED.clear()  # what follows is no change of the job's
         if self.torn:
             for path in self.folder.rglob("unfinished/**/*"):
                 if path.is_file():
