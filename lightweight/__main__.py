@@ -49,17 +49,17 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if host_memory.ran_out(error):
             least = host_memory.limit()
-            tell(f"out of memory of the host: {least.what} is {size(least.bytes)}: raise it, or ask for less")
+            tell(f"the host is out of memory: {least.what} is {size(least.bytes)}: raise it, or ask for less")
             return 1
         if isinstance(error, OSError) and error.filename is not None:  # such as a name that is too long
             tell(f"{error.filename}: cannot be read or written ({error.strerror})")
         elif isinstance(error, OSError) and error.errno in FULL:
             _print_nowhere()
-            tell(f"what is printed cannot be written ({error.strerror}): free some space, or print it elsewhere")
+            tell(f"the output cannot be written ({error.strerror}): free some space, or print it elsewhere")
         elif isinstance(error, OSError) and error.errno == errno.EMFILE:
             tell("this process has opened all the files it may by the limit of ulimit -n: raise it")
         elif isinstance(error, FileNotFoundError):  # getcwd(3)
-            tell("the folder that this was called in is gone: change to another one")
+            tell("the current folder no longer exists: change to another one")
         else:
             raise
         return 2

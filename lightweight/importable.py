@@ -42,7 +42,7 @@ def import_path(value: Any) -> str:
     for part in name.split("."):
         found = getattr(found, part, None)
     if found is not value:
-        raise ValueError(f"is {module}:{name} no longer: that name has become something else: give it one of its own")
+        raise ValueError(f"is {module}:{name} no longer: that name now means something else: give it another name")
     return f"{module}:{name}"
 
 

@@ -181,7 +181,7 @@ def train(
 
         nonlocal is_used
         if is_used:
-            pytest.fail("train: pytest-benchmark times one cell a test: take outcome_of for the others", pytrace=False)
+            pytest.fail("train: pytest-benchmark times one cell per test: use outcome_of for the others", pytrace=False)
         is_used = True
         trial = laboratory.trial(model, method, **{"seed": lightweight_seed} | changes)
         benchmark.group = f"{trial.model.name} on {several(trial.world_size, trial.target.name)}"

@@ -418,7 +418,7 @@ class Settings:
                     swept = ", ".join(value.of) or "no method"
                     here = f"{setting.flag} {value.path}"
                     raise methods.MethodError(
-                        f"{here}: has no rate for method {method.name}, but for {swept}: sweep it, too"
+                        f"{here}: has no rate for method {method.name}, only for {swept}: sweep it, too"
                     )
                 value, says = value.of[method.name], ""  # it was searched for, whatever the method says
             if own == (set(value) if isinstance(value, tuple) else value):

@@ -172,8 +172,8 @@ def check(method: Method, target: Target, world_size: int) -> None:
         argument = ARGUMENTS.get(name)
         if argument is None:
             raise MethodError(
-                f"method {method.name}: {name} is new in transformers {transformers.__version__}, and nothing here is "
-                "known to honour it: leave it out"
+                f"method {method.name}: {name} is new in transformers {transformers.__version__}, and lightweight does "
+                "not know it yet: leave it out"
             )
         if not argument.replaced and _plain(value) == _plain(defaults[name]):
             continue
@@ -200,7 +200,7 @@ def _refusal(argument: Argument, value: Any, *, captured: bool, world_size: int)
     if captured and not _honours(argument.captured, value):
         return f"is not done by the captured step: {argument.mend}, or let the Trainer run the steps"
     if world_size > 1 and not _honours(argument.ranks, value):
-        return f"would have several ranks train otherwise than one: {argument.mend}, or train on one GPU"
+        return f"would have several ranks train differently from one: {argument.mend}, or train on one GPU"
     return None
 
 

@@ -98,8 +98,8 @@ class Trial:
             )
         if self.world_size > 1 and (own := self.method.not_for_ranks):
             raise ValueError(
-                f"method {self.method.name}: with its own {', '.join(own)} several ranks may train otherwise than one: "
-                "train it on one GPU"
+                f"method {self.method.name}: with its own {', '.join(own)} several ranks may train differently from "
+                "one: train it on one GPU"
             )
         training_arguments.check(self.method, self.target, self.world_size)
 

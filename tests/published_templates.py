@@ -409,7 +409,7 @@ LAST_ALONE = {
         "<|im_start|>assistant\n«<think>\n\n</think>\n\nSleep.<|im_end|>»\n",
         eos="<|im_end|>",
     ),
-    "gpt-oss, which ends the last turn otherwise": Template(
+    "gpt-oss, which ends the last turn differently": Template(
         GPT_OSS,
         "<|start|>system<|message|>You are ChatGPT.\n\n# Valid channels: analysis, final.<|end|>"
         "<|start|>developer<|message|># Instructions\n\nBe kind.<|end|><|start|>user<|message|>Hi.<|end|>"
@@ -424,7 +424,7 @@ NEVER = {
     "Gemma 2, to which no system message is said": (Template(GEMMA_2, "", bos="<bos>"), "System role not supported"),
     "DeepSeek-R1, whose prompt begins a thought that its turns do not have": (
         Template(DEEPSEEK_R1, "", bos="<s>", eos="<｜end▁of▁sentence｜>"),
-        "it writes the last turn otherwise after its prompt",
+        "it writes the last turn differently after its prompt",
     ),
     "Mistral v3, whose system message is in the last of the user's turns": (
         Template(MISTRAL_V3, "", bos="<s>"),

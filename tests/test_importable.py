@@ -142,14 +142,14 @@ def test_what_could_not_be_run_is_refused(changes, expected):
 
 
 def test_a_peer_trains_with_nothing_of_ones_own():
-    with pytest.raises(MethodError, match="method lora: unsloth trains with no optimizer of one's own"):
+    with pytest.raises(MethodError, match="method lora: unsloth does not support your own optimizer"):
         Method(name="lora", adapter=LORA.adapter, library="unsloth", optimizer=(torch.optim.SGD, {}))
 
 
 @pytest.mark.parametrize(
     ("changes", "world_size", "expected"),
     [
-        ({"optimizer": (torch.optim.Adagrad, {})}, 2, "with its own optimizer several ranks may train otherwise"),
+        ({"optimizer": (torch.optim.Adagrad, {})}, 2, "with its own optimizer several ranks may train differently"),
         ({"compute_loss": module_level, "optimizer": (torch.optim.SGD, {})}, 2, "with its own compute_loss several"),
         (
             {"optimizer": (torch.optim.SGD, {}), "training_arguments": {"optim": "sgd"}},

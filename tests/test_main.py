@@ -269,7 +269,7 @@ def test_memory_that_runs_out_is_one_line_with_the_limit_in_force(run, monkeypat
     monkeypatch.setattr(record, "load", fail)
     assert main(["report", str(run)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("lightweight: out of memory of the host: ") and " GiB: raise it, or ask for less" in line
+    assert line.startswith("lightweight: the host is out of memory: ") and " GiB: raise it, or ask for less" in line
 
 
 @pytest.mark.parametrize("words", [["data", "corpus.json"], ["report", "RUN"], ["gate", "RUN", "--against", "RUN"]])
@@ -279,7 +279,7 @@ def test_what_is_printed_onto_a_full_disk_is_one_line(run, words):
         command = [sys.executable, "-m", "lightweight", *words]
         root = Path(__file__).parents[1]
         done = subprocess.run(command, cwd=root, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    line = "lightweight: what is printed cannot be written (No space left on device): free some space, or print it else"
+    line = "lightweight: the output cannot be written (No space left on device): free some space, or print it else"
     assert done.returncode == 2 and done.stderr == f"{line}where\n"
 
 
@@ -311,5 +311,5 @@ def test_memory_that_ulimit_does_not_grant_is_one_line(tmp_path):
     # where numpy is imported, OpenBLAS takes memory for each thread, and ends the process itself where it gets none
     command = f"ulimit -v {2**17}; OPENBLAS_NUM_THREADS=1 exec {sys.executable} -m lightweight data corpus.json"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
-    line = "lightweight: out of memory of the host: the limit of ulimit -v is 128 MiB: raise it, or ask for less\n"
+    line = "lightweight: the host is out of memory: the limit of ulimit -v is 128 MiB: raise it, or ask for less\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", line)

@@ -158,9 +158,9 @@ def test_packing_on_the_models_own_attention_is_refused():
 
 
 def test_a_peer_needs_a_lora_adapter_and_the_trainers_steps():
-    with pytest.raises(ValueError, match="unsloth trains LoRA by the Trainer's steps"):
+    with pytest.raises(ValueError, match="unsloth trains LoRA with the Trainer's steps only"):
         replace(BASELINE, library="unsloth")
-    with pytest.raises(ValueError, match="unsloth trains LoRA by the Trainer's steps"):
+    with pytest.raises(ValueError, match="unsloth trains LoRA with the Trainer's steps only"):
         replace(LORA, step="captured", library="unsloth")
     assert replace(LORA, library="unsloth").library == "unsloth"
 
@@ -171,7 +171,9 @@ def test_a_step_has_as_many_sequences_in_other_passes():
         assert (other.passes_per_step, other.sequences_per_pass) == (passes, sequences)
         assert other.sequences_per_step == method.sequences_per_step
     assert LORA.with_passes(1) is LORA
-    with pytest.raises(methods.MethodError, match="method lora: 8 sequences a step are not 3 equal passes"):
+    with pytest.raises(
+        methods.MethodError, match="method lora: 8 sequences a step cannot be divided into 3 equal passes"
+    ):
         LORA.with_passes(3)
 
 

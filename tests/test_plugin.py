@@ -437,7 +437,7 @@ def test_parametrising_a_test_oneself_goes_before_the_command_line(project):
         (["--method=baseline", "--lora-rank=4"], "--lora-rank 4: method baseline has no LoRA adapter: leave it out, *"),
         (["--batch-size=1", "--gpus-per-trial=2"], "method baseline trains 1 sequences a step, which 2 ranks *"),
         (["--pairs=7"], "--pairs: 7 pairs: give a multiple of 4 from 8 on, at most 65536"),
-        (["--speedup-fail=10%"], "--speedup-fail: there is no stored run to hold against: add --benchmark-compare"),
+        (["--speedup-fail=10%"], "--speedup-fail: there is no stored run to compare with: add --benchmark-compare"),
         (["--memory-fail=ten", "--benchmark-compare"], "--memory-fail 'ten': give a percentage *"),
     ],
 )
@@ -538,7 +538,7 @@ def test_a_test_that_trains_twice_is_told_so_before_the_second_trial(project):
     )
     result, document = run_json(project)
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["train: pytest-benchmark times one cell a test: take outcome_of for the others"])
+    result.stdout.fnmatch_lines(["train: pytest-benchmark times one cell per test: use outcome_of for the others"])
     assert [(entry["method"], entry["outcome"]) for entry in document["outcomes"]] == [("baseline", "completed")]
     assert len(document["benchmarks"]) == 1
 

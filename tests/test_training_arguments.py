@@ -119,7 +119,7 @@ def test_what_the_trainer_alone_does_is_refused_of_the_captured_step(name, value
     if on_ranks:
         training_arguments.check(method(**{name: value}), targets.NATIVE, 2)
     else:
-        assert "would have several ranks train otherwise than one" in refused(method(**{name: value}), 2)
+        assert "would have several ranks train differently from one" in refused(method(**{name: value}), 2)
 
 
 @pytest.mark.parametrize(

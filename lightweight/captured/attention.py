@@ -97,7 +97,7 @@ def install(model: PreTrainedModel) -> Callable[[], None]:
         else:
             model.set_attn_implementation(NAME)
         if attention_of(model) != NAME:
-            raise PartError(f"{type(model).__name__} does not ask transformers' AttentionInterface")
+            raise PartError(f"{type(model).__name__} does not use transformers' AttentionInterface")
     except Exception:
         undo()
         raise

@@ -142,7 +142,7 @@ def attend(
     if sequences is None and reach.dialogues is not None:
         return None
     if sequences is not None and rows != 1:
-        raise PartError(f"{rows} rows are in the place of one in its attention")
+        raise PartError(f"{rows} rows reach its attention instead of one")
     p = 0.0 if dropout.is_off() else p
     is_ours = not p and _are_ours_wanted and hopper.takes(query, _capability_of(query.device), cap)
     is_ours = is_ours and not torch.compiler.is_compiling()

@@ -56,7 +56,7 @@ def check_head(model: Any, autocast: Autocast) -> None:
         hook.remove()
     (expected,) = enlarged
     if logits.shape != expected.shape or not torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-3):
-        raise PartError("its head is not the last thing it does")
+        raise PartError("its head is not its last operation")
 
 
 def check_dialogues_are_apart(
@@ -87,7 +87,7 @@ def check_dialogues_are_apart(
     temporary.drop_gradients(network)
     elsewhere = reached[~own].norm() / reached[own].norm()
     if elsewhere.item() != 0:
-        raise PartError(f"{elsewhere.item():.0e} of a dialogue's gradient is another's in its row")
+        raise PartError(f"{elsewhere.item():.0e} of a dialogue's gradient is at other dialogues of its row")
 
 
 def check_positions(network: Any, autocast: Autocast) -> None:
@@ -103,7 +103,7 @@ def check_positions(network: Any, autocast: Autocast) -> None:
         )
     off, effect = (own - given).norm().item(), (reversed_ones - given).norm().item()
     if not off < effect / 10:
-        raise PartError("it takes no positions" if effect == 0 else "its own positions are others than 0, 1, 2, ...")
+        raise PartError("it takes no positions" if effect == 0 else "its positions are not 0, 1, 2, ...")
 
 
 def _tokens(network: Any) -> torch.Tensor:

@@ -64,7 +64,7 @@ class _Places:
         if (found := self.find(name)) is None:
             raise BundleError(
                 f"--bundle: {what} {name} is not here: run this in the folder in which pytest ran, and "
-                "name the folder of what lay elsewhere by --files"
+                "give the folder of a file that was elsewhere with --files"
             )
         return found
 
@@ -327,7 +327,7 @@ def _requirements(runs: Sequence[Run], files: Iterable[Path]) -> str:
     recorded = _recorded(runs)
     for name, number in recorded.items():
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.!+-]+", f"{name}=={number}", re.ASCII):
-            raise BundleError(f"--bundle: the record's version of {name!r}, {number!r}, is none that can be installed")
+            raise BundleError(f"--bundle: the record's version of {name!r}, {number!r}, cannot be installed")
     build, index = _build_of_torch(runs)
     lines = ["# as the record has them"]
     if index:

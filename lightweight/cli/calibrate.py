@@ -142,7 +142,7 @@ def command(options: argparse.Namespace) -> int:
 def run(progress: Callable[[str], None] = lambda text: None) -> Calibration:
     """The calibration of the GPU at hand. Raises CalibrationError where there is none, or its data sheet is unknown."""
     if not torch.cuda.is_available():
-        raise CalibrationError("calibrate: measures a GPU, and torch has none here")
+        raise CalibrationError("calibrate: needs a GPU, and torch finds none here")
     device = describe_device(0)
     rates = targets.rates(device.name)
     if rates is None:

@@ -90,7 +90,7 @@ class Chat:
             prompt = corpus.encode_prompt(begun, self.tokenizer)
         if room is None or len(prompt) <= room:
             return prompt
-        tell(f"a prompt of {len(prompt):,} tokens, of which the model has room for the last {room:,} beside its answer")
+        tell(f"the prompt has {len(prompt):,} tokens: only the last {room:,} fit beside an answer")
         return prompt[-room:]
 
 
@@ -275,7 +275,7 @@ def answer_file(chat: Chat, path: Path, system: str | None, **how: Any) -> None:
     other has a prompt a line. Raises ChatError, for a defect before anything is answered."""
     every = list(_asked(path))
     if chat.trained_on != "conversations" and any(not isinstance(asked, str) and len(asked) > 1 for asked in every):
-        raise ChatError(f"{path}: has a dialogue, where {chat.folder} was trained on {chat.trained_on}: ask one turn")
+        raise ChatError(f"{path}: has a dialogue, but {chat.folder} was trained on {chat.trained_on}: ask one turn")
     for asked in every:
         if isinstance(asked, str):
             answer = Dialogue(chat, system).say(asked, **how)

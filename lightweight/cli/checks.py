@@ -33,7 +33,9 @@ def plan(options: argparse.Namespace) -> None:
     of_names(options)
     for name in options.target or ():
         if targets.named(name).total_bytes is None:
-            raise ValueError(f"target {name!r} has no amount of memory to plan for: name a card, or 16GiB")
+            raise ValueError(
+                f"target {name!r} has no amount of memory to plan for: give a card, or an amount such as 16GiB"
+            )
     _check_limits(options)
 
 
@@ -121,7 +123,7 @@ def _check_limits(options: argparse.Namespace) -> None:
     if not limits:
         return
     if (options.gpus or 1) > 1:
-        raise ValueError(f"{limits[0]}: time is not forecast for GPUs that share a trial: leave out it or --gpus")
+        raise ValueError(f"{limits[0]}: time is not forecast for GPUs that share a trial: leave out one of them")
     for target in map(targets.named, options.target or ()):
         if target.card is None or targets.rates(target.card) is None:
             raise ValueError(f"{limits[0]}: time is not forecast for target {target.name!r}: name a card instead")

@@ -194,7 +194,8 @@ class Output:
                 )
             if path.is_symlink() and path not in without:
                 raise OutputError(
-                    f"--output {self.folder}: {path} is a link, and none is followed: remove it, or give another one"
+                    f"--output {self.folder}: {path} is a link, and links are not followed: remove it, or give "
+                    "another one"
                 )
 
     def _check_nothing_left(self) -> None:
@@ -202,7 +203,7 @@ class Output:
         for path in (self.result, self.rescued):
             if path.exists():
                 raise OutputError(
-                    f"--output {self.folder}: {path} has been trained and not been moved to its place yet: "
+                    f"--output {self.folder}: {path} is trained, but has not been moved to its folder yet: "
                     "--resume goes on with it, --overwrite starts again"
                 )
         if self.checkpoint is not None:
@@ -220,7 +221,7 @@ class Output:
             )
         if not is_model:
             raise OutputError(
-                f"--output {self.folder}: holds something else than a trained model: --overwrite replaces only "
+                f"--output {self.folder}: is not a trained model: --overwrite replaces only "
                 f"a folder with {RECORD_NAME}; remove it yourself or give another"
             )
 
@@ -301,8 +302,8 @@ class Output:
                 self.folder.rmdir()
         except OSError as error:
             raise OutputError(
-                f"--output {self.folder}: no folder can be renamed to that ({error.strerror}), as where a disk is "
-                "mounted: give a folder inside it"
+                f"--output {self.folder}: no folder can be renamed to it ({error.strerror}), for example because a "
+                "disk is mounted there: give a folder inside it"
             ) from error
 
     def interrupted(self) -> Interrupted | None:
@@ -348,7 +349,7 @@ class Output:
     def curves(self) -> Path:
         """`runs`, for a tracker to write into. Raises OutputError where a link has come there since the claim."""
         if self.runs.is_symlink():
-            raise OutputError(f"--output {self.folder}: {self.runs} is a link, and none is followed: remove it")
+            raise OutputError(f"--output {self.folder}: {self.runs} is a link, and links are not followed: remove it")
         return self.runs
 
     def keep_base(self, job: Mapping[str, Any]) -> None:
@@ -389,7 +390,7 @@ class Output:
         except (OSError, OutputError) as error:
             reason = error.strerror if isinstance(error, OSError) else "something else has come there"
             raise OutputError(
-                f"--output {self.folder}: cannot be put there ({reason}): what was trained lies whole in "
+                f"--output {self.folder}: cannot be put there ({reason}): the complete result is in "
                 f"{self.result}: move it, or make room and go on with --resume"
             ) from error
         self._is_published = True
@@ -424,7 +425,7 @@ class Output:
         try:
             self.replaced.rename(self.folder)
         except OSError as error:
-            tell(f"{self.folder}: what was there lies whole in {self.replaced} ({error.strerror}): move it back")
+            tell(f"{self.folder}: the previous model is complete in {self.replaced} ({error.strerror}): move it back")
 
 
 def entry_in(folder: Path) -> dict[str, Any] | None:

@@ -301,7 +301,7 @@ def command(options: argparse.Namespace) -> int:
     except REFUSALS as error:
         return refuse(error)
     except KeyboardInterrupt:
-        tell(f"interrupted: what was tried until then is in {options.output}, and the same command goes on from there")
+        tell(f"interrupted: the finished trials are in {options.output}, and the same command goes on from there")
         return 130
     print(f"{options.output}: take the rates with --learning-rate {shlex.quote(str(options.output))}")
     return 0 if is_complete else 1

@@ -326,7 +326,7 @@ def _check_same(trial: Trial, before: Interrupted | None, output: Output) -> Non
     if differ:
         was = ", ".join(f"{key} was {then!r} and is {now!r}" for key, (then, now) in differ.items())
         raise JobError(
-            f"--resume: the job in {before.place} is another one: {was}: give the options it was started with, "
+            f"--resume: the job in {before.place} is a different one: {was}: give the options it was started with, "
             "or --overwrite without --resume"
         )
 

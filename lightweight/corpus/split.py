@@ -45,7 +45,7 @@ def split(examples: Sequence[Example], origin: Origin, path: Path | str, share: 
     distinct = list(copies.values())
     if len(distinct) < 2:
         raise CorpusError(
-            f"corpus {path}: its {len(examples):,} examples all say the same: add another one, to be held out"
+            f"corpus {path}: its {len(examples):,} examples are all the same: add a different one, to be held out"
         )
     count = min(max(1, round(len(distinct) * (HELDOUT_SHARE if share is None else share))), len(distinct) - 1)
     drawn = random.Random(SPLIT_SEED).sample(range(len(distinct)), count)  # noqa: S311  no secret
@@ -65,7 +65,9 @@ def split_from(examples: Sequence[Example], heldout: Sequence[Example], origin: 
     said = set(heldout)
     train = tuple(example for example in examples if example not in said)
     if not train:
-        raise CorpusError(f"corpus {path}: all that it says is also held out: give --held-out another file, or a share")
+        raise CorpusError(
+            f"corpus {path}: each of its examples is also held out: give --held-out another file, or a share"
+        )
     return Corpus(
         train,
         tuple(heldout),

@@ -52,7 +52,7 @@ def load_task(path: Path, corpus: Corpus) -> Task:
     for number, one in enumerate(asked, 1):
         if (*(message.content for message in one.messages), one.answer) in trained_on:
             raise CorpusError(
-                f"task {path}: question {number} is trained on, answer and all: leave it out of one of them"
+                f"task {path}: question {number} is in the training data with its answer: leave it out of one of them"
             )
     said = [[*([message.role, message.content] for message in one.messages), one.answer] for one in asked]
     digest = hashlib.sha256(json.dumps(said, ensure_ascii=False).encode()).hexdigest()
@@ -85,7 +85,7 @@ def _begun(asked: _Asked, corpus: Corpus, path: Path) -> Example:
     if corpus.kind == "conversations":
         return Conversation(asked.messages)
     if len(asked.messages) > 1:
-        raise CorpusError(f"task {path}: has a dialogue, where {corpus.kind} are trained on: ask one turn")
+        raise CorpusError(f"task {path}: has a dialogue, but the corpus has {corpus.kind}: ask one turn")
     if corpus.kind == "texts":
         return Text(asked.messages[0].content, "")
     return Conversation(asked.messages, THERAPIST)

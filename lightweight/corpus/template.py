@@ -76,7 +76,7 @@ def marked_up(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, l
         if HAS_MARKS.search(tokenizer.get_chat_template()):
             spans = _by_marks(messages, text, tokenizer)
             if loss_on == "last" and len(spans) != len(answers):
-                raise _UnstableError("its marks are not one a turn")
+                raise _UnstableError("it does not mark each turn once")
             spans = spans[-1:] if loss_on == "last" else spans
             return _with_their_ends(text, spans, _special(tokenizer))
         special = _special(tokenizer)
@@ -154,7 +154,7 @@ def _by_growing(
         what = "the last turn" if is_last else f"message {index + 1} of {len(messages)}"
         after = "after its prompt" if is_last else "once another follows"
         mend = mend if is_last else f"take --loss-on last, or {mend.removeprefix('take ')}"
-        raise _UnstableError(f"it writes {what} otherwise {after}: {mend}")
+        raise _UnstableError(f"it writes {what} differently {after}: {mend}")
     return len(before), stop
 
 

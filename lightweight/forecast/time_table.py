@@ -70,7 +70,7 @@ def _notes(timed: Sequence[tuple[PlanRow, StepTime]], has_jobs: bool) -> list[st
         "rate."
     ]
     if any(step.low != step.high for _, step in timed):
-        notes.append("A stock step waits for Python, whose pace is the host's: its time lies between the two.")
+        notes.append("A stock step also waits for Python, whose speed depends on the host: its time is a range.")
     others = {row.target.name: step.measured for row, step in timed if not step.is_calibrated}
     notes += [f"{target}: from its data sheet and what was measured on {card}." for target, card in others.items()]
     if has_jobs:

@@ -91,7 +91,7 @@ class CapturedStep:
         if self.recompute and self.compile:
             raise ValueError("recompute needs compile=None or False: a compiled layer is not computed again")
         if self.packing and self.attention == "model":
-            raise ValueError("packing needs attention='sdpa': the model's own attention knows one dialogue a row")
+            raise ValueError("packing needs attention='sdpa': the model's own attention supports one dialogue per row")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,9 @@ class Method:
 
     def __post_init__(self) -> None:
         if self.library == "unsloth" and not (self.step == "trainer" and isinstance(self.adapter, peft.LoraConfig)):
-            raise MethodError(f"method {self.name}: unsloth trains LoRA by the Trainer's steps: give it both, or peft")
+            raise MethodError(
+                f"method {self.name}: unsloth trains LoRA with the Trainer's steps only: give it both, or use peft"
+            )
         self._check_own_code()
 
     def _check_own_code(self) -> None:
@@ -154,7 +156,7 @@ class Method:
                 except ValueError as error:
                     raise MethodError(f"method {self.name}: its {name} {error}") from error
             if self.library == "unsloth":
-                raise MethodError(f"method {self.name}: unsloth trains with no {name} of one's own: give peft")
+                raise MethodError(f"method {self.name}: unsloth does not support your own {name}: use peft")
             if self.step != "trainer" and name not in CAPTURED_WITH:
                 raise MethodError(
                     f"method {self.name}: the captured step does not run its {name}: let the Trainer run the steps, by "
@@ -267,7 +269,8 @@ class Method:
         sequences, left = divmod(self.sequences_per_step, passes)
         if left:
             raise MethodError(
-                f"method {self.name}: {self.sequences_per_step} sequences a step are not {passes} equal passes"
+                f"method {self.name}: {self.sequences_per_step} sequences a step cannot be divided into {passes} "
+                "equal passes"
             )
         arguments = {"per_device_train_batch_size": sequences, "gradient_accumulation_steps": passes}
         return replace(self, training_arguments={**self.training_arguments, **arguments})

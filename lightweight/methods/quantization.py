@@ -36,7 +36,7 @@ def settle_quantization(
     if asked is not None and not is_same:
         raise MethodError(f"{what}, which {title(asked)} cannot be put on: take a method that does not quantize")
     if method.adapter is None:
-        raise MethodError(f"{what}: its weights cannot be trained themselves: take a method with an adapter")
+        raise MethodError(f"{what}: its weights cannot be trained directly: take a method with an adapter")
     if sharded and not getattr(getattr(stored, "bnb_4bit_quant_storage", None), "is_floating_point", False):
         raise MethodError(
             f"{what}, in integers, which FSDP cannot share among ranks: train on one, or by the captured step"

@@ -42,7 +42,7 @@ class Gatekeeper:
             given = [limit.flag for limit in LIMITS if getattr(limits, limit.name) is not None]
             given += ["--require-match"] * limits.require_match
             raise pytest.UsageError(
-                f"{', '.join(given)}: there is no stored run to hold against: add --benchmark-compare"
+                f"{', '.join(given)}: there is no stored run to compare with: add --benchmark-compare"
             )
 
     def _stored_files(self) -> list[Path]:

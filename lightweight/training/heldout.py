@@ -84,7 +84,7 @@ def _check_causal(trainer: MeasuredTrainer, batch: dict[str, Any]) -> None:
     moved = (moved_logits - logits).norm() / (logits - logits.mean()).norm().clamp_min(1e-12)
     if not moved <= LEAK:
         raise MethodError(
-            f"method {trainer.method.name}: its network sees the tokens that it is to predict: later tokens move the "
+            f"method {trainer.method.name}: its network sees the tokens that it must predict: later tokens change the "
             f"logits of earlier ones by {float(moved):.0%}, and no held-out loss of it could be compared"
         )
 

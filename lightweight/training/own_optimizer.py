@@ -63,7 +63,7 @@ def check(trainer: Trainer, method: Method) -> None:
         try:
             if _settings(_made(trainer)) == _settings(made):
                 raise MethodError(
-                    f"method {method.name}: {name}={said:g} is not what {_whose(method)} takes: have it read "
+                    f"method {method.name}: {name}={said:g} is not used by {_whose(method)}: let it read "
                     f"{name} of the TrainingArguments, or leave that out"
                 )
         finally:

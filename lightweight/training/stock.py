@@ -77,8 +77,8 @@ def make_trainer(
     trainer = _made(trial, model, training_arguments, rows, meter, rounds)
     if trial.world_size > 1 and not trainer.model_accepts_loss_kwargs:
         raise ranks.RanksError(
-            f"model {trial.model.name}: its loss is the mean over a rank's own tokens, not over a step's, so that of "
-            "several ranks would be another one: train it on one"
+            f"model {trial.model.name}: its loss is the mean over the tokens of a rank, not of a step, so that of "
+            "several ranks would differ: train it on one"
         )
     return trainer
 

@@ -96,7 +96,7 @@ def load_holding(what: str, paths: Iterable[Path], holds: Callable[[Run], bool])
         if holds(run):
             runs.append(run)
         else:
-            problems.append(one_line(f"left out: record {path}: holds no {what}, so nothing can be held against it"))
+            problems.append(one_line(f"left out: record {path}: holds no {what}, so nothing can be compared with it"))
     return runs, problems
 
 

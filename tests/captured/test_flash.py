@@ -231,7 +231,7 @@ def test_heads_that_no_kernel_takes_are_not_joined_to_a_row(width, asked):
     with pytest.raises(PartError, match=f"heads of {width} and {width} have no flash kernel"):
         flash.attend(wide, wide, wide, joined, 0.0, None)
     lengthened = torch.randn(2, 1, 12, 64, dtype=torch.float64)
-    with pytest.raises(PartError, match="2 rows are in the place of one"):
+    with pytest.raises(PartError, match="2 rows reach its attention instead of one"):
         flash.attend(lengthened, lengthened, lengthened, joined, 0.0, None)
 
 

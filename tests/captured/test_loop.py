@@ -388,7 +388,7 @@ def test_a_model_whose_logits_are_more_than_its_heads_keeps_its_own_loss(trial, 
     job = loop.CapturedTraining(trial, trainer, rows, meter)
     job.prepare()
     assert job.step.parts.loss != "chunked"
-    assert "loss given up: its head is not the last thing it does" in meter.facts["capture_note"]
+    assert "loss given up: its head is not its last operation" in meter.facts["capture_note"]
 
 
 def test_on_a_cpu_the_record_says_that_nothing_was_captured(trial, tmp_path):

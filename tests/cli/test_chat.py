@@ -164,7 +164,7 @@ def test_a_prompt_without_room_keeps_its_end_half_of_the_positions_at_least_and_
     dialogue.new()
     dialogue.say("Well " * 100, max_tokens=256)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("a prompt of 518 tokens, of which the model has room for the last 128 beside its answer")
+    assert line.endswith("the prompt has 518 tokens: only the last 128 fit beside an answer")
     tokenizer = dialogue.chat.tokenizer
     assert tokenizer.decode(asked[0]) == "User: Hello\nAssistant: "
     assert len(asked[1]) == 128
@@ -254,7 +254,7 @@ def test_a_dialogue_for_a_model_of_pairs_is_one_line(trained, tmp_path, capsys):
         assert main(["chat", str(folder), "--prompt", str(file)]) == 2
         found = capsys.readouterr()
         (line,) = found.err.strip().splitlines()
-        assert f"{file}: has a dialogue, where" in line and "was trained on pairs: ask one turn" in line
+        assert f"{file}: has a dialogue, but" in line and "was trained on pairs: ask one turn" in line
         assert not found.out
 
 

@@ -106,7 +106,9 @@ def test_what_is_somebody_elses_is_refused_in_a_line_and_left_alone(tmp_path, pl
         output.release()
         assert name_of(tmp_path / "a") == "new" and len(list(tmp_path.iterdir())) == 1
         return
-    with pytest.raises(OutputError, match=line if not overwrite or "already" not in line else "something else") as told:
+    with pytest.raises(
+        OutputError, match=line if not overwrite or "already" not in line else "not a trained model"
+    ) as told:
         output.claim(resume=False, overwrite=overwrite)
     assert "\n" not in str(told.value)
     assert everything(tmp_path) == before
@@ -144,7 +146,7 @@ def test_a_link_that_comes_after_the_claim_gets_no_curves(tmp_path):
     output.claim(resume=False, overwrite=False)
     assert output.curves() == output.runs
     output.runs.symlink_to(model(tmp_path / "b", "old"))
-    with pytest.raises(OutputError, match="runs is a link, and none is followed: remove it"):
+    with pytest.raises(OutputError, match="runs is a link, and links are not followed: remove it"):
         output.curves()
     output.release()
     assert name_of(tmp_path / "b") == "old"
@@ -188,7 +190,7 @@ def test_what_cannot_be_renamed_is_refused_before_training(tmp_path, monkeypatch
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OutputError, match=rf"no folder can be renamed to that \({os.strerror(number)}\)"):
+    with pytest.raises(OutputError, match=rf"no folder can be renamed to it \({os.strerror(number)}\)"):
         Output(tmp_path / "a").claim(resume=False, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == (["a"] if there == "model" else [])
 
@@ -205,7 +207,7 @@ def test_a_real_mount_point_is_refused_before_training(tmp_path):
     (tmp_path / "a").mkdir()
     command = ["unshare", "-rm", sys.executable, "-c", program, str(tmp_path / "a")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "no folder can be renamed to that" in done.stdout
+    assert "no folder can be renamed to it" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
@@ -298,13 +300,13 @@ def test_a_result_that_cannot_be_put_into_its_place_stays_and_the_line_says_wher
     with pytest.raises(OutputError) as told:
         train(output, "new")
     output.release()
-    (place,) = re.findall(r"lies whole in (\S+):", str(told.value))
+    (place,) = re.findall(r"the complete result is in (\S+):", str(told.value))
     assert name_of(Path(place)) == "new" and name_of(tmp_path / "a") == "somebody's"
     with pytest.raises(OutputError, match="already exists"):
         Output(tmp_path / "a").claim(resume=False, overwrite=False)
     (tmp_path / "a").rename(tmp_path / "b")
     again = Output(tmp_path / "a")
-    with pytest.raises(OutputError, match="has been trained and not been moved to its place yet"):
+    with pytest.raises(OutputError, match="is trained, but has not been moved to its folder yet"):
         again.claim(resume=False, overwrite=False)
     again.claim(resume=True, overwrite=False)
     again.publish()
@@ -320,7 +322,7 @@ def test_trained_weights_outlive_an_error_after_training(tmp_path):
         raise OSError(errno.ENOSPC, "no room for the card")
     output.release()
     assert name_of(output.rescued) == "new"
-    with pytest.raises(OutputError, match="rescued has been trained"):
+    with pytest.raises(OutputError, match="rescued is trained"):
         Output(tmp_path / "a").claim(resume=False, overwrite=False)
     assert name_of(output.rescued) == "new"
 
@@ -354,7 +356,7 @@ def test_a_model_that_cannot_be_put_back_is_told(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched, pytest.raises(OutputError, match="no folder can be renamed"):  # noqa: PT012
         patched.setattr(Path, "rename", fail)
         output.claim(resume=False, overwrite=True)
-    told = f"what was there lies whole in {output.replaced} (Input/output error): move it back\n"
+    told = f"the previous model is complete in {output.replaced} (Input/output error): move it back\n"
     assert capsys.readouterr().err == f"lightweight: {tmp_path / 'a'}: {told}"
     again = Output(tmp_path / "a")
     again.claim(resume=True, overwrite=True)

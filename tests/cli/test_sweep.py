@@ -110,7 +110,7 @@ def test_a_sweep_is_recorded_and_its_rates_can_be_taken(micro, tmp_path, capsys,
     with pytest.raises(ValueError, match=r"found\.json: method lora has changed since the sweep"):
         record.check_searched(settings.learning_rate, micro.location, other)
     with pytest.raises(
-        methods.MethodError, match="has no rate for method qlora, but for baseline, lora: sweep it, too"
+        methods.MethodError, match="has no rate for method qlora, only for baseline, lora: sweep it, too"
     ):
         settings.apply(methods.QLORA)
     mine = replace(methods.LORA, name="lora", training_arguments={"learning_rate": 0.5})

@@ -307,7 +307,7 @@ def test_a_job_of_shards_is_not_resumed_by_other_ranks(micro, calm, dialogues, o
     sharded = [*given, "--placement", "sharded"]
     assert on_two_ranks(sharded, tmp_path, nothing, interrupt_at_step_7)[0] == [130, 130]
     assert main([*given, "--resume"]) == 2
-    assert "is another one: " in (told_here := capsys.readouterr().err)
+    assert "is a different one: " in (told_here := capsys.readouterr().err)
     assert "world_size was 2 and is 1, placement was 'sharded' and is None" in told_here
 
 
@@ -733,9 +733,9 @@ def test_another_job_is_not_resumed(train, out, signal_at, capsys):
     assert train("a") == 2
     assert "an interrupted job reached step 4 there: --resume goes on" in capsys.readouterr().err
     assert train("a", "--resume", "--seed", "1") == 2
-    assert "is another one: seed was 0 and is 1" in capsys.readouterr().err
+    assert "is a different one: seed was 0 and is 1" in capsys.readouterr().err
     assert train("a", "--resume", "--learning-rate", "1e-3") == 2
-    assert "is another one: learning_rate was None and is 0.001: give" in capsys.readouterr().err
+    assert "is a different one: learning_rate was None and is 0.001: give" in capsys.readouterr().err
     assert train("a", "--overwrite", "--seed", "1", "--max-steps", "1") == 0
     assert entry(out / "a").seed == 1
     assert train("a", "--max-steps", "1") == 2
@@ -759,7 +759,7 @@ def test_what_is_set_is_trained_recorded_and_resumed(train, out, signal_at, caps
     capsys.readouterr()
     assert train("cut", *SET.split(), "--resume", method=method) == 2
     line = capsys.readouterr().err
-    assert "is another one: " in line and "gradient_accumulation_steps was 2 and is None" in line
+    assert "is a different one: " in line and "gradient_accumulation_steps was 2 and is None" in line
     assert "adapter" not in line and "digest" not in line
     assert train("cut", *SET.split(), "--accumulation", "2", "--resume", method=method) == 0
     assert weights(out / "cut") == weights(out / "whole")

@@ -32,7 +32,7 @@ def test_without_duplicates_the_split_and_the_digest_are_the_originals(tmp_path)
 
 
 def test_a_corpus_that_says_one_thing_alone_is_refused(tmp_path):
-    with pytest.raises(CorpusError, match="its 3 examples all say the same: add another"):
+    with pytest.raises(CorpusError, match="its 3 examples are all the same: add a different one"):
         corpus.load(write(tmp_path / "a.jsonl", ["a"] * 3))
 
 
@@ -60,7 +60,7 @@ def test_a_file_is_held_out_and_nothing_of_it_is_trained_on(tmp_path):
     assert "held out and so left out of training: 2" in str(loaded.origin)
     others = [corpus.load(path, How(held_out=str(write(tmp_path / "h.jsonl", texts)))) for texts in (["b"], ["d"])]
     assert len({one.digest for one in (loaded, *others)}) == 3
-    with pytest.raises(CorpusError, match="all that it says is also held out"):
+    with pytest.raises(CorpusError, match="each of its examples is also held out"):
         corpus.load(path, How(held_out=str(path)))
     with pytest.raises(CorpusError, match=r"nowhere\.jsonl: does not exist"):
         corpus.load(path, How(held_out=str(tmp_path / "nowhere.jsonl")))

@@ -64,7 +64,7 @@ def test_a_question_that_is_trained_on_is_refused(small_corpus, tmp_path):
     prompt, answer = corpus.conversation.contents(small_corpus.train[0])
     held_out, its = corpus.conversation.contents(small_corpus.heldout[0])
     assert len(corpus.load_task(written(tmp_path, {"prompt": held_out, "answer": its}), small_corpus).questions) == 1
-    with pytest.raises(corpus.CorpusError, match="question 1 is trained on"):
+    with pytest.raises(corpus.CorpusError, match="question 1 is in the training data"):
         corpus.load_task(written(tmp_path, {"prompt": prompt, "answer": answer}), small_corpus)
     with pytest.raises(corpus.CorpusError, match="cannot be read"):
         corpus.load_task(tmp_path / "nowhere.jsonl", small_corpus)

@@ -143,7 +143,7 @@ def test_a_token_across_the_border_of_a_turn_is_learned_as_transformers_does():
 
 def test_thoughts_that_a_template_takes_out_of_earlier_turns_leave_the_last_turn():
     found = tokenizer(THINKING)
-    mend = r"it writes message 2 of 4 otherwise once another follows: take --loss-on last, or a chat template with"
+    mend = r"it writes message 2 of 4 differently once another follows: take --loss-on last, or a chat template with"
     with pytest.raises(ModelError, match=mend) as raised:
         corpus.encode_whole(THOUGHTS, found)
     assert "\n" not in str(raised.value)
@@ -158,7 +158,7 @@ def test_thoughts_that_a_template_takes_out_of_earlier_turns_leave_the_last_turn
 def test_a_turn_that_is_written_otherwise_once_another_follows_is_not_learned(name):
     of = LAST_ALONE[name]
     found = tokenizer(of.template, bos=of.bos, eos=of.eos)
-    with pytest.raises(ModelError, match="otherwise once another follows: take --loss-on last") as raised:
+    with pytest.raises(ModelError, match="differently once another follows: take --loss-on last") as raised:
         corpus.encode_whole(of.talk, found)
     assert "\n" not in str(raised.value)
     row = corpus.encode_whole(of.talk, found, "last")
@@ -178,7 +178,7 @@ def test_a_template_that_never_says_where_a_turn_lies_is_refused():
     found = tokenizer(UNSTABLE)
     expected = (
         "model .*: its chat template does not show which tokens the loss is taken over: "
-        "it writes the last turn otherwise .*: take a"
+        "it writes the last turn differently .*: take a"
     )
     modes: list[LossOn] = ["all", "last"]
     for loss_on in modes:
@@ -192,7 +192,7 @@ def test_marks_that_are_not_one_a_turn_do_not_say_which_is_the_last():
     )
     found = tokenizer(twice)
     assert learned(corpus.encode_whole(TALK, found), found).endswith("Sleep.!</s>")
-    with pytest.raises(ModelError, match="its marks are not one a turn"):
+    with pytest.raises(ModelError, match="it does not mark each turn once"):
         corpus.encode_whole(TALK, found, "last")
 
 

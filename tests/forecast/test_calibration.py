@@ -146,6 +146,6 @@ def test_what_comes_with_the_package_can_be_read_and_names_its_card():
 @pytest.mark.usefixtures("without_gpu")
 def test_without_a_gpu_there_is_nothing_to_calibrate(tmp_path, capsys):
     assert main(["calibrate", "--output", str(tmp_path / "card.json")]) == 2
-    assert capsys.readouterr().err == "lightweight: calibrate: measures a GPU, and torch has none here\n"
+    assert capsys.readouterr().err == "lightweight: calibrate: needs a GPU, and torch finds none here\n"
     assert main(["calibrate", "--output", str(tmp_path / "no folder" / "card.json")]) == 2
     assert "cannot be written (there is no folder" in capsys.readouterr().err

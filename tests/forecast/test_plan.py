@@ -139,7 +139,7 @@ REMOTE = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoM
             ["opt-tiny", "--target", "16GiB", "--tokens", "9", "--max-hours", "1"],
             "time is not forecast for target '16GiB'",
         ),
-        (["opt-tiny", "--gpus", "2", "--tokens", "9", "--price", "1", "--max-price", "1"], "leave out it or --gpus"),
+        (["opt-tiny", "--gpus", "2", "--tokens", "9", "--price", "1", "--max-price", "1"], "leave out one of them"),
         (
             ["opt-tiny", "--target", "t4", "--price", "1"],
             "--price is about a whole job: give its --tokens or its --corpus",

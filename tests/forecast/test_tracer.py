@@ -370,7 +370,7 @@ def stored(tmp_path, quantization):
         ({"quant_method": "mxfp4"}, QLORA, "quantized by mxfp4"),
         (BitsAndBytesConfig(load_in_8bit=True).to_dict(), LORA, "is quantized to 8 bits"),
         ({}, LORA, "quantized by what config.json does not name"),
-        (FOUR_BITS, BASELINE, "its weights cannot be trained themselves"),
+        (FOUR_BITS, BASELINE, "its weights cannot be trained directly"),
     ],
 )
 def test_a_quantized_checkpoint_that_cannot_be_forecast_is_refused(tmp_path, quantization, method, words):

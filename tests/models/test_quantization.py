@@ -79,7 +79,7 @@ def test_a_quantized_checkpoint_is_forecast_as_it_is(quantized):
 @pytest.mark.parametrize(
     ("method", "more", "expected"),
     [
-        (BASELINE, {}, "its weights cannot be trained themselves: take a method with an adapter"),
+        (BASELINE, {}, "its weights cannot be trained directly: take a method with an adapter"),
         (replace(QLORA, quantization=BitsAndBytesConfig(load_in_8bit=True)), {}, "bitsandbytes 8-bit cannot be put on"),
         (replace(QLORA, quantization=FineGrainedFP8Config()), {}, "fp8 cannot be put on"),
         (LORA, {"sharded": True}, "which FSDP cannot share among ranks"),

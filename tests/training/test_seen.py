@@ -232,7 +232,7 @@ class Peeks(torch.nn.Module):
 
 
 def test_a_network_that_sees_what_it_predicts_is_refused(trained):
-    with pytest.raises(MethodError, match="method peeks: its network sees the tokens that it is to predict"):
+    with pytest.raises(MethodError, match="method peeks: its network sees the tokens that it must predict"):
         trained(Method(name="peeks", transform=Peeks))
 
 

@@ -214,8 +214,8 @@ def test_a_file_that_has_a_cell_twice_is_told_in_one_line(files, capsys):
     [
         (["{before}"], "give the new record and --against older ones, or an older one and the new one"),
         (["{before}", "{after}", "--against", "{before}"], "give the new record and --against older ones"),
-        (["{after}", "--against", "{trials}"], "h200-t4.json: holds no forecast, so nothing can be held against it"),
-        (["{trials}", "--against", "{before}"], "before.json: holds no trial, so nothing can be held against it"),
+        (["{after}", "--against", "{trials}"], "h200-t4.json: holds no forecast, so nothing can be compared with it"),
+        (["{trials}", "--against", "{before}"], "before.json: holds no trial, so nothing can be compared with it"),
         (["{before}", "{after}", "--memory-fail", "2"], "--memory-fail '2': give a percentage"),
     ],
 )

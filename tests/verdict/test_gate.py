@@ -502,7 +502,7 @@ def test_committed_records_of_the_same_cells_pass_each_other(capsys, new, old):
 def test_a_plan_is_nothing_to_hold_a_run_against(capsys):
     command = ["gate", str(RECORDS / "h200-t4.json"), "--against", str(RECORDS / "plan.json")]
     assert __main__.main(command) == 2
-    assert "plan.json: holds no trial, so nothing can be held against it" in capsys.readouterr().err
+    assert "plan.json: holds no trial, so nothing can be compared with it" in capsys.readouterr().err
 
 
 def test_a_match_may_be_required(capsys):
