@@ -4,6 +4,7 @@ Read from the source, with the imports inside functions. Those for type checkers
 """
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -66,6 +67,12 @@ def test_every_room_has_borders_and_names_its_question():
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_import_crosses_a_border(room):
     assert not imported_by(*(PACKAGE / room).glob("*.py")) & FORBIDDEN[room]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_offers_what_it_has(room):
+    face = importlib.import_module(f"lightweight.{room}")
+    assert [name for name in getattr(face, "__all__", []) if not hasattr(face, name)] == []
 
 
 def modules_imported(node: ast.AST, modules: set[str]) -> Iterator[str]:

@@ -67,6 +67,5 @@ __all__ = [
     "reason",
     "skeleton",
     "stored_quantization",
-    "tokenizer_of_random",
     "write",
 ]

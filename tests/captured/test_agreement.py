@@ -1,4 +1,4 @@
-"""The parts that may be given up, what is compared, and how far apart two ways of computing a step are."""
+"""What is compared, and how far apart two ways of computing a step are."""
 
 import dataclasses
 import functools
@@ -6,22 +6,9 @@ import functools
 import pytest
 import torch
 
-from lightweight.captured import agreement, temporary
+from lightweight.captured import agreement
 from lightweight.captured.agreement import Deviation, Gradients, Tolerance
 from lightweight.captured.parts import Parts
-from lightweight.captured.sample import Sample
-
-
-def test_parts_are_given_up_one_by_one_before_two_by_two():
-    full = Parts(packing=True, attention=True, loss="chunked", lean=True)
-    candidates = full.fewer(["chunked", "logits", "model"])
-    lost = [len(full.given_up(rest)) for rest in candidates]
-    assert candidates[0] == full and lost == sorted(lost)
-    assert len(set(candidates)) == len(candidates) == 18
-    assert all(rest.attention or not rest.packing for rest in candidates)
-    assert full.given_up(dataclasses.replace(full, packing=False, attention=False)) == ["attention"]
-    plain = Parts(packing=False, attention=False, loss="model", lean=False)
-    assert plain.fewer(["model"]) == [plain]
 
 
 def test_what_agrees_with_most_parts_is_taken_and_only_what_it_lacks_is_told():
@@ -53,21 +40,3 @@ def test_a_deviation_is_of_the_loss_the_gradient_and_the_worst_weight():
     assert agreement.deviation(missing, theirs, names, allowed(floor=1e-3)).tensor == pytest.approx(1.0)
     nothing = Gradients(torch.tensor(float("nan")), theirs.of, 1.0)
     assert not agreement.deviation(nothing, theirs, names, allowed(floor=1e-3)).is_rounding
-
-
-def test_weights_of_zero_are_something_meanwhile_and_zero_again():
-    zero, other = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.ones(3))
-    seen = []
-    for _ in range(2):
-        with temporary.nudged([zero, other]):
-            seen.append(zero.detach().clone())
-            assert torch.equal(other, torch.ones(3))
-    assert torch.equal(*seen) and seen[0].any()
-    assert not zero.any()
-
-
-def test_fewer_dialogues_are_those_of_whole_rows():
-    sample = Sample([[0, 1], [2, 3]], [[3, 0], [2, 1]])
-    assert sample.first(2) == Sample([[0], [3]], [[3, 0]])
-    assert sample.first(3) == Sample([[0], [2, 3]], [[3, 0], [2]])
-    assert sample.first(1).size == 1

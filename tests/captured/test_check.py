@@ -2,19 +2,13 @@ import dataclasses
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import peft
 import pytest
 import torch
-import transformers
-from torch.utils.data import SequentialSampler
-from training.test_stock import Unattended
-from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_pt_utils import LabelSmoother
 
 from captured import flash_reference
-from lightweight import corpus, methods, targets
+from captured.conftest import CONFIGS, LENGTH, WIDE, lora, method, run
 from lightweight.captured import (
     agreement,
     attention,
@@ -25,171 +19,11 @@ from lightweight.captured import (
     passes,
     projections,
     reference,
-    sample,
 )
 from lightweight.captured.agreement import Tolerance
 from lightweight.captured.packing import Buffers
-from lightweight.captured.sample import Sample
-from lightweight.child import worker
 from lightweight.internals import torch as torch_internals
-from lightweight.methods import CapturedStep, Method
-from lightweight.models import Model
-from lightweight.training import stock
-from lightweight.training.meter import Meter
-from lightweight.trial import Trial
-
-CPU = torch.device("cpu")
-LENGTH = 96
-
-ANY = {"vocab_size": 384, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-WIDE = ANY | {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 128,
-}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": WIDE,
-    "opt": ANY
-    | {
-        "hidden_size": 32,
-        "ffn_dim": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "word_embed_proj_dim": 32,
-        "max_position_embeddings": 128,
-        "dropout": 0.0,
-    },
-    "mamba": ANY | {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 4},
-    "qwen3_next": WIDE
-    | {
-        "head_dim": 16,
-        "layer_types": ["linear_attention", "full_attention"],
-        "num_experts": 0,
-        "linear_num_value_heads": 2,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "mlp_only_layers": [0, 1],
-    },
-    "mixtral": WIDE
-    | {
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "output_router_logits": True,
-        "router_aux_loss_coef": 0.5,
-        "sliding_window": None,
-    },
-    "mistral": WIDE | {"sliding_window": 16},
-    "gemma2": WIDE | {"head_dim": 16, "sliding_window": 16},
-    "cohere": WIDE,
-    "roberta": ANY
-    | {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 128,
-        "is_decoder": True,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    },
-    "gpt_oss": WIDE
-    | {
-        "head_dim": 16,
-        "num_local_experts": 2,
-        "num_experts_per_tok": 1,
-        "sliding_window": 16,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    "gpt_neo": ANY
-    | {
-        "hidden_size": 64,
-        "num_layers": 8,
-        "num_heads": 2,
-        "attention_types": [[["global", "local"], 4]],
-        "window_size": 16,
-        "max_position_embeddings": 128,
-    },
-    "bloom": ANY | {"hidden_size": 32, "n_layer": 2, "n_head": 2},
-    "bart": ANY
-    | {
-        "d_model": 32,
-        "decoder_layers": 2,
-        "encoder_layers": 1,
-        "decoder_attention_heads": 2,
-        "encoder_attention_heads": 2,
-        "decoder_ffn_dim": 64,
-        "max_position_embeddings": 128,
-        "dropout": 0.0,
-        "forced_eos_token_id": None,
-        "decoder_start_token_id": 1,
-    },
-}
-
-
-def lora(**settings):
-    return peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        **{"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear", **settings},
-    )
-
-
-def method(adapter=None, step=None, **more):
-    arguments = {"per_device_train_batch_size": 4, "learning_rate": 1e-3} | more
-    return Method(name="m", adapter=adapter, step=step or CapturedStep(), training_arguments=arguments)
-
-
-def network(architecture, scale=4.0):
-    """Weights that are larger than random ones are, so that a wrong context shows in the loss."""
-    transformers.set_seed(0)
-    config = AutoConfig.for_model(architecture, **CONFIGS[architecture])
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() >= 2:
-                weight.mul_(scale)
-            if architecture == "gpt_neo" and ("q_proj" in name or "k_proj" in name):
-                weight.mul_(scale)  # it does not scale their products, which makes a chaos of its layers
-    return model
-
-
-@pytest.fixture
-def prepare(small_corpus, tmp_path):
-    """Trainer, rows, meter and trial of four steps over dialogues of which some share a row."""
-    pairs = [
-        corpus.pair("u", talk.messages[1].content[: 6 + 17 * (index % 5)])
-        for index, talk in enumerate(small_corpus.train)
-    ]
-    found = dataclasses.replace(small_corpus, train=tuple(pairs))
-    encoded = corpus.encode_all(found.train, ByT5Tokenizer(), corpus.RowForm(LENGTH))
-    rows = corpus.Rows(encoded.rows, 0, LENGTH)
-
-    def prepare(architecture, method, dtype=torch.float32):
-        trial = Trial(
-            model=Model(name=architecture, architecture={"model_type": architecture}),
-            method=method,
-            target=targets.CPU,
-            corpus=found,
-            max_steps=4,
-            max_length=LENGTH,
-        )
-        built = network(architecture).to(dtype)
-        transformers.set_seed(0)
-        meter = Meter(CPU, 0.0)
-        trainer = stock.make_trainer(trial, methods.adapt(method, built), rows, meter, Unattended(), tmp_path)
-        return trainer, rows, meter, trial
-
-    return prepare
-
-
-def run(trainer, rows, meter, trial):
-    """Losses of the job and its note, by whom it is that runs its steps."""
-    heldout = worker.Heldout(rows[:2], [])
-    worker.train(trial, trainer, rows, heldout, meter, lambda phase: None)
-    return meter.measurements().train_loss, meter.facts.get("capture_note")
+from lightweight.methods import CapturedStep
 
 
 @pytest.fixture
@@ -371,18 +205,6 @@ def test_where_nothing_agrees_the_trainer_runs_the_steps_from_the_same_weights(p
     assert "the Trainer runs the steps, since no captured one is its: its loss is " in note
 
 
-@pytest.mark.parametrize("other", ["order", "number"])
-def test_rows_that_the_trainer_draws_otherwise_are_its_own_to_train(prepare, other):
-    trainer, rows, meter, trial = prepare("opt", method(per_device_train_batch_size=6))
-    trial = dataclasses.replace(trial, max_steps=None, epochs=1)
-    if other == "order":
-        trainer._get_train_sampler = lambda *_: SequentialSampler(rows)
-    else:
-        trainer.args.dataloader_drop_last = True  # of 20 rows, two
-    _, note = run(trainer, rows, meter, trial)
-    assert note.endswith("the Trainer runs the steps, since it draws other rows than the captured step")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_bit_for_bit_and_in_their_own_format_after_a_step_that_is_withdrawn(prepare, dtype):
     step = dataclasses.replace(method(), weights_dtype="bfloat16")
@@ -414,24 +236,6 @@ def test_the_comparison_leaves_no_trace_in_what_is_trained(prepare, monkeypatch)
     monkeypatch.setattr(reference.Reference, "gradients", lambda reference, sample: (sample, None))
     assert job() == compared
     assert len(compared) == 20
-
-
-@pytest.mark.parametrize("fits", [3, 1])
-def test_as_many_dialogues_are_compared_as_the_trainers_step_has_memory_for(prepare, monkeypatch, fits):
-    real, seen = reference.Reference._gradients, []
-
-    def short_of_memory(reference, sample, scale):
-        if sample.size > fits:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        seen.append(sample.size)
-        return real(reference, sample, scale)
-
-    monkeypatch.setattr(reference.Reference, "_gradients", short_of_memory)
-    drops_a_weight(monkeypatch)
-    trainer, rows, meter, trial = prepare("opt", method())
-    assert loop.CapturedTraining(trial, trainer, rows, meter).prepare()
-    assert seen and max(seen) <= fits
-    assert "loss given up" in meter.facts["capture_note"]
 
 
 def test_out_of_memory_of_what_was_asked_for_is_that(prepare, monkeypatch):
@@ -466,26 +270,6 @@ def test_what_passes_for_the_rounding_of_a_half_is_found_in_fp32(prepare, monkey
     assert "lean given up: " in meter.facts["capture_note"]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("none left"), RuntimeError("no kernel for fp32")])
-def test_where_fp32_cannot_be_had_halves_are_compared(prepare, monkeypatch, error):
-    gradients = reference.Reference._gradients
-    asked = []
-
-    def short(reference, sample, scale, autocast=None):
-        asked.append(next(reference._model.parameters()).dtype)
-        if autocast is not None:
-            raise error
-        return gradients(reference, sample, scale)
-
-    monkeypatch.setattr(reference.Reference, "_gradients", short)
-    step = dataclasses.replace(method(lora()), weights_dtype="bfloat16")
-    trainer, rows, meter, trial = prepare("opt", step, torch.bfloat16)
-    job = loop.CapturedTraining(trial, trainer, rows, meter)
-    assert job.prepare()
-    assert asked == [torch.bfloat16, torch.float32, torch.bfloat16]
-    assert "given up" not in meter.facts["capture_note"] and job.step.parts.lean
-
-
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_what_half_precision_makes_of_a_deep_network_is_compared_in_fp32(prepare, precision):
     """Its attention, which does not scale its products, enlarges the last digit of a half until no gradient is left."""
@@ -498,89 +282,6 @@ def test_what_half_precision_makes_of_a_deep_network_is_compared_in_fp32(prepare
     assert "compared in fp32: " in note and "given up" not in note
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, before[name].to(tensor.dtype)), name
-
-
-def test_as_much_is_compared_in_fp32_as_there_is_memory_for(prepare, monkeypatch):
-    gradients = reference.Reference._gradients
-    sizes = []
-
-    def short(reference, sample, scale, autocast=None):
-        if autocast is not None:
-            sizes.append(sample.size)
-            if sample.size > 2:
-                raise torch.OutOfMemoryError("none left")
-        return gradients(reference, sample, scale, autocast)
-
-    monkeypatch.setattr(reference.Reference, "_gradients", short)
-    step = dataclasses.replace(method(lora()), weights_dtype="bfloat16")
-    trainer, rows, meter, trial = prepare("gpt_neo", step, torch.bfloat16)
-    assert loop.CapturedTraining(trial, trainer, rows, meter).prepare()
-    assert sizes[-2:] == [4, 2]
-    assert "compared in fp32: " in meter.facts["capture_note"] and "given up" not in meter.facts["capture_note"]
-
-
-@pytest.mark.parametrize("architecture", ["llama", "opt"])
-def test_where_there_is_no_memory_for_one_dialogue_its_layers_are_computed_twice(prepare, monkeypatch, architecture):
-    gradients = reference.Reference._gradients
-    found = []
-
-    def short(reference, sample, scale, autocast=None):
-        twice = [layer.gradient_checkpointing for layer in reference._model.modules() if is_recomputable(layer)]
-        if not all(twice):
-            raise torch.OutOfMemoryError("none left")
-        found.append((sample.size, gradients(reference, sample, scale, autocast)))
-        return found[-1][1]
-
-    monkeypatch.setattr(reference.Reference, "_gradients", short)
-    trainer, rows, meter, trial = prepare(architecture, method(lora()))
-    job = loop.CapturedTraining(trial, trainer, rows, meter)
-    assert job.prepare()
-    assert "given up" not in meter.facts["capture_note"]
-    assert {size for size, _ in found} == {1}
-    assert not any(layer.gradient_checkpointing for layer in trainer.model.modules() if is_recomputable(layer))
-
-
-@pytest.mark.parametrize(("fault", "note"), [(None, None), (halves_a_gradient, "lean given up: ")])
-def test_where_there_is_no_memory_for_a_whole_dialogue_its_end_is_compared(prepare, monkeypatch, fault, note):
-    gradients = reference.Reference._gradients
-    tried = []
-
-    def short(reference, sample, scale, autocast=None):
-        tried.append((sample.size, sample.tokens))
-        if sample.tokens is None or sample.tokens > 20:
-            raise torch.OutOfMemoryError("none left")
-        return gradients(reference, sample, scale, autocast)
-
-    monkeypatch.setattr(reference.Reference, "_gradients", short)
-    monkeypatch.setattr(sample, "LEAST_TOKENS", 10)
-    if fault is not None:
-        fault(monkeypatch)
-    trainer, rows, meter, trial = prepare("llama", method(lora()))
-    assert loop.CapturedTraining(trial, trainer, rows, meter).prepare()
-    compared = [tokens for _, tokens in tried if tokens is not None and tokens <= 20]
-    assert f"compared over the last {min(compared)} tokens of a row" in meter.facts["capture_note"]
-    assert ("given up: " in meter.facts["capture_note"]) == (fault is not None)
-    assert note is None or note in meter.facts["capture_note"]
-
-
-def test_where_there_is_no_memory_for_the_end_of_a_dialogue_there_is_none(prepare, monkeypatch):
-    def short(*_):
-        raise torch.OutOfMemoryError("none left")
-
-    monkeypatch.setattr(reference.Reference, "_gradients", short)
-    trainer, rows, meter, trial = prepare("llama", method(lora()))
-    with pytest.raises(torch.OutOfMemoryError, match="no room for the Trainer's step of 512 tokens"):
-        loop.CapturedTraining(trial, trainer, rows, meter).prepare()
-
-
-def test_the_end_of_a_dialogue_is_up_to_its_last_answer():
-    ids, labels = np.arange(10, dtype=np.int32), np.full(10, corpus.IGNORED, np.int32)
-    labels[5:8] = ids[5:8]
-    rows = corpus.Rows([{"input_ids": ids, "labels": labels}], 0, 10)
-    sample = Sample([[0]], [[0]], tokens=6)
-    (row,) = sample.of_each(rows)
-    assert row["input_ids"].tolist() == [2, 3, 4, 5, 6, 7]
-    assert row["labels"].tolist()[3:] == [5, 6, 7]
 
 
 ON_EXPERTS = {"target_modules": ["q_proj", "v_proj"]}
@@ -599,10 +300,6 @@ def test_adapters_on_experts_are_trained_as_the_trainer_trains_them(prepare, mon
 
 
 FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
-
-
-def is_recomputable(module):
-    return isinstance(module, GradientCheckpointingLayer)
 
 
 @pytest.mark.parametrize(

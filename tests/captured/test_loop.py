@@ -2,19 +2,17 @@ import contextlib
 import copy
 import functools
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from training.test_stock import Unattended
 
+from captured.test_graphs import StandInGraph, recording
 from conftest import rows_of
 from lightweight import corpus, models, record, targets
 from lightweight.captured import loop, packing
 from lightweight.captured import optimizer as optimizer_module
-from lightweight.captured.graphs import what_cannot_be_captured
 from lightweight.captured.step import Step
 from lightweight.child import owner, worker
 from lightweight.corpus import Corpus
@@ -358,22 +356,6 @@ def test_a_rehearsal_leaves_no_trace_in_what_is_trained(trial, tmp_path, steps):
     assert losses[0] == losses[1]
 
 
-def test_what_prevents_a_capture_is_named_with_its_module(trial, tmp_path):
-    job = job_of(trial, tmp_path)
-    layer = job.model.model.decoder.layers[1]
-
-    def waits(*_):
-        raise RuntimeError("called a synchronizing CUDA operation\nand more")
-
-    step = lambda: job._run(job.epochs.layouts[0][0])  # noqa: E731
-    assert what_cannot_be_captured(job.network, step) is None
-    handle = layer.fc1.register_forward_pre_hook(waits)
-    found = what_cannot_be_captured(job.network, step)
-    assert found == "base_model.model.model.decoder.layers.1.fc1 (Linear): called a synchronizing CUDA operation"
-    handle.remove()
-    assert what_cannot_be_captured(job.network, step) is None
-
-
 def test_a_model_whose_logits_are_more_than_its_heads_keeps_its_own_loss(trial, tmp_path):
     trainer, rows, meter, _ = prepared(trial, tmp_path)
     forward = trainer.model.get_base_model().forward
@@ -508,27 +490,6 @@ def test_a_loss_scale_changes_no_step_and_skips_one_that_overflows(trial, tmp_pa
     scaled._run(plain.epochs.layouts[0][3])
     assert all(torch.equal(*pair) for pair in zip(before, scaled.step.optimizer.weights, strict=True))
     assert scaled.step.optimizer._taken.item() == 3
-
-
-class StandInGraph:
-    """A CUDA graph as the job sees it: what ran while it was recorded runs again over the same buffers."""
-
-    recording: Any = None
-    again: Callable[[], None]
-
-    def replay(self):
-        self.again()
-
-    def pool(self):
-        return "pool"
-
-
-@contextlib.contextmanager
-def recording(graph, pool=None, capture_error_mode="global"):
-    StandInGraph.recording = graph
-    graph.in_pool = pool
-    yield
-    StandInGraph.recording = None
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from lightweight.child.owner import Child
 from lightweight.methods import BASELINE, LORA, QLORA, Method
 from lightweight.preload import peft
 from lightweight.targets import MiB, Target
-from lightweight.trial import Completed, Crashed, Diverged, OutOfMemory, TimedOut, Trial
+from lightweight.trial import Completed, Crashed, Diverged, OutOfMemory, TimedOut
 
 
 def test_steps_that_nobody_asks_for_are_not_reported(trial, folder, monkeypatch):
@@ -119,39 +119,6 @@ def test_two_live_children_take_turns(trial, tmp_path):
             child.round()
         assert isinstance(a.finish(), Completed)
         assert isinstance(b.finish(), Completed)
-
-
-def test_a_child_killed_in_the_middle_of_a_round_costs_its_own_trial(trial, tmp_path):
-    (tmp_path / "killed").mkdir()
-    (tmp_path / "next").mkdir()
-
-    def kill(_: Trial, step: int, __: float | None) -> None:
-        if step == 5:
-            os.kill(child.pids[0], signal.SIGKILL)
-
-    with Child(trial, tmp_path / "killed", on_step=kill) as child:
-        child.round()
-        child.round()
-        assert isinstance(child.outcome, Crashed)
-        assert child.outcome.reason.startswith("killed by SIGKILL")
-        assert child.outcome.phase == "train"
-        assert child.rounds_done == 1
-        assert len(child.outcome.measured.train_loss) == 3  # the round before it is not lost
-        started = time.perf_counter()
-        child.round()  # returns at once
-        assert child.finish() is child.outcome
-        assert time.perf_counter() - started < 0.1
-    with Child(trial, tmp_path / "next") as child:
-        assert isinstance(child.finish(), Completed)
-
-
-def test_a_child_killed_between_two_rounds_is_noticed(trial, folder):
-    with Child(trial, folder) as child:
-        child.round()
-        os.kill(child.pids[0], signal.SIGTERM)
-        outcome = child.finish()
-    assert isinstance(outcome, Crashed)
-    assert outcome.reason == "killed by SIGTERM"
 
 
 def test_a_loss_that_is_no_number_has_diverged(trial, folder):

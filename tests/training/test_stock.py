@@ -57,17 +57,6 @@ def prepare(trial, folder, network=None, **overrides):
     return trainer, rows, meter, owner
 
 
-def test_a_round_is_an_epoch_and_training_goes_on_from_round_to_round(trial, folder):
-    trainer, _, meter, owner = prepare(trial, folder)
-    trainer.train()
-    assert owner.requests == ["begin", "round", "round"]
-    assert (owner.rounds, owner.steps) == (2, trial.steps) == (2, 6)
-    losses = meter.measurements().train_loss
-    assert len(losses) == 6
-    assert trainer.state.global_step == 6
-    assert losses[-1] < losses[0]
-
-
 def test_losses_are_those_the_trainer_itself_logs(trial, folder):
     trainer, _, meter, _ = prepare(trial, folder, logging_strategy="steps", logging_steps=1)
     trainer.train()
@@ -97,12 +86,6 @@ def test_the_order_of_pairs_is_the_seeds_whatever_the_method(trial, folder):
             orders[method.name, seed] = [number for batch in loader.batch_sampler for number in batch]
     assert orders["baseline", 0] == orders["qlora", 0] != orders["baseline", 1] == orders["qlora", 1]
     assert sorted(orders["baseline", 0]) == list(range(20))
-
-
-def test_max_steps_cut_the_job_short(trial, folder):
-    trainer, _, _, owner = prepare(replace(trial, max_steps=4), folder)
-    trainer.train()
-    assert (owner.steps, owner.rounds) == (4, 2)
 
 
 def small(kind, **settings):
