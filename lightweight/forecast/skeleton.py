@@ -16,13 +16,9 @@ from lightweight.internals import bitsandbytes as bitsandbytes_internals
 from lightweight.internals import torch as torch_internals
 
 
-class UntraceableError(ValueError):
-    """A network that cannot be one of fake tensors. The message names the layer, the reason and the mend."""
-
-
 def materialise(network: Any, dtype: torch.dtype, recorder: Recorder) -> None:
     """Turn a network on the meta device into one of fake tensors, piece by piece, quantized as it comes. `dtype` is
-    what unquantized weights are held in. Raises UntraceableError for weights of 8 bits."""
+    what unquantized weights are held in."""
     made: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
@@ -38,6 +34,9 @@ def materialise(network: Any, dtype: torch.dtype, recorder: Recorder) -> None:
         if isinstance(module, Linear4bit) and key == "weight":
             module.weight = _quantized(tensor, dtype, recorder)
             bitsandbytes_internals.keep_state(module)
+        elif isinstance(module, Linear8bitLt) and key == "weight":
+            module.weight, scales = bitsandbytes_internals.in_8_bits_like(tensor)
+            recorder.mark(scales, "quantization state")
         else:
             setattr(module, key, fake(tensor))
     bitsandbytes_internals.never_repack(network)
@@ -52,8 +51,6 @@ def _as_loaded(network: Any) -> Iterator[tuple[nn.Module, str, Tensor]]:
     made: list[tuple[list[tuple[int, int, str]], nn.Module, str, Tensor]] = []
     is_adapted = isinstance(network, peft.PeftModel)
     for name, module in network.named_modules():
-        if isinstance(module, Linear8bitLt):
-            raise UntraceableError(f"{name} is quantized to 8 bits, which cannot be traced: use 4 bits, or none")
         own = {"recurse": False, "remove_duplicate": False}
         for key, weight in module.named_parameters(**own):
             place = f"{name}.{key}".replace(".base_layer.", ".").split(".")
@@ -75,5 +72,11 @@ def _quantized(weight: Any, dtype: torch.dtype, recorder: Recorder) -> nn.Parame
 def _bytes_to_load(network: nn.Module) -> int:
     """The weights' bytes, for which transformers allocates one block before it loads them into what it has left.
     transformers/modeling_utils.py, `caching_allocator_warmup`."""
-    packed = {module.weight for module in network.modules() if isinstance(module, Linear4bit)}
-    return sum(p.numel() // 2 if p in packed else p.numel() * p.element_size() for p in network.parameters())
+    packed = {m.weight: m for m in network.modules() if isinstance(m, Linear4bit | Linear8bitLt)}
+
+    def bytes_of(weight: nn.Parameter) -> int:
+        if (layer := packed.get(weight)) is None:
+            return weight.numel() * weight.element_size()
+        return weight.numel() // 2 if isinstance(layer, Linear4bit) else weight.numel()
+
+    return sum(bytes_of(weight) for weight in network.parameters())

@@ -109,9 +109,12 @@ class JobTime:
 
 def forecast(trace: Trace, trial: Trial, card: str, known: Sequence[Calibration]) -> StepTime | None:
     """The step of a trial that was traced, on a card that CUDA calls so; None where no calibration and no data sheet
-    says anything of it, or several GPUs share the trial: what they send each other is not forecast."""
+    says anything of it, or several GPUs share the trial: what they send each other is not forecast. Nor are products of
+    8-bit integers, which no calibration has."""
     found, rates = calibration.of_card(card, known), targets.rates(card)
     if found is None or rates is None or trial.world_size > 1 or not trace.work.kernels:
+        return None
+    if any(kernel.dtype == "int8" for kernel in trace.work.kernels):
         return None
     measured, is_calibrated = found
     device = measured.seconds(trace.work.kernels, None if is_calibrated else rates)

@@ -20,7 +20,7 @@ from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from transformers import PretrainedConfig
+from transformers import BitsAndBytesConfig, PretrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightweight import corpus, methods, models
@@ -39,6 +39,11 @@ from lightweight.methods import MethodError
 from lightweight.targets import Capability, Device, has_bf16
 from lightweight.training.meter import Meter
 from lightweight.trial import Trial
+
+WAITS_FOR_OUTLIERS = (
+    "each product with 8-bit weights asks the device whether an input has outliers, which no graph can do, so that the "
+    "Trainer would run the steps: take a method without the captured step"
+)
 
 
 class ForecastError(ValueError):
@@ -131,11 +136,20 @@ def refusal(trial: Trial, config: PretrainedConfig, rows: Rows | None = None) ->
     if longest is not None and longest < width:
         return f"rows of {width} tokens, where the model takes {longest}"
     try:
-        _settled(trial, config)
+        quantization = _settled(trial, config)
+        models.check_forecastable(trial.model, quantization)
+        if step is not None and step.graph and _looks_for_outliers(quantization):
+            return WAITS_FOR_OUTLIERS
         methods.check_layers(trial.method, trial.model)
     except (models.ModelError, MethodError) as error:
         return str(error).removeprefix(f"{trial.name}: ")
     return None
+
+
+def _looks_for_outliers(quantization: QuantizationConfigMixin | None) -> bool:
+    if not isinstance(quantization, BitsAndBytesConfig):
+        return False
+    return bool(quantization.load_in_8bit and quantization.llm_int8_threshold > 0)
 
 
 def _settled(trial: Trial, config: PretrainedConfig) -> QuantizationConfigMixin | None:
@@ -167,8 +181,6 @@ def _trace(trial: Trial, capability: Capability, rows: Rows | None, network: Any
                 pass
             except captured.UncapturedError as error:
                 raise ForecastError(f"{trial.name}: cannot be captured: {error}") from None
-            except skeleton.UntraceableError as error:
-                raise ForecastError(f"{trial.name}: {error}") from None
             except Exception as error:  # of any model's code, or a library's, which is the reason that is given
                 where = f"{entered[-1]} " if entered else _part_at_fault(trial, recorder)
                 raise ForecastError(f"{trial.name}: {where}cannot be traced: {_reason(error)}") from error

@@ -213,6 +213,10 @@ def kernels_of(operator: Any, arguments: Sequence[Any], options: Mapping[str, An
         x, shape = arguments[0], arguments[2]
         yield _dequantization(_bytes(arguments[1]), math.prod(shape), x)
         yield product("nt", _dtype(x), x.numel() // x.shape[-1], shape[0], shape[1], x.element_size())
+    elif name == "bitsandbytes::int8_linear_matmul":
+        rows, weight = arguments[:2]
+        n, k = weight.shape
+        yield product("nt", _dtype(rows), rows.numel() // k, n, k, rows.element_size())
     elif name == "bitsandbytes::dequantize_4bit":
         yield _dequantization(_bytes(arguments[0]), result.numel(), result)
     elif name in ("aten::_flash_attention_forward", "aten::_flash_attention_backward"):

@@ -13,6 +13,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from lightweight.internals import torch as torch_internals
+
 PAGED_ELEMENTS = 100_000
 """From so many elements on, paged optimizers keep a parameter's state in managed memory.
 bitsandbytes/optim/optimizer.py, `get_state_buffer`."""
@@ -35,6 +37,7 @@ def as_on_a_gpu(
     memory, and what is made within `on_the_host()` is on the host. What they keep for a whole process is empty inside
     and as before afterwards. bitsandbytes/functional.py and bitsandbytes/optim/optimizer.py."""
     from bitsandbytes import functional
+    from bitsandbytes.autograd import _functions as products
     from bitsandbytes.optim.optimizer import GlobalOptimManager, Optimizer8bit
 
     def paged_as_on_a_gpu(optimizer: Any, parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -56,8 +59,58 @@ def as_on_a_gpu(
         mock.patch.object(functional, "create_dynamic_map", numbers_of_8_bits),
         mock.patch.dict(functional.name2qmap, clear=True),
         mock.patch.object(GlobalOptimManager, "_instance", None),
+        mock.patch.object(products, "MatMul8bitFp", products.MatMul8bitLt),  # the one is the CPU's, the other a GPU's
+        mock.patch.object(products.logger, "warning"),  # of each product whose input is not in fp16
+        _products_of_8_bits(),
     ):
         yield
+
+
+@contextmanager
+def _products_of_8_bits() -> Iterator[None]:
+    """Inside, LLM.int8()'s operators are seen as what a GPU's kernels allocate, no number being an outlier: what theirs
+    for fake tensors say is neither. bitsandbytes/backends/cuda/ops.py and bitsandbytes/backends/default/ops.py."""
+
+    def rows_of_8_bits(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+        scales, rows = torch.empty(x.numel() // x.shape[-1]), torch.empty(x.shape, dtype=torch.int8)
+        if threshold == 0.0:
+            return rows, scales, None
+        (x.abs() >= threshold).any()
+        return rows, scales, torch.empty(0, dtype=torch.int64)
+
+    def product(
+        rows: Tensor,
+        weight: Tensor,
+        _of_rows: Tensor,
+        _of_weight: Tensor,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        numbers = torch.ops.bitsandbytes.int8_linear_matmul.default(rows, weight)
+        dequantized = torch.empty_like(numbers, dtype=torch.float16)
+        if bias is not None and bias.dtype != torch.float16:
+            dequantized.add_(bias)
+        return dequantized.to(dtype or torch.float16)
+
+    def product_beside_outliers(
+        x: Tensor,
+        rows: Tensor,
+        weight: Tensor,
+        _of_rows: Tensor,
+        _of_weight: Tensor,
+        _outliers: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return product(rows, weight, _of_rows, _of_weight, bias, x.dtype), torch.empty(0, dtype=x.dtype)
+
+    library = torch.library.Library("bitsandbytes", "IMPL")
+    library.impl("int8_vectorwise_quant", rows_of_8_bits, "AutogradCPU")
+    library.impl("int8_scaled_mm", product, "AutogradCPU")
+    library.impl("int8_mixed_scaled_mm", product_beside_outliers, "AutogradCPU")
+    try:
+        yield
+    finally:
+        torch_internals.unregister(library)
 
 
 def packed_like(weight: Any, whole: Tensor) -> tuple[nn.Parameter, list[Tensor]]:
@@ -73,6 +126,14 @@ def packed_like(weight: Any, whole: Tensor) -> tuple[nn.Parameter, list[Tensor]]
     quantized.bnb_quantized, quantized.quant_state = True, state
     parts = (vars(state), vars(state.state2) if state.nested else {}, functional.name2qmap)
     return quantized, [tensor for part in parts for tensor in part.values() if isinstance(tensor, Tensor)]
+
+
+def in_8_bits_like(weight: Any) -> tuple[nn.Parameter, Tensor]:
+    """What lies on a GPU in the place of `weight`, an 8-bit layer's on the meta device, and its scales, one for each
+    row. `Int8Params` cannot hold a fake tensor. Ibid., `Int8Params`."""
+    packed: Any = nn.Parameter(torch.empty(weight.shape, dtype=torch.int8), requires_grad=False)
+    packed.CB, packed.SCB, packed.has_fp16_weights = packed.data, torch.empty(weight.shape[0]), False
+    return packed, packed.SCB
 
 
 def keep_state(layer: Any) -> None:

@@ -9,10 +9,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightweight.methods.method import Method, MethodError
 from lightweight.models.model import Model
-from lightweight.models.quantization import check_trainable, stored_quantization, title
+from lightweight.models.quantization import check_trainable, is_undone, stored_quantization, title
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+
+IN_INTEGERS = "in integers, which FSDP cannot share among ranks: train on one, or by the captured step"
 
 
 def settle_quantization(
@@ -27,9 +30,11 @@ def settle_quantization(
     """
     stored, asked = stored_quantization(model, config), method.quantization
     if stored is None:
+        if sharded and isinstance(asked, BitsAndBytesConfig) and asked.load_in_8bit:
+            raise MethodError(f"method {method.name}: it quantizes to {title(asked)}, {IN_INTEGERS}")
         return asked
     is_same = asked is not None and _is_same_quantization(stored, asked)
-    if is_same and getattr(asked, "dequantize", False):
+    if is_same and is_undone(asked):
         return asked  # to a network like any other
     check_trainable(model, stored)
     what = f"method {method.name}: model {model.name} is quantized by {title(stored)} already"
@@ -38,9 +43,7 @@ def settle_quantization(
     if method.adapter is None:
         raise MethodError(f"{what}: its weights cannot be trained directly: take a method with an adapter")
     if sharded and not getattr(getattr(stored, "bnb_4bit_quant_storage", None), "is_floating_point", False):
-        raise MethodError(
-            f"{what}, in integers, which FSDP cannot share among ranks: train on one, or by the captured step"
-        )
+        raise MethodError(f"{what}, {IN_INTEGERS}")
     if isinstance(stored, BitsAndBytesConfig):
         formats = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16"}
         compute = getattr(asked, "bnb_4bit_compute_dtype", None) or formats[method.precision]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightweight.models.config import CAUSAL, configuration_beside_weights
 from lightweight.models.model import Model, ModelError, reason, refused
-from lightweight.models.quantization import UNQUANTIZED, quantization_of, stored_quantization, title
+from lightweight.models.quantization import is_undone, quantization_of, stored_quantization
 
 if TYPE_CHECKING:
     import torch
@@ -36,20 +36,16 @@ def skeleton(
     config: PretrainedConfig, dtype: torch.dtype, quantization: QuantizationConfigMixin | None
 ) -> PreTrainedModel:
     """The network that `load` would give, on the meta device: shapes and no weights. `quantization` is what
-    `methods.settle_quantization` gave. Raises ModelError for one that makes its weights only when they are loaded."""
+    `methods.settle_quantization` gave, and `check_forecastable` has passed."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from lightweight.internals.transformers import quantize_shapes
 
     described = Model(name=config.name_or_path or config.model_type)
-    if quantization is not None and getattr(quantization, "dequantize", False):
+    if is_undone(quantization):
         quantization = None
-    if quantization is not None and not isinstance(quantization, BitsAndBytesConfig):
-        raise ModelError(
-            f"model {described.name}: weights quantized by {title(quantization)} have no shapes before they are "
-            f"loaded, so that no forecast can be made: {UNQUANTIZED}"
-        )
+    assert quantization is None or isinstance(quantization, BitsAndBytesConfig), "see check_forecastable"
     with refused(described, "no network can be built of its config.json", CAUSAL), torch.device("meta"):
         network: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         if quantization is not None:

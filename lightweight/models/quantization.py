@@ -49,7 +49,30 @@ def check_trainable(model: Model, quantization: QuantizationConfigMixin) -> None
         trainable = quantizer.is_trainable
         trainable = trainable() if callable(trainable) else trainable  # fp_quant's is a method
     if not trainable:
-        raise ModelError(f"model {model.name}: {what}, which transformers cannot train: {UNQUANTIZED}")
+        raise ModelError(f"model {model.name}: {what}, which transformers cannot train: {_mend(quantization)}")
+
+
+def check_forecastable(model: Model, quantization: QuantizationConfigMixin | None) -> None:
+    """Raise ModelError where weights are trained as `quantization` says, and no forecast can be made of that."""
+    from transformers import BitsAndBytesConfig
+
+    if quantization is None or isinstance(quantization, BitsAndBytesConfig) or is_undone(quantization):
+        return
+    raise ModelError(
+        f"model {model.name}: no forecast can be made of weights quantized by {title(quantization)}, whose layers "
+        f"cannot be traced without their values and a GPU: train to see, or {_mend(quantization)}"
+    )
+
+
+def is_undone(quantization: QuantizationConfigMixin | None) -> bool:
+    """Whether quantized weights are dequantized as they are loaded, to a network like any other."""
+    return bool(getattr(quantization, "dequantize", False))
+
+
+def _mend(quantization: QuantizationConfigMixin) -> str:
+    if not hasattr(quantization, "dequantize"):
+        return UNQUANTIZED
+    return f"{UNQUANTIZED}, or take a method with quantization={type(quantization).__name__}(dequantize=True)"
 
 
 def title(quantization: QuantizationConfigMixin) -> str:

@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 from bitsandbytes import functional as bitsandbytes_functional
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from bitsandbytes.optim import GlobalOptimManager
 from training.test_stock import Unattended
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -24,10 +24,10 @@ from transformers.training_args import OptimizerNames
 from conftest import MICRO
 from experiments import test_training as training_experiment
 from experiments.test_forecast import ALLOCATED, CELLS, MODELS, RESERVED
-from lightweight import models, record, targets
+from lightweight import methods, models, record, targets
 from lightweight.child import helper
 from lightweight.corpus import Corpus, Row, Rows, pair
-from lightweight.forecast import tracer
+from lightweight.forecast import calibration, step_time, tracer
 from lightweight.forecast.replay import within
 from lightweight.forecast.tracer import ForecastError
 from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, QLORA, MethodError
@@ -269,6 +269,8 @@ def test_dropping_layers_is_forecast_as_if_none_were_dropped():
     assert peaks[0] == peaks[1]
 
 
+EIGHT_BITS = BitsAndBytesConfig(load_in_8bit=True)
+NO_OUTLIERS = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
 assert isinstance(LORA.adapter, peft.LoraConfig)
 LSH = {"model_type": "reformer", "is_decoder": True, "vocab_size": 384, "axial_pos_shape": [16, 16]}
 
@@ -279,8 +281,8 @@ LSH = {"model_type": "reformer", "is_decoder": True, "vocab_size": 384, "axial_p
         (Model(name="lsh", architecture=LSH), BASELINE, ("lsh x baseline", "LSHSelfAttention", "DataDependent")),
         (
             OPT_TINY,
-            replace(LORA, name="int8", quantization=BitsAndBytesConfig(load_in_8bit=True)),
-            ("opt-tiny x int8", "project_out is quantized to 8 bits"),
+            replace(LORA_CAPTURED, quantization=EIGHT_BITS),
+            ("opt-tiny x lora-captured", "8-bit weights", "take a method without the captured step"),
         ),
         (
             OPT_TINY,
@@ -288,7 +290,7 @@ LSH = {"model_type": "reformer", "is_decoder": True, "vocab_size": 384, "axial_p
             ("lora", "cannot be built"),
         ),
     ],
-    ids=["data-dependent", "8 bits", "no such module"],
+    ids=["data-dependent", "8 bits captured", "no such module"],
 )
 def test_what_cannot_be_traced_is_one_line_that_names_it(model, method, words):
     with pytest.raises(ForecastError) as failure:
@@ -364,11 +366,12 @@ def stored(tmp_path, quantization):
 @pytest.mark.parametrize(
     ("quantization", "method", "words"),
     [
-        (FP8, LORA, "quantized by fp8"),
+        (FP8, LORA, r"quantized by fp8, .*train to see, or .*quantization=FineGrainedFP8Config\(dequantize=True\)$"),
         (FP8, BASELINE, "quantized by fp8"),
         ({"quant_method": "gptq", "bits": 4}, LORA, "quantized by gptq"),
         ({"quant_method": "mxfp4"}, QLORA, "quantized by mxfp4"),
-        (BitsAndBytesConfig(load_in_8bit=True).to_dict(), LORA, "is quantized to 8 bits"),
+        (EIGHT_BITS.to_dict(), LORA_CAPTURED, "asks the device whether an input has outliers"),
+        (EIGHT_BITS.to_dict(), QLORA, "quantized by bitsandbytes 8-bit already"),
         ({}, LORA, "quantized by what config.json does not name"),
         (FOUR_BITS, BASELINE, "its weights cannot be trained directly"),
     ],
@@ -382,6 +385,44 @@ def test_a_checkpoint_of_4_bits_is_forecast_as_it_is(tmp_path):
     model = stored(tmp_path, FOUR_BITS)
     peaks = [trace(trial(model, method, max_length=16)).replay() for method in (LORA, QLORA)]
     assert peaks[0].by_cause["quantization state"] == peaks[1].by_cause["quantization state"] > 0
+
+
+@pytest.fixture(scope="module")
+def of_8_bits(tmp_path_factory):
+    """opt-tiny as a checkpoint of 8 bits, and the bytes by cause that its network has once it is loaded."""
+    whole, folder = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("8-bit")
+    AutoModelForCausalLM.from_config(models.configuration(OPT_TINY)).save_pretrained(whole)
+    AutoModelForCausalLM.from_pretrained(whole, quantization_config=EIGHT_BITS, device_map="cpu").save_pretrained(
+        folder
+    )
+    model = Model(name="stored", source=str(folder), location=str(folder))
+    settled = methods.settle_quantization(model, models.configuration(model), LORA)
+    network = methods.adapt(LORA, models.load(model, torch.float32, torch.device("cpu"), settled))
+    layers: list[Any] = [module for module in network.modules() if isinstance(module, Linear8bitLt)]
+    scales = blocks(layer.weight.SCB for layer in layers)
+    held = [*{id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}.values()]
+    return model, {"weights": blocks(held), "quantization state": scales}
+
+
+def test_a_checkpoint_of_8_bits_lies_in_memory_as_it_is_loaded(of_8_bits):
+    model, held = of_8_bits
+    found = trace(trial(model, LORA, max_length=16))
+    peak = found.replay()
+    assert peak.by_cause["quantization state"] == held["quantization state"]
+    assert 0 <= peak.by_cause["weights"] - held["weights"] <= 8 * 512  # of the first batch's tensors
+    assert found.parameters == trace(trial(OPT_TINY, LORA, max_length=16)).parameters
+
+
+def test_a_step_of_8_bits_keeps_inputs_as_they_come_and_no_outliers(of_8_bits):
+    """The same products with and without the look for outliers, which keeps nothing where there are none; and time is
+    not forecast of them."""
+    model, _ = of_8_bits
+    found = trace(trial(model, LORA))
+    blind = trace(trial(OPT_TINY, replace(LORA, quantization=NO_OUTLIERS)))
+    assert found.replay().by_cause["activations"] == blind.replay().by_cause["activations"]
+    assert any(kernel.dtype == "int8" for kernel in found.work.kernels)
+    assert step_time.forecast(found, trial(model, LORA), "NVIDIA H100 80GB HBM3", calibration.stored()) is None
+    assert trace(trial(OPT_TINY, replace(LORA_CAPTURED, quantization=NO_OUTLIERS), max_length=16)).replay()
 
 
 def test_rows_longer_than_the_model_takes_are_refused():

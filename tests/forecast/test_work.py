@@ -119,6 +119,9 @@ def test_four_bits_are_read_and_what_they_stand_for_is_written():
     assert list(work.kernels_of(operators.dequantize_4bit.default, (packed,), {}, weight)) == [unpacked]
     found = list(work.kernels_of(operators.gemm_4bit.default, (x, packed, [16, 8]), {}, None))
     assert found == [unpacked, work.product("nt", "bfloat16", 6, 16, 8, 2)]
+    rows, weight = meta(2, 3, 8, dtype=torch.int8), meta(16, 8, dtype=torch.int8)
+    found = list(work.kernels_of(operators.int8_linear_matmul.default, (rows, weight), {}, None))
+    assert found == [work.product("nt", "int8", 6, 16, 8, 1)]
 
 
 def test_the_gradient_of_a_part_is_zeros_with_the_part_copied_into_them():

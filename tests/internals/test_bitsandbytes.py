@@ -1,8 +1,10 @@
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from unittest import mock
 
 import pytest
 import torch
 from bitsandbytes import functional, nn
+from bitsandbytes.autograd import _functions as products
 from bitsandbytes.nn import Linear4bit
 from bitsandbytes.optim import PagedAdamW8bit
 from bitsandbytes.optim.optimizer import GlobalOptimManager
@@ -101,3 +103,53 @@ def test_a_layer_whose_weight_has_not_been_packed_is_told_from_one_whose_weight_
     assert list(bitsandbytes_internals.layers_without_scales(network)) == []
     assert bitsandbytes_internals.count_elements(network[1].weight) == 64 * 32  # type: ignore[arg-type]
     assert bitsandbytes_internals.count_elements(network[0].weight) == 16  # type: ignore[arg-type]
+
+
+def nothing_is_paged(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    raise AssertionError(f"{shape} of {dtype}")
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_fake_product_of_8_bits_leaves_behind_what_a_gpus_does(threshold, dtype):
+    """What the class that a GPU computes by has done here, whose operators a CPU has as well."""
+
+    def kept(layer):
+        x = torch.zeros(2, 5, 64, dtype=dtype, requires_grad=True)
+        y = layer(x + 0)
+        function = y.grad_fn.next_functions[0][0]  # below the view of rows as a batch
+        function = y.grad_fn if hasattr(y.grad_fn, "tensors") else function
+        y.sum().backward()
+        held = (y, x.grad, *function.tensors, *function.tensor_states, layer.weight, layer.state.CB, layer.state.SCB)
+        return [None if each is None else (tuple(each.shape), each.dtype, each.requires_grad) for each in held]
+
+    def made():
+        return nn.Linear8bitLt(64, 32, has_fp16_weights=False, threshold=threshold)
+
+    theirs = made().to("cpu")
+    with mock.patch.object(products, "MatMul8bitFp", products.MatMul8bitLt):
+        expected = kept(theirs)
+    fake = made()
+    with (
+        FakeTensorMode(),
+        bitsandbytes_internals.as_on_a_gpu(nothing_is_paged, nullcontext),
+    ):
+        fake.bias = torch.nn.Parameter(torch.zeros(32), requires_grad=False)
+        fake.weight, scales = bitsandbytes_internals.in_8_bits_like(torch.empty(32, 64, device="meta"))
+        assert fake.weight.SCB is scales
+        found = kept(fake)
+    assert found == expected
+    assert any(each is not None and each[:2] == ((10, 64), dtype) for each in found)  # the input, for no gradient
+
+
+def test_products_of_8_bits_are_bitsandbytes_own_afterwards():
+    theirs = nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False, threshold=6.0).to("cpu")
+    x = torch.linspace(-10, 10, 64).unsqueeze(0)
+    before = theirs.eval()(x)
+    with (
+        FakeTensorMode(),
+        bitsandbytes_internals.as_on_a_gpu(nothing_is_paged, nullcontext),
+    ):
+        assert products.MatMul8bitFp is products.MatMul8bitLt
+    assert products.MatMul8bitFp is not products.MatMul8bitLt
+    assert torch.equal(theirs(x), before)

@@ -72,8 +72,9 @@ def test_a_quantized_checkpoint_is_forecast_as_it_is(quantized):
     packed = {name for name, module in network.named_modules() if type(module).__name__ == "Linear4bit"}
     assert "model.decoder.layers.0.self_attn.q_proj" in packed
     assert models.count_parameters(network) == models.count_parameters(models.skeleton(config, torch.float32, None))
-    with pytest.raises(ModelError, match="by fp8 have no shapes before they are loaded"):
-        models.skeleton(config, torch.float32, FineGrainedFP8Config())
+    with pytest.raises(ModelError, match="no forecast can be made of weights quantized by fp8"):
+        models.check_forecastable(model, FineGrainedFP8Config())
+    models.check_forecastable(model, FineGrainedFP8Config(dequantize=True))
 
 
 @pytest.mark.parametrize(
@@ -90,6 +91,14 @@ def test_a_method_that_cannot_train_a_quantized_checkpoint_is_one_line(quantized
     with pytest.raises(MethodError, match=expected) as raised:
         methods.settle_quantization(model, models.configuration(model), method, **more)
     assert str(raised.value).startswith(f"method {method.name}: model {model.name} is quantized by bitsandbytes 4-bit")
+
+
+def test_a_method_that_quantizes_to_8_bits_cannot_be_sharded():
+    of_8_bits = replace(LORA, quantization=BitsAndBytesConfig(load_in_8bit=True))
+    config = models.configuration(models.OPT_TINY)
+    with pytest.raises(MethodError, match=r"^method lora: it quantizes to bitsandbytes 8-bit, in integers, which FSDP"):
+        methods.settle_quantization(models.OPT_TINY, config, of_8_bits, sharded=True)
+    assert methods.settle_quantization(models.OPT_TINY, config, of_8_bits) is of_8_bits.quantization
 
 
 UNTRAINABLE: dict[str, dict[str, Any]] = {
@@ -115,6 +124,8 @@ def test_a_checkpoint_that_no_method_can_train_is_one_line_of_the_model(weights_
     with pytest.raises(ModelError, match=f"its checkpoint is quantized by {kind}, which") as raised:
         methods.settle_quantization(model, models.configuration(model), method)
     assert "\n" not in str(raised.value)
+    dequantizes = kind == "mxfp4" and "cannot train" in str(raised.value)
+    assert ("take a method with quantization=Mxfp4Config(dequantize=True)" in str(raised.value)) == dequantizes
     with pytest.raises(ModelError, match=r"random weights are not drawn as|which cannot be read here"):
         models.find(model, "random")
 
