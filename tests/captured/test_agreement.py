@@ -3,13 +3,16 @@
 import dataclasses
 import functools
 
+import numpy as np
 import pytest
 import torch
 
 from lightweight.captured import agreement, temporary
 from lightweight.captured.agreement import Deviation, Gradients, Tolerance
+from lightweight.captured.packing import Layout
 from lightweight.captured.parts import Parts
-from lightweight.captured.sample import Sample
+from lightweight.captured.sample import Sample, samples
+from lightweight.corpus import Rows
 
 
 def test_parts_are_given_up_one_by_one_before_two_by_two():
@@ -71,3 +74,13 @@ def test_fewer_dialogues_are_those_of_whole_rows():
     assert sample.first(2) == Sample([[0], [3]], [[3, 0]])
     assert sample.first(3) == Sample([[0], [2, 3]], [[3, 0], [2]])
     assert sample.first(1).size == 1
+
+
+def test_the_longest_dialogue_and_the_fullest_row_are_compared_whichever_steps_have_them():
+    """Where a window or a table of positions shows itself, and what runs from one dialogue into the next."""
+    of = [np.arange(tokens) for tokens in (4, 5, 6, 16, 2, 3, 4)]
+    rows = Rows([{"input_ids": ids, "labels": ids} for ids in of], 0)
+    steps = [[[0], [1]], [[2], [3]], [[4, 5, 6]]]
+    begin, others = samples([Layout(step, {}, 0) for step in steps], [[0], [1]], rows, rows_per_pass=2)
+    assert begin == Sample([[0], [1]], [[0], [1]])
+    assert others == Sample([[3, 4], [5, 6]], [[3], [4, 5, 6]])
