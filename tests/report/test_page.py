@@ -5,6 +5,7 @@ import html
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from samples import LADDER, entry, forecast, paired, run, seeds, stopped
 
 from lightweight import record
-from lightweight.report import drawing, figures, loss_figures, page, select, words, write
+from lightweight.report import drawing, figures, loss_figures, page, select, speed_figures, words, write
 
 HOSTILE = [
     "<script>document.title='owned'</script>",
@@ -125,6 +126,19 @@ def test_of_several_seeds_the_mean_is_drawn_with_a_band_and_whatever_failed():
     assert "Mean of" not in drawn[1].summary
     (alone,) = (p for p in figures.pictures([run(entry(), entry(method="lora"))]) if p.kind == "loss")
     assert "band" not in alone.summary
+
+
+def test_what_is_drawn_is_what_was_measured_and_not_two_digits_of_it():
+    baseline = entry()
+    steady, in_pairs = entry(method="lora", steady_step_seconds=0.0333), entry(method="qlora")
+    in_pairs = replace(in_pairs, speedup=paired(1.23456, 1.12345, 1.34567))
+    drawn = [speed_figures._Faster.of(cell, [cell], [baseline, cell]) for cell in (steady, in_pairs)]
+    assert [row.ratio for row in drawn] == pytest.approx([0.1 / 0.0333, 1.23456], rel=1e-12)
+    assert [row.ends for row in drawn] == [None, (1.12345, 1.34567)]
+    trend = [(run(baseline, cell), cell) for cell in (steady, in_pairs)]
+    values = {line.name: line.values for line in speed_figures._lines(trend)}
+    assert values["times as fast"] == pytest.approx([0.1 / 0.0333, 1.23456], rel=1e-12)
+    assert values["ms a step"] == pytest.approx([33.3, 100.0], rel=1e-12)
 
 
 def test_a_band_is_as_wide_as_the_seeds_are_apart():

@@ -314,6 +314,23 @@ def test_a_child_that_has_died_between_rounds_is_told_by_its_outcome(trial, who)
     assert died in [child.outcome for child in children]
 
 
+def test_a_thread_that_ends_before_it_is_put_on_a_core_costs_nothing(trial, monkeypatch):
+    """Between being listed and being pinned; the threads after it are pinned all the same."""
+    pinned: dict[int, set[int]] = {}
+
+    def pin(thread: int, cores: set[int]) -> None:
+        if thread == 11:
+            raise ProcessLookupError
+        pinned[thread] = cores
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(os, "sched_setaffinity", pin)
+    monkeypatch.setattr(alternation, "_threads", lambda _: [11, 12])
+    child: Any = FakeChild(trial, [], None, [])
+    alternation.share_cores(child, pair=0)
+    assert pinned == {12: {0}}
+
+
 def test_a_real_child_killed_between_pairs_ends_them_with_its_outcome(trial, tmp_path):
     def start(part):
         folder = tmp_path / part.method.name
