@@ -1,5 +1,5 @@
-"""What can be set from a command line? Settings of a method, and of its rows, declared once for the suite, `plan` and
-`train`; and the method that they make of another.
+"""What of a method and of its rows can be set without writing another? Declared once, for pytest and every command; and
+the method that is made so. A command's own options are in `__main__`, pytest's in `session.options`.
 
 Imports nothing that takes long: a pytest that only prints its help reads the table.
 """

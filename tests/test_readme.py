@@ -87,6 +87,25 @@ def test_every_link_to_a_file_has_one(page):
         assert "://" in link or not target or (page.parent / target).exists(), f"{page.name}: {link}"
 
 
+CHANGES = re.findall(r"^\| (?!to add|-)(.*) \|$", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("row", CHANGES, ids=lambda row: row.partition(" |")[0].strip())
+def test_what_a_common_change_touches_is_there(row):
+    """Every file, from the package or the repository on, and every name in one of the row's files."""
+    quoted = re.findall(r"`([^`]+)`", row)
+    paths = [word for word in quoted if "/" in word or word.endswith(".py")]
+    found = {path: sorted(found_from(ROOT / "lightweight", path) or found_from(ROOT, path)) for path in paths}
+    assert paths and [path for path, files in found.items() if not files] == []
+    text = "".join(file.read_text("utf-8") for files in found.values() for file in files if file.is_file())
+    assert [name for name in quoted if name.isidentifier() and not re.search(rf"\b{name}\b", text)] == []
+
+
+def found_from(folder: Path, path: str) -> list[Path]:
+    """The files of `path`, in which `*` and `<command>` are any."""
+    return list(folder.glob(re.sub(r"<\w+>", "*", path)))
+
+
 @each_page
 def test_every_command_of_ours_is_one(page):
     for line in commands(page, "lightweight"):

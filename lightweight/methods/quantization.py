@@ -9,7 +9,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightweight.methods.method import Method, MethodError
 from lightweight.models.model import Model
-from lightweight.models.quantization import check_trainable, is_undone, stored_quantization, title
+from lightweight.models.quantized_checkpoint import check_trainable, is_undone, stored_quantization, title
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -26,7 +26,7 @@ from lightweight.models.known import (
 )
 from lightweight.models.loading import count_parameters, load, skeleton
 from lightweight.models.model import Model, ModelError, Weights, ran_out, reason
-from lightweight.models.quantization import check_forecastable, quantization_of, stored_quantization
+from lightweight.models.quantized_checkpoint import check_forecastable, quantization_of, stored_quantization
 from lightweight.models.sources import NoTokenizerError, can_be_random, find, find_tokenizer
 from lightweight.models.tokenizer import check_rows, load_tokenizer
 from lightweight.models.writing import drawn_tokenizer, write

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightweight.models.config import CAUSAL, configuration_beside_weights
 from lightweight.models.model import Model, ModelError, reason, refused
-from lightweight.models.quantization import is_undone, quantization_of, stored_quantization
+from lightweight.models.quantized_checkpoint import is_undone, quantization_of, stored_quantization
 
 if TYPE_CHECKING:
     import torch

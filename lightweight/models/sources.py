@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lightweight.models.config import configuration, has_config, unreachable
 from lightweight.models.known import MODELS
 from lightweight.models.model import Model, ModelError, Weights
-from lightweight.models.quantization import stored_quantization, title
+from lightweight.models.quantized_checkpoint import stored_quantization, title
 from lightweight.models.tokenizer import has_tokenizer, load_tokenizer
 from lightweight.models.writing import drawn_tokenizer, tokenizer_of_gguf
 

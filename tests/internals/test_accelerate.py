@@ -39,6 +39,20 @@ def test_a_rank_of_whatever_group_counts_as_one_with_a_gpu_and_leaves_nothing(mo
         distributed.destroy_process_group()
 
 
+def test_a_rank_on_cpus_computes_on_a_device_without_a_number(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
+    accelerate_internals.leave_cpu_unnumbered()
+    distributed.init_process_group("fake", store=torch_internals.fake_store(), rank=1, world_size=2)
+    try:
+        with accelerate_internals.ranks_as_of_gpus():
+            assert PartialState().device == torch.device("cpu")
+    finally:
+        distributed.destroy_process_group()
+
+
 def test_ranks_on_cpus_shard_by_fsdp_and_gather_weights_as_they_are_stored(trainer):
     accelerate_internals.shard_on_cpu(trainer)
     assert trainer.is_fsdp_enabled and trainer.accelerator.distributed_type == DistributedType.FSDP

@@ -93,6 +93,7 @@ LAYERS = {
 def test_its_packed_layers_have_these_names():
     assert set(bitsandbytes_internals.LAYERS) == LAYERS.keys()
     assert all(hasattr(nn, name) for name in bitsandbytes_internals.LAYERS)
+    assert all(hasattr(layer().weight, name) for name in bitsandbytes_internals.PACKING)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -101,6 +102,8 @@ def test_a_layer_whose_weight_has_not_been_packed_is_told_from_one_whose_weight_
     assert list(bitsandbytes_internals.layers_without_scales(network)) == ["1"]
     network[1].to("cpu")  # packs it
     assert list(bitsandbytes_internals.layers_without_scales(network)) == []
+    states = [getattr(network[1].weight, name, None) for name in bitsandbytes_internals.STATES]
+    assert len([state for state in states if state is not None]) == 1
     assert bitsandbytes_internals.count_elements(network[1].weight) == 64 * 32  # type: ignore[arg-type]
     assert bitsandbytes_internals.count_elements(network[0].weight) == 16  # type: ignore[arg-type]
 

@@ -7,6 +7,8 @@ and library objects that are assigned to. Which methods are overridden, the clas
 import ast
 import importlib
 import inspect
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from lightweight import preload  # isort: skip  # noqa: F401  # before what impo
 
 PACKAGE = Path(__file__).parents[2] / "lightweight"
 INTERNALS = PACKAGE / "internals"
+CONSTRAINTS = PACKAGE.parent / "constraints.txt"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != INTERNALS)
 LIBRARIES = {"torch", "transformers", "accelerate", "peft", "bitsandbytes", "triton"}
 PYTESTS = {"pytest", "_pytest", "pytest_benchmark", "xdist"}
@@ -53,6 +56,18 @@ def defined(module: ast.Module) -> set[str]:
                 names.add(name)
             case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name, ctx=ast.Store()):
                 names.add(name)
+    return names
+
+
+def offered(module: ast.Module) -> set[str]:
+    """The names that a module has at its top, without those that it imports."""
+    names = set()
+    for node in module.body:
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.AnnAssign(target=ast.Name(id=name)):
+                names.add(name)
+            case ast.Assign(targets=targets):
+                names |= {target.id for target in targets if isinstance(target, ast.Name)}
     return names
 
 
@@ -101,6 +116,26 @@ def reached_into(module: ast.Module) -> Iterator[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_other_room_reaches_into_a_library(path):
     assert list(reached_into(ast.parse(path.read_text("utf-8")))) == []
+
+
+@pytest.mark.parametrize("path", sorted(INTERNALS.glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_each_name_of_the_internals_is_in_its_librarys_test(path):
+    """There it is seen that the library still has what is behind it."""
+    public = {name for name in offered(ast.parse(path.read_text("utf-8"))) if not name.startswith("_")}
+    tested = (Path(__file__).parent / f"test_{path.stem}.py").read_text("utf-8")
+    assert public and {name for name in public if not re.search(rf"\b{name}\b", tested)} == set()
+
+
+@pytest.mark.parametrize("path", sorted(INTERNALS.glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_each_library_was_read_in_the_version_that_is_tested(path):
+    docstring = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+    read = re.findall(r"\d+(?:\.\d+)+", re.split("read in", docstring, flags=re.IGNORECASE)[-1])
+    name = {"xdist": "pytest-xdist"}.get(path.stem, path.stem.replace("_", "-"))
+    tested = re.search(rf"^{name}==(\S+)", CONSTRAINTS.read_text("utf-8"), re.MULTILINE)
+    if tested is None:
+        assert path.stem in sys.stdlib_module_names and read
+    else:
+        assert [version for version in read if f"{tested[1]}.".startswith(f"{version}.")]
 
 
 @pytest.mark.parametrize(

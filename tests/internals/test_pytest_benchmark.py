@@ -1,5 +1,6 @@
 """What is private to pytest-benchmark is still there."""
 
+import inspect
 import json
 from types import SimpleNamespace
 
@@ -74,6 +75,14 @@ def test_what_one_process_has_timed_another_adds_to_its_rows_in_the_place_of_an_
     assert added.stats.rounds == 2
     internals.forget_row(config, row["fullname"])
     assert not internals.session(config).benchmarks
+
+
+def test_its_json_is_stored_by_whoever_is_to(config):
+    stored = []
+    internals.save_by(config, lambda text: stored.append(json.loads(text)) or True)
+    internals.session(config).save_json({"benchmarks": []})
+    assert stored == [{"benchmarks": []}]
+    assert "self.save_json(" in inspect.getsource(type(internals.session(config)))
 
 
 def test_a_session_without_rows_is_worth_saving(config):

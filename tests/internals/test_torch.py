@@ -1,5 +1,7 @@
 import sys
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -20,6 +22,18 @@ def test_a_storage_is_told_from_another_by_its_address():
     first, second = torch.zeros(2), torch.zeros(2)
     addresses = {torch_internals.address(tensor.untyped_storage()) for tensor in (first, first[1:], second)}
     assert len(addresses) == 2
+
+
+def test_a_process_that_may_use_cuda_is_told_so():
+    assert torch_internals.is_fork_without_cuda() is False
+
+
+def test_cublas_is_asked_by_the_name_that_torchs_own_graphs_ask_it_by():
+    """A build without CUDA has the name in its source alone."""
+    spec = find_spec("torch._inductor.cudagraph_trees")
+    assert spec is not None and spec.origin is not None
+    assert "torch._C._cuda_clearCublasWorkspaces()" in Path(spec.origin).read_text("utf-8")
+    torch_internals.free_workspaces()
 
 
 def test_a_layer_that_failed_leaves_no_hook_to_the_passes_after_it():
@@ -160,6 +174,8 @@ def test_fake_tensors_say_where_they_are_and_a_constant_what_it_is():
     with FakeTensorMode() as mode:
         assert torch_internals.fake_device(torch.empty(2)) == torch.device("cpu")
         assert torch_internals.fake_constant(mode, 1.0).item() == 1.0
+        assert torch_internals.has_content(cast("FakeTensor", torch.tensor(0.0)))
+        assert not torch_internals.has_content(cast("FakeTensor", torch.empty(2)))
         with no_dispatch():
             assert type(torch.empty(2)) is torch.Tensor
 
@@ -189,6 +205,37 @@ def mesh():
     distributed.init_process_group("fake", store=torch_internals.fake_store(), rank=0, world_size=2)
     yield init_device_mesh("cpu", (2,))
     distributed.destroy_process_group()
+
+
+def test_replicas_of_fake_tensors_send_weights_flat_and_add_gradients_up(mesh):
+    """Two passes, after the first of which torch would make buckets anew."""
+    seen: list[tuple[Any, Any]] = []
+
+    class Mode(torch_internals.DispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+            result = operator(*arguments, **options or {})
+            seen.append((operator, result))
+            return result
+
+    def add_up(group, bucket):
+        distributed.all_reduce(bucket.buffer())
+        future: torch.futures.Future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch_internals.fake_tensors_have_addresses(),
+        torch_internals.replicas_of_fake_tensors(),
+        Mode(),
+    ):
+        network = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+        assert (aten.cat.default, (4 * 4 + 4,)) in [(o, tuple(getattr(result, "shape", ()))) for o, result in seen]
+        network.register_comm_hook(None, add_up)
+        for _ in range(2):
+            network(torch.ones(2, 4)).sum().backward()
+        assert all(weight.grad is not None for weight in network.parameters())
+    assert [operator for operator, _ in seen].count(torch_internals.ADDED_UP) == 2
 
 
 def test_fsdp_shards_over_the_mesh_that_is_said_and_every_part_of_that_is_seen(mesh):
