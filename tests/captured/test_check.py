@@ -431,7 +431,7 @@ def test_a_flash_kernel_that_takes_dialogues_for_one_costs_packing_alone(prepare
     monkeypatch.setattr(flash, "check_met", lambda: None)  # which finds it, too
     theirs, ours, job, note = half("llama", prepare, lora())
     assert ours == pytest.approx(theirs, rel=5e-3)
-    assert "; packing given up: " in note and "of a dialogue's gradient is another's" in note
+    assert "; packing given up: " in note and "of a dialogue's gradient is at other dialogues of its row" in note
     assert job.step.parts.attention
 
 

@@ -65,9 +65,13 @@ def test_a_class_with_its_keywords_takes_the_learning_rate_and_the_trainers_grou
 @pytest.mark.parametrize(
     ("optimizer", "arguments", "expected"),
     [
-        (at_its_own_rate, {"learning_rate": 1e-3}, "learning_rate=0.001 is not what its optimizer .*:at_its_own_rate"),
+        (
+            at_its_own_rate,
+            {"learning_rate": 1e-3},
+            "learning_rate=0.001 is not used by its optimizer .*:at_its_own_rate",
+        ),
         (as_the_trainers, {"adam_beta2": 0.95}, "adam_beta2=0.95 is not used by its optimizer .*:as_the_trainers"),
-        ((torch.optim.SGD, {"lr": 0.1}), {"learning_rate": 1e-3}, "learning_rate=0.001 is not what its optimizer"),
+        ((torch.optim.SGD, {"lr": 0.1}), {"learning_rate": 1e-3}, "learning_rate=0.001 is not used by its optimizer"),
         (without_biases, {}, "leaves out .* trained weights, such as model.decoder.final_layer_norm.bias"),
         (a_scheduler, {}, "a_scheduler returns a ConstantLR: return a torch.optim.Optimizer"),
     ],
