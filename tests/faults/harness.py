@@ -4,10 +4,11 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -161,6 +162,27 @@ def run(given: list[str], folder: Path, kill: AtChange | None = None, *, world_s
     if kill is not None and -signal.SIGKILL in statuses:  # a rank may have noticed first, and have failed in talking
         status = -signal.SIGKILL
     return status, "".join(log.read_text() for log in logs)
+
+
+def starter(
+    given: Callable[..., list[str]], old: Path, method: str, more: tuple[str, ...]
+) -> Callable[[Path], list[str]]:
+    """What gives the command line of a job for a folder. One that overwrites finds there what is in `old`."""
+    if "--overwrite" in more:
+        assert run(given(old, "--seed", "1"), old.parent)[0] == 0
+
+    def start(folder: Path) -> list[str]:
+        if old.exists():
+            shutil.copytree(old, folder)
+        return given(folder, *more, method=method)
+
+    return start
+
+
+def points(changes: int, few: int, *, whole: bool) -> Iterable[int]:
+    """At which of a job's changes there is a fault: at every one, or at a `few` that are spread over them and the last
+    but one."""
+    return range(1, changes + 1) if whole else {round(changes * (i + 0.5) / few) for i in range(few)} | {changes - 1}
 
 
 def result(folder: Path) -> tuple[bytes, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cli.test_output import checkpoint, model, name_of, train
 
-from faults.harness import Fail, result, run
+from faults.harness import Fail, points, result, run, starter
 from lightweight.cli.output import Output, OutputError
 
 JOBS = {
@@ -33,21 +33,14 @@ LEFT = "cannot be removed, and nothing in it is needed any more"
 def test_a_failing_change_is_a_line_and_the_job_resumes_to_the_same_bits(given, tmp_path, whole, tried, job):
     method, more, few = JOBS[job]
     out, old, tally = tmp_path / "out", tmp_path / "old", tmp_path / "tally"
-    if "--overwrite" in more:
-        assert run(given(old, "--seed", "1"), tmp_path)[0] == 0
-
-    def start(folder):
-        if old.exists():
-            shutil.copytree(old, folder)
-        return given(folder, *more, method=method)
+    start = starter(given, old, method, more)
 
     status, said = run(start(out / "whole"), tmp_path, Fail(out, tally))
     assert status == 0, said
     expected, changes = result(out / "whole"), int(tally.read_text())
     shutil.rmtree(out / "whole")
-    points = range(1, changes + 1) if whole else {round(changes * (i + 0.5) / few) for i in range(few)} | {changes - 1}
     lost = []
-    for at in points:
+    for at in points(changes, few, whole=whole):
         number, lasts = ERRORS[at % len(ERRORS)]
         folder = out / f"failed-{at}"
         arguments = start(folder)

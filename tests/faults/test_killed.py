@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from faults.harness import Kill, result, run
+from faults.harness import Kill, points, result, run, starter
 
 JOBS = {
     "stock": ("constant:STOCK", (), 1, 5),
@@ -21,22 +21,15 @@ JOBS = {
 def test_a_killed_job_resumes_to_the_same_bits(given, tmp_path, whole, tried, job):
     method, more, world_size, few = JOBS[job]
     out, old, name = tmp_path / "out", tmp_path / "old", f"train killed at a file operation, then resumed: {job}"
-    if "--overwrite" in more:
-        assert run(given(old, "--seed", "1"), tmp_path)[0] == 0
-
-    def start(folder):
-        if old.exists():
-            shutil.copytree(old, folder)
-        return given(folder, *more, method=method)
+    start = starter(given, old, method, more)
 
     tally = tmp_path / "tally"
     status, said = run(start(out / "whole"), tmp_path, Kill(out, tally), world_size=world_size)
     assert status == 0, said
     expected, changes = result(out / "whole"), int(tally.read_text())
     shutil.rmtree(out / "whole")
-    points = range(1, changes + 1) if whole else {round(changes * (i + 0.5) / few) for i in range(few)} | {changes - 1}
     lost = []
-    for at in points:
+    for at in points(changes, few, whole=whole):
         folder = out / f"cut-{at}"
         arguments = start(folder)
         kill = Kill(out, tally, at, torn=at % 3 == 0)

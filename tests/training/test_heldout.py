@@ -5,20 +5,13 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
-from lightweight import targets
 from lightweight.corpus import IGNORED
-from lightweight.methods import BASELINE, Method, adapt
+from lightweight.methods import Method, adapt
 from lightweight.training import heldout, stock
 from lightweight.training.heldout import heldout_loss
-from lightweight.trial import Trial
 from training.test_stock import ADAPTERS, prepare, small
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
-
-
-@pytest.fixture
-def trial(micro, small_corpus):
-    return Trial(model=micro, method=BASELINE, target=targets.CPU, corpus=small_corpus, epochs=2)
 
 
 def test_heldout_loss_is_the_mean_over_answer_tokens_whatever_the_batch(trial, folder):

@@ -4,17 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from lightweight import targets
-from lightweight.methods import BASELINE
-from lightweight.trial import Trial
 from training.test_stock import prepare
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
-
-
-@pytest.fixture
-def trial(micro, small_corpus):
-    return Trial(model=micro, method=BASELINE, target=targets.CPU, corpus=small_corpus, epochs=2)
 
 
 def test_a_round_is_an_epoch_and_training_goes_on_from_round_to_round(trial, folder):

@@ -9,14 +9,13 @@ import transformers
 from torch.nn.functional import cross_entropy
 
 from conftest import rows_of
-from lightweight import models, targets
+from lightweight import models
 from lightweight.child import worker
 from lightweight.corpus import IGNORED, Row
 from lightweight.methods import BASELINE, QLORA, Method, MethodError, adapt
 from lightweight.training import ranks, stock
 from lightweight.training.heldout import heldout_loss
 from lightweight.training.meter import Meter
-from lightweight.trial import Trial
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
 
@@ -41,11 +40,6 @@ class Unattended:
 
     def round_ended(self) -> None:
         self.rounds += 1
-
-
-@pytest.fixture
-def trial(micro, small_corpus):
-    return Trial(model=micro, method=BASELINE, target=targets.CPU, corpus=small_corpus, epochs=2)
 
 
 def prepare(trial, folder, network=None, **overrides):
