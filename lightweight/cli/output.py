@@ -216,9 +216,8 @@ class Output:
         """Raise OutputError where what is in `folder` can be neither gone on with nor replaced."""
         is_model = entry_in(self.folder) is not None
         if not self._overwrite and not (resume and is_model):
-            raise OutputError(
-                f"--output {self.folder}: already exists: give another folder, or --overwrite to replace it"
-            )
+            replaces = ", or --overwrite to replace it" if is_model else ""
+            raise OutputError(f"--output {self.folder}: already exists: give another folder{replaces}")
         if not is_model:
             raise OutputError(
                 f"--output {self.folder}: is not a trained model: --overwrite replaces only "

@@ -67,9 +67,9 @@ def linked(place: Path, at: Path) -> None:
 
 
 PLACES = {
-    "a folder of somebody": (lambda at: (at / "a" / "thesis").mkdir(parents=True), "already exists"),
-    "a file": (lambda at: (at / "a").write_text("thesis"), "already exists"),
-    "a model": (lambda at: model(at / "a", "old"), "already exists"),
+    "a folder of somebody": (lambda at: (at / "a" / "thesis").mkdir(parents=True), r"give another folder$"),
+    "a file": (lambda at: (at / "a").write_text("thesis"), r"give another folder$"),
+    "a model": (lambda at: model(at / "a", "old"), "already exists: .* or --overwrite to replace it"),
     "a dangling link": (lambda at: (at / "a").symlink_to(at / "nowhere"), "is a link"),
     "a link to a folder": (lambda at: (at / "a").symlink_to(model(at / "b", "old")), "is a link"),
     "somebody's partial": (lambda at: (at / "a.partial" / "thesis").mkdir(parents=True), "move it away"),
