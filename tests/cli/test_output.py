@@ -67,8 +67,8 @@ def linked(place: Path, at: Path) -> None:
 
 
 PLACES = {
-    "a folder of somebody": (lambda at: (at / "a" / "thesis").mkdir(parents=True), r"give another folder$"),
-    "a file": (lambda at: (at / "a").write_text("thesis"), r"give another folder$"),
+    "a folder of somebody": (lambda at: (at / "a" / "thesis").mkdir(parents=True), r"already .* another folder$"),
+    "a file": (lambda at: (at / "a").write_text("thesis"), r"already .* another folder$"),
     "a model": (lambda at: model(at / "a", "old"), "already exists: .* or --overwrite to replace it"),
     "a dangling link": (lambda at: (at / "a").symlink_to(at / "nowhere"), "is a link"),
     "a link to a folder": (lambda at: (at / "a").symlink_to(model(at / "b", "old")), "is a link"),
