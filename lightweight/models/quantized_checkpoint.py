@@ -40,7 +40,7 @@ def check_trainable(model: Model, quantization: QuantizationConfigMixin) -> None
     from transformers.utils.import_utils import is_kernels_available
 
     what = f"its checkpoint is quantized by {title(quantization)}"
-    with refused(model, f"{what}, which cannot be loaded here", UNQUANTIZED):
+    with refused(model, f"{what}, which cannot be loaded here", _mend(quantization)):
         quantizer = AutoHfQuantizer.from_config(copy.deepcopy(quantization), pre_quantized=True)
         quantizer.validate_environment(device_map=None, weights_only=True)  # FP8: dequantized where no card has it
         computes_in_fp8 = quantizer.quantization_config.quant_method in ("fp8", "mxfp8")

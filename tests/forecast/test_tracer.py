@@ -366,7 +366,7 @@ def stored(tmp_path, quantization):
 @pytest.mark.parametrize(
     ("quantization", "method", "words"),
     [
-        (FP8, LORA, r"quantized by fp8, .*train to see, or .*quantization=FineGrainedFP8Config\(dequantize=True\)$"),
+        (FP8, LORA, r"quantized by fp8, .*quantization=FineGrainedFP8Config\(dequantize=True\)$"),
         (FP8, BASELINE, "quantized by fp8"),
         ({"quant_method": "gptq", "bits": 4}, LORA, "quantized by gptq"),
         ({"quant_method": "mxfp4"}, QLORA, "quantized by mxfp4"),

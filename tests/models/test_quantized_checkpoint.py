@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, ByT5Tokenizer, FineGrainedFP8Config
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from lightweight import methods, models
 from lightweight.methods import BASELINE, LORA, QLORA, MethodError, adapted_layers
-from lightweight.models import Model, ModelError
+from lightweight.models import Model, ModelError, quantized_checkpoint
 from models.damage import settings, tensors
 
 CPU = torch.device("cpu")
@@ -75,6 +77,18 @@ def test_a_quantized_checkpoint_is_forecast_as_it_is(quantized):
     with pytest.raises(ModelError, match="no forecast can be made of weights quantized by fp8"):
         models.check_forecastable(model, FineGrainedFP8Config())
     models.check_forecastable(model, FineGrainedFP8Config(dequantize=True))
+
+
+def test_fp8_without_its_kernels_can_be_dequantized(monkeypatch):
+    """As on a card that computes in FP8, where transformers takes the kernels of a package that is not there."""
+    in_fp8 = SimpleNamespace(
+        validate_environment=lambda **_: None, quantization_config=FineGrainedFP8Config(), is_trainable=True
+    )
+    monkeypatch.setattr(AutoHfQuantizer, "from_config", lambda *_, **__: in_fp8)
+    monkeypatch.setattr("transformers.utils.import_utils.is_kernels_available", lambda: False)
+    mend = r"pip install kernels\): .*quantization=FineGrainedFP8Config\(dequantize=True\)$"
+    with pytest.raises(ModelError, match=mend):
+        quantized_checkpoint.check_trainable(Model(name="stored", source="stored"), FineGrainedFP8Config())
 
 
 @pytest.mark.parametrize(
