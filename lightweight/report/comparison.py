@@ -8,8 +8,8 @@ from pathlib import Path
 from lightweight import record
 from lightweight.record import BASELINE, Entry, baseline_of, one_line
 from lightweight.report import forecast_comparison, words
-from lightweight.report.table import Column, table
 from lightweight.report.tables import shares
+from lightweight.report.text_table import Column, table
 from lightweight.verdict import forecasts, gate
 from lightweight.verdict.gate import Cell, Comparison
 from lightweight.verdict.limits import Limits

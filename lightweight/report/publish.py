@@ -17,7 +17,7 @@ from typing import Literal
 from lightweight.record import SAME_BASELINE, Entry, Run, one_line
 from lightweight.report import select, studies, words
 from lightweight.report.studies import Study
-from lightweight.report.table import Column, Table, table
+from lightweight.report.text_table import Column, Table, table
 from lightweight.targets import GiB
 from lightweight.verdict.seeds import Estimate
 

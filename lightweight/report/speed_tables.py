@@ -11,7 +11,7 @@ from lightweight.report import select, words
 from lightweight.report.select import pace_of
 from lightweight.report.shared_columns import named, shares
 from lightweight.report.speed import faster, products_seconds, step_ratio
-from lightweight.report.table import Column, Table, table
+from lightweight.report.text_table import Column, Table, table
 from lightweight.targets import size
 
 

@@ -1,5 +1,5 @@
-"""What does a reader look up? Every table of the report, each of one question; out-of-memory cells are rows like any
-other. Those of speed are in `speed_tables`."""
+"""Which tables does the report have, and which columns? One table per question. A cell that ran out of memory is a row
+like any other. The tables of speed are in `speed_tables`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightweight.report.select import cell_of, is_card, pace_of, planned, target
 from lightweight.report.shared_columns import lengths, named, shares
 from lightweight.report.speed import faster
 from lightweight.report.speed_tables import ladder, peers, ranks, speedups
-from lightweight.report.table import Column, Table, table
+from lightweight.report.text_table import Column, Table, table
 from lightweight.settings import changes
 from lightweight.targets import size
 from lightweight.verdict import noninferiority, power, seeds

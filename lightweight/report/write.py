@@ -11,7 +11,7 @@ from lightweight import files
 from lightweight.record import Run, one_line
 from lightweight.report import publish, tables
 from lightweight.report.findings import findings
-from lightweight.report.table import TextFormat, markdown
+from lightweight.report.text_table import TextFormat, markdown
 
 Format = Literal["terminal", "markdown", "html"]
 
