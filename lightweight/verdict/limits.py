@@ -142,7 +142,7 @@ LIMITS = (
         metavar="PERCENT",
         read=longer,
         default=f"{STOCK_STEP_FAIL:.0%}",
-        of="a stock step on a GPU became slower by more than this share: hosts differ, so give 50% or more",
+        of="a stock step on a GPU became slower by more than this share: it waits for the host, so give 50% or more",
     ),
 )
 """What `lightweight gate` and `pytest --benchmark-compare` take alike."""
