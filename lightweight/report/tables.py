@@ -209,7 +209,7 @@ def data(entries: Sequence[Entry]) -> Table:
         ("tokens a row", "r", lambda entry: str(entry.max_length or "-")),
         ("cut", "r", lambda entry: "-" if entry.truncated_sequences is None else f"{entry.truncated_sequences:,}"),
     ]
-    note = "Tokens of the examples to train on, whole. Cut: rows that lack something of their example."
+    note = "Tokens of whole training examples. Cut: rows that lack a part of their example."
     return table("data", "What was trained on", columns, shown, shown, [note])
 
 
@@ -303,7 +303,7 @@ def memory_by_cause(entries: Sequence[Entry], untrained: Sequence[ForecastRow] =
     measured = {cell_of(entry) for entry in entries}
     only_forecast = [row for row in untrained if cell_of(row) not in measured and is_card(row.target)]
     rows: list[Entry | ForecastRow] = [*trained, *only_forecast]
-    notes = ["What a cell held when memory ran out is no peak. Causes are the forecast's."] * bool(rows)
+    notes = ["A cell that ran out of memory has no peak. Causes are those of the forecast."] * bool(rows)
     said = changes((row.method, row.changed) for row in only_forecast)
     notes += [] if said is None else [said]
     return table("memory", "Peak memory by cause", columns, rows, [*trained, *[None] * len(only_forecast)], notes)
