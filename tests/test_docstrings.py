@@ -55,8 +55,9 @@ def test_what_a_function_raises_is_named_there(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_a_list_of_attributes_has_every_field_in_order(path):
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        doc = ast.get_docstring(node) if isinstance(node, ast.ClassDef) else None
+    classes = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ClassDef)]
+    for node in classes:
+        doc = ast.get_docstring(node)
         if doc and (listed := re.search(r"^Attributes:\n((?:    .*\n?|\n)+)", doc, re.MULTILINE)):
             fields = [
                 ast.unparse(line.target)
