@@ -96,7 +96,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Door:
-    """Opens the session's laboratory when a test, a mark or an option first asks for it."""
+    """Opens the session's laboratory when a test, a mark or an option first needs it."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -139,7 +139,7 @@ class Door:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Under pytest-xdist the controller, which collects nothing, is told by the workers' reports."""
+        """Under pytest-xdist the controller collects nothing; it learns from the workers' reports."""
         if xdist_bridge.is_shipped(report):
             xdist_bridge.switch_on(self.config)
             if self._laboratory is None:
@@ -156,7 +156,7 @@ class Door:
 
 @pytest.fixture
 def laboratory(request: pytest.FixtureRequest) -> Laboratory:
-    """The session's trials: its target, its models, and what has been trained so far."""
+    """The session's target, models, and trials so far."""
     door = request.config.pluginmanager.get_plugin("lightweight-door")
     assert isinstance(door, Door)
     return door.open()
@@ -164,7 +164,7 @@ def laboratory(request: pytest.FixtureRequest) -> Laboratory:
 
 @pytest.fixture
 def lightweight_seed(request: pytest.FixtureRequest, laboratory: Laboratory) -> int:
-    """The seed that this test trains with: one of those of `--seeds`, else that of `--seed`."""
+    """The seed that this test trains with: one of `--seeds`, else `--seed`."""
     seed: int = getattr(request, "param", laboratory.option("seed"))
     return seed
 
@@ -173,7 +173,7 @@ def lightweight_seed(request: pytest.FixtureRequest, laboratory: Laboratory) -> 
 def train(
     request: pytest.FixtureRequest, laboratory: Laboratory, benchmark: BenchmarkFixture, lightweight_seed: int
 ) -> Train:
-    """Train a cell, an epoch a round of pytest-benchmark, and return its Outcome; once in a test, whose row it is."""
+    """Train a cell and return its Outcome. An epoch is a round of pytest-benchmark. Only once per test."""
     is_used = False
 
     def run(model: str | Model, method: str | Method, **changes: Any) -> Outcome:
@@ -208,7 +208,7 @@ def train(
 
 @pytest.fixture
 def outcome_of(request: pytest.FixtureRequest, laboratory: Laboratory, lightweight_seed: int) -> Train:
-    """The Outcome of a cell, trained now only if this session has not yet."""
+    """The Outcome of a cell; trains it only if this session has not trained it yet."""
 
     def find(model: str | Model, method: str | Method, **changes: Any) -> Outcome:
         trial = laboratory.trial(model, method, **{"seed": lightweight_seed} | changes)
@@ -219,7 +219,7 @@ def outcome_of(request: pytest.FixtureRequest, laboratory: Laboratory, lightweig
 
 @pytest.fixture
 def forecast_of(request: pytest.FixtureRequest, laboratory: Laboratory) -> ForecastOf:
-    """The Forecast of a cell, on the session's device or, where there is none, on the cell's target."""
+    """The Forecast of a cell, for the session's device, or without a GPU for the cell's target."""
 
     def find(model: str | Model, method: str | Method, **changes: Any) -> Forecast:
         return laboratory.record_forecast(request.node, laboratory.trial(model, method, **changes))
@@ -229,7 +229,7 @@ def forecast_of(request: pytest.FixtureRequest, laboratory: Laboratory) -> Forec
 
 @pytest.fixture
 def speedup(request: pytest.FixtureRequest, laboratory: Laboratory, lightweight_seed: int) -> MeasureSpeedup:
-    """How many times as fast as its model's baseline a cell is, from rounds of both in alternation."""
+    """How many times as fast as its model's baseline a cell is, from alternating rounds of both."""
 
     def measure(model: str | Model, method: str | Method, **changes: Any) -> Speedup:
         from lightweight.record import BASELINE

@@ -1,7 +1,8 @@
 """What does a trial train on, and how does it become rows of tokens?
 
-A file is read into conversations (`reading`), which are split into those to train on and those held out (`split`).
-A child makes rows of tokens of them (`rows`), marked up by the tokenizer's own chat template (`template`).
+A file is read into conversations (`reading`), which are split into those to train on and those held out (`split`). The
+child makes rows of tokens of them (`rows`), with the tokenizer's own chat template (`template`). The formats of files
+are in `formats`.
 """
 
 from lightweight.corpus.conversation import (

@@ -1,4 +1,4 @@
-"""What a corpus is made of: conversations and plain texts, before any tokenizer has seen them."""
+"""What does a corpus consist of? Conversations and plain texts, before any tokenizer has seen them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Defect(ValueError):  # noqa: N818  a row's, which becomes an error or is s
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What one side says in its turn."""
+    """One turn: who speaks, and the text."""
 
     role: Role
     content: str
@@ -61,7 +61,7 @@ def pair(prompt: str, answer: str) -> Conversation:
 
 
 def contents(example: Example) -> tuple[str, ...]:
-    """All that is said in `example`."""
+    """All texts of `example`."""
     if isinstance(example, Text):
         return example.prompt, example.completion
     return tuple(message.content for message in example.messages)
@@ -154,5 +154,5 @@ class Corpus:
 
     @property
     def elsewhere_digest(self) -> str | None:
-        """The sha256 of `elsewhere`."""
+        """SHA-256 of `elsewhere`."""
         return None if self.elsewhere is None else hashlib.sha256(self.elsewhere.encode()).hexdigest()

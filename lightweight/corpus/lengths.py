@@ -10,8 +10,8 @@ SHORTEST = 16
 
 
 def histogram(tokens: Iterable[int]) -> dict[int, int]:
-    """How many examples have up to so many tokens and more than the bound before it. Bounds are powers of two, from
-    SHORTEST to the longest without a gap, so that what is cut at one of them is counted exactly."""
+    """How many examples there are by length in tokens. Bounds are powers of two from SHORTEST on: a count is of
+    examples up to its bound and above the bound before it."""
     found = Counter(max(SHORTEST, 1 << (number - 1).bit_length()) for number in tokens)
     if not found:
         return {}

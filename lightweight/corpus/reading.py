@@ -35,8 +35,8 @@ AS_IT_IS = How()
 
 
 def load(path: Path | str, how: How = AS_IT_IS, progress: Progress = lambda text: None) -> Corpus:
-    """Read, check and split the corpus at `path`, a file or `hub:NAME[:SPLIT]`, telling `progress` how far it is.
-    Raises CorpusError."""
+    """Read, check and split the corpus at `path`, which is a file or `hub:NAME[:SPLIT]`. Calls `progress` with how far
+    it is. Raises CorpusError."""
     share = share_of(how.held_out)
     examples, origin = _examples(path, how, progress)
     least = 1 if how.held_out is not None and share is None else 2

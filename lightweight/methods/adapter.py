@@ -22,9 +22,9 @@ QUERIES_AND_VALUES = {"q_proj", "v_proj"}
 
 
 def adapt(method: Method, network: Any, upcast: bool = True) -> Any:
-    """`network`, loaded or on the meta device, with its adapter on, as peft's own documentation does it, and what
-    its `transform` makes of that. `upcast` holds what a quantized model leaves unquantized in fp32. Raises
-    MethodError where the adapter cannot be put on this architecture, or the transform returns no network."""
+    """`network`, loaded or on the meta device, with the adapter of `method` and then its `transform`, as peft's
+    documentation does it. `upcast` holds the unquantized parts of a quantized model in fp32. Raises MethodError if the
+    adapter does not fit the architecture, or if the transform does not return a network."""
     if getattr(network, "is_quantized", False) and upcast:
         network = peft.prepare_model_for_kbit_training(
             network,
@@ -84,8 +84,8 @@ def adapter_for(method: Method, network: Any) -> Any:
 
 
 def named_layers(method: Method, network: Any) -> list[str]:
-    """The layers of `network` that the adapter is put on, by their names without their places, for a library that
-    takes nothing else. Raises MethodError where that is none, or says more layers than the adapter does."""
+    """The names of the layers that get an adapter, without their path, for a library that takes nothing else. Raises
+    MethodError if there are none, or if the names also match layers without an adapter."""
     places = [name for name, _ in network.named_modules()]
     adapter = adapter_for(method, network)
     chosen = peft_internals.chosen_layers(adapter, network)
@@ -101,9 +101,9 @@ def named_layers(method: Method, network: Any) -> list[str]:
 
 
 def check_layers(method: Method, model: Model) -> None:
-    """Raise MethodError, in one line, where `model` has not each of the layers that the command line names for the
-    adapter of `method`. peft passes over what it does not find, until there is nothing; so it is with a method's own
-    names, which may be meant for several architectures. Raises ModelError where there is no network."""
+    """Raise MethodError, in one line, if `model` lacks a layer that the command line names for the adapter of `method`.
+    peft ignores names that it does not find, as long as one is found; so a method's own names, which may be for several
+    architectures, are not checked. Raises ModelError if there is no network."""
     wanted = method.changed.get("lora_layers", "all-linear")
     if isinstance(wanted, str):
         return
@@ -131,6 +131,6 @@ def _target_mapping(adapter: Any) -> Mapping[str, Any] | None:
 
 
 def adapted_layers(network: Any) -> tuple[str, ...]:
-    """The names, without their places, of the layers that an adapter has been put on, sorted."""
+    """The names, without their path, of the layers that have an adapter, sorted."""
     layers = (name for name, module in network.named_modules() if isinstance(module, BaseTunerLayer))
     return tuple(sorted({name.rpartition(".")[2] for name in layers}))

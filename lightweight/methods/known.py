@@ -76,9 +76,8 @@ PLANNED = (BASELINE, LORA, QLORA, LORA_CAPTURED, QLORA_CAPTURED)
 
 
 def named(text: str) -> Method:
-    """The method called `text`, or the `Method` object at an import path `package.module:NAME`, or in a file,
-    `path/to/file.py:NAME`. Raises ValueError, also for another method of the name of one of the suite's, which it would
-    be taken for."""
+    """The method called `text`, or the `Method` object at an import path `package.module:NAME` or in a file,
+    `path/to/file.py:NAME`. Raises ValueError, also for another method with the name of one of the suite's."""
     if text in METHODS:
         return METHODS[text]
     names.check_method(text)

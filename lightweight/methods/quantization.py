@@ -27,10 +27,10 @@ def settle_quantization(
 ) -> QuantizationConfigMixin | None:
     """The quantization that `method` trains `model` in: that of the checkpoint, else the method's own, else None.
 
-    A quantized checkpoint stays what it is. The method may name the same quantization: what it says of loading
-    (`dequantize`, or the format that 4-bit weights are computed with) then holds. Without it 4-bit weights are computed
-    with in the method's precision. `sharded` says that ranks share the weights by FSDP, which deals out floating-point
-    tensors alone. Raises ModelError where no method can train the checkpoint, and MethodError where this one cannot.
+    A quantized checkpoint stays as it is. If the method names the same quantization, its settings for loading
+    (`dequantize`, or the format that 4-bit weights are computed with) are used; else 4-bit weights are computed with in
+    the method's precision. `sharded` says that ranks share the weights by FSDP, which only shards floating-point
+    tensors. Raises ModelError if no method can train the checkpoint, and MethodError if this one cannot.
     """
     stored, asked = stored_quantization(model, config), method.quantization
     if stored is None:

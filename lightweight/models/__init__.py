@@ -1,9 +1,8 @@
 """Which network is trained, and where do its weights come from?
 
-Every trial loads its model from a folder of safetensors through transformers' own `from_pretrained`: a snapshot of a
-hub repository or a folder of the user's. Where there is none, a folder is written once a session: from a GGUF file, or
-with random weights at the true architecture. So all methods of one model start from the same weights, whatever those
-are.
+Every trial loads its model from a folder of safetensors with transformers' own `from_pretrained`: a snapshot of a hub
+repository, or a local folder. If there is none, a folder is written once per session: from a GGUF file, or with random
+weights of the true architecture. So all methods of a model start from the same weights.
 """
 
 from lightweight.models.config import configuration, configuration_beside_weights, longest_row

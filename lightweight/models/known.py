@@ -222,10 +222,10 @@ HUB_ID = re.compile(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
 
 
 def named(text: str) -> Model:
-    """The model called `text`, by its name here or on the hub, or in a local folder.
+    """The model called `text`: a name of this package, a hub id, or a local folder.
 
-    Any other text is taken as a hub id if it can be one. Without an owner it can be one, too (`gpt2`), unless it is
-    near a name that is known here. Raises ModelError.
+    Any other text is taken as a hub id if it can be one. A hub id may have no owner (`gpt2`), unless it is similar to a
+    name of this package. Raises ModelError.
     """
     for model in MODELS.values():
         if text in (model.name, model.source):

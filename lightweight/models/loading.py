@@ -1,4 +1,4 @@
-"""From files to a network: all of its tensors, on the device, or their shapes alone."""
+"""From files to a network: all of its tensors on the device, or only their shapes."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 def skeleton(
     config: PretrainedConfig, dtype: torch.dtype, quantization: QuantizationConfigMixin | None
 ) -> PreTrainedModel:
-    """The network that `load` would give, on the meta device: shapes and no weights. `quantization` is what
-    `methods.settle_quantization` gave, and `check_forecastable` has passed."""
+    """The network that `load` would return, on the meta device: shapes without weights. `quantization` is what
+    `methods.settle_quantization` returned, and must have passed `check_forecastable`."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -61,11 +61,12 @@ def load(
     *,
     in_order: bool = False,
 ) -> PreTrainedModel:
-    """The network on `device`, its unquantized weights in `dtype`; safetensors only, and no code from the repository.
+    """The network on `device`, with unquantized weights in `dtype`. Loads only safetensors, and runs no code from the
+    repository.
 
-    `quantization` is what `methods.settle_quantization` gave; None leaves a checkpoint as it is. `in_order`: whether
-    weights are to lie in the device's memory in the order of their names. Raises ModelError, also where not every
-    tensor of the network came from the files, or they hold others.
+    `quantization` is what `methods.settle_quantization` returned; None leaves a checkpoint as it is. With `in_order`,
+    weights are placed in the device's memory in the order of their names. Raises ModelError, also if a tensor of the
+    network did not come from the files, or if the files have others.
     """
     from unittest import mock  # it imports asyncio, and this module is one of every command's
 
@@ -141,8 +142,8 @@ def _check_stored(model: Model, config: PretrainedConfig) -> None:
 
 
 def check_whole(model: Model, tensors: dict[str, Any]) -> None:
-    """Raise ModelError where a tensor of the network did not come from the files, or one of theirs has no place in it.
-    `tensors` is transformers' loading info, in which tied weights and what an architecture ignores are settled."""
+    """Raise ModelError if a tensor of the network did not come from the files, or if one of theirs has no place in it.
+    `tensors` is transformers' loading info, in which tied weights and ignored keys are already resolved."""
     unexpected = {name for name in tensors["unexpected_keys"] if not BUFFERS.search(name)}
     mismatched = {name for name, *_ in tensors["mismatched_keys"]}
     problems = {
@@ -160,7 +161,7 @@ def check_whole(model: Model, tensors: dict[str, Any]) -> None:
 
 
 def count_parameters(network: torch.nn.Module, *, trainable: bool = False) -> int:
-    """Parameters, or only the trainable ones; a 4-bit weight counts as the elements it packs."""
+    """All parameters, or only the trainable ones. A 4-bit weight counts as the elements it packs."""
     from lightweight.internals.bitsandbytes import count_elements
 
     counted = (parameter for parameter in network.parameters() if parameter.requires_grad or not trainable)

@@ -1,4 +1,4 @@
-"""What a model is to everything else here, and how one is refused."""
+"""What is a model, and how is one refused?"""
 
 from __future__ import annotations
 
@@ -18,18 +18,24 @@ DRAWN = "drawn 2"
 
 
 class ModelError(ValueError):
-    """A model that cannot be had. The message names it and the mend."""
+    """A model that cannot be used. The message names it and the mend."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """A causal language model.
 
-    `source` is a hub id or a local folder. `architecture` is a transformers configuration, `model_type` included, from
-    which random weights are built without any file. `package` is an installed Python package that carries the weights.
-    `find` fills in the rest: `weights`, and the `location` they are loaded from (a folder, or the hub id), with
-    `gguf_file` naming the file inside it that `write` still has to turn into safetensors. `weights_file` keeps that
-    name: its weights were stored in fewer bits, and are not those of `source` to the last one.
+    Attributes:
+        name: What it is called.
+        source: A hub id or a local folder.
+        architecture: A transformers configuration with its `model_type`. Random weights are built from it without
+            files.
+        package: An installed Python package that has the weights.
+        weights: 'pretrained' or 'random'. `find` fills in this and what follows.
+        location: What the weights are loaded from: a folder, or the hub id.
+        gguf_file: The file in `location` that `write` still has to convert to safetensors.
+        weights_file: The file that the weights were converted from. They were stored in fewer bits, so they are not
+            exactly those of `source`.
     """
 
     name: str
@@ -48,8 +54,8 @@ class Model:
 
     @property
     def weights_revision(self) -> str | None:
-        """The hub's commit of weights that are loaded from its cache, `.../snapshots/COMMIT`; how random ones are
-        drawn; None for others."""
+        """The hub's commit of weights from its cache, `.../snapshots/COMMIT`; for random weights how they are drawn;
+        None for others."""
         if self.weights == "random":
             return DRAWN
         match = re.search(r"/snapshots/([0-9a-f]{40})(?:/|$)", self.location or "")
@@ -58,8 +64,8 @@ class Model:
 
 @contextlib.contextmanager
 def refused(model: Model, what: str, mend: str) -> Iterator[None]:
-    """Whatever is raised while files of somebody else's are read is about them: one line, as a ModelError. What is
-    about this machine (memory, disk) goes through."""
+    """Errors while somebody else's files are read become a ModelError in one line. Errors about this machine (memory,
+    disk) are not changed."""
     try:
         yield
     except ModelError:
@@ -71,7 +77,7 @@ def refused(model: Model, what: str, mend: str) -> Iterator[None]:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether memory or disk ran out, which torch says in three ways."""
+    """Whether the error says that memory or disk ran out. torch says it in three ways."""
     import torch
 
     out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
@@ -79,6 +85,6 @@ def ran_out(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line of no more than 200 characters; its type where it says nothing."""
+    """The message of an error in one line of at most 200 characters; its type if it has none."""
     text = " ".join(str(error).split()).rstrip(".:") or type(error).__name__
     return text if len(text) <= 200 else f"{text[:197]}..."

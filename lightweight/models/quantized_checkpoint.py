@@ -16,8 +16,8 @@ UNQUANTIZED = "give the unquantized checkpoint, or one quantized by bitsandbytes
 
 
 def stored_quantization(model: Model, config: PretrainedConfig) -> QuantizationConfigMixin | None:
-    """How the checkpoint that `config` belongs to is quantized; None where it is not. Raises ModelError for a format
-    that this transformers does not read, or whose package is not installed."""
+    """How the checkpoint of `config` is quantized; None if it is not. Raises ModelError for a format that this version
+    of transformers does not read, or whose package is not installed."""
     from transformers.quantizers.auto import AutoQuantizationConfig
 
     settings = getattr(config, "quantization_config", None)
@@ -34,8 +34,8 @@ def stored_quantization(model: Model, config: PretrainedConfig) -> QuantizationC
 
 
 def check_trainable(model: Model, quantization: QuantizationConfigMixin) -> None:
-    """Raise ModelError where transformers cannot train an adapter on weights quantized like this, or not here, where a
-    package is missing or too old (the ImportError is told)."""
+    """Raise ModelError if transformers cannot train an adapter on weights quantized like this, or if a package for it
+    is missing or too old; the message has the ImportError's."""
     from transformers.quantizers.auto import AutoHfQuantizer
     from transformers.utils.import_utils import is_kernels_available
 
@@ -53,7 +53,7 @@ def check_trainable(model: Model, quantization: QuantizationConfigMixin) -> None
 
 
 def check_forecastable(model: Model, quantization: QuantizationConfigMixin | None) -> None:
-    """Raise ModelError where weights are trained as `quantization` says, and no forecast can be made of that."""
+    """Raise ModelError if training with this `quantization` cannot be forecast."""
     from transformers import BitsAndBytesConfig
 
     if quantization is None or isinstance(quantization, BitsAndBytesConfig) or is_undone(quantization):
@@ -65,7 +65,7 @@ def check_forecastable(model: Model, quantization: QuantizationConfigMixin | Non
 
 
 def is_undone(quantization: QuantizationConfigMixin | None) -> bool:
-    """Whether quantized weights are dequantized as they are loaded, to a network like any other."""
+    """Whether quantized weights are dequantized while they are loaded, so the network is like any other."""
     return bool(getattr(quantization, "dequantize", False))
 
 
@@ -76,14 +76,14 @@ def _mend(quantization: QuantizationConfigMixin) -> str:
 
 
 def title(quantization: QuantizationConfigMixin) -> str:
-    """A quantization as a person says it."""
+    """The name of a quantization for a person."""
     method = getattr(quantization.quant_method, "value", quantization.quant_method)
     bits = [f" {bits}-bit" for bits in (4, 8) if getattr(quantization, f"load_in_{bits}bit", False)]
     return f"{method}{''.join(bits)}"
 
 
 def quantization_of(network: Any) -> str | None:
-    """How the weights of a network are quantized, None where they are not."""
+    """How the weights of a network are quantized; None if they are not."""
     from transformers.quantizers.auto import AutoQuantizationConfig
 
     if not getattr(network, "is_quantized", False):

@@ -1,4 +1,4 @@
-"""Where can a model's weights be had? In a folder, on the hub, in a package, or drawn at random."""
+"""Where do a model's weights come from? A folder, the hub, a package, or random numbers."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ SNAPSHOT_FILES = [*BESIDE_WEIGHTS, "*.safetensors"]
 
 
 class NoTokenizerError(ModelError):
-    """A model whose tokenizer is not at hand, which says nothing against the model."""
+    """A model whose tokenizer is not on this machine. The model itself may be usable."""
 
 
 def find(model: Model, weights: Weights | None = None) -> tuple[Model, str | None]:
-    """Where `model`'s weights can be had: the model with `weights` and `location` filled in, and a line to tell the
-    user.
+    """Find the weights of `model`: returns the model with `weights` and `location` filled in, and a line for the user.
 
-    `weights` None takes pretrained weights where they can be had and otherwise random ones, saying so in that line.
-    Raises ModelError.
+    With `weights` None, pretrained weights are taken if they are available, else random ones; the line says so. Raises
+    ModelError.
     """
     if weights == "random" or (weights is None and model.source is None):
         return _random(model), None
@@ -45,10 +44,12 @@ def find(model: Model, weights: Weights | None = None) -> tuple[Model, str | Non
 
 
 def find_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer that `model` would be trained with, without its weights: where it was located, the one that lies
-    there, else that of its folder, of the hub or of its package; where its weights are drawn, or could only be, the one
-    of `drawn_tokenizer`. Raises NoTokenizerError where it is not at hand, and ModelError for one that cannot be
-    used."""
+    """The tokenizer that `model` would be trained with, without loading weights.
+
+    If the model was located, it is the one there; else that of its folder, the hub or its package. For random weights
+    it is that of `drawn_tokenizer`. Raises NoTokenizerError if it is not on this machine, and ModelError if it cannot
+    be used.
+    """
     if model.is_loadable:
         return load_tokenizer(model)
     if model.gguf_file is not None:
@@ -89,7 +90,7 @@ def _package_folder(model: Model) -> Path | None:
 
 
 def can_be_random(model: Model) -> bool:
-    """Whether a model that has weights somewhere can be built without them."""
+    """Whether a model that has weights can also be built without them."""
     return model.source is not None and (model.architecture is not None or has_config(model))
 
 

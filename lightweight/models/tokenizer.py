@@ -1,4 +1,4 @@
-"""The tokenizer that lies beside the weights, and whether its rows fit the network."""
+"""The tokenizer beside the weights, and whether its rows fit the network."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ PROBE = "The sea was calm, and so were we."
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies beside the weights. Raises ModelError, also for one without an end or that encodes text
-    as nothing."""
+    """The tokenizer beside the weights. Raises ModelError, also for one without an end token or that encodes text as
+    nothing."""
     from transformers import AutoTokenizer, ByT5Tokenizer
 
     assert model.location is not None
@@ -52,7 +52,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer lies in `folder`."""
+    """Whether `folder` has a tokenizer."""
     return any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES)
 
 
@@ -68,9 +68,8 @@ def _is_byte_level(folder: Path) -> bool:
 
 
 def check_rows(model: Model, config: Any, *, longest: int, largest: int) -> None:
-    """Raise ModelError where the network has no embedding for the `largest` id of rows, or none for a position of those
-    that are `longest`, in tokens: in a kernel that is an index out of bounds, or no error at all. `config` is the
-    network's."""
+    """Raise ModelError if the network has no embedding for the `largest` token id, or no position for rows of `longest`
+    tokens. In a kernel that would be an index out of bounds, or no error at all. `config` is the network's."""
     text = config.get_text_config(decoder=True)
     if (positions := longest_row(config)) is not None and positions < longest:
         raise ModelError(

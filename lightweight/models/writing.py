@@ -27,8 +27,8 @@ def write(model: Model, folder: Path, seed: int) -> Model:
     """Write the safetensors folder of a model that has none yet, and return the model located there.
 
     Random weights are drawn on the CPU, the same on every machine for a seed, and stored as float16, as opt-350m's own
-    are. Their tokenizer is the byte-level one of ByT5, which needs no files, unless the model's folder
-    has one. Raises ModelError.
+    are. Their tokenizer is ByT5's byte-level one, which needs no files, unless the model's folder has one. Raises
+    ModelError.
     """
     import torch
     from transformers import AutoModelForCausalLM, set_seed
@@ -94,8 +94,7 @@ def _unpacked(model: Model) -> PreTrainedModel:
 
 
 def drawn_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model whose weights are drawn: its folder's, else the byte-level one of ByT5. Raises
-    ModelError."""
+    """The tokenizer of a model with random weights: its folder's, else ByT5's byte-level one. Raises ModelError."""
     from transformers import ByT5Tokenizer
 
     if model.architecture is None and has_tokenizer(Path(model.source or "")):

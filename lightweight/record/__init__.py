@@ -1,7 +1,7 @@
-"""What does a stored run say? `record.load("run.json")` gives a `Run`: its trials, forecasts and speedups, dataclasses.
+"""What does a stored run say? `record.load("run.json")` returns a `Run` of dataclasses: its trials, forecasts and
+speedups.
 
-The JSON outlives the run: one entry a trial, beside pytest-benchmark's own rows in the same file. None of this needs
-torch.
+The JSON has one entry per trial, beside pytest-benchmark's own rows in the same file. Reading it needs no torch.
 """
 
 from lightweight.record.codec import FORECAST_KEYS as FORECAST_KEYS

@@ -436,7 +436,7 @@ class ForecastRow:
 
 @dataclass(frozen=True, kw_only=True)
 class NoForecast:
-    """What `lightweight plan` could not forecast, and for what `reason`."""
+    """A cell that `lightweight plan` could not forecast, and the `reason`."""
 
     model: Name
     method: Name

@@ -103,10 +103,10 @@ FORMER_TESTS = {"::test_a_rung_": "ladder", "::test_a_peer_": "peers"}
 
 
 def completed(entry: Any) -> Any:
-    """An entry with what 0.1.0.dev did not write at first: until 2026-11-25 `world_size`, since every trial was of one
-    GPU; until 2026-11-26 `shown_as`, since a test's name said the table, and `method_digest`; until 2026-11-27
-    `placement`, since the steps of several ranks were sharded, but for captured ones. What nobody counted then, such as
-    `step_tokens`, stays None."""
+    """An entry with the keys that early versions of 0.1.0.dev did not write: until 2026-11-25 `world_size`, because
+    every trial was of one GPU; until 2026-11-26 `shown_as`, because the test's name said the table, and
+    `method_digest`; until 2026-11-27 `placement`, because several ranks were sharded, except in captured steps. What
+    was not counted then, such as `step_tokens`, stays None."""
     if not isinstance(entry, dict):
         return entry
     test = str(entry.get("test"))

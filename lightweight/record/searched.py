@@ -1,4 +1,4 @@
-"""Were the rates that a sweep found searched for this? They are of one model, and of methods as they were."""
+"""Do the rates of a sweep apply? Only to its model, and to methods that have not changed since."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:  # a record is read without torch
 
 
 def check_searched(rate: Any, model: str, *methods: Method) -> None:
-    """Raise ValueError where `rate`, of `Settings`, is that of a sweep on another model than the one called `model`, or
-    of other `methods` than these, which have their rates."""
+    """Raise ValueError if `rate`, of `Settings`, is from a sweep on another model than `model`, or if one of `methods`
+    has changed since."""
     if not isinstance(rate, SweptRates):
         return
     here = f"--learning-rate {rate.path}"

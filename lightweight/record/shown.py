@@ -1,4 +1,4 @@
-"""What of a record may stand on a terminal or a page? Text in one line, without what steers either."""
+"""Text of a record that is safe to print on a terminal or a page."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import unicodedata
 
 
 def one_line(text: str) -> str:
-    """`text` on one line, without characters that steer a terminal, turn text around, or cannot be encoded."""
+    """`text` in one line, without characters that control a terminal, reverse text, or cannot be encoded."""
     return readable(" ".join(text.split()))
 
 
 def readable(text: str) -> str:
-    """`text` with those characters replaced, its lines kept."""
+    """`text` with such characters replaced, but with its lines."""
     return "".join(
         c if c in "\n\t" or not _UNREADABLE & {unicodedata.category(c), unicodedata.bidirectional(c)} else "\ufffd"
         for c in text

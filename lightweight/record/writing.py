@@ -1,4 +1,4 @@
-"""What is written of a trial, and of a forecast? Their entries from what was tried and measured, and a run's JSON."""
+"""What is stored of a trial and of a forecast? Their entries, and the JSON of a run."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbyt
 
 
 def document(entries: Iterable[Entry], forecasts: Iterable[ForecastRow] | None = None) -> dict[str, Any]:
-    """What lightweight writes into a run's JSON; without the key `forecasts` where nothing is forecast."""
+    """The keys that lightweight adds to a run's JSON; without `forecasts` if there are none."""
     content: dict[str, Any] = {"schema": SCHEMA, "outcomes": [as_json(entry) for entry in entries]}
     return content if forecasts is None else content | {"forecasts": [as_json(row) for row in forecasts]}
 
 
 def settings(trial: Trial) -> dict[str, Any]:
-    """What a trial is, as JSON: those keys of its entry that are known before it runs."""
+    """A trial's settings as JSON: the keys of its entry that are known before it runs."""
     method = trial.running_method
     return {
         "model": trial.model.name,
@@ -79,7 +79,7 @@ def settings(trial: Trial) -> dict[str, Any]:
 
 
 def entry(trial: Trial, outcome: Outcome, device: Device, forecast: Forecast | None) -> Entry:
-    """The entry of one trial, how it ended on `device`, and what was forecast of it, `None` where nothing could be."""
+    """The entry of a trial that ended with `outcome` on `device`. `forecast` is None if it could not be made."""
     measured = codec.plain(dataclasses.asdict(outcome.measured))
     trial = trial.with_rows(outcome.measured.training_rows)
     on_gpu = trial.device_index is not None
@@ -122,7 +122,7 @@ def entry(trial: Trial, outcome: Outcome, device: Device, forecast: Forecast | N
 
 
 def forecast_row(trial: Trial, forecast: Forecast) -> ForecastRow:
-    """What was forecast of a trial that need not be run."""
+    """The forecast of a trial that is not trained."""
     return ForecastRow(
         model=trial.model.name,
         method=trial.method.name,
@@ -139,8 +139,8 @@ def forecast_row(trial: Trial, forecast: Forecast) -> ForecastRow:
 
 
 def steady_step_seconds(step_seconds: tuple[float, ...], steps_per_epoch: int) -> float | None:
-    """The median step, in seconds, after the first epoch, in which libraries still warm up, where there is a second
-    one."""
+    """The median step after the first epoch, in seconds; of all steps if there is only one epoch. Libraries still warm
+    up in the first epoch. None without steps."""
     steady = step_seconds[steps_per_epoch:] or step_seconds
     return statistics.median(steady) if steady else None
 
@@ -148,12 +148,11 @@ def steady_step_seconds(step_seconds: tuple[float, ...], steps_per_epoch: int) -
 def steady_seconds_per_token(
     step_seconds: Sequence[float], step_tokens: Sequence[int], steps_per_epoch: int
 ) -> float | None:
-    """Seconds of a token: the median over whole epochs after the first one, in which libraries still warm up, of an
-    epoch's seconds over its tokens. So every trial of a corpus is measured on the same tokens, however they are dealt
-    to steps, and a short last step counts as what it is.
+    """Seconds per token: the median, over whole epochs after the first, of an epoch's seconds over its tokens. So every
+    trial of a corpus is measured on the same tokens, however they are divided into steps.
 
-    Where no whole epoch comes after the first, it is over all that does, and within the first over all but its first
-    step. None where the tokens of a step are not known.
+    Without such an epoch it is over all steps after the first epoch, or within the first epoch over all steps but the
+    first. None if the tokens of a step are not known.
     """
     if len(step_tokens) != len(step_seconds) or not all(step_tokens):
         return None
@@ -166,8 +165,8 @@ def steady_seconds_per_token(
 
 
 def versions(*others: str) -> dict[str, str | None]:
-    """Installed versions of what a result depends on, and of `others`; of CUDA that which torch was built with, where
-    this process has torch."""
+    """Installed versions of the packages that a result depends on, and of `others`. `cuda` is the version that torch
+    was built with; None if this process has not imported torch."""
     torch: Any = sys.modules.get("torch")
     installed: dict[str, str | None] = {"lightweight": __version__, "cuda": torch and torch.version.cuda}
     for package in (*PACKAGES, *others):
@@ -179,15 +178,16 @@ def versions(*others: str) -> dict[str, str | None]:
 
 
 def method_digest(method: Method) -> str:
-    """What tells `method` from others of its name: SHA-256 over what its author said, in hexadecimal."""
+    """SHA-256 of what the author of `method` said, in hexadecimal. It tells methods of one name apart."""
     return digest(said_of(method))
 
 
 def said_of(method: Method) -> dict[str, Any]:
     """What the author of `method` said, as JSON.
 
-    Left out are the name, and whatever has the library's own default: a new version of peft or transformers that writes
-    another setting, or its own version, into a config does not make it another method."""
+    The name is left out, and so is every value that is the library's default. So a new version of peft or transformers,
+    which writes more keys or its own version into a config, does not make it another method.
+    """
     said = {
         "adapter": _said(method.adapter),
         "quantization": _said(method.quantization),
@@ -201,8 +201,8 @@ def said_of(method: Method) -> dict[str, Any]:
 
 
 def own_code(method: Method) -> dict[str, Any] | None:
-    """What `method` has of its author's code, by field: import paths, with the SHA-256 of the source where no installed
-    package has it; None for nothing."""
+    """The author's code in `method` by field: import paths, and SHA-256 of the source unless an installed package has
+    it. None if there is no such code."""
     return {name: importable.described(value) for name, value in method.own_code.items()} or None
 
 
@@ -232,6 +232,6 @@ def _default_of(config: Any) -> dict[str, Any]:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 over `value`, plain JSON, in hexadecimal."""
+    """SHA-256 of `value`, which is plain JSON, in hexadecimal."""
     text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(value, sort_keys=True))  # where an object lies is no setting
     return hashlib.sha256(text.encode()).hexdigest()
