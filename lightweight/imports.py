@@ -1,4 +1,4 @@
-"""What does it cost to import torch, transformers and peft? Seconds, a third of which need not be.
+"""What does importing torch, transformers and peft cost? Seconds, a third of which can be saved.
 
 They make half a million objects that live as long as the process. Python's garbage collector looks through all of them
 again and again while they become more, and in every full collection afterwards.

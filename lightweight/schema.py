@@ -1,4 +1,4 @@
-"""What may a record hold? Each kind of value, as a type that a record's fields have, and the fault that is found first.
+"""Which values may a record hold? Each kind of value as the type of a record's fields, and the first fault of a record.
 
 A record is JSON that anybody may have edited, cut off, or written with another version. Everything that reads one
 computes with it and shows it, so types, ranges and words are checked here, once, and what passes needs no second look.

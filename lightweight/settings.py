@@ -1,5 +1,5 @@
-"""What of a method and of its rows can be set without writing another? Declared once, for pytest and every command; and
-the method that is made so. A command's own options are in `__main__`, pytest's in `session.options`.
+"""Which settings of a method and its rows can a command line change? They are declared once, for pytest and every
+command. A command's own options are in `__main__`, pytest's in `session.options`.
 
 Imports nothing that takes long: a pytest that only prints its help reads the table.
 """

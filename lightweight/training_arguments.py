@@ -1,4 +1,4 @@
-"""Which of transformers' TrainingArguments mean here what they say, and who sees to it?
+"""Which of transformers' TrainingArguments are supported, which are refused, and what is the mend for each?
 
 A method gives TrainingArguments in their own words, and two things run its steps: HF `Trainer`, alone or on several
 ranks, and the captured step. Neither does all of what TrainingArguments can ask for, and some of it is the suite's own

@@ -1,4 +1,5 @@
-"""How are two ways of computing a step compared? Loss and gradients, over the same dialogues from the same weights.
+"""Does a captured step agree with the Trainer's? Loss and gradients of both, over the same dialogues from the same
+weights, within the tolerance of their number format.
 
 The Trainer's are computed first, by its own `training_step` on its own batches, before anything is replaced. Then the
 captured step computes its own in the shapes it will train in, and where they differ by more than rounding it gives up

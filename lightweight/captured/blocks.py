@@ -1,5 +1,5 @@
-"""Which decoder layers add branches to what goes past them, and where is a norm taken of that sum? Both are one pass
-then, forward and backward, and so is the norm that some take of a branch before it is added.
+"""Which decoder layers add to a residual stream, and where is a norm taken of that sum? Sum and norm become one kernel,
+forward and backward; so does the norm that some architectures take of a branch before it is added.
 
 A layer is asked what it does with stubs in the place of its modules, for its names say too little: some scale their
 branches, some norm them, some compute both from one norm.

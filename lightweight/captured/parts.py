@@ -1,4 +1,4 @@
-"""What of the captured step is not the model's own, and what is left of it where some has to be given up?"""
+"""Which parts does the captured step have that the Trainer's has not, and in which order are they switched off?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a network is otherwise while a step of it is checked, and then as it was?"""
+"""What of a network is changed while a step of it is checked, and restored afterwards?"""
 
 from __future__ import annotations
 

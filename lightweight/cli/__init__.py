@@ -1,1 +1,1 @@
-"""What does a command of `lightweight` do: plan, train, sweep, calibrate, look at data, chat, report, hold against?"""
+"""What does each command of `lightweight` do: plan, train, sweep, calibrate, data, chat, report, gate?"""

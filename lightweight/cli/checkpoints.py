@@ -1,4 +1,5 @@
-"""When is a checkpoint saved, which one is whole, and where does a job go on?
+"""When is a checkpoint saved, which one is whole, and where does a job continue? The manifest is written and checked
+here.
 
 A checkpoint is whole when its manifest lists every file with its size and digest, and the files agree. The manifest has
 a digest of itself, and is written last; everything is synced before the folder gets its name (`output` moves it), so

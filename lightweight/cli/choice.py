@@ -1,4 +1,4 @@
-"""Which method does a job take that was given none? And which one instead of one that ran out of memory?
+"""Which method does a job take if none was given? And which one instead of one that ran out of memory?
 
 By forecast: of what fits, the one that is expected to be the fastest.
 """

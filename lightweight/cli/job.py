@@ -1,4 +1,4 @@
-"""What is asked for by `lightweight train`? And what says that it cannot be had."""
+"""What does `lightweight train` have to do? A `Job`, and the error of one that cannot start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast does the host ask for the operators of a stock step? Timed where it is all that a step waits for.
+"""How fast does the host launch the operators of a stock step? Timed where a step waits for nothing else.
 
 The Trainer trains a network so small that its kernels end before the next is asked for, in a child as any trial. The
 seconds of a step over the operators of its trace are the host's pace.

@@ -1,4 +1,5 @@
-"""Where a CPU computes otherwise than a CUDA GPU, and that changes how much memory is held: all of it is here.
+"""Which operators allocate differently on a CUDA GPU than on a CPU? The rules by which a trace on a CPU gets a GPU's
+memory.
 
 A forecast traces a training step of fake tensors that say they are on the CPU, since torch without CUDA cannot have
 fake ones on `cuda`. Inside `CudaRules` the dispatcher takes the way of CUDA for them, where CUDA itself would take it.

@@ -1,4 +1,4 @@
-"""How is the gate's verdict told? The cells of a new run beside the stored ones, as a table and lines."""
+"""How is the gate's verdict shown? The cells of a new run beside the stored ones, as a table and lines."""
 
 from __future__ import annotations
 

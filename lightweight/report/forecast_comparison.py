@@ -1,4 +1,4 @@
-"""How is the verdict on a plan told? Its forecasts beside those of the older one, as a table and lines."""
+"""How is the verdict on a plan shown? Its forecasts beside those of the older one, as a table and lines."""
 
 from __future__ import annotations
 

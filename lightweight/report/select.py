@@ -1,4 +1,4 @@
-"""Which trials are told, and which belong together? Of several runs the newest, of a cell's trials the longest."""
+"""Which trials are shown, and which belong together? The newest of several runs, and the longest of a cell's trials."""
 
 from __future__ import annotations
 

@@ -24,9 +24,9 @@ from lightweight.targets import size
 from lightweight.verdict import noninferiority, power, seeds
 
 NO_WORSE_NOTE = (
-    "Losses in nats a token, means over seeds. In brackets the two-sided 90 % t-interval over seeds, differences taken "
-    "from the baseline of the same seed; no worse: all of it below the margin of {:g} nats. "
-    "Elsewhere: plain English that is not from the corpus; forgotten: how much its loss rose in training."
+    "Losses in nats a token, means over seeds. In brackets the two-sided 90 % t-interval over seeds. Differences are "
+    "from the baseline of the same seed. No worse: the whole interval is below the margin of {:g} nats. Elsewhere: "
+    "plain English that is not from the corpus. Forgotten: how much its loss rose in training."
 )
 
 
@@ -111,7 +111,7 @@ def over_seeds(entries: Sequence[Entry]) -> Table:
     rows = studies.studies(entries)
     note = (
         "Means over seeds. In brackets the two-sided 95 % t-interval over seeds; a speedup is the geometric mean. "
-        "Speedup and loss over baseline are taken from the baseline of the same seed. Peak memory: the largest."
+        "Speedup and loss over baseline compare each seed with the baseline of the same seed. Peak memory: the largest."
     )
     return table("seeds", "Over seeds", columns, rows, [study.first for study in rows], [note])
 

@@ -1,4 +1,4 @@
-"""How is one trial said? Its names, how it ended, its numbers with units and marks: the same wherever it stands."""
+"""How is a trial put into words? Its names, how it ended, its numbers with units and marks: the same everywhere."""
 
 from __future__ import annotations
 

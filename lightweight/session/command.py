@@ -1,4 +1,4 @@
-"""What would train the same trials again? The tests and options of a session, as pytest takes them.
+"""Which command trains the same trials again? The tests and options of a session, as arguments of pytest.
 
 Only what says which trials are trained and how; where things are written, what they are held against and how they are
 shown is each session's own. Places are told from pytest's root: a record is shared, and whose machine it was is

@@ -1,4 +1,4 @@
-"""What can be said on pytest's command line, in words that leave other people's options alone.
+"""Which options does pytest get, without a collision with those of other plugins?
 
 Every option has a long name, `--lightweight-model`, that is nobody else's, and a short one, `--model`, where nobody
 else has an option of that name: another plugin's or conftest's goes before ours, whichever was loaded first.

@@ -1,4 +1,5 @@
-"""When does a round begin and end, and what is asked and told then? A round is an epoch of the Trainer's.
+"""When does a round begin and end, and which requests and reports are exchanged then? A round is an epoch of the
+Trainer.
 
 The Trainer owns its loop. A callback waits for a request at the beginning of every epoch and reports at its end, so
 that training goes on from round to round.

@@ -1,4 +1,4 @@
-"""In what are two trials, or two forecasts, unlike? In words, each condition with its two values."""
+"""How do two trials, or two forecasts, differ? In words: each condition with its two values."""
 
 from __future__ import annotations
 

@@ -214,7 +214,7 @@ def test_the_experiment_is_of_any_method_with_its_seeds_and_margin_and_tells_wha
     run = experiment.runpytest(*of_mine, f"--pilot={pilot}", "--margin=0.2", "--benchmark-json=run.json")
     run.assert_outcomes(passed=1, skipped=2)
     run.stdout.fnmatch_lines(["2 seeds show a method that is as good as its baseline to be no worse within 0.2 nats *"])
-    run.stdout.fnmatch_lines(["*(from pilot.json)*", "*no worse: all of it below the margin of 0.2 nats.*"])
+    run.stdout.fnmatch_lines(["*(from pilot.json)*", "*No worse: the whole interval is below the margin of 0.2 nats.*"])
     entries = record.load(experiment.path / "run.json").entries
     assert [(of.method, of.seed) for of in entries] == [("mine", 0), ("mine", 1), ("baseline", 0), ("baseline", 1)]
     assert {of.trained_on for of in entries} == {"texts"}  # the whole of it, in whatever letters
