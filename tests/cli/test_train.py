@@ -571,7 +571,7 @@ def test_without_a_method_the_fastest_that_fits_is_taken_and_said(train, out, ba
     read, line, *_ = capsys.readouterr().out.splitlines()
     assert read == "turns: 24 conversations, 2.0 turns each"
     assert line.startswith("method lora: ") and "of 16GiB's 15.58 GiB by forecast" in line
-    assert "(baseline, lora, qlora), though trained on this CPU" in line
+    assert "(baseline, lora, qlora), but it is trained on this CPU" in line
     assert train("b", "--max-steps", "1", method=None) == 0
     assert "\nmethod lora: no GPU or --target, so no forecast" in capsys.readouterr().out
     assert train("c", "--max-steps", "1", "--weights", "random", method=None) == 0
