@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightweight.internals import gguf
 from lightweight.models.config import CAUSAL, configuration
 from lightweight.models.loading import check_whole
 from lightweight.models.model import Model, refused
@@ -36,7 +37,7 @@ def write(model: Model, folder: Path, seed: int) -> Model:
     from lightweight.models.random_weights import drawn
 
     if model.gguf_file:
-        with refused(model, f"{model.gguf_file} cannot be read", OTHER_FILE):
+        with refused(model, f"{model.gguf_file} cannot be read", OTHER_FILE), gguf.read_once():
             network = _unpacked(model)
             tokenizer = tokenizer_of_gguf(model)
     else:
@@ -55,7 +56,7 @@ def tokenizer_of_gguf(model: Model) -> PreTrainedTokenizerBase:
     from transformers import AutoConfig, AutoTokenizer
 
     assert model.location is not None
-    with refused(model, f"{model.gguf_file} cannot be read", OTHER_FILE):
+    with refused(model, f"{model.gguf_file} cannot be read", OTHER_FILE), gguf.read_once():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.location, gguf_file=model.gguf_file)
         config = AutoConfig.from_pretrained(model.location, gguf_file=model.gguf_file)
         _end_as_the_network_does(tokenizer, config)

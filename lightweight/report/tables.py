@@ -113,7 +113,8 @@ def over_seeds(entries: Sequence[Entry]) -> Table:
         "Means over seeds. In brackets the two-sided 95 % t-interval over seeds; a speedup is the geometric mean. "
         "Speedup and loss over baseline compare each seed with the baseline of the same seed. Peak memory: the largest."
     )
-    return table("seeds", "Over seeds", columns, rows, [study.first for study in rows], [note])
+    shown = [study.first for study in rows]
+    return table("seeds", "Over seeds", columns, rows, shown, [note, *words.notes(shown)])
 
 
 def others(entries: Sequence[Entry]) -> Table:

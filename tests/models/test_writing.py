@@ -27,7 +27,7 @@ def test_random_weights_follow_the_seed_and_store_as_float16(tmp_path):
     assert all(torch.equal(tensor, tensor.half().float()) for tensor in once.values())
 
 
-def test_a_gguf_file_is_turned_into_safetensors(tmp_path):
+def test_a_gguf_file_is_turned_into_safetensors(tmp_path, monkeypatch):
     gguf = pytest.importorskip("gguf")
     config = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 32}
     network = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", num_attention_heads=2, **config))
@@ -61,7 +61,10 @@ def test_a_gguf_file_is_turned_into_safetensors(tmp_path):
     found, _ = models.find(models.named(str(folder)))
     assert (found.weights, found.gguf_file, found.is_loadable) == ("pretrained", "tiny.gguf", False)
     assert found.weights_file == "tiny.gguf"
+    readings, reader = [], gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda *place: readings.append(place) or reader(*place))
     written = models.write(found, tmp_path / "written", seed=0)
+    assert len(readings) == 1
     assert written.is_loadable
     assert written.weights_file == "tiny.gguf"  # these are still the weights of that file
     loaded = models.load(written, torch.float32, CPU, None)
