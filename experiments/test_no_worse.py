@@ -91,7 +91,7 @@ def examples(request: pytest.FixtureRequest, laboratory: Laboratory, model: str)
     if not request.config.getoption("--model"):
         pytest.skip(f"{NOT_RUN}takes minutes; name a model with real weights, such as --model smollm2-135m")
     if laboratory.trial(model, BASELINE).model.weights != "pretrained":
-        pytest.skip(f"{NOT_RUN}random weights say nothing of quality")
+        pytest.skip(f"{NOT_RUN}random weights say nothing about quality")
     try:
         return laboratory.corpus if laboratory.option("corpus") else corpus.in_latin_letters(laboratory.corpus)
     except corpus.CorpusError as error:

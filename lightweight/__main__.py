@@ -140,15 +140,17 @@ def parser() -> argparse.ArgumentParser:
     )
     commands.add_parser("train", add=_add_train, help="fine-tune a model and save it, with checkpoints on the way")
     commands.add_parser(
-        "calibrate", add=_add_calibrate, help="time this GPU's kernels, for forecasts of time: two minutes"
+        "calibrate", add=_add_calibrate, help="time this GPU's kernels, for forecasts of time; takes two minutes"
     )
     commands.add_parser(
         "sweep", add=_add_sweep, help="search for each method's learning rate, each with the same budget"
     )
     commands.add_parser(
-        "data", add=_add_data, help="look at a corpus before training: lengths, and which tokens the loss is taken over"
+        "data",
+        add=_add_data,
+        help="look at a corpus before training: lengths in tokens, and which tokens the loss is on",
     )
-    commands.add_parser("chat", add=_add_chat, help="let a model that was trained answer prompts")
+    commands.add_parser("chat", add=_add_chat, help="have a trained model answer prompts")
     commands.add_parser("report", add=_add_report, help="show saved records as a page, Markdown or tables")
     commands.add_parser("gate", add=_add_gate, help="compare a saved record with older ones; status 1 if it got worse")
     return parser
@@ -163,8 +165,8 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="RUN.json",
-        help="what `pytest experiments --benchmark-json` or `lightweight plan --format json` stored; several runs of "
-        "a model and method are shown as its history",
+        help="what `pytest experiments --benchmark-json` or `lightweight plan --format json` stored; several "
+        "runs of one model and method are shown as its history",
     )
     parser.add_argument(
         "-o", "--output", type=Path, metavar="PATH", help="write to this file: HTML, or by its suffix .md, .tex or .csv"
@@ -172,20 +174,21 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=("terminal", "markdown", "html", "latex", "csv"),
-        help="(default: by the suffix of PATH, else terminal); latex and csv are one table, one row a model and method",
+        help="latex and csv give one table, with one row per model and method (default: by the suffix of PATH, else "
+        "terminal)",
     )
     parser.add_argument(
         "--columns",
         metavar="NAME,...",
-        help="one table for a paper with these columns, one row a model and method with all its seeds: "
+        help="one table for a paper with these columns, and one row per model and method, over all its seeds: "
         f"{', '.join(publish.COLUMNS)}",
     )
     parser.add_argument(
         "--bundle",
         type=Path,
         metavar="DIR|FILE.zip",
-        help="write all that one command needs to repeat the run: records, tests, methods, corpus and versions; run "
-        "this in the folder in which pytest ran",
+        help="write what is needed to repeat the run with one command: records, tests, methods, corpus and versions; "
+        "run this in the folder in which pytest ran",
     )
     parser.add_argument(
         "--files",
@@ -193,7 +196,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="DIR",
-        help="repeatable, for --bundle: another folder that holds a file of the run: its corpus, or a method",
+        help="repeatable, for --bundle: another folder with a file that the run used: its corpus, or a method",
     )
     parser.add_argument(
         "--into",
@@ -226,8 +229,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "--corpus",
         type=Path,
         metavar="PATH",
-        help="the corpus, a file or hub:NAME[:SPLIT]: the forecast is then of its longest batch (default: of rows of "
-        "--max-length tokens)",
+        help="a file, or hub:NAME[:SPLIT]: forecast the longest batch of this corpus (default: rows of --max-length "
+        "tokens)",
     )
     _add_how_read(parser)
     _add_settings(parser)
@@ -235,13 +238,13 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length-that-fits",
         action="store_true",
-        help="also find the longest rows that fit, with as few rows in a pass as possible",
+        help="also find the longest rows that fit, with as few rows per pass as possible",
     )
     parser.add_argument(
         "--gpus",
         metavar="N",
-        help="GPUs that share a trial by FSDP2, at most one for each sequence of a step; also finds the fewest that "
-        "suffice (default: one GPU, not sharded)",
+        help="forecast one of N GPUs that share a trial, at most one for each row of a step; also find the fewest GPUs "
+        "that suffice (default: 1)",
     )
     parser.add_argument(
         "--record",
@@ -249,12 +252,12 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=Path,
         metavar="RECORD.json",
-        help="repeatable: records whose step times say which method is the fastest",
+        help="repeatable: a record, whose step times decide which method is the fastest",
     )
     _add_job(parser)
-    parser.add_argument("--format", choices=("table", "json"), default="table")
+    parser.add_argument("--format", choices=("table", "json"), default="table", help="(default: table)")
     parser.add_argument(
-        "--traceback", action="store_true", help="where a method cannot be forecast, also show the traceback"
+        "--traceback", action="store_true", help="also show the traceback of each method that cannot be forecast"
     )
 
 
@@ -265,16 +268,20 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--tokens", type=int, metavar="N", help="tokens of the corpus")
     group.add_argument("--epochs", type=int, default=10, metavar="N", help="passes over the corpus (default: 10)")
-    group.add_argument("--price", type=float, metavar="AMOUNT", help="what an hour of the card costs")
-    group.add_argument("--max-hours", type=float, metavar="HOURS", help="mark methods that take longer; choose another")
-    group.add_argument("--max-price", type=float, metavar="AMOUNT", help="mark methods that cost more; choose another")
+    group.add_argument("--price", type=float, metavar="AMOUNT", help="price of one hour of the card")
+    group.add_argument(
+        "--max-hours", type=float, metavar="HOURS", help="choose no method that takes longer, and mark those that do"
+    )
+    group.add_argument(
+        "--max-price", type=float, metavar="AMOUNT", help="choose no method that costs more, and mark those that do"
+    )
     group.add_argument(
         "--calibration",
         action="append",
         default=[],
         type=Path,
         metavar="CARD.json",
-        help="repeatable: what `lightweight calibrate` wrote; preferred to the calibrations that come with the package",
+        help="repeatable: what `lightweight calibrate` wrote; takes precedence over the calibrations in the package",
     )
 
 
@@ -301,8 +308,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     _add_how_read(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the trained model goes")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model that is there already")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of an interrupted job")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model that is already there")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted job from its last checkpoint")
     parser.add_argument(
         "--target",
         metavar="NAME",
@@ -311,7 +318,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         choices=("pretrained", "random"),
-        help="where weights come from (default: pretrained; random only for a model that has no others)",
+        help="where weights come from (default: pretrained, except for models that exist only with random weights)",
     )
     parser.add_argument("--epochs", type=int, default=10, metavar="N", help="passes over the corpus (default: 10)")
     parser.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps, instead of epochs")
@@ -342,7 +349,7 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="NAME",
-        help="repeatable: a known name or package.module:NAME",
+        help="repeatable: a known name, package.module:NAME or FILE.py:NAME",
     )
     parser.add_argument(
         "--corpus",
@@ -359,7 +366,7 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         choices=("pretrained", "random"),
-        help="where weights come from (default: pretrained where they can be had, else random)",
+        help="where weights come from (default: pretrained if they are available, else random)",
     )
     parser.add_argument("--epochs", type=int, default=10, metavar="N", help="passes over the corpus (default: 10)")
     parser.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps, instead of epochs")
@@ -381,7 +388,7 @@ def _add_how_read(parser: argparse.ArgumentParser) -> None:
 
 def _add_settings(parser: argparse.ArgumentParser, **others: str) -> None:
     """The settings; `others` are the words of those that mean something else here."""
-    group = parser.add_argument_group("settings", "of the method, and of the rows that it trains on")
+    group = parser.add_argument_group("settings", "of the method and of its rows")
     for setting in SETTINGS:
         words = others.get(setting.name, setting.help)
         group.add_argument(setting.flag, metavar=setting.metavar, help=words.replace("%", "%%"))
@@ -393,8 +400,8 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt",
         metavar="TEXT",
-        help="answer this prompt; or, if TEXT is a file, each of its lines, as JSON lines (default: standard input, "
-        "line by line)",
+        help="answer this prompt; if TEXT is a file, answer each of its lines and print JSON lines (default: read "
+        "standard input, line by line)",
     )
     parser.add_argument("--system", metavar="TEXT", help="the system prompt, for a model trained on conversations")
     parser.add_argument(
@@ -405,7 +412,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="T",
-        help="sampling temperature (default: 0, the most likely token each time)",
+        help="sampling temperature (default: 0, which always takes the most likely token)",
     )
 
 
@@ -430,10 +437,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_data, check=checks.of_names)
     parser.add_argument("corpus", type=Path, metavar="FILE", help="a corpus: a file, or hub:NAME[:SPLIT]")
     parser.add_argument(
-        "--model", metavar="NAME", help="the model whose tokenizer counts: a known name, a hub id or a folder"
+        "--model",
+        metavar="NAME",
+        help="count tokens with the tokenizer of this model: a known name, a hub id or a folder",
     )
     _add_how_read(parser)
-    parser.add_argument("--format", choices=("text", "json"), default="text")
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="(default: text)")
 
 
 def _data(options: argparse.Namespace) -> int:
@@ -451,8 +460,8 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="RECORD.json",
-        help="with --against the new record; else an older one and the new one: of `pytest experiments "
-        "--benchmark-json`, or of `lightweight plan --format json`, whose forecasts are compared",
+        help="with --against, the new record; else an older record and the new one. Records are written by `pytest "
+        "experiments --benchmark-json`, or by `lightweight plan --format json`, which has forecasts",
     )
     parser.add_argument("--against", nargs="+", type=Path, metavar="OLD.json", help="older records to compare with")
     for option in LIMITS:

@@ -37,7 +37,7 @@ def _beside(path: Path) -> Iterator[tuple[int, Path]]:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"it is a folder: name a file in it, such as {path / 'name'}")
     if os.path.lexists(path) and not (path.is_symlink() or path.is_file()):
-        raise FileExistsError(errno.EEXIST, "it is no file that can be replaced: give another name")
+        raise FileExistsError(errno.EEXIST, "it is not a file that can be replaced: give another name")
     folder = path.absolute().parent
     if not folder.is_dir():
         raise FileNotFoundError(errno.ENOENT, f"there is no folder {folder}: make it first")

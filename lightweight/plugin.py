@@ -1,20 +1,20 @@
-"""What does a user of the suite get in pytest? Its fixtures, and its hooks, whose work `lightweight.session` does.
+"""What does a user get in pytest? Fixtures that train, forecast and compare; the hooks behind them are in
+`lightweight.session`.
 
-Load it from a conftest.py: `pytest_plugins = ["lightweight.plugin"]`. Tests then ask for
+Load it from a conftest.py: `pytest_plugins = ["lightweight.plugin"]`. Tests can then use
 
-- `train(model, method, **changes)`: train a cell in a child process, its rounds timed by pytest-benchmark, and get the
-  Outcome;
-- `outcome_of(model, method, **changes)`: the Outcome of a cell that has been trained in this session, or else train it
-  now, untimed by pytest-benchmark;
-- `forecast_of(model, method, **changes)`: the Forecast of a cell, which needs no GPU and no weights;
+- `train(model, method, **changes)`: trains a cell in a child process, with pytest-benchmark timing its rounds, and
+  returns the Outcome;
+- `outcome_of(model, method, **changes)`: the Outcome of a cell that was already trained in this session; otherwise it
+  is trained now, and pytest-benchmark does not time it;
+- `forecast_of(model, method, **changes)`: the Forecast of a cell, without a GPU or weights;
 - `speedup(model, method, **changes)`: how many times as fast as its baseline a cell is, from alternating rounds.
 
-A test that takes `model` and `method` arguments beside any of them is parametrised over `--model` x `--method`, and one
-that trains also over the seeds of `--seeds`.
+A test with the arguments `model` and `method` beside one of these is parametrised over `--model` x `--method`. A test
+that trains is also parametrised over the seeds of `--seeds`.
 
-It is a guest in other people's suites: neither torch nor anything else that takes long is imported, and nothing is
-looked for, before one of these fixtures or an option of lightweight's is used. What then happens is in the folder
-`session`.
+In a suite that does not use these fixtures or options, the plugin imports nothing slow, such as torch, and looks for
+nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """What tests import from here and is in modules that take long to import."""
+    """Names that tests import from here, from modules that take long to import."""
     if name in ("CPU_STEPS", "CUDA_STEPS", "PRECISION", "Laboratory"):
         from lightweight.session import laboratory, speedups
 

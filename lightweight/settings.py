@@ -111,7 +111,7 @@ def layers(text: str) -> str | tuple[str, ...]:
     """`all-linear`, or names with commas between them, sorted. Raises ValueError."""
     said = {name.strip() for name in text.split(",")} - {""}
     if not said or ("all-linear" in said and len(said) > 1):
-        raise ValueError("give names with commas between them, such as q_proj,v_proj, or all-linear alone")
+        raise ValueError("give names separated by commas, such as q_proj,v_proj, or all-linear alone")
     return "all-linear" if "all-linear" in said else tuple(sorted(said))
 
 
@@ -154,7 +154,7 @@ OF_CORPUS = (
     ),
     OfCorpus(
         "skip-bad",
-        "leave out rows that cannot be used, and count them (default: the first one is an error)",
+        "leave out rows that cannot be used, and count them (default: stop at the first one)",
         {"action": "store_true", "default": False},
     ),
     OfCorpus(
@@ -214,7 +214,7 @@ SETTINGS = (
         name="loss_on",
         metavar="WHICH",
         read=one_of("all", "last"),
-        help="the assistant's turns that the loss is taken over: all of a conversation, or its last (default: all)",
+        help="which of the assistant's turns the loss is on: all, or the last one of a conversation (default: all)",
         of="rows",
         key="loss_on",
     ),
@@ -222,8 +222,8 @@ SETTINGS = (
         name="long",
         metavar="HOW",
         read=one_of("cut", "split", "drop"),
-        help="a conversation longer than a row is: cut, without its first turns; split, into several rows; or "
-        "drop, left out (default: cut)",
+        help="what to do with a conversation longer than a row: cut (leave out its first turns), split (into several "
+        "rows) or drop (default: cut)",
         of="rows",
         key="long",
     ),
@@ -231,7 +231,7 @@ SETTINGS = (
         name="padding",
         metavar="HOW",
         read=one_of("longest", "max"),
-        help="pad the rows of a batch to the longest of them, or to --max-length: longest, max (default: max for a "
+        help="pad the rows of a batch: longest (to the longest of them) or max (to --max-length) (default: max for a "
         "corpus of prompt and answer pairs, else longest)",
         of="rows",
         key="padding",
@@ -240,8 +240,8 @@ SETTINGS = (
         name="batch_size",
         metavar="N",
         read=whole(1),
-        help="rows in a forward pass (default: the method's; plan, and train without --method, take fewer rows in "
-        "more passes where those do not fit)",
+        help="rows per forward pass (default: the method's; if they do not fit, plan, and train without --method, take "
+        "fewer rows in more passes)",
         of="arguments",
         key="per_device_train_batch_size",
     ),
@@ -249,7 +249,7 @@ SETTINGS = (
         name="accumulation",
         metavar="N",
         read=whole(1),
-        help="forward passes in an optimizer step: gradient accumulation (default: the method's)",
+        help="gradient accumulation: forward passes per optimizer step (default: the method's)",
         of="arguments",
         key="gradient_accumulation_steps",
     ),
@@ -257,8 +257,8 @@ SETTINGS = (
         name="learning_rate",
         metavar="RATE",
         read=rate_or_rates,
-        help="peak learning rate, or the file that `lightweight sweep` wrote, which has one for each method "
-        "(default: the method's, else 5e-5)",
+        help="peak learning rate, or the file that `lightweight sweep` wrote, with a rate for each method (default: "
+        "the method's, else 5e-5)",
         of="arguments",
         key="learning_rate",
     ),
@@ -275,7 +275,7 @@ SETTINGS = (
         name="warmup",
         metavar="STEPS",
         read=warmup,
-        help="warmup in optimizer steps, or, below 1, as a share of all steps (default: the method's, else 0)",
+        help="warmup in optimizer steps, or as a share of all steps if below 1 (default: the method's, else 0)",
         of="arguments",
         key="warmup_steps",
     ),
@@ -309,7 +309,7 @@ SETTINGS = (
         name="lora_layers",
         metavar="NAMES",
         read=layers,
-        help="layers with a LoRA adapter: names with commas between them, or all-linear (default: the method's)",
+        help="layers with a LoRA adapter: names separated by commas, or all-linear (default: the method's)",
         of="adapter",
         key="target_modules",
     ),
@@ -317,8 +317,8 @@ SETTINGS = (
         name="scale",
         metavar="HOW",
         read=one_of("fixed", "batch", "batch-sqrt", "batch-linear"),
-        help="what grows with the number of GPUs: fixed, nothing; batch, the rows of a step; batch-sqrt or "
-        "batch-linear, the rows and, by that rule, the learning rate (default: fixed)",
+        help="what grows with the number of GPUs: nothing (fixed), the rows of a step (batch), or the rows and the "
+        "learning rate, by its square root or linearly (batch-sqrt, batch-linear) (default: fixed)",
         of="ranks",
         key="scale",
     ),
@@ -326,7 +326,7 @@ SETTINGS = (
         name="placement",
         metavar="HOW",
         read=one_of("replicated", "sharded"),
-        help="with several GPUs: replicated, each holds the whole network; sharded, each holds a part (default: "
+        help="with several GPUs: replicated (each holds the whole network) or sharded (each holds a part) (default: "
         "replicated if that is forecast to fit, else sharded)",
         of="ranks",
         key="placement",

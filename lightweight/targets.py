@@ -1,7 +1,8 @@
-"""On what a trial runs: the usable bytes and the number formats of a card.
+"""What does a trial run on? A card's usable bytes, its number formats and its rates. To add a card: a `Target` and its
+`RATES`, here.
 
-A smaller card is emulated on a larger one by capping the process's CUDA allocator, so the OutOfMemoryError of a trial
-is a real one, raised by a real allocation.
+A smaller card is emulated on a larger one by a cap on the process's CUDA allocator. So the OutOfMemoryError of a trial
+comes from a real allocation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ GiB = 2**30
 
 
 def size(count: float) -> str:
-    """Bytes as a person says them."""
+    """Bytes as text: GiB from one on, else MiB."""
     return f"{count / GiB:.2f} GiB" if count >= GiB else f"{count / MiB:.0f} MiB"
 
 
@@ -29,13 +30,13 @@ HOPPER: Capability = (9, 0)
 
 
 def has_bf16(capability: Capability) -> bool:
-    """Whether a card has bfloat16 arithmetic: from Ampere on. torch says yes of others as well, which emulate it."""
+    """Whether a card has bfloat16 arithmetic: from Ampere on. torch also says yes for older cards, which emulate it."""
     return capability >= AMPERE
 
 
 def is_card(card: str, device_name: str) -> bool:
-    """Whether `device_name` is CUDA's for `card`, the whole of it or its last words: an A100 is no A10, nor is a part
-    of an A100 one, nor the laptop's card of that name."""
+    """Whether `device_name` is CUDA's name for `card`: the whole name or its last words. An A100 is not an A10, a part
+    of an A100 is not an A100, and a laptop's card is not the desktop's of that name."""
     return device_name == card or device_name.endswith(f" {card}")
 
 
@@ -49,10 +50,12 @@ seen."""
 class Target:
     """A card, or a card's worth of memory.
 
-    `total_bytes` is what torch reports as `total_memory`; `None` means whatever the device at hand has, uncapped.
-    `card` is how CUDA's device name ends: where that name matches, the target is native and needs no cap.
-    `capability` decides which kernels a forecast reckons with and whether there is bfloat16 arithmetic; one that is no
-    card has a Hopper's until it is `on` a device.
+    Attributes:
+        name: What it is called on a command line.
+        capability: CUDA's compute capability. It decides which kernels a forecast assumes, and whether there is
+            bfloat16 arithmetic. An amount of memory has a Hopper's until it is `on` a device.
+        total_bytes: What torch reports as `total_memory`. None is all of the device at hand, uncapped.
+        card: How CUDA's name of the device ends. On a device of that name, the target needs no cap.
     """
 
     name: str
@@ -83,14 +86,19 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What a card can do at most, by its data sheet: dense multiplications and additions a second by number format, on
-    matrix units where they take it, summed in fp32; and bytes a second to and from its memory."""
+    """The highest rates of a card, by its data sheet.
+
+    Attributes:
+        flop_per_second: Dense multiplications and additions per second by number format, on matrix units if they
+            support it, summed in fp32.
+        bytes_per_second: Bytes per second to and from the card's memory.
+    """
 
     flop_per_second: Mapping[str, float]
     bytes_per_second: float
 
     def of(self, dtype: str) -> float:
-        """The rate of a number format; that of fp32 for one that the card has no units for."""
+        """The rate of a number format; that of fp32 if the card has no units for it."""
         return self.flop_per_second.get(dtype, self.flop_per_second["float32"])
 
 
@@ -113,7 +121,7 @@ RATES = {
 
 
 def rates(device_name: str) -> Rates | None:
-    """What a card so called can do at most; None for one whose data sheet is not here."""
+    """The highest rates of the card of that name; None if its data sheet is not here."""
     return next((rates for name, rates in RATES.items() if is_card(name, device_name)), None)
 
 

@@ -90,7 +90,7 @@ ARGUMENTS: Mapping[str, Argument] = {
     **_all("use_liger_kernel liger_kernel_config", Argument(trainer=True)),
     **_all(
         "activation_checkpointing activation_checkpointing_kwargs",
-        Argument(mend="say gradient_checkpointing, which every version knows"),
+        Argument(mend="give gradient_checkpointing, which every version knows"),
     ),
     "auto_find_batch_size": Argument(mend="set per_device_train_batch_size: `lightweight plan --max-batch` finds it"),
     "dataloader_drop_last": Argument(mend="leave it out: every pair is trained on in every epoch"),
@@ -164,7 +164,9 @@ def check(method: Method, target: Target, world_size: int) -> None:
     if method.left_out is not None:
         raise MethodError(f"method {method.name}: {method.left_out}")
     if method.moves_ranks and world_size > 1:
-        raise MethodError(f"method {method.name}: several ranks would not move AdaLoRA's alike: train it on one GPU")
+        raise MethodError(
+            f"method {method.name}: AdaLoRA would choose different ranks on each GPU: train it on one GPU"
+        )
     defaults = _defaults()
     for name, value in method.training_arguments.items():
         if name not in defaults:
@@ -184,7 +186,9 @@ def check(method: Method, target: Target, world_size: int) -> None:
     _check_beside_own_code(method)
     _check_step(method, defaults)
     if method.training_arguments.get("tf32") and not target.bf16:
-        raise MethodError(f"method {method.name}: tf32 is asked for, which target {target.name} lacks: leave it out")
+        raise MethodError(
+            f"method {method.name}: it asks for tf32, which target {target.name} does not have: leave it out"
+        )
 
 
 def default(name: str) -> Any:
@@ -198,7 +202,7 @@ def _refusal(argument: Argument, value: Any, *, captured: bool, world_size: int)
         whose = "the suite's own" if argument.replaced else "not honoured here"
         return f"is {whose}: {argument.mend}"
     if captured and not _honours(argument.captured, value):
-        return f"is not done by the captured step: {argument.mend}, or let the Trainer run the steps"
+        return f"is not supported by the captured step: {argument.mend}, or let the Trainer run the steps"
     if world_size > 1 and not _honours(argument.ranks, value):
         return f"would have several ranks train differently from one: {argument.mend}, or train on one GPU"
     return None

@@ -46,16 +46,29 @@ def pads_to_max(padding: Padding | None, corpus: Corpus) -> bool:
 class Trial:
     """One Model x Method x Target x Corpus x seed.
 
-    `epochs` passes over the training examples, or `max_steps` optimizer steps if that is given. `max_length` is the
-    most tokens of a row; `loss_on` says which of the assistant's turns are learned, `long` what becomes of a
-    conversation that is longer. `padding` None is that of the original scripts, "max", for pairs as theirs, and
-    "longest" for others. `rows` is what the training examples became, once they have been encoded.
-    `device_index` is the GPU's number among those this session sees; `None` trains on the CPU. `world_size` ranks train
-    it together, each a process with a GPU of its own from `device_index` on, and see the batches of one; each holds the
-    network, or a part of it, as `placement` says. `threads` is how many of them compute on a CPU, `None` torch's own
-    number. Raises ValueError for bf16 on a target without it, for more ranks than a step has sequences, for a captured
-    step of shards, and for rows too short for a prompt and an answer; and MethodError, which is one, for
-    TrainingArguments that what runs the method's steps does not honour.
+    Attributes:
+        model: What is trained.
+        method: How.
+        target: The card whose memory the trial is given.
+        corpus: What it is trained on.
+        seed: The seed of all random numbers.
+        epochs: Passes over the training examples.
+        max_steps: Optimizer steps, instead of `epochs`.
+        max_length: The longest row, in tokens.
+        loss_on: Which of the assistant's turns the loss is on.
+        long: What is done with a conversation that is longer than a row.
+        padding: None is "max" for pairs, as in the original scripts, and "longest" for anything else.
+        rows: How many rows the training examples became; None until they are encoded.
+        device_index: The number of the first GPU, among those that this session sees; None trains on the CPU.
+        world_size: Ranks that train together, each a process with a GPU of its own from `device_index` on. They divide
+            the batches of one rank among them.
+        placement: Whether each rank holds the network or a part of it.
+        threads: CPU threads of each rank; None is torch's own number.
+
+    Raises:
+        ValueError: For bf16 on a target without it, more ranks than a step has sequences, a sharded captured step, and
+            rows too short for a prompt and an answer.
+        MethodError: For TrainingArguments that the method's steps do not support. It is a ValueError.
     """
 
     model: Model
@@ -161,14 +174,22 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What training takes, and whether a budget allows it.
+    """How much memory and time training takes, and whether it fits a budget.
 
-    `allocated_bytes` is the peak of `torch.cuda.max_memory_allocated`, and `by_cause` what it consists of.
-    `reserved_bytes` is that of `max_memory_reserved`: under the budget where it fits, without one where it does not.
-    `phase` is where it runs out of memory, or else where the peak is. `paged_bytes` is what a paged optimizer keeps
-    beside that in managed memory, on the card as far as there is room and else on the host; no verdict counts it.
-    `step_seconds` is what an optimizer step takes, None where no calibration says so; `is_calibrated` says whether that
-    is of the same card.
+    Attributes:
+        allocated_bytes: The peak, as `torch.cuda.max_memory_allocated` counts it.
+        reserved_bytes: The peak, as `max_memory_reserved` counts it: under the budget if it fits, without a budget if
+            not.
+        phase: Where it runs out of memory, else where the peak is.
+        by_cause: What `allocated_bytes` consists of.
+        verdict: Whether it fits.
+        budget_bytes: What the allocator may reserve; None without a limit.
+        parameters: All parameters.
+        trainable_parameters: Parameters that are trained.
+        paged_bytes: What a paged optimizer keeps in managed memory, on the card while there is room, else on the host.
+            It is in no peak and no verdict.
+        step_seconds: The time of an optimizer step; None without a calibration or data sheet.
+        is_calibrated: Whether the calibration is one of the same card.
     """
 
     allocated_bytes: int
@@ -186,26 +207,48 @@ class Forecast:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """What a trial has measured so far. Bytes and seconds; `None` where there is nothing to measure.
+    """What a trial has measured so far. None means that there is nothing to measure.
 
-    `train_loss`, `step_seconds`, `step_tokens` and `step_padded_tokens` have one entry an optimizer step, of all its
-    ranks together. `step_seconds` are device time from the end of one step to the end of the next, so that nothing
-    between steps is lost. On a CPU they are the clock's, whoever had the core; `cpu_seconds` is what the processor
-    worked for this process in all its rounds together. `step_tokens` are the tokens of the step's dialogues, and
-    `step_padded_tokens` all that the device computed: with padding, in the rows that were really run. `training_rows`
-    are what the training examples became, of which `truncated_sequences` lack something; `split_examples` became
-    several, `dropped_examples` none. `heldout_*` are cross-entropy in nats a token over the answers held out,
-    `elsewhere_*` over the corpus's text from elsewhere. `task_matches_*` are how many of the corpus's questions were
-    answered exactly right.
-    `peak_*` are the training's own, without building and evaluating; `average_*` are the mean over the ends of steps.
-    `process_bytes` is what NVML says the whole process holds on the GPU at most. Of several ranks these are the
-    largest, and `rank_*` has each one's; seconds are those of rank 0, but for `cpu_seconds`, which add up.
-    `phase_seconds` leaves out waiting for the next request. `adapted_layers` are the names of the layers that the
-    adapter was put on, `base_quantization` how the weights are really quantized, by the method or as they came.
-    `flop_per_token` are the multiplications and additions that training on a token needs (`models.flop_per_token`).
-    `captured` and `compiled` say how a captured step really ran, and `capture_note` why not otherwise and which parts
-    of it were given up; None for the Trainer's. `data_note` says how what a method of one's own trained on differs
-    from what every other method trains on, None where it does not.
+    Of several ranks, peaks, averages and `*_bytes` are the largest of all ranks. Seconds are those of rank 0, except
+    for `cpu_seconds`, which are added up.
+
+    Attributes:
+        train_loss: The training loss of each optimizer step, in nats per token.
+        step_seconds: The device time of each step, in seconds, from the end of the step before, so nothing between
+            steps is lost. On a CPU it is wall time.
+        step_tokens: The tokens of each step's dialogues, of all ranks together.
+        step_padded_tokens: The tokens that each step computed, with padding, of all ranks together.
+        cpu_seconds: Processor time of all rounds together, in seconds.
+        heldout_loss_before: Cross-entropy of the held-out answers before training, in nats per token.
+        heldout_loss_after: The same after training.
+        elsewhere_loss_before: Cross-entropy of the corpus's text from elsewhere before training, in nats per token.
+        elsewhere_loss_after: The same after training.
+        task_matches_before: Questions of the task that were answered exactly right before training.
+        task_matches_after: The same after training.
+        peak_allocated_bytes: The peak allocated in training, without building and evaluating.
+        peak_reserved_bytes: The peak reserved in training.
+        average_allocated_bytes: The mean, over steps, of what was allocated at the end of the step.
+        average_reserved_bytes: The same of what was reserved.
+        rank_peak_allocated_bytes: The peak allocated on each rank.
+        rank_peak_reserved_bytes: The peak reserved on each rank.
+        process_bytes: What the process held on the GPU at most, by NVML.
+        host_peak_bytes: What the process held in the host's memory at most.
+        saved_bytes: The size of what was saved.
+        trainable_parameters: Parameters that are trained.
+        parameters: All parameters.
+        flop_per_token: Multiplications and additions that training on a token needs (`models.flop_per_token`).
+        training_rows: Rows that were made of the training examples.
+        example_tokens: Training examples by length: how many have up to so many tokens, by powers of two.
+        truncated_sequences: Rows that lack a part of their example.
+        split_examples: Training examples that became several rows.
+        dropped_examples: Training examples that became none.
+        adapted_layers: The names of the layers with an adapter.
+        base_quantization: How the weights are really quantized, by the method or by their checkpoint.
+        captured: Whether a captured step ran as CUDA graphs; None for the Trainer's steps.
+        compiled: Whether torch.compile compiled it.
+        capture_note: Which of its parts were switched off, and why.
+        data_note: How the rows and learning rates of a method with its own code differ from those of other methods.
+        phase_seconds: Time by phase, in seconds, without waiting for the next request.
     """
 
     train_loss: tuple[float, ...] = ()

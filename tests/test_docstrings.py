@@ -1,6 +1,7 @@
 """Whoever carries this on finds at every public name what it is."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +51,20 @@ def test_what_a_function_raises_is_named_there(path):
         and (missing := {error for error in raised(node) if error not in (ast.get_docstring(node) or "")})
     }
     assert unnamed == {}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_a_list_of_attributes_has_every_field_in_order(path):
+    classes = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ClassDef)]
+    for node in classes:
+        doc = ast.get_docstring(node)
+        if doc and (listed := re.search(r"^Attributes:\n((?:    .*\n?|\n)+)", doc, re.MULTILINE)):
+            fields = [
+                ast.unparse(line.target)
+                for line in node.body
+                if isinstance(line, ast.AnnAssign) and "ClassVar" not in ast.unparse(line.annotation)
+            ]
+            assert re.findall(r"^    (\w+): ", listed[1], re.MULTILINE) == fields, node.name
 
 
 def test_no_two_classes_have_one_name():

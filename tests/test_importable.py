@@ -131,9 +131,9 @@ module_level_before = module_level
     [
         ({"step": "captured", "compute_loss": module_level}, "the captured step does not run its compute_loss"),
         ({"step": CapturedStep(), "callbacks": (Instance,)}, "the captured step does not run its callbacks"),
-        ({"trainer": Instance}, "its trainer is no subclass of transformers' Trainer"),
+        ({"trainer": Instance}, "its trainer is not a subclass of transformers' Trainer"),
         ({"optimizer": (torch.optim.SGD,)}, r"its optimizer is a tuple: give \(class, keywords\)"),
-        ({"callbacks": [Instance]}, "its callbacks are no tuple"),
+        ({"callbacks": [Instance]}, "its callbacks are not a tuple"),
     ],
 )
 def test_what_could_not_be_run_is_refused(changes, expected):

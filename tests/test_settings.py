@@ -186,7 +186,7 @@ def test_what_peft_refuses_together_is_one_line():
         ("loss_on", "first", "--loss-on first: choose one of all, last$"),
         ("long", "splt", "--long splt: choose one of cut, split, drop; did you mean split[?]"),
         ("padding", "none", "--padding none: choose one of longest, max$"),
-        ("lora_layers", " , ", "--lora-layers  , : give names with commas between them, such as q_proj,v_proj"),
+        ("lora_layers", " , ", "--lora-layers  , : give names separated by commas, such as q_proj,v_proj"),
         ("lora_layers", "all-linear,q", "--lora-layers all-linear,q: give names .*, or all-linear alone"),
         ("lora_layers", "\x1b[2J,", r"--lora-layers \\x1b\[2J"),
     ],

@@ -276,7 +276,7 @@ def _problem_of(kernel: _Kernel) -> str | None:
         results.append(([output.detach(), *gradients], reached.flatten(1).ne(0).any(1)))
     (found, sees), (right, should_see) = results
     if not torch.equal(sees, should_see):
-        return f"sees {int(sees.sum())} tokens where {int(should_see.sum())} are to be seen"
+        return f"sees {int(sees.sum())} tokens instead of {int(should_see.sum())}"
     least = upstream.float().norm() / 10  # nothing depends on a single key, and rounding is all that is left
     off = max(float((a.float() - b).norm() / b.norm().clamp_min(least)) for a, b in zip(found, right, strict=True))
     return f"is {off:.0e} off" if not off <= OFF[kernel.dtype] else None

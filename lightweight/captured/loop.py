@@ -202,7 +202,7 @@ class CapturedTraining:
             self.network.enable_input_require_grads()
         self.step.passes.recompute(self._asked.recompute, keeps_random_numbers=not self._is_graph)
         if len(self.step.passes.recomputed) < self._asked.recompute:
-            self.notes.append(f"{len(self.step.passes.recomputed)} layers can be computed again and no more")
+            self.notes.append(f"{len(self.step.passes.recomputed)} layers at most can be recomputed")
 
     @property
     def _is_graph(self) -> bool:
@@ -261,7 +261,7 @@ class CapturedTraining:
             changing = passes.changing_layer(buffers)
         if changing is None:
             return True
-        self.notes.append(f"uncaptured: {changing} would drop other numbers when it is computed again")
+        self.notes.append(f"uncaptured: {changing} would draw other dropout masks when it is recomputed")
         passes.recompute(self._asked.recompute, keeps_random_numbers=True)
         return False
 

@@ -87,7 +87,7 @@ def check_dialogues_are_apart(
     temporary.drop_gradients(network)
     elsewhere = reached[~own].norm() / reached[own].norm()
     if elsewhere.item() != 0:
-        raise PartError(f"{elsewhere.item():.0e} of a dialogue's gradient is at other dialogues of its row")
+        raise PartError(f"{elsewhere.item():.0e} of a dialogue's gradient reaches other dialogues of its row")
 
 
 def check_positions(network: Any, autocast: Autocast) -> None:

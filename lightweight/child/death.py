@@ -25,7 +25,7 @@ def outcome_of_death(
 
 def _reason(status: int | None, server: int | None) -> str:
     if status == -signal.SIGKILL:
-        return "killed by SIGKILL (what the kernel's out-of-memory killer sends, too)"
+        return "killed by SIGKILL (which the kernel's out-of-memory killer also sends)"
     if status is not None and status < 0:
         return f"killed by {signal.Signals(-status).name}"
     since = None if server is None else reaper.own.since(server)
@@ -33,5 +33,5 @@ def _reason(status: int | None, server: int | None) -> str:
         wait_until(lambda: not reaper.is_running(server, since), STATUS_SECONDS)
         status = status if reaper.is_running(server, since) else None
     if status is None:
-        return "died, and the forkserver, which alone knows how, had died or was stopped"
+        return "died; how is not known, because the forkserver had died or was stopped"
     return f"the child exited with status {status} before its trial had ended"

@@ -81,7 +81,7 @@ def write(path: Path, runs: Sequence[Run], others: Sequence[Path] = ()) -> str:
     try:
         is_free = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
         if os.path.lexists(path) and not is_free:
-            raise BundleError(f"--bundle {path}: is there already: give another name")
+            raise BundleError(f"--bundle {path}: already exists: give another name")
         files.check(path / "in it" if is_free else path)
         with reaper.own.temporary_folder(path.absolute().parent) as scratch:
             folder = scratch / (path.stem if path.suffix == ".zip" else path.name)

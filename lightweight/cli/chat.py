@@ -209,7 +209,9 @@ def _adapted(folder: Path, dtype: torch.dtype, device: torch.device, progress: C
         known = expected | set(network.state_dict())  # embeddings may be saved with an adapter
     if differ := sorted((expected - stored) | (stored - known)):
         which = "is missing" if differ[0] in expected else "has no place in the network"
-        raise ChatError(f"{folder}: {differ[0]} {which}: {weights.name} and adapter_config.json are of two adapters")
+        raise ChatError(
+            f"{folder}: {differ[0]} {which}: {weights.name} and adapter_config.json belong to different adapters"
+        )
     return network
 
 
@@ -264,7 +266,10 @@ def talk(dialogue: Dialogue, **how: Any) -> None:
                 if not dialogue.undo():
                     print("nothing was said yet", file=sys.stderr)
             case command if dialogue.remembers and COMMAND.fullmatch(command):
-                print(f"{command}: no command: /new begins another dialogue, /undo takes a turn back", file=sys.stderr)
+                print(
+                    f"{command}: is not a command: /new begins a dialogue, /undo takes a turn back",
+                    file=sys.stderr,
+                )
             case _:
                 dialogue.say(text, show=True, **how)
 
@@ -297,7 +302,7 @@ def _asked(path: Path) -> Iterator[str | list[Message]]:
         raise ChatError(f"--prompt {path}: cannot be read ({models.reason(error)}): give a UTF-8 text file") from error
     filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not filled:
-        raise ChatError(f"--prompt {path}: has no prompt: write one a line")
+        raise ChatError(f"--prompt {path}: has no prompt: write one per line")
     for number, line in filled:
         if path.suffix != ".jsonl":
             yield line
@@ -321,7 +326,7 @@ def _asked_in(given: Any) -> str | list[Message]:
     roles = [message.role for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
-        raise ValueError("messages that are no turns of user and assistant, the last the user's")
+        raise ValueError("messages that are not turns of user and assistant, ending with the user's")
     return messages
 
 

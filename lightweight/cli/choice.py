@@ -51,9 +51,9 @@ def choose(
         return Choice(planned.recomputing(stored.get("recompute", 0)))
     if device.total_bytes is None and target.total_bytes is None:
         if model.weights == "random" and job.settings.fits(methods.BASELINE):
-            say("method baseline: without GPU or --target nothing is forecast; random weights give adapters no ground")
+            say("method baseline: no GPU or --target, so no forecast; random weights leave adapters nothing to adapt")
             return Choice(job.settings.apply(methods.BASELINE, ranks.world_size()))
-        say("method lora: without GPU or --target nothing is forecast; it trains the fewest weights, fp32 on a CPU")
+        say("method lora: no GPU or --target, so no forecast; it trains the fewest weights, and in fp32 on a CPU")
         return Choice(job.settings.apply(methods.LORA, ranks.world_size()))
     rows = _forecasts(job, model, target, device, (), progress, read)
     row = next((row for row in rows if row.chosen), None)
@@ -68,7 +68,7 @@ def choose(
             f"{size(least)}: take a smaller --batch-size or --max-length, or more memory"
         )
     fitting = [row.method.name for row in rows if row.verdict == "fits"]
-    where = "" if device.total_bytes else ", though trained on this CPU, which has no such budget"
+    where = "" if device.total_bytes else ", but it is trained on this CPU, which has no such budget"
     method = _as_forecast(job.settings.apply(methods.named(row.method.name), ranks.world_size()))
     chosen = method.with_passes(row.accumulation)
     passes = "" if chosen == method else f" in {row.passes} passes of {row.batch_size} rows a step"
@@ -132,7 +132,7 @@ def _check(method: Method) -> str:
     if method.captured_step is None:
         return ""
     stock = method.name.removesuffix("-captured")
-    return f"; its steps are captured once they agree with the Trainer's, which runs them with --method {stock}"
+    return f"; its steps are captured if they agree with the Trainer's (--method {stock} trains without capturing)"
 
 
 def _with_stored_passes(method: Method, stored: Mapping[str, Any]) -> Method:

@@ -123,7 +123,7 @@ def text(found: Look) -> str:
         bar = "#" * max(round(width * count / most), bool(count))
         lines.append(f"  up to {bound:>{of},}  {bar:<{width}}  {count:,}")
     if found.cut is None:
-        lines.append("These are characters: --model NAME counts the tokens of its tokenizer")
+        lines.append("These are characters: --model NAME counts tokens with its tokenizer")
     else:
         shares = ", ".join(f"{share:.1%} at {size:,}" for size, share in found.cut.items())
         lines.append(f"longer than a row, and cut: {shares}")
@@ -207,7 +207,7 @@ def _tokenizer(model: models.Model) -> tuple[PreTrainedTokenizerBase, str | None
         if model.architecture is None:
             raise
         problem = str(error).split("; ")[0]
-        return models.drawn_tokenizer(model), f"{problem}; counted are bytes, which its random weights are trained on"
+        return models.drawn_tokenizer(model), f"{problem}; bytes are counted: its random weights are trained on bytes"
 
 
 def written(found: Look) -> str:

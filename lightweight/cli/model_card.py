@@ -16,7 +16,7 @@ def model_card(entry: Entry, base_model: str | None) -> ModelCard:
         pipeline_tag="text-generation",
         tags=["lightweight", entry.method],
     )
-    weights = "random weights, so that losses say nothing of quality" if entry.weights == "random" else "pretrained"
+    weights = "random weights, so losses say nothing about quality" if entry.weights == "random" else "pretrained"
     if file := entry.weights_file:
         weights += f", from {file}: stored in fewer bits and dequantized, so not quite the original's"
     losses, per_epoch = entry.train_loss or (), entry.steps_per_epoch or 1

@@ -70,7 +70,7 @@ class Sweep:
         if not 0 <= self.seed < 2**32:
             raise SweepError(f"--seed {self.seed}: give a number from 0 to {2**32 - 1}, which is what numpy takes")
         if self.budget < 3:
-            raise SweepError(f"--budget {self.budget}: give at least 3 trials a method: both ends and between them")
+            raise SweepError(f"--budget {self.budget}: give at least 3 trials per method: both ends, and one between")
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def _before(output: Path) -> list[Entry]:
             return [*entries]
     except (OSError, ValueError):  # no record at all
         pass
-    raise SweepError(f"--output {output}: is there already, and no sweep wrote it: give another name")
+    raise SweepError(f"--output {output}: already exists, and no sweep wrote it: give another name")
 
 
 def at_rate(trial: Trial, rate: float) -> Trial:

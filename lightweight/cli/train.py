@@ -63,7 +63,9 @@ BESIDES_BYTES = 64 * MiB
 """Room for what is saved beside weights and moments: tokenizer, card, random numbers' state, a tracker's files."""
 
 
-MENDS = {errno.EMFILE: "raise ulimit -n"} | dict.fromkeys((errno.EIO, errno.EROFS), "mend that disk, or take another")
+MENDS = {errno.EMFILE: "raise ulimit -n"} | dict.fromkeys(
+    (errno.EIO, errno.EROFS), "repair that disk, or use another one"
+)
 """Of what keeps a working file from being written, where it is nobody who has changed what lies there."""
 
 REFUSALS = (
@@ -136,7 +138,7 @@ def _run(job: Job, progress: Callable[[str], None], stop_request: StopRequest) -
             raise _unwritable(output, "the disk is full: free some space") from error
         if isinstance(error, OSError) and output.partial in Path(str(error.filename)).parents:
             what = f"{error.filename} cannot be written ({error.strerror})"
-            mend = MENDS.get(error.errno or 0, "leave alone what lies there while it trains")
+            mend = MENDS.get(error.errno or 0, "leave the files there alone while it trains")
             raise _unwritable(output, f"{what}: {mend}") from error
         raise
     finally:
@@ -276,7 +278,9 @@ def _check_tracker(name: str) -> None:
     try:
         is_installed = getattr(integration_utils, f"is_{name}_available")()  # some import the package to know
     except ImportError as error:
-        raise JobError(f"--report-to {name}: the package {name} cannot be imported ({error}): mend it") from error
+        raise JobError(
+            f"--report-to {name}: the package {name} cannot be imported ({error}): repair or reinstall it"
+        ) from error
     if not is_installed:
         raise JobError(f"--report-to {name}: the package is not installed or switched off: pip install {name}")
 
@@ -321,7 +325,7 @@ def _check_same(trial: Trial, before: Interrupted | None, output: Output) -> Non
     differ = record.differing_settings(before.settings, settings)
     if _is_on_other_ranks(before.settings, settings):
         was, now = (of.get("world_size", 1) for of in (before.settings, settings))
-        say(f"going on with {now} rank{'s' * (now > 1)} where there were {was}: steps and losses stay, but for dropout")
+        say(f"going on with {now} rank{'s' * (now > 1)} where there were {was}: only dropout masks change")
         differ = {key: pair for key, pair in differ.items() if key not in OF_RANKS}
     if differ:
         was = ", ".join(f"{key} was {then!r} and is {now!r}" for key, (then, now) in differ.items())
@@ -412,7 +416,7 @@ def _tell(
         before = failed.measured.heldout_loss_before
         mend = "take a smaller --learning-rate"
         if before is not None and math.isnan(before):
-            mend = "it was none before the first step either: the model's weights hold what is no number"
+            mend = "it was not finite before the first step either: the model's weights hold NaN or infinity"
         fail(f"{trial.name}: {failed.reason}: {mend}")
         return
     asked = "" if failed.requested_bytes is None else f", where {size(failed.requested_bytes)} more were asked for"

@@ -34,8 +34,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A system message, if any, and turns; trained on are those of the assistant, whom plain names of the roles call
-    `answerer` where the tokenizer has no chat template."""
+    """A system message, if any, and turns of user and assistant. The assistant's are trained on.
+
+    `answerer` is the assistant's name in the text, for tokenizers without a chat template.
+    """
 
     messages: tuple[Message, ...]
     answerer: str = "Assistant"
@@ -43,7 +45,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text without roles, which no chat template marks up. Trained on is `completion`; `prompt` stands before it."""
+    """A text without roles or chat template. `completion` is trained on; `prompt` comes before it."""
 
     prompt: str
     completion: str
@@ -67,10 +69,17 @@ def contents(example: Example) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a corpus's examples came from, as a person is told it: in which `format` they were written, how many
-    `conversations` with `messages` from user and assistant, and how many `texts`; what was `skipped` as it could not be
-    used, rows of a file or, of turns, turns. `duplicates` say what another one says word for word. `leaked` were to be
-    trained on and held out, and are only held out."""
+    """Where a corpus's examples came from, to tell a person.
+
+    Attributes:
+        format: The format that the file is in.
+        conversations: How many conversations it has.
+        messages: Their messages of user and assistant.
+        texts: How many texts it has.
+        skipped: Rows of the file that could not be used; of the format `turns`, turns.
+        duplicates: Examples that are equal to another one, word for word.
+        leaked: Examples that were in both parts, and are only held out.
+    """
 
     format: str
     conversations: int = 0
@@ -100,7 +109,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Question:
-    """A dialogue up to a user's turn, or the prompt of a text, and the one answer that counts as right."""
+    """A dialogue up to a user's turn, or the prompt of a text, and the only answer that counts as right."""
 
     begun: Example
     answer: str
@@ -108,7 +117,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """Questions, none of which is trained on, with the sha256 of what they say."""
+    """Questions, none of which is trained on, and the SHA-256 of their text."""
 
     questions: tuple[Question, ...]
     digest: str
@@ -116,11 +125,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Examples to train on and examples held out, with the sha256 of all of them in file order.
+    """Examples to train on and examples held out. Examples are not part of its `repr`, which could be a gigabyte.
 
-    `elsewhere` is plain text from somewhere else, nothing of which is trained on: what a model could say of it before
-    and cannot after training is what it forgot. None leaves that unmeasured. `task` is what is asked before and after
-    training. `origin` is known of what was read. What is said is left out where it is shown, for it may be a gigabyte.
+    Attributes:
+        train: Examples to train on.
+        heldout: Examples to evaluate on.
+        digest: SHA-256 of all of them, in the order of the file.
+        elsewhere: Plain text from somewhere else, which is not trained on. How much its loss rises is what the model
+            forgot. None does not measure it.
+        origin: What was read.
+        task: Questions that are asked before and after training.
     """
 
     train: tuple[Example, ...] = field(repr=False)
@@ -132,7 +146,7 @@ class Corpus:
 
     @property
     def kind(self) -> Kind:
-        """What it is of, as its first example to train on says."""
+        """The kind of its examples, by the first one to train on."""
         first = self.train[0] if self.train else None
         if isinstance(first, Text):
             return "texts"

@@ -78,7 +78,7 @@ def opened(path: Path, progress: Callable[[str], None]) -> Iterator[tuple[io.Buf
     except IsADirectoryError:
         fail(path, "is a directory: give the path of a file")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        fail(path, f"is damaged or cut off ({error}): compress it once more")
+        fail(path, f"is damaged or cut off ({error}): compress it again")
     except OSError as error:
         fail(path, f"cannot be read ({error.strerror}): make it a readable file")
 
@@ -129,7 +129,7 @@ def _value(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         return Defect(f"is not UTF-8 at byte {error.start} of the line: save it as UTF-8")
     except json.JSONDecodeError as error:
-        return Defect(f"is not JSON at column {error.colno} ({error.msg}): write one JSON object a line")
+        return Defect(f"is not JSON at column {error.colno} ({error.msg}): write one JSON object per line")
     except RecursionError:
         return Defect(TOO_DEEP)
     except ValueError:
@@ -254,7 +254,7 @@ class _Listed:
     def _not_json(self, message: str, at: int) -> NoReturn:
         lines = self._text.count("\n", 0, at)
         column = at - self._text.rfind("\n", 0, at) if lines else self._column + at
-        fail(self._path, f"is not JSON at line {self._line + lines}, column {column} ({message}): mend it there")
+        fail(self._path, f"is not JSON at line {self._line + lines}, column {column} ({message}): correct it there")
 
 
 def json_kind(value: Any) -> str:

@@ -114,7 +114,7 @@ def _instructed(row: Row, *keys: str) -> list[Message]:
     for index, turn in enumerate(history):
         field = f"history[{index}]"
         if not isinstance(turn, list) or len(turn) != 2:
-            raise Defect(f"{field}: is no pair: write [instruction, output]")
+            raise Defect(f"{field}: is not a pair: write [instruction, output]")
         asked, answered = (text_of(text, f"{field}[{side}]") for side, text in enumerate(turn))
         said += [Message("user", asked), Message("assistant", answered)]
     return [*said, Message("user", _instruction(row, *keys))]
@@ -151,7 +151,7 @@ def _prompt_completion(row: Row) -> Example:
 
 def _plain(row: Row) -> Text:
     if "role" in row:  # Open Assistant's rows, each a message of a tree
-        raise Defect("role: is of one message of a conversation: write whole conversations, as 'messages'")
+        raise Defect("role: belongs to one message of a conversation: write whole conversations, as 'messages'")
     return Text("", text_of(row["text"], "text"))
 
 
@@ -229,7 +229,7 @@ def _is_turn(row: Row) -> bool:
 def unknown(row: Any) -> Defect:
     """That no format has the keys of `row`, and those of the formats that it has some of, of all where it has none."""
     if isinstance(row, dict) and "message_tree_id" in row:  # Open Assistant's, of which each path is a conversation
-        return Defect("message_tree_id: is of a tree of answers: write each way through it as 'messages'")
+        return Defect("message_tree_id: belongs to a tree of answers: write each path through it as 'messages'")
     keys = ", ".join(map(repr, list(row)[:8])) if isinstance(row, dict) else ""
     near = [one for one in FORMATS.values() if one.has_any_key(row)] or FORMATS.values()
     known = "; ".join(f"{one.name}: {one.words}" for one in near)

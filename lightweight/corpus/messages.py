@@ -75,7 +75,7 @@ def refuse_what_is_no_text(value: Mapping[str, Any], field: str = "") -> None:
     for key in (*CALLS, "tools", "functions", *MEDIA):
         said = value.get(key)
         if said and not (isinstance(said, str) and said.strip().lower() in NOTHING):
-            what = "an image, a sound or a film" if key in MEDIA else "of a tool"
+            what = "an image, audio or a video" if key in MEDIA else "of a tool"
             raise Defect(f"{field}{'.' if field else ''}{key}: is {what}, and {TOOLS_MEND}")
 
 
@@ -84,7 +84,7 @@ def refuse_what_is_not_wanted(row: Mapping[str, Any]) -> None:
     for key in WANTED:
         said = row.get(key)
         if said is False or (isinstance(said, str) and said.strip().lower() == "false"):
-            raise Defect(f"{key}: is false, of an answer that is not wanted: leave the row out")
+            raise Defect(f"{key}: is false, which marks an answer that is not wanted: leave the row out")
 
 
 def messages_of(value: Any, field: str) -> list[Message]:

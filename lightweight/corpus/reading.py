@@ -18,8 +18,13 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class How:
-    """How a corpus is read: in which `format`, by name, None for that which its keys tell; whether rows that cannot be
-    used are left out, `skip_bad`; and what is `held_out`, another corpus or a share of this one, None for a sixth."""
+    """How a corpus is read.
+
+    Attributes:
+        format: The name of its format; None recognises it by its keys.
+        skip_bad: Whether rows that cannot be used are left out.
+        held_out: Another corpus, or a share of this one, to evaluate on; None is a sixth.
+    """
 
     format: str | None = None
     skip_bad: bool = False
@@ -56,8 +61,8 @@ def _refuse_all_skipped(path: Path | str, left: int, origin: Origin) -> None:
     if origin.skipped:
         fail(
             path,
-            f"has {left} example(s) left, and {origin.skipped:,} row(s) skipped: leave --skip-bad out to be told what "
-            "the first of them lacks",
+            f"has {left} example(s) left, and {origin.skipped:,} row(s) skipped: leave out --skip-bad to see what "
+            "is wrong with the first",
         )
 
 

@@ -1,7 +1,7 @@
 """Examples as rows of tokens: which ids a network sees, and which of them the loss is on.
 
-Rows are as long as they are: padding is of a batch. A conversation that is longer than a row may be loses turns or is
-split between them; where one turn and its answer alone are too long, tokens are lost.
+Rows have no padding; batches do. A conversation that is longer than a row loses turns or is split between them. Tokens
+are lost only if one turn and its answer are too long together.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ Ids = np.ndarray[tuple[int], np.dtype[np.int32]]
 
 
 class Row(TypedDict):
-    """`labels` are those of `input_ids` that the loss is on, and IGNORED; each [time], of 4 bytes a token. There is no
-    padding in it."""
+    """One row without padding, 4 bytes per token. `labels` are the `input_ids` that the loss is on, and IGNORED
+    elsewhere; both [time]."""
 
     input_ids: Ids
     labels: Ids
@@ -47,8 +47,16 @@ class Row(TypedDict):
 
 @dataclass(frozen=True)
 class RowForm:
-    """How examples become rows: of at most `max_length` tokens, with the loss on each of the assistant's turns or on
-    the `last`, and what becomes of a `long` one. Raises ValueError for a `max_length` under MIN_LENGTH."""
+    """How examples become rows.
+
+    Attributes:
+        max_length: The longest row, in tokens.
+        loss_on: The loss is on each of the assistant's turns ("all"), or on the "last".
+        long: What is done with an example that is longer.
+
+    Raises:
+        ValueError: For a `max_length` under MIN_LENGTH.
+    """
 
     max_length: int
     loss_on: LossOn = "all"
@@ -61,8 +69,8 @@ class RowForm:
 
 @dataclass(frozen=True)
 class Rows(Sequence[Row]):
-    """Rows, and how batches of them are padded: on the right, with `pad_token_id`, to `padded_to` tokens; to the
-    longest of the batch where that is None."""
+    """Rows, and how batches of them are padded: on the right, with `pad_token_id`, to `padded_to` tokens; None pads to
+    the longest of the batch."""
 
     each: Sequence[Row]
     pad_token_id: int
@@ -82,8 +90,15 @@ class Rows(Sequence[Row]):
 
 @dataclass(frozen=True)
 class Encoded:
-    """The `rows` of some examples, which have so many `tokens` when they are whole. `truncated` rows lack something of
-    their example; and so many examples were `split` into several rows, or `dropped`."""
+    """The rows of some examples.
+
+    Attributes:
+        rows: All of them.
+        tokens: The tokens of each example when it is whole.
+        truncated: Rows that lack a part of their example.
+        split: Examples that became several rows.
+        dropped: Examples that became none.
+    """
 
     rows: list[Row]
     tokens: tuple[int, ...]
@@ -98,8 +113,8 @@ def encode_all(
     form: RowForm,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Encoded:
-    """All rows of `examples`, in their order, telling `progress` at each further hundredth of many. Raises as `encode`
-    does."""
+    """All rows of `examples`, in their order. Calls `progress` at each further hundredth, if there are many. Raises as
+    `encode` does."""
     fitted = [_fitted(example, tokenizer, form) for example in watched(examples, progress)]
     return Encoded(
         rows=[row for rows, _, _ in fitted for row in rows],
@@ -111,7 +126,7 @@ def encode_all(
 
 
 def watched(examples: Sequence[Example], progress: Callable[[str], None]) -> Iterator[Example]:
-    """`examples`, telling `progress` at each further hundredth of many how far their encoding is."""
+    """`examples`; calls `progress` at each further hundredth, if there are many."""
     for index, example in enumerate(examples):
         if len(examples) >= MANY and index % -(-len(examples) // 100) == 0:
             progress(f"encoding {len(examples):,} examples: {100 * index // len(examples)} %")
@@ -119,22 +134,23 @@ def watched(examples: Sequence[Example], progress: Callable[[str], None]) -> Ite
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, form: RowForm) -> list[Row]:
-    """The rows of one example: one, unless it is too long and is split or dropped.
+    """The rows of one example: one row, unless it is too long and is split or dropped.
 
-    Where one turn and its answer are too long by themselves, the prompt keeps its end, half a row at most, so that
-    there is always an answer to learn; and the answer loses its end. A text without a prompt is split anywhere. With
-    the loss on the last turn alone there is nothing to split, and the first turns go. Raises ModelError for a chat
-    template that cannot be used, or that does not tell what is to be learned.
+    If one turn and its answer are too long together, the prompt keeps its end, at most half a row, so there is always
+    an answer to learn, and the answer loses its end. A text without a prompt is split anywhere. With the loss on the
+    last turn only, there is nothing to split, and the first turns are left out. Raises ModelError for a chat template
+    that cannot be used, or that does not show which tokens the loss is on.
     """
     return _fitted(example, tokenizer, form)[0]
 
 
 def encode_whole(example: Example, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn = "all") -> Row:
-    """The row of an example, however long it is. Raises ModelError.
+    """The row of an example, however long it is.
 
-    With a chat template, `input_ids` are those of `apply_chat_template`, and end with `eos_token_id` where it writes no
-    special token after an answer. Without, they are plain names of the roles, each answer ended by `eos_token_id`. What
-    is said after the last answer is left out. Raises ValueError for a conversation without an answer.
+    With a chat template, `input_ids` are those of `apply_chat_template`, and end with `eos_token_id` if it writes no
+    special token after an answer. Without, they are plain names of the roles, and each answer ends with `eos_token_id`.
+    Anything after the last answer is left out. Raises ModelError as `encode` does, and ValueError for a conversation
+    without an answer.
     """
     if isinstance(example, Text):
         prompt = [*_begin(tokenizer), *tokenizer.encode(example.prompt, add_special_tokens=False)]

@@ -58,14 +58,16 @@ def _separated(path: Path, progress: Callable[[str], None]) -> Iterator[Item]:
                     yield Item(("line", first), _row(header, cells))
                 first = reader.line_num + 1
         except csv.Error as error:
-            fail(path, f"line {reader.line_num}: is no CSV ({error}): mend its quotes")
+            fail(path, f"line {reader.line_num}: is not CSV ({error}): correct its quotes")
 
 
 def _decoded(lines: Iterable[bytes], path: Path) -> Iterator[str]:
     for number, line in enumerate(lines, 1):
         try:
             if (zero := line.find(0)) >= 0:  # UTF-16 has them, and blocks that were never written
-                fail(path, f"holds a zero byte, as no text does, at byte {zero} of line {number}: save it as UTF-8")
+                fail(
+                    path, f"holds a zero byte, which text never has, at byte {zero} of line {number}: save it as UTF-8"
+                )
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             fail(path, f"is not UTF-8 at byte {error.start} of line {number}: save it as UTF-8")
@@ -93,7 +95,7 @@ def _of_columns(path: Path, progress: Callable[[str], None]) -> Iterator[Item]:
                     yield Item(("row", index), row)
                     index += 1
         except Exception as error:  # of pyarrow, in its own ways
-            raise CorpusError(f"corpus {path}: pyarrow cannot read it ({reason(error)}): write it once more") from error
+            raise CorpusError(f"corpus {path}: pyarrow cannot read it ({reason(error)}): write it again") from error
 
 
 def _parquet(stream: BinaryIO, told: ReadSoFar) -> Iterator[Any]:

@@ -46,7 +46,7 @@ def load_task(path: Path, corpus: Corpus) -> Task:
                 mend = 'write {"prompt": "...", "answer": "..."} or {"messages": [...], "answer": "..."}'
                 raise CorpusError(f"task {path}: line {number}: {error}: {mend}") from error
     if not asked:
-        raise CorpusError(f"task {path}: has no question: write one a line")
+        raise CorpusError(f"task {path}: has no question: write one per line")
     questions = tuple(Question(_begun(one, corpus, path), one.answer) for one in asked)
     trained_on = {contents(example) for example in corpus.train}
     for number, one in enumerate(asked, 1):
@@ -68,7 +68,7 @@ def _of_row(row: Any) -> _Asked:
             messages = tuple(map(_message, given))
             turns = [message.role for message in messages if message.role != "system"]
             if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
-                raise ValueError("messages that are no turns of user and assistant, the last the user's")
+                raise ValueError("messages that are not turns of user and assistant, ending with the user's")
             return _Asked(messages, answer.strip())
     raise ValueError("no prompt or messages with an answer")
 

@@ -107,7 +107,7 @@ def _refused(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
         ) from error
     except Exception as error:  # a template is a program, and may raise what it likes
         raise ModelError(
-            f"model {name}: its chat template cannot be used ({reason(error)}): mend chat_template"
+            f"model {name}: its chat template cannot be used ({reason(error)}): correct chat_template"
         ) from error
 
 

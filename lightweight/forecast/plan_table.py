@@ -99,8 +99,8 @@ def _verdicts(rows: Sequence[PlanRow]) -> str:
 
 def _notes(rows: Sequence[PlanRow]) -> list[str]:
     notes = [
-        f"The budget is the card's memory less {CONTEXT_BYTES // MiB} MiB for a CUDA context; the margin is what of it "
-        "the allocator would not reserve."
+        f"The budget is the card's memory less {CONTEXT_BYTES // MiB} MiB for a CUDA context; the margin is the part "
+        "of it that the allocator would not reserve."
     ]
     corpus, of_model = rows[0].question.corpus, rows[0].corpus_rows
     if corpus is not None and of_model is not None:
@@ -112,8 +112,8 @@ def _notes(rows: Sequence[PlanRow]) -> list[str]:
     notes += [f"{target}: the fastest by step times measured on {device}." for target, device in devices.items()]
     if any(row.forecast and row.forecast.paged_bytes for row in rows):
         notes.append(
-            "Paged optimizer state is in no peak and no verdict: it lies in managed memory, on the card as far as "
-            "there is room and else on the host."
+            "Paged optimizer state is in no peak and no verdict: it is in managed memory, on the card while there is "
+            "room, else on the host."
         )
     if rows[0].question.fewest_gpus:
         notes.append(

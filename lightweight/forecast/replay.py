@@ -41,7 +41,7 @@ class Trace:
     reserved stays reserved: a CUDA graph's own pool. `emptied` is where the cache was emptied, and `training_from`
     where peaks began to count. `paged_bytes` are of no event: optimizer state in managed memory, which the driver moves
     between card and host. `work` is what an optimizer step has the device do, and
-    `flop_per_token` what training needs by the papers' count.
+    `flop_per_token` what training needs, as models/flop.py counts it.
     """
 
     parameters: int

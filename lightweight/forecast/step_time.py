@@ -35,7 +35,7 @@ HOUR = 3600
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """An optimizer step of `tokens` tokens, which the papers' count says need `flop`.
+    """An optimizer step of `tokens` tokens, whose training needs `flop` (models/flop.py).
 
     It takes `seconds`, or of one that waits for Python between `low` and `high`. `measured` is the card that the
     forecast was calibrated with; where that `is_calibrated` not, it is another than the one forecast, whose data sheet

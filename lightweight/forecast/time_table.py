@@ -66,7 +66,7 @@ def _known(step: StepTime) -> str:
 
 def _notes(timed: Sequence[tuple[PlanRow, StepTime]], has_jobs: bool) -> list[str]:
     notes = [
-        "The share of the peak is of the arithmetic that training needs, by the papers' count, over the card's dense "
+        "The share of the peak is model FLOP utilization (MFU): the FLOP that training needs over the card's dense "
         "rate."
     ]
     if any(step.low != step.high for _, step in timed):

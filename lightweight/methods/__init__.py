@@ -1,8 +1,8 @@
-"""How is a model trained? A peft config, a quantization config and TrainingArguments overrides, in their own
-vocabulary, and where these do not say it, functions and classes of one's own, in the Trainer's.
+"""How is a model trained? A peft config, a quantization config, overrides of TrainingArguments, and your own functions
+and classes.
 
-`BASELINE`, `LORA` and `QLORA` are the settings of the four original scripts. A variant is made with
-`dataclasses.replace`, a new method by writing one `Method`. `*_CAPTURED` train the same with the captured step.
+`BASELINE`, `LORA` and `QLORA` have the settings of the four original scripts; `*_CAPTURED` train the same with the
+captured step. `dataclasses.replace` makes a variant of one, `Method` a new one.
 """
 
 from lightweight.methods.adapter import adapt, adapted_layers, check_layers, named_layers

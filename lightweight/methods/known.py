@@ -1,4 +1,4 @@
-"""Which methods are there by name? Those of the four original scripts, and the same with the captured step."""
+"""Which methods are known by name? Those of the four original scripts, and the same with the captured step."""
 
 from __future__ import annotations
 

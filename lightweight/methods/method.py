@@ -1,5 +1,5 @@
-"""What a way to fine-tune says: a peft config, a quantization config and TrainingArguments overrides, in their own
-vocabulary, and where these do not say it, functions and classes of one's own, in the Trainer's."""
+"""What is a fine-tuning method? A peft config, a quantization config, overrides of TrainingArguments, and the author's
+own functions and classes where these do not suffice."""
 
 from __future__ import annotations
 
@@ -58,24 +58,30 @@ LEFT_TO_THE_CALLER: Mapping[str, tuple[tuple[str, ...], str]] = {
 
 
 class MethodError(ValueError):
-    """A method that asks for something that what runs it does not do. The message names it and the mend."""
+    """A method that asks for something that is not supported. The message names it and the mend."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CapturedStep:
-    """One optimizer step as one CUDA graph, and what is changed in it beside that; each part has a switch, so that what
-    it buys can be measured.
+    """One optimizer step as one CUDA graph. Each part has a switch, so its gain can be measured.
 
-    `attention` "sdpa" runs every attention on flash kernels where the card has them, and else through
-    `scaled_dot_product_attention`, without a mask where causality is all there is to say. `loss` "chunked" never holds
-    the logits whole. `packing` puts several dialogues into one row.
-    `lean` keeps less of the forward pass of frozen layers and computes again what is cheap. `graph` False runs the same
-    step uncaptured. `compile` None decides from the number of steps. `upcast` holds the norms, embeddings and head of a
-    quantized model in fp32, as `prepare_model_for_kbit_training` does. A part that would make the step another one than
-    the Trainer's is given up before training, and the record says so. `recompute` is how many of the network's layers,
-    the first ones, are computed again in the backward pass instead of kept: those that are needed last there. Raises
-    ValueError for packing on the model's own attention, which knows one dialogue a row, and for layers that are both
-    compiled and computed again.
+    A part that would make the step differ from the Trainer's is switched off before training, and the record says so.
+
+    Attributes:
+        attention: "sdpa" runs every attention on flash kernels if the card has them, else through
+            `scaled_dot_product_attention`, without a mask if attention is only causal. "model" is the model's own.
+        loss: "chunked" never holds all logits at once. "model" is the model's own.
+        packing: Whether several dialogues share a row.
+        lean: Whether less of the forward pass of frozen layers is kept; what is cheap is recomputed.
+        graph: Whether the step is captured. False runs the same step without a graph.
+        compile: Whether torch.compile compiles it. None decides from the number of steps.
+        upcast: Whether the norms, embeddings and head of a quantized model are held in fp32, as
+            `prepare_model_for_kbit_training` does.
+        recompute: How many layers, the first ones, are recomputed in the backward pass instead of kept.
+
+    Raises:
+        ValueError: For packing with the model's own attention, which supports one dialogue per row, and for layers that
+            are both compiled and recomputed.
     """
 
     attention: Literal["model", "sdpa"] = "sdpa"
@@ -98,26 +104,35 @@ class CapturedStep:
 class Method:
     """A way to fine-tune.
 
-    `adapter` None trains every parameter. `weights_dtype` is what unquantized weights are held in; "half" is bfloat16
-    where the target has it, else float16, and 4-bit weights are then computed with in the same format.
-    `training_arguments` override transformers' `TrainingArguments`; mixed precision (`fp16`, `bf16`), batch size,
-    accumulation and gradient checkpointing are said there. Everything not said is the Trainer's default: AdamW,
-    learning rate 5e-5, linear decay. `step` is what runs an optimizer step: HF `Trainer`, or the captured step, whose
-    parts a `CapturedStep` switches. `library` is what loads the network and puts its adapter on: transformers with
-    peft, or a peer of theirs, which then trains by the Trainer's steps. `changed` is what `Settings` have changed of
-    what its author said, by their names.
+    `optimizer` to `transform` are the author's own code: functions and classes at the top level of a module, or
+    functools.partial of one. Held-out losses are always computed by the suite.
 
-    What these do not say is said in code: functions and classes at the top level of a module, or functools.partial of
-    one. `optimizer` makes the optimizer from the network, which has its adapter on, and the TrainingArguments, whose
-    `learning_rate` it is to take; or it is the Trainer's `optimizer_cls_and_kwargs`, a class and its keywords, which
-    gets `learning_rate` as `lr`. `compute_loss` is the Trainer's `compute_loss_func`: outputs of the network, labels
-    and `num_items_in_batch` to a scalar. `trainer` is a subclass of the Trainer, `callbacks` are made anew for every
-    trial, of classes as they are. `data_collator` is given the suite's own collator and returns the one to train with.
-    `transform` is given the network, with its adapter on, and returns the one to train. Held-out losses are the
-    suite's, whatever these do.
+    Attributes:
+        name: What it is called.
+        adapter: A config of peft. None trains every parameter.
+        quantization: A config of transformers. None leaves the weights as they are.
+        weights_dtype: The number format of unquantized weights. "half" is bfloat16 if the target has it, else float16;
+            4-bit weights are then computed with in the same format.
+        training_arguments: Overrides of transformers' `TrainingArguments`: mixed precision (`fp16`, `bf16`), batch
+            size, accumulation, gradient checkpointing. Everything else is the Trainer's default: AdamW, learning rate
+            5e-5, linear decay.
+        step: What runs an optimizer step: HF `Trainer`, or the captured step; a `CapturedStep` switches its parts.
+        library: What loads the network and puts the adapter on: transformers with peft, or unsloth, which then trains
+            with the Trainer's steps.
+        optimizer: A function of the network (with its adapter) and the TrainingArguments, whose `learning_rate` it
+            should use, that returns an optimizer. Or, as the Trainer's `optimizer_cls_and_kwargs`, a class and its
+            keywords; it gets `learning_rate` as `lr`.
+        compute_loss: The Trainer's `compute_loss_func`: outputs of the network, labels and `num_items_in_batch` to a
+            scalar.
+        trainer: A subclass of the Trainer.
+        callbacks: Functions or classes that return a TrainerCallback. They are called anew for every trial.
+        data_collator: A function of the suite's collator that returns the one to train with.
+        transform: A function of the network, with its adapter, that returns the one to train.
+        changed: What `Settings` have changed, by their names.
 
-    Raises MethodError, a ValueError, for code that no other process could import, for code that the captured step does
-    not run, and for a peer that the method's other parts leave nothing to do.
+    Raises:
+        MethodError: For code that another process cannot import or that the captured step does not support, and for
+            unsloth without anything to do. It is a ValueError.
     """
 
     name: str
@@ -167,31 +182,32 @@ class Method:
         ):
             raise MethodError(f"method {self.name}: its optimizer is a tuple: give (class, keywords), or a function")
         if not isinstance(self.callbacks, tuple):
-            raise MethodError(f"method {self.name}: its callbacks are no tuple: give (callback,)")
+            raise MethodError(f"method {self.name}: its callbacks are not a tuple: give (callback,)")
         if self.trainer is not None and "transformers.trainer" not in {of.__module__ for of in _lineage(self.trainer)}:
-            raise MethodError(f"method {self.name}: its trainer is no subclass of transformers' Trainer: give one")
+            raise MethodError(f"method {self.name}: its trainer is not a subclass of transformers' Trainer: give one")
 
     @property
     def own_code(self) -> dict[str, Any]:
-        """What of OWN_CODE it has, by name."""
+        """Those fields of OWN_CODE that it has, by name."""
         return {name: value for name in OWN_CODE if (value := getattr(self, name))}
 
     @property
     def left_out(self) -> str | None:
-        """What peft leaves to its caller and nothing of the method does, with the mend; None where nothing is."""
+        """What peft leaves to its caller and nothing in the method does, with the mend; None if there is nothing."""
         begins = getattr(self.adapter, "init_lora_weights", None)
         code, told = LEFT_TO_THE_CALLER.get(begins, ((), "")) if isinstance(begins, str) else ((), "")
         return told if told and not any(getattr(self, name) for name in code) else None
 
     @property
     def moves_ranks(self) -> bool:
-        """Whether its adapter is AdaLoRA's, which gives its ranks to the layers after every step."""
+        """Whether its adapter is AdaLoRA's, which moves ranks between layers after every step."""
         return isinstance(self.adapter, peft.AdaLoraConfig)
 
     @property
     def not_for_ranks(self) -> list[str]:
-        """What of OWN_CODE may have several ranks train otherwise than one. Those of a captured step each hold the
-        whole network; those of the Trainer may be sharded, and then an optimizer must work element by element."""
+        """Those fields of OWN_CODE with which several ranks may train differently from one. With a captured step each
+        rank holds the whole network. With the Trainer's steps it may be sharded, so an optimizer must work element by
+        element."""
         allowed: tuple[str, ...] = CAPTURED_WITH if self.captured_step is not None else ()
         if isinstance(self.optimizer, tuple) and importable.import_path(self.optimizer[0]) in ELEMENT_BY_ELEMENT:
             allowed = (*allowed, "optimizer")
@@ -199,7 +215,7 @@ class Method:
 
     @property
     def precision(self) -> Precision:
-        """What matrix products are computed in: the autocast format, else that of the weights."""
+        """The number format of matrix products: autocast's, else that of the weights."""
         if self.training_arguments.get("fp16"):
             return "fp16"
         if self.training_arguments.get("bf16"):
@@ -222,27 +238,27 @@ class Method:
 
     @property
     def sequences_per_pass(self) -> int:
-        """Sequences of one forward pass; 8 is the Trainer's default."""
+        """Sequences of one forward pass; the Trainer's default is 8."""
         return int(self.training_arguments.get("per_device_train_batch_size", 8))
 
     @property
     def passes_per_step(self) -> int:
-        """Forward passes of one optimizer step, whose gradients accumulate."""
+        """Forward passes of one optimizer step, whose gradients are accumulated."""
         return int(self.training_arguments.get("gradient_accumulation_steps", 1))
 
     @property
     def sequences_per_step(self) -> int:
-        """Sequences one optimizer step sees: one forward pass times the accumulation."""
+        """Sequences of one optimizer step: those of a forward pass times the accumulation."""
         return self.sequences_per_pass * self.passes_per_step
 
     @property
     def expected_cost(self) -> tuple[bool, ...]:
-        """What orders methods from the fastest to the slowest where nothing was measured.
+        """Orders methods from the fastest to the slowest if nothing was measured.
 
-        4-bit weights are dequantized in every pass, checkpointing computes each forward twice, fp32 leaves the tensor
-        cores idle, the Trainer's steps wait for Python, and training every parameter moves optimizer state for all of
-        them: in this order on an H200 (experiments/records), where lora is 1.7 times as fast as baseline and qlora a
-        tenth, and on an H100, where either is faster captured.
+        4-bit weights are dequantized in every pass, checkpointing computes each forward pass twice, fp32 does not use
+        the tensor cores, the Trainer's steps are launch-bound, and training every parameter moves optimizer state for
+        all of them. This is the order on an H200 (experiments/records), where lora is 1.7 times as fast as baseline and
+        qlora a tenth, and on an H100, where either is faster captured.
         """
         step = self.captured_step
         checkpointing = bool(self.training_arguments.get("gradient_checkpointing") or (step and step.recompute))
@@ -254,7 +270,7 @@ class Method:
         return replace(self, training_arguments={**self.training_arguments, "per_device_train_batch_size": sequences})
 
     def with_at_most(self, sequences: int) -> Method:
-        """The method with no more than `sequences` in a step, in as many full passes as these make."""
+        """The method with at most `sequences` in a step, in full passes."""
         if self.sequences_per_step <= sequences:
             return self
         method = self.with_batch(min(self.sequences_per_pass, sequences))
@@ -262,7 +278,7 @@ class Method:
         return replace(method, training_arguments={**method.training_arguments, "gradient_accumulation_steps": passes})
 
     def with_passes(self, passes: int) -> Method:
-        """The method with the sequences of a step in `passes` forward passes. Raises MethodError where they are not
+        """The method with the sequences of a step in `passes` forward passes. Raises MethodError if they would not be
         equal."""
         if passes == self.passes_per_step:
             return self
@@ -276,20 +292,22 @@ class Method:
         return replace(self, training_arguments={**self.training_arguments, **arguments})
 
     def recomputing(self, layers: int) -> Method:
-        """The method with so many layers of its captured step computed again in the backward pass."""
+        """The method with `layers` of its captured step recomputed in the backward pass."""
         if self.captured_step is None or layers == self.captured_step.recompute:
             return self
         return replace(self, step=replace(self.captured_step, recompute=layers))
 
     def with_learning_rate(self, rate: float) -> Method:
-        """The method with `rate` as what its schedule begins at."""
+        """The method with `rate` as its learning rate."""
         return replace(self, training_arguments={**self.training_arguments, "learning_rate": rate})
 
     def scaled(self, world_size: int, scale: str) -> Method:
-        """The method whose step grows with the number of ranks, so that each sees what one would alone: "batch" keeps
-        the learning rate, "batch-sqrt" multiplies it by the square root of that number, the rule for Adam
-        (https://arxiv.org/abs/2205.10287), "batch-linear" by the number, the rule for SGD
-        (https://arxiv.org/abs/1706.02677). "fixed" leaves the step as it is."""
+        """The method with a step that grows with the number of ranks, so each rank sees what one alone would.
+
+        "batch" keeps the learning rate. "batch-sqrt" multiplies it by the square root of the number of ranks, the rule
+        for Adam (https://arxiv.org/abs/2205.10287); "batch-linear" by the number, the rule for SGD
+        (https://arxiv.org/abs/1706.02677). "fixed" does not change the step.
+        """
         if world_size == 1 or scale == "fixed":
             return self
         arguments = dict(self.training_arguments)
@@ -300,14 +318,14 @@ class Method:
         return replace(self, training_arguments=arguments, changed={**self.changed, "scale": scale})
 
     def to_be_sharded(self) -> Method:
-        """The method whose weights FSDP can deal out: it shards floating-point tensors, so packed weights are stored as
-        if they were some."""
+        """The method with weights that FSDP can shard. It shards floating-point tensors, so packed 4-bit weights are
+        stored as such."""
         storage = "float16" if self.weights_dtype == "half" else self.weights_dtype
         return replace(self, quantization=_with_4bit(self.quantization, bnb_4bit_quant_storage=storage))
 
     def on_rank(self, world_size: int) -> Method:
-        """The method as each of `world_size` processes runs it, so that together they see the sequences of a step: no
-        more in a pass than the method says, in as few passes as that takes."""
+        """The method as each of `world_size` processes runs it, so together they see the sequences of a step: at most
+        as many per pass as the method has, in as few passes as possible."""
         if world_size == 1:
             return self
         sequences = -(-self.sequences_per_step // world_size)
@@ -320,8 +338,8 @@ class Method:
         return replace(self, training_arguments=arguments)
 
     def on_cpu(self) -> Method:
-        """The method as a CPU can run it: fp16 mixed precision needs a GPU (accelerate refuses it), and so does tf32:
-        fp32 there."""
+        """The method as a CPU can run it: in fp32, without fp16 mixed precision (accelerate refuses it there) and
+        tf32."""
         arguments = {name: value for name, value in self.training_arguments.items() if name not in ("fp16", "tf32")}
         return replace(
             self,
@@ -331,7 +349,7 @@ class Method:
         )
 
     def on_gpu(self, *, bf16: bool) -> Method:
-        """The method as a GPU with or without bf16 arithmetic runs it: `half` is one of the two formats there."""
+        """The method as a GPU with or without bf16 runs it: `half` becomes one of the two formats."""
         if self.weights_dtype != "half":
             return self
         dtype: Literal["bfloat16", "float16"] = "bfloat16" if bf16 else "float16"

@@ -1,4 +1,8 @@
-"""In what quantization does a method train a model? In the checkpoint's, else in its own."""
+"""In which quantization does a method train a model? In that of the checkpoint, else in its own.
+
+To add a quantization: a `Method` in `known` with its config, what its packed weights hold in `forecast/skeleton`, and
+checkpoints that are stored in it in `models/quantized_checkpoint`.
+"""
 
 from __future__ import annotations
 

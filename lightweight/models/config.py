@@ -62,7 +62,7 @@ def _read(model: Model, location: str) -> PretrainedConfig:
                 if "layers" in key and isinstance(value, int) and value > LAYERS:
                     raise ValueError(f"{key} is over {LAYERS}")
                 if "drop" in key and isinstance(value, int | float) and not 0 <= value <= 1:
-                    raise ValueError(f"{key} is no probability")  # which else shows in the first step
+                    raise ValueError(f"{key} is not a probability")  # which else shows in the first step
         config: PretrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"{config.model_type} is not a causal language model")

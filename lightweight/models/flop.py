@@ -1,4 +1,4 @@
-"""How much arithmetic does training a model take, by the papers' count? What a step's share of a card's peak is of.
+"""How many FLOP does training a model take? Model FLOP utilization, a step's share of the card's peak, is based on it.
 
 A token is multiplied with every weight once: two operations a weight in the forward pass, two for the gradient of what
 was multiplied, and two more for the gradient of the weight where it is trained. So 6 a weight, and 4 a frozen one.

@@ -46,7 +46,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     encoded = set(tokenizer.encode(PROBE, add_special_tokens=False))
     if not encoded - {tokenizer.unk_token_id}:
-        raise ValueError("it gives plain text unknown tokens alone")
+        raise ValueError("it encodes plain text as unknown tokens only")
     if tokenizer.eos_token_id is None:
         raise ValueError("it has no end token: name an eos_token in tokenizer_config.json")
 

@@ -1,7 +1,8 @@
-"""What does a record hold? A trial and how it ended, a forecast, a speedup, the run they are of: frozen data.
+"""What does a record hold? A trial and how it ended, a forecast, a speedup, and the run that they belong to: frozen
+data.
 
-Their fields are called as in the JSON, and bytes, seconds and tokens are in the names. `None` stands where there is
-nothing to say, or no finite number, which JSON does not have. A field without a default is one that every record has.
+Fields have the names of the JSON's keys, with bytes, seconds and tokens in the name. None means that there is no value,
+or no finite one, because JSON has none. Every record has the fields without a default.
 """
 
 from __future__ import annotations
@@ -60,13 +61,20 @@ FORMATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 class Speedup:
     """How many times as fast as `baseline` a cell is per token, measured in pairs of alternating rounds.
 
-    `log_ratios` has the natural logarithm of each pair's ratio; `ratio`, `low` and `high` are their geometric mean and
-    its 95 % t-interval; `cap` is how many pairs there could have been at most. `pairing` is 'alternating', on a CPU
-    'sharing a core', or 'one after the other' where both did not fit on the device at once, which is weaker. `floor` is
-    the share of the stored speedup that the gate asked for, if it did, and `verdict` what came of it. Where the time
-    for pairs was over before the verdict was clear, or the ratio known as precisely as was wanted,
-    `ended_after_seconds` is that time. Without pairs `reason` says why there is no number. `high` is None with a
-    `ratio` where nothing bounds it, after a single pair.
+    Attributes:
+        baseline: The name of the method that it is compared with.
+        log_ratios: The natural logarithm of each pair's ratio.
+        ratio: Their geometric mean; None without pairs.
+        low: Where the 95 % t-interval of `ratio` begins.
+        high: Where it ends. None after a single pair, which has no upper bound.
+        cap: The largest number of pairs that was allowed.
+        pairing: 'alternating', on a CPU 'sharing a core', or 'one after the other' if both did not fit on the device at
+            once. The last is weaker: its interval is wider.
+        steps_per_round: Optimizer steps of one round.
+        floor: The share of the stored speedup that the gate asked for; None if it did not ask.
+        verdict: What the gate decided.
+        ended_after_seconds: The time for pairs, if it was over before the verdict or the ratio was clear.
+        reason: Why there are no pairs.
     """
 
     baseline: Name
@@ -92,37 +100,119 @@ class Speedup:
 class Entry:
     """One trial and how it ended: an element of a record's `outcomes`.
 
-    What was tried: `model` and its `weights`, from `weights_file` where they were stored in fewer bits,
-    `weights_revision` the hub's commit of them, or how random ones were drawn; `method`, told from others of its name
-    by `method_digest`, with its settings as peft and transformers write them, `own_code` the functions and classes of
-    its author by field, each with its import path and the SHA-256 of its source, and in `changed` those that the
-    command line has changed; the card whose memory it got, `target`, and whether another one gave it its times,
-    `emulated`; the data, `corpus_digest` and `elsewhere_digest`, with `task_questions` of a task, `task_digest`, read
-    from the format `corpus_format` with `corpus_skipped` rows left out and `heldout_examples` held out, the others
-    `trained_on` as pairs, conversations or texts, in rows of at most `max_length` tokens, the loss on `loss_on` of the
-    assistant's turns, a `long` conversation cut, split or dropped, batches with the `padding` to their longest row or
-    to `max_length`;
-    `tokens_per_step` in a full step at most, padding included, for `planned_steps` optimizer steps. `world_size` ranks
-    trained it together, and several had the `placement` of the network: replicated, all of it on each, or sharded.
+    Sizes are in bytes, times in seconds, losses in nats per token. None means that there is nothing to say, or that an
+    older record does not say it.
 
-    How it ended: `outcome`, in which `phase` and for what `reason`, with `details` such as a traceback. Out of memory
-    has `requested_bytes`, a trial that diverged `diverged_at_step`, one of several ranks `failed_rank`.
+    Attributes:
+        model: The model's name.
+        method: The method's name.
+        method_digest: SHA-256 of the method's settings. It tells methods of one name apart.
+        changed: Settings that the command line has changed.
+        target: The card whose memory the trial was given.
+        weights: 'pretrained' or 'random'.
+        weights_file: The file of the weights, if they were stored in fewer bits than they are used in.
+        weights_revision: The hub's commit of the weights, or how random ones were drawn.
+        precision: The number format of matrix products.
+        weights_dtype: The number format of unquantized weights.
+        adapter: The adapter's settings, as peft writes them.
+        quantization: The quantization's settings, as transformers writes them.
+        training_arguments: The TrainingArguments that the method sets.
+        library: 'peft', or the library that was used instead, such as 'unsloth'.
+        own_code: The author's functions and classes by field: import path, and SHA-256 of the source.
+        captured_step: The settings of the captured step; None for the Trainer's.
+        corpus_digest: SHA-256 of the corpus.
+        elsewhere_digest: SHA-256 of the plain text that forgetting is measured on.
+        task_digest: SHA-256 of the task's questions.
+        task_questions: How many questions the task has.
+        corpus_format: The format that the corpus was read as.
+        corpus_skipped: Rows of the corpus that were left out.
+        heldout_examples: Examples that were held out.
+        seed: The seed of the trial.
+        planned_steps: Optimizer steps of the whole job.
+        steps_per_epoch: Optimizer steps of one epoch.
+        max_length: The longest row, in tokens.
+        trained_on: 'pairs', 'conversations' or 'texts'.
+        loss_on: Which of the assistant's turns the loss was on: 'all' or the 'last'.
+        long: What was done with a conversation longer than a row: 'cut', 'split' or 'drop'.
+        padding: Rows of a batch were padded to the 'longest' of them, or to `max_length` ('max').
+        tokens_per_step: Tokens of a full step at most, padding included.
+        world_size: Ranks that trained together.
+        placement: Of several ranks: 'replicated' (each held the network) or 'sharded' (each held a part).
 
-    What was measured, as in `trial.Measurements`: `train_loss`, `step_seconds`, `step_tokens` and `step_padded_tokens`
-    have one number an optimizer step; losses are in nats a token; `rank_peak_*` has an element a rank where there are
-    several, and other peaks are the largest. `steady_step_seconds` is the median step after the first epoch.
-    `data_note` says how the rows that reached the network differ from those of every other method, if they do.
-    `tokens_per_second` counts the tokens of dialogues and `padded_tokens_per_second` all that were computed, of all
-    ranks together, `rank_tokens_per_second` what each did; in records without `step_tokens`, `tokens_per_second` is
-    `tokens_per_step` over the median step. `cold_seconds` is the whole job without held-out evaluations.
+        emulated: Whether another card than `target` gave the times.
+        outcome: How the trial ended: 'completed', 'out_of_memory', 'diverged', 'crashed' or 'timed_out'.
+        phase: Where it ended, if it did not complete.
+        reason: Why, in one line.
+        details: More on that, such as a traceback.
+        requested_bytes: What the allocation asked for that ran out of memory.
+        budget_bytes: The limit on the allocator.
+        diverged_at_step: The step whose loss was not finite, counted from 1.
+        steps: Optimizer steps that were done.
 
-    `forecast_*` is what was forecast of it, `forecast_seconds` of all its steps together, `budget_bytes` the limit that
-    was in force, `versions` the packages with `cuda`, what torch was built with. Only some runs have `worker`, the
-    pytest-xdist worker that ran the trial, with `visible_gpu`, the number of its GPU; `test`, the pytest node that ran
-    it, with `shown_as`, the table that it belongs to beside the main one; and `speedup`.
+        train_loss: The training loss of each step.
+        step_seconds: The device time of each step, from the end of the step before.
+        step_tokens: The tokens of each step, without padding, of all ranks.
+        step_padded_tokens: The tokens that each step computed, with padding, of all ranks.
+        cpu_seconds: Processor time of all rounds together.
+        heldout_loss_before: Held-out loss before training.
+        heldout_loss_after: Held-out loss after training.
+        elsewhere_loss_before: The loss on plain text from elsewhere before training.
+        elsewhere_loss_after: The same after training. By how much it rose is forgetting.
+        task_matches_before: Questions answered exactly right before training.
+        task_matches_after: Questions answered exactly right after training.
+        peak_allocated_bytes: The peak that torch allocated in training; of several ranks the largest, as below.
+        peak_reserved_bytes: The peak that torch reserved in training.
+        average_allocated_bytes: The mean, over steps, of what was allocated at the end of the step.
+        average_reserved_bytes: The same of what was reserved.
+        rank_peak_allocated_bytes: The peak allocated on each of several ranks.
+        rank_peak_reserved_bytes: The peak reserved on each of several ranks.
+        process_bytes: What the process held on the GPU at most, by NVML.
+        host_peak_bytes: What the process held in the host's memory at most.
+        saved_bytes: The size of what was saved.
+        trainable_parameters: Parameters that are trained.
+        parameters: All parameters.
+        flop_per_token: Multiplications and additions that training on a token needs.
+        training_rows: Rows that were made of the training examples.
+        truncated_sequences: How many of these rows lack a part of their example.
+        example_tokens: Training examples by length: how many have up to so many tokens, by powers of two.
+        split_examples: Training examples that became several rows.
+        dropped_examples: Training examples that became none.
+        adapted_layers: The names of the layers with an adapter.
+        base_quantization: How the weights were really quantized.
+        captured: Whether the steps ran as CUDA graphs; None for the Trainer's steps.
+        compiled: Whether torch.compile compiled them.
+        capture_note: Which parts of the captured step were switched off, and why.
+        data_note: How the rows that reached the network, or the learning rates, differ from those of other methods.
+        phase_seconds: Time by phase, without waiting for requests.
 
-    Two fields are no keys of the JSON: `run` is when the run ended that it was read from, and `stored` all that the
-    file says of it, keys included that this version does not know. They are None for what was not read from a file.
+        steady_step_seconds: The median step after the first epoch.
+        tokens_per_second: Tokens without padding, of all ranks together. In records without `step_tokens` it is
+            `tokens_per_step` over the median step.
+        padded_tokens_per_second: Tokens that were computed, of all ranks together.
+        rank_tokens_per_second: Tokens without padding, of each rank.
+        failed_rank: The rank, of several, that ended the trial.
+        cold_seconds: The whole job, without held-out evaluations.
+
+        forecast_allocated_bytes: The forecast peak of what torch allocates.
+        forecast_reserved_bytes: The forecast peak of what torch reserves.
+        forecast_verdict: 'fits', 'does_not_fit' or 'too_close_to_call'.
+        forecast_phase: The phase of the forecast peak.
+        forecast_bytes_by_cause: The forecast allocated peak by cause.
+        forecast_seconds: The forecast time of all steps together.
+
+        device: The device's name.
+        device_bytes: Its memory; None for a CPU.
+        device_driver: Its driver's version.
+        versions: Versions of packages, and of CUDA as torch was built with it.
+
+        worker: The pytest-xdist worker that ran the trial.
+        visible_gpu: The number of that worker's GPU.
+        test: The pytest node that ran the trial.
+        shown_as: The table it is shown in beside the main one: 'ladder' or 'peers'.
+        speedup: How many times as fast as its baseline the cell is.
+
+        run: When the run ended that it was read from. Not a key of the JSON.
+        stored: All that the file says of it, with keys that this version does not know. Not a key of the JSON.
     """
 
     model: Name
@@ -236,26 +326,27 @@ class Entry:
 
     @property
     def has_own_loss(self) -> bool:
-        """Whether its training losses are on a scale of its own; held-out losses never are."""
+        """Whether its training losses are on another scale than those of other methods. Held-out losses never are."""
         own, arguments = self.own_code or {}, self.training_arguments or {}
         return bool({"compute_loss", "trainer"} & own.keys() or arguments.get("label_smoothing_factor"))
 
     @property
     def gpu_peak_bytes(self) -> int | None:
-        """The peak allocated on the GPU, of the fullest rank: what ended before it could tell has none."""
+        """The peak allocated on the GPU, of the rank with the largest; None if the trial ended before it could
+        report."""
         peaks = [self.peak_allocated_bytes, *(self.rank_peak_allocated_bytes or ())]
         return max((peak for peak in peaks if peak), default=None)
 
     @property
     def peak_bytes(self) -> int | None:
-        """The peak allocated on the GPU, or where there is none of the whole process on the host; None for what ended
-        on a GPU before it could tell."""
+        """The peak allocated on the GPU, or, on a machine without one, of the process on the host. None if a trial on a
+        GPU ended before it could report."""
         return self.gpu_peak_bytes or (self.host_peak_bytes if self.device_bytes is None else None)
 
     @property
     def share_of_peak(self) -> float | None:
-        """The arithmetic that training on its tokens needs, over what its cards could have done meanwhile by their data
-        sheet; None where one of both is not known."""
+        """Model FLOP utilization: the FLOP that training on its tokens needs, over what its cards could do in that time
+        by their data sheet. None if either is not known."""
         rates = targets.rates(self.device)
         if rates is None or not self.flop_per_token or not self.tokens_per_second or self.outcome != "completed":
             return None
@@ -263,32 +354,54 @@ class Entry:
         return self.flop_per_token * self.tokens_per_second / (rate * self.world_size)
 
     def memory_share(self, baseline: Entry | None) -> float | None:
-        """The peak as a share of that of `baseline`; None unless both completed and have one."""
+        """The peak as a share of `baseline`'s; None unless both completed and have one."""
         if baseline is None or self.outcome != "completed" or baseline.outcome != "completed":
             return None
         peak, of = self.peak_bytes, baseline.peak_bytes
         return peak / of if peak and of else None
 
     def times_as_fast(self, baseline: Entry) -> float | None:
-        """How many times as fast as in `baseline` a token is, None where one of both has no steps."""
+        """How many times as fast as `baseline` it is per token; None if one of both has no steps."""
         of_this, of_baseline = seconds_per_token(self, baseline)
         return of_baseline / of_this if of_this and of_baseline else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForecastRow:
-    """What was forecast of one model x method x target and not trained: an element of a record's `forecasts`, and of
+    """What was forecast of one model x method x target without training: an element of a record's `forecasts`, and of
     what `lightweight plan --format json` writes.
 
-    `forecast_allocated_bytes` and `forecast_reserved_bytes` are the peak of one GPU, by cause in `bytes_by_cause`, met
-    in `phase`; `budget_bytes` is what the target has. `gpus` share the trial, with `placement` as in an `Entry`, in
-    rows of `max_length` tokens, each in `passes` of `batch_size` sequences a step; `paged_bytes` are optimizer state
-    that is in no peak.
+    Fields that an `Entry` has too mean the same.
 
-    A plan also says what it was made under: the method by its `method_digest` and, in `settings`, by what its author
-    said, with those in `changed` that the command line has; of a corpus, `corpus_digest`, how its rows are made, as in
-    an `Entry`, and `longest_row`, the tokens of the longest; the network by its `parameters`; and `versions` of
-    packages, as in an `Entry`.
+    Attributes:
+        model: The model's name.
+        method: The method's name.
+        target: The card, or amount of memory.
+        max_length: The longest row, in tokens.
+        tokens_per_step: Tokens of a full step at most, padding included.
+        forecast_allocated_bytes: The peak that torch would allocate on one GPU.
+        forecast_reserved_bytes: The peak that torch would reserve on one GPU.
+        budget_bytes: What the target has for the allocator.
+        bytes_by_cause: The allocated peak by cause.
+        phase: The phase of the peak.
+        verdict: 'fits', 'does_not_fit' or 'too_close_to_call'.
+        gpus: GPUs that share the trial.
+        placement: 'replicated' or 'sharded', for several GPUs.
+        world_size: Ranks that train together.
+        batch_size: Sequences of one forward pass.
+        passes: Forward passes of one optimizer step.
+        paged_bytes: Paged optimizer state, which is not part of the peaks.
+        method_digest: SHA-256 of the method's settings.
+        settings: The settings that the method's author gave.
+        changed: Those that the command line has changed.
+        corpus_digest: SHA-256 of the corpus, if one was given.
+        loss_on: Which of the assistant's turns the loss is on.
+        long: What is done with conversations that are longer than a row.
+        padding: How rows are padded.
+        longest_row: The tokens of the corpus's longest row.
+        parameters: All parameters.
+        trainable_parameters: Parameters that are trained.
+        versions: Versions of packages, and of CUDA as torch was built with it.
     """
 
     model: Name
@@ -333,10 +446,18 @@ class NoForecast:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A stored run: its file, when it ended (ISO 8601, UTC), its entries, what was forecast without training, and what
-    a plan could not forecast.
-    `commit` is the code's, `is_dirty` whether it had changes that were not committed; None where nothing says so.
-    `command` are the arguments by which pytest trains the same again, in its root; none where nothing says so."""
+    """A stored run.
+
+    Attributes:
+        path: Its file.
+        ended: When it ended: ISO 8601, UTC.
+        entries: Its trials.
+        forecasts: What was forecast without training.
+        unforecast: What a plan could not forecast.
+        commit: The code's commit.
+        is_dirty: Whether the code had uncommitted changes.
+        command: The arguments with which pytest, in its root, trains the same again; empty if not known.
+    """
 
     path: Path
     ended: str
@@ -354,9 +475,9 @@ class Run:
 
 
 def seconds_per_token(*entries: Entry) -> tuple[float | None, ...]:
-    """What a token takes in each of `entries`, in seconds, so that they compare: of the tokens really seen where all of
-    them know these, else, as in older records, the median step over a full step's tokens, padding included. None for
-    one that has no steps."""
+    """The seconds per token of each of `entries`, comparable with each other. They count tokens without padding if all
+    entries have these; else, as in older records, the median step over the tokens of a full step, padding included.
+    None for an entry without steps."""
     timed = [entry for entry in entries if entry.steady_step_seconds is not None]
     if all(entry.step_tokens and entry.tokens_per_second for entry in timed):
         return tuple(
@@ -372,9 +493,9 @@ def seconds_per_token(*entries: Entry) -> tuple[float | None, ...]:
 
 
 def training_loss(losses: Sequence[float | None], steps_per_epoch: int) -> tuple[float, float] | None:
-    """The mean training loss over the first and over the last epoch, in nats a token; over the first and the last tenth
-    of the steps where there are not two epochs. One step's loss is that of its few pairs. None where a loss is no
-    number, or there is none."""
+    """The mean training loss over the first and over the last epoch, in nats per token; with less than two epochs, over
+    the first and last tenth of the steps, because one step's loss is that of few examples. None if a loss is not
+    finite, or there is none."""
     known = [loss for loss in losses if loss is not None and math.isfinite(loss)]
     if not known or len(known) < len(losses):
         return None

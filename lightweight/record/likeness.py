@@ -1,4 +1,4 @@
-"""When are two trials alike? What they must have in common to be compared in one way or another."""
+"""When are two trials alike? What they must have in common for each kind of comparison."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ NOT_ALWAYS_KNOWN = ("method_digest", "weights_revision")
 
 @dataclass(frozen=True)
 class Likeness:
-    """Trials with `keys`, fields of an `Entry`, in common. What one of them does not know of `NOT_ALWAYS_KNOWN` says
-    nothing."""
+    """Trials with equal `keys`, which are fields of an `Entry`. A key of NOT_ALWAYS_KNOWN is ignored if one of the two
+    has no value for it."""
 
     keys: tuple[str, ...]
 
     def also(self, *keys: str) -> Likeness:
-        """This, and `keys` in common as well."""
+        """This likeness with more keys."""
         return Likeness((*self.keys, *keys))
 
     def but(self, *keys: str) -> Likeness:
-        """This, whatever the trials have as `keys`."""
+        """This likeness without `keys`."""
         return Likeness(tuple(key for key in self.keys if key not in keys))
 
     def of(self, entry: Entry) -> tuple[Any, ...]:
-        """What is to be in common, as `entry` has it."""
+        """The values of the keys in `entry`."""
         return tuple(getattr(entry, key) for key in self.keys)
 
     def differing(self, one: Entry, other: Entry) -> list[str]:
-        """Which of the keys two entries differ in."""
+        """The keys that differ between two entries."""
         pairs = [(key, getattr(one, key), getattr(other, key)) for key in self.keys]
         return [key for key, a, b in pairs if a != b and not (key in NOT_ALWAYS_KNOWN and None in (a, b))]
 
@@ -41,7 +41,7 @@ class Likeness:
         return not self.differing(one, other)
 
     def groups(self, entries: Iterable[Entry]) -> list[list[Entry]]:
-        """`entries` in groups of those that have all of the keys in common, in the order of their first."""
+        """`entries` in groups with equal keys, in the order of their first."""
         groups: dict[tuple[Any, ...], list[Entry]] = {}
         for entry in entries:
             groups.setdefault(self.of(entry), []).append(entry)
@@ -80,8 +80,9 @@ WITH_DEFAULTS = ("adapter", "quantization")
 
 
 def differing_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What two trials' settings, as JSON, differ in, as they were then and are now: keys of objects by their own names,
-    None where one has no such key; the method's digest only where nothing else says it."""
+    """The settings that differ between two trials, each as it was and is. Settings are JSON; keys of objects are listed
+    by their own names, and None means that one trial lacks the key. The method's digest is listed only if nothing else
+    differs."""
     found: dict[str, tuple[Any, Any]] = {}
     for key, is_now in now.items():
         was = then.get(key)
@@ -95,7 +96,8 @@ def differing_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[
 
 
 def baseline_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
-    """The baseline of `entry`'s model on the same target and device; where there are several, the one most alike."""
+    """The baseline of `entry`'s model on the same target and device; of several, the one most alike. None if there is
+    none."""
     baselines = [other for other in entries if other.method == BASELINE and SAME_BASELINE.holds(other, entry)]
     length = Likeness(("max_length", "loss_on", "long", "padding", "tokens_per_step", "planned_steps", "seed"))
     wanted = length.of(entry)

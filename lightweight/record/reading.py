@@ -1,4 +1,4 @@
-"""Is it a record, and what does it say? JSON from anywhere, checked, completed where it is old, as dataclasses."""
+"""Is it a record, and what does it say? JSON is checked, completed if it is old, and returned as dataclasses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RecordError(ValueError):
 
 
 def load(path: str | Path) -> Run:
-    """The run stored at `path`, or the forecasts that `lightweight plan --format json` stored there. Raises
+    """The run stored at `path`, or the forecasts that `lightweight plan --format json` wrote there. Raises
     RecordError."""
     path = Path(path)
     try:
@@ -37,7 +37,7 @@ def load(path: str | Path) -> Run:
 
 
 def run(document: Any, path: Path) -> Run:
-    """The run that `document`, the JSON of the file at `path`, says. Raises RecordError."""
+    """The run in `document`, which is the JSON of the file at `path`. Raises RecordError."""
     if not isinstance(document, dict) or not isinstance(document.get("outcomes"), list):
         raise RecordError(
             f"record {path}: has no 'outcomes': give a file that `pytest experiments --benchmark-json` wrote"

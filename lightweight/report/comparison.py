@@ -8,8 +8,8 @@ from pathlib import Path
 from lightweight import record
 from lightweight.record import BASELINE, Entry, baseline_of, one_line
 from lightweight.report import forecast_comparison, words
-from lightweight.report.table import Column, table
 from lightweight.report.tables import shares
+from lightweight.report.text_table import Column, table
 from lightweight.verdict import forecasts, gate
 from lightweight.verdict.gate import Cell, Comparison
 from lightweight.verdict.limits import Limits
@@ -58,7 +58,9 @@ def text(comparison: Comparison) -> str:
     runs = {cell.run.path: cell.run for cell in cells if cell.run}.values()
     if runs:
         names = ", ".join(f"{run.name}{' (of code with uncommitted changes)' * bool(run.is_dirty)}" for run in runs)
-        lines.append(one_line(f"Stored: {names}. Now / stored allows for having been looked at after every few pairs."))
+        lines.append(
+            one_line(f"Stored: {names}. The interval of now / stored is corrected for repeated looks at the data.")
+        )
     failed = [f"FAILED {failure}" for failure in comparison.failures]
     return "\n".join([*lines, *map(one_line, [*comparison.notes, *failed])])
 

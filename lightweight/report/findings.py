@@ -35,7 +35,7 @@ def findings(runs: Sequence[Run]) -> list[Finding]:
     answer += [_about(group, entries, several_lengths) for group in select.groups(cells)]
     answer += [*_agreement(cells), *_forecast_only(runs)]
     if any(cell.weights == "random" for cell in cells):
-        words = "Weights are random: speed and memory are as with trained ones, and the loss says nothing of quality"
+        words = "Weights are random: speed and memory are as with trained ones, and the loss says nothing about quality"
         answer.append(Finding(parts=(words,)))
     if not answer and entries:  # of tables that answer by themselves: peers, say
         return [_counted(entries, "trial")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightweight.record import one_line
 from lightweight.report.select import several
-from lightweight.report.table import Column, table
+from lightweight.report.text_table import Column, table
 from lightweight.targets import size
 from lightweight.verdict.forecasts import ForecastCell, ForecastComparison, grown
 

@@ -23,7 +23,7 @@ from lightweight.record import Entry, Run, as_json, readable
 from lightweight.report import drawing, figures, select, tables, words
 from lightweight.report.drawing import Picture
 from lightweight.report.findings import findings
-from lightweight.report.table import Table
+from lightweight.report.text_table import Table
 
 SECTIONS = {
     "loss": "Each method over its baseline. Thin: every step; thick: the mean of an epoch around it.",

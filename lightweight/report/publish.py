@@ -17,7 +17,7 @@ from typing import Literal
 from lightweight.record import SAME_BASELINE, Entry, Run, one_line
 from lightweight.report import select, studies, words
 from lightweight.report.studies import Study
-from lightweight.report.table import Column, Table, table
+from lightweight.report.text_table import Column, Table, table
 from lightweight.targets import GiB
 from lightweight.verdict.seeds import Estimate
 
@@ -270,11 +270,11 @@ def measured(rows: Sequence[Study], columns: Sequence[str] = tuple(COLUMNS)) -> 
     parts = [_trained(group) for group in SAME_BASELINE.but("model").groups(entries)]
     parts += [sentence for names, sentence in SAID if set(names) & set(columns)]
     noted = {study.first.method: note for study in rows if (note := _data_note(study))}
-    parts += [f"Not trained as the others are: {method}: {note}" for method, note in noted.items()]
+    parts += [f"Not trained like the others:{method}: {note}" for method, note in noted.items()]
     if any(len(study.completed) > 1 for study in rows):
         parts.append("Numbers are means over seeds, in brackets their two-sided 95% Student t-intervals")
     if any(entry.weights == "random" for entry in entries):
-        parts.append("Random weights: losses show that training works and say nothing of quality")
+        parts.append("Random weights: losses show that training works and say nothing about quality")
     installed = {
         f"{package} {version}": None for e in entries for package, version in (e.versions or {}).items() if version
     }
@@ -289,7 +289,7 @@ SAID = (
     ),
     (
         ("share",),
-        "Of the card's peak is the arithmetic that training needs, by the papers' count, over the card's dense rate "
+        "Of the card's peak is model FLOP utilization (MFU): the FLOP that training needs over the card's dense rate "
         "for the number format",
     ),
     (("speedup",), "Speedup is per token against the baseline of the same seed, geometric means"),

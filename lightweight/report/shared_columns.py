@@ -1,4 +1,4 @@
-"""Which columns have several tables in common?"""
+"""Which columns are in more than one table?"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lightweight.record import Entry
 from lightweight.report import words
-from lightweight.report.table import Column
+from lightweight.report.text_table import Column
 
 
 def named(among: Sequence[Entry]) -> list[Column[Entry]]:

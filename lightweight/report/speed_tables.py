@@ -11,7 +11,7 @@ from lightweight.report import select, words
 from lightweight.report.select import pace_of
 from lightweight.report.shared_columns import named, shares
 from lightweight.report.speed import faster, products_seconds, step_ratio
-from lightweight.report.table import Column, Table, table
+from lightweight.report.text_table import Column, Table, table
 from lightweight.targets import size
 
 
@@ -45,7 +45,9 @@ def speedups(entries: Sequence[Entry], among: Sequence[Entry] = ()) -> Table:
         ("from", "l", known),
     ]
     shown = [e for e in entries if e.method != BASELINE and (e.speedup is not None or of_baseline(e) is not None)]
-    notes = ["Low and high end the 95 % interval of a ratio measured in pairs of alternating rounds."] * bool(shown)
+    notes = [
+        "Low and high are the ends of the 95 % interval of a ratio measured in pairs of alternating rounds."
+    ] * bool(shown)
     return table("speedup", "Speedup over the baseline, per token", columns, shown, shown, notes)
 
 
@@ -173,7 +175,7 @@ def ranks(entries: Sequence[Entry]) -> Table:
     ]
     note = (
         "Each GPU holds the network (replicated, by DistributedDataParallel or a captured step) or a part of it "
-        "(sharded, by FSDP2). Steps have the sequences of one GPU's, or with scale batch as many for each."
+        "(sharded, by FSDP2). A step has as many sequences as on one GPU, or with scale batch as many for each GPU."
     )
     return table("ranks", "Several GPUs for one trial", columns, rows, [entry for entry, _ in rows], [note])
 

@@ -1,5 +1,5 @@
-"""What does a reader look up? Every table of the report, each of one question; out-of-memory cells are rows like any
-other. Those of speed are in `speed_tables`."""
+"""Which tables does the report have, and which columns? One table per question. A cell that ran out of memory is a row
+like any other. The tables of speed are in `speed_tables`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightweight.report.select import cell_of, is_card, pace_of, planned, target
 from lightweight.report.shared_columns import lengths, named, shares
 from lightweight.report.speed import faster
 from lightweight.report.speed_tables import ladder, peers, ranks, speedups
-from lightweight.report.table import Column, Table, table
+from lightweight.report.text_table import Column, Table, table
 from lightweight.settings import changes
 from lightweight.targets import size
 from lightweight.verdict import noninferiority, power, seeds
@@ -113,7 +113,8 @@ def over_seeds(entries: Sequence[Entry]) -> Table:
         "Means over seeds. In brackets the two-sided 95 % t-interval over seeds; a speedup is the geometric mean. "
         "Speedup and loss over baseline are taken from the baseline of the same seed. Peak memory: the largest."
     )
-    return table("seeds", "Over seeds", columns, rows, [study.first for study in rows], [note])
+    shown = [study.first for study in rows]
+    return table("seeds", "Over seeds", columns, rows, shown, [note, *words.notes(shown)])
 
 
 def others(entries: Sequence[Entry]) -> Table:
@@ -209,7 +210,7 @@ def data(entries: Sequence[Entry]) -> Table:
         ("tokens a row", "r", lambda entry: str(entry.max_length or "-")),
         ("cut", "r", lambda entry: "-" if entry.truncated_sequences is None else f"{entry.truncated_sequences:,}"),
     ]
-    note = "Tokens of the examples to train on, whole. Cut: rows that lack something of their example."
+    note = "Tokens of whole training examples. Cut: rows that lack a part of their example."
     return table("data", "What was trained on", columns, shown, shown, [note])
 
 
@@ -303,7 +304,7 @@ def memory_by_cause(entries: Sequence[Entry], untrained: Sequence[ForecastRow] =
     measured = {cell_of(entry) for entry in entries}
     only_forecast = [row for row in untrained if cell_of(row) not in measured and is_card(row.target)]
     rows: list[Entry | ForecastRow] = [*trained, *only_forecast]
-    notes = ["What a cell held when memory ran out is no peak. Causes are the forecast's."] * bool(rows)
+    notes = ["A cell that ran out of memory has no peak. Causes are those of the forecast."] * bool(rows)
     said = changes((row.method, row.changed) for row in only_forecast)
     notes += [] if said is None else [said]
     return table("memory", "Peak memory by cause", columns, rows, [*trained, *[None] * len(only_forecast)], notes)

@@ -197,7 +197,7 @@ def notes(entries: Sequence[Entry], runs: Sequence[Run] = ()) -> list[str]:
     said = changes((entry.method, entry.changed) for entry in entries)
     lines = [] if said is None else [said]
     lines += dict.fromkeys(
-        one_line(f"Not trained as the others are: {entry.model} x {entry.method}: {entry.data_note}.")
+        one_line(f"Not trained like the others:{entry.model} x {entry.method}: {entry.data_note}.")
         for entry in entries
         if entry.data_note
     )
@@ -211,7 +211,7 @@ def notes(entries: Sequence[Entry], runs: Sequence[Run] = ()) -> list[str]:
     unclean = [run for run in runs if run.is_dirty and run.entries]
     if unclean:
         names = ", ".join(f"{run.name} (after commit {(run.commit or 'unknown')[:7]})" for run in unclean)
-        lines.append(f"Measured with changes to the code that were not committed: {names}.")
+        lines.append(f"Measured with uncommitted changes to the code: {names}.")
     for device in dict.fromkeys(entry.device for entry in entries):
         of_device = [entry for entry in entries if entry.device == device]
         installed = of_device[0].versions or {}
@@ -231,6 +231,6 @@ def notes(entries: Sequence[Entry], runs: Sequence[Run] = ()) -> list[str]:
             )
     if any(entry.weights == "random" for entry in entries):
         lines.append(
-            f"{RANDOM} Random weights: speed and memory are as with trained ones; the loss says nothing of quality."
+            f"{RANDOM} Random weights: speed and memory are as with trained ones; the loss says nothing about quality."
         )
     return lines

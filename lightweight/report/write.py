@@ -11,7 +11,7 @@ from lightweight import files
 from lightweight.record import Run, one_line
 from lightweight.report import publish, tables
 from lightweight.report.findings import findings
-from lightweight.report.table import TextFormat, markdown
+from lightweight.report.text_table import TextFormat, markdown
 
 Format = Literal["terminal", "markdown", "html"]
 
@@ -82,7 +82,7 @@ def draw(folder: Path, runs: Sequence[Run]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ReportError(f"report {folder}: is no folder to write to ({error.strerror})") from error
+        raise ReportError(f"report {folder}: is not a folder that can be written ({error.strerror})") from error
     for picture in figures.pictures(runs):
         write(folder / f"{picture.key}.svg", drawing.standalone(picture))
 

@@ -1,4 +1,7 @@
-"""`--benchmark-compare` in a session: what it is held against, what was asked for, and the verdict at its end."""
+"""`--benchmark-compare` in a session: the stored runs it is compared with, the verdict at its end and its exit status.
+
+How the verdict is reached is in `verdict/gate`; the command `lightweight gate` is `cli/gate`.
+"""
 
 from __future__ import annotations
 

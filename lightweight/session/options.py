@@ -44,7 +44,7 @@ class Option:
 
 
 def _of_limit(limit: Limit) -> Option:
-    words = f"with --benchmark-compare: fail if {limit.of} ({limit.default} where no number is given)"
+    words = f"with --benchmark-compare: fail if {limit.of} ({limit.default} if no number is given)"
     settings = {"metavar": limit.metavar, "nargs": "?", "const": limit.default}
     return Option(limit.name.replace("_", "-"), words, settings)
 
@@ -68,13 +68,13 @@ OPTIONS = (
     ),
     Option(
         "target",
-        "train within the memory of this card: t4 and others by name, or an amount such as 16GiB (default: t4 where "
-        "the GPU has at least as much, else native, all there is)",
+        "train within the memory of this card, such as t4, or of an amount such as 16GiB (default: t4 if the GPU has "
+        "as much, else native, which is all there is)",
         {"metavar": "NAME"},
     ),
     Option(
         "gpus-per-trial",
-        "train every trial on N ranks, one on each of N GPUs, or N processes on a CPU (default: 1)",
+        "train every trial on N ranks: one per GPU, or N processes on a CPU (default: 1)",
         {"type": int, "default": 1, "metavar": "N"},
     ),
     Option(
@@ -90,7 +90,7 @@ OPTIONS = (
     ),
     Option(
         "weights",
-        "where weights come from (default: pretrained where they can be had, else random)",
+        "where weights come from (default: pretrained if they are available, else random)",
         {"choices": ("pretrained", "random")},
     ),
     Option("seed", "seed of every trial (default: 0)", {"type": int, "default": 0, "metavar": "N"}),
@@ -108,8 +108,8 @@ OPTIONS = (
     ),
     Option(
         "pilot",
-        "a record with several seeds: from the spread of their losses it is said before training how many seeds can "
-        "show the margin (default: a committed one)",
+        "a record with several seeds: the spread of their losses gives, before training, how many seeds the margin "
+        "needs (default: a committed record)",
         {"type": Path, "metavar": "RUN.json"},
     ),
     Option(
@@ -127,7 +127,7 @@ OPTIONS = (
     *map(_of_limit, LIMITS),
     Option(
         "missing",
-        "with --benchmark-compare: verdict on a model and method that was asked for, and that only the stored run has "
+        "with --benchmark-compare: verdict on a model and method that was selected, but that only the stored run has "
         "(default: fail)",
         {"choices": ("pass", "fail"), "default": "fail"},
     ),
@@ -143,13 +143,13 @@ OPTIONS = (
     ),
     Option(
         "report",
-        "write the results as one HTML page, or as Markdown if PATH ends in .md; with --benchmark-compare beside the "
+        "write the results as one HTML page, or as Markdown if PATH ends in .md; with --benchmark-compare, beside the "
         "stored runs",
         {"type": Path, "metavar": "PATH"},
     ),
     Option(
         "false-alarms",
-        "also count the gate's false alarms in N trials of it (200 where no number is given), and its misses in half "
+        "also count the gate's false alarms in N runs of the gate (200 if no number is given), and its misses in half "
         "as many; takes an hour on a CPU",
         {"nargs": "?", "type": int, "const": 200, "metavar": "N"},
     ),

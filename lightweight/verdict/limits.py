@@ -31,12 +31,17 @@ cards of one kind took up to 1.37 times as long from one host to the next (exper
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How much worse a cell may be than the stored one; `None` asks for no verdict.
+    """How much worse a cell may be than the stored one. None gives no verdict.
 
-    Shares: of a stored speedup that may be lost, of a stored memory ratio, of a forecast's peak and of a stored step's
-    time that may come on top, `step_fail` of a captured step and `stock_step_fail` of any other on a GPU. `loss_fail`
-    is in nats a token. `undecided` says what becomes of a speedup that noise leaves open, `missing` of a stored cell
-    that the new run lacks, and `require_match` whether a run fails that nothing stored matches.
+    Attributes:
+        speedup_fail: The share of the stored speedup that may be lost.
+        memory_fail: The share that the stored memory ratio, or a forecast's peak, may rise.
+        loss_fail: How much the held-out loss may rise, in nats per token.
+        step_fail: The share that the time of a captured step may rise.
+        stock_step_fail: The share that the time of any other step on a GPU may rise.
+        undecided: The verdict on a speedup that noise leaves open.
+        missing: The verdict on a stored cell that the new run lacks.
+        require_match: Whether a run fails if nothing stored matches it.
     """
 
     speedup_fail: float | None = None
@@ -142,7 +147,7 @@ LIMITS = (
         metavar="PERCENT",
         read=longer,
         default=f"{STOCK_STEP_FAIL:.0%}",
-        of="a stock step on a GPU became slower by more than this share: hosts differ, so give 50% or more",
+        of="a stock step on a GPU became slower by more than this share: it waits for the host, so give 50% or more",
     ),
 )
 """What `lightweight gate` and `pytest --benchmark-compare` take alike."""

@@ -173,7 +173,7 @@ def test_dialogues_are_seen_to_be_apart_under_reentrant_checkpointing(losses):
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert "given up" not in note
     _, _, note = losses("mamba", method(lora(target_modules=["x_proj"]), **arguments))
-    assert "of a dialogue's gradient is at other dialogues of its row" in note
+    assert "of a dialogue's gradient reaches other dialogues of its row" in note
 
 
 def test_an_attention_that_looks_ahead_is_given_up(losses, monkeypatch):
@@ -325,7 +325,7 @@ def test_a_state_that_half_precision_would_hide_is_found(prepare):
     trainer, rows, meter, trial = prepare("mamba", step, torch.bfloat16)
     assert loop.CapturedTraining(trial, trainer, rows, meter).prepare()
     assert "packing given up: " in meter.facts["capture_note"]
-    assert "of a dialogue's gradient is at other dialogues of its row" in meter.facts["capture_note"]
+    assert "of a dialogue's gradient reaches other dialogues of its row" in meter.facts["capture_note"]
 
 
 @pytest.mark.parametrize(
@@ -431,7 +431,7 @@ def test_a_flash_kernel_that_takes_dialogues_for_one_costs_packing_alone(prepare
     monkeypatch.setattr(flash, "check_met", lambda: None)  # which finds it, too
     theirs, ours, job, note = half("llama", prepare, lora())
     assert ours == pytest.approx(theirs, rel=5e-3)
-    assert "; packing given up: " in note and "of a dialogue's gradient is at other dialogues of its row" in note
+    assert "; packing given up: " in note and "of a dialogue's gradient reaches other dialogues of its row" in note
     assert job.step.parts.attention
 
 

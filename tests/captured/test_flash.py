@@ -324,8 +324,8 @@ def of_a_wrong_gradient(real, query, key, *arguments, **options):
     [
         (None, None, None),
         (None, 30, None),
-        (off_by_one, 30, "sees 31 tokens where 30 are to be seen"),
-        (one_dialogue, None, "sees 142 tokens where 137 are to be seen"),
+        (off_by_one, 30, "sees 31 tokens instead of 30"),
+        (one_dialogue, None, "sees 142 tokens instead of 137"),
         (unscaled, None, "is .* off"),
         (of_a_wrong_gradient, None, "is 5e-01 off"),
     ],

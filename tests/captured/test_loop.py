@@ -229,7 +229,7 @@ def test_some_layers_computed_twice_train_the_same(trial, written, tmp_path, mod
         flags = [getattr(module, "gradient_checkpointing", None) for module in trainer.model.modules()]
         recomputed.append(flags.count(True))
         losses.append(meter.measurements().train_loss)
-        noted = "2 layers can be computed again and no more" in meter.facts["capture_note"]
+        noted = "2 layers at most can be recomputed" in meter.facts["capture_note"]
         assert noted == (layers == 9)
     assert recomputed == [0, 1, 2]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
@@ -246,7 +246,7 @@ def test_a_layer_that_would_drop_other_numbers_is_not_captured(trial, written, t
     assert job.prepare()
     job.notes.clear()
     assert job._repeats_itself() == repeats
-    said = "uncaptured: LlamaDecoderLayer would drop other numbers when it is computed again"
+    said = "uncaptured: LlamaDecoderLayer would draw other dropout masks when it is recomputed"
     assert (said in job.notes) != repeats
 
 

@@ -49,10 +49,10 @@ def test_a_child_killed_between_two_rounds_is_noticed(trial, folder):
 @pytest.mark.parametrize(
     ("status", "reason"),
     [
-        (-signal.SIGKILL, "killed by SIGKILL (what the kernel's out-of-memory killer sends, too)"),
+        (-signal.SIGKILL, "killed by SIGKILL (which the kernel's out-of-memory killer also sends)"),
         (-signal.SIGSEGV, "killed by SIGSEGV"),
         (3, "the child exited with status 3 before its trial had ended"),
-        (None, "died, and the forkserver, which alone knows how, had died or was stopped"),
+        (None, "died; how is not known, because the forkserver had died or was stopped"),
     ],
 )
 def test_an_exit_status_is_told_in_words(status, reason):
@@ -73,4 +73,4 @@ def test_the_status_that_stands_for_none_is_none_where_the_forkserver_is_gone():
     with subprocess.Popen(["sleep", "0"]) as gone:
         pass
     found = death.outcome_of_death(255, "train", Measurements(), "", kernel_killed=False, server=gone.pid)
-    assert isinstance(found, Crashed) and found.reason.startswith("died, and the forkserver")
+    assert isinstance(found, Crashed) and found.reason.startswith("died; how is not known, because the forkserver")

@@ -203,7 +203,7 @@ def test_a_record_without_its_command_and_a_name_that_is_taken_are_refused(proje
     assert main(["report", str(tmp_path / "old.json"), "--bundle", str(tmp_path / "b")]) == 2
     assert "does not say by which command it was made" in capsys.readouterr().err
     assert main(["report", "run.json", "--bundle", str(tmp_path / "old.json")]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_a_version_that_would_have_pip_do_something_else_is_refused(project, tmp_path, monkeypatch, capsys):
@@ -235,7 +235,7 @@ def test_a_bundle_that_has_no_room_is_one_line_and_leaves_nothing(project, tmp_p
 def test_a_link_or_what_cannot_be_written_is_no_place_for_a_bundle(project, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(project)
     (tmp_path / "link").symlink_to("nothing")
-    for name, problem in (("link", "is there already"), ("nowhere/b", "there is no folder"), ("x" * 300, "too long")):
+    for name, problem in (("link", "already exists"), ("nowhere/b", "there is no folder"), ("x" * 300, "too long")):
         assert main(["report", "run.json", "--bundle", str(tmp_path / name)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert problem in line

@@ -107,7 +107,7 @@ def test_a_dialogue_is_kept_taken_back_and_begun_anew(monkeypatch, conversations
     assert talked(monkeypatch, conversations, lines, "--system", "Be brief.") == 0
     told = capsys.readouterr().err
     assert "nothing was said yet" in told
-    assert "/ubdo: no command: /new begins another dialogue, /undo takes a turn back" in told
+    assert "/ubdo: is not a command: /new begins a dialogue, /undo takes a turn back" in told
     assert len(asked) == 4
     tokenizer = chat.load(conversations).tokenizer
     prompts = [str(tokenizer.decode(ids)) for ids in asked]
@@ -216,14 +216,14 @@ def test_a_file_of_prompts_gives_json_lines(conversations, asked, tmp_path, caps
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "has no prompt: write one a line"),
+        (b"", "has no prompt: write one per line"),
         (b"\xff", "cannot be read"),
         (b'"a"\n{', "line 2: "),
         (b"[" * 100_000, "line 1: "),
         (b"3", "line 1: no prompt and no messages"),
         (b'{"prompt": " "}', "line 1: no prompt and no messages"),
-        (b'{"messages": []}', "line 1: messages that are no turns"),
-        (b'{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "a"}]}', "are no turns of user"),
+        (b'{"messages": []}', "line 1: messages that are not turns"),
+        (b'{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "a"}]}', "are not turns of"),
         (b'{"messages": [{"role": "tool", "content": "a"}]}', "a message without a role"),
         (b'{"messages": ["a"]}', "a message without a role"),
     ],

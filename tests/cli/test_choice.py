@@ -84,7 +84,7 @@ def test_on_a_gpu_the_captured_step_is_taken_where_it_fits_and_said_and_on_a_cpu
     line = capsys.readouterr().out
     assert line.startswith("method lora-captured: ")
     assert "(baseline, lora, qlora, lora-captured, qlora-captured)" in line
-    assert "once they agree with the Trainer's, which runs them with --method lora" in line
+    assert "if they agree with the Trainer's (--method lora trains without capturing)" in line
     tried = choice._forecasts(wanted, MICRO, targets.T4, targets.Device(name="cpu"), ("qlora",), lambda text: None)
     assert [row.method.name for row in tried] == ["baseline", "lora"]
 

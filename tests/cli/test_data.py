@@ -48,7 +48,7 @@ def test_characters_are_not_called_tokens(tmp_path, capsys):
     assert main(["data", str(talks(tmp_path / "a.jsonl"))]) == 0
     out = capsys.readouterr().out
     assert "messages: 13 conversations, 2.0 turns each; exact duplicates, each on the side of its first: 1" in out
-    assert "characters of an example" in out and "--model NAME counts the tokens" in out
+    assert "characters of an example" in out and "--model NAME counts tokens" in out
     assert "tokens of an example" not in out and "cut" not in out
     assert "held-out examples begin with a prompt that is also trained on" in out
 
@@ -105,7 +105,7 @@ def test_without_the_models_own_tokenizer_it_is_said_what_is_counted(tmp_path, m
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     corpus_file = str(talks(tmp_path / "a.jsonl"))
     assert main(["data", corpus_file, "--model", "opt-350m"]) == 0
-    assert "counted are bytes, which its random weights are trained on" in capsys.readouterr().out
+    assert "bytes are counted: its random weights are trained on bytes" in capsys.readouterr().out
     assert main(["data", corpus_file, "--model", "opt-tiny", "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["assumed"] is None
     assert main(["data", corpus_file, "--model", "nobody/nothing"]) == 2

@@ -138,7 +138,7 @@ def test_what_no_search_wrote_is_not_written_over(tmp_path, capsys, monkeypatch)
     for text in ("thesis", json.dumps(record.document([]))):
         (tmp_path / "x.json").write_text(text, "utf-8")
         assert main(["sweep", "--model", "opt-tiny", "--method", "lora", "--output", "x.json"]) == 2
-        assert "--output x.json: is there already, and no sweep wrote it: give another name" in capsys.readouterr().err
+        assert "--output x.json: already exists, and no sweep wrote it: give another name" in capsys.readouterr().err
         assert (tmp_path / "x.json").read_text("utf-8") == text
 
 
@@ -203,7 +203,7 @@ def test_a_file_that_is_no_sweep_is_refused(tmp_path):
     [
         (["--learning-rate", "1e-3"], "--learning-rate 1e-3: give a range, such as 1e-5..1e-2"),
         (["--learning-rate", "1e-2..1e-3"], "give two rates above 0, the lower one first"),
-        (["--budget", "2"], "--budget 2: give at least 3 trials a method"),
+        (["--budget", "2"], "--budget 2: give at least 3 trials per method"),
         (["--seed", "-1"], "--seed -1: give a number from 0 to 4294967295"),
         (["--method", "lorra"], "did you mean lora"),
         (["--output", "nowhere/x.json"], "there is no folder"),

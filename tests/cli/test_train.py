@@ -573,9 +573,9 @@ def test_without_a_method_the_fastest_that_fits_is_taken_and_said(train, out, ba
     assert line.startswith("method lora: ") and "of 16GiB's 15.58 GiB by forecast" in line
     assert "(baseline, lora, qlora), though trained on this CPU" in line
     assert train("b", "--max-steps", "1", method=None) == 0
-    assert "\nmethod lora: without GPU or --target nothing is forecast" in capsys.readouterr().out
+    assert "\nmethod lora: no GPU or --target, so no forecast" in capsys.readouterr().out
     assert train("c", "--max-steps", "1", "--weights", "random", method=None) == 0
-    assert "\nmethod baseline: without GPU or --target nothing is forecast" in capsys.readouterr().out
+    assert "\nmethod baseline: no GPU or --target, so no forecast" in capsys.readouterr().out
     assert [entry(out / name).method for name in "abc"] == ["lora", "lora", "baseline"]
 
 

@@ -413,7 +413,7 @@ REFUSED = {
     "an image's message": ({"messages": [PICTURE, ANSWERED]}, "messages[0].content[0].type: is 'image_url'"),
     "an image's row": (
         {"image": "1.jpg", "conversations": [{"from": "human", "value": "<image>"}]},
-        "image: is an image, a sound or a film",
+        "image: is an image, audio or a video",
     ),
     "no turns": ({"messages": [{"role": "system", "content": "Be brief."}]}, "messages: has no turns"),
     "an empty list": ({"messages": []}, "messages: is empty"),
@@ -440,19 +440,19 @@ REFUSED = {
     ),
     "an answer that is not wanted": (
         {"prompt": "a", "completion": "b", "label": False},
-        "label: is false, of an answer",
+        "label: is false, which marks an answer",
     ),
     "a conversation that is not wanted": (
         {"messages": [ASKED, ANSWERED], "label": False},
-        "label: is false, of an answer",
+        "label: is false, which marks an answer",
     ),
     "an instruction's answer that is not wanted": (
         {"instruction": "a", "output": "b", "kto_tag": False},
-        "kto_tag: is false, of an answer",
+        "kto_tag: is false, which marks an answer",
     ),
     "an answer that a table does not want": (
         {"prompt": "a", "completion": "b", "label": "False"},
-        "label: is false, of an answer",
+        "label: is false, which marks an answer",
     ),
     "tools as a text": ({"messages": [ASKED, ANSWERED], "tools": '[{"name": "search"}]'}, "tools: is of a tool"),
     "thoughts beside an answer": (
@@ -469,7 +469,7 @@ REFUSED = {
     ),
     "Open Assistant's trees": (
         {"message_tree_id": "a1", "prompt": {"text": "Hi", "role": "prompter", "replies": []}},
-        "message_tree_id: is of a tree of answers: write each way through it as 'messages'",
+        "message_tree_id: belongs to a tree of answers: write each path through it as 'messages'",
     ),
     "hh-rlhf without the last answer": (
         {"chosen": "\n\nHuman: Hi\n\nAssistant:", "rejected": ""},
@@ -477,11 +477,11 @@ REFUSED = {
     ),
     "a history that is no pair": (
         {"instruction": "a", "output": "b", "history": [["c"]]},
-        "history[0]: is no pair",
+        "history[0]: is not a pair",
     ),
     "a text and messages": ({"prompt": "a", "completion": [ANSWERED]}, "completion: is a JSON list, and 'prompt' a"),
     "messages without what was asked": ({"chosen": [ANSWERED], "rejected": []}, "has no 'prompt': write what was"),
-    "Open Assistant's rows": ({"text": "Hi", "role": "prompter", "parent_id": None}, "role: is of one message"),
+    "Open Assistant's rows": ({"text": "Hi", "role": "prompter", "parent_id": None}, "role: belongs to one message"),
     "keys of no format": ({"source": "a", "target": "b"}, "has the keys 'source', 'target', which no format has"),
     "a question whose answers are left out": (
         {"question": "a", "choices": {"text": ["b", "c"], "label": ["A", "B"]}, "answer": "A"},
@@ -532,7 +532,7 @@ def test_a_class_of_a_text_is_no_wish(tmp_path):
 def test_where_all_is_skipped_it_is_not_told_to_add_rows(tmp_path, row):
     path = write(tmp_path, [row, row])
     with pytest.raises(
-        CorpusError, match=r"has 0 example\(s\) left, and 2 row\(s\) skipped: leave --skip-bad out to be told"
+        CorpusError, match=r"has 0 example\(s\) left, and 2 row\(s\) skipped: leave out --skip-bad to see"
     ):
         corpus.load(path, How(skip_bad=True))
 

@@ -44,9 +44,12 @@ def test_separated_values_are_what_the_same_lines_are(tmp_path, name, delimiter)
         (b'instruction,output\n"a\nb",c\nd,\n', r"line 4: output: is empty"),
         (b"instruction,output\na,b,c\n", r"line 2: has 3 cells, and the first line 2: quote"),
         (b"instruction,output\na\n", r"line 2: has 1 cells"),
-        (b'instruction,output\na,"b" c\n', r"line 2: is no CSV"),
+        (b'instruction,output\na,"b" c\n', r"line 2: is not CSV"),
         (b"instruction,output\na,\xff\n", r"is not UTF-8 at byte 2 of line 2"),
-        (b"instruction,output\na,b\0\n", r"holds a zero byte, as no text does, at byte 3 of line 2: save it as UTF-8"),
+        (
+            b"instruction,output\na,b\0\n",
+            r"holds a zero byte, which text never has, at byte 3 of line 2: save it as UTF-8",
+        ),
         ("instruction,output\na,b\n".encode("utf-16-le"), r"holds a zero byte, .* at byte 1 of line 1"),
         (b"a,b\nc,d\n", r"line 2: has the keys 'a', 'b', which no format has"),
         (b"", r"has 0 pair\(s\)"),
@@ -192,7 +195,7 @@ def test_a_data_set_of_the_hub_is_loaded_by_its_name_and_split(tmp_path, monkeyp
 def test_what_datasets_cannot_read_is_one_line(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     (tmp_path / "a.parquet").write_bytes(b"no parquet" * 9)
-    with pytest.raises(CorpusError, match=r"a\.parquet: pyarrow cannot read it \(.*\): write it once more") as raised:
+    with pytest.raises(CorpusError, match=r"a\.parquet: pyarrow cannot read it \(.*\): write it again") as raised:
         corpus.load(tmp_path / "a.parquet")
     assert "\n" not in str(raised.value)
     with pytest.raises(CorpusError, match="does not exist"):

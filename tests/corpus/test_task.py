@@ -45,7 +45,7 @@ def test_a_line_ends_where_json_lines_end_and_not_within_what_is_asked(small_cor
         ("{", "line 1: "),
         ({"prompt": "a"}, "line 1: no prompt or messages with an answer: write "),
         ({"prompt": "a", "answer": " "}, "line 1: no prompt or messages with an answer"),
-        ({"messages": [{"role": "assistant", "content": "a"}], "answer": "b"}, "the last the user's"),
+        ({"messages": [{"role": "assistant", "content": "a"}], "answer": "b"}, "ending with the user's"),
         ({"messages": [{"role": "robot", "content": "a"}], "answer": "b"}, "a message without a role"),
         ("", "has no question"),
         (

@@ -130,7 +130,7 @@ def test_broken_model_folders_are_a_line_or_the_right_answer(given, tmp_path, se
         done = mutants.folder_of_a_model(folder, random.Random(seed))
         found = outcome_of([*command, str(folder)], capfd)
         survived = found.is_a_line or (
-            found.status == 1 and "hold what is no number" in found.err and found.err.count("\n") == 1
+            found.status == 1 and "hold NaN or infinity" in found.err and found.err.count("\n") == 1
         )
         if found.status == 0:
             # what has changed nothing of the network, or is a setting of which there may be others

@@ -212,7 +212,7 @@ def test_working_files_that_somebody_replaces_are_one_line(given, tmp_path, monk
     survived = found.is_a_line and status == 0 and result(tmp_path / "a") == result(tmp_path / "whole")
     tried("working files removed or replaced", survived=survived)
     assert survived, found
-    assert "leave alone what lies there while it trains; --resume then goes on after step 3" in found.err
+    assert "leave the files there alone while it trains; --resume then goes on after step 3" in found.err
 
 
 def run_limited(given: list[str], log: Path, limit: int) -> None:
@@ -271,7 +271,7 @@ def test_weights_of_a_type_that_needs_a_quantization_to_be_numbers_are_one_line(
 def test_weights_that_are_no_numbers_are_told_as_such_and_not_as_a_learning_rate(given, base, tmp_path, capfd):
     with_a_tensor(base, tmp_path / "model", lambda tensor: tensor * float("nan"))
     found = outcome_of([*given(tmp_path / "a"), "--model", str(tmp_path / "model")], capfd)
-    assert found.status == 1 and "the model's weights hold what is no number" in found.err, found
+    assert found.status == 1 and "the model's weights hold NaN or infinity" in found.err, found
     assert main(given(tmp_path / "b")) == 0
     shutil.copy(tmp_path / "model" / "model.safetensors", tmp_path / "b")
     found = outcome_of(["chat", str(tmp_path / "b"), "--prompt", "x"], capfd)

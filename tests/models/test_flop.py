@@ -1,4 +1,4 @@
-"""The papers' count of what training needs, by hand."""
+"""What training needs, counted by hand as in the PaLM paper."""
 
 import pytest
 

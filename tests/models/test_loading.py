@@ -66,7 +66,7 @@ BROKEN = {
     "size a text": (settings("config.json", hidden_size="32"), "expected int"),
     "size negative": (settings("config.json", hidden_size=-32), "cannot be used|negative"),
     "size huge": (settings("config.json", vocab_size=10**10), "parameters and the files"),
-    "dropout of all": (settings("config.json", dropout=2.0), "dropout is no probability"),
+    "dropout of all": (settings("config.json", dropout=2.0), "dropout is not a probability"),
     "layers huge": (settings("config.json", num_hidden_layers=10_001), "num_hidden_layers is over"),
     "heads 0": (settings("config.json", num_attention_heads=0), "modulo by zero"),
     "heads 7": (settings("config.json", num_attention_heads=7), "divisible|multiple"),
@@ -82,7 +82,7 @@ BROKEN = {
     "tokenizer cut off": (content("tokenizer_config.json", b'{"a'), "tokenizer cannot be used"),
     "a tokenizer of no words": (
         settings("tokenizer_config.json", tokenizer_class="GPT2Tokenizer"),
-        "unknown tokens alone",
+        "unknown tokens only",
     ),
     "a tokenizer of too many": (settings("tokenizer_config.json", extra_ids=10**9), "extra_ids is over"),
     "a tokenizer without an end": (settings("tokenizer_config.json", eos_token=None), "it has no end token"),

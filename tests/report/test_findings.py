@@ -22,7 +22,7 @@ def test_the_answer_comes_first_and_names_every_cell():
     )
     assert found[3].startswith("gpt-neo-1.3b on NVIDIA H200 as t4: baseline runs out of memory in forward")
     assert "correctly for all 4 cells" in found[5]
-    assert "says nothing of quality" in found[-1]
+    assert "says nothing about quality" in found[-1]
     assert write.text([run(entry(), lora, *neo)], "markdown").startswith(f"- {found[0]}")
 
 

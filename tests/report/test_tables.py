@@ -116,6 +116,14 @@ def test_over_seeds_means_have_intervals_and_pairs_are_of_the_same_seed():
     assert "seeds" not in {table.key for table in tables.tables([run(first[0], loras[0])])}
 
 
+def test_a_table_over_seeds_says_on_what_it_was_measured():
+    """It also stands alone, in a page that `report --into` writes."""
+    emulated = [replace(entry(seed=seed), emulated=True, changed={"learning_rate": 1e-3}) for seed in range(2)]
+    notes = tables.over_seeds(emulated).notes
+    assert any("Emulated" in note for note in notes)
+    assert any("--learning-rate 0.001" in note for note in notes)
+
+
 def test_without_several_seeds_or_on_random_weights_nothing_is_said_of_quality():
     assert not tables.qualities([entry(seed=0), entry(seed=0, method="lora")]).rows
     assert not tables.qualities(seeds("baseline", 2.5, 2.7, weights="random")).rows

@@ -31,7 +31,7 @@ def test_an_interval_without_an_upper_end_is_told():
 
 def test_a_tree_that_was_not_clean_is_told():
     clean, dirty = (run(entry(), commit="abcdef123456", is_dirty=is_dirty) for is_dirty in (False, True))
-    line = "Measured with changes to the code that were not committed: run.json (after commit abcdef1)."
+    line = "Measured with uncommitted changes to the code: run.json (after commit abcdef1)."
     assert line in write.text([dirty], "terminal") and line not in write.text([clean], "terminal")
 
 
@@ -40,7 +40,7 @@ def test_what_trained_on_other_rows_or_on_another_loss_is_told():
     told = words.notes(
         [entry(), entry(method="focal", own_code=own, data_note="it ended after 3 of 6 optimizer steps")]
     )
-    assert "Not trained as the others are: opt-350m x focal: it ended after 3 of 6 optimizer steps." in told
+    assert "Not trained like the others:opt-350m x focal: it ended after 3 of 6 optimizer steps." in told
     assert "Training losses on a scale of their own, unlike held-out ones: focal." in told
     smoothed = words.notes([entry(method="smoothed", training_arguments={"label_smoothing_factor": 0.1})])
     assert "Training losses on a scale of their own, unlike held-out ones: smoothed." in smoothed

@@ -173,7 +173,7 @@ def test_the_experiment_waits_until_a_model_with_real_weights_is_named(experimen
     result.stdout.fnmatch_lines("not run: takes minutes; name a model with real weights, such as --model smollm2-135m*")
     result = experiment.runpytest("--model=opt-tiny")
     result.assert_outcomes(skipped=7)
-    result.stdout.fnmatch_lines("not run: random weights say nothing of quality: *")
+    result.stdout.fnmatch_lines("not run: random weights say nothing about quality: *")
 
 
 def test_the_experiment_trains_every_seed_and_its_record_gives_the_table_again(experiment, micro):

@@ -1,4 +1,5 @@
-"""What is a table? Text in rows and columns, made once and shown on a terminal, in Markdown, or on a page (page.py)."""
+"""What is a table? Text in rows and columns, shown on a terminal, in Markdown or on a page. Which columns the report's
+tables have is in `tables` and `speed_tables`."""
 
 from __future__ import annotations
 
