@@ -9,8 +9,6 @@ either the whole or nothing, whatever ended this one. Imports no torch.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import resource
@@ -22,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightweight import files
 from lightweight.cli import checkpoints
 from lightweight.cli.checkpoints import step_of
 from lightweight.cli.terminal import tell
@@ -32,9 +31,6 @@ RECORD_NAME = "record.json"
 
 MARK = "lightweight.lock"
 """Says that `DIR.partial` is of `lightweight train`; locked while a training writes there, and naming its process."""
-
-UNLOCKABLE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-"""What a file system answers that has no locks, such as Lustre without its option `flock`."""
 
 LONGEST_NAMES = ("f" * 32, "f" * 96)
 """Of a folder below `unfinished` and a file in it, with room: a tracker's names are the longest."""
@@ -237,29 +233,17 @@ class Output:
             )
 
     def _take_lock(self) -> None:
-        self.partial.mkdir(parents=True, exist_ok=True)
+        self.partial.mkdir(0o775, parents=True, exist_ok=True)  # nobody else may write there, whatever the umask says
         self._check_owner()
-        mark = self.partial / MARK
-        descriptor = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            process = os.read(descriptor, 20).decode(errors="replace").strip() or "another one"
-            os.close(descriptor)
+            self._lock = files.lock(self.partial / MARK)
+        except files.LockedError as error:
             raise OutputError(
-                f"--output {self.folder}: process {process} is training there: wait for it, or give another folder"
+                f"--output {self.folder}: process {error.process} is training there: wait for it, or give another "
+                "folder"
             ) from None
-        except OSError as error:
-            if error.errno not in UNLOCKABLE:
-                os.close(descriptor)
-                raise
-        if not mark.exists() or not os.path.samestat(os.fstat(descriptor), mark.stat()):
-            os.close(descriptor)  # the one that held it has just ended, and has removed it
+        if self._lock is None:  # the one that held it has just ended, and has removed the folder as well
             self._take_lock()
-            return
-        self._lock = descriptor
-        os.truncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
 
     def _recover(self) -> None:
         """Put things right where another job was killed between the two renames of `publish`."""
@@ -429,6 +413,8 @@ class Output:
 
 def entry_in(folder: Path) -> dict[str, Any] | None:
     """The record of the model that `lightweight train` left in `folder`; None where it left none."""
+    if not (folder / RECORD_NAME).is_file():  # a pipe would be waited for
+        return None
     try:
         record = json.loads((folder / RECORD_NAME).read_text("utf-8"))
         (entry,) = record["outcomes"]

@@ -447,3 +447,36 @@ def test_what_an_older_version_left_is_refused_in_a_line(tmp_path):
         with pytest.raises(OutputError, match="is not of this version of `lightweight train`: move it away"):
             Output(tmp_path / "a").claim(resume=resume, overwrite=overwrite)
     assert (tmp_path / "a.partial" / "checkpoint-4" / "trainer_state.json").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(tmp_path, overwrite):
+    (tmp_path / "a").mkdir()
+    os.mkfifo(tmp_path / "a" / "record.json")
+    with pytest.raises(OutputError, match="is not a trained model" if overwrite else "already exists"):
+        Output(tmp_path / "a").claim(resume=False, overwrite=overwrite)
+
+
+def test_working_files_are_nobody_elses_whatever_the_umask_says(tmp_path):
+    before = os.umask(0)
+    try:
+        output = Output(tmp_path / "a")
+        output.claim(resume=False, overwrite=False)
+        train(output, "new")
+        output.release()
+    finally:
+        os.umask(before)
+    assert name_of(tmp_path / "a") == "new"
+
+
+def test_a_link_to_nothing_and_a_pipe_are_not_waited_for_as_a_result_is_synced(tmp_path):
+    output = Output(tmp_path / "a")
+    output.claim(resume=False, overwrite=False)
+    folder = model(output.unfinished / "result", "new")
+    (folder / "latest").symlink_to("nothing")
+    os.mkfifo(folder / "pipe")
+    with output.completing():
+        pass
+    output.publish()
+    output.release()
+    assert name_of(tmp_path / "a") == "new" and (tmp_path / "a" / "latest").is_symlink()

@@ -2,13 +2,15 @@
 
 import json
 import math
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import turns
-from lightweight import corpus, methods, record
+from lightweight import corpus, files, methods, record
 from lightweight.__main__ import main
 from lightweight.cli import sweep
 from lightweight.methods import Method
@@ -186,6 +188,15 @@ def test_no_link_is_followed_by_a_sweep(asked, tmp_path):
     assert main(asked) == 0
     assert (tmp_path / "precious").read_text() == "precious"
     assert len(record.load(tmp_path / "found.json").entries) == 3
+
+
+def test_a_second_sweep_into_the_same_record_is_refused_in_a_line_and_takes_nothing_from_the_first(asked, capsys):
+    """Each writes all of its own record."""
+    with files.alone(Path("found.json")):
+        assert main(asked) == 2
+    line = f"lightweight: --output found.json: process {os.getpid()} searches there: wait for it\n"
+    assert capsys.readouterr().err == line
+    assert [path.name for path in Path.cwd().iterdir()] == ["corpus.json"]
 
 
 def test_a_file_that_is_no_sweep_is_refused(tmp_path):
