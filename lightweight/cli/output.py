@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightweight import files
+from lightweight import files, record
 from lightweight.cli import checkpoints
 from lightweight.cli.checkpoints import step_of
 from lightweight.cli.terminal import tell
@@ -292,7 +292,7 @@ class Output:
     def interrupted(self) -> Interrupted | None:
         """What can be gone on with; None where nothing is left. Raises OutputError where nothing left is whole."""
         for place in (self.result, *(() if self._overwrite else (self.folder,))):
-            if (entry := entry_in(place)) is not None:
+            if (entry := self._finished(place)) is not None:
                 return Interrupted(place=place, settings=entry, is_finished=True)
         checkpoint, passed_over = checkpoints.newest(self.partial)
         if checkpoint is not None and (manifest := checkpoints.read(checkpoint)) is not None:
@@ -305,6 +305,24 @@ class Output:
                 "with --overwrite, without --resume"
             )
         return None
+
+    def _finished(self, place: Path) -> dict[str, Any] | None:
+        """The record of the job that had finished in `place`; None where nothing is there. Raises OutputError where
+        the record is not what was written: without it, what was trained would be trained again, and replaced."""
+        if not place.is_dir() or _is_empty(place):
+            return None
+        entry = entry_in(place)
+        try:
+            record.load(place / RECORD_NAME)
+            problem = "" if entry is not None else "it is of no finished training"
+        except record.RecordError as error:
+            problem = str(error).removeprefix(f"record {place / RECORD_NAME}: ").rpartition(": ")[0] or str(error)
+        if problem:
+            raise OutputError(
+                f"--output {self.folder}: {place} is trained, but its {RECORD_NAME} cannot be used ({problem}): move "
+                "it away, or start again with --overwrite, without --resume"
+            )
+        return entry
 
     def require(self, needed: int) -> None:
         """Raise OutputError where less than `needed` bytes are free."""
@@ -416,8 +434,8 @@ def entry_in(folder: Path) -> dict[str, Any] | None:
     if not (folder / RECORD_NAME).is_file():  # a pipe would be waited for
         return None
     try:
-        record = json.loads((folder / RECORD_NAME).read_text("utf-8"))
-        (entry,) = record["outcomes"]
+        document = json.loads((folder / RECORD_NAME).read_text("utf-8"))
+        (entry,) = document["outcomes"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return entry if isinstance(entry, dict) and entry.get("outcome") == "completed" else None

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from samples import entry
 
+from lightweight import record
 from lightweight.cli import checkpoints
 from lightweight.cli.output import MARK, Output, OutputError
 
@@ -18,7 +20,7 @@ from lightweight.cli.output import MARK, Output, OutputError
 def model(folder: Path, name: str) -> Path:
     """What `lightweight train` leaves, called `name` in its record."""
     folder.mkdir(parents=True)
-    (folder / "record.json").write_text(json.dumps({"outcomes": [{"outcome": "completed", "model": name}]}))
+    (folder / "record.json").write_text(json.dumps(record.document([entry(model=name)])))
     (folder / "model.safetensors").write_text(name)
     return folder
 
@@ -480,3 +482,26 @@ def test_a_link_to_nothing_and_a_pipe_are_not_waited_for_as_a_result_is_synced(t
     output.publish()
     output.release()
     assert name_of(tmp_path / "a") == "new" and (tmp_path / "a" / "latest").is_symlink()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, Path.touch, lambda path: path.write_text('{"outcomes": [3]}')])
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_a_finished_result_whose_record_is_damaged_is_not_trained_again(tmp_path, damage, has_checkpoint):
+    output = Output(tmp_path / "a")
+    output.claim(resume=False, overwrite=False)
+    if has_checkpoint:
+        checkpoint(output, 3)
+    model(output.unfinished / "result", "new")
+    with output.completing():
+        pass
+    output.release()
+    (output.result / "record.json").write_text("")
+    damage(output.result / "record.json")
+    again = Output(tmp_path / "a")
+    again.claim(resume=True, overwrite=False)
+    with pytest.raises(
+        OutputError, match=r"result is trained, but its record.json cannot be used \(.*\): move it away"
+    ):
+        again.interrupted()
+    again.release()
+    assert name_of(output.result) == "new"
