@@ -199,6 +199,14 @@ def test_a_second_sweep_into_the_same_record_is_refused_in_a_line_and_takes_noth
     assert [path.name for path in Path.cwd().iterdir()] == ["corpus.json"]
 
 
+@pytest.mark.parametrize("put", [lambda mark: mark.symlink_to("precious"), os.mkfifo, Path.mkdir])
+def test_what_somebody_has_put_in_the_place_of_a_sweeps_lock_is_refused_in_a_line(asked, capsys, put):
+    put(Path(".found.json.lock"))
+    assert main(asked) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("lightweight: .found.json.lock: cannot be read or written (") and line.count("\n") == 1
+
+
 def test_a_file_that_is_no_sweep_is_refused(tmp_path):
     other = tmp_path / "other.json"
     for text in ("{}", "[", '{"sweep": {"found": {"lora": {"learning_rate": -1}}}}', '{"sweep": 3}', "[" * 100_000):
