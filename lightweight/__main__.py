@@ -21,24 +21,22 @@ with interrupted_silently(), for_good():
     from lightweight.child import host_memory
     from lightweight.cli import checks
     from lightweight.cli.checkpoints import signals_to
-    from lightweight.cli.terminal import refuse, tell
+    from lightweight.cli.streams import make_usable
+    from lightweight.cli.terminal import FULL, end_output, refuse, tell
     from lightweight.settings import OF_CORPUS, SETTINGS
     from lightweight.targets import size
-
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""What writing to a file answers that can take no more; of what is printed it does not say which."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 1 for a gate that fails or a training that did not complete, 2 for
     input that cannot be used, 130 for an interruption, 141 where nobody reads what it prints."""
+    make_usable()
     try:
         with signals_to(signal.default_int_handler):  # what asks a command to end has it leave as Ctrl-C does
             options = parser().parse_args(arguments)
             options.given = sys.argv[1:] if arguments is None else arguments
             status = _run(options)
-            sys.stdout.flush()
+            end_output()
     except BrokenPipeError:
         if not _nobody_reads():
             raise

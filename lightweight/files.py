@@ -1,17 +1,69 @@
-"""How is a file written so that it is whole, or what it was before?
+"""How is a file written so that it is whole, or what it was before, and by one process at a time?
 
 It is written beside its place first, into a file with a name of its own that nobody can have put there before, and
-renamed once it is on the disk. A link in its place is replaced, not followed.
+renamed once it is on the disk. A link in its place is replaced, not followed. A lock is held on a file of its own, and
+ends with the process that holds it, whatever ends that.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+UNLOCKABLE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+"""What a file system answers that has no locks, such as Lustre without its option `flock`."""
+
+
+class LockedError(Exception):
+    """A place that another process writes to; `process` says which."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__(f"process {process} holds it")
+        self.process = process
+
+
+def lock(mark: Path) -> int | None:
+    """A descriptor that holds the lock on the file `mark` until it is closed, with this process's id in it; None where
+    whoever held it has just removed `mark`: ask again. Raises LockedError, and OSError."""
+    descriptor = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileExistsError(errno.EEXIST, "it is no file: remove it", str(mark))
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        process = os.read(descriptor, 20).decode(errors="replace").strip() or "another one"
+        os.close(descriptor)
+        raise LockedError(process) from None
+    except OSError as error:
+        if error.errno not in UNLOCKABLE:
+            os.close(descriptor)
+            raise
+    if not mark.exists() or not os.path.samestat(os.fstat(descriptor), mark.stat()):
+        os.close(descriptor)
+        return None
+    os.truncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    return descriptor
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Inside, no other process that asks for it writes to `path`. Raises LockedError, and OSError."""
+    mark = path.with_name(f".{path.name[:100]}.lock")
+    while (descriptor := lock(mark)) is None:
+        pass
+    try:
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def write(path: Path, content: str) -> None:

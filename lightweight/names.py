@@ -80,6 +80,16 @@ def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
+def is_text(text: str) -> bool:
+    """Whether `text` can be encoded: it holds no half of a surrogate pair, as JSON may say, and as Python reads what a
+    terminal says in another encoding than its own."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def one_line(text: str) -> str:
     """`text` with what is no printable character spelled as Python spells it."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -313,3 +313,46 @@ def test_memory_that_ulimit_does_not_grant_is_one_line(tmp_path):
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
     line = "lightweight: the host is out of memory: the limit of ulimit -v is 128 MiB: raise it, or ask for less\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_what_is_started_with_a_closed_output_does_its_work(run, tmp_path, closed):
+    """The page is the next file to be opened: it does not become the standard output."""
+    words = f"{sys.executable} -m lightweight report {run} -o {tmp_path / 'page.html'} {closed}"
+    done = subprocess.run(["sh", "-c", f"exec {words}"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "page.html").read_text("utf-8").startswith("<!doctype html>")
+
+
+def test_what_a_terminal_has_no_characters_for_is_spelled(tmp_path):
+    (tmp_path / "한.json").write_text("[]")
+    for encoding, name in (("ascii", "\\ud55c"), ("utf-8", "한")):
+        command = [sys.executable, "-m", "lightweight", "report", "한.json", "--into", "x.md"]
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+        assert done.returncode == 2 and f"record {name}.json".encode() in done.stderr, done.stderr
+
+
+PRINTED = """
+import sys
+from lightweight.cli.streams import make_usable
+make_usable()
+from lightweight.cli.terminal import end_output, fail, say, show
+for text in ("한", "more"):
+    say(text); fail(text); show(text)
+sys.stdin.readline()
+print("done", file=open("done", "w"))
+end_output()
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("full", [">", "2>"])
+def test_a_log_on_a_full_disk_ends_nothing_before_its_time(tmp_path, full, unbuffered):
+    """What was said is missed as the process ends, which then fails; progress and errors are not."""
+    command = ["sh", "-c", f'exec "$@" {full}/dev/full', "sh", sys.executable, "-c", PRINTED]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, input=b"\xff\n", capture_output=True, check=False)
+    assert (tmp_path / "done").exists() and bool(done.returncode) == (full == ">"), done.stderr
+    assert done.stdout == (b"\\ud55c\nmore\n" if full == "2>" else b"")
+    assert full == "2>" or done.stderr.startswith(b"lightweight: \\ud55c\n")

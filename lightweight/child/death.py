@@ -27,7 +27,7 @@ def _reason(status: int | None, server: int | None) -> str:
     if status == -signal.SIGKILL:
         return "killed by SIGKILL (which the kernel's out-of-memory killer also sends)"
     if status is not None and status < 0:
-        return f"killed by {signal.Signals(-status).name}"
+        return f"killed by {_name(-status)}"
     since = None if server is None else reaper.own.since(server)
     if status == 255 and server is not None:  # what multiprocessing says where the forkserver says nothing
         wait_until(lambda: not reaper.is_running(server, since), STATUS_SECONDS)
@@ -35,3 +35,11 @@ def _reason(status: int | None, server: int | None) -> str:
     if status is None:
         return "died; how is not known, because the forkserver had died or was stopped"
     return f"the child exited with status {status} before its trial had ended"
+
+
+def _name(number: int) -> str:
+    """What a signal is called; of those in real time only the first and the last have a name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -294,7 +294,9 @@ class _Rank(Handle):
             return ""
         deadline = time.monotonic() + ANSWER_SECONDS
         while time.monotonic() < deadline:
-            calls = self._log.read_bytes()[before:].decode(errors="replace")
+            with self._log.open("rb") as log:
+                log.seek(before)
+                calls = log.read().decode(errors="replace")
             if calls.endswith("\n") and calls.count("\n") > 1:
                 return calls
             time.sleep(ANSWER_SECONDS / 20)

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -111,8 +111,11 @@ class Reaper:
         if self._process is not None and os.getpid() == self._owner:
             with suppress(OSError):
                 self._process.stdin.close()  # type: ignore[union-attr]
-            with suppress(subprocess.TimeoutExpired):
+            try:
                 self._process.wait(2 * GONE_SECONDS)
+            except subprocess.TimeoutExpired:  # it was stopped
+                self._let_go()
+                end(list(self._pids.items()), list(self._folders))
             self._process = None
 
     def _tell(self) -> None:
@@ -128,15 +131,20 @@ class Reaper:
                     self._process, self._owner = _start(), os.getpid()
                     atexit.register(self.close)
                 assert self._process.stdin is not None
-                self._process.stdin.write(line)
-                self._process.stdin.flush()
-                return
+                if self._process.stdin.write(line) == len(line):
+                    return
             except OSError:  # it has died, or cannot be started now
-                if self._process is not None:
-                    with suppress(OSError):
-                        self._process.stdin.close()  # type: ignore[union-attr]
-                    self._process.wait()
-                    self._process = None
+                pass
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Be without the reaper, which has died or is stopped: one that goes on later would end what is in use."""
+        if self._process is not None:
+            self._process.kill()
+            with suppress(OSError):
+                self._process.stdin.close()  # type: ignore[union-attr]
+            self._process.wait()
+            self._process = None
 
 
 own = Reaper()
@@ -154,20 +162,25 @@ class _Unwaited(subprocess.Popen):  # type: ignore[type-arg]
 
 
 def _start() -> subprocess.Popen[bytes]:
-    return _Unwaited(
+    """A reaper. To write to one that does not read, since it is stopped, is not to wait for it."""
+    process = _Unwaited(
         [sys.executable, "-I", "-S", __file__],
+        bufsize=0,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+    assert process.stdin is not None
+    os.set_blocking(process.stdin.fileno(), False)
+    return process
 
 
 def remove_left_behind(inside: Path) -> None:
     """Remove the folders of sessions that are gone, and that nobody could remove."""
     for file in inside.glob(f"{PREFIX}*/{OWNER}"):
         with suppress(OSError):  # another user's, or one that somebody else removes now
-            lock = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+            lock = os.open(file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(file.parent, ignore_errors=True)
@@ -201,6 +214,11 @@ def main() -> None:
         if line.endswith(b"\n"):
             left = json.loads(line)
     pids, folders = left
+    end(pids, [Path(folder) for folder in folders])
+
+
+def end(pids: Sequence[tuple[int, str | None]], folders: Sequence[Path]) -> None:
+    """Kill the processes, each with when it started, wait until they are gone, and remove the folders."""
     for pid, since in pids:
         kill(pid, since)
     deadline = time.monotonic() + GONE_SECONDS

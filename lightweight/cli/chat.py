@@ -30,6 +30,7 @@ from lightweight.cli.output import RECORD_NAME
 from lightweight.cli.terminal import leave_to_us, refuse, show, tell
 from lightweight.corpus import Conversation, Example, Message, Text
 from lightweight.models import Model
+from lightweight.names import is_text
 from lightweight.targets import has_bf16
 
 if TYPE_CHECKING:
@@ -257,6 +258,8 @@ def talk(dialogue: Dialogue, **how: Any) -> None:
             if at_terminal:
                 print()
             return
+        if not is_text(text):
+            raise ChatError("standard input: a line is not UTF-8: type or write it in that encoding")
         match text.strip():
             case "":
                 pass
@@ -319,7 +322,7 @@ def _asked_in(given: Any) -> str | list[Message]:
     if isinstance(given, dict):
         given = given.get("prompt", given.get("messages"))
     if isinstance(given, str) and given.strip():
-        return given
+        return _text(given)
     if not isinstance(given, list):
         raise ValueError("no prompt and no messages")
     messages = [_message(one) for one in given]
@@ -333,8 +336,15 @@ def _asked_in(given: Any) -> str | list[Message]:
 def _message(given: Any) -> Message:
     match given:
         case {"role": "system" | "user" | "assistant" as role, "content": str(content)}:
-            return Message(role, content)
+            return Message(role, _text(content))
     raise ValueError("a message without a role (system, user, assistant) or a text as content")
+
+
+def _text(given: str) -> str:
+    """Raises ValueError."""
+    if not is_text(given):
+        raise ValueError("half of a surrogate pair, which is not a character")
+    return given
 
 
 def command(options: argparse.Namespace) -> int:
@@ -360,7 +370,7 @@ def command(options: argparse.Namespace) -> int:
 
 def _is_file(text: str) -> bool:
     try:
-        return Path(text).is_file()
+        return Path(text).is_file() or Path(text).is_fifo()  # as a shell's <(...) names one
     except (OSError, ValueError):  # too long for a path, or with a null in it
         return False
 

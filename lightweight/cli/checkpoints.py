@@ -98,9 +98,10 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def sync_all(folder: Path) -> None:
-    """Have `folder` and all that is in it on the disk."""
+    """Have `folder` and all that is in it on the disk; what a link names is another's, and a pipe has nothing."""
     for path in (*folder.rglob("*"), folder):
-        sync(path)
+        if not path.is_symlink() and (path.is_file() or path.is_dir()):
+            sync(path)
 
 
 def sync(path: Path) -> None:

@@ -67,8 +67,11 @@ def calibrate(options: argparse.Namespace) -> None:
 
 
 def chat(options: argparse.Namespace) -> None:
-    """An answer of some tokens. Raises ValueError."""
+    """An answer of some tokens, to a text. Raises ValueError."""
     _at_least(options, max_tokens=1, temperature=0)
+    for name in ("prompt", "system"):
+        if not names.is_text(getattr(options, name) or ""):
+            raise ValueError(f"--{name} {getattr(options, name)}: is not UTF-8: write it in that encoding")
 
 
 def of_names(options: argparse.Namespace) -> None:

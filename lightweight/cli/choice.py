@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lightweight import methods, targets
 from lightweight.child import helper, reaper
-from lightweight.cli.job import Job, NothingFitsError
+from lightweight.cli.job import Job, JobError, NothingFitsError
 from lightweight.cli.output import Interrupted
 from lightweight.cli.terminal import say
 from lightweight.corpus import Corpus
@@ -42,8 +42,13 @@ def choose(
     read: Corpus | None = None,
 ) -> Choice:
     """The method of a job that was given none, which is told in one line, with as many rows a pass as fit: of those
-    that `read`, its corpus, gives, else of the longest there may be. Raises NothingFitsError."""
+    that `read`, its corpus, gives, else of the longest there may be. Raises NothingFitsError and JobError."""
     if before is not None and before.method is not None:
+        if before.method not in methods.METHODS:  # it was imported from where only its name says
+            raise JobError(
+                f"--resume: the job in {before.place} is of method {before.method}, which is none of the suite's: give "
+                "it with --method"
+            )
         say(f"method {before.method}: what the interrupted job was trained with")
         method = _as_forecast(job.settings.apply(methods.named(before.method), ranks.world_size()))
         stored = before.settings.get("captured_step") or {}

@@ -9,8 +9,6 @@ either the whole or nothing, whatever ended this one. Imports no torch.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import resource
@@ -22,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightweight import files, record
 from lightweight.cli import checkpoints
 from lightweight.cli.checkpoints import step_of
 from lightweight.cli.terminal import tell
@@ -32,9 +31,6 @@ RECORD_NAME = "record.json"
 
 MARK = "lightweight.lock"
 """Says that `DIR.partial` is of `lightweight train`; locked while a training writes there, and naming its process."""
-
-UNLOCKABLE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-"""What a file system answers that has no locks, such as Lustre without its option `flock`."""
 
 LONGEST_NAMES = ("f" * 32, "f" * 96)
 """Of a folder below `unfinished` and a file in it, with room: a tracker's names are the longest."""
@@ -237,29 +233,17 @@ class Output:
             )
 
     def _take_lock(self) -> None:
-        self.partial.mkdir(parents=True, exist_ok=True)
+        self.partial.mkdir(0o775, parents=True, exist_ok=True)  # nobody else may write there, whatever the umask says
         self._check_owner()
-        mark = self.partial / MARK
-        descriptor = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            process = os.read(descriptor, 20).decode(errors="replace").strip() or "another one"
-            os.close(descriptor)
+            self._lock = files.lock(self.partial / MARK)
+        except files.LockedError as error:
             raise OutputError(
-                f"--output {self.folder}: process {process} is training there: wait for it, or give another folder"
+                f"--output {self.folder}: process {error.process} is training there: wait for it, or give another "
+                "folder"
             ) from None
-        except OSError as error:
-            if error.errno not in UNLOCKABLE:
-                os.close(descriptor)
-                raise
-        if not mark.exists() or not os.path.samestat(os.fstat(descriptor), mark.stat()):
-            os.close(descriptor)  # the one that held it has just ended, and has removed it
+        if self._lock is None:  # the one that held it has just ended, and has removed the folder as well
             self._take_lock()
-            return
-        self._lock = descriptor
-        os.truncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
 
     def _recover(self) -> None:
         """Put things right where another job was killed between the two renames of `publish`."""
@@ -308,7 +292,7 @@ class Output:
     def interrupted(self) -> Interrupted | None:
         """What can be gone on with; None where nothing is left. Raises OutputError where nothing left is whole."""
         for place in (self.result, *(() if self._overwrite else (self.folder,))):
-            if (entry := entry_in(place)) is not None:
+            if (entry := self._finished(place)) is not None:
                 return Interrupted(place=place, settings=entry, is_finished=True)
         checkpoint, passed_over = checkpoints.newest(self.partial)
         if checkpoint is not None and (manifest := checkpoints.read(checkpoint)) is not None:
@@ -321,6 +305,24 @@ class Output:
                 "with --overwrite, without --resume"
             )
         return None
+
+    def _finished(self, place: Path) -> dict[str, Any] | None:
+        """The record of the job that had finished in `place`; None where nothing is there. Raises OutputError where
+        the record is not what was written: without it, what was trained would be trained again, and replaced."""
+        if not place.is_dir() or _is_empty(place):
+            return None
+        entry = entry_in(place)
+        try:
+            record.load(place / RECORD_NAME)
+            problem = "" if entry is not None else "it is of no finished training"
+        except record.RecordError as error:
+            problem = str(error).removeprefix(f"record {place / RECORD_NAME}: ").rpartition(": ")[0] or str(error)
+        if problem:
+            raise OutputError(
+                f"--output {self.folder}: {place} is trained, but its {RECORD_NAME} cannot be used ({problem}): move "
+                "it away, or start again with --overwrite, without --resume"
+            )
+        return entry
 
     def require(self, needed: int) -> None:
         """Raise OutputError where less than `needed` bytes are free."""
@@ -429,9 +431,11 @@ class Output:
 
 def entry_in(folder: Path) -> dict[str, Any] | None:
     """The record of the model that `lightweight train` left in `folder`; None where it left none."""
+    if not (folder / RECORD_NAME).is_file():  # a pipe would be waited for
+        return None
     try:
-        record = json.loads((folder / RECORD_NAME).read_text("utf-8"))
-        (entry,) = record["outcomes"]
+        document = json.loads((folder / RECORD_NAME).read_text("utf-8"))
+        (entry,) = document["outcomes"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return entry if isinstance(entry, dict) and entry.get("outcome") == "completed" else None

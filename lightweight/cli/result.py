@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -38,9 +39,18 @@ def finish(
         on_hub = trial.model.weights == "pretrained" and not Path(base).is_absolute()
         model_card(entry, base if on_hub else None).save(result / "README.md")  # in the place of the one peft wrote
         if output.runs.is_dir() and not output.runs.is_symlink():
-            shutil.copytree(output.runs, result / output.runs.name, symlinks=True)
+            _copy(output.runs, result / output.runs.name)
     output.publish()
     say(_closing_line(trial, outcome.measured, output))
+
+
+def _copy(folder: Path, to: Path) -> None:
+    """Raises OSError, which names what could not be copied: shutil's own has a list of all, and no number."""
+    try:
+        shutil.copytree(folder, to, symlinks=True)
+    except shutil.Error as error:
+        _, place, why = error.args[0][0]
+        raise OSError(errno.EIO, str(why), str(place)) from error
 
 
 def _closing_line(trial: Trial, measured: Measurements, output: Output) -> str:

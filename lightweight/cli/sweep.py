@@ -26,7 +26,7 @@ import torch
 
 from lightweight import corpus, files, methods, models, names, record, targets
 from lightweight.child import failure, handle, helper, owner, reaper, worker
-from lightweight.cli.terminal import leave_to_us, refuse, show, tell
+from lightweight.cli.terminal import leave_to_us, refuse, say, show, tell
 from lightweight.corpus import How
 from lightweight.methods import Method, MethodError
 from lightweight.record import Entry
@@ -294,10 +294,13 @@ def command(options: argparse.Namespace) -> int:
     asked |= {"methods": options.method, "reading": how_read(lambda name: getattr(options, name))}
     is_complete = True
     try:
-        for found in run(Sweep(**asked), progress=show):
-            show("")
-            print(found.told, flush=True)
-            is_complete &= found.rate is not None
+        with files.alone(options.output):
+            for found in run(Sweep(**asked), progress=show):
+                show("")
+                say(found.told)
+                is_complete &= found.rate is not None
+    except files.LockedError as error:
+        return refuse(SweepError(f"--output {options.output}: process {error.process} searches there: wait for it"))
     except REFUSALS as error:
         return refuse(error)
     except KeyboardInterrupt:

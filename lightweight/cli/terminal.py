@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
 
 from lightweight.names import one_line
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What writing to a file answers that can take no more; of what is printed it does not say which."""
+
+_lost: list[OSError] = []
+"""Why something that was to be said was not."""
+
 
 def say(text: str) -> None:
-    """Tell how it goes, on the first rank alone."""
+    """Tell how it goes, on the first rank alone. A disk that is full ends nothing before its time, see `end_output`."""
     from lightweight.training import ranks  # torch takes seconds
 
     if ranks.is_first():
-        print(one_line(text), flush=True)
+        try:
+            print(one_line(text), flush=True)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            _lost.append(error)
+
+
+def end_output() -> None:
+    """Have all that was said printed. Raises OSError where something could not be."""
+    lost = list(_lost)
+    _lost.clear()
+    sys.stdout.flush()
+    if lost:
+        raise lost[0]
 
 
 def fail(text: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightweight.corpus.conversation import Conversation, Defect, Message, Role
 from lightweight.corpus.files import json_kind
+from lightweight.names import is_text
 
 ROLES: Mapping[str, Role] = {
     "system": "system",
@@ -56,12 +57,8 @@ def text_of(value: Any, field: str) -> str:
         raise Defect(f"{field}: is a JSON {json_kind(value)}: give it a text")
     if not value.strip():
         raise Defect(f"{field}: is empty: {EMPTY_MEND}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise Defect(
-            f"{field}: holds half of a surrogate pair, which is not a character: write the character itself"
-        ) from None
+    if not is_text(value):
+        raise Defect(f"{field}: holds half of a surrogate pair, which is not a character: write the character itself")
     return value
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from lightweight.corpus.conversation import Conversation, Defect, pair
 from lightweight.corpus.files import Item, json_kind
 from lightweight.corpus.messages import short
+from lightweight.names import is_text
 
 Bad = Callable[..., None]
 """What is told of an item, its Defect, and all items that are to be skipped for it; it raises, or counts them."""
@@ -69,10 +70,6 @@ def _said(turn: dict[str, Any], content: Any) -> str:
         raise Defect(f"{problem}: give it a text")
     if not content.strip():
         raise Defect("'content' is empty: write the turn's text or remove its pair")
-    try:
-        content.encode()
-    except UnicodeEncodeError:
-        raise Defect(
-            "'content' holds half of a surrogate pair, which is not a character: write the character itself"
-        ) from None
+    if not is_text(content):
+        raise Defect("'content' holds half of a surrogate pair, which is not a character: write the character itself")
     return content

@@ -51,6 +51,7 @@ def test_a_child_killed_between_two_rounds_is_noticed(trial, folder):
     [
         (-signal.SIGKILL, "killed by SIGKILL (which the kernel's out-of-memory killer also sends)"),
         (-signal.SIGSEGV, "killed by SIGSEGV"),
+        (-(signal.SIGRTMIN + 6), f"killed by signal {signal.SIGRTMIN + 6}"),
         (3, "the child exited with status 3 before its trial had ended"),
         (None, "died; how is not known, because the forkserver had died or was stopped"),
     ],

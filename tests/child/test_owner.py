@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightweight import corpus, models, targets
-from lightweight.child import helper, owner, worker
+from lightweight.child import handle, helper, owner, worker
 from lightweight.child.owner import Child
 from lightweight.methods import BASELINE, LORA, QLORA, Method
 from lightweight.preload import peft
@@ -339,3 +339,15 @@ def test_a_peers_trial_runs_in_a_fresh_interpreter_that_imports_it_first(trial, 
         losses.append(outcome.measured.train_loss)
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
     assert len(losses[1]) == trial.steps
+
+
+def test_of_a_log_that_is_larger_than_memory_its_end_is_read(trial, folder):
+    with owner.Child(trial, folder) as child:
+        with (folder / "log").open("ab") as log:
+            log.truncate(2**42)
+            log.seek(0, os.SEEK_END)
+            log.write("마지막 words".encode())
+        os.kill(child.pids[0], signal.SIGKILL)
+        child.round()
+    assert isinstance(child.outcome, Crashed)
+    assert child.outcome.details.endswith("마지막 words") and len(child.outcome.details) == handle.LAST_WORDS

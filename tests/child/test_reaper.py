@@ -1,5 +1,8 @@
 """What ends with a process, whatever ends it."""
 
+import os
+import signal
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -47,3 +50,32 @@ def test_threads_that_begin_together_have_one_folder_of_sockets(monkeypatch, tmp
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: forkserver._own_sockets_folder(), range(4)))
     assert chosen == [tmp_path]
+
+
+def test_a_reaper_that_is_stopped_is_not_waited_for_and_does_not_stay(monkeypatch, tmp_path):
+    """Its pipe takes 64 KiB; another takes its place, and what a last one cannot end, its owner does."""
+    monkeypatch.setattr(reaper, "GONE_SECONDS", 0.2)
+    own = reaper.Reaper()
+    folder = own.make_folder(tmp_path)
+    first = own.pid
+    assert first is not None
+    os.kill(first, signal.SIGSTOP)
+    for _ in range(70_000 // (len(str(folder)) + 8)):
+        own._tell()
+    second = own.pid
+    assert second not in (first, None) and not reaper.is_running(first, reaper.started(first))
+    os.kill(second, signal.SIGSTOP)
+    child = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    own.adopt(child.pid)
+    own.close()
+    assert child.wait(10) == -signal.SIGKILL and not folder.exists()
+    assert not reaper.is_running(second, reaper.started(second))
+
+
+def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path):
+    folder = tmp_path / f"{reaper.PREFIX}planted"
+    folder.mkdir()
+    (tmp_path / "somebodys").touch()
+    (folder / reaper.OWNER).symlink_to(tmp_path / "somebodys")
+    reaper.remove_left_behind(tmp_path)
+    assert folder.is_dir()

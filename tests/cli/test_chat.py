@@ -226,6 +226,8 @@ def test_a_file_of_prompts_gives_json_lines(conversations, asked, tmp_path, caps
         (b'{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "a"}]}', "are not turns of"),
         (b'{"messages": [{"role": "tool", "content": "a"}]}', "a message without a role"),
         (b'{"messages": ["a"]}', "a message without a role"),
+        (b'"\\ud800"', "line 1: half of a surrogate pair"),
+        (b'{"messages": [{"role": "user", "content": "\\udfff"}]}', "line 1: half of a surrogate pair"),
     ],
 )
 def test_a_file_of_prompts_that_cannot_be_used_is_one_line(conversations, tmp_path, capsys, content, words):
@@ -235,6 +237,24 @@ def test_a_file_of_prompts_that_cannot_be_used_is_one_line(conversations, tmp_pa
     found = capsys.readouterr()
     (line,) = found.err.strip().splitlines()
     assert words in line and str(file) in line and not found.out
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--system", None])
+def test_what_is_no_text_is_one_line(conversations, monkeypatch, capsys, option):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hello \xff\n"), "utf-8"))
+    assert main(["chat", str(conversations), *([option, "Hello \udcff"] if option else [])]) == 2
+    found = capsys.readouterr()
+    (line,) = found.err.strip().splitlines()
+    assert "UTF-8" in line and not found.out
+
+
+def test_a_shells_pipe_of_prompts_is_a_file_of_them(trained, tmp_path, capsys):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    folder = trained("pairs", [{"prompt": f"Hello {number}", "completion": "Yes?"} for number in range(6)])
+    with subprocess.Popen(["sh", "-c", f"echo Hello > {pipe}"]):
+        assert main(["chat", str(folder), "--prompt", str(pipe), "--max-tokens", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "Hello"
 
 
 def test_a_file_of_prompts_that_is_not_there_is_no_prompt(conversations, capsys, tmp_path):

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from samples import entry
 
+from lightweight import record
 from lightweight.cli import checkpoints
 from lightweight.cli.output import MARK, Output, OutputError
 
@@ -18,7 +20,7 @@ from lightweight.cli.output import MARK, Output, OutputError
 def model(folder: Path, name: str) -> Path:
     """What `lightweight train` leaves, called `name` in its record."""
     folder.mkdir(parents=True)
-    (folder / "record.json").write_text(json.dumps({"outcomes": [{"outcome": "completed", "model": name}]}))
+    (folder / "record.json").write_text(json.dumps(record.document([entry(model=name)])))
     (folder / "model.safetensors").write_text(name)
     return folder
 
@@ -447,3 +449,59 @@ def test_what_an_older_version_left_is_refused_in_a_line(tmp_path):
         with pytest.raises(OutputError, match="is not of this version of `lightweight train`: move it away"):
             Output(tmp_path / "a").claim(resume=resume, overwrite=overwrite)
     assert (tmp_path / "a.partial" / "checkpoint-4" / "trainer_state.json").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(tmp_path, overwrite):
+    (tmp_path / "a").mkdir()
+    os.mkfifo(tmp_path / "a" / "record.json")
+    with pytest.raises(OutputError, match="is not a trained model" if overwrite else "already exists"):
+        Output(tmp_path / "a").claim(resume=False, overwrite=overwrite)
+
+
+def test_working_files_are_nobody_elses_whatever_the_umask_says(tmp_path):
+    before = os.umask(0)
+    try:
+        output = Output(tmp_path / "a")
+        output.claim(resume=False, overwrite=False)
+        train(output, "new")
+        output.release()
+    finally:
+        os.umask(before)
+    assert name_of(tmp_path / "a") == "new"
+
+
+def test_a_link_to_nothing_and_a_pipe_are_not_waited_for_as_a_result_is_synced(tmp_path):
+    output = Output(tmp_path / "a")
+    output.claim(resume=False, overwrite=False)
+    folder = model(output.unfinished / "result", "new")
+    (folder / "latest").symlink_to("nothing")
+    os.mkfifo(folder / "pipe")
+    with output.completing():
+        pass
+    output.publish()
+    output.release()
+    assert name_of(tmp_path / "a") == "new" and (tmp_path / "a" / "latest").is_symlink()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, Path.touch, lambda path: path.write_text('{"outcomes": [3]}')])
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_a_finished_result_whose_record_is_damaged_is_not_trained_again(tmp_path, damage, has_checkpoint):
+    output = Output(tmp_path / "a")
+    output.claim(resume=False, overwrite=False)
+    if has_checkpoint:
+        checkpoint(output, 3)
+    model(output.unfinished / "result", "new")
+    with output.completing():
+        pass
+    output.release()
+    (output.result / "record.json").write_text("")
+    damage(output.result / "record.json")
+    again = Output(tmp_path / "a")
+    again.claim(resume=True, overwrite=False)
+    with pytest.raises(
+        OutputError, match=r"result is trained, but its record.json cannot be used \(.*\): move it away"
+    ):
+        again.interrupted()
+    again.release()
+    assert name_of(output.result) == "new"

@@ -2,13 +2,15 @@
 
 import json
 import math
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import turns
-from lightweight import corpus, methods, record
+from lightweight import corpus, files, methods, record
 from lightweight.__main__ import main
 from lightweight.cli import sweep
 from lightweight.methods import Method
@@ -186,6 +188,23 @@ def test_no_link_is_followed_by_a_sweep(asked, tmp_path):
     assert main(asked) == 0
     assert (tmp_path / "precious").read_text() == "precious"
     assert len(record.load(tmp_path / "found.json").entries) == 3
+
+
+def test_a_second_sweep_into_the_same_record_is_refused_in_a_line_and_takes_nothing_from_the_first(asked, capsys):
+    """Each writes all of its own record."""
+    with files.alone(Path("found.json")):
+        assert main(asked) == 2
+    line = f"lightweight: --output found.json: process {os.getpid()} searches there: wait for it\n"
+    assert capsys.readouterr().err == line
+    assert [path.name for path in Path.cwd().iterdir()] == ["corpus.json"]
+
+
+@pytest.mark.parametrize("put", [lambda mark: mark.symlink_to("precious"), os.mkfifo, Path.mkdir])
+def test_what_somebody_has_put_in_the_place_of_a_sweeps_lock_is_refused_in_a_line(asked, capsys, put):
+    put(Path(".found.json.lock"))
+    assert main(asked) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("lightweight: .found.json.lock: cannot be read or written (") and line.count("\n") == 1
 
 
 def test_a_file_that_is_no_sweep_is_refused(tmp_path):

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from samples import entry
 
 from conftest import MICRO
 from faults import mutants
 from faults.harness import outcome_of, result, steers
 from faults.mutants import STEERING
-from lightweight import models
+from lightweight import models, record
 from lightweight.__main__ import main
 from lightweight.cli.output import MARK
 from lightweight.settings import SETTINGS
@@ -80,6 +81,33 @@ def test_mutated_records_are_a_line_or_an_answer(tmp_path, seeds, whole, tried, 
             tried(f"mutated records, {command[0]}", survived=survived)
             if not survived:
                 lost.append((seed, RECORDS[index].name, done, command[0], found))
+    assert not lost, "\n".join(map(str, lost))
+
+
+@pytest.mark.parametrize("place", ["a", "a.partial/result"])
+def test_a_finished_job_with_a_mutated_record_is_a_line_or_the_result(given, tmp_path, seeds, tried, capfd, place):
+    """Resumed with its method and without. Nothing is trained, and the weights stay."""
+    command, lost = given(tmp_path / "a"), []
+    assert main(command) == 0
+    kept = (tmp_path / "a").rename(tmp_path / "kept")
+    weights = (kept / "model.safetensors").read_bytes()
+    for seed in seeds(100_000, 100):
+        clear(tmp_path)
+        (tmp_path / "a.partial").mkdir()
+        (tmp_path / "a.partial" / MARK).touch()
+        folder, draw = shutil.copytree(kept, tmp_path / place), random.Random(seed)
+        content = json.loads((folder / "record.json").read_text("utf-8"))
+        within = draw.choice((content, content["outcomes"][0]))
+        done = mutants.document(within, draw, draw.choice((1, 2)))
+        (folder / "record.json").write_text(json.dumps(content), "utf-8")
+        at = command.index("--method")
+        words = draw.choice((command, command[:at] + command[at + 2 :]))
+        found = outcome_of([*words, "--resume"], capfd)
+        left = [path.read_bytes() for path in tmp_path.glob("a*/**/*.safetensors")]
+        survived = left == [weights] and (found.is_a_line or (found.status == 0 and not found.err))
+        tried("mutated records, resumed", survived=survived)
+        if not survived:
+            lost.append((seed, done, found))
     assert not lost, "\n".join(map(str, lost))
 
 
@@ -202,7 +230,7 @@ def test_random_command_lines_are_a_line_or_an_answer(given, tmp_path, seeds, tr
 
 def a_model(place: Path) -> None:
     place.mkdir()
-    (place / "record.json").write_text('{"outcomes": [{"outcome": "completed"}]}')
+    (place / "record.json").write_text(json.dumps(record.document([entry()])))
 
 
 def somebodys(place: Path) -> None:

@@ -104,6 +104,19 @@ def test_resuming_a_finished_job_finishes_it_and_trains_nothing(given, tmp_path,
     assert not (tmp_path / "a.partial").exists()
 
 
+def test_a_job_of_ones_own_method_that_is_resumed_without_it_is_one_line(given, tmp_path, interrupt, capfd):
+    """A method's name does not say where it is imported from."""
+    interrupt(4)
+    command = given(tmp_path / "a")
+    assert main(command) == 130
+    at = command.index("--method")
+    found = outcome_of([*command[:at], *command[at + 2 :], "--resume"], capfd)
+    assert (
+        found.is_a_line and "of method constant-baseline, which is none of the suite's: give it with --m" in found.err
+    )
+    assert Output(tmp_path / "a").checkpoint is not None
+
+
 def test_resuming_a_finished_job_with_other_options_is_one_line_and_leaves_it_alone(given, tmp_path, capfd):
     command = given(tmp_path / "a")
     assert main(command) == 0
