@@ -169,15 +169,27 @@ def run(progress: Callable[[str], None] = lambda text: None) -> Calibration:
 
 # Products
 
-THIN, WIDE, HEADS = (8, 16, 64), (256, 1024, 2048, 3072, 4096, 8192), (32_768, 131_072)
+THIN, WIDE, HEADS = (8, 16, 64), (256, 1024, 4096, 8192), (32_768, 131_072)
 COARSE = (256, 1024, 2048, 4096, 8192)
 """Sizes of a product: an adapter's rank, a layer's width or a pass's tokens, a vocabulary."""
 
+BETWEEN = 128
+"""How many products of sizes between those are timed. A model's widths are multiples of 64 and seldom powers of two:
+how well tiles fit them differs from one to the next."""
+
+
+def sizes_between() -> list[tuple[int, int, int]]:
+    """[m, n, k], multiples of 64, evenly scattered over the logarithms of all that are wide."""
+    low, high = math.log2(WIDE[0]), math.log2(WIDE[-1])
+    drawn = torch.quasirandom.SobolEngine(3, scramble=True, seed=0).draw(BETWEEN).double()
+    rounded = torch.exp2(low + (high - low) * drawn).div(64).round().long() * 64
+    return list(dict.fromkeys((m, n, k) for m, n, k in rounded.tolist()))
+
 
 def product_sizes() -> list[tuple[int, int, int]]:
-    """[m, n, k]: every product of wide factors, with one thin side, and those of a head with its few tokens."""
-    sizes = [*every(WIDE, WIDE, WIDE)]
-    for thin, one, other in every(THIN, COARSE, COARSE):
+    """[m, n, k]: products of wide factors, with one thin side, and those of a head with its few tokens."""
+    sizes = list(dict.fromkeys([*every(WIDE, WIDE, WIDE), *sizes_between()]))
+    for thin, one, other in every(THIN, WIDE, WIDE):
         sizes += [(thin, one, other), (one, thin, other), (one, other, thin)]
     for tokens, width, vocabulary in every((128, 256, 1024, 4096), (1024, 2048, 4096), HEADS):
         sizes += [(tokens, vocabulary, width), (tokens, width, vocabulary)]
@@ -192,9 +204,9 @@ def _products(bench: Bench) -> Iterator[_Candidate]:
     for layout, sizes in every(("nt", "nn", "tn"), every(COARSE, COARSE, COARSE)):
         if math.prod(sizes) <= 2**35:  # what is larger is as fast
             yield _product(bench, "float32", layout, sizes)
-    for layout, m, n, k in every(("nt", "nn"), COARSE[1:], COARSE[1:], COARSE[1:]):
-        if math.prod((m, n, k)) <= 2**35:
-            yield _product(bench, "float16", layout, (m, n, k))
+    for layout, sizes in every(("nt", "nn"), [*every(WIDE, WIDE, WIDE), *sizes_between()[:64]]):
+        if math.prod(sizes) <= 2**35:
+            yield _product(bench, "float16", layout, sizes)
 
 
 def _product(
@@ -456,10 +468,10 @@ def _beside(bench: Bench, width: int, out: int) -> None:
 
 
 def attention_calls(bench: Bench) -> Iterator[Launch]:
-    """As `our_calls`, of attention."""
-    for (rows, length), sizes in every(
-        ((1, 512), (8, 256), (2, 2048), (8, 1024), (1, 8192)), ((16, 8, 128), (32, 8, 64))
-    ):
+    """As `our_calls`, of attention: heads that have keys of their own, and two, three and four that share them."""
+    lengths = (16, 128), (8, 256), (1, 512), (4, 512), (8, 1024), (1, 2048), (2, 2048), (1, 8192)
+    heads = (16, 16, 64), (9, 3, 64), (32, 8, 64), (8, 8, 128), (16, 8, 128)
+    for (rows, length), sizes in every(lengths, heads):
         yield partial(_attend, bench, rows, length, sizes)
 
 

@@ -33,8 +33,12 @@ STORED = Path(__file__).parent / "calibrations"
 LEAST_SECONDS = 2e-6
 """What a kernel takes at the least, in a graph, whatever it does."""
 
-NEIGHBOURS = 2
-"""Of how many samples for each of its sizes a kernel's share is taken, the near ones counting more."""
+REACH = 4
+"""Over how many doublings of a size samples say something of each other."""
+
+OWN = 0.005
+"""What a sample differs by from those around it for reasons of its own, such as tiles that fit its sizes: its variance,
+beside the variance of all. With these two, samples that are left out are predicted best (docs/lab.md)."""
 
 INSTEAD = {
     "concatenation": "strided",
@@ -105,9 +109,9 @@ class Calibration:
     def kernel_seconds(self, kernel: Kernel, rates: Rates | None = None) -> float:
         """What one kernel takes, and the gap until the next."""
         samples = self._samples_like(kernel)
-        if len(kernel.shape) != samples.shapes.shape[1]:  # a pass stands in for what has other sizes
+        if len(kernel.shape) != samples.sizes:  # a pass stands in for what has other sizes
             kernel = kernel._replace(shape=(kernel.bytes,))
-        return limit(kernel, rates or self.rates) * samples.excess(kernel.shape)
+        return limit(kernel, rates or self.rates) * samples.excess(kernel.shape, kernel.dtype)
 
     def _samples_like(self, kernel: Kernel) -> _Samples:
         kind = kernel.kind
@@ -115,16 +119,16 @@ class Calibration:
         for name in (kind, INSTEAD.get(kind, kind), plain, kind.partition(" with ")[0], "elementwise"):
             of_kind = self._by_kind.get(name)
             if of_kind:
-                return of_kind.get(kernel.dtype) or next(iter(of_kind.values()))
+                return of_kind.get(_family(kernel.dtype)) or next(iter(of_kind.values()))
         raise CalibrationError(f"the calibration of {self.device} has no passes over memory: run lightweight calibrate")
 
     @cached_property
     def _by_kind(self) -> Mapping[str, Mapping[str, _Samples]]:
         grouped: dict[str, dict[str, list[TimedKernel]]] = defaultdict(lambda: defaultdict(list))
         for sample in self.samples:
-            grouped[sample.kind][sample.dtype].append(sample)
+            grouped[sample.kind][_family(sample.dtype)].append(sample)
         return {
-            kind: {dtype: _Samples.of(samples, self.rates) for dtype, samples in of_kind.items()}
+            kind: {family: _Samples(samples, self.rates) for family, samples in of_kind.items()}
             for kind, of_kind in grouped.items()
         }
 
@@ -135,29 +139,51 @@ def limit(kernel: Kernel, rates: Rates) -> float:
     return max(arithmetic, kernel.bytes / rates.bytes_per_second, LEAST_SECONDS)
 
 
-@dataclass(frozen=True)
+def _family(dtype: str) -> str:
+    """Number formats that run on the same units: what is known of one says something of the other."""
+    return "half" if dtype in ("bfloat16", "float16") else dtype
+
+
 class _Samples:
-    """Samples of one kind: their shapes, as logarithms to the base 2, and of how many times the limit they took, the
-    logarithm."""
+    """Samples of one kind, and by how much more than its limit a kernel of another shape takes: by ordinary kriging,
+    also called Gaussian process regression, with a Matern covariance of 3/2, over logarithms to the base 2."""
 
-    shapes: NDArray[np.float64]  # [samples, sizes]
-    excesses: NDArray[np.float64]  # [samples]
+    def __init__(self, samples: Sequence[TimedKernel], rates: Rates) -> None:
+        self.sizes = len(samples[0].shape)
+        self._places = np.concatenate(
+            [_place(sample.shape, sample.dtype) for sample in samples]
+        )  # [samples, sizes + 1]
+        self._excesses = np.array([math.log(sample.seconds / limit(sample.kernel, rates)) for sample in samples])
+        covariance = _covariance(self._places, self._places) + OWN * np.eye(len(samples))
+        ones = np.ones(len(samples))
+        of_excesses, of_ones = np.linalg.solve(covariance, np.stack([self._excesses, ones], 1)).T
+        self._mean = float(of_excesses.sum() / of_ones.sum())
+        self._shares = of_excesses - self._mean * of_ones
 
-    @classmethod
-    def of(cls, samples: Sequence[TimedKernel], rates: Rates) -> _Samples:
-        shapes = np.log2(np.maximum(1, np.array([sample.shape for sample in samples], np.float64)))
-        excesses = [math.log(sample.seconds / limit(sample.kernel, rates)) for sample in samples]
-        return cls(shapes, np.array(excesses))
+    def excess(self, shape: tuple[int, ...], dtype: str) -> float:
+        """How many times its limit a kernel of this shape takes: its own where it was measured; beyond the samples, as
+        at their border."""
+        place = _place(shape, dtype)
+        same = np.abs(self._places - place).max(1) < 1e-9
+        if same.any():
+            return math.exp(float(self._excesses[same].mean()))
+        within = np.clip(place, self._places.min(0), self._places.max(0))
+        return math.exp(self._mean + float(_covariance(within, self._places)[0] @ self._shares))
 
-    def excess(self, shape: tuple[int, ...]) -> float:
-        """How many times its limit a kernel of this shape takes: that of its neighbours, by the inverse cube of the
-        distance, and its own where it was measured."""
-        distances = np.sqrt(((self.shapes - np.log2(np.maximum(1, shape))) ** 2).sum(1))
-        if (same := distances < 1e-9).any():
-            return math.exp(float(self.excesses[same].mean()))
-        nearest = np.argsort(distances, kind="stable")[: NEIGHBOURS * len(shape)]
-        weights = distances[nearest] ** -3
-        return math.exp(float((weights * self.excesses[nearest]).sum() / weights.sum()))
+
+def _place(shape: tuple[int, ...], dtype: str) -> NDArray[np.float64]:
+    """Where a kernel lies among others of its kind: float16 as far from bfloat16 as twice of a size from the size."""
+    place: NDArray[np.float64] = np.log2(
+        np.maximum(1, np.array([[*shape, 2 if dtype == "float16" else 1]], np.float64))
+    )
+    return place
+
+
+def _covariance(these: NDArray[np.float64], those: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of what excesses differ by from their mean, relative to their variance: [these, those]."""
+    distances = np.sqrt(((these[:, None] - those) ** 2).sum(-1)) * math.sqrt(3) / REACH
+    covariance: NDArray[np.float64] = (1 + distances) * np.exp(-distances)
+    return covariance
 
 
 # Records

@@ -80,15 +80,16 @@ class _Cell:
         )
         return trial.with_rows(None if self.corpus_rows is None else self.corpus_rows.count)
 
-    def refusal(self) -> str | None:
-        """Why this cannot be forecast, as far as it is known before minutes of tracing."""
+    def refusal(self, capability: Capability) -> str | None:
+        """Why this cannot be forecast on cards of this `capability`, as far as it is known before minutes of
+        tracing."""
         if isinstance(self.config, ValueError):
             return str(self.config)
         try:
             trial = self.trial(self.method, self.question.gpus)
         except ValueError as error:
             return str(error)
-        return tracer.refusal(trial, self.config, self._rows)
+        return tracer.refusal(trial, self.config, capability, self._rows)
 
     @property
     def _rows(self) -> Rows | None:
@@ -193,23 +194,29 @@ def plan(
         for i, model in enumerate(models)
         for j, method in enumerate(methods)
     }
-    reasons = {key: reason for key, cell in cells.items() if (reason := cell.refusal()) is not None}
-    if cells and len(reasons) == len(cells):
-        (first, reason), *_ = reasons.items()
+    capabilities = dict.fromkeys(target.capability for target in targets)
+    reasons = {
+        (key, capability): reason
+        for key, cell in cells.items()
+        for capability in capabilities
+        if (reason := cell.refusal(capability)) is not None
+    }
+    if cells and len(reasons) == len(cells) * len(capabilities):
+        ((first, _), reason), *_ = reasons.items()
         config, _ = known[0]
         if isinstance(config, ValueError):
             raise config
         raise ForecastError(f"{cells[first].model.name} x {cells[first].method.name}: {reason}")
 
     def row(key: tuple[int, int], target: Target) -> PlanRow:
-        cell = cells[key]
-        if key not in reasons:
+        cell, of_its_kind = cells[key], (key, target.capability)
+        if of_its_kind not in reasons:
             try:
                 return _row(cell, target)
-            except ForecastError as error:  # on one card as on any other
+            except ForecastError as error:  # on one card as on any other of its kind
                 failed(error)
-                reasons[key] = str(error).removeprefix(f"{cell.model.name} x {cell.method.name}: ")
-        return _row_without(cell, target, reasons[key])
+                reasons[of_its_kind] = str(error).removeprefix(f"{cell.model.name} x {cell.method.name}: ")
+        return _row_without(cell, target, reasons[of_its_kind])
 
     return [
         answer

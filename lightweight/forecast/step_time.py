@@ -15,6 +15,7 @@ from lightweight import targets
 from lightweight.forecast import calibration
 from lightweight.forecast.calibration import Calibration
 from lightweight.forecast.replay import Trace
+from lightweight.forecast.work import DEQUANTIZATIONS, Work
 from lightweight.methods import BASELINE, LORA, QLORA
 from lightweight.trial import Trial
 
@@ -121,7 +122,7 @@ def forecast(trace: Trace, trial: Trial, card: str, known: Sequence[Calibration]
     low = high = device
     step = trial.method.captured_step
     if step is None or not step.graph:
-        host = _pace(trial, measured) * trace.work.operators
+        host = _pace(trial, trace.work, measured) * trace.work.operators
         low = max(device * (1 - DEVICE_ERROR), host * HOSTS[0])
         shorter, longer = sorted([device * (1 + DEVICE_ERROR), host * HOSTS[1]])
         high = longer + UNHIDDEN * shorter
@@ -136,11 +137,12 @@ def forecast(trace: Trace, trial: Trial, card: str, known: Sequence[Calibration]
     )
 
 
-def _pace(trial: Trial, measured: Calibration) -> float:
+def _pace(trial: Trial, work: Work, measured: Calibration) -> float:
     """The pace of a step like the trial's, else the slowest: peft does other things in Python for an operator than
-    torch, and bitsandbytes more."""
-    method = trial.method
-    alike = QLORA if method.quantization is not None else BASELINE if method.adapter is None else LORA
+    torch, and bitsandbytes more. Whether that has a part in it, its work says: a checkpoint may be stored in 4 bits,
+    and a method's quantization may be undone as weights are loaded."""
+    is_quantized = any(kernel.kind in DEQUANTIZATIONS for kernel in work.kernels)
+    alike = QLORA if is_quantized else BASELINE if trial.method.adapter is None else LORA
     return measured.operator_seconds.get(alike.name) or max(measured.operator_seconds.values())
 
 

@@ -104,9 +104,9 @@ def trace(trial: Trial, capability: Capability, rows: Rows | None = None) -> Tra
     configuration.
     """
     config = models.configuration(trial.model)
-    if (reason := refusal(trial, config, rows)) is not None:
+    if (reason := refusal(trial, config, capability, rows)) is not None:
         raise ForecastError(f"{trial.name}: {reason}")
-    trial = replace(trial, method=replace(trial.method, quantization=_settled(trial, config)))
+    trial = replace(trial, method=replace(trial.method, quantization=_settled(trial, config, capability)))
     step = trial.method.captured_step
     if step is not None:
         bf16 = trial.target.bf16 and has_bf16(capability)
@@ -123,9 +123,9 @@ def trace(trial: Trial, capability: Capability, rows: Rows | None = None) -> Tra
         return _trace(trial, capability, rows, network, config.get_text_config().vocab_size)
 
 
-def refusal(trial: Trial, config: PretrainedConfig, rows: Rows | None = None) -> str | None:
-    """Why a trial of a model with `config` over `rows`, where these are known, cannot be forecast, as far as that is
-    known before it is traced."""
+def refusal(trial: Trial, config: PretrainedConfig, capability: Capability, rows: Rows | None = None) -> str | None:
+    """Why a trial of a model with `config` over `rows`, where these are known, cannot be forecast on a card of this
+    `capability`, as far as that is known before it is traced."""
     step = trial.method.captured_step
     if step is not None and compiles(step, trial.steps if trial.corpus.train else 0):
         return "what torch.compile makes of the captured step is not forecast: take compile=False"
@@ -136,7 +136,7 @@ def refusal(trial: Trial, config: PretrainedConfig, rows: Rows | None = None) ->
     if longest is not None and longest < width:
         return f"rows of {width} tokens, where the model takes {longest}"
     try:
-        quantization = _settled(trial, config)
+        quantization = _settled(trial, config, capability)
         models.check_forecastable(trial.model, quantization)
         if step is not None and step.graph and _looks_for_outliers(quantization):
             return WAITS_FOR_OUTLIERS
@@ -152,9 +152,11 @@ def _looks_for_outliers(quantization: QuantizationConfigMixin | None) -> bool:
     return bool(quantization.load_in_8bit and quantization.llm_int8_threshold > 0)
 
 
-def _settled(trial: Trial, config: PretrainedConfig) -> QuantizationConfigMixin | None:
+def _settled(trial: Trial, config: PretrainedConfig, capability: Capability) -> QuantizationConfigMixin | None:
     """What the trial's weights are quantized by: as their checkpoint has them, else as the method says."""
-    return methods.settle_quantization(trial.model, config, trial.method, sharded=trial.is_sharded)
+    return methods.settle_quantization(
+        trial.model, config, trial.method, sharded=trial.is_sharded, capability=capability
+    )
 
 
 def _trace(trial: Trial, capability: Capability, rows: Rows | None, network: Any, vocabulary: int) -> Trace:

@@ -135,7 +135,8 @@ def triton_kernel(name: str, programs: Sequence[int], arguments: Sequence[Any], 
 
 
 def _attended(name: str, arguments: Sequence[Any]) -> Kernel:
-    """Attention by the kernels of `captured.triton_flash`. What a window spares is not known here."""
+    """Attention by the kernels of `captured.triton_flash`. What a window spares is not known here. Of the gradient of
+    keys, a program has all queries of a group that see its keys, one after the other: they count as so many queries."""
     query = arguments[0] if name == "attend" else arguments[1]
     time = next(argument for argument in arguments if isinstance(argument, int))
     tokens, heads, width = query.shape
@@ -143,8 +144,11 @@ def _attended(name: str, arguments: Sequence[Any]) -> Kernel:
     whole = attention("our", _dtype(query), sizes, causal=True, masked=False, backward=name != "attend")
     if name == "attend":
         return whole
-    of, share = ("queries", 0.4) if name.endswith("query") else ("keys", 0.6)
-    return whole._replace(kind=f"our attention backward of {of}, causal", flop=int(whole.flop * share))
+    if name.endswith("query"):
+        return whole._replace(kind="our attention backward of queries, causal", flop=int(whole.flop * 0.4))
+    group = heads // arguments[2].shape[1]
+    sizes = (sizes[0] // group, group * time, time, width)
+    return whole._replace(kind="our attention backward of keys, causal", flop=int(whole.flop * 0.6), shape=sizes)
 
 
 # torch's and bitsandbytes'
@@ -186,6 +190,9 @@ REDUCTIONS = frozenset(
     sum mean amax max min amin norm linalg_vector_norm var std var_mean argmax logsumexp any all prod dot
     """.split()  # noqa: SIM905
 )
+
+DEQUANTIZATIONS = frozenset(["dequantization", "unpack"])
+"""Kinds of kernels, bitsandbytes' and ours, that make weights of 4 bits whole."""
 
 AT_ONCE = (*("aten::_foreach_", "aten::_fused_adam", "aten::_amp_foreach"),)
 """How operators on whole lists of tensors begin."""

@@ -13,26 +13,41 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightweight.methods.method import Method, MethodError
 from lightweight.models.model import Model
-from lightweight.models.quantized_checkpoint import check_trainable, is_undone, stored_quantization, title
+from lightweight.models.quantized_checkpoint import (
+    check_trainable,
+    is_undone,
+    loaded_on,
+    stored_quantization,
+    title,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from lightweight.targets import Capability
 
 IN_INTEGERS = "in integers, which FSDP cannot share among ranks: train on one, or by the captured step"
 
 
 def settle_quantization(
-    model: Model, config: PretrainedConfig, method: Method, *, sharded: bool = False
+    model: Model,
+    config: PretrainedConfig,
+    method: Method,
+    *,
+    sharded: bool = False,
+    capability: Capability | None = None,
 ) -> QuantizationConfigMixin | None:
     """The quantization that `method` trains `model` in: that of the checkpoint, else the method's own, else None.
 
     A quantized checkpoint stays as it is. If the method names the same quantization, its settings for loading
     (`dequantize`, or the format that 4-bit weights are computed with) are used; else 4-bit weights are computed with in
     the method's precision. `sharded` says that ranks share the weights by FSDP, which only shards floating-point
-    tensors. Raises ModelError if no method can train the checkpoint, and MethodError if this one cannot.
+    tensors. `capability` is that of another card than the one here, for a forecast. Raises ModelError if no method can
+    train the checkpoint, and MethodError if this one cannot.
     """
     stored, asked = stored_quantization(model, config), method.quantization
+    if capability is not None:
+        stored, asked = (loaded_on(each, capability) for each in (stored, asked))
     if stored is None:
         if sharded and isinstance(asked, BitsAndBytesConfig) and asked.load_in_8bit:
             raise MethodError(f"method {method.name}: it quantizes to {title(asked)}, {IN_INTEGERS}")

@@ -11,8 +11,13 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
+    from lightweight.targets import Capability
+
 UNQUANTIZED = "give the unquantized checkpoint, or one quantized by bitsandbytes"
 """The mend where a quantized checkpoint cannot be trained."""
+
+FP8_CAPABILITY = (8, 9)
+"""Cards from Ada on multiply FP8. transformers/quantizers/quantizer_finegrained_fp8.py, `validate_environment`."""
 
 
 def stored_quantization(model: Model, config: PretrainedConfig) -> QuantizationConfigMixin | None:
@@ -62,6 +67,18 @@ def check_forecastable(model: Model, quantization: QuantizationConfigMixin | Non
         f"model {model.name}: no forecast can be made of weights quantized by {title(quantization)}, whose layers "
         f"cannot be traced without their values and a GPU: train to see, or {_mend(quantization)}"
     )
+
+
+def loaded_on(quantization: QuantizationConfigMixin | None, capability: Capability) -> QuantizationConfigMixin | None:
+    """What `quantization` is on a card of this `capability`: transformers dequantizes FP8 where a card has no units for
+    it."""
+    from transformers import FineGrainedFP8Config
+
+    if not isinstance(quantization, FineGrainedFP8Config) or capability >= FP8_CAPABILITY:
+        return quantization
+    undone = copy.deepcopy(quantization)
+    undone.dequantize = True
+    return undone
 
 
 def is_undone(quantization: QuantizationConfigMixin | None) -> bool:

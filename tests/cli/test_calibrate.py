@@ -54,7 +54,7 @@ def test_our_attention_is_timed_by_what_a_forecast_asks_for():
         "our attention backward of queries, causal",
         "our attention backward of keys, causal",
     }
-    of_one = [kernel for kernel in told if kernel.shape == (32, 2048, 2048, 128)]
+    of_one = [kernel for kernel in told if kernel.shape in ((32, 2048, 2048, 128), (16, 4096, 2048, 128))]
     forward, *backward = (kernel.flop for kernel in of_one)
     assert forward == 4 * 32 * 2048 * 2048 * 128 / 2 and sum(backward) == pytest.approx(work.BACKWARD * forward)
 
@@ -80,8 +80,12 @@ def test_a_product_that_is_timed_is_what_it_says(layout, is_added):
 def test_the_sizes_are_those_that_forecasts_ask_for():
     sizes = calibrate.product_sizes()
     assert len(set(sizes)) == len(sizes)
-    assert {(2048, 16, 1024), (16, 1024, 2048), (256, 131_072, 1024), (256, 1024, 131_072)} <= set(sizes)
+    assert {(4096, 16, 1024), (16, 1024, 4096), (256, 131_072, 1024), (256, 1024, 131_072)} <= set(sizes)
     assert {(8, 2048, 256), (32, 2048, 128), (128, 256, 64)} <= set(calibrate.ATTENTION)
+    between = calibrate.sizes_between()
+    assert set(between) <= set(sizes) and between == calibrate.sizes_between()
+    assert all(size % 64 == 0 and 256 <= size <= 8192 for shape in between for size in shape)
+    assert len({size for shape in between for size in shape}) > 60
 
 
 @pytest.mark.needs_cuda

@@ -224,6 +224,42 @@ def test_a_method_that_cannot_be_forecast_is_a_line_among_the_others(capsys, neo
     assert [row.method for row in record.load(tmp_path / "plan.json").forecasts] == ["baseline", "baseline"]
 
 
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.parametrize("cards", [("a100-40", "l4", "h100"), ("h100", "l4", "a100-40")])
+def test_what_cards_from_ada_on_compute_in_fp8_is_forecast_for_those_that_dequantize_it(capsys, tmp_path, cards):
+    (tmp_path / "config.json").write_text(json.dumps({**MICRO.architecture, "quantization_config": FP8}))
+    asked = [argument for card in cards for argument in ("--target", card)]
+    _, found = rows(capsys, str(tmp_path), *asked, "--method", "lora", "--max-length", "32")
+    reasons = {row["target"]: row["reason"] for row in found}
+    assert reasons["a100-40"] is None
+    assert "no forecast can be made of weights quantized by fp8" in reasons["l4"] == reasons["h100"]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_cannot_be_traced_for_one_kind_of_card_is_asked_of_the_others(monkeypatch, order):
+    trace, asked = tracer.trace, []
+
+    def refused_by_turing(trial, capability, rows=None):
+        asked.append(capability)
+        if capability == targets.T4.capability:
+            raise ForecastError(f"{trial.name}: it cannot be traced")
+        return trace(trial, capability, rows)
+
+    monkeypatch.setattr(tracer, "trace", refused_by_turing)
+    cards = [targets.T4, replace(targets.T4, name="another"), targets.L4][::order]
+    told: list[str] = []
+    found = plan.plan([MICRO], [LORA], cards, PlanOptions(max_length=16), failed=lambda error: told.append(str(error)))
+    assert {row.target.name: row.reason for row in found} == {
+        "t4": "it cannot be traced",
+        "another": "it cannot be traced",
+        "l4": None,
+    }
+    assert told == ["micro x lora: it cannot be traced"]
+    assert len(asked) == 2, "once for each kind of card"
+
+
 def test_the_table_says_why_a_method_cannot_be_forecast_and_the_rest(capsys, neox):
     asked = [
         "plan",
@@ -346,19 +382,6 @@ def test_several_gpus_take_the_rows_that_fit_each(traced):
     assert shape == (2, 2, 4, "fits", True), "2 passes of 2 rows on each of two GPUs: 4 of 2 on one"
     assert row.fewest_gpus == 1
     assert [method.passes_per_step for method in plan_search.smaller_passes(LORA, 2)] == [4, 8]
-
-
-def test_a_trace_that_fails_is_tried_once_for_all_cards(monkeypatch):
-    tried = []
-
-    def trace(trial, capability, rows=None):
-        tried.append(trial.name)
-        raise ForecastError(f"{trial.name}: no")
-
-    monkeypatch.setattr(tracer, "trace", trace)
-    rows = plan.plan([MICRO], [LORA, BASELINE], [targets.T4, targets.L4])
-    assert [row.reason for row in rows] == ["no"] * 4
-    assert tried == ["micro x lora", "micro x baseline"]
 
 
 def test_passes_that_cannot_be_shared_among_gpus_are_a_line_of_that_method(traced):

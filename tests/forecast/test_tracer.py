@@ -30,6 +30,7 @@ from lightweight.corpus import Corpus, Row, Rows, pair
 from lightweight.forecast import calibration, step_time, tracer
 from lightweight.forecast.replay import within
 from lightweight.forecast.tracer import ForecastError
+from lightweight.forecast.work import DEQUANTIZATIONS
 from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, QLORA, MethodError
 from lightweight.models import GPT_NEO_TINY, OPT_TINY, Model
 from lightweight.targets import HOPPER, NATIVE, MiB
@@ -383,8 +384,11 @@ def test_a_quantized_checkpoint_that_cannot_be_forecast_is_refused(tmp_path, qua
 
 def test_a_checkpoint_of_4_bits_is_forecast_as_it_is(tmp_path):
     model = stored(tmp_path, FOUR_BITS)
-    peaks = [trace(trial(model, method, max_length=16)).replay() for method in (LORA, QLORA)]
-    assert peaks[0].by_cause["quantization state"] == peaks[1].by_cause["quantization state"] > 0
+    traces = [trace(trial(model, method, max_length=16)) for method in (LORA, QLORA)]
+    states = [traced.replay().by_cause["quantization state"] for traced in traces]
+    assert states[0] == states[1] > 0
+    kinds = [{kernel.kind for kernel in traced.work.kernels} for traced in traces]
+    assert all(DEQUANTIZATIONS & of for of in kinds), "by which its step is known to be like qlora's"
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from conftest import MICRO
-from lightweight.captured import kernels, launching, rotary
+from lightweight.captured import hopper, kernels, launching, rotary
 from lightweight.corpus import Corpus
 from lightweight.forecast import tracer, work
 from lightweight.forecast.work import Kernel, Watch, Work
@@ -218,6 +218,20 @@ def test_cross_entropy_reads_logits_twice_and_writes_their_gradient():
     of_tokens = meta(6, dtype=torch.long), meta(6, dtype=torch.float32)
     (kernel,) = told(lambda: kernels.cross_entropy_(meta(6, 40), 40, *of_tokens))
     assert kernel.bytes == 3 * HALF * 6 * 40 + 6 * (LONG + FLOAT + FLOAT)
+
+
+def test_a_program_of_the_gradient_of_keys_has_the_queries_of_all_heads_of_a_group():
+    """Two rows of 16 tokens, with six heads of queries and two of keys."""
+
+    def run():
+        query, key, value = (meta(32, heads, 64).requires_grad_() for heads in (6, 2, 2))
+        attended = hopper.attend(query, key, value, hopper.Sees(None, 16, None, 1.0))
+        attended.backward(torch.empty_like(attended))
+
+    forward, of_queries, of_keys = told(run)
+    assert forward.shape == of_queries.shape == (2 * 6, 16, 16, 64)
+    assert of_keys.shape == (2 * 2, 3 * 16, 16, 64)
+    assert of_queries.flop + of_keys.flop == pytest.approx(work.BACKWARD * forward.flop, rel=1e-3)
 
 
 @pytest.mark.parametrize("in_place", [True, False])
