@@ -394,8 +394,15 @@ class Output:
                 f"--output {self.folder}: cannot be put there ({reason}): the complete result is in "
                 f"{self.result}: move it, or make room and go on with --resume"
             ) from error
+        try:
+            checkpoints.sync(self.folder.parent)
+        except OSError as error:  # the model before stays until this one is on the disk
+            before = f", and the model before is in {self.replaced}" if self.replaced.exists() else ""
+            raise OutputError(
+                f"--output {self.folder}: the result is there, but may not outlive a power cut ({error.strerror})"
+                f"{before}: mend that disk, or copy it to another"
+            ) from error
         self._is_published = True
-        checkpoints.sync(self.folder.parent)
         checkpoints.remove(self.replaced)
 
     def release(self) -> None:

@@ -505,3 +505,32 @@ def test_a_finished_result_whose_record_is_damaged_is_not_trained_again(tmp_path
         again.interrupted()
     again.release()
     assert name_of(output.result) == "new"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_result_whose_name_is_not_on_the_disk_yet_costs_no_model(tmp_path, monkeypatch, there):
+    if there:
+        model(tmp_path / "a", "old")
+    output = Output(tmp_path / "a")
+    output.claim(resume=False, overwrite=there)
+    sync = checkpoints.sync
+
+    def failing(path):
+        if path == tmp_path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        sync(path)
+
+    monkeypatch.setattr(checkpoints, "sync", failing)
+    with pytest.raises(
+        OutputError, match=r"a: the result is there, but may not outlive a power cut \(Input/output error"
+    ):
+        train(output, "new")
+    output.release()
+    assert name_of(tmp_path / "a") == "new"
+    assert output.partial.exists() == there and (not there or name_of(output.replaced) == "old")
+    monkeypatch.undo()
+    again = Output(tmp_path / "a")
+    again.claim(resume=True, overwrite=there)
+    again.publish()
+    again.release()
+    assert name_of(tmp_path / "a") == "new" and [path.name for path in tmp_path.iterdir()] == ["a"]
