@@ -167,6 +167,7 @@ class Forecast:
     `reserved_bytes` is that of `max_memory_reserved`: under the budget where it fits, without one where it does not.
     `phase` is where it runs out of memory, or else where the peak is. `paged_bytes` is what a paged optimizer keeps
     beside that in managed memory, on the card as far as there is room and else on the host; no verdict counts it.
+    `host_bytes` is what lies pinned in the host's memory in the place of the card's: activations and an embedding.
     `step_seconds` is what an optimizer step takes, None where no calibration says so; `is_calibrated` says whether that
     is of the same card.
     """
@@ -180,6 +181,7 @@ class Forecast:
     parameters: int
     trainable_parameters: int
     paged_bytes: int = 0
+    host_bytes: int = 0
     step_seconds: float | None = None
     is_calibrated: bool = False
 

@@ -73,9 +73,10 @@ class CapturedStep:
     step uncaptured. `compile` None decides from the number of steps. `upcast` holds the norms, embeddings and head of a
     quantized model in fp32, as `prepare_model_for_kbit_training` does. A part that would make the step another one than
     the Trainer's is given up before training, and the record says so. `recompute` is how many of the network's layers,
-    the first ones, are computed again in the backward pass instead of kept: those that are needed last there. Raises
-    ValueError for packing on the model's own attention, which knows one dialogue a row, and for layers that are both
-    compiled and computed again.
+    the first ones, are computed again in the backward pass instead of kept: those that are needed last there. `offload`
+    is how many of them, the first too, have what they keep copied to the host's memory and back, gates aside, which are
+    computed again; with any, a frozen embedding lies there as well. Raises ValueError for packing on the model's own
+    attention, which knows one dialogue a row, and for layers that are both compiled and either of these.
     """
 
     attention: Literal["model", "sdpa"] = "sdpa"
@@ -86,10 +87,12 @@ class CapturedStep:
     compile: bool | None = None
     upcast: bool = False
     recompute: int = 0
+    offload: int = 0
 
     def __post_init__(self) -> None:
-        if self.recompute and self.compile:
-            raise ValueError("recompute needs compile=None or False: a compiled layer is not computed again")
+        for name in ("recompute", "offload"):
+            if getattr(self, name) and self.compile:
+                raise ValueError(f"{name} needs compile=None or False: a compiler decides by itself what layers keep")
         if self.packing and self.attention == "model":
             raise ValueError("packing needs attention='sdpa': the model's own attention supports one dialogue per row")
 
@@ -280,6 +283,12 @@ class Method:
         if self.captured_step is None or layers == self.captured_step.recompute:
             return self
         return replace(self, step=replace(self.captured_step, recompute=layers))
+
+    def offloading(self, layers: int) -> Method:
+        """The method with the activations of so many layers of its captured step on the host."""
+        if self.captured_step is None or layers == self.captured_step.offload:
+            return self
+        return replace(self, step=replace(self.captured_step, offload=layers))
 
     def with_learning_rate(self, rate: float) -> Method:
         """The method with `rate` as what its schedule begins at."""
