@@ -248,7 +248,9 @@ class Method:
         tenth, and on an H100, where either is faster captured.
         """
         step = self.captured_step
-        checkpointing = bool(self.training_arguments.get("gradient_checkpointing") or (step and step.recompute))
+        checkpointing = bool(
+            self.training_arguments.get("gradient_checkpointing") or (step and (step.recompute or step.offload))
+        )
         fp32 = self.precision == "fp32"
         return self.quantization is not None, checkpointing, fp32, step is None, self.adapter is None
 

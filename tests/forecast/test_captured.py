@@ -9,13 +9,15 @@ import pytest
 from experiments.test_forecast import ALLOCATED, CAPTURED_CELLS, CAPTURED_MODELS, RESERVED, STEP
 from lightweight import corpus, models, record
 from lightweight.captured import frozen
+from lightweight.captured.offload import CHUNK_BYTES
 from lightweight.child import helper
 from lightweight.corpus import Corpus
 from lightweight.forecast import calibration, captured, plan, plan_row, step_time, tracer
 from lightweight.forecast.replay import within
+from lightweight.forecast.work import COPIES
 from lightweight.methods import BASELINE, BASELINE_CAPTURED, LORA, LORA_CAPTURED, QLORA, QLORA_CAPTURED, CapturedStep
 from lightweight.models import GPT_NEO_TINY, OPT_TINY, Model
-from lightweight.targets import CONTEXT_BYTES, HOPPER, NATIVE, T4, Device, GiB, Target
+from lightweight.targets import CONTEXT_BYTES, HOPPER, NATIVE, T4, Device, GiB, MiB, Target
 from lightweight.trial import Trial
 
 pytestmark = pytest.mark.xdist_group("traces")  # of which one worker makes all
@@ -260,6 +262,56 @@ def test_the_fewest_layers_that_let_a_long_row_fit_are_computed_again():
         if row.recomputed_layers:
             fewer = trace(SIX_LAYERS, long.recomputing(row.recomputed_layers - 1), max_length=8192)
             assert within(fewer, target.budget_bytes).verdict != "fits"
+
+
+MANY_WORDS = replace(SIX_LAYERS, architecture={**(SIX_LAYERS.architecture or {}), "vocab_size": 2**17})
+
+
+def test_activations_on_the_host_leave_the_card():
+    """And so does the embedding, none of which is the head's; the copies are work of the step."""
+    one = LORA_CAPTURED.with_at_most(1)
+    kept, half, moved = (trace(MANY_WORDS, one.offloading(layers), max_length=4096) for layers in (0, 3, 6))
+    embedding = 2**17 * 512 * 2
+    layer_bytes = (
+        4096 * (512 * 7 + 2 * 2048) * 2
+    )  # what a layer keeps: input, query, key, value, attention's, sum, gates
+    assert kept.host_bytes == 0
+    assert half.host_bytes == moved.host_bytes == embedding + CHUNK_BYTES
+    before, after = kept.replay(), moved.replay()
+    assert before.by_cause["weights"] - after.by_cause["weights"] == embedding
+    left = before.by_cause["activations"] - after.by_cause["activations"]
+    assert left == pytest.approx(4 * layer_bytes, rel=0.15)  # all but two layers', of which one is gone through
+    assert before.allocated_bytes > half.replay().allocated_bytes > after.allocated_bytes
+    assert after.reserved_bytes - after.allocated_bytes < 64 * MiB  # no hole where the embedding was
+    there, back = (moved.work.copied(kind) for kind in COPIES)
+    assert there == pytest.approx(6 * 4096 * 512 * 6 * 2, rel=0.05)  # gates are computed again
+    assert back == pytest.approx(there * 5 / 6, rel=0.05)  # the last layer's are still there
+    assert kept.work.copied(COPIES[0]) == 0
+    assert moved.work.flop > kept.work.flop
+
+
+def test_what_does_not_fit_with_every_layer_computed_again_goes_to_the_host():
+    one = LORA_CAPTURED.with_at_most(1)
+    least = {
+        name: trace(MANY_WORDS, method, max_length=4096).replay().reserved_bytes
+        for name, method in {
+            "twice": one.recomputing(6),
+            "host": one.offloading(6),
+            "both": one.offloading(6).recomputing(6),
+        }.items()
+    }
+    assert least["twice"] > least["host"] > least["both"]
+    for budget, wanted in {
+        1.1 * least["twice"]: (True, False),
+        1.1 * least["host"]: (False, True),
+        1.04 * least["both"]: (True, True),
+    }.items():
+        target = Target(name="any", capability=HOPPER, total_bytes=int(budget) + CONTEXT_BYTES)
+        (row,) = plan.plan([MANY_WORDS], [one], [target], plan_row.PlanOptions(max_length=4096))
+        assert row.verdict == "fits"
+        assert (row.recomputed_layers > 0, row.offloaded_layers > 0) == wanted
+        assert row.as_json()["offloaded_layers"] == row.offloaded_layers
+        assert (row.as_json()["host_bytes"] > 0) == wanted[1]
 
 
 def test_eight_billion_parameters_fit_24_gib_captured():
