@@ -69,7 +69,9 @@ def test_weights_and_what_all_layers_are_given_stay_where_they_are(network, monk
     tables = []
     rotary = network.get_base_model().model.rotary_emb
     rotary.register_forward_hook(lambda _, __, result: tables.extend(result))
-    pack, moved, stayed = offload.Offload._pack, [], []
+    pack = offload.Offload._pack
+    moved: list[int] = []
+    stayed: list[int] = []
 
     def packed(self, own, tensor):
         result = pack(self, own, tensor)
@@ -89,7 +91,6 @@ def test_weights_and_what_all_layers_are_given_stay_where_they_are(network, monk
 
 def test_a_second_pass_before_the_first_has_gone_back_takes_memory_of_its_own(network):
     """As a method's own loss may: what lies on the host is not written over."""
-    expected = []
     ids = [torch.full((1, 9), token, device=network.device) for token in (3, 5)]
     reference = build("llama")
     sum(reference(input_ids=each, labels=each, use_cache=False).loss for each in ids).backward()
