@@ -272,17 +272,16 @@ def test_activations_on_the_host_leave_the_card():
     one = LORA_CAPTURED.with_at_most(1)
     kept, half, moved = (trace(MANY_WORDS, one.offloading(layers), max_length=4096) for layers in (0, 3, 6))
     embedding = 2**17 * 512 * 2
-    layer_bytes = (
-        4096 * (512 * 7 + 2 * 2048) * 2
-    )  # what a layer keeps: input, query, key, value, attention's, sum, gates
+    # of a token: input, query, key, value, attention's result, its sum; gate and up
+    layer_bytes = 4096 * (512 * 6 + 2 * 2048) * 2
     assert kept.host_bytes == 0
     assert (half.host_bytes, moved.host_bytes) == (embedding + CHUNK_BYTES, embedding + 2 * CHUNK_BYTES)
     before, after = kept.replay(), moved.replay()
     assert before.by_cause["weights"] - after.by_cause["weights"] == embedding
     left = before.by_cause["activations"] - after.by_cause["activations"]
-    assert left == pytest.approx(4 * layer_bytes, rel=0.15)  # all but two layers', of which one is gone through
+    assert left == pytest.approx(5 * layer_bytes, rel=0.05)  # all but that which is gone through
     assert before.allocated_bytes > half.replay().allocated_bytes > after.allocated_bytes
-    assert after.reserved_bytes - after.allocated_bytes < 64 * MiB  # no hole where the embedding was
+    assert before.reserved_bytes - after.reserved_bytes > embedding + 3 * layer_bytes  # no hole is where it was
     there, back = (moved.work.copied(kind) for kind in COPIES)
     assert there == pytest.approx(6 * 4096 * 512 * 6 * 2, rel=0.05)  # gates are computed again
     assert back == pytest.approx(there * 5 / 6, rel=0.05)  # the last layer's are still there
