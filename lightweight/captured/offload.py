@@ -2,8 +2,9 @@
 
 What a layer keeps is copied out while the next layer is computed, and back while the backward pass is in the layer
 behind it: in a stream of its own, so that PCIe's 50 GB/s each way (gen 5) lie beside the kernels. Gate and up, which
-are most of what a layer keeps, are computed again instead, by one product: copies of them would take longer than the
-layer. An embedding that is only looked up lies on the host for good: a step reads a row of it for each token.
+are most of what a layer keeps, are computed again instead, by one product, where adapters drop nothing: copies of them
+would take longer than the layer. An embedding that is only looked up lies on the host for good: a step reads a row of
+it for each token.
 
 Within a CUDA graph nothing may ask the allocator to look after another stream (`record_stream`). So memory of the
 device is held until the stream that computes has waited for the copies, and the host's memory, pinned, is taken in
