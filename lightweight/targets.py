@@ -92,30 +92,40 @@ class Rates:
         flop_per_second: Dense multiplications and additions per second by number format, on matrix units if they
             support it, summed in fp32.
         bytes_per_second: Bytes per second to and from the card's memory.
+        host_bytes_per_second: Bytes per second between the card's and the host's memory, each way, by 16 lanes of PCIe.
     """
 
     flop_per_second: Mapping[str, float]
     bytes_per_second: float
+    host_bytes_per_second: float
 
     def of(self, dtype: str) -> float:
         """The rate of a number format; that of fp32 if the card has no units for it."""
         return self.flop_per_second.get(dtype, self.flop_per_second["float32"])
 
 
-def _rates(tera: Mapping[str, float], giga_bytes: float) -> Rates:
-    return Rates(flop_per_second={name: rate * 1e12 for name, rate in tera.items()}, bytes_per_second=giga_bytes * 1e9)
+PCIE_GIGA_BYTES = {3: 15.75, 4: 31.5, 5: 63.0}
+"""A second each way, by generation."""
+
+
+def _rates(tera: Mapping[str, float], giga_bytes: float, pcie: int) -> Rates:
+    return Rates(
+        flop_per_second={name: rate * 1e12 for name, rate in tera.items()},
+        bytes_per_second=giga_bytes * 1e9,
+        host_bytes_per_second=PCIE_GIGA_BYTES[pcie] * 1e9,
+    )
 
 
 HOPPER_TERA = {"bfloat16": 989.4, "float16": 989.4, "float32": 66.9}
 RATES = {
-    "Tesla T4": _rates({"float16": 65, "float32": 8.1}, 320),
-    "NVIDIA L4": _rates({"bfloat16": 121, "float16": 121, "float32": 30.3}, 300),
-    "NVIDIA A10": _rates({"bfloat16": 125, "float16": 125, "float32": 31.2}, 600),
-    "RTX 4090": _rates({"bfloat16": 165.2, "float16": 165.2, "float32": 82.6}, 1008),
-    "A100-SXM4-40GB": _rates({"bfloat16": 312, "float16": 312, "float32": 19.5}, 1555),
-    "A100-SXM4-80GB": _rates({"bfloat16": 312, "float16": 312, "float32": 19.5}, 2039),
-    "H100 80GB HBM3": _rates(HOPPER_TERA, 3350),
-    "H200": _rates(HOPPER_TERA, 4800),
+    "Tesla T4": _rates({"float16": 65, "float32": 8.1}, 320, pcie=3),
+    "NVIDIA L4": _rates({"bfloat16": 121, "float16": 121, "float32": 30.3}, 300, pcie=4),
+    "NVIDIA A10": _rates({"bfloat16": 125, "float16": 125, "float32": 31.2}, 600, pcie=4),
+    "RTX 4090": _rates({"bfloat16": 165.2, "float16": 165.2, "float32": 82.6}, 1008, pcie=4),
+    "A100-SXM4-40GB": _rates({"bfloat16": 312, "float16": 312, "float32": 19.5}, 1555, pcie=4),
+    "A100-SXM4-80GB": _rates({"bfloat16": 312, "float16": 312, "float32": 19.5}, 2039, pcie=4),
+    "H100 80GB HBM3": _rates(HOPPER_TERA, 3350, pcie=5),
+    "H200": _rates(HOPPER_TERA, 4800, pcie=5),
 }
 """By the last words of CUDA's name of the card: NVIDIA's data sheets, and for GeForce the Ada whitepaper's."""
 

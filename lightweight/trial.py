@@ -188,6 +188,7 @@ class Forecast:
         trainable_parameters: Parameters that are trained.
         paged_bytes: What a paged optimizer keeps in managed memory, on the card while there is room, else on the host.
             It is in no peak and no verdict.
+        host_bytes: What is pinned in the host's memory instead of the card's: activations and an embedding.
         step_seconds: The time of an optimizer step; None without a calibration or data sheet.
         is_calibrated: Whether the calibration is one of the same card.
     """
@@ -201,6 +202,7 @@ class Forecast:
     parameters: int
     trainable_parameters: int
     paged_bytes: int = 0
+    host_bytes: int = 0
     step_seconds: float | None = None
     is_calibrated: bool = False
 

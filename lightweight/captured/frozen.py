@@ -25,6 +25,7 @@ from lightweight.captured.joined import Placing
 from lightweight.captured.kernels import Norm
 from lightweight.captured.projections import Family, layers_of
 from lightweight.internals import torch as torch_internals
+from lightweight.internals import transformers as transformers_internals
 
 SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 """Names under which a module's children project one and the same input."""
@@ -148,7 +149,7 @@ class Lean:
         self._undo_rotations = lambda: None
 
     def _change(self, module: Any, forward: Callable[..., torch.Tensor]) -> None:
-        module.forward = forward
+        module.forward = transformers_internals.standing_in(module, forward)
         self.changed.append(module)
 
 

@@ -200,9 +200,15 @@ class CapturedTraining:
         if arguments.gradient_checkpointing:
             self.network.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
             self.network.enable_input_require_grads()
-        self.step.passes.recompute(self._asked.recompute, keeps_random_numbers=not self._is_graph)
+        self._recompute(keeps_random_numbers=not self._is_graph)
         if len(self.step.passes.recomputed) < self._asked.recompute:
             self.notes.append(f"{len(self.step.passes.recomputed)} layers at most can be recomputed")
+        if self._asked.offload:
+            self.notes.append(f"{len(self.step.passes.offloaded)} layers keep their activations on the host")
+
+    def _recompute(self, *, keeps_random_numbers: bool) -> None:
+        asked = self._asked
+        self.step.passes.recompute(asked.recompute, offload=asked.offload, keeps_random_numbers=keeps_random_numbers)
 
     @property
     def _is_graph(self) -> bool:
@@ -262,7 +268,7 @@ class CapturedTraining:
         if changing is None:
             return True
         self.notes.append(f"uncaptured: {changing} would draw other dropout masks when it is recomputed")
-        passes.recompute(self._asked.recompute, keeps_random_numbers=True)
+        self._recompute(keeps_random_numbers=True)
         return False
 
     def _capture(self) -> bool:

@@ -17,6 +17,7 @@ from lightweight.captured.agreement import Tolerance
 from lightweight.captured.cross_entropy import linear_cross_entropy
 from lightweight.captured.flash import Sequences
 from lightweight.captured.frozen import Lean
+from lightweight.captured.offload import Offload
 from lightweight.captured.packing import Buffers
 from lightweight.captured.parts import Parts
 from lightweight.internals import transformers as transformers_internals
@@ -46,6 +47,7 @@ class Passes:
         self._lean: Lean | None = None
         self._undo_attention: Callable[[], None] | None = None
         self.recomputed: list[Any] = []
+        self.offloaded: list[Any] = []
         self._undo_recompute: Callable[[], None] | None = None
 
     @property
@@ -77,15 +79,20 @@ class Passes:
             probes.check_head(self.model, self.autocast)
         self._lean_on(parts.lean)
 
-    def recompute(self, count: int, *, keeps_random_numbers: bool) -> None:
-        """Have the first `count` layers computed again in the backward pass from now on. Where that
-        `keeps_random_numbers` of torch's, they drop what they dropped before; no CUDA graph can."""
+    def recompute(self, count: int, *, offload: int = 0, keeps_random_numbers: bool) -> None:
+        """Have the first `count` layers computed again in the backward pass from now on, and what the first `offload`
+        layers keep lie in the host's memory. Where that `keeps_random_numbers` of torch's, they drop what they dropped
+        before; no CUDA graph can."""
         if self._undo_recompute is not None:
             self._undo_recompute()
-        self.recomputed = transformers_internals.recomputable_layers(self.model)[:count]
-        self._undo_recompute = transformers_internals.recompute(
-            self.recomputed, keeps_random_numbers=keeps_random_numbers
-        )
+        layers = transformers_internals.recomputable_layers(self.model)
+        self.recomputed, self.offloaded = layers[:count], layers[:offload]
+        again = transformers_internals.recomputing(keeps_random_numbers=keeps_random_numbers)
+        called: dict[Any, Callable[..., Any]] = dict.fromkeys(self.recomputed, again)
+        if self.offloaded:
+            host = Offload(self.model, self.offloaded)
+            called |= {layer: host.calling(layer, called.get(layer)) for layer in self.offloaded}
+        self._undo_recompute = transformers_internals.called_by(called)
 
     def changing_layer(self, buffers: Buffers) -> str | None:
         """The class of a layer that gives another result when it is computed again, by dropout that no seed of ours

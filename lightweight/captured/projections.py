@@ -3,7 +3,7 @@ once, whatever the number of their adapters; or nothing, where that can be compu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -88,15 +88,15 @@ def layers_of(modules: list[Any], *, joins: bool) -> joined.Layers | None:
     adapters are scaled alike."""
     projections = [Projection.of(module, 0) for module in modules]
     is_alike = len({projection.scaling for projection in projections}) == 1
-    if not (joins or len(modules) == 1) or not is_alike or not _drop_nothing(modules):
+    if not (joins or len(modules) == 1) or not is_alike or drops_any(modules):
         return None
     return [projection.base for projection in projections], [projection.adapter for projection in projections]
 
 
-def _drop_nothing(modules: list[Any]) -> bool:
-    """Whether no layer drops any of its input, in training either."""
+def drops_any(modules: Iterable[Any]) -> bool:
+    """Whether a layer drops any of its input in training."""
     dropouts = [each for module in modules for each in getattr(module, "lora_dropout", {}).values()]
-    return all(isinstance(each, torch.nn.Identity) or getattr(each, "p", 1) == 0 for each in dropouts)
+    return not all(isinstance(each, torch.nn.Identity) or getattr(each, "p", 1) == 0 for each in dropouts)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,7 +30,7 @@ from lightweight.captured import attention, launching, loop
 from lightweight.child.failure import outcome_of
 from lightweight.child.process import lead_a_group, log_of, redirect_output, see_gpus
 from lightweight.internals.bitsandbytes import never_repack
-from lightweight.internals.transformers import call_first
+from lightweight.internals.transformers import call_first, loaded_one_by_one
 from lightweight.targets import Device
 from lightweight.training import answers, ranks, stock, unsloth
 from lightweight.training.heldout import heldout_loss
@@ -359,7 +359,9 @@ def build(trial: Trial, device: torch.device) -> torch.nn.Module:
     if trial.is_sharded and quantization is None:
         device = torch.device("cpu")
     dtype = getattr(torch, method.weights_dtype)
-    network = models.load(trial.model, dtype, device, quantization, in_order=step is not None)
+    leaves = step is not None and step.offload
+    with loaded_one_by_one() if leaves else nullcontext():
+        network = models.load(trial.model, dtype, device, quantization, in_order=step is not None)
     network = methods.adapt(method, network, upcast=step is None or step.upcast)
     if device.type == "cpu":
         never_repack(network)

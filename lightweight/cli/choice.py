@@ -53,7 +53,7 @@ def choose(
         method = _as_forecast(job.settings.apply(methods.named(before.method), ranks.world_size()))
         stored = before.settings.get("captured_step") or {}
         planned = _with_stored_passes(method, before.training_arguments)
-        return Choice(planned.recomputing(stored.get("recompute", 0)))
+        return Choice(planned.recomputing(stored.get("recompute", 0)).offloading(stored.get("offload", 0)))
     if device.total_bytes is None and target.total_bytes is None:
         if model.weights == "random" and job.settings.fits(methods.BASELINE):
             say("method baseline: no GPU or --target, so no forecast; random weights leave adapters nothing to adapt")
@@ -78,7 +78,8 @@ def choose(
     chosen = method.with_passes(row.accumulation)
     passes = "" if chosen == method else f" in {row.passes} passes of {row.batch_size} rows a step"
     passes += f", {row.recomputed_layers} layers computed twice" if row.recomputed_layers else ""
-    chosen = chosen.recomputing(row.recomputed_layers)
+    passes += f", the activations of {row.offloaded_layers} layers on the host" if row.offloaded_layers else ""
+    chosen = chosen.recomputing(row.recomputed_layers).offloading(row.offloaded_layers)
     say(
         f"method {method.name}{passes}: {size(row.forecast.reserved_bytes)} of {target.name}'s {size(budget)} "
         f"by forecast, expected to be the fastest of what fits ({', '.join(fitting)}){_check(method)}{where}"

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightweight import schema, targets
-from lightweight.forecast.work import Kernel, Kernels
+from lightweight.forecast.work import COPIES, Kernel, Kernels
 from lightweight.schema import AtLeast1, Count, Name, Positive
 from lightweight.targets import Rates
 
@@ -103,8 +103,10 @@ class Calibration:
         return found
 
     def seconds(self, kernels: Kernels, rates: Rates | None = None) -> float:
-        """What kernels take one after the other in a CUDA graph: on this card, or on one of other `rates`."""
-        return math.fsum(count * self.kernel_seconds(kernel, rates) for kernel, count in kernels.items())
+        """What kernels take one after the other in a CUDA graph: on this card, or on one of other `rates`. Copies to
+        the host and back take no time of theirs."""
+        own = ((kernel, count) for kernel, count in kernels.items() if kernel.kind not in COPIES)
+        return math.fsum(count * self.kernel_seconds(kernel, rates) for kernel, count in own)
 
     def kernel_seconds(self, kernel: Kernel, rates: Rates | None = None) -> float:
         """What one kernel takes, and the gap until the next."""

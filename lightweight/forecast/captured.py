@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lightweight.captured import dropout, flash, launching, packing, temporary
+from lightweight.captured import dropout, flash, launching, offload, packing, temporary
 from lightweight.captured.epochs import Epochs
 from lightweight.captured.graphs import what_cannot_be_captured
 from lightweight.captured.loop import RANKS_MOVE
@@ -96,9 +96,11 @@ def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> 
         launching.shapes_alone(drawn=is_drawn),
         launching.launches_told_to(recorder.launched),
         flash.as_on(recorder.rules.capability),
+        offload.told_to(recorder),
     ):
         step = _FirstPasses(trial, trainer, recorder)
-        step.passes.recompute(asked.recompute, keeps_random_numbers=not asked.graph)
+        step.passes.recompute(asked.recompute, offload=asked.offload, keeps_random_numbers=not asked.graph)
+        recorder.free_unused()  # where an embedding was
         with torch_internals.with_numbers():  # of the rows that are drawn
             joins = step.passes.on_flash and asked.attention == "sdpa"
             epochs = Epochs(trial, trainer, rows, packing_asked=asked.packing, joins=joins, compiled=False)

@@ -15,7 +15,7 @@ from lightweight.forecast import calibration, corpus_rows, placing, replay, step
 from lightweight.forecast.calibration import Calibration
 from lightweight.forecast.corpus_rows import CorpusRows
 from lightweight.forecast.plan_choice import with_choice
-from lightweight.forecast.plan_row import ANY_BATCH, PlanOptions, PlanRow, recomputed_layers
+from lightweight.forecast.plan_row import ANY_BATCH, PlanOptions, PlanRow, offloaded_layers, recomputed_layers
 from lightweight.forecast.plan_search import fewest_gpus, fewest_layers, largest_batch, smaller_passes
 from lightweight.forecast.step_time import JobTime
 from lightweight.forecast.tracer import ForecastError
@@ -36,14 +36,21 @@ LASTING: tuple[Cause, ...] = ("weights", "quantization state", "optimizer")
 """What every pass of a step holds, however few its sequences."""
 
 
-_Key = tuple[int, int, int, int, Placement, Capability]
+_Key = tuple[int, int, int, int, int, Placement, Capability]
 """What tells the traces of a cell apart."""
 
 
 def _key(trial: Trial, target: Target) -> _Key:
     method = trial.method
-    passes = method.sequences_per_pass, method.passes_per_step, recomputed_layers(method)
-    return *passes, trial.world_size, trial.placement, target.capability
+    passes = method.sequences_per_pass, method.passes_per_step
+    return (
+        *passes,
+        recomputed_layers(method),
+        offloaded_layers(method),
+        trial.world_size,
+        trial.placement,
+        target.capability,
+    )
 
 
 @dataclass(eq=False, kw_only=True)
@@ -107,12 +114,17 @@ class _Cell:
     def _forecast(self, trial: Trial, target: Target) -> Forecast:
         key = _key(trial, target)
         if key not in self._traces:
-            gpus, recomputed = trial.world_size, recomputed_layers(trial.method)
+            gpus, recomputed, offloaded = (
+                trial.world_size,
+                recomputed_layers(trial.method),
+                offloaded_layers(trial.method),
+            )
             rows = trial.method.on_rank(gpus).sequences_per_pass
             shared = f" on {gpus} GPUs, {trial.placement}" if gpus > 1 else ""
             longest = self.corpus_rows.width if self.corpus_rows is not None else self.question.max_length
             twice = f", {recomputed} layers computed twice" if recomputed else ""
-            self.progress(f"{trial.name}: tracing a batch of {rows} x {longest}{shared}{twice}")
+            there = f", {offloaded} layers' activations on the host" if offloaded else ""
+            self.progress(f"{trial.name}: tracing a batch of {rows} x {longest}{shared}{twice}{there}")
             self._traces[key] = tracer.trace(trial, target.capability, self._rows)
         return replay.within(self._traces[key], target.budget_bytes)
 
@@ -131,9 +143,10 @@ class _Cell:
     def advised(self, gpus: int, target: Target) -> tuple[Method, Forecast]:
         """The method with the most sequences a pass that fit, of the same optimizer step, and its forecast: its own
         where they fit, where nothing does, or where the question keeps them. Where the fewest do not fit either, a
-        captured step computes as few layers as suffice again. Raises ForecastError."""
+        captured step computes as few layers as suffice again; where not even all do, it has the activations of as few
+        as suffice on the host instead. Raises ForecastError."""
         own = self.forecast(self.method, gpus, target)
-        lasting = sum(own.by_cause[cause] for cause in LASTING)
+        lasting = sum(own.by_cause[cause] for cause in LASTING) - self._embedding_bytes
         if own.verdict == "fits" or lasting > (target.budget_bytes or lasting):
             return self.method, own
         smaller = [] if self.question.keeps_passes else smaller_passes(self.method, gpus)
@@ -142,22 +155,35 @@ class _Cell:
         )
         if index < len(smaller):
             return smaller[index], self.forecast(smaller[index], gpus, target)
-        return self._recomputing(smaller[-1] if smaller else self.method, gpus, target) or (self.method, own)
+        fewest = smaller[-1] if smaller else self.method
+        return self._with_less(fewest, gpus, target) or (self.method, own)
 
-    def _recomputing(self, method: Method, gpus: int, target: Target) -> tuple[Method, Forecast] | None:
-        """`method` with the fewest layers computed again that let it fit, and its forecast; None where none do. Raises
-        ForecastError."""
+    @property
+    def _embedding_bytes(self) -> int:
+        """What a captured step may have on the host of what every pass holds."""
+        if self.method.captured_step is None or not isinstance(self.config, PretrainedConfig):
+            return 0
+        text = self.config.get_text_config()
+        return int(getattr(text, "vocab_size", 0) * getattr(text, "hidden_size", 0) * 4)
+
+    def _with_less(self, method: Method, gpus: int, target: Target) -> tuple[Method, Forecast] | None:
+        """`method` with the fewest layers computed again that let it fit, else with the activations of the fewest on
+        the host, else with the fewest computed again whose inputs alone are there; and its forecast. None where nothing
+        does. Raises ForecastError."""
         layers = getattr(self.config, "num_hidden_layers", None)
         if method.captured_step is None or not isinstance(layers, int) or target.budget_bytes is None:
             return None
 
-        def with_layers(count: int) -> Forecast:
-            return self.forecast(method.recomputing(count), gpus, target)
+        def of(changed: Method) -> Forecast:
+            return self.forecast(changed, gpus, target)
 
-        if with_layers(0).allocated_bytes < target.budget_bytes * (1 - replay.MARGIN):
+        if of(method).allocated_bytes < target.budget_bytes * (1 - replay.MARGIN):
             return None  # what does not fit is the check, which keeps nothing as it is
-        count = fewest_layers(with_layers, layers)
-        return None if count is None else (method.recomputing(count), with_layers(count))
+        for with_layers in (method.recomputing, method.offloading, method.offloading(layers).recomputing):
+            count = fewest_layers(lambda count, changed=with_layers: of(changed(count)), layers)  # type: ignore[misc]
+            if count is not None:
+                return with_layers(count), of(with_layers(count))
+        return None
 
 
 def plan(

@@ -110,6 +110,11 @@ class PlanRow:
         """Layers that a captured step computes again in the backward pass."""
         return recomputed_layers(self.method)
 
+    @property
+    def offloaded_layers(self) -> int:
+        """Layers whose activations a captured step has on the host."""
+        return offloaded_layers(self.method)
+
     def as_json(self) -> dict[str, Any]:
         """What `lightweight plan --format json` writes of it: what the forecast says is None where there is none, and
         what was not asked for is left out."""
@@ -124,6 +129,7 @@ class PlanRow:
             "passes": self.passes,
             "accumulation": self.accumulation,
             "recomputed_layers": self.recomputed_layers,
+            "offloaded_layers": self.offloaded_layers,
             "max_length": question.max_length,
             "budget_bytes": self.target.budget_bytes,
             "context_bytes": CONTEXT_BYTES,
@@ -133,6 +139,7 @@ class PlanRow:
             "forecast_reserved_bytes": forecast and forecast.reserved_bytes,
             "bytes_by_cause": forecast.by_cause if forecast else {},
             "paged_bytes": forecast and forecast.paged_bytes,
+            "host_bytes": forecast and forecast.host_bytes,
             "parameters": forecast and forecast.parameters,
             "trainable_parameters": forecast and forecast.trainable_parameters,
             "phase": forecast and forecast.phase,
@@ -161,3 +168,8 @@ class PlanRow:
 def recomputed_layers(method: Method) -> int:
     """Layers that its step computes again in the backward pass, where it is captured."""
     return 0 if method.captured_step is None else method.captured_step.recompute
+
+
+def offloaded_layers(method: Method) -> int:
+    """Layers whose activations its step has on the host, where it is captured."""
+    return 0 if method.captured_step is None else method.captured_step.offload

@@ -60,7 +60,8 @@ def _causes(rows: Sequence[PlanRow]) -> str:
 def _step(row: PlanRow) -> str:
     twice = f", {row.recomputed_layers} layers twice" if row.recomputed_layers else ""
     sharded = ", sharded" if row.placement == "sharded" else ""
-    return f"{row.passes} x {row.batch_size}{twice}{sharded}"
+    there = f", {row.offloaded_layers} layers on the host" if row.offloaded_layers else ""
+    return f"{row.passes} x {row.batch_size}{twice}{there}{sharded}"
 
 
 def _verdicts(rows: Sequence[PlanRow]) -> str:

@@ -67,6 +67,7 @@ class Recorder(DispatchMode):
         self.emptied: list[int] = []
         self.training_from = 0
         self.paged_bytes = 0
+        self.host_bytes = 0
         self.watch: Watch | None = None
         self.of_pass, self.of_optimizer = Watch(), Watch()
         self._is_in_a_pass = False
@@ -229,14 +230,29 @@ class Recorder(DispatchMode):
 
     def page(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor in managed memory, which the caching allocator knows nothing of."""
+        paged = self._elsewhere(size, dtype)
+        self.paged_bytes += paged.nbytes
+        return paged
+
+    def on_the_host(self, size: int) -> Tensor:
+        """Bytes of the host's memory."""
+        self.host_bytes += size
+        return self._elsewhere((size,), torch.uint8)
+
+    def copied(self, size: int, *, to_host: bool) -> None:
+        """Be told of a copy between the device and the host."""
+        if self.watch is not None:
+            self.watch.copied(size, to_host=to_host)
+
+    def _elsewhere(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor that the caching allocator knows nothing of."""
         with self.unseen():
-            paged = torch.zeros(size, dtype=dtype)
-        storage = paged.untyped_storage()
+            tensor = torch.zeros(size, dtype=dtype)
+        storage = tensor.untyped_storage()
         key = address(storage)
         self._names[key] = None
         weakref.finalize(storage, self._forget, key)
-        self.paged_bytes += storage.nbytes()
-        return paged
+        return tensor
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """Note that a storage has changed its size. FSDP2 so frees the whole weights of a layer, and gets them back."""

@@ -40,7 +40,7 @@ class Trace:
     `streams` in which stream it was allocated, where that is another than the first, 0. What `kept` streams have
     reserved stays reserved: a CUDA graph's own pool. `emptied` is where the cache was emptied, and `training_from`
     where peaks began to count. `paged_bytes` are of no event: optimizer state in managed memory, which the driver moves
-    between card and host. `work` is what an optimizer step has the device do, and
+    between card and host; nor are `host_bytes`, pinned there. `work` is what an optimizer step has the device do, and
     `flop_per_token` what training needs, as models/flop.py counts it.
     """
 
@@ -54,6 +54,7 @@ class Trace:
     emptied: list[int] = field(default_factory=list)
     training_from: int = 0
     paged_bytes: int = 0
+    host_bytes: int = 0
     work: Work = NOTHING
     flop_per_token: float | None = None
 
@@ -141,6 +142,7 @@ def within(traced: Trace, budget_bytes: int | None) -> Forecast:
         parameters=traced.parameters,
         trainable_parameters=traced.trainable_parameters,
         paged_bytes=traced.paged_bytes,
+        host_bytes=traced.host_bytes,
     )
 
 

@@ -16,9 +16,9 @@ from lightweight.internals import bitsandbytes as bitsandbytes_internals
 from lightweight.internals import torch as torch_internals
 
 
-def materialise(network: Any, dtype: torch.dtype, recorder: Recorder) -> None:
+def materialise(network: Any, dtype: torch.dtype, recorder: Recorder, *, in_one_block: bool = True) -> None:
     """Turn a network on the meta device into one of fake tensors, piece by piece, quantized as it comes. `dtype` is
-    what unquantized weights are held in."""
+    what unquantized weights are held in; `in_one_block`: whether memory for all is allocated first."""
     made: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
@@ -29,7 +29,8 @@ def materialise(network: Any, dtype: torch.dtype, recorder: Recorder) -> None:
             made[id(tensor)] = new
         return made[id(tensor)]
 
-    recorder.reserve(_bytes_to_load(network))
+    if in_one_block:
+        recorder.reserve(_bytes_to_load(network))
     for module, key, tensor in _as_loaded(network):
         if isinstance(module, Linear4bit) and key == "weight":
             module.weight = _quantized(tensor, dtype, recorder)

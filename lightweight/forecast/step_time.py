@@ -15,8 +15,9 @@ from lightweight import targets
 from lightweight.forecast import calibration
 from lightweight.forecast.calibration import Calibration
 from lightweight.forecast.replay import Trace
-from lightweight.forecast.work import DEQUANTIZATIONS, Work
+from lightweight.forecast.work import COPIES, DEQUANTIZATIONS, Work
 from lightweight.methods import BASELINE, LORA, QLORA
+from lightweight.targets import Rates
 from lightweight.trial import Trial
 
 HOSTS = 0.5, 1.5
@@ -30,6 +31,12 @@ DEVICE_ERROR = 0.1
 UNHIDDEN = 0.25
 """Of the card's time and Python's, the shorter one's share that may not be hidden behind the longer: the card goes on
 while Python asks for more, but a forward pass may wait for the one, and the backward pass for the other."""
+
+FORWARD = 0.4
+"""The share of a step that is its forward pass, where some is computed again in the backward pass."""
+
+PCIE_REACHED = 0.85
+"""Of the data sheet's bytes a second."""
 
 HOUR = 3600
 
@@ -119,6 +126,7 @@ def forecast(trace: Trace, trial: Trial, card: str, known: Sequence[Calibration]
         return None
     measured, is_calibrated = found
     device = measured.seconds(trace.work.kernels, None if is_calibrated else rates)
+    device += _unhidden_copies(trace.work, device, rates)
     low = high = device
     step = trial.method.captured_step
     if step is None or not step.graph:
@@ -135,6 +143,13 @@ def forecast(trace: Trace, trial: Trial, card: str, known: Sequence[Calibration]
         measured=measured.device,
         is_calibrated=is_calibrated,
     )
+
+
+def _unhidden_copies(work: Work, seconds: float, rates: Rates) -> float:
+    """What copies to the host and back take beyond the forward and the backward pass of a step of so many seconds,
+    beside which they are made."""
+    to_host, back = (work.copied(kind) / (PCIE_REACHED * rates.host_bytes_per_second) for kind in COPIES)
+    return max(0.0, to_host - FORWARD * seconds) + max(0.0, back - (1 - FORWARD) * seconds)
 
 
 def _pace(trial: Trial, work: Work, measured: Calibration) -> float:

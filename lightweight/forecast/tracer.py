@@ -170,7 +170,7 @@ def _trace(trial: Trial, capability: Capability, rows: Rows | None, network: Any
         recorder.meter.phase = "build"
         with _module_names(network) as entered:
             try:
-                skeleton.materialise(network, dtype, recorder)
+                skeleton.materialise(network, dtype, recorder, in_one_block=step is None or not step.offload)
                 flop_per_token = models.flop_per_token(network, trial.max_length)
                 parameters, trainable = (models.count_parameters(network, trainable=only) for only in (False, True))
                 with torch_internals.no_hooks_left():
@@ -197,6 +197,7 @@ def _trace(trial: Trial, capability: Capability, rows: Rows | None, network: Any
         emptied=recorder.emptied,
         training_from=recorder.training_from,
         paged_bytes=recorder.paged_bytes,
+        host_bytes=recorder.host_bytes,
         work=_work(trial, recorder),
         flop_per_token=flop_per_token,
     )

@@ -56,6 +56,10 @@ class Work(NamedTuple):
             of_format[kernel.dtype] += kernel.flop * count
         return max(of_format, key=lambda dtype: of_format[dtype], default="float32")
 
+    def copied(self, kind: str) -> int:
+        """Bytes that copies of this kind move, see COPIES."""
+        return sum(kernel.bytes * count for kernel, count in self.kernels.items() if kernel.kind == kind)
+
     @property
     def launches(self) -> int:
         """How many kernels run."""
@@ -99,9 +103,17 @@ class Watch:
         self._operators += self.times
         self._kernels[triton_kernel(name, programs, arguments, settings)] += self.times
 
+    def copied(self, size: int, *, to_host: bool) -> None:
+        """Count a copy between the device and the host."""
+        self._kernels[a_pass(TO_HOST if to_host else FROM_HOST, size)] += self.times
+
     def work(self) -> Work:
         """What was seen so far."""
         return Work(dict(self._kernels), self._operators)
+
+
+TO_HOST, FROM_HOST = COPIES = "copy to the host", "copy from the host"
+"""Kinds that are no kernels, but run beside them."""
 
 
 # Kernels of ours

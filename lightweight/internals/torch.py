@@ -52,10 +52,11 @@ def pin(network: Any) -> None:
 
 
 def twin_of(module: nn.Module, children: dict[str, Any]) -> Any:
-    """A copy of `module` with its class's own forward pass and other `children`, of any class; weights are shared.
-    Ibid., `Module._modules`."""
+    """A copy of `module` with its class's own forward pass, computed once, and other `children`, of any class; weights
+    are shared. Ibid., `Module._modules`; transformers/modeling_layers.py, `GradientCheckpointingLayer`."""
     twin = copy.copy(module)
-    vars(twin).pop("forward", None)
+    for own in ("forward", "gradient_checkpointing"):
+        vars(twin).pop(own, None)
     vars(twin)["_modules"] = children
     return twin
 
@@ -69,6 +70,25 @@ def is_fork_without_cuda() -> bool:
 def address(storage: torch.UntypedStorage) -> int:
     """What tells a storage from another while it lives, fake ones too: these have no `data_ptr`. torch/storage.py."""
     return int(storage._cdata)
+
+
+def on_the_host(tensor: Tensor) -> Tensor:
+    """A copy of a GPU's tensor that is one of the GPU's as well, and whose numbers lie in the host's memory, pinned:
+    kernels read them over PCIe, since both have one space of addresses. torch takes what lies there, as anything's that
+    says so, by `__cuda_array_interface__`. torch/csrc/utils/tensor_numpy.cpp, `tensor_from_cuda_array_interface`."""
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    pinned.copy_(tensor)
+    seen = torch.as_tensor(_SeenByTheGpu(pinned), device=tensor.device)
+    return seen.view(tensor.dtype).view(tensor.shape)
+
+
+class _SeenByTheGpu:
+    """Pinned memory of the host as a GPU's bytes; the tensor that is made of it holds it."""
+
+    def __init__(self, pinned: Tensor) -> None:
+        self._pinned = pinned
+        place = {"data": (pinned.data_ptr(), False), "shape": (pinned.nbytes,), "typestr": "|u1"}
+        self.__cuda_array_interface__ = {**place, "version": 3}
 
 
 def schema(operator: Any) -> Any:

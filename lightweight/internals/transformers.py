@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -120,23 +120,49 @@ def recomputable_layers(model: Any) -> list[Any]:
 def recompute(layers: Sequence[Any], *, keeps_random_numbers: bool) -> Callable[[], None]:
     """Have `layers` computed again in the backward pass; what is returned undoes that. torch then gives their second
     passes the random numbers of their first, where it `keeps_random_numbers`, which no CUDA graph can. Ibid."""
+    return called_by(dict.fromkeys(layers, recomputing(keeps_random_numbers=keeps_random_numbers)))
+
+
+def recomputing(*, keeps_random_numbers: bool) -> Callable[..., Any]:
+    """What a layer is called by to be computed again in the backward pass, see `recompute`."""
     from torch.utils.checkpoint import checkpoint
 
-    function = partial(checkpoint, use_reentrant=False, preserve_rng_state=keeps_random_numbers)
-    before = [(layer, layer.gradient_checkpointing, vars(layer).get(_RECOMPUTES_BY)) for layer in layers]
-    for layer in layers:
+    return partial(checkpoint, use_reentrant=False, preserve_rng_state=keeps_random_numbers)
+
+
+def called_by(functions: Mapping[Any, Callable[..., Any]]) -> Callable[[], None]:
+    """Have each of these layers called in training by a function that is given its forward pass, a `partial` with what
+    it takes by name, and the rest of what it takes; what is returned undoes that. Ibid."""
+    before = [(layer, layer.gradient_checkpointing, vars(layer).get(_CALLED_BY)) for layer in functions]
+    for layer, function in functions.items():
         layer.gradient_checkpointing = True
-        setattr(layer, _RECOMPUTES_BY, function)
+        setattr(layer, _CALLED_BY, function)
 
     def undo() -> None:
         for layer, was, by in before:
             layer.gradient_checkpointing = was
-            setattr(layer, _RECOMPUTES_BY, by)
+            setattr(layer, _CALLED_BY, by)
 
     return undo
 
 
-_RECOMPUTES_BY = "_gradient_checkpointing_func"
+def standing_in(layer: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """What to put in the place of a layer's `forward` for another one to be called as its own is: 5.17 sees to
+    `called_by` around it, 5.23 within the class's own, which is then not called. Ibid."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if not isinstance(layer, GradientCheckpointingLayer) or "__call__" in vars(GradientCheckpointingLayer):
+        return forward
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        if layer.gradient_checkpointing and layer.training:
+            return getattr(layer, _CALLED_BY)(partial(forward, **options), *arguments)
+        return forward(*arguments, **options)
+
+    return called
+
+
+_CALLED_BY = "_gradient_checkpointing_func"
 
 
 @contextmanager
@@ -163,6 +189,14 @@ def quantize_shapes(network: PreTrainedModel, quantization: QuantizationConfigMi
     quantizer.preprocess_model(model=network, device_map=None)
     network.hf_quantizer = quantizer
     quantizer.postprocess_model(network)
+
+
+def loaded_one_by_one() -> AbstractContextManager[Any]:
+    """Inside, weights are loaded into memory of their own, and not into one block of all: what of them then leaves the
+    device gives its memory back. transformers/modeling_utils.py, `caching_allocator_warmup`."""
+    from transformers import modeling_utils
+
+    return mock.patch.object(modeling_utils, "caching_allocator_warmup")
 
 
 def call_first(trainer: Trainer, callback: TrainerCallback) -> None:

@@ -78,10 +78,12 @@ class CapturedStep:
         upcast: Whether the norms, embeddings and head of a quantized model are held in fp32, as
             `prepare_model_for_kbit_training` does.
         recompute: How many layers, the first ones, are recomputed in the backward pass instead of kept.
+        offload: How many layers, the first ones, have what they keep for the backward pass copied to the host's memory
+            and back; gates are recomputed instead. With any, a frozen embedding is on the host, too.
 
     Raises:
         ValueError: For packing with the model's own attention, which supports one dialogue per row, and for layers that
-            are both compiled and recomputed.
+            are compiled and also recomputed or offloaded.
     """
 
     attention: Literal["model", "sdpa"] = "sdpa"
@@ -92,10 +94,12 @@ class CapturedStep:
     compile: bool | None = None
     upcast: bool = False
     recompute: int = 0
+    offload: int = 0
 
     def __post_init__(self) -> None:
-        if self.recompute and self.compile:
-            raise ValueError("recompute needs compile=None or False: a compiled layer is not computed again")
+        for name in ("recompute", "offload"):
+            if getattr(self, name) and self.compile:
+                raise ValueError(f"{name} needs compile=None or False: a compiler decides by itself what layers keep")
         if self.packing and self.attention == "model":
             raise ValueError("packing needs attention='sdpa': the model's own attention supports one dialogue per row")
 
@@ -261,7 +265,9 @@ class Method:
         qlora a tenth, and on an H100, where either is faster captured.
         """
         step = self.captured_step
-        checkpointing = bool(self.training_arguments.get("gradient_checkpointing") or (step and step.recompute))
+        checkpointing = bool(
+            self.training_arguments.get("gradient_checkpointing") or (step and (step.recompute or step.offload))
+        )
         fp32 = self.precision == "fp32"
         return self.quantization is not None, checkpointing, fp32, step is None, self.adapter is None
 
@@ -296,6 +302,12 @@ class Method:
         if self.captured_step is None or layers == self.captured_step.recompute:
             return self
         return replace(self, step=replace(self.captured_step, recompute=layers))
+
+    def offloading(self, layers: int) -> Method:
+        """The method with the activations of so many layers of its captured step on the host."""
+        if self.captured_step is None or layers == self.captured_step.offload:
+            return self
+        return replace(self, step=replace(self.captured_step, offload=layers))
 
     def with_learning_rate(self, rate: float) -> Method:
         """The method with `rate` as its learning rate."""

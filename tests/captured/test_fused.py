@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightweight.captured import activations, blocks, launching, rotary
+from lightweight.captured import activations, blocks, launching, offload, rotary
 from lightweight.captured.frozen import Lean
-from lightweight.internals.transformers import rotation_of
+from lightweight.internals.transformers import called_by, recomputable_layers, rotation_of
 from lightweight.preload import peft
 from tests.captured.test_kernels import HAS_CUDA, apart  # noqa: F401  a fixture
 
@@ -84,20 +84,30 @@ def loss_and_gradients(network: Any) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "checkpointing"), [*((kind, False) for kind in KINDS), ("qwen3", True), ("gemma3_text", True)]
+    ("kind", "layers"),
+    [
+        *((kind, "kept") for kind in KINDS),
+        *((kind, "computed twice") for kind in ("qwen3", "gemma3_text")),
+        *((kind, "on the host") for kind in ("llama", "llama without down", "gemma2")),
+    ],
 )
-def test_a_decoder_with_our_kernels_has_its_own_loss_and_gradients(apart, kind, checkpointing) -> None:  # noqa: F811
-    apart(check_decoder, kind, checkpointing)
+def test_a_decoder_with_our_kernels_has_its_own_loss_and_gradients(apart, kind, layers) -> None:  # noqa: F811
+    apart(check_decoder, kind, layers)
 
 
-def check_decoder(kind: str, checkpointing: bool) -> None:
+def check_decoder(kind: str, layers: str) -> None:
     take, launching.take = launching.take, lambda x: True
     reference, network = build(kind), build(kind)
     expected_loss, expected = loss_and_gradients(reference)
     before = rotation_of(next(m for m in network.modules() if hasattr(m, "o_proj") or hasattr(m, "qkv_proj")))[0]
-    if checkpointing:
+    if layers == "computed twice":
         network.gradient_checkpointing_enable({"use_reentrant": False})
         network.enable_input_require_grads()
+    if layers == "on the host":
+        offload.SMALLEST_BYTES = 1
+        decoder = recomputable_layers(network)
+        host = offload.Offload(network.get_base_model(), decoder)
+        called_by({layer: host.calling(layer, None) for layer in decoder})
     launched: list[str] = []
     try:
         lean = Lean(network)
@@ -107,8 +117,16 @@ def check_decoder(kind: str, checkpointing: bool) -> None:
         assert loss == pytest.approx(expected_loss, abs=1e-5)
         for key, gradient in found.items():
             assert torch.allclose(gradient, expected[key], atol=2e-5, rtol=1e-4), key
-        if kind in FUSED and not checkpointing:
-            wanted = FUSED[kind]
+        wanted = FUSED.get(kind, {})
+        if wanted and layers != "kept":  # each layer ends with its sum, whose norm is the next one's
+            passes = 2 if layers == "computed twice" else 1
+            assert launched.count("add_norm") == passes * wanted["blocks"]
+            assert launched.count("add_norm_backward") == wanted["blocks"]
+            again = wanted["gates"] * (layers == "on the host" and "without down" not in kind)
+            assert launched.count("gate") == passes * wanted["gates"]
+            # norm before attention; and that of gates once for them and once for their adapters
+            assert launched.count("norm") >= 2 * wanted["blocks"] + again
+        if wanted and layers == "kept":
             assert launched.count("rotate") == launched.count("rotate_backward") == wanted["rotated"]
             assert launched.count("add_norm_backward") == 2 * wanted["blocks"]
             of_gates = "gate_backward" if "without down" in kind else "gate_project_backward"

@@ -11,7 +11,7 @@ from training.test_stock import Unattended
 from captured.test_graphs import StandInGraph, recording
 from conftest import rows_of
 from lightweight import corpus, models, record, targets
-from lightweight.captured import loop, packing
+from lightweight.captured import loop, offload, packing
 from lightweight.captured import optimizer as optimizer_module
 from lightweight.captured.step import Step
 from lightweight.child import owner, worker
@@ -233,6 +233,21 @@ def test_some_layers_computed_twice_train_the_same(trial, written, tmp_path, mod
         assert noted == (layers == 9)
     assert recomputed == [0, 1, 2]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0] == pytest.approx(losses[2], abs=1e-5)
+
+
+@pytest.mark.parametrize("model", ["opt-tiny", "gpt-neo-tiny", "llama-tiny"])
+def test_activations_on_the_host_train_the_same(trial, written, tmp_path, monkeypatch, model):
+    """Bit for bit, dropout and all; with layers computed again as well."""
+    monkeypatch.setattr(offload, "SMALLEST_BYTES", 1)
+    losses = []
+    for index, step in enumerate((CapturedStep(), CapturedStep(offload=9), CapturedStep(offload=2, recompute=1))):
+        method = replace(trial.method, step=step, training_arguments={"learning_rate": 1e-3})
+        _, meter, _ = trained(replace(trial, model=written[model], method=method), tmp_path / str(index))
+        losses.append(meter.measurements().train_loss)
+        noted = "2 layers keep their activations on the host" in (meter.facts["capture_note"] or "")
+        assert noted == (index > 0)
+    assert losses[0] == losses[1]
     assert losses[0] == pytest.approx(losses[2], abs=1e-5)
 
 

@@ -7,15 +7,18 @@ from pathlib import Path
 import pytest
 
 from experiments.test_forecast import ALLOCATED, CAPTURED_CELLS, CAPTURED_MODELS, RESERVED, STEP
+from experiments.test_large import LONG
 from lightweight import corpus, models, record
 from lightweight.captured import frozen
+from lightweight.captured.offload import CHUNK_BYTES
 from lightweight.child import helper
 from lightweight.corpus import Corpus
-from lightweight.forecast import calibration, captured, plan, plan_row, step_time, tracer
+from lightweight.forecast import calibration, captured, plan, plan_row, replay, step_time, tracer
 from lightweight.forecast.replay import within
+from lightweight.forecast.work import COPIES
 from lightweight.methods import BASELINE, BASELINE_CAPTURED, LORA, LORA_CAPTURED, QLORA, QLORA_CAPTURED, CapturedStep
 from lightweight.models import GPT_NEO_TINY, OPT_TINY, Model
-from lightweight.targets import CONTEXT_BYTES, HOPPER, NATIVE, T4, Device, GiB, Target
+from lightweight.targets import CONTEXT_BYTES, HOPPER, NATIVE, T4, Device, GiB, MiB, Target
 from lightweight.trial import Trial
 
 pytestmark = pytest.mark.xdist_group("traces")  # of which one worker makes all
@@ -253,6 +256,60 @@ def test_the_fewest_layers_that_let_a_long_row_fit_are_computed_again():
         if row.recomputed_layers:
             fewer = trace(SIX_LAYERS, long.recomputing(row.recomputed_layers - 1), max_length=8192)
             assert within(fewer, target.budget_bytes).verdict != "fits"
+
+
+MANY_WORDS = replace(SIX_LAYERS, architecture={**(SIX_LAYERS.architecture or {}), "vocab_size": 2**17})
+
+
+def test_activations_on_the_host_leave_the_card():
+    """And so does the embedding, none of which is the head's; the copies are work of the step."""
+    one = LORA_CAPTURED.with_at_most(1)
+    kept, half, moved = (trace(MANY_WORDS, one.offloading(layers), max_length=4096) for layers in (0, 3, 6))
+    embedding = 2**17 * 512 * 2
+    # of a token: input, query, key, value, attention's result, its sum; gate and up
+    layer_bytes = 4096 * (512 * 6 + 2 * 2048) * 2
+    assert kept.host_bytes == 0
+    assert (half.host_bytes, moved.host_bytes) == (embedding + CHUNK_BYTES, embedding + 2 * CHUNK_BYTES)
+    before, after = kept.replay(), moved.replay()
+    assert before.by_cause["weights"] - after.by_cause["weights"] == embedding
+    left = before.by_cause["activations"] - after.by_cause["activations"]
+    assert left == pytest.approx(5 * layer_bytes, rel=0.05)  # all but that which is gone through
+    assert before.allocated_bytes > half.replay().allocated_bytes > after.allocated_bytes
+    assert before.reserved_bytes - after.reserved_bytes > embedding + 3 * layer_bytes  # no hole is where it was
+    there, back = (moved.work.copied(kind) for kind in COPIES)
+    assert there == 6 * layer_bytes  # this adapter drops some of its input, so that gates are not computed again
+    assert back == there * 5 / 6  # the last layer's are still there
+    assert kept.work.copied(COPIES[0]) == 0
+    assert moved.work.flop == kept.work.flop
+
+
+def test_gates_are_computed_again_and_not_copied_where_adapters_drop_nothing():
+    kept, moved = (trace(MANY_WORDS, LONG.offloading(layers), max_length=4096) for layers in (0, 6))
+    room = 3 * 16  # columns beside queries, keys and values, for what lies between an adapter's factors
+    assert moved.work.copied(COPIES[0]) == 6 * 4096 * (512 * 6 + room) * 2
+    assert moved.work.flop - kept.work.flop == pytest.approx(6 * 2 * 4096 * 512 * 2 * 2048, rel=0.1)
+
+
+@pytest.mark.parametrize(("budget", "layers"), [(80, (4, 0)), (60, (0, 5)), (32, (2, 6)), (10, (0, 0))])
+def test_what_does_not_fit_with_every_layer_computed_again_goes_to_the_host(monkeypatch, budget, layers):
+    """As few layers as suffice, computed again before they go to the host, and both last."""
+
+    def held(of, *_):
+        recomputed, offloaded = plan_row.recomputed_layers(of.method), plan_row.offloaded_layers(of.method)
+        taken = 100 - 6 * recomputed if not offloaded else 100 - 10 * offloaded - 5 * recomputed
+        return replay.Trace(
+            parameters=1,
+            trainable_parameters=1,
+            events=[(0, taken * MiB)],
+            causes={0: "activations"},
+            phases=[(0, "capture")],
+        )
+
+    monkeypatch.setattr(tracer, "trace", held)
+    target = Target(name="any", capability=HOPPER, total_bytes=budget * MiB + CONTEXT_BYTES)
+    (row,) = plan.plan([SIX_LAYERS], [LORA_CAPTURED.with_at_most(1)], [target], plan_row.PlanOptions(max_length=4096))
+    assert (row.recomputed_layers, row.offloaded_layers) == layers
+    assert row.as_json()["offloaded_layers"] == layers[1]
 
 
 def test_eight_billion_parameters_fit_24_gib_captured():

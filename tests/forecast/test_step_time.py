@@ -9,7 +9,16 @@ from lightweight import targets
 from lightweight.corpus import Corpus
 from lightweight.forecast import step_time, work
 from lightweight.forecast.replay import Trace
-from lightweight.forecast.step_time import DEVICE_ERROR, HOSTS, UNHIDDEN, JobLimits, JobTime, StepTime
+from lightweight.forecast.step_time import (
+    DEVICE_ERROR,
+    FORWARD,
+    HOSTS,
+    PCIE_REACHED,
+    UNHIDDEN,
+    JobLimits,
+    JobTime,
+    StepTime,
+)
 from lightweight.forecast.work import Work
 from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, QLORA, CapturedStep
 from lightweight.targets import NATIVE
@@ -32,6 +41,23 @@ def test_a_captured_step_takes_as_long_as_its_kernels():
     assert step.low == step.high == step.seconds == pytest.approx(DEVICE)
     assert step.tokens_per_second == pytest.approx(8 * 256 / DEVICE)
     assert step.share_of_peak == pytest.approx(1e6 * 8 * 256 / DEVICE / 989.4e12)
+
+
+def test_copies_to_the_host_take_what_the_kernels_beside_them_leave():
+    """The forward pass has those to the host, the backward pass those back."""
+    rate = 63e9 * PCIE_REACHED
+
+    def seconds(**copied):
+        kinds = {name: work.a_pass(f"copy {name} the host", int(size)) for name, size in copied.items()}
+        kernels = {**WORK.kernels, **dict.fromkeys(kinds.values(), 2)}
+        step = step_time.forecast(replace(TRACE, work=Work(kernels, 100)), trial(LORA_CAPTURED), H100, [MADE_UP])
+        assert step is not None
+        return step.seconds
+
+    forward, backward = FORWARD * DEVICE * rate / 2, (1 - FORWARD) * DEVICE * rate / 2
+    assert seconds(to=0.9 * forward, **{"from": 0.9 * backward}) == pytest.approx(DEVICE)
+    assert seconds(to=2 * forward) == pytest.approx(DEVICE * (1 + FORWARD))
+    assert seconds(**{"from": 2 * backward}) == pytest.approx(DEVICE * (2 - FORWARD))
 
 
 def test_of_arithmetic_that_nobody_can_count_the_share_is_not_known_and_the_time_is():

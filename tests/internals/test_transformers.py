@@ -115,6 +115,35 @@ def test_layers_are_computed_again_until_that_is_undone():
     assert step() == 1
 
 
+def test_what_stands_in_for_a_layers_forward_pass_is_called_as_that_is():
+    """By what `called_by` has given the layer, in training alone, and once: 5.17 and 5.23 do so in different places."""
+    network = AutoModelForCausalLM.from_config(CONFIG)
+    layer, *_ = transformers_internals.recomputable_layers(network)
+    own, calls = layer.forward, []
+
+    def by(function, *arguments):
+        calls.append("by" if "attention_mask" in function.keywords else "without what it takes by name")
+        return function(*arguments)
+
+    def forward(*arguments, **options):
+        calls.append("forward")
+        return own(*arguments)
+
+    layer.forward = transformers_internals.standing_in(layer, forward)
+    undo = transformers_internals.called_by({layer: by})
+    ids = torch.tensor([[1, 2, 3]])
+    network.train()(ids)
+    assert calls[:2] == ["by", "forward"]
+    assert calls.count("forward") == 1
+    calls.clear()
+    network.eval()(ids)
+    assert calls == ["forward"]
+    undo()
+    calls.clear()
+    network.train()(ids)
+    assert calls == ["forward"]
+
+
 def test_whether_a_mask_says_more_than_causality_is_decided_elsewhere():
     model = AutoModelForCausalLM.from_config(CONFIG, attn_implementation="sdpa")
     padding = torch.tensor([[1, 1, 0]])
