@@ -30,7 +30,8 @@ class LockedError(Exception):
 
 def lock(mark: Path) -> int | None:
     """A descriptor that holds the lock on the file `mark` until it is closed, with this process's id in it; None where
-    whoever held it has just removed `mark`: ask again. Raises LockedError, and OSError."""
+    whoever held it has just removed `mark`: ask again. Raises LockedError, FileExistsError where `mark` is no
+    file, and OSError."""
     descriptor = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

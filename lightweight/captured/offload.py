@@ -36,7 +36,7 @@ CHUNK_BYTES = 2**28
 ALIGNED_BYTES = 512
 
 
-class Ledger(Protocol):
+class HostLedger(Protocol):
     """Who writes down what of the host's memory a forecast would take, and what is copied there and back."""
 
     def on_the_host(self, size: int) -> torch.Tensor:
@@ -46,11 +46,11 @@ class Ledger(Protocol):
         """Be told of a copy."""
 
 
-_ledger: Ledger | None = None
+_ledger: HostLedger | None = None
 
 
 @contextlib.contextmanager
-def told_to(ledger: Ledger) -> Iterator[None]:
+def told_to(ledger: HostLedger) -> Iterator[None]:
     """Inside, tensors have no content: nothing is copied, and `ledger` is told what would be."""
     global _ledger
     _ledger = ledger
@@ -90,7 +90,7 @@ class _Host:
 
 
 @dataclass(eq=False)
-class _Kept:
+class _Activation:
     """Memory of a layer's that its backward pass needs, as one row: on the device where it is `here`, and `there`, on
     the host, once it was copied."""
 
@@ -105,11 +105,11 @@ class _LayerPass:
 
     before: _LayerPass | None
     stays: frozenset[int]
-    kept: dict[int, weakref.ref[_Kept]] = field(default_factory=dict)
+    kept: dict[int, weakref.ref[_Activation]] = field(default_factory=dict)
     comes_back: bool = False
     arrival: Any = None
 
-    def all_kept(self) -> list[_Kept]:
+    def all_kept(self) -> list[_Activation]:
         """What of it is still wanted."""
         return [kept for reference in self.kept.values() if (kept := reference()) is not None]
 
@@ -123,8 +123,8 @@ class Offload:
         self._host = _Host(weight.device)
         self._stream = torch.cuda.Stream(weight.device) if weight.device.type == "cuda" else None
         self._newest: _LayerPass | None = None
-        self._leaving: deque[tuple[Any, list[torch.Tensor], list[weakref.ref[_Kept]]]] = deque()
-        self._alive: weakref.WeakSet[_Kept] = weakref.WeakSet()
+        self._leaving: deque[tuple[Any, list[torch.Tensor], list[weakref.ref[_Activation]]]] = deque()
+        self._alive: weakref.WeakSet[_Activation] = weakref.WeakSet()
         _keep_embedding_on_the_host(model)
 
     def calling(self, layer: Any, by: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -158,7 +158,7 @@ class Offload:
             return tensor
         kept = own.kept[address]() if address in own.kept else None
         if kept is None:  # one that is gone has left its address to another
-            kept = _Kept(tensor.detach().as_strided((storage.nbytes() // tensor.itemsize,), (1,), 0))
+            kept = _Activation(tensor.detach().as_strided((storage.nbytes() // tensor.itemsize,), (1,), 0))
             own.kept[address] = weakref.ref(kept)
             self._alive.add(kept)
         return own, kept, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()

@@ -246,7 +246,7 @@ def _trained_on(folder: Path) -> corpus.Kind:
 def talk(dialogue: Dialogue, **how: Any) -> None:
     """Answer standard input line by line until it ends; on a terminal with a prompt to type at. Of a model that knows
     conversations the lines are one, `/new` begins another, and `/undo` takes the last turn back; another command is
-    told, and not said to the model."""
+    told, and not said to the model. Raises ChatError for a line that is not UTF-8."""
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         with contextlib.suppress(ImportError):
