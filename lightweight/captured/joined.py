@@ -55,8 +55,7 @@ class Joint:
         shape = sum(self.widths), self.bases[0].in_features
         joint = torch.empty(shape, dtype=packed[0].quant_state.dtype, device=packed[0].device)
         for part, each in zip(joint.split(self.widths), packed, strict=True):
-            if launching.compute():  # bitsandbytes finds no shape right for fake tensors
-                bitsandbytes.functional.dequantize_4bit(each.data, each.quant_state, out=part)
+            bitsandbytes.functional.dequantize_4bit(each.data, each.quant_state, out=part)
         return joint.to(dtype)
 
     def bias_in(self, dtype: torch.dtype) -> torch.Tensor | None:

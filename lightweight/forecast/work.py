@@ -237,7 +237,8 @@ def kernels_of(operator: Any, arguments: Sequence[Any], options: Mapping[str, An
         n, k = weight.shape
         yield product("nt", _dtype(rows), rows.numel() // k, n, k, rows.element_size())
     elif name == "bitsandbytes::dequantize_4bit":
-        yield _dequantization(_bytes(arguments[0]), result.numel(), result)
+        whole = arguments[-1] if result is None else result
+        yield _dequantization(_bytes(arguments[0]), whole.numel(), whole)
     elif name in ("aten::_flash_attention_forward", "aten::_flash_attention_backward"):
         yield _flash({**dict(zip(_names(operator), arguments, strict=False)), **options}, name.endswith("backward"))
     elif "scaled_dot_product" in name:

@@ -78,8 +78,8 @@ def test_what_one_half_precision_takes_tells_of_the_other_where_it_was_not_measu
 
 @pytest.mark.parametrize(("kinds", "off"), [("product", 0.09), ("attention", 0.17)])
 def test_kernels_that_were_left_out_are_predicted(kinds, off):
-    """By four fifths of the H100's samples those of the last fifth, whose sizes are powers of two: in the mean this far
-    off. Inverse distances were 12 and 26 % off."""
+    """By four fifths of the H100's samples those of the last fifth: in the mean this far off. Inverse distances were 12
+    and 26 % off."""
     (stored,) = calibration.stored()
     errors = []
     for left_out in range(5):
