@@ -13,7 +13,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 UNLOCKABLE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
@@ -87,6 +87,8 @@ def check(path: Path) -> None:
 @contextmanager
 def _beside(path: Path) -> Iterator[tuple[int, Path]]:
     """A new file, opened, in the folder of `path`; removed afterwards if it is still there."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        path.lstat()  # a name too long, a closed folder: from Python 3.14 on, `is_dir` answers False there
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"it is a folder: name a file in it, such as {path / 'name'}")
     if os.path.lexists(path) and not (path.is_symlink() or path.is_file()):

@@ -136,7 +136,7 @@ def test_every_help_text_is_printed(run, theirs):
     assert done.returncode == 0, done.stderr
     for option in options.OPTIONS:
         assert re.search(rf"--lightweight-{option.name}\b", done.stdout)
-    assert "(5% where no number is given)" in " ".join(done.stdout.split())
+    assert "(5% if no number is given)" in " ".join(done.stdout.split())
 
 
 def test_pytests_help_is_printed_in_this_repository():

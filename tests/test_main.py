@@ -296,7 +296,10 @@ def test_a_process_that_may_open_no_more_files_is_told_in_a_line(run, monkeypatc
 def test_a_place_that_no_command_looked_at_before_is_one_line(capsys):
     assert main(["chat", "x" * 5000, "--prompt", "a"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("lightweight: xxx") and line.endswith("x: cannot be read or written (File name too long)")
+    problem = "cannot be read or written (File name too long)"
+    if sys.version_info >= (3, 14):  # where nothing asked of a path is an error
+        problem = "no such folder: give one that `lightweight train` wrote"
+    assert "xxx" in line and line.endswith(f"x: {problem}")
 
 
 def test_a_folder_that_is_gone_is_no_place_to_be_called_in(tmp_path):

@@ -1,6 +1,7 @@
 import gzip
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,16 @@ def read(path: Path, content: bytes, progress=lambda text: None) -> list[files.I
 
 
 def damage(text: str) -> list | str:
-    """What the json module reads, or says of it."""
+    """What the json module reads, or a pattern of what it says of it."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        return f"line {error.lineno}, column {error.colno} ({error.msg})"
+        said = [error]
+        if (
+            error.msg == "Illegal trailing comma before end of array"
+        ):  # Python 3.13; of the whole list we say as before it
+            said.append(json.JSONDecodeError("Expecting value", text, text.index("]", error.pos)))
+        return "|".join(re.escape(f"line {one.lineno}, column {one.colno} ({one.msg})") for one in said)
 
 
 VALUES: tuple = ({"a": 'é한😀\n"\\' * 3}, [1.5e-3, -12, True, None], "x" * 40, 12345, -1e10, {}, [])
@@ -37,9 +43,8 @@ def test_a_list_is_read_as_json_reads_it_whatever_fits_into_the_buffer(tmp_path,
         text = text[:cut] + rng.choice(["", "}", "\x01", ",", "q"]) + text[cut + rng.randrange(3) :]
         found = damage(text)
         if isinstance(found, str):
-            with pytest.raises(CorpusError) as raised:
+            with pytest.raises(CorpusError, match=found):
                 read(tmp_path / "a.json", text.encode())
-            assert found in str(raised.value)
         else:
             assert [item.value for item in read(tmp_path / "a.json", text.encode())] == found
 
