@@ -76,7 +76,7 @@ def test_report_draws_every_picture_into_a_folder(run, tmp_path, capsys):
     drawn = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert drawn == ["frontier-0.svg", "loss-0-0.svg", "memory-0.svg", "speedup-0.svg"]
     assert main(["report", str(run), "--figures", str(run)]) == 2
-    assert capsys.readouterr().err.startswith(f"lightweight: report {run}: is no folder")
+    assert capsys.readouterr().err.startswith(f"lightweight: report {run}: is not a folder that can be written")
 
 
 FOREIGN = [
