@@ -400,7 +400,7 @@ def test_rows_joined_for_flash_kernels_make_the_trainers_step(
 @pytest.mark.parametrize(
     ("fault", "note"),
     [
-        (lambda options: options | {"window": options["window"] + 1}, "sees 17 tokens where 16 are to be seen"),
+        (lambda options: options | {"window": options["window"] + 1}, "sees 17 tokens instead of 16"),
         (lambda options: options | {"window": None}, "attention and with it packing given up: "),
         (lambda options: options | {"scale": 1.05 * options["scale"]}, "attention and with it packing given up: "),
     ],

@@ -180,5 +180,5 @@ def test_what_our_kernels_see_is_asked_of_those_that_have_run(monkeypatch, is_jo
     assert (asked[0].ends is not None) == is_joined
     flash._checked.discard(kernel)
     flash._met.add(kernel)
-    with pytest.raises(PartError, match="our attention for Hopper sees 31 tokens where 30 are to be seen"):
+    with pytest.raises(PartError, match="our attention for Hopper sees 31 tokens instead of 30"):
         flash.check_met()

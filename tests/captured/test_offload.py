@@ -9,7 +9,6 @@ from lightweight.captured import offload
 from lightweight.internals import torch as torch_internals
 from lightweight.internals import transformers as transformers_internals
 from tests.captured.test_fused import build, loss_and_gradients
-from tests.captured.test_kernels import HAS_CUDA
 
 AGAIN = transformers_internals.recomputing(keeps_random_numbers=False)
 
@@ -164,15 +163,3 @@ def test_an_embedding_that_the_head_has_as_well_stays():
     with offload.told_to(ledger):
         taken(network)
     assert ledger.host == 0
-
-
-@pytest.mark.skipif(not HAS_CUDA, reason="not run: needs a GPU")
-def test_a_tensor_on_the_host_is_one_of_the_gpus():
-    whole = torch.randn(64, 32, device="cuda", dtype=torch.bfloat16)
-    before = torch.cuda.memory_allocated()
-    there = torch_internals.on_the_host(whole)
-    assert torch.cuda.memory_allocated() == before
-    assert there.is_cuda
-    assert torch.equal(there, whole)
-    ids = torch.tensor([[3, 60]], device="cuda")
-    assert torch.equal(torch.nn.functional.embedding(ids, there), whole[ids])

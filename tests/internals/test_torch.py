@@ -357,3 +357,15 @@ def test_every_dropout_lets_through():
         plain = functional.scaled_dot_product_attention(x, x, x)
         assert torch.equal(functional.scaled_dot_product_attention(x, x, x, dropout_p=0.9), plain)
     assert functional.dropout is own
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="not run: needs a GPU")
+def test_a_tensor_on_the_host_is_one_of_the_gpus():
+    whole = torch.randn(64, 32, device="cuda", dtype=torch.bfloat16)
+    before = torch.cuda.memory_allocated()
+    there = torch_internals.on_the_host(whole)
+    assert torch.cuda.memory_allocated() == before
+    assert there.is_cuda
+    assert torch.equal(there, whole)
+    ids = torch.tensor([[3, 60]], device="cuda")
+    assert torch.equal(torch.nn.functional.embedding(ids, there), whole[ids])

@@ -216,3 +216,22 @@ def test_a_bar_goes_on_from_a_step():
     progress.on_step_end(None, SimpleNamespace(is_world_process_zero=True, global_step=6), None)
     assert bar.n == 6
     bar.close()
+
+
+def test_weights_that_are_loaded_one_by_one_are_in_no_common_block(tmp_path, monkeypatch):
+    blocks = []
+    monkeypatch.setattr("transformers.modeling_utils.caching_allocator_warmup", lambda *_, **__: blocks.append(1))
+    AutoModelForCausalLM.from_config(CONFIG).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+    assert blocks == [1]
+    with transformers_internals.loaded_one_by_one():
+        AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+    assert blocks == [1]
+
+
+def test_what_recomputing_calls_is_called_again_in_the_backward_pass():
+    calls = []
+    given = torch.ones(2, requires_grad=True)
+    again = transformers_internals.recomputing(keeps_random_numbers=False)
+    again(lambda tensor: calls.append(1) or tensor.sin().sin(), given).sum().backward()
+    assert len(calls) == 2
