@@ -157,6 +157,13 @@ def test_packing_on_the_models_own_attention_is_refused():
     assert Method(name="m", step=CapturedStep(packing=False)).captured_step == CapturedStep(packing=False)
 
 
+@pytest.mark.parametrize("name", ["recompute", "offload"])
+@pytest.mark.parametrize("layers", [-1, 1.5, "all", True])
+def test_a_number_of_layers_is_one(name, layers):
+    with pytest.raises(ValueError, match=rf"^{name}=.*: is not a number of layers: give 0 or more$"):
+        CapturedStep(**{name: layers})
+
+
 def test_a_peer_needs_a_lora_adapter_and_the_trainers_steps():
     with pytest.raises(ValueError, match="unsloth trains LoRA with the Trainer's steps only"):
         replace(BASELINE, library="unsloth")

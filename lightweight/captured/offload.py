@@ -37,13 +37,13 @@ ALIGNED_BYTES = 512
 
 
 class HostLedger(Protocol):
-    """Who writes down what of the host's memory a forecast would take, and what is copied there and back."""
+    """Counts, for a forecast, the host's memory that is taken and the bytes that are copied there and back."""
 
     def on_the_host(self, size: int) -> torch.Tensor:
-        """So many bytes of it."""
+        """A tensor of `size` bytes that stands for the host's memory."""
 
     def copied(self, size: int, *, to_host: bool) -> None:
-        """Be told of a copy."""
+        """Count a copy of `size` bytes."""
 
 
 _ledger: HostLedger | None = None
@@ -51,7 +51,7 @@ _ledger: HostLedger | None = None
 
 @contextlib.contextmanager
 def told_to(ledger: HostLedger) -> Iterator[None]:
-    """Inside, tensors have no content: nothing is copied, and `ledger` is told what would be."""
+    """Inside, tensors have no content: nothing is copied, and `ledger` counts what would be."""
     global _ledger
     _ledger = ledger
     try:

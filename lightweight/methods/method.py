@@ -82,8 +82,8 @@ class CapturedStep:
             and back; gates are recomputed instead. With any, a frozen embedding is on the host, too.
 
     Raises:
-        ValueError: For packing with the model's own attention, which supports one dialogue per row, and for layers that
-            are compiled and also recomputed or offloaded.
+        ValueError: For packing with the model's own attention, which supports one dialogue per row, for layers that are
+            compiled and also recomputed or offloaded, and for a number of layers that is none.
     """
 
     attention: Literal["model", "sdpa"] = "sdpa"
@@ -98,7 +98,10 @@ class CapturedStep:
 
     def __post_init__(self) -> None:
         for name in ("recompute", "offload"):
-            if getattr(self, name) and self.compile:
+            layers = getattr(self, name)
+            if type(layers) is not int or layers < 0:
+                raise ValueError(f"{name}={layers!r}: is not a number of layers: give 0 or more")
+            if layers and self.compile:
                 raise ValueError(f"{name} needs compile=None or False: a compiler decides by itself what layers keep")
         if self.packing and self.attention == "model":
             raise ValueError("packing needs attention='sdpa': the model's own attention supports one dialogue per row")
