@@ -125,7 +125,6 @@ class Offload:
         self._newest: _LayerPass | None = None
         self._leaving: deque[tuple[Any, list[torch.Tensor], list[weakref.ref[_Activation]]]] = deque()
         self._alive: weakref.WeakSet[_Activation] = weakref.WeakSet()
-        _keep_embedding_on_the_host(model)
 
     def calling(self, layer: Any, by: Callable[..., Any] | None) -> Callable[..., Any]:
         """What `transformers_internals.called_by` is to call `layer` by, which would else be called `by` another, None
@@ -244,8 +243,11 @@ def _addresses(layer: Any, shared: Any) -> Iterator[int]:
             yield torch_internals.address(tensor.untyped_storage())
 
 
-def _keep_embedding_on_the_host(model: Any) -> None:
-    """Have the embedding of a model's tokens lie in the host's memory, where it is frozen and no other module's too."""
+def keep_embedding_on_the_host(model: Any) -> None:
+    """Have the embedding of a model's tokens lie in the host's memory, where it is frozen and no other module's too.
+
+    From the start: held-out loss is measured before the first step.
+    """
     embedding = model.get_input_embeddings()
     weight = getattr(embedding, "weight", None)
     owners = [module for module in model.modules() if any(own is weight for own in _own(module).values())]

@@ -26,7 +26,7 @@ import torch
 import transformers
 
 from lightweight import corpus, methods, models
-from lightweight.captured import attention, launching, loop
+from lightweight.captured import attention, launching, loop, offload
 from lightweight.child.failure import outcome_of
 from lightweight.child.process import lead_a_group, log_of, redirect_output, see_gpus
 from lightweight.internals.bitsandbytes import never_repack
@@ -363,6 +363,8 @@ def build(trial: Trial, device: torch.device) -> torch.nn.Module:
     with loaded_one_by_one() if leaves else nullcontext():
         network = models.load(trial.model, dtype, device, quantization, in_order=step is not None)
     network = methods.adapt(method, network, upcast=step is None or step.upcast)
+    if leaves:
+        offload.keep_embedding_on_the_host(network)
     if device.type == "cpu":
         never_repack(network)
     if not trial.target.bf16:

@@ -56,7 +56,7 @@ Launch = Callable[[], object]
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A kernel to be timed: launches of it, one on the memory of the one before, or so many on different memory that none
+    """A kernel to be timed: launches of it, on the memory of the one before, or on so many pieces of memory that none
     finds its own in the cache. A kernel that `reads_both`, what is there and what is not, takes a time between them."""
 
     kernel: Kernel

@@ -78,6 +78,10 @@ def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> 
         raise UncapturedError(RANKS_MOVE)
     if rows is None:
         trial, rows = _one_full_step(trial)
+    if asked.offload:
+        with offload.told_to(recorder):
+            offload.keep_embedding_on_the_host(network)
+        recorder.free_unused()  # where it was
     folder = Path(tempfile.gettempdir())  # which is there, as the Trainer will have it, and gets nothing
     trainer = stock.make_trainer(
         replace(trial, device_index=None), network, rows, recorder.meter, _NobodyAsks(), folder
@@ -100,7 +104,6 @@ def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> 
     ):
         step = _FirstPasses(trial, trainer, recorder)
         step.passes.recompute(asked.recompute, offload=asked.offload, keeps_random_numbers=not asked.graph)
-        recorder.free_unused()  # where an embedding was
         with torch_internals.with_numbers():  # of the rows that are drawn
             joins = step.passes.on_flash and asked.attention == "sdpa"
             epochs = Epochs(trial, trainer, rows, packing_asked=asked.packing, joins=joins, compiled=False)

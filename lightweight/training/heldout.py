@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
+from unittest import mock
+
+from lightweight.preload import peft  # isort: skip  # before Trainer, which imports peft
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -33,7 +38,7 @@ def heldout_loss(trainer: Trainer, rows: Sequence[Row]) -> float:
         optimizer.eval()  # one without a schedule has other weights to evaluate than to train; its next step goes back
     collate = measured.collate
     batch_size = trainer.args.per_device_train_batch_size
-    total, tokens = 0.0, 0
+    total, tokens = torch.zeros((), dtype=torch.float64, device=trainer.args.device), 0
     with torch.no_grad(), measured.evaluating():
         if set(measured.method.own_code) - {"optimizer"}:
             _check_causal(measured, collate([max(rows, key=lambda row: len(row["input_ids"]))]))
@@ -42,18 +47,20 @@ def heldout_loss(trainer: Trainer, rows: Sequence[Row]) -> float:
             ids, mask, labels = (
                 batch[name].to(trainer.args.device) for name in ("input_ids", "attention_mask", "labels")
             )
-            # Without labels, where a peer would give a loss in the place of logits.
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            if not isinstance(logits, torch.Tensor):
-                raise TypeError(f"{type(model).__name__} gives no logits, which a held-out loss is computed from")
-            summed, predicted = _next_token_losses(logits, labels)
-            total += summed
-            tokens += predicted
-    return total / tokens
+            targets = labels[:, 1:]
+            answered = (targets != IGNORED).any(0).nonzero().squeeze(1)
+            with _logits_of(measured, ids, mask) as logits_at:
+                for columns in answered.split(max(1, TOKENS_AT_ONCE // len(ids))):
+                    logits, labelled = logits_at(columns).float().flatten(0, 1), targets[:, columns].flatten()
+                    total += cross_entropy(logits, labelled, ignore_index=IGNORED, reduction="sum")
+                    del logits
+            tokens += int((targets != IGNORED).sum())
+    return float(total) / tokens
 
 
-FP32_TOKENS = 1024
-"""Tokens whose logits are copied to fp32 at one time: 0.6 GB for a vocabulary of 151 936, and that twice."""
+TOKENS_AT_ONCE = 512
+"""So many tokens' logits exist at one time, where the network can do that: 0.8 GB for a vocabulary of 151 936, in half
+precision, in fp32 and as log-probabilities. A row of 32,768 tokens has 10 GB of them in half precision alone."""
 
 
 LEAK = 0.05
@@ -64,24 +71,21 @@ what is routed to them together."""
 def _check_causal(trainer: MeasuredTrainer, batch: dict[str, Any]) -> None:
     """Raise MethodError where the logits of the first half of a row, the one of `batch`, depend on its second half: the
     last of them, where it is long."""
-    model: Any = trainer.model
     ids, mask = (batch[name].to(trainer.args.device) for name in ("input_ids", "attention_mask"))
-    end = int(mask.sum()) // 2
+    if (end := int(mask.sum()) // 2) == 0:
+        return
+    columns = torch.arange(max(0, end - TOKENS_AT_ONCE), end, device=ids.device)
 
-    def first_half(ids: torch.Tensor) -> torch.Tensor | None:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        if not isinstance(logits, torch.Tensor):
-            return None
-        return logits[0, -ids.shape[1] :][max(0, end - FP32_TOKENS) : end].float()
+    def first_half(ids: torch.Tensor) -> torch.Tensor:
+        with _logits_of(trainer, ids, mask) as logits_at:
+            return logits_at(columns)[0].float()
 
     logits = first_half(ids)
-    if logits is None or end == 0 or not logits.isfinite().all():
+    if not logits.isfinite().all():
         return
     others = ids.clone()
     others[0, end:] = (others[0, end:] + 1) % logits.shape[-1]
-    moved_logits = first_half(others)
-    assert moved_logits is not None
-    moved = (moved_logits - logits).norm() / (logits - logits.mean()).norm().clamp_min(1e-12)
+    moved = (first_half(others) - logits).norm() / (logits - logits.mean()).norm().clamp_min(1e-12)
     if not moved <= LEAK:
         raise MethodError(
             f"method {trainer.method.name}: its network sees the tokens that it must predict: later tokens change the "
@@ -89,13 +93,49 @@ def _check_causal(trainer: MeasuredTrainer, batch: dict[str, Any]) -> None:
         )
 
 
-def _next_token_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
-    """The sum of the cross-entropies of what `labels`, [rows, time], predict, and of how many tokens that is. `logits`,
-    [rows, at least time, vocabulary], begin earlier where an adapter puts virtual tokens before the row."""
-    logits, targets = logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
-    total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for row, targets_of_row in zip(logits, targets, strict=True):
-        answered = (targets_of_row != IGNORED).nonzero().squeeze(1)
-        for part in answered.split(FP32_TOKENS):
-            total += cross_entropy(row[part].float(), targets_of_row[part], reduction="sum")
-    return float(total), int((targets != IGNORED).sum())
+@contextmanager
+def _logits_of(
+    trainer: MeasuredTrainer, ids: torch.Tensor, mask: torch.Tensor
+) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """Gives the logits of a batch, [rows, columns, vocabulary], at the columns asked for; `ids` and `mask` are
+    [rows, time].
+
+    The decoder is run once. Where the network takes `logits_to_keep`, only what it does after the decoder is computed
+    for each question, else there are all logits at one time. Raises TypeError for a network that gives no logits.
+    """
+    network: Any = trainer.model
+    time = ids.shape[1]
+    inside: Any = network.get_base_model() if isinstance(network, peft.PeftModel) else network
+    decoder = inside.get_decoder() if hasattr(inside, "get_decoder") else inside
+    in_parts = (
+        trainer.method.library == "peft"  # others replace what a network does
+        and decoder is not inside
+        and "logits_to_keep" in inspect.signature(inside.forward).parameters
+    )
+    results: list[Any] = []  # of the decoder, where a network calls it more than once all of one pass
+    called = 0
+
+    def compute_once(*arguments: Any, **options: Any) -> Any:
+        nonlocal called
+        called += 1
+        if called > len(results):
+            results.append(forward(*arguments, **options))
+        return results[called - 1]
+
+    def ask(**options: Any) -> torch.Tensor:
+        nonlocal called
+        called = 0
+        # Without labels, where a peer would give a loss in the place of logits.
+        logits = network(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
+        if not isinstance(logits, torch.Tensor):
+            raise TypeError(f"{type(network).__name__} gives no logits, which a held-out loss is computed from")
+        return logits
+
+    if in_parts:
+        forward = decoder.forward
+        with mock.patch.object(decoder, "forward", compute_once):
+            # counted from the end: an adapter may put virtual tokens before the row
+            yield lambda columns: ask(logits_to_keep=columns - time)
+    else:
+        logits = ask()[:, -time:]
+        yield lambda columns: logits[:, columns]

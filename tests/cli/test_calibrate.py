@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,9 +83,10 @@ def test_a_product_that_is_timed_is_what_it_says(layout, is_added):
     bench = calibrate.Bench(RATES, "cpu", pool_bytes=2**22)
     candidate = calibrate._product(bench, "bfloat16", layout, (32, 48, 64), is_added=is_added)
     assert seen(candidate.launches[0]) == {candidate.kernel: 1}
-    weights = {launch.args[-1].data_ptr() for launch in candidate.launches}
-    assert len(weights) == len(candidate.launches) == (1 if layout == "tn" else 64)
-    assert len({launch.args[-2].data_ptr() for launch in candidate.launches}) == 1, "activations, in the cache"
+    launches: Any = candidate.launches
+    weights = {launch.args[-1].data_ptr() for launch in launches}
+    assert len(weights) == len(launches) == (1 if layout == "tn" else 64)
+    assert len({launch.args[-2].data_ptr() for launch in launches}) == 1, "activations, in the cache"
 
 
 def test_the_sizes_are_those_that_forecasts_ask_for():

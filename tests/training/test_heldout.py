@@ -86,18 +86,40 @@ def test_a_network_without_logits_has_no_heldout_loss(trial, folder):
         heldout_loss(trainer, rows)
 
 
-def test_logits_of_a_long_row_are_copied_to_fp32_in_parts(monkeypatch):
-    torch.manual_seed(0)
-    logits, labels = torch.randn(2, 11, 7), torch.randint(7, (2, 11))
-    labels[:, :3] = IGNORED
-    expected = float(cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"))
-    sizes = []
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {}),
+        ("opt", {"word_embed_proj_dim": 32, "ffn_dim": 64}),
+        ("mamba", {"state_size": 4}),
+        ("gemma2", {"head_dim": 16, "final_logit_softcapping": 0.5}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("cohere", {"logit_scale": 0.5}),
+        ("bart", {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 64}),
+    ],
+)
+def test_logits_of_a_few_tokens_exist_at_one_time_and_the_decoder_runs_once(trial, folder, monkeypatch, kind, settings):
+    monkeypatch.setattr(heldout, "TOKENS_AT_ONCE", 6)
+    network = small(kind, **settings)
+    trainer, rows, _, _ = prepare(trial, folder, network)
+    trainer.args.per_device_train_batch_size = 2
+    expected = by_hand(network, rows[:5])
+    heads, decoders = [], []
+    network.get_output_embeddings().register_forward_hook(lambda head, given, logits: heads.append(logits.shape))
+    network.get_decoder().get_input_embeddings().register_forward_hook(lambda *_: decoders.append(1))
+    assert heldout_loss(trainer, rows[:5]) == pytest.approx(expected, abs=1e-5)
+    assert len(decoders) == 3
+    assert len(heads) > 3
+    assert max(rows * columns for rows, columns, _ in heads) <= 6
 
-    def noted(part, targets, **options):
-        sizes.append(len(part))
-        return cross_entropy(part, targets, **options)
 
-    monkeypatch.setattr(heldout, "FP32_TOKENS", 3)
-    monkeypatch.setattr(heldout, "cross_entropy", noted)
-    assert heldout._next_token_losses(logits, labels) == (pytest.approx(expected, rel=1e-6), 16)
-    assert sizes == [3, 3, 2] * 2
+def test_a_network_that_keeps_all_logits_is_measured_all_the_same(trial, folder, monkeypatch):
+    monkeypatch.setattr(heldout, "TOKENS_AT_ONCE", 6)
+    network = small("llama")
+    trainer, rows, _, _ = prepare(trial, folder, network)
+    expected = by_hand(network, rows[:5])
+    of_class = network.forward
+    network.forward = lambda input_ids, attention_mask, use_cache: of_class(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
+    )
+    assert heldout_loss(trainer, rows[:5]) == pytest.approx(expected, abs=1e-5)
