@@ -14,7 +14,7 @@ from transformers import Trainer
 from lightweight.captured.agreement import Gradients
 from lightweight.captured.parts import PartError
 from lightweight.captured.sample import LEAST_TOKENS, Sample, end_of
-from lightweight.captured.temporary import drop_gradients, in_fp32, recomputing, trained
+from lightweight.captured.temporary import drop_gradients, free_unused, in_fp32, recomputing, trained
 from lightweight.internals import accelerate as accelerate_internals
 from lightweight.internals import torch as torch_internals
 from lightweight.internals import transformers as transformers_internals
@@ -73,13 +73,10 @@ class Reference:
     def _where_it_fits(self, sample: Sample) -> Gradients | None:
         """Under the first scale that leaves them finite, or the last; None where a rank has not enough memory."""
         for scale in self._scales:
-            own = None
-            try:
-                own = self._gradients(sample, scale)
-            except torch.OutOfMemoryError:
-                if sample.size == 1:
-                    with contextlib.suppress(torch.OutOfMemoryError):
-                        own = self._in_least_memory(sample, scale)
+            own = self._where_there_is_room(sample, scale)
+            if own is None and sample.size == 1:
+                with self.recomputing():
+                    own = self._where_there_is_room(sample, scale)
             (ran_out,) = ranks.any_says(own is None, device=self._trainer.args.device)
             drop_gradients(self._model)
             if own is None or ran_out:
@@ -94,10 +91,14 @@ class Reference:
         takes the least memory. Dropout must be off."""
         return recomputing(transformers_internals.recomputable_layers(self._model))
 
-    def _in_least_memory(self, sample: Sample, scale: float) -> Gradients:
-        drop_gradients(self._model)
-        with self.recomputing():
+    def _where_there_is_room(self, sample: Sample, scale: float) -> Gradients | None:
+        """None, and nothing left of the attempt, where there is not: an error that is being handled would hold all that
+        its frames have."""
+        with contextlib.suppress(torch.OutOfMemoryError):
             return self._gradients(sample, scale)
+        drop_gradients(self._model)
+        free_unused(self._trainer.args.device)
+        return None
 
     def _gradients(self, sample: Sample, scale: float, autocast: Callable[[], Any] | None = None) -> Gradients:
         trainer = self._trainer

@@ -1,8 +1,7 @@
 """What does this card do at each size? `lightweight calibrate`: some two minutes of kernels, for forecasts of time.
 
 Every kernel is timed among others of its kind in a CUDA graph, as a captured step runs it, so that the gap between two
-is in its time. What a kernel of a step reads was just written by the one before it, and is in the card's cache if it
-fits; weights, and what the backward pass needs of the forward pass, are not. It is the same here.
+is in its time. Each launch gets memory that the ones before it did not touch, as far as the card's cache reaches.
 """
 
 from __future__ import annotations
@@ -41,7 +40,8 @@ POOL_BYTES = 2048 * MiB
 """Memory that factors and results are taken from, one after the other."""
 
 CACHE_BYTES = 64 * MiB
-"""What is not to be in the cache is touched again after so much else, somewhat more than an H100 caches."""
+"""So much is touched before anything is touched again, somewhat more than an H100 caches: of what a kernel of a step
+reads, some was just written, and some long ago."""
 
 GRAPH_SECONDS = 1e-3
 LAUNCHES = 6, 192
@@ -56,12 +56,10 @@ Launch = Callable[[], object]
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A kernel to be timed: launches of it, on the memory of the one before, or on so many pieces of memory that none
-    finds its own in the cache. A kernel that `reads_both`, what is there and what is not, takes a time between them."""
+    """A kernel to be timed: launches of it, on different memory."""
 
     kernel: Kernel
     launches: Sequence[Launch]
-    reads_both: bool = False
 
 
 class Bench:
@@ -91,21 +89,17 @@ class Bench:
         self._at[dtype] += -(-count // 256) * 256
         return pool[begin : begin + count].view(shape)
 
-    def copies(self, count: int, most: int = 16) -> int:
-        """On how many pieces of memory a kernel is launched that is not to find the `count` bytes it reads in the
-        cache."""
-        return max(1, min(most, -(-CACHE_BYTES // count)))
+    def copies(self, count: int) -> int:
+        """On how many different pieces of memory a kernel that moves so many bytes is launched."""
+        return max(1, min(16, -(-CACHE_BYTES // count)))
 
     def sample(self, candidate: _Candidate) -> TimedKernel:
         """The candidate's seconds."""
         kernel, launches = candidate.kernel, candidate.launches
         expected = max(2 * limit(kernel, self.rates), LEAST_SECONDS)
         count = min(max(round(GRAPH_SECONDS / expected), LAUNCHES[0]), LAUNCHES[1])
-        seconds = self._seconds(launches, count)
-        if candidate.reads_both:
-            seconds = math.sqrt(seconds * self._seconds(launches[:1], count))
-        # no more digits than a second run would repeat
-        return TimedKernel(**kernel._asdict(), seconds=float(f"{seconds:.4g}"))
+        seconds = float(f"{self._seconds(launches, count):.4g}")  # no more digits than a second run would repeat
+        return TimedKernel(**kernel._asdict(), seconds=seconds)
 
     def _seconds(self, launches: Sequence[Launch], count: int) -> float:
         torch.cuda.synchronize()
@@ -217,20 +211,17 @@ def _products(bench: Bench) -> Iterator[_Candidate]:
 def _product(
     bench: Bench, dtype: str, layout: str, sizes: tuple[int, int, int], *, is_added: bool = False
 ) -> _Candidate:
-    """Of activations with weights that no launch finds in the cache; with other activations, as the gradient of a
-    weight, where the first factor is transposed."""
     m, n, k = sizes
     of = DTYPES[dtype]
     kernel = work.product(layout, dtype, m, n, k, of.itemsize, is_added=is_added)
-    first = bench.tensor(k, m, dtype=of).t() if layout[0] == "t" else bench.tensor(m, k, dtype=of)
-    result = torch.empty(m, n, dtype=of, device=bench.device)
 
     def launch() -> Launch:
+        first = bench.tensor(k, m, dtype=of).t() if layout[0] == "t" else bench.tensor(m, k, dtype=of)
         second = bench.tensor(n, k, dtype=of).t() if layout[1] == "t" else bench.tensor(k, n, dtype=of)
+        result = torch.empty(m, n, dtype=of, device=bench.device)
         return partial(result.addmm_, first, second) if is_added else partial(torch.mm, first, second, out=result)
 
-    copies = 1 if layout[0] == "t" else bench.copies(n * k * of.itemsize, most=64)
-    return _Candidate(kernel, [launch() for _ in range(copies)])
+    return _Candidate(kernel, [launch() for _ in range(bench.copies(kernel.bytes))])
 
 
 # Attention
@@ -274,7 +265,7 @@ def _passes(bench: Bench) -> Iterator[_Candidate]:
     for size in SIZES:
         numbers = size // 2
         for kind, make in PASSES.items():
-            yield _Candidate(work.a_pass(kind, size), [make(bench, numbers)])
+            yield _Candidate(work.a_pass(kind, size), [make(bench, numbers) for _ in range(bench.copies(size))])
         yield _dequantization(bench, numbers)
 
 
@@ -349,10 +340,6 @@ def _our_attention(bench: Bench) -> Iterator[_Candidate]:
         yield from _launched(bench, list(attention_calls(bench)))
 
 
-READ_WEIGHTS = "place", "unpack"
-"""The kernels of ours that do, and nothing that was just written."""
-
-
 def _launched(bench: Bench, calls: list[Launch]) -> Iterator[_Candidate]:
     with launching.compiling():
         for make in calls:
@@ -367,11 +354,9 @@ def _launched(bench: Bench, calls: list[Launch]) -> Iterator[_Candidate]:
                 launched.append([])
                 make()
         for index, launch in enumerate(first):
-            kernel = work.triton_kernel(*launch)
-            launches = [partial(launching.launch_again, *each[index]) for each in launched]
-            goes_back = "backward" in kernel.kind
-            touched = len(launches) if goes_back or kernel.kind in READ_WEIGHTS else 1
-            yield _Candidate(kernel, launches[:touched], reads_both=goes_back)
+            yield _Candidate(
+                work.triton_kernel(*launch), [partial(launching.launch_again, *each[index]) for each in launched]
+            )
 
 
 ADAPTED = (576, 576), (1024, 512), (1024, 1024), (2048, 512), (2048, 2048), (8192, 2048), (2048, 8192)

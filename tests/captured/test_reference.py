@@ -1,6 +1,7 @@
 """The Trainer's own step, of as much as there is memory for."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -133,6 +134,27 @@ def test_where_there_is_no_memory_for_the_end_of_a_dialogue_there_is_none(prepar
     trainer, rows, meter, trial = prepare("llama", method(lora()))
     with pytest.raises(torch.OutOfMemoryError, match="no room for the Trainer's step of 512 tokens"):
         loop.CapturedTraining(trial, trainer, rows, meter).prepare()
+
+
+def test_nothing_of_an_attempt_without_memory_is_left_at_the_next(prepare, monkeypatch):
+    gradients = reference.Reference._gradients
+    held, left = [], []
+
+    def short(reference, sample, scale, autocast=None):
+        left.append([each() is not None for each in held])
+        activations = torch.zeros(1)
+        held.append(weakref.ref(activations))
+        twice = [layer.gradient_checkpointing for layer in reference._model.modules() if is_recomputable(layer)]
+        if sample.tokens is None or not all(twice):
+            raise torch.OutOfMemoryError("none left")
+        return gradients(reference, sample, scale, autocast)
+
+    monkeypatch.setattr(reference.Reference, "_gradients", short)
+    monkeypatch.setattr(sample, "LEAST_TOKENS", 10)
+    trainer, rows, meter, trial = prepare("llama", method(lora()))
+    assert loop.CapturedTraining(trial, trainer, rows, meter).prepare()
+    assert len(left) > 4
+    assert not any(map(any, left))
 
 
 def is_recomputable(module):

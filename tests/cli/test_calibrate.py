@@ -2,7 +2,6 @@
 
 import ast
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -60,14 +59,6 @@ def test_our_attention_is_timed_by_what_a_forecast_asks_for():
     assert forward == 4 * 32 * 2048 * 2048 * 128 / 2 and sum(backward) == pytest.approx(work.BACKWARD * forward)
 
 
-def test_what_reads_the_forward_pass_too_takes_a_time_between_that_in_the_cache_and_that_outside(monkeypatch):
-    bench = calibrate.Bench(RATES, "cpu", pool_bytes=2**20)
-    monkeypatch.setattr(bench, "_seconds", lambda launches, count: {1: 1e-6, 4: 4e-6}[len(launches)])
-    kernel, launches = work.a_pass("elementwise", 2**20), [lambda: None] * 4
-    assert bench.sample(calibrate._Candidate(kernel, launches)).seconds == 4e-6
-    assert bench.sample(calibrate._Candidate(kernel, launches, reads_both=True)).seconds == 2e-6
-
-
 @pytest.mark.parametrize("kind", calibrate.PASSES)
 def test_a_pass_that_is_timed_is_of_its_kind_and_moves_its_bytes(kind):
     bench = calibrate.Bench(RATES, "cpu", pool_bytes=2**26)
@@ -83,10 +74,7 @@ def test_a_product_that_is_timed_is_what_it_says(layout, is_added):
     bench = calibrate.Bench(RATES, "cpu", pool_bytes=2**22)
     candidate = calibrate._product(bench, "bfloat16", layout, (32, 48, 64), is_added=is_added)
     assert seen(candidate.launches[0]) == {candidate.kernel: 1}
-    launches: Any = candidate.launches
-    weights = {launch.args[-1].data_ptr() for launch in launches}
-    assert len(weights) == len(launches) == (1 if layout == "tn" else 64)
-    assert len({launch.args[-2].data_ptr() for launch in launches}) == 1, "activations, in the cache"
+    assert len(candidate.launches) == 16, "each on memory of its own"
 
 
 def test_the_sizes_are_those_that_forecasts_ask_for():
