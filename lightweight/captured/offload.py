@@ -86,7 +86,9 @@ class _Host:
     def _made(self, size: int) -> torch.Tensor:
         if _ledger is not None:
             return _ledger.on_the_host(size)
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self._is_pinned)
+        if self._is_pinned:
+            return torch_internals.pinned((size,), torch.uint8)
+        return torch.empty(size, dtype=torch.uint8)
 
 
 @dataclass(eq=False)

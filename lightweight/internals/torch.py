@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import sys
 import traceback
 from collections import deque
@@ -72,13 +73,23 @@ def address(storage: torch.UntypedStorage) -> int:
     return int(storage._cdata)
 
 
+def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory of the host that a GPU can read. Raises MemoryError where there is none: torch has the words of CUDA for
+    that, "out of memory", as if it were the GPU's."""
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise MemoryError(f"{math.prod(shape) * dtype.itemsize:,} bytes cannot be pinned: {reason}") from error
+
+
 def on_the_host(tensor: Tensor) -> Tensor:
     """A copy of a GPU's tensor that is one of the GPU's as well, and whose numbers lie in the host's memory, pinned:
     kernels read them over PCIe, since both have one space of addresses. torch takes what lies there, as anything's that
     says so, by `__cuda_array_interface__`. torch/csrc/utils/tensor_numpy.cpp, `tensor_from_cuda_array_interface`."""
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    pinned.copy_(tensor)
-    seen = torch.as_tensor(_SeenByTheGpu(pinned), device=tensor.device)
+    place = pinned(tensor.shape, tensor.dtype)
+    place.copy_(tensor)
+    seen = torch.as_tensor(_SeenByTheGpu(place), device=tensor.device)
     return seen.view(tensor.dtype).view(tensor.shape)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -138,7 +139,8 @@ def test_where_there_is_no_memory_for_the_end_of_a_dialogue_there_is_none(prepar
 
 def test_nothing_of_an_attempt_without_memory_is_left_at_the_next(prepare, monkeypatch):
     gradients = reference.Reference._gradients
-    held, left = [], []
+    held: list[Any] = []
+    left: list[list[bool]] = []
 
     def short(reference, sample, scale, autocast=None):
         left.append([each() is not None for each in held])

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 
+from lightweight.child import host_memory
 from lightweight.internals import torch as torch_internals
 from lightweight.internals.torch import FakeTensor, FakeTensorMode, no_dispatch
 
@@ -357,6 +358,16 @@ def test_every_dropout_lets_through():
         plain = functional.scaled_dot_product_attention(x, x, x)
         assert torch.equal(functional.scaled_dot_product_attention(x, x, x, dropout_p=0.9), plain)
     assert functional.dropout is own
+
+
+def test_memory_that_cannot_be_pinned_is_the_hosts(monkeypatch):
+    def none(*_, **__):
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+
+    monkeypatch.setattr(torch, "empty", none)
+    with pytest.raises(MemoryError, match=r"2,048 bytes cannot be pinned: CUDA error: out of memory$") as caught:
+        torch_internals.pinned((4, 256), torch.bfloat16)
+    assert host_memory.ran_out(caught.value)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="not run: needs a GPU")
