@@ -48,9 +48,11 @@ def check_trainable(model: Model, quantization: QuantizationConfigMixin) -> None
     with refused(model, f"{what}, which cannot be loaded here", _mend(quantization)):
         quantizer = AutoHfQuantizer.from_config(copy.deepcopy(quantization), pre_quantized=True)
         quantizer.validate_environment(device_map=None, weights_only=True)  # FP8: dequantized where no card has it
-        computes_in_fp8 = quantizer.quantization_config.quant_method in ("fp8", "mxfp8")
-        if computes_in_fp8 and not quantizer.quantization_config.dequantize and not is_kernels_available():
-            raise ImportError("its kernels come with the package kernels: pip install kernels")
+        if quantizer.quantization_config.quant_method in ("fp8", "mxfp8"):
+            if is_undone(quantizer.quantization_config):
+                return  # to a network like any other, also where transformers trains on no FP8, up to 5.17
+            if not is_kernels_available():
+                raise ImportError("its kernels come with the package kernels: pip install kernels")
         trainable = quantizer.is_trainable
         trainable = trainable() if callable(trainable) else trainable  # fp_quant's is a method
     if not trainable:

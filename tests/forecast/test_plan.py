@@ -234,7 +234,7 @@ def test_what_cards_from_ada_on_compute_in_fp8_is_forecast_for_those_that_dequan
     _, found = rows(capsys, str(tmp_path), *asked, "--method", "lora", "--max-length", "32")
     reasons = {row["target"]: row["reason"] for row in found}
     assert reasons["a100-40"] is None
-    assert "no forecast can be made of weights quantized by fp8" in reasons["l4"] == reasons["h100"]
+    assert "quantized by fp8" in reasons["l4"] == reasons["h100"]  # where there is such a card, for want of its kernels
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -160,12 +160,7 @@ def test_the_scales_of_fp8_weights_are_not_dropped(weights_folder, without_gpu):
     stored = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
     settings("config.json", quantization_config=stored)(weights_folder)
     found, _ = models.find(models.named(str(weights_folder)))
-    try:
-        settled = methods.settle_quantization(found, models.configuration(found), LORA)
-    except ModelError as error:  # so up to transformers 5.17
-        if "by fp8, which transformers cannot train" not in str(error):
-            raise
-        pytest.skip("this transformers does not train on FP8 weights")
+    settled = methods.settle_quantization(found, models.configuration(found), LORA)
     loaded = models.load(found, torch.float32, CPU, settled).state_dict()
     for name, tensor in theirs.items():
         assert torch.allclose(loaded[name], tensor.float(), atol=float(tensor.abs().max()) / 16), name
