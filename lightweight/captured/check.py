@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -54,21 +54,27 @@ class Check:
         """Have the Trainer compute what is compared, and make the step's optimizer, which holds the weights as they
         are trained: in fp32 in the place of halves where the Trainer can."""
         begin, rows = self._epochs.samples()
-        with temporary.nudged(self._names):
+        with self._theirs():
             self._expected = [Expected(*self._reference.gradients(begin), self._allowed)]
         temporary.free_unused(self._step.device)  # what stays is not to lie in the middle of what does not
         self._step.make_optimizer()
         if self._is_half:
-            with temporary.nudged(self._names):
+            with self._theirs():
                 exact = self._reference.in_fp32(rows)
             if exact is not None:
                 allowed = agreement.TOLERANCES["fp32 on a GPU"]
                 self._expected.append(Expected(rows, exact, allowed, in_fp32=True))
                 return
             self._step.optimizer.withdraw()
-        with temporary.nudged(self._names):
+        with self._theirs():
             self._expected.append(Expected(*self._reference.gradients(rows), self._allowed))
         self._step.make_optimizer()
+
+    @contextlib.contextmanager
+    def _theirs(self) -> Iterator[None]:
+        """In which the Trainer computes what is expected."""
+        with self._passes.as_the_trainers(), temporary.nudged(self._names):
+            yield
 
     def search(self, parts: Parts, losses: Sequence[Loss]) -> tuple[Parts | None, list[str]]:
         """Take on as many of `parts` as leave the step the Trainer's, with `losses` tried in order. Those, and notes of
@@ -164,7 +170,8 @@ class Check:
         too far from its own fp32 as well."""
         if expected not in self._both:
             self._use(NOTHING)
-            self._both[expected] = self._in_both(expected)
+            with self._passes.as_the_trainers():
+                self._both[expected] = self._in_both(expected)
             self._use(parts)
         both = self._both[expected]
         if both is None:

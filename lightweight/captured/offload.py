@@ -127,16 +127,28 @@ class Offload:
         self._newest: _LayerPass | None = None
         self._leaving: deque[tuple[Any, list[torch.Tensor], list[weakref.ref[_Activation]]]] = deque()
         self._alive: weakref.WeakSet[_Activation] = weakref.WeakSet()
+        self._rests = False
 
     def calling(self, layer: Any, by: Callable[..., Any] | None) -> Callable[..., Any]:
         """What `transformers_internals.called_by` is to call `layer` by, which would else be called `by` another, None
         for itself."""
         return functools.partial(self._call, layer, by)
 
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Inside, nothing goes to the host, and nothing is held of a pass that was broken off before."""
+        self._newest = None
+        self._settle()
+        self._rests = True
+        try:
+            yield
+        finally:
+            self._rests = False
+
     def _call(self, layer: Any, by: Callable[..., Any] | None, function: Any, *arguments: Any) -> Any:
         """What `function`, the layer's forward pass, makes of its `arguments`."""
         call = function if by is None else functools.partial(by, function)
-        if not torch.is_grad_enabled():
+        if self._rests or not torch.is_grad_enabled():
             return call(*arguments)
         if layer is self._first:
             self._newest = None

@@ -49,6 +49,7 @@ class Passes:
         self.recomputed: list[Any] = []
         self.offloaded: list[Any] = []
         self._undo_recompute: Callable[[], None] | None = None
+        self._host: Offload | None = None
 
     @property
     def casts(self) -> bool:
@@ -89,10 +90,14 @@ class Passes:
         self.recomputed, self.offloaded = layers[:count], layers[:offload]
         again = transformers_internals.recomputing(keeps_random_numbers=keeps_random_numbers)
         called: dict[Any, Callable[..., Any]] = dict.fromkeys(self.recomputed, again)
-        if self.offloaded:
-            host = Offload(self.model, self.offloaded)
-            called |= {layer: host.calling(layer, called.get(layer)) for layer in self.offloaded}
+        self._host = Offload(self.model, self.offloaded) if self.offloaded else None
+        if self._host is not None:
+            called |= {layer: self._host.calling(layer, called.get(layer)) for layer in self.offloaded}
         self._undo_recompute = transformers_internals.called_by(called)
+
+    def as_the_trainers(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, no layer's activations go to the host."""
+        return contextlib.nullcontext() if self._host is None else self._host.resting()
 
     def changing_layer(self, buffers: Buffers) -> str | None:
         """The class of a layer that gives another result when it is computed again, by dropout that no seed of ours

@@ -11,7 +11,7 @@ from training.test_stock import Unattended
 from captured.test_graphs import StandInGraph, recording
 from conftest import rows_of
 from lightweight import corpus, models, record, targets
-from lightweight.captured import loop, offload, packing
+from lightweight.captured import loop, offload, packing, reference
 from lightweight.captured import optimizer as optimizer_module
 from lightweight.captured.step import Step
 from lightweight.child import owner, worker
@@ -249,6 +249,32 @@ def test_activations_on_the_host_train_the_same(trial, written, tmp_path, monkey
         assert noted == (index > 0)
     assert losses[0] == losses[1]
     assert losses[0] == pytest.approx(losses[2], abs=1e-5)
+
+
+def test_the_trainers_step_is_compared_with_all_of_it_on_the_device(trial, written, tmp_path, monkeypatch):
+    """What went to the host of a step that found no memory would be held there and here while the next is tried."""
+    monkeypatch.setattr(offload, "SMALLEST_BYTES", 1)
+    gradients, send = reference.Reference._gradients, offload.Offload._send
+    sent: list[str] = []
+    by_them: list[int] = []
+
+    def noted(self, *given):
+        sent.append("a layer")
+        return send(self, *given)
+
+    def theirs(self, *given, **options):
+        before = len(sent)
+        result = gradients(self, *given, **options)
+        by_them.append(len(sent) - before)
+        return result
+
+    monkeypatch.setattr(offload.Offload, "_send", noted)
+    monkeypatch.setattr(reference.Reference, "_gradients", theirs)
+    method = replace(trial.method, step=CapturedStep(offload=2))
+    trainer, rows, meter, _ = prepared(replace(trial, model=written["llama-tiny"], method=method), tmp_path)
+    assert loop.CapturedTraining(replace(trial, method=method), trainer, rows, meter).prepare()
+    assert len(by_them) >= 2 and not any(by_them)
+    assert sent, "its own step"
 
 
 @pytest.mark.parametrize(("lora_dropout", "repeats"), [(0.0, True), (0.3, False)])

@@ -1,6 +1,7 @@
 """Layers whose activations lie on the host: the same loss and gradients, bit for bit, and nothing held twice."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -62,6 +63,20 @@ def test_what_a_layer_keeps_is_on_the_host_until_its_backward_pass(network, by):
         assert [kept.there.numel() for kept in first.all_kept()] == [9 * 32]  # the layer's input alone
     loss.backward()
     assert not host._alive
+
+
+def test_of_a_pass_that_was_broken_off_nothing_is_held_while_it_rests(network):
+    host = taken(network)
+    ids = torch.ones(1, 9, dtype=torch.long, device=network.device)
+    loss = network(input_ids=ids, labels=ids, use_cache=False).loss
+    kept = [weakref.ref(each.here) for each in host._newest.all_kept()]
+    del loss
+    assert kept and all(each() is not None for each in kept), "whose copies are on their way"
+    with host.resting():
+        assert not any(each() is not None for each in kept)
+        network(input_ids=ids, labels=ids, use_cache=False)
+        assert host._newest is None
+    assert again(network)[0] == loss_and_gradients(build("llama"))[0]
 
 
 def test_weights_and_what_all_layers_are_given_stay_where_they_are(network, monkeypatch):
