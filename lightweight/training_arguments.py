@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightweight import preload  # isort: skip  # noqa: F401  # before transformers, whose Trainer imports peft
 
@@ -275,6 +275,30 @@ def _check_step(method: Method, defaults: Mapping[str, Any]) -> None:
             num_training_steps=LONG,
             scheduler_specific_kwargs=json.loads(settings) if isinstance(settings, str) else dict(settings or {}),
         )
+
+
+def check_schedule(method: Method, arguments: TrainingArguments, steps: int) -> None:
+    """Raise MethodError where the schedule has no rate for a step of a job of so many: transformers' polynomial one
+    divides by the steps after the warmup."""
+    warmup = arguments.get_warmup_steps(steps)
+    stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=arguments.learning_rate)
+    try:
+        schedule: Any = get_scheduler(
+            arguments.lr_scheduler_type,
+            stand_in,
+            num_warmup_steps=warmup,
+            num_training_steps=steps,
+            scheduler_specific_kwargs=cast("dict[str, Any]", arguments.lr_scheduler_kwargs or {}),
+        )
+        for rate_of in getattr(schedule, "lr_lambdas", ()):
+            for step in (0, warmup, steps):
+                rate_of(step)
+    except ZeroDivisionError as error:
+        name = getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)
+        raise MethodError(
+            f"method {method.name}: its schedule {name} has no rate for a job of {steps} steps, {warmup} of them warmup"
+            ": take fewer --warmup steps, or more steps"
+        ) from error
 
 
 @contextlib.contextmanager

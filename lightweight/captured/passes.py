@@ -19,7 +19,7 @@ from lightweight.captured.flash import Sequences
 from lightweight.captured.frozen import Lean
 from lightweight.captured.offload import Offload
 from lightweight.captured.packing import Buffers
-from lightweight.captured.parts import Parts
+from lightweight.captured.parts import PartError, Parts
 from lightweight.internals import transformers as transformers_internals
 from lightweight.methods import Method
 
@@ -71,6 +71,8 @@ class Passes:
         if self._undo_attention is not None:
             self._undo_attention()
         self._undo_attention = None
+        if parts.loss == "chunked" and self.model.base_model is self.model:
+            raise PartError("it is not said which part of the network is before its head")
         self.parts = parts
         if parts.attention:
             self._undo_attention = attention.install(self.model)

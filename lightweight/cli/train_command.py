@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from dataclasses import fields
 from typing import NoReturn
 
@@ -41,6 +42,10 @@ def _train(options: argparse.Namespace) -> int:
         return 1
     except train.REFUSALS as error:
         return refuse(error)
+    except SystemExit as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        tell(f"{where.filename}:{where.lineno}: ended the training by sys.exit({error.code!r}): nothing was saved")
+        return 1
     return 0 if outcome.kind == "completed" else 1
 
 

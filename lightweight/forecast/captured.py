@@ -28,6 +28,7 @@ from lightweight.captured.reference import Reference
 from lightweight.captured.step import Step
 from lightweight.corpus import Row, Rows
 from lightweight.forecast.recorder import Recorder
+from lightweight.forecast.steps import UNSCHEDULED
 from lightweight.internals import accelerate as accelerate_internals
 from lightweight.internals import torch as torch_internals
 from lightweight.methods import CapturedStep
@@ -84,7 +85,7 @@ def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> 
         recorder.free_unused()  # where it was
     folder = Path(tempfile.gettempdir())  # which is there, as the Trainer will have it, and gets nothing
     trainer = stock.make_trainer(
-        replace(trial, device_index=None), network, rows, recorder.meter, _NobodyAsks(), folder
+        replace(trial, device_index=None), network, rows, recorder.meter, _NobodyAsks(), folder, **UNSCHEDULED
     )
     if trial.method.training_arguments.get("fp16"):
         accelerate_internals.autocast_on_cpu(trainer, None)

@@ -29,6 +29,9 @@ from lightweight.training import stock
 from lightweight.training.rounds import Request
 from lightweight.trial import Trial
 
+UNSCHEDULED: dict[str, Any] = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None, "warmup_steps": 0}
+"""A schedule holds no memory, and may be impossible for the few steps that are traced."""
+
 
 class AllTracedError(Exception):
     """Every step there is to trace has been traced."""
@@ -51,6 +54,7 @@ def train(network: Any, trial: Trial, paddings: tuple[BatchKind, ...], recorder:
     overrides = {
         "gradient_accumulation_steps": len(steps[0]),
         "logging_nan_inf_filter": False,  # it reads the loss, and a fake one has no value
+        **UNSCHEDULED,
     }
     nothing: Row = {"input_ids": np.zeros(1, np.int32), "labels": np.zeros(1, np.int32)}
     rows = Rows([nothing], pad_token_id=0)  # what the passes are fed is made below

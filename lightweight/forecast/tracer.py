@@ -45,6 +45,9 @@ WAITS_FOR_OUTLIERS = (
     "Trainer would run the steps: take a method without the captured step"
 )
 
+COMPILING = "torch_compile", "torch_compile_backend", "torch_compile_mode"
+"""TrainingArguments each of which has the Trainer compile the network."""
+
 
 class ForecastError(ValueError):
     """A model or method that cannot be built or traced. The message names the module or argument, and the reason."""
@@ -129,6 +132,8 @@ def refusal(trial: Trial, config: PretrainedConfig, capability: Capability, rows
     step = trial.method.captured_step
     if step is not None and compiles(step, trial.steps if trial.corpus.train else 0):
         return "what torch.compile makes of the captured step is not forecast: take compile=False"
+    if any(trial.method.training_arguments.get(name) for name in COMPILING):
+        return "what torch.compile makes of the network is not forecast: take torch_compile=False"
     if trial.method.library != "peft":
         return f"{trial.method.library} is not forecast, only transformers and peft"
     longest = models.longest_row(config)

@@ -32,6 +32,7 @@ from lightweight.training.meter import Meter
 from lightweight.training.own_loss import OwnLoss
 from lightweight.training.rounds import Rounds, callbacks_around, resume
 from lightweight.training.seen import Seen, SeesRates
+from lightweight.training_arguments import check_schedule
 from lightweight.trial import Trial
 
 TOKENS = "tokens"
@@ -74,6 +75,7 @@ def make_trainer(
         Trainer.get_optimizer_cls_and_kwargs(training_arguments, cast("Any", model))  # whose package may be missing
     except (ImportError, TypeError, ValueError) as error:
         raise MethodError(f"method {trial.method.name}: TrainingArguments refuse it: {reason(error)}") from error
+    check_schedule(trial.method, training_arguments, trial.steps)
     trainer = _made(trial, model, training_arguments, rows, meter, rounds)
     if trial.world_size > 1 and not trainer.model_accepts_loss_kwargs:
         raise ranks.RanksError(

@@ -253,6 +253,12 @@ def _training_failures(now: Entry, then: Entry, run: Run, limits: Limits) -> lis
     failures = []
     if now.steps < then.steps:
         failures.append(f"{_name(now)}: {now.steps} of {now.planned_steps} steps now, {then.steps} in {run.name}")
+    for what, seen_now, seen_then in (
+        ("tokens", sum(now.step_tokens or ()), sum(then.step_tokens or ())),
+        ("rows", now.training_rows or 0, then.training_rows or 0),
+    ):
+        if seen_then and seen_now != seen_then and now.steps == then.steps:
+            failures.append(f"{_name(now)}: trained on {seen_now:,} {what} now, {seen_then:,} in {run.name}")
     if now.data_note and now.data_note != then.data_note:
         was = then.data_note or "no such note"
         failures.append(one_line(f"{_name(now)}: trained otherwise now: {now.data_note}; {was} in {run.name}"))

@@ -774,6 +774,24 @@ def test_what_is_set_is_trained_recorded_and_resumed(train, out, signal_at, caps
     assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {4}
 
 
+def test_a_schedule_without_a_rate_for_a_step_is_one_line(train, out, capsys):
+    given = ("--schedule", "polynomial", "--warmup", "4", "--max-steps", "4")
+    assert train("a", *given) == 2
+    assert "its schedule polynomial has no rate for a job of 4 steps, 4 of them warmup" in capsys.readouterr().err
+    assert not (out / "a").exists()
+
+
+def test_a_methods_code_that_ends_the_process_is_no_success(train, out, tmp_path, monkeypatch, capsys):
+    source = (
+        "import sys\nfrom lightweight.methods import BASELINE, Method\n\n\ndef leave(network):\n    sys.exit(0)\n\n\n"
+    )
+    (tmp_path / "leaving.py").write_text(f'{source}LEAVES = Method(name="leaves", transform=leave)\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert train("a", "--method", "leaving:LEAVES") == 1
+    assert "leaving.py:6: ended the training by sys.exit(0): nothing was saved" in capsys.readouterr().err
+    assert not (out / "a").exists()
+
+
 def test_the_schedule_that_is_set_is_followed(train, out):
     assert train("a", "--schedule", "constant_with_warmup", "--warmup", "5", "--report-to", "tensorboard") == 0
     told = scalars(out / "a" / "runs")

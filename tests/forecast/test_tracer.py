@@ -364,6 +364,25 @@ def stored(tmp_path, quantization):
     return Model(name="stored", source=str(tmp_path))
 
 
+def test_what_the_trainer_compiles_is_not_forecast():
+    compiled = replace(LORA, name="compiled", training_arguments={"torch_compile": True})
+    with pytest.raises(ForecastError, match=r"take torch_compile=False$"):
+        trace(trial(MICRO, compiled))
+
+
+@pytest.mark.parametrize("method", [BASELINE, LORA_CAPTURED])
+def test_a_schedule_that_is_too_long_for_the_traced_steps_is_no_matter(method):
+    arguments = {"lr_scheduler_type": "polynomial", "warmup_steps": 3}
+    assert trace(trial(MICRO, replace(method, training_arguments=arguments))).replay().allocated_bytes > 0
+
+
+def test_a_network_that_does_not_say_what_is_before_its_head_is_captured_without_chunks():
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "intermediate_size_mlp": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 2}
+    shape = {"model_type": "llama4_text", "vocab_size": 384, **sizes, **heads}
+    assert trace(trial(Model(name="llama4", architecture=shape), LORA_CAPTURED)).replay().allocated_bytes > 0
+
+
 @pytest.mark.parametrize(
     ("quantization", "method", "words"),
     [

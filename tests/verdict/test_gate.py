@@ -68,6 +68,13 @@ def test_a_training_that_ended_earlier_or_had_other_rows_fails_whatever_it_measu
     assert compare([cell("baseline", steps=130)], [then]).failures == []
     (failure,) = compare([cell("baseline", steps=100)], [then]).failures
     assert failure.startswith("opt-350m x baseline: 100 of 130 steps now, 130 in 0001_old.json. ")
+    then = cell("baseline", steps=2, step_tokens=(900, 1000), training_rows=1100)
+    for changes, words in (
+        ({"step_tokens": (450, 500)}, "trained on 950 tokens now, 1,900 in 0001_old.json"),
+        ({"training_rows": 80}, "trained on 80 rows now, 1,100 in 0001_old.json"),
+    ):
+        (failure,) = compare([replace(then, **changes)], [then]).failures
+        assert failure.startswith(f"opt-350m x baseline: {words}. ")
     note = "2 rows are left out"
     (failure,) = compare([cell("baseline", steps=130, data_note=note)], [then]).failures
     assert f"trained otherwise now: {note}; no such note in 0001_old.json" in failure
