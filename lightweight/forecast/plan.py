@@ -263,7 +263,10 @@ def _known(
             return config, None
         form = RowForm(question.max_length, question.loss_on, question.long)
         padded = pads_to_max(question.padding, question.corpus)
-        return config, corpus_rows.of_model(question.corpus, model, form, pads_to_max=padded, progress=progress)
+        found = corpus_rows.of_model(question.corpus, model, form, pads_to_max=padded, progress=progress)
+        if found.rows is not None:  # how long they may be is asked of each row of the plan
+            models.check_rows(model, config, longest=0, largest=max(int(row["input_ids"].max()) for row in found.rows))
+        return config, found
     except (ModelError, CorpusError) as error:
         return error, None
 

@@ -129,6 +129,15 @@ def test_a_tokenizer_that_cannot_be_used_is_a_matter_of_its_model_alone(talks, f
     assert sound.verdict == "fits"
 
 
+def test_tokens_that_the_network_has_no_embedding_for_are_a_matter_of_its_model(talks, folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 60}))
+    known = [models.named(str(folder)), MICRO]
+    row, sound = plan.plan(known, [BASELINE], [T4], PlanOptions(corpus=corpus.load(talks)))
+    assert (row.verdict, sound.verdict) == ("cannot_be_forecast", "fits")
+    assert row.reason is not None and "where the network has 60 embeddings" in row.reason
+
+
 def test_a_job_that_is_long_enough_to_be_compiled_is_forecast_as_train_takes_it(talks, monkeypatch):
     monkeypatch.setattr(loop, "COMPILE_STEPS", 1)
     (row,) = plan.plan([MICRO], [LORA_CAPTURED], [T4], PlanOptions(corpus=corpus.load(talks)))
