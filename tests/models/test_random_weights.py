@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -138,3 +139,17 @@ def test_weights_are_in_the_hosts_memory_once_while_they_are_written(tmp_path):
     written = [sum(file.stat().st_size for file in (tmp_path / n).glob("*.safetensors")) for n in ("1", "5")]
     assert written[1] > 150 * 2**20
     assert int(ran.stdout) < (written[1] - written[0]) * 1.3
+
+
+def test_several_threads_draw_at_one_time(monkeypatch):
+    monkeypatch.setattr(random_weights, "cores", lambda: 2)
+    monkeypatch.setattr(random_weights, "CHUNK", 1024)
+    both, fill = threading.Barrier(2), Drawing._fill
+
+    def together(self, *chunk):
+        both.wait(timeout=30)
+        fill(self, *chunk)
+
+    monkeypatch.setattr(Drawing, "_fill", together)
+    weight = drawn(lambda: nn.Linear(64, 32, bias=False), 0).weight
+    assert weight.std() > 0
