@@ -139,17 +139,21 @@ def test_no_python_of_a_page_goes_untested():
                 subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if any("MINE" in b for b in blocks(page))], ids=lambda p: p.name
-)
-def test_the_method_can_be_named(page, tmp_path, monkeypatch):
-    for number, code in enumerate(block for block in blocks(page) if "MINE" in block):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        (folder / "mine.py").write_text(code, "utf-8")
-        monkeypatch.syspath_prepend(folder)
-        monkeypatch.delitem(sys.modules, "mine", raising=False)
-        assert isinstance(methods.named("mine:MINE"), Method)
+OF_METHODS = [(page, code) for page in PAGES for code in blocks(page) if "MINE" in code and page != KOREAN]
+
+
+@pytest.mark.parametrize(("page", "code"), OF_METHODS, ids=[page.name for page, _ in OF_METHODS])
+def test_every_method_of_a_page_can_be_named_and_forecast(page, code, tmp_path, monkeypatch, capsys, without_gpu):
+    others = "\nfor number, other in enumerate(globals().get('OTHERS', ())):\n    globals()[f'OTHER{number}'] = other\n"
+    (tmp_path / "mine.py").write_text(code + others, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    assert isinstance(methods.named("mine:MINE"), Method)
+    own = [f"mine:{name}" for name in vars(sys.modules["mine"]) if re.fullmatch(r"MINE|OTHER\d+", name)]
+    assert len(own) == 1 + code.count("\n    Method(")
+    assert __main__.main(["plan", "llama-tiny", "--target", "t4", *(f"--method={name}" for name in own)]) == 0
+    told = capsys.readouterr().out
+    assert "cannot be forecast" not in told and told.count(" fits") == len(own)
 
 
 def test_the_experiment_of_ones_own_runs(pytester, without_gpu):

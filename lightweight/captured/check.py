@@ -17,7 +17,6 @@ from transformers import Trainer
 from lightweight.captured import agreement, flash, probes, temporary
 from lightweight.captured.agreement import Deviation, Expected, Gradients, Tolerance
 from lightweight.captured.epochs import Epochs
-from lightweight.captured.graphs import first_line
 from lightweight.captured.packing import Buffers
 from lightweight.captured.parts import Loss, PartError, Parts
 from lightweight.captured.passes import NOTHING
@@ -25,6 +24,7 @@ from lightweight.captured.reference import Reference
 from lightweight.captured.sample import Sample
 from lightweight.captured.step import Step
 from lightweight.internals import torch as torch_internals
+from lightweight.models import first_line
 from lightweight.training import ranks
 from lightweight.trial import Trial
 

@@ -10,6 +10,7 @@ import torch
 
 from lightweight.captured.packing import Shape
 from lightweight.internals import torch as torch_internals
+from lightweight.models import first_line
 
 
 def what_cannot_be_captured(network: torch.nn.Module, step: Callable[[], None]) -> str | None:
@@ -94,8 +95,3 @@ def on_a_side_stream() -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
     torch.cuda.current_stream().wait_stream(stream)
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says first, or its name where it says nothing."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -29,7 +29,6 @@ from lightweight.captured.check import Check
 from lightweight.captured.epochs import Epochs
 from lightweight.captured.graphs import (
     Graphs,
-    first_line,
     on_a_side_stream,
     waiting_forbidden,
     what_cannot_be_captured,
@@ -41,6 +40,7 @@ from lightweight.corpus import Rows
 from lightweight.internals import transformers as transformers_internals
 from lightweight.internals.torch import free_workspaces
 from lightweight.methods import CapturedStep
+from lightweight.models import first_line
 from lightweight.training import ranks
 from lightweight.training.meter import Meter
 from lightweight.trial import Trial

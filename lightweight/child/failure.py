@@ -15,6 +15,7 @@ import torch
 from lightweight import importable
 from lightweight.child import host_memory
 from lightweight.methods import MethodError
+from lightweight.models import first_line
 from lightweight.targets import GiB, MiB
 from lightweight.training.meter import DivergedError, Meter
 from lightweight.trial import Crashed, Diverged, Measurements, OutOfMemory, Phase, Trial
@@ -24,7 +25,7 @@ def outcome_of(error: Exception, trial: Trial, meter: Meter | None, folder: Path
     """How a trial in `folder` ended that raised `error`; `meter` is None where it had not got as far as having one."""
     phase: Phase = "start" if meter is None else meter.phase
     measured = Measurements() if meter is None else meter.measurements()
-    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    reason = f"{type(error).__name__}: {first_line(error)}"
     match error:
         case DivergedError():
             return Diverged(step=error.step, reason=str(error), measured=measured)

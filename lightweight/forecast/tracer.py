@@ -287,7 +287,5 @@ def _module_names(network: nn.Module) -> Iterator[list[str]]:
 
 def _reason(error: Exception) -> str:
     """The first line of what went wrong; an error of ours has said all of it in one."""
-    lines = str(error).strip().splitlines()
-    if isinstance(error, MethodError | models.ModelError) and lines:
-        return lines[0]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    says = models.first_line(error)
+    return says if isinstance(error, MethodError | models.ModelError) else f"{type(error).__name__}: {says}"

@@ -384,7 +384,7 @@ def gradients_clipped_at_once() -> Iterator[None]:
     """Inside, `clip_grad_norm_` takes all gradients in a few kernels, as on a GPU: fake tensors on the CPU it would
     take one by one. torch/nn/utils/clip_grad.py."""
 
-    def has_support(*_: Any) -> bool:  # a mock would keep the gradients that it is asked about
+    def has_support(*_: Any, **__: Any) -> bool:  # a mock would keep the gradients that it is asked about
         return True
 
     with mock.patch.object(sys.modules["torch.nn.utils.clip_grad"], "_has_foreach_support", has_support):

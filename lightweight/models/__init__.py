@@ -24,7 +24,7 @@ from lightweight.models.known import (
     named,
 )
 from lightweight.models.loading import count_parameters, load, skeleton
-from lightweight.models.model import Model, ModelError, Weights, ran_out, reason
+from lightweight.models.model import Model, ModelError, Weights, first_line, ran_out, reason
 from lightweight.models.quantized_checkpoint import check_forecastable, quantization_of, stored_quantization
 from lightweight.models.sources import NoTokenizerError, can_be_random, find, find_tokenizer
 from lightweight.models.tokenizer import check_rows, load_tokenizer
@@ -57,6 +57,7 @@ __all__ = [
     "drawn_tokenizer",
     "find",
     "find_tokenizer",
+    "first_line",
     "flop_per_token",
     "load",
     "load_tokenizer",

@@ -84,7 +84,12 @@ def ran_out(error: BaseException) -> bool:
     return out_of_memory or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says something; its type if none does."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def reason(error: BaseException) -> str:
-    """The message of an error in one line of at most 200 characters; its type if it has none."""
+    """The whole message of an error in one line of at most 200 characters; its type if it has none."""
     text = " ".join(str(error).split()).rstrip(".:") or type(error).__name__
     return text if len(text) <= 200 else f"{text[:197]}..."

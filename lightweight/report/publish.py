@@ -269,8 +269,7 @@ def measured(rows: Sequence[Study], columns: Sequence[str] = tuple(COLUMNS)) -> 
     entries = [entry for study in rows for entry in study.entries]
     parts = [_trained(group) for group in SAME_BASELINE.but("model").groups(entries)]
     parts += [sentence for names, sentence in SAID if set(names) & set(columns)]
-    noted = {study.first.method: note for study in rows if (note := _data_note(study))}
-    parts += [f"Not trained like the others:{method}: {note}" for method, note in noted.items()]
+    parts += words.trained_otherwise(entries)
     if any(len(study.completed) > 1 for study in rows):
         parts.append("Numbers are means over seeds, in brackets their two-sided 95% Student t-intervals")
     if any(entry.weights == "random" for entry in entries):

@@ -192,15 +192,17 @@ def before_and_after(losses: tuple[float, float] | None) -> str:
     return "-" if losses is None else f"{losses[0]:.3f} -> {losses[1]:.3f}"
 
 
+def trained_otherwise(entries: Sequence[Entry]) -> list[str]:
+    """How what the methods of `entries` trained on, or at which rates, differs from what all others did."""
+    told = ((f"{entry.model} x {entry.method}", entry.data_note) for entry in entries if entry.data_note)
+    return [one_line(f"Not trained like the others: {whose}: {note}") for whose, note in dict.fromkeys(told)]
+
+
 def notes(entries: Sequence[Entry], runs: Sequence[Run] = ()) -> list[str]:
     """What a reader must know beside the table: on what it was measured, and what random weights cannot say."""
     said = changes((entry.method, entry.changed) for entry in entries)
     lines = [] if said is None else [said]
-    lines += dict.fromkeys(
-        one_line(f"Not trained like the others:{entry.model} x {entry.method}: {entry.data_note}.")
-        for entry in entries
-        if entry.data_note
-    )
+    lines += [f"{each}." for each in trained_otherwise(entries)]
     if scales := dict.fromkeys(entry.method for entry in entries if entry.has_own_loss):
         lines.append(one_line(f"Training losses on a scale of their own, unlike held-out ones: {', '.join(scales)}."))
     lengths = sorted({entry.max_length for entry in entries if entry.max_length})

@@ -11,7 +11,7 @@ import pytest
 
 from lightweight import names
 from lightweight.methods import Method, MethodError
-from lightweight.models import Model
+from lightweight.models import Model, first_line
 from lightweight.record import BASELINE
 from lightweight.session import choices, xdist_bridge
 from lightweight.session.choices import Choices
@@ -149,10 +149,9 @@ def _check_crossing(trial: Trial) -> None:
         ForkingPickler.dumps(trial)
     except Exception as error:  # noqa: BLE001  pickling runs code of what is pickled
         field = next((path for path, value in _parts(trial.method) if not _can_cross(value)), "it")
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"method {trial.method.name}: its {field} cannot be sent to a child process ({reason}): give what can be "
-            "pickled, such as a function of a module"
+            f"method {trial.method.name}: its {field} cannot be sent to a child process ({first_line(error)}): give "
+            "what can be pickled, such as a function of a module"
         ) from None
 
 

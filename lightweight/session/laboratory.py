@@ -141,8 +141,7 @@ class Laboratory(Choices):
         except ForecastError as error:
             self.progress.note(f"no forecast: {error}")
         except Exception as error:  # noqa: BLE001  a row is never lost to a failed forecast
-            reason = str(error).splitlines()[0] if str(error) else "no message"
-            self.progress.note(f"no forecast: {trial.name}: {type(error).__name__}: {reason}")
+            self.progress.note(f"no forecast: {trial.name}: {type(error).__name__}: {models.first_line(error)}")
         return None
 
     def record_forecast(self, item: pytest.Item, trial: Trial) -> Forecast:

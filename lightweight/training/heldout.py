@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -11,7 +12,7 @@ from unittest import mock
 from lightweight.preload import peft  # isort: skip  # before Trainer, which imports peft
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from transformers import Trainer
 
 from lightweight.corpus import IGNORED, Row
@@ -64,33 +65,52 @@ precision, in fp32 and as log-probabilities. A row of 32,768 tokens has 10 GB of
 
 
 LEAK = 0.05
-"""How far later tokens may move the logits of earlier ones, of what those vary by: by rounding, where experts compute
-what is routed to them together."""
+"""How far later tokens may move the logits of earlier ones: of what those vary by, and in nats of what they predict. By
+rounding they do, where experts compute what is routed to them together."""
+
+CUTS = (0.3, 0.55, 0.9)
+"""Where a row is cut besides in its first tokens: near these parts of it, at primes, where blocks of any size go on."""
+
+BEFORE_CUT = 32
+"""So many tokens before a cut are looked at: what sees into the future may see no further than its block."""
 
 
 def _check_causal(trainer: MeasuredTrainer, batch: dict[str, Any]) -> None:
-    """Raise MethodError where the logits of the first half of a row, the one of `batch`, depend on its second half: the
-    last of them, where it is long."""
+    """Raise MethodError where the logits just before a cut of a row, the one of `batch`, depend on what comes after
+    it."""
     ids, mask = (batch[name].to(trainer.args.device) for name in ("input_ids", "attention_mask"))
-    if (end := int(mask.sum()) // 2) == 0:
-        return
-    columns = torch.arange(max(0, end - TOKENS_AT_ONCE), end, device=ids.device)
+    cuts = _cuts(int(mask.sum()))
+    places = [torch.arange(max(0, cut - BEFORE_CUT), cut, device=ids.device) for cut in cuts]
 
-    def first_half(ids: torch.Tensor) -> torch.Tensor:
+    def logits_before(ids: torch.Tensor, places: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         with _logits_of(trainer, ids, mask) as logits_at:
-            return logits_at(columns)[0].float()
+            return [logits_at(columns)[0].float() for columns in places]
 
-    logits = first_half(ids)
-    if not logits.isfinite().all():
-        return
-    others = ids.clone()
-    others[0, end:] = (others[0, end:] + 1) % logits.shape[-1]
-    moved = (first_half(others) - logits).norm() / (logits - logits.mean()).norm().clamp_min(1e-12)
-    if not moved <= LEAK:
-        raise MethodError(
-            f"method {trainer.method.name}: its network sees the tokens that it must predict: later tokens change the "
-            f"logits of earlier ones by {float(moved):.0%}, and no held-out loss of it could be compared"
-        )
+    for cut, columns, logits in zip(cuts, places, logits_before(ids, places), strict=True):
+        if not logits.isfinite().all():
+            return
+        others = ids.clone()
+        others[0, cut:] = (others[0, cut:] + 1) % logits.shape[-1]
+        (moved,) = logits_before(others, [columns])
+        of_all = (moved - logits).norm() / (logits - logits.mean()).norm().clamp_min(1e-12)
+        nats = kl_div(moved.log_softmax(-1), logits.log_softmax(-1), reduction="batchmean", log_target=True)
+        if not (of_all <= LEAK and nats <= LEAK):
+            raise MethodError(
+                f"method {trainer.method.name}: its network sees the tokens that it must predict: what follows token "
+                f"{cut} of a row changes the logits up to it by {float(of_all):.0%}, and no held-out loss of it could "
+                "be compared"
+            )
+
+
+def _cuts(length: int) -> list[int]:
+    """Where a row of `length` tokens is cut: after so many of them."""
+    primes = [_prime_to(round(length * part)) for part in CUTS]
+    return sorted({cut for cut in (1, 3, *primes) if cut < length})
+
+
+def _prime_to(number: int) -> int:
+    """The largest prime up to `number`, or 2."""
+    return next((n for n in range(number, 2, -1) if all(n % d for d in range(2, math.isqrt(n) + 1))), 2)
 
 
 @contextmanager

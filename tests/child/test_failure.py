@@ -57,6 +57,12 @@ def test_the_hosts_memory_that_runs_out_is_told_from_the_devices(trial):
     assert outcome.budget_bytes == host_memory.limit().bytes
 
 
+@pytest.mark.parametrize("message", ["\n    Some tensors share memory\n  and more", "Some tensors share memory"])
+def test_the_reason_is_the_first_line_that_says_something(trial, message):
+    outcome = failure.outcome_of(RuntimeError(message), trial, Meter(CPU, 0.0), Path())
+    assert outcome.reason == "RuntimeError: Some tensors share memory"
+
+
 def test_failures_keep_their_place_and_reason(trial):
     meter = Meter(CPU, 0.0)
     meter.phase = "backward"

@@ -113,7 +113,7 @@ def test_a_method_that_trained_on_other_rows_is_told_in_every_form():
     note = "40 of 80 rows did not reach it"
     of_run = run(entry(), entry(method="half", data_note=note))
     for form in ("terminal", "markdown", "latex"):
-        assert f"Not trained like the others:half: {note}" in publish.published([of_run], form)
+        assert f"Not trained like the others: opt-350m x half: {note}" in publish.published([of_run], form)
     assert [row["note"] for row in fields(*of_run.entries)] == ["", note]
 
 

@@ -40,7 +40,7 @@ def test_what_trained_on_other_rows_or_on_another_loss_is_told():
     told = words.notes(
         [entry(), entry(method="focal", own_code=own, data_note="it ended after 3 of 6 optimizer steps")]
     )
-    assert "Not trained like the others:opt-350m x focal: it ended after 3 of 6 optimizer steps." in told
+    assert "Not trained like the others: opt-350m x focal: it ended after 3 of 6 optimizer steps." in told
     assert "Training losses on a scale of their own, unlike held-out ones: focal." in told
     smoothed = words.notes([entry(method="smoothed", training_arguments={"label_smoothing_factor": 0.1})])
     assert "Training losses on a scale of their own, unlike held-out ones: smoothed." in smoothed

@@ -236,6 +236,45 @@ def test_a_network_that_sees_what_it_predicts_is_refused(trained):
         trained(Method(name="peeks", transform=Peeks))
 
 
+def in_blocks(network, size):
+    """Lets a token attend to all of its block and what came before."""
+
+    def attend(module, arguments, options):
+        hidden = options["hidden_states"] if "hidden_states" in options else arguments[0]
+        block = torch.arange(hidden.shape[1]) // size
+        mask = torch.where(block[:, None] >= block[None], 0.0, torch.finfo(torch.float32).min)
+        return arguments, options | {"attention_mask": mask[None, None]}
+
+    for name, module in network.named_modules():
+        if name.endswith("self_attn"):
+            module.register_forward_pre_hook(attend, with_kwargs=True)
+    return network
+
+
+@pytest.mark.parametrize("size", [2, 7, 32, 64])
+@pytest.mark.parametrize("step", ["trainer", "captured"])
+def test_a_network_that_sees_the_rest_of_a_block_is_refused(trained, size, step):
+    with pytest.raises(MethodError, match="its network sees the tokens that it must predict"):
+        trained(Method(name=f"blocks-{size}-{step}", transform=partial(in_blocks, size=size), step=step))
+
+
+def knows_the_next(network):
+    """Says the next token, and so changes one logit in many."""
+
+    def tell(module, arguments, options, outputs):
+        columns, ids = options["logits_to_keep"], options["input_ids"].roll(-1, 1)
+        outputs["logits"] = outputs.logits + 0.2 * one_hot(ids[:, columns], outputs.logits.shape[-1])
+        return outputs
+
+    network.register_forward_hook(tell, with_kwargs=True)
+    return network
+
+
+def test_a_network_that_sees_the_next_token_alone_is_refused(trained):
+    with pytest.raises(MethodError, match="its network sees the tokens that it must predict"):
+        trained(Method(name="knows", transform=knows_the_next))
+
+
 def freeze_embeddings(network):
     network.get_input_embeddings().requires_grad_(False)
     return network
