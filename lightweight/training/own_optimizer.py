@@ -7,6 +7,7 @@ would be recorded with one and train at another, and one that leaves weights out
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -48,6 +49,12 @@ def check(trainer: Trainer, method: Method) -> None:
         if isinstance(error, MethodError):
             raise
         raise MethodError(f"method {method.name}: {_whose(method)} cannot be made ({reason(error)})") from error
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise MethodError(
+            f"method {method.name}: {_whose(method)} computes the loss again by itself (its step needs a closure), "
+            "which the Trainer cannot give it: take one that steps by the gradients"
+        )
     held = {id(weight) for group in made.param_groups for weight in group["params"]}
     missing = [name for name, weight in network.named_parameters() if weight.requires_grad and id(weight) not in held]
     if missing:

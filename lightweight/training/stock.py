@@ -206,6 +206,11 @@ class MeasuredTrainer(TrainerHooks, Trainer):
         self.optimizer_cls_and_kwargs = own
         return Trainer.create_optimizer(self, *arguments)
 
+    @property
+    def has_stepped(self) -> bool:
+        """Whether anything has been trained."""
+        return self._meter.steps > 0
+
     def evaluating(self) -> contextlib.AbstractContextManager[Any]:
         """What held-out losses are computed in: the autocast that the TrainingArguments ask for."""
         stack = contextlib.ExitStack()

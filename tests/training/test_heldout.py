@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -6,7 +7,7 @@ import transformers
 from torch.nn.functional import cross_entropy
 
 from lightweight.corpus import IGNORED
-from lightweight.methods import Method, adapt
+from lightweight.methods import Method, MethodError, adapt
 from lightweight.training import heldout, stock
 from lightweight.training.heldout import heldout_loss
 from training.test_stock import ADAPTERS, prepare, small
@@ -103,6 +104,7 @@ def test_logits_of_a_few_tokens_exist_at_one_time_and_the_decoder_runs_once(tria
     network = small(kind, **settings)
     trainer, rows, _, _ = prepare(trial, folder, network)
     trainer.args.per_device_train_batch_size = 2
+    monkeypatch.setattr(heldout, "_check_causal", lambda *_: None)
     expected = by_hand(network, rows[:5])
     heads, decoders = [], []
     network.get_output_embeddings().register_forward_hook(lambda head, given, logits: heads.append(logits.shape))
@@ -111,6 +113,13 @@ def test_logits_of_a_few_tokens_exist_at_one_time_and_the_decoder_runs_once(tria
     assert len(decoders) == 3
     assert len(heads) > 3
     assert max(rows * columns for rows, columns, _ in heads) <= 6
+
+
+@pytest.mark.parametrize(("is_decoder", "causal"), [(True, True), (False, False)])
+def test_an_architecture_that_is_not_causal_is_refused_before_it_trains(trial, folder, is_decoder, causal):
+    trainer, rows, _, _ = prepare(trial, folder, small("bert", is_decoder=is_decoder, initializer_range=0.5))
+    with nullcontext() if causal else pytest.raises(MethodError, match=r"sees the tokens .*: take a causal model$"):
+        heldout_loss(trainer, rows[:5])
 
 
 def test_a_network_that_keeps_all_logits_is_measured_all_the_same(trial, folder, monkeypatch):

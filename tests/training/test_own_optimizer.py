@@ -62,6 +62,10 @@ def test_a_class_with_its_keywords_takes_the_learning_rate_and_the_trainers_grou
     ]
 
 
+def with_a_closure(network, arguments):
+    return torch.optim.LBFGS(network.parameters(), lr=arguments.learning_rate)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "arguments", "expected"),
     [
@@ -73,6 +77,7 @@ def test_a_class_with_its_keywords_takes_the_learning_rate_and_the_trainers_grou
         (as_the_trainers, {"adam_beta2": 0.95}, "adam_beta2=0.95 is not used by its optimizer .*:as_the_trainers"),
         ((torch.optim.SGD, {"lr": 0.1}), {"learning_rate": 1e-3}, "learning_rate=0.001 is not used by its optimizer"),
         (without_biases, {}, "leaves out .* trained weights, such as model.decoder.final_layer_norm.bias"),
+        (with_a_closure, {}, "its step needs a closure"),
         (a_scheduler, {}, "a_scheduler returns a ConstantLR: return a torch.optim.Optimizer"),
     ],
 )
