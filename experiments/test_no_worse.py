@@ -23,6 +23,7 @@ from lightweight.methods import BASELINE, BASELINE_CAPTURED, LORA, LORA_CAPTURED
 from lightweight.plugin import NOT_RUN, Laboratory, Train
 from lightweight.record import RecordError
 from lightweight.session import options
+from lightweight.settings import SweptRates, with_changed
 from lightweight.trial import Completed
 from lightweight.verdict import noninferiority, power
 
@@ -107,15 +108,26 @@ def differences(examples: Corpus, train: Train, outcome_of: Train, laboratory: L
     seeds = _seeds(laboratory)
     _tell_power(laboratory, len(seeds))
 
+    # a rate is right for steps as they were when it was searched for
+    keeps_steps = laboratory.settings.keeps_passes or isinstance(laboratory.settings.learning_rate, SweptRates)
+
+    def sized(method: Method) -> Method:
+        return method if keeps_steps else _in_steps_of(settings, method)
+
     def heldout_loss(how: Train, method: Method, seed: int) -> float:
-        sized = method if laboratory.settings.keeps_passes else _in_steps_of(settings, method)
-        outcome = how(model, sized, seed=seed, **changes)
+        outcome = how(model, sized(method), seed=seed, **changes)
         assert isinstance(outcome, Completed), f"{method.name}, seed {seed}: {outcome.reason}"
         loss = outcome.measured.heldout_loss_after
         assert loss is not None
         return loss
 
     def measure(method: Method) -> list[float]:
+        steps = [laboratory.trial(model, sized(one)).method.sequences_per_step for one in (method, BASELINE)]
+        if steps[0] != steps[1]:
+            pytest.skip(
+                f"{NOT_RUN}{method.name} has {steps[0]} sequences an optimizer step and {BASELINE.name} {steps[1]}: "
+                "give --batch-size and --accumulation with which both have as many"
+            )
         first, *others = seeds  # the first is timed: pytest-benchmark stores no run in which nothing was
         losses = [heldout_loss(train, method, first), *(heldout_loss(outcome_of, method, seed) for seed in others)]
         baseline = [heldout_loss(outcome_of, BASELINE, seed) for seed in seeds]
@@ -192,5 +204,4 @@ def _tell_power(laboratory: Laboratory, seeds: int) -> None:
 
 def _in_steps_of(settings: Settings, method: Method) -> Method:
     """`method` with as many sequences an optimizer step as all have."""
-    sizes = {"per_device_train_batch_size": settings.sequences, "gradient_accumulation_steps": 1}
-    return replace(method, training_arguments={**method.training_arguments, **sizes})
+    return with_changed(method, {"batch_size": settings.sequences, "accumulation": 1})

@@ -58,12 +58,14 @@ def rate(text: str) -> float:
 @dataclass(frozen=True)
 class SweptRates:
     """The learning rate of each method by its name, as `lightweight sweep` found them on the model of that name and
-    wrote them to the file `path`. `digests` are those of the methods as they were searched for, at their rates."""
+    wrote them to the file `path`. `digests` and `arguments`, which are TrainingArguments, are those of the methods as
+    they were searched for, at their rates."""
 
     path: str
     model: str
     of: Mapping[str, float]
     digests: Mapping[str, str]
+    arguments: Mapping[str, Mapping[str, Any]]
 
     @classmethod
     def read(cls, path: str) -> Self:
@@ -72,12 +74,14 @@ class SweptRates:
             document = json.loads(Path(path).read_text("utf-8"))
             found, tried = document["sweep"]["found"], document["outcomes"]
             rates = {name: rate(str(one["learning_rate"])) for name, one in found.items()}
-            digests = {
-                one["method"]: str(one["method_digest"])
+            best = {
+                one["method"]: one
                 for one in tried
                 if one["training_arguments"]["learning_rate"] == rates.get(one["method"])
             }
-            return cls(path, str(tried[0]["model"]), rates, {name: digests[name] for name in rates})
+            digests = {name: str(best[name]["method_digest"]) for name in rates}
+            arguments = {name: dict(best[name]["training_arguments"]) for name in rates}
+            return cls(path, str(tried[0]["model"]), rates, digests, arguments)
         except OSError as error:
             raise ValueError(f"cannot be read ({error.strerror}): give what `lightweight sweep` wrote") from None
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
@@ -344,7 +348,7 @@ def as_typed(changed: Mapping[str, Any]) -> str:
 def changes(of_methods: Iterable[tuple[str, Mapping[str, Any] | None]]) -> str | None:
     """What was set of each method, by its name, in one line; None where nothing was."""
     said = dict.fromkeys(f"{name} ({as_typed(changed)})" for name, changed in of_methods if changed)
-    return names.one_line(f"Set from the command line: {', '.join(said)}.") if said else None
+    return names.one_line(f"Set from outside the method: {', '.join(said)}.") if said else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,7 +413,6 @@ class Settings:
         is_stock = methods.METHODS.get(method.name) is method
         of_adapter = self.given("adapter") if _has_lora(method) else []
         changed: dict[str, Any] = {}
-        new: dict[str, dict[str, Any]] = {"arguments": {}, "adapter": {}}
         for setting, given in [*self.given("arguments"), *of_adapter]:
             value = given
             own, says = _own(method, setting)
@@ -429,18 +432,7 @@ class Settings:
                     f"method {method.name} says {says}, and the command line {here}: leave out one of them"
                 )
             changed[setting.name] = value
-            new[setting.of][setting.key] = list(value) if isinstance(value, tuple) else value
-        if not changed:
-            return method
-        adapter: Any = method.adapter
-        if new["adapter"]:
-            try:
-                adapter = replace(adapter, **new["adapter"])
-            except (TypeError, ValueError) as error:
-                said = as_typed({setting.name: value for setting, value in of_adapter})
-                raise methods.MethodError(f"method {method.name}: {said} is refused ({error})") from error
-        training_arguments = {**method.training_arguments, **new["arguments"]}
-        return replace(method, adapter=adapter, training_arguments=training_arguments, changed=changed)
+        return with_changed(method, changed)
 
     def applied(self, methods: Iterable[Method], world_size: int = 1) -> list[Method]:
         """`methods` with what is set, for so many ranks. Raises MethodError as `apply` does, and where LoRA's settings
@@ -456,6 +448,33 @@ class Settings:
                 "method that has one, such as lora"
             )
         return changed
+
+
+def with_changed(method: Method, changed: Mapping[str, Any], world_size: int = 1) -> Method:
+    """`method` with values by the names of `Settings`, as a record has them as `changed`, whatever it says itself; for
+    so many ranks. Raises MethodError for what no adapter can have."""
+    from lightweight.methods import MethodError
+
+    new: dict[str, dict[str, Any]] = {"arguments": {}, "adapter": {}}
+    for setting in SETTINGS:
+        if setting.name in changed and setting.of in new:
+            value = changed[setting.name]
+            new[setting.of][setting.key] = list(value) if isinstance(value, tuple) else value
+    adapter: Any = method.adapter
+    if new["adapter"]:
+        try:
+            adapter = replace(adapter, **new["adapter"])
+        except (TypeError, ValueError) as error:
+            said = as_typed({one.name: changed[one.name] for one in SETTINGS if one.key in new["adapter"]})
+            raise MethodError(f"method {method.name}: {said} is refused ({error})") from error
+    if new["arguments"] or new["adapter"]:
+        method = replace(
+            method,
+            adapter=adapter,
+            training_arguments={**method.training_arguments, **new["arguments"]},
+            changed={**method.changed, **{name: value for name, value in changed.items() if name != "scale"}},
+        )
+    return method.scaled(world_size, changed.get("scale") or "fixed")
 
 
 def _has_lora(method: Method) -> bool:

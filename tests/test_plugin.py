@@ -368,7 +368,7 @@ def test_what_is_set_is_trained_shown_and_recorded(project):
     assert (lora["adapter"]["r"], lora["adapted_layers"]) == (4, ["fc1"])
     result.stdout.fnmatch_lines(
         [
-            "Set from the command line: baseline (--batch-size 5 --learning-rate 0.001 --warmup 1), lora *rank 4*",
+            "Set from outside the method: baseline (--batch-size 5 --learning-rate 0.001 --warmup 1), lora *rank 4*",
             "Rows of at most 32 tokens.",
             "not run: method otherwise says learning_rate=0.0001, and the command line --learning-rate 0.001: *",
         ]

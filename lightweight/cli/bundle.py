@@ -25,7 +25,7 @@ import lightweight
 from lightweight import corpus, files, methods, record
 from lightweight.child import reaper
 from lightweight.record import Entry, Run
-from lightweight.settings import OF_CORPUS, Settings, how_read
+from lightweight.settings import OF_CORPUS, Settings, how_read, with_changed
 
 DISTRIBUTION = "lightweight-llm"
 
@@ -260,12 +260,15 @@ def _check_methods(run: Run, places: _Places) -> None:
     finally:
         sys.path.remove(str(places.root))
     for method in named:
-        digests = {entry.method_digest for entry in run.entries if entry.method == method.name}
-        if digests and record.method_digest(method) not in digests:
-            raise BundleError(
-                f"--bundle: method {method.name} has changed since record {run.path}: its digest differs; run "
-                "it again, or undo the change"
-            )
+        for entry in (entry for entry in run.entries if entry.method == method.name):
+            by_the_test = {name: value for name, value in (entry.changed or {}).items() if name not in method.changed}
+            here = with_changed(method, by_the_test, entry.world_size)
+            if record.method_digest(here) != entry.method_digest:
+                differing = record.arguments_told(entry.training_arguments, here.training_arguments)
+                raise BundleError(
+                    f"--bundle: method {method.name} has changed since record {run.path}: "
+                    f"{differing or 'its digest differs'}; run it again, or undo the change"
+                )
 
 
 def _data(run: Run, places: _Places, notes: list[str]) -> dict[str, Path]:

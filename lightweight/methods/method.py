@@ -135,7 +135,7 @@ class Method:
         callbacks: Functions or classes that return a TrainerCallback. They are called anew for every trial.
         data_collator: A function of the suite's collator that returns the one to train with.
         transform: A function of the network, with its adapter, that returns the one to train.
-        changed: What `Settings` have changed, by their names.
+        changed: What has been set from outside, by a command line or a test, by the names of `Settings`.
 
     Raises:
         MethodError: For code that another process cannot import or that the captured step does not support, and for

@@ -27,6 +27,7 @@ from lightweight.record.likeness import SAME_METHOD as SAME_METHOD
 from lightweight.record.likeness import SAME_TRIAL as SAME_TRIAL
 from lightweight.record.likeness import SAME_WEIGHTS as SAME_WEIGHTS
 from lightweight.record.likeness import Likeness as Likeness
+from lightweight.record.likeness import arguments_told as arguments_told
 from lightweight.record.likeness import baseline_of as baseline_of
 from lightweight.record.likeness import differing_settings as differing_settings
 from lightweight.record.reading import RecordError as RecordError

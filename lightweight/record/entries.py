@@ -107,7 +107,7 @@ class Entry:
         model: The model's name.
         method: The method's name.
         method_digest: SHA-256 of the method's settings. It tells methods of one name apart.
-        changed: Settings that the command line has changed.
+        changed: Settings that the command line, or a test, has changed.
         target: The card whose memory the trial was given.
         weights: 'pretrained' or 'random'.
         weights_file: The file of the weights, if they were stored in fewer bits than they are used in.
@@ -393,7 +393,7 @@ class ForecastRow:
         paged_bytes: Paged optimizer state, which is not part of the peaks.
         method_digest: SHA-256 of the method's settings.
         settings: The settings that the method's author gave.
-        changed: Those that the command line has changed.
+        changed: Those that the command line, or a test, has changed.
         corpus_digest: SHA-256 of the corpus, if one was given.
         loss_on: Which of the assistant's turns the loss is on.
         long: What is done with conversations that are longer than a row.

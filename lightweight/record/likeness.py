@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightweight.record.entries import BASELINE, Entry
+from lightweight.settings import SETTINGS
 
 NOT_ALWAYS_KNOWN = ("method_digest", "weights_revision")
 """Keys that an entry may have no value for, though its trial had one."""
@@ -93,6 +94,14 @@ def differing_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[
             found[key] = was, is_now
     differing = {key: pair for key, pair in found.items() if pair[0] != pair[1]}
     return {key: pair for key, pair in differing.items() if key != "method_digest"} or differing
+
+
+def arguments_told(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
+    """Which TrainingArguments that a command line can set differ from those that a record has, in words; nothing where
+    none do. A record has others as the device had them, such as fp16."""
+    keys = [setting.key for setting in SETTINGS if setting.of == "arguments"]
+    pairs = {key: ((then or {}).get(key), now.get(key)) for key in keys}
+    return ", ".join(f"{key} was {was!r} and is {here!r}" for key, (was, here) in pairs.items() if was != here)
 
 
 def baseline_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:

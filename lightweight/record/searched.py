@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightweight.record.likeness import arguments_told
 from lightweight.record.writing import method_digest
 from lightweight.settings import SweptRates
 
@@ -22,8 +23,15 @@ def check_searched(rate: Any, model: str, *methods: Method) -> None:
     if model != rate.model and not is_folder:
         raise ValueError(f"{here}: was searched on model {rate.model}, not on {model}: sweep that one, too")
     for method in methods:
-        if method_digest(method.with_learning_rate(rate.of[method.name])) != rate.digests[method.name]:
+        at_its_rate = method.with_learning_rate(rate.of[method.name])
+        if method_digest(at_its_rate) == rate.digests[method.name]:
+            continue
+        if told := arguments_told(rate.arguments[method.name], at_its_rate.training_arguments):
             raise ValueError(
-                f"{here}: method {method.name} has changed since the sweep, in its code or its settings: "
-                "sweep it again, or undo the change"
+                f"{here}: method {method.name} was searched for under other settings: {told}: sweep it under those "
+                "of here, or take those of the sweep"
             )
+        raise ValueError(
+            f"{here}: method {method.name} has changed since the sweep, in its code or its settings: "
+            "sweep it again, or undo the change"
+        )

@@ -88,7 +88,7 @@ def test_the_table_says_what_was_set(capsys, small):
     arguments = [small, "--target", "t4", "--method", "lora", "--method", "baseline", "--max-length", "64"]
     assert main(["plan", *arguments, "--lora-rank", "2", "--batch-size", "4"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Set from")]
-    assert line == "Set from the command line: lora (--batch-size 4 --lora-rank 2), baseline (--batch-size 4)."
+    assert line == "Set from outside the method: lora (--batch-size 4 --lora-rank 2), baseline (--batch-size 4)."
     assert main(["plan", *arguments]) == 0
     assert "Set from" not in capsys.readouterr().out
 

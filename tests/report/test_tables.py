@@ -221,7 +221,7 @@ def test_frontier_puts_what_was_measured_before_what_was_forecast():
 def test_what_was_set_of_a_forecast_is_a_line_below_it():
     changed = replace(forecast(method="lora"), changed={"lora_rank": 16, "lora_layers": ["q_proj", "v_proj"]})
     table = tables.memory_by_cause([], [forecast(), changed])
-    assert table.notes[-1] == "Set from the command line: lora (--lora-rank 16 --lora-layers q_proj,v_proj)."
+    assert table.notes[-1] == "Set from outside the method: lora (--lora-rank 16 --lora-layers q_proj,v_proj)."
     assert len(tables.memory_by_cause([], [forecast()]).notes) == 1
 
 

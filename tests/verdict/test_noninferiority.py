@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 
 from lightweight import corpus, models, record, targets
+from lightweight.__main__ import main
 from lightweight.child import owner, worker
 from lightweight.cli.train import Unattended
 from lightweight.corpus import Rows
@@ -222,3 +223,57 @@ def test_the_experiment_is_of_any_method_with_its_seeds_and_margin_and_tells_wha
     strict = experiment.runpytest(*of_mine, "--margin=0.0000001", "-k", "no_worse")
     strict.assert_outcomes(failed=1)
     strict.stdout.re_match_lines([".* x mine: (inconclusive: .* nats over the baseline, the margin 1e-07: |worse: ).*"])
+
+
+OF_MINE = """
+from dataclasses import replace
+
+from lightweight.methods import LORA
+
+MINE = replace(LORA, name="mine", training_arguments={**LORA.training_arguments, "learning_rate": 1e-3})
+"""
+
+
+def test_a_run_of_ones_own_method_in_the_experiments_steps_is_bundled_until_it_changes(
+    experiment, micro, monkeypatch, capsys
+):
+    experiment.makepyfile(stepped_mine=OF_MINE)
+    asked = (f"--model={micro.location}", "--method=stepped_mine.py:MINE", "--seeds=2", "-k", "no_worse")
+    experiment.runpytest(*asked, "--benchmark-json=run.json").assert_outcomes(passed=1)
+    monkeypatch.chdir(experiment.path)
+    of_mine, *_ = record.load(experiment.path / "run.json").entries
+    assert of_mine.changed == {"batch_size": 2, "accumulation": 1}  # which the test sets, and the method does not say
+    assert main(["report", "run.json", "--bundle", "bundle"]) == 0
+    assert (experiment.path / "bundle" / "stepped_mine.py").is_file()
+    capsys.readouterr()
+    document = json.loads((experiment.path / "run.json").read_text("utf-8"))
+    for key, value, problem in (
+        ("changed", None, "per_device_train_batch_size was 2 and is 8, gradient_accumulation_steps was 1 and is None"),
+        ("method_digest", "0" * 64, "its digest differs"),
+    ):
+        outcomes = [of | {key: value} for of in document["outcomes"]]
+        (experiment.path / "other.json").write_text(json.dumps(document | {"outcomes": outcomes}), "utf-8")
+        assert main(["report", "other.json", "--bundle", "another"]) == 2
+        assert f"method mine has changed since record other.json: {problem}; run it" in capsys.readouterr().err
+
+
+def test_rates_of_a_sweep_are_taken_in_the_steps_that_they_were_searched_for(experiment, micro, monkeypatch):
+    monkeypatch.chdir(experiment.path)
+    swept = ["sweep", "--model", micro.location, "--method", "baseline", "--method", "lora", "--budget", "3"]
+    swept += ["--learning-rate", "1e-4..1e-3", "--max-steps", "1", "--max-length", "48", "--output", "rates.json"]
+    assert main(swept) == 0
+    asked = [f"--model={micro.location}", "--method=lora", "--seeds=2", "-k", "no_worse", "--margin=1"]
+    asked += ["--learning-rate=rates.json", "--benchmark-json=run.json"]
+    experiment.runpytest(*asked).assert_outcomes(passed=1)
+    entries = record.load(experiment.path / "run.json").entries
+    assert {(of.training_arguments or {}).get("per_device_train_batch_size") for of in entries} == {8}
+    other = experiment.runpytest(*asked, "--batch-size=2")
+    assert "was searched for under other settings: per_device_train_batch_size was 8 and is 2: sweep it" in "".join(
+        [*other.outlines, *other.errlines]
+    )
+
+
+def test_methods_with_steps_of_other_sizes_are_not_compared(experiment, micro):
+    result = experiment.runpytest(f"--model={micro.location}", "--method=qlora", "--batch-size=2", "-k", "no_worse")
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["*has 8 sequences an optimizer step and baseline 2: give --batch-size and*"])
