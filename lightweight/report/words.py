@@ -15,12 +15,33 @@ from lightweight.verdict.seeds import Estimate
 RANDOM, EMULATED, HOST = "[r]", "[e]", "[h]"
 """Marks in the table, each explained below it where it occurs."""
 
+UNKNOWN_RATE = "not known"
+
 
 def method_among(entry: Entry, group: Sequence[Entry]) -> str:
-    """The method, with the beginning of its digest where the group has several methods of that name."""
-    digests = {other.method_digest for other in group if other.method == entry.method} - {None}
-    mark = f" #{entry.method_digest[:6]}" if len(digests) > 1 and entry.method_digest else ""
-    return f"{entry.method}{mark}"
+    """The method, with what tells it apart where the group has several of that name."""
+    namesakes = [other for other in group if other.method == entry.method and other.method_digest]
+    if len({other.method_digest for other in namesakes}) < 2 or not entry.method_digest:
+        return entry.method
+    apart = apart_from(entry, namesakes)
+    return f"{entry.method} {apart}" if apart.startswith("#") else f"{entry.method} ({apart})"
+
+
+def apart_from(entry: Entry, namesakes: Sequence[Entry]) -> str:
+    """What tells a method from others of its name: its learning rate, else the TrainingArguments that differ, else the
+    beginning of its digest."""
+    digests = {other.method_digest for other in namesakes}
+    if len(digests) == len({learning_rate(other) for other in namesakes}):
+        return f"rate {learning_rate(entry)}"
+    said = [other.training_arguments or {} for other in namesakes]
+    differing = sorted({key for one in said for key in one if any(one[key] != other.get(key) for other in said)})
+
+    def settings(of: Entry) -> str:
+        return ", ".join(f"{key}={(of.training_arguments or {}).get(key)}" for key in differing)
+
+    if len(digests) == len({settings(other) for other in namesakes}):
+        return settings(entry)
+    return f"#{(entry.method_digest or '')[:6]}"
 
 
 def name_among(entry: Entry, group: Sequence[Entry]) -> str:
@@ -75,6 +96,24 @@ def ending(of: str) -> str:
 def outcome(entry: Entry) -> str:
     """How the trial ended, in words."""
     return f"{ending(entry.outcome)} in {entry.phase}" if entry.phase else ending(entry.outcome)
+
+
+SETS_RATES = {"optimizer", "trainer", "callbacks"}
+"""The author's code in a method that may train at other rates than its TrainingArguments say."""
+
+USUAL_RATE = 5e-5
+"""The Trainer's, where a method's TrainingArguments have none."""
+
+
+def learning_rate(entry: Entry) -> str:
+    """The highest learning rate of a trial, of several groups of weights each one's. Where it was not measured, as in
+    older records, it is what TrainingArguments say, unless code of the method's own may have set another."""
+    rates = sorted({rate for rate in entry.learning_rates or () if rate is not None})
+    said = entry.training_arguments
+    if not rates and said is not None and not SETS_RATES & (entry.own_code or {}).keys():
+        rate = said.get("learning_rate", USUAL_RATE)
+        rates = [float(rate)] if isinstance(rate, int | float) else []
+    return " and ".join(f"{rate:.4g}" for rate in rates) or UNKNOWN_RATE
 
 
 def duration(seconds: float | None) -> str:
