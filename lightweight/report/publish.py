@@ -1,7 +1,8 @@
 """What goes into a paper? One row a cell in the columns that were chosen, as LaTeX, CSV, Markdown or text, and in words
 how it was measured.
 
-A row is a cell with all its seeds: a number is their mean, in brackets its 95 % t-interval. CSV has plain numbers, the
+A row is a cell with all its seeds: a number is their mean, in brackets its 95 % t-interval; of a time or a rate it is
+the geometric mean with the interval of the logarithm. CSV has plain numbers, the
 ends of an interval in columns of their own, and an empty field where there is nothing to say.
 """
 
@@ -98,13 +99,18 @@ COLUMNS: Mapping[str, Word | Number] = {
         heading="parameters", unit="M", form="{:,.1f}", of=lambda s: _millions(s.first.parameters), varies=False
     ),
     "peak": Number(heading="peak memory", unit="GiB", form="{:.2f}", of=_peak, varies=False),
-    "step": Number(heading="step", unit="ms", form="{:.1f}", of=lambda study: study.mean(words.step_ms)),
-    "tokens": Number(heading="tokens", unit="1/s", form="{:,.0f}", of=lambda study: study.mean(_tokens)),
+    "step": Number(heading="step", unit="ms", form="{:.1f}", of=lambda study: study.geometric_mean(words.step_ms)),
+    "tokens": Number(heading="tokens", unit="1/s", form="{:,.0f}", of=lambda study: study.geometric_mean(_tokens)),
     "share": Number(
-        heading="of the card's peak", unit="%", form="{:.1f}", of=lambda study: study.mean(words.percent_of_peak)
+        heading="of the card's peak",
+        unit="%",
+        form="{:.1f}",
+        of=lambda study: study.geometric_mean(words.percent_of_peak),
     ),
     "speedup": Number(heading="speedup", unit="x", form="{:.2f}", of=lambda study: study.speedup),
-    "total": Number(heading="total", unit="s", form="{:.1f}", of=lambda study: study.mean(lambda e: e.cold_seconds)),
+    "total": Number(
+        heading="total", unit="s", form="{:.1f}", of=lambda study: study.geometric_mean(lambda e: e.cold_seconds)
+    ),
     "loss-before": Number(
         heading="loss before", unit="nats", form="{:.3f}", of=lambda s: s.mean(lambda e: e.heldout_loss_before)
     ),
@@ -117,6 +123,9 @@ COLUMNS: Mapping[str, Word | Number] = {
     "note": Word(heading="note", of=lambda study: _data_note(study)),
 }
 """The columns that there are, by the names that `--columns` takes."""
+
+GEOMETRIC = {"step", "tokens", "share", "total", "speedup"}
+"""Those with geometric means over seeds."""
 
 DEFAULT = (
     *("model", "method", "card", "length", "outcome", "seeds", "rate", "trainable", "peak", "step", "tokens"),
@@ -314,6 +323,8 @@ def measured(rows: Sequence[Study], columns: Sequence[str] = tuple(COLUMNS)) -> 
     parts += words.trained_otherwise(entries)
     if any(len(study.completed) > 1 for study in rows):
         parts.append("Numbers are means over seeds, in brackets their two-sided 95% Student t-intervals")
+        if GEOMETRIC & set(columns):
+            parts.append("Times, rates and ratios are geometric means, with the intervals of their logarithms")
     if any(entry.weights == "random" for entry in entries):
         parts.append("Random weights: losses show that training works and say nothing about quality")
     installed = {
@@ -333,7 +344,7 @@ SAID = (
         "Of the card's peak is model FLOP utilization (MFU): the FLOP that training needs over the card's dense rate "
         "for the number format",
     ),
-    (("speedup",), "Speedup is per token against the baseline of the same seed, geometric means"),
+    (("speedup",), "Speedup is per token against the baseline of the same seed"),
     (("peak",), "Peak memory is what torch allocated on the GPU at most (without one, the process on the host)"),
     (
         ("loss", "loss-before", "over-baseline"),

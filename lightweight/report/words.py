@@ -28,19 +28,17 @@ def method_among(entry: Entry, group: Sequence[Entry]) -> str:
 
 
 def apart_from(entry: Entry, namesakes: Sequence[Entry]) -> str:
-    """What tells a method from others of its name: its learning rate, else the TrainingArguments that differ, else the
-    beginning of its digest."""
+    """What tells a method from others of its name: its learning rate, else the one that its TrainingArguments say, else
+    the beginning of its digest."""
+
+    def said(of: Entry) -> object:
+        return (of.training_arguments or {}).get("learning_rate", "not set")
+
     digests = {other.method_digest for other in namesakes}
     if len(digests) == len({learning_rate(other) for other in namesakes}):
         return f"rate {learning_rate(entry)}"
-    said = [other.training_arguments or {} for other in namesakes]
-    differing = sorted({key for one in said for key in one if any(one[key] != other.get(key) for other in said)})
-
-    def settings(of: Entry) -> str:
-        return ", ".join(f"{key}={(of.training_arguments or {}).get(key)}" for key in differing)
-
-    if len(digests) == len({settings(other) for other in namesakes}):
-        return settings(entry)
+    if len(digests) == len({said(other) for other in namesakes}):
+        return f"learning_rate {said(entry)}"
     return f"#{(entry.method_digest or '')[:6]}"
 
 

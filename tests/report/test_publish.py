@@ -54,6 +54,21 @@ def test_one_seed_has_no_interval_and_what_did_not_complete_is_a_row():
     assert re.search(r"\| lora +\| out of memory in forward +\| +- \|", text)
 
 
+def test_times_and_rates_are_geometric_means_with_intervals_above_zero():
+    times = [
+        entry(seed=seed, steady_step_seconds=of, cold_seconds=100 * of, tokens_per_second=1 / of, step_tokens=(4,) * 6)
+        for seed, of in enumerate((0.2, 0.4))
+    ]
+    (row,) = fields(*times, columns=("step", "tokens", "total"))
+    assert float(row["step (ms)"]) == pytest.approx(1000 * math.sqrt(0.08))
+    assert all(
+        float(row[f"{name} low ({unit})"]) > 0 for name, unit in (("step", "ms"), ("tokens", "1/s"), ("total", "s"))
+    )
+    text = publish.published([run(*times)], "markdown", ("step",))
+    assert "Times, rates and ratios are geometric means, with the intervals of their logarithms" in text
+    assert "geometric" not in publish.published([run(*times)], "markdown", ("loss",))
+
+
 def test_rungs_of_a_ladder_are_no_rows():
     assert [row["method"] for row in fields(entry(), *LADDER[1:])] == ["baseline"]
 
@@ -183,7 +198,7 @@ def test_rows_of_one_name_are_told_apart_by_what_differs_between_them():
     assert names(*alike) == ["lora (#aaaaaa)", "lora (#bbbbbb)"]
     own = {"method": "mine", "own_code": {"optimizer": {}}}  # from before rates were recorded
     set_ = [entry(**own, method_digest=each, training_arguments={"learning_rate": rate}) for each, rate in ("a1", "b2")]
-    assert names(*set_) == ["mine (learning_rate=1)", "mine (learning_rate=2)"]
+    assert names(*set_) == ["mine (learning_rate 1)", "mine (learning_rate 2)"]
     assert names(entry(), *swept[:1]) == ["baseline", "lora"]
 
 
