@@ -24,10 +24,11 @@ from lightweight.trial import Measurements, Phase
 
 
 class DivergedError(Exception):
-    """A loss or a weight, `what`, that is not finite at optimizer step `step` (from 1)."""
+    """A loss or a weight, `what`, that is not finite at optimizer step `step` (from 1), and `why` where that is
+    known."""
 
-    def __init__(self, step: int, what: str) -> None:
-        super().__init__(f"{what} at step {step}")
+    def __init__(self, step: int, what: str, why: str | None = None) -> None:
+        super().__init__(f"{what} at step {step}" + (f": {why}" if why else ""))
         self.step = step
 
 
@@ -54,6 +55,7 @@ class Meter:
         self._tokens: list[Tokens] = []
         self._step_tokens: list[Tokens] = []
         self._pending_losses: list[torch.Tensor] = []
+        self._labelled: dict[int, torch.Tensor] = {}  # by step, of those since the round began
         self._rates: list[float] | None = []  # None where they are not known
         self._marks: list[torch.cuda.Event | float] = []
         self._held: list[tuple[int, int]] = []
@@ -143,6 +145,11 @@ class Meter:
         the device computes for them, on all ranks."""
         self._step_tokens.append((real, padded))
 
+    def add_labels(self, labelled: torch.Tensor) -> None:
+        """Add how many tokens of one forward pass have a label; to be told where a method's own code makes batches."""
+        step = self.steps + 1
+        self._labelled[step] = self._labelled.get(step, 0) + labelled
+
     def see_rates(self, rates: Sequence[float]) -> None:
         """Note the learning rates of the step that is about to be taken, one for each of the optimizer's groups."""
         if self._rates is not None:
@@ -166,12 +173,16 @@ class Meter:
         self.read_device()
         self._cpu_seconds += time.process_time() - self._cpu_began
         self.check_losses()
+        self._labelled.clear()
 
     def check_losses(self) -> None:
         """Raise DivergedError where a step's loss is not finite; waits for the device."""
         for step, loss in enumerate(self.train_loss, 1):
             if not math.isfinite(loss):
-                raise DivergedError(step, f"training loss is {loss}")
+                has_none = step in self._labelled and not self._labelled[step].item()
+                raise DivergedError(
+                    step, f"training loss is {loss}", "none of its tokens has a label" if has_none else None
+                )
 
     def read_device(self) -> None:
         """Wait for the device, and take its peaks and what it holds of losses and step boundaries."""

@@ -92,6 +92,20 @@ def test_a_loss_that_is_no_number_is_told_with_its_step(meter, loss):
     assert len(meter.measurements().train_loss) == 3
 
 
+@pytest.mark.parametrize(("counts", "why"), [((0, 0), ": none of its tokens has a label"), ((0, 3), ""), ((), "")])
+def test_a_loss_of_no_token_is_told(meter, counts, why):
+    meter.begin_round()
+    meter.add_labels(torch.tensor(5))
+    for value, labelled in ((2.0, ()), (math.nan, counts)):
+        for count in labelled:
+            meter.add_labels(torch.tensor(count))
+        meter.add_loss(torch.tensor(value))
+        meter.end_step()
+    with pytest.raises(DivergedError) as raised:
+        meter.end_round()
+    assert str(raised.value) == f"training loss is nan at step 2{why}"
+
+
 def test_a_trial_that_fails_in_a_round_keeps_what_it_had_and_is_asked_nothing_about_it(meter):
     meter.begin_round()
     meter.add_loss(torch.tensor(math.nan))
