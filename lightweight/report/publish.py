@@ -320,6 +320,7 @@ def measured(rows: Sequence[Study], columns: Sequence[str] = tuple(COLUMNS)) -> 
     entries = [entry for study in rows for entry in study.entries]
     parts = [_trained(group) for group in SAME_BASELINE.but("model").groups(entries)]
     parts += [sentence for names, sentence in SAID if set(names) & set(columns)]
+    parts += words.unpaired(rows, entries, [name for name in ("speedup", "over-baseline") if name in columns])
     parts += words.trained_otherwise(entries)
     if any(len(study.completed) > 1 for study in rows):
         parts.append("Numbers are means over seeds, in brackets their two-sided 95% Student t-intervals")

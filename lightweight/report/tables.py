@@ -114,8 +114,9 @@ def over_seeds(entries: Sequence[Entry]) -> Table:
         "t-interval over seeds, of geometric means that of the logarithm. "
         "Speedup and loss over baseline compare each seed with the baseline of the same seed. Peak memory: the largest."
     )
+    without_pair = [f"{why}." for why in words.unpaired(rows, entries, ("speedup", "loss over baseline"))]
     shown = [study.first for study in rows]
-    return table("seeds", "Over seeds", columns, rows, shown, [note, *words.notes(shown)])
+    return table("seeds", "Over seeds", columns, rows, shown, [note, *without_pair, *words.notes(shown)])
 
 
 def others(entries: Sequence[Entry]) -> Table:

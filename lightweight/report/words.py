@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lightweight.record import Entry, Run, baseline_of, one_line
 from lightweight.report.select import method_of, several
 from lightweight.report.speed import faster
-from lightweight.report.studies import Study
+from lightweight.report.studies import PAIRED, Study
 from lightweight.settings import MAX_LENGTH, changes
 from lightweight.targets import size
 from lightweight.verdict.seeds import Estimate
@@ -233,6 +233,42 @@ def trained_otherwise(entries: Sequence[Entry]) -> list[str]:
     """How what the methods of `entries` trained on, or at which rates, differs from what all others did."""
     told = ((f"{entry.model} x {entry.method}", entry.data_note) for entry in entries if entry.data_note)
     return [one_line(f"Not trained like the others: {whose}: {note}") for whose, note in dict.fromkeys(told)]
+
+
+CONDITIONS: Mapping[str, Callable[[Entry], str]] = {
+    "seed": lambda entry: f"seed {entry.seed}",
+    "planned_steps": lambda entry: f"{entry.planned_steps or '?'} steps",
+    "tokens_per_step": lambda entry: f"{entry.tokens_per_step or '?'} tokens a step",
+    "max_length": lambda entry: f"rows of {entry.max_length or '?'} tokens",
+    "elsewhere_digest": lambda entry: f"text from elsewhere {(entry.elsewhere_digest or 'none')[:6]}",
+    "loss_on": lambda entry: f"--loss-on {entry.loss_on}",
+    "long": lambda entry: f"--long {entry.long}",
+    "padding": lambda entry: f"rows padded to the {'longest row' if entry.padding == 'max' else 'longest of a batch'}",
+}
+"""What a trial must share with the baseline that it is held against, beside model, card and corpus."""
+
+
+def unpaired(rows: Sequence[Study], entries: Sequence[Entry], numbers: Sequence[str]) -> list[str]:
+    """Why cells of `entries` have none of those `numbers` that hold each seed against the baseline of the same seed."""
+    told = [
+        f"No {' and '.join(numbers)} of {entry.model} x {entry.method}: {why}"
+        for study in rows
+        if not study.is_baseline
+        for entry, pair in zip(study.entries, study.baselines, strict=True)
+        if entry.outcome == "completed" and (why := _why_unpaired(entry, pair, entries))
+    ]
+    return list(dict.fromkeys(map(one_line, told))) if numbers else []
+
+
+def _why_unpaired(entry: Entry, pair: Entry | None, entries: Sequence[Entry]) -> str | None:
+    if pair is not None:
+        return None if pair.outcome == "completed" else f"its baseline ended as {outcome(pair)}"
+    nearest = baseline_of(entry, entries)
+    if nearest is None:
+        return "no baseline of its model is here, on its card and corpus"
+    differing = [key for key in PAIRED.differing(entry, nearest) if key in CONDITIONS]
+    own, of_baseline = (", ".join(CONDITIONS[key](of) for key in differing) for of in (entry, nearest))
+    return f"it has {own}, and its baseline {of_baseline}"
 
 
 def notes(entries: Sequence[Entry], runs: Sequence[Run] = ()) -> list[str]:

@@ -69,6 +69,29 @@ def test_times_and_rates_are_geometric_means_with_intervals_above_zero():
     assert "geometric" not in publish.published([run(*times)], "markdown", ("loss",))
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (
+            {"planned_steps": 12, "tokens_per_step": 1024},
+            "it has 12 steps, 1024 tokens a step, and its baseline 6 steps, 2048",
+        ),
+        ({"corpus_digest": "another"}, "no baseline of its model is here, on its card and corpus"),
+        ({"seed": 3}, "it has seed 3, and its baseline seed 0"),
+    ],
+)
+def test_why_a_method_is_not_held_against_its_baseline_is_said_where_that_is_shown(changes, why):
+    of_run = run(entry(), entry(**{"method": "mine", "adapter": {}} | changes))
+    told = publish.published([of_run], "markdown", ("method", "speedup", "over-baseline"))
+    assert f"No speedup and over-baseline of opt-350m x mine: {why}" in told
+    assert "No speedup of opt-350m" in publish.published([of_run], "markdown", ("method", "speedup"))
+    assert "No speedup" not in publish.published([of_run], "markdown", ("method", "loss"))
+    paired = publish.published([run(entry(), entry(method="mine"))], "markdown", ("method", "speedup"))
+    assert "No speedup" not in paired
+    failed = publish.published([run(stopped(), entry(method="mine"))], "markdown", ("method", "speedup"))
+    assert "No speedup of opt-350m x mine: its baseline ended as out of memory in forward" in failed
+
+
 def test_rungs_of_a_ladder_are_no_rows():
     assert [row["method"] for row in fields(entry(), *LADDER[1:])] == ["baseline"]
 
