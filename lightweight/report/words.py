@@ -243,7 +243,7 @@ CONDITIONS: Mapping[str, Callable[[Entry], str]] = {
     "elsewhere_digest": lambda entry: f"text from elsewhere {(entry.elsewhere_digest or 'none')[:6]}",
     "loss_on": lambda entry: f"--loss-on {entry.loss_on}",
     "long": lambda entry: f"--long {entry.long}",
-    "padding": lambda entry: f"rows padded to the {'longest row' if entry.padding == 'max' else 'longest of a batch'}",
+    "padding": lambda entry: f"--padding {entry.padding}",
 }
 """What a trial must share with the baseline that it is held against, beside model, card and corpus."""
 
