@@ -220,6 +220,7 @@ class Measurements:
             steps is lost. On a CPU it is wall time.
         step_tokens: The tokens of each step's dialogues, of all ranks together.
         step_padded_tokens: The tokens that each step computed, with padding, of all ranks together.
+        learning_rates: The highest learning rate that each of the optimizer's groups of weights had in any step.
         cpu_seconds: Processor time of all rounds together, in seconds.
         heldout_loss_before: Cross-entropy of the held-out answers before training, in nats per token.
         heldout_loss_after: The same after training.
@@ -257,6 +258,7 @@ class Measurements:
     step_seconds: tuple[float, ...] = ()
     step_tokens: tuple[int, ...] = ()
     step_padded_tokens: tuple[int, ...] = ()
+    learning_rates: tuple[float, ...] = ()
     cpu_seconds: float = 0.0
     heldout_loss_before: float | None = None
     heldout_loss_after: float | None = None

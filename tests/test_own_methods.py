@@ -99,7 +99,7 @@ def test_it_trains_and_what_is_held_out_is_compared_alike(own, name, small, smal
 
 def test_a_captured_step_has_each_groups_own_rate(own, small, small_corpus, folder):
     """As the Trainer's, whose optimizer has one for A and sixteen times that for B."""
-    losses = []
+    losses, rates = [], []
     for method in (own("LORA_PLUS"), own("LORA_PLUS_CAPTURED"), LORA_CAPTURED):
         assert isinstance(method.adapter, peft.LoraConfig)
         adapter = replace(method.adapter, lora_dropout=0.0)
@@ -110,8 +110,10 @@ def test_a_captured_step_has_each_groups_own_rate(own, small, small_corpus, fold
         prepared = worker.set_up(trial, CPU, meter, Unattended(), folder)
         worker.train(*prepared[:3], prepared.heldout, meter, lambda phase: None)
         losses.append(meter.measurements().train_loss)
+        rates.append(sorted({*meter.measurements().learning_rates}))
     assert losses[1] == pytest.approx(losses[0], abs=2e-4)
     assert losses[2][-1] - losses[0][-1] > 1e-2
+    assert rates == [[3e-3, 16 * 3e-3]] * 2 + [[3e-3]]
 
 
 @pytest.mark.parametrize("name", BESIDE)

@@ -135,6 +135,7 @@ class CapturedTraining:
             trainer.control = handler.on_epoch_begin(arguments, state, trainer.control)
             for layout in left:
                 trainer.control = handler.on_step_begin(arguments, state, trainer.control)
+                self.meter.see_rates(self.step.optimizer.schedule[state.global_step])
                 self._run(layout)
                 self.meter.add_loss(self.step.loss.clone())
                 # every rank has a shape of its own, and the first one's is the largest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,17 @@ class Optimizer:
     """AdamW with everything around it on the device: clipping, loss scaler, learning-rate schedule, and fp32 masters of
     trained weights that are computed with in half precision.
 
+    `schedule` has each step's learning rates, of the groups that have weights.
+
     A bf16 weight keeps three digits, and a step of Adam is smaller than the last of them: such weights would not move.
     """
 
     def __init__(self, trial: Trial, trainer: Trainer, created: torch.optim.AdamW, device: torch.device) -> None:
         self._max_norm = trainer.args.max_grad_norm
-        self._rates = torch.tensor(_learning_rates(trial, trainer, created), device=device)  # [steps, groups]
+        rates = _learning_rates(trial, trainer, created)
+        self._rates = torch.tensor(rates, device=device)  # [steps, groups]
+        has_weights = [bool(group["params"]) for group in created.param_groups]
+        self.schedule = [list(itertools.compress(of_step, has_weights)) for of_step in rates]
         self._taken = torch.zeros(1, dtype=torch.int64, device=device)  # steps that were not skipped
         self._rate = torch.zeros(len(created.param_groups), device=device)
         self.weights = [weight for group in created.param_groups for weight in group["params"]]

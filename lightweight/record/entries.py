@@ -153,6 +153,8 @@ class Entry:
         step_seconds: The device time of each step, from the end of the step before.
         step_tokens: The tokens of each step, without padding, of all ranks.
         step_padded_tokens: The tokens that each step computed, with padding, of all ranks.
+        learning_rates: The highest learning rate that each of the optimizer's groups of weights had in any step. What
+            an optimizer makes of it is its own.
         cpu_seconds: Processor time of all rounds together.
         heldout_loss_before: Held-out loss before training.
         heldout_loss_after: Held-out loss after training.
@@ -264,6 +266,7 @@ class Entry:
     step_seconds: tuple[Amount | None, ...] | None
     step_tokens: tuple[Count, ...] | None = None
     step_padded_tokens: tuple[Count, ...] | None = None
+    learning_rates: tuple[Amount | None, ...] | None = None
     cpu_seconds: Amount | None = None
     heldout_loss_before: Loss | None
     heldout_loss_after: Loss | None

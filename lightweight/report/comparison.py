@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lightweight import record
-from lightweight.record import BASELINE, Entry, baseline_of, one_line
+from lightweight.record import BASELINE, SAME_BASELINE, Entry, baseline_of, one_line
 from lightweight.report import forecast_comparison, words
 from lightweight.report.tables import shares
 from lightweight.report.text_table import Column, table
@@ -45,7 +45,7 @@ def text(comparison: Comparison) -> str:
 
     columns: list[Column[Cell]] = [
         ("model", "l", lambda cell: cell.now.model),
-        ("method", "l", lambda cell: _method(cell.now)),
+        ("method", "l", lambda cell: _method(cell.now, entries)),
         *now_and_stored("speedup", lambda entry, among: words.speedup(entry, baseline_of(entry, among))),
         ("now / stored", "r", lambda cell: str(cell.against_stored or "-")),
         *now_and_stored("step", lambda entry, _: words.step(entry)),
@@ -65,8 +65,9 @@ def text(comparison: Comparison) -> str:
     return "\n".join([*lines, *map(one_line, [*comparison.notes, *failed])])
 
 
-def _method(entry: Entry) -> str:
-    return entry.method if entry.world_size == 1 else f"{entry.method}, {entry.world_size} GPUs"
+def _method(entry: Entry, among: Sequence[Entry]) -> str:
+    name = words.name_among(entry, [other for other in among if SAME_BASELINE.holds(other, entry)])
+    return name if entry.world_size == 1 else f"{name}, {entry.world_size} GPUs"
 
 
 def _memory(entry: Entry, among: Sequence[Entry]) -> str:

@@ -1,7 +1,8 @@
 """What goes into a paper? One row a cell in the columns that were chosen, as LaTeX, CSV, Markdown or text, and in words
 how it was measured.
 
-A row is a cell with all its seeds: a number is their mean, in brackets its 95 % t-interval. CSV has plain numbers, the
+A row is a cell with all its seeds: a number is their mean, in brackets its 95 % t-interval; of a time or a rate it is
+the geometric mean with the interval of the logarithm. CSV has plain numbers, the
 ends of an interval in columns of their own, and an empty field where there is nothing to say.
 """
 
@@ -85,6 +86,7 @@ COLUMNS: Mapping[str, Word | Number] = {
     "length": Word(heading="tokens a row", of=lambda study: str(study.first.max_length or "-")),
     "outcome": Word(heading="outcome", of=lambda study: words.outcome(_worst(study))),
     "seeds": Word(heading="seeds", of=words.seeds),
+    "rate": Word(heading="learning rate", of=lambda study: _rates(study)),
     "steps": Number(heading="steps", unit="", form="{:,}", of=lambda study: study.first.planned_steps, varies=False),
     "trainable": Number(
         heading="trainable",
@@ -97,13 +99,18 @@ COLUMNS: Mapping[str, Word | Number] = {
         heading="parameters", unit="M", form="{:,.1f}", of=lambda s: _millions(s.first.parameters), varies=False
     ),
     "peak": Number(heading="peak memory", unit="GiB", form="{:.2f}", of=_peak, varies=False),
-    "step": Number(heading="step", unit="ms", form="{:.1f}", of=lambda study: study.mean(words.step_ms)),
-    "tokens": Number(heading="tokens", unit="1/s", form="{:,.0f}", of=lambda study: study.mean(_tokens)),
+    "step": Number(heading="step", unit="ms", form="{:.1f}", of=lambda study: study.geometric_mean(words.step_ms)),
+    "tokens": Number(heading="tokens", unit="1/s", form="{:,.0f}", of=lambda study: study.geometric_mean(_tokens)),
     "share": Number(
-        heading="of the card's peak", unit="%", form="{:.1f}", of=lambda study: study.mean(words.percent_of_peak)
+        heading="of the card's peak",
+        unit="%",
+        form="{:.1f}",
+        of=lambda study: study.geometric_mean(words.percent_of_peak),
     ),
     "speedup": Number(heading="speedup", unit="x", form="{:.2f}", of=lambda study: study.speedup),
-    "total": Number(heading="total", unit="s", form="{:.1f}", of=lambda study: study.mean(lambda e: e.cold_seconds)),
+    "total": Number(
+        heading="total", unit="s", form="{:.1f}", of=lambda study: study.geometric_mean(lambda e: e.cold_seconds)
+    ),
     "loss-before": Number(
         heading="loss before", unit="nats", form="{:.3f}", of=lambda s: s.mean(lambda e: e.heldout_loss_before)
     ),
@@ -117,16 +124,25 @@ COLUMNS: Mapping[str, Word | Number] = {
 }
 """The columns that there are, by the names that `--columns` takes."""
 
+GEOMETRIC = {"step", "tokens", "share", "total", "speedup"}
+"""Those with geometric means over seeds."""
+
 DEFAULT = (
-    *("model", "method", "card", "length", "outcome", "seeds", "trainable", "peak", "step", "tokens"),
+    *("model", "method", "card", "length", "outcome", "seeds", "rate", "trainable", "peak", "step", "tokens"),
     *("share", "loss", "over-baseline", "forgotten", "note"),
 )
 """The columns where nobody chooses. CSV has the numbers alone, and so has all of them; elsewhere the card, the
-length and the outcome stand where rows differ in them, a number where any row has one, and the note below."""
+length and the outcome stand where rows differ in them, the rate where it differs between methods of one name, a number
+where any row has one, and the note below."""
 
 
 def _millions(count: int | None) -> float | None:
     return None if count is None else count / 1e6
+
+
+def _rates(study: Study) -> str:
+    """The learning rates of its seeds."""
+    return ", ".join(dict.fromkeys(map(words.learning_rate, study.entries)))
 
 
 def _data_note(study: Study) -> str:
@@ -163,11 +179,46 @@ def _rows(runs: Sequence[Run]) -> list[Study]:
     return studies.studies(select.main_cells(select.newest(runs)), least=1)
 
 
+TELLING: Mapping[str, Callable[[Study], str]] = {
+    "rate": lambda study: f"rate {_rates(study)}",
+    "steps": lambda study: f"{study.first.planned_steps} steps",
+    "step's tokens": lambda study: f"{study.first.tokens_per_step} tokens a step",
+    "length": lambda study: f"rows of {study.first.max_length}",
+    "corpus": lambda study: f"corpus {study.first.corpus_digest[:6]}",
+    "card": lambda study: f"on {words.timed_on(study.first)}",
+}
+"""What tells rows of one model and method apart, by the column that shows it where there is one."""
+
+
+def _namesakes(rows: Sequence[Study]) -> list[list[Study]]:
+    """The rows of each model and method."""
+    names: dict[tuple[str, str], list[Study]] = {}
+    for study in rows:
+        names.setdefault((study.first.model, study.first.method), []).append(study)
+    return list(names.values())
+
+
+def _of(rows: Sequence[Study], columns: Sequence[str]) -> dict[str, Word | Number]:
+    """Those `columns` by name, in which a method has with it what tells it from its namesakes among `rows` and no other
+    of them shows."""
+    names = {}
+    for namesakes in _namesakes(rows):
+        differing = {key: of for key, of in TELLING.items() if len({of(study) for study in namesakes}) > 1}
+        first = [study.first for study in namesakes]
+        for study in namesakes:
+            marks = [of(study) for key, of in differing.items() if key not in columns]
+            marks += [words.apart_from(study.first, first)] * (len(namesakes) > 1 and not differing)
+            names[id(study)] = study.first.method + (f" ({', '.join(marks)})" if marks else "")
+    method = Word(heading="method", of=lambda study: names[id(study)])
+    return {name: method if name == "method" else COLUMNS[name] for name in columns}
+
+
 def _usual(rows: Sequence[Study]) -> Sequence[str]:
     """Those of DEFAULT that say something of `rows`, beside how they were measured."""
     tells = {
         "card": len({words.timed_on(entry) for study in rows for entry in study.entries}) > 1,
         "length": len({study.first.max_length for study in rows}) > 1,
+        "rate": any(len(set(map(_rates, namesakes))) > 1 for namesakes in _namesakes(rows)),
         "outcome": any(len(study.completed) < len(study.entries) for study in rows),
         "note": False,
     }
@@ -181,14 +232,15 @@ def tabled(runs: Sequence[Run], columns: Sequence[str] | None = None) -> Table:
     rows = _rows(runs)
     columns = _usual(rows) if columns is None else columns
 
-    def column(name: str) -> Column[Study]:
-        of = COLUMNS[name]
+    def column(of: Word | Number) -> Column[Study]:
         if isinstance(of, Word):
             return of.heading, "l", of.of
         return f"{of.heading} ({of.unit})" if of.unit else of.heading, "r", of.text
 
     first = [study.first for study in rows]
-    return table("published", "Published", [*map(column, columns)], rows, first, [measured(rows, columns)])
+    return table(
+        "published", "Published", [*map(column, _of(rows, columns).values())], rows, first, [measured(rows, columns)]
+    )
 
 
 def _csv(rows: Sequence[Study], columns: Sequence[str]) -> str:
@@ -196,8 +248,8 @@ def _csv(rows: Sequence[Study], columns: Sequence[str]) -> str:
     written = io.StringIO()
     out = csv.writer(written, lineterminator="\n")
     headings: list[str] = []
-    for name in columns:
-        of = COLUMNS[name]
+    of_name = _of(rows, columns)
+    for name, of in of_name.items():
         unit = f" ({of.unit})" if isinstance(of, Number) and of.unit else ""
         headings += [name + unit] + [f"{name} {end}{unit}" for end in ("low", "high")] * (
             isinstance(of, Number) and of.varies
@@ -205,8 +257,7 @@ def _csv(rows: Sequence[Study], columns: Sequence[str]) -> str:
     out.writerow(headings)
     for study in rows:
         fields: list[str] = []
-        for name in columns:
-            of = COLUMNS[name]
+        for of in of_name.values():
             fields += [_no_formula(one_line(of.of(study)))] if isinstance(of, Word) else of.fields(study)
         out.writerow(fields)
     return written.getvalue()
@@ -269,9 +320,12 @@ def measured(rows: Sequence[Study], columns: Sequence[str] = tuple(COLUMNS)) -> 
     entries = [entry for study in rows for entry in study.entries]
     parts = [_trained(group) for group in SAME_BASELINE.but("model").groups(entries)]
     parts += [sentence for names, sentence in SAID if set(names) & set(columns)]
+    parts += words.unpaired(rows, entries, [name for name in ("speedup", "over-baseline") if name in columns])
     parts += words.trained_otherwise(entries)
     if any(len(study.completed) > 1 for study in rows):
         parts.append("Numbers are means over seeds, in brackets their two-sided 95% Student t-intervals")
+        if GEOMETRIC & set(columns):
+            parts.append("Times, rates and ratios are geometric means, with the intervals of their logarithms")
     if any(entry.weights == "random" for entry in entries):
         parts.append("Random weights: losses show that training works and say nothing about quality")
     installed = {
@@ -291,7 +345,7 @@ SAID = (
         "Of the card's peak is model FLOP utilization (MFU): the FLOP that training needs over the card's dense rate "
         "for the number format",
     ),
-    (("speedup",), "Speedup is per token against the baseline of the same seed, geometric means"),
+    (("speedup",), "Speedup is per token against the baseline of the same seed"),
     (("peak",), "Peak memory is what torch allocated on the GPU at most (without one, the process on the host)"),
     (
         ("loss", "loss-before", "over-baseline"),
@@ -317,17 +371,11 @@ def _trained(entries: Sequence[Entry]) -> str:
         return "/".join(map(str, dict.fromkeys(of(entry) for entry in entries)))
 
     seeds = sorted({entry.seed for entry in entries if entry.seed is not None})
-    rates = every(lambda e: f"{e.method} {_rate(e):g}")
+    rates = dict.fromkeys(f"{entry.method} {words.learning_rate(entry)}" for entry in entries)
     return (
         f"Trained on {words.timed_on(first)} ({first.weights} weights) on a corpus of {first.trained_on} with SHA-256 "
         f"{first.corpus_digest[:12]}, {every(lambda e: e.planned_steps or '?')} optimizer steps of at most "
         f"{every(lambda e: e.tokens_per_step or '?')} tokens with padding, rows of at most "
-        f"{every(lambda e: e.max_length or '?')} tokens, seeds {', '.join(map(str, seeds)) or '?'}; learning rates "
-        f"{rates.replace('/', ', ')}"
+        f"{every(lambda e: e.max_length or '?')} tokens, seeds {', '.join(map(str, seeds)) or '?'}; highest learning "
+        f"rates {', '.join(rates)}"
     )
-
-
-def _rate(entry: Entry) -> float:
-    """What the schedule begins at; 5e-5 is the Trainer's where nothing is said."""
-    rate = (entry.training_arguments or {}).get("learning_rate", 5e-5)
-    return float(rate) if isinstance(rate, int | float | str) else 5e-5

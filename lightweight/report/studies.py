@@ -49,6 +49,11 @@ class Study:
         values = [value for entry in self.completed if (value := of(entry)) is not None]
         return seeds.over_seeds(values) if values and len(values) == len(self.completed) else None
 
+    def geometric_mean(self, of: Callable[[Entry], float | None]) -> Estimate | None:
+        """The same of a time or a rate, which is above 0: its geometric mean."""
+        values = [value for entry in self.completed if (value := of(entry)) is not None and value > 0]
+        return seeds.geometric_over_seeds(values) if values and len(values) == len(self.completed) else None
+
     @property
     def over_baseline(self) -> Estimate | None:
         """Held-out loss after training less that of the baseline of the same seed, in nats a token; None for the
@@ -87,7 +92,7 @@ class Study:
         gains = [gain.ratio for entry, baseline in self._pairs if (gain := faster(entry, baseline))]
         if self.is_baseline or not gains or len(gains) < len(self.completed):
             return None
-        return seeds.ratio_over_seeds(gains)
+        return seeds.geometric_over_seeds(gains)
 
     @property
     def _pairs(self) -> list[tuple[Entry, Entry]]:

@@ -98,9 +98,9 @@ def over_seeds(entries: Sequence[Entry]) -> Table:
         ("card", "l", lambda study: words.marked_card(study.first)),
         ("seeds", "r", words.seeds),
         ("steps", "r", lambda study: str(study.first.planned_steps or "-")),
-        ("step", "r", lambda study: words.estimate(study.mean(words.step_ms), "{:.1f}", " ms")),
+        ("step", "r", lambda study: words.estimate(study.geometric_mean(words.step_ms), "{:.1f}", " ms")),
         *(
-            (heading, side, lambda study: words.estimate(study.mean(words.percent_of_peak), "{:.1f}", " %"))
+            (heading, side, lambda study: words.estimate(study.geometric_mean(words.percent_of_peak), "{:.1f}", " %"))
             for heading, side, _ in shares(entries)
         ),
         ("speedup", "r", lambda study: words.estimate(study.speedup, "{:.2f}", "x")),
@@ -110,11 +110,13 @@ def over_seeds(entries: Sequence[Entry]) -> Table:
     ]
     rows = studies.studies(entries)
     note = (
-        "Means over seeds. In brackets the two-sided 95 % t-interval over seeds; a speedup is the geometric mean. "
+        "Means over seeds; of step, share of the peak and speedup geometric means. In brackets the two-sided 95 % "
+        "t-interval over seeds, of geometric means that of the logarithm. "
         "Speedup and loss over baseline compare each seed with the baseline of the same seed. Peak memory: the largest."
     )
+    without_pair = [f"{why}." for why in words.unpaired(rows, entries, ("speedup", "loss over baseline"))]
     shown = [study.first for study in rows]
-    return table("seeds", "Over seeds", columns, rows, shown, [note, *words.notes(shown)])
+    return table("seeds", "Over seeds", columns, rows, shown, [note, *without_pair, *words.notes(shown)])
 
 
 def others(entries: Sequence[Entry]) -> Table:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lightweight.record import Entry, Run, baseline_of, one_line
 from lightweight.report.select import method_of, several
 from lightweight.report.speed import faster
-from lightweight.report.studies import Study
+from lightweight.report.studies import PAIRED, Study
 from lightweight.settings import MAX_LENGTH, changes
 from lightweight.targets import size
 from lightweight.verdict.seeds import Estimate
@@ -15,12 +15,31 @@ from lightweight.verdict.seeds import Estimate
 RANDOM, EMULATED, HOST = "[r]", "[e]", "[h]"
 """Marks in the table, each explained below it where it occurs."""
 
+UNKNOWN_RATE = "not known"
+
 
 def method_among(entry: Entry, group: Sequence[Entry]) -> str:
-    """The method, with the beginning of its digest where the group has several methods of that name."""
-    digests = {other.method_digest for other in group if other.method == entry.method} - {None}
-    mark = f" #{entry.method_digest[:6]}" if len(digests) > 1 and entry.method_digest else ""
-    return f"{entry.method}{mark}"
+    """The method, with what tells it apart where the group has several of that name."""
+    namesakes = [other for other in group if other.method == entry.method and other.method_digest]
+    if len({other.method_digest for other in namesakes}) < 2 or not entry.method_digest:
+        return entry.method
+    apart = apart_from(entry, namesakes)
+    return f"{entry.method} {apart}" if apart.startswith("#") else f"{entry.method} ({apart})"
+
+
+def apart_from(entry: Entry, namesakes: Sequence[Entry]) -> str:
+    """What tells a method from others of its name: its learning rate, else the one that its TrainingArguments say, else
+    the beginning of its digest."""
+
+    def said(of: Entry) -> object:
+        return (of.training_arguments or {}).get("learning_rate", "not set")
+
+    digests = {other.method_digest for other in namesakes}
+    if len(digests) == len({learning_rate(other) for other in namesakes}):
+        return f"rate {learning_rate(entry)}"
+    if len(digests) == len({said(other) for other in namesakes}):
+        return f"learning_rate {said(entry)}"
+    return f"#{(entry.method_digest or '')[:6]}"
 
 
 def name_among(entry: Entry, group: Sequence[Entry]) -> str:
@@ -75,6 +94,24 @@ def ending(of: str) -> str:
 def outcome(entry: Entry) -> str:
     """How the trial ended, in words."""
     return f"{ending(entry.outcome)} in {entry.phase}" if entry.phase else ending(entry.outcome)
+
+
+SETS_RATES = {"optimizer", "trainer", "callbacks"}
+"""The author's code in a method that may train at other rates than its TrainingArguments say."""
+
+USUAL_RATE = 5e-5
+"""The Trainer's, where a method's TrainingArguments have none."""
+
+
+def learning_rate(entry: Entry) -> str:
+    """The highest learning rate of a trial, of several groups of weights each one's. Where it was not measured, as in
+    older records, it is what TrainingArguments say, unless code of the method's own may have set another."""
+    rates = sorted({rate for rate in entry.learning_rates or () if rate is not None})
+    said = entry.training_arguments
+    if not rates and said is not None and not SETS_RATES & (entry.own_code or {}).keys():
+        rate = said.get("learning_rate", USUAL_RATE)
+        rates = [float(rate)] if isinstance(rate, int | float) else []
+    return " and ".join(f"{rate:.4g}" for rate in rates) or UNKNOWN_RATE
 
 
 def duration(seconds: float | None) -> str:
@@ -196,6 +233,42 @@ def trained_otherwise(entries: Sequence[Entry]) -> list[str]:
     """How what the methods of `entries` trained on, or at which rates, differs from what all others did."""
     told = ((f"{entry.model} x {entry.method}", entry.data_note) for entry in entries if entry.data_note)
     return [one_line(f"Not trained like the others: {whose}: {note}") for whose, note in dict.fromkeys(told)]
+
+
+CONDITIONS: Mapping[str, Callable[[Entry], str]] = {
+    "seed": lambda entry: f"seed {entry.seed}",
+    "planned_steps": lambda entry: f"{entry.planned_steps or '?'} steps",
+    "tokens_per_step": lambda entry: f"{entry.tokens_per_step or '?'} tokens a step",
+    "max_length": lambda entry: f"rows of {entry.max_length or '?'} tokens",
+    "elsewhere_digest": lambda entry: f"text from elsewhere {(entry.elsewhere_digest or 'none')[:6]}",
+    "loss_on": lambda entry: f"--loss-on {entry.loss_on}",
+    "long": lambda entry: f"--long {entry.long}",
+    "padding": lambda entry: f"--padding {entry.padding}",
+}
+"""What a trial must share with the baseline that it is held against, beside model, card and corpus."""
+
+
+def unpaired(rows: Sequence[Study], entries: Sequence[Entry], numbers: Sequence[str]) -> list[str]:
+    """Why cells of `entries` have none of those `numbers` that hold each seed against the baseline of the same seed."""
+    told = [
+        f"No {' and '.join(numbers)} of {entry.model} x {entry.method}: {why}"
+        for study in rows
+        if not study.is_baseline
+        for entry, pair in zip(study.entries, study.baselines, strict=True)
+        if entry.outcome == "completed" and (why := _why_unpaired(entry, pair, entries))
+    ]
+    return list(dict.fromkeys(map(one_line, told))) if numbers else []
+
+
+def _why_unpaired(entry: Entry, pair: Entry | None, entries: Sequence[Entry]) -> str | None:
+    if pair is not None:
+        return None if pair.outcome == "completed" else f"its baseline ended as {outcome(pair)}"
+    nearest = baseline_of(entry, entries)
+    if nearest is None:
+        return "no baseline of its model is here, on its card and corpus"
+    differing = [key for key in PAIRED.differing(entry, nearest) if key in CONDITIONS]
+    own, of_baseline = (", ".join(CONDITIONS[key](of) for key in differing) for of in (entry, nearest))
+    return f"it has {own}, and its baseline {of_baseline}"
 
 
 def notes(entries: Sequence[Entry], runs: Sequence[Run] = ()) -> list[str]:

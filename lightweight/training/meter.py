@@ -11,9 +11,9 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from statistics import fmean
 from typing import Any, Literal
 
@@ -24,10 +24,11 @@ from lightweight.trial import Measurements, Phase
 
 
 class DivergedError(Exception):
-    """A loss or a weight, `what`, that is not finite at optimizer step `step` (from 1)."""
+    """A loss or a weight, `what`, that is not finite at optimizer step `step` (from 1), and `why` where that is
+    known."""
 
-    def __init__(self, step: int, what: str) -> None:
-        super().__init__(f"{what} at step {step}")
+    def __init__(self, step: int, what: str, why: str | None = None) -> None:
+        super().__init__(f"{what} at step {step}" + (f": {why}" if why else ""))
         self.step = step
 
 
@@ -54,6 +55,8 @@ class Meter:
         self._tokens: list[Tokens] = []
         self._step_tokens: list[Tokens] = []
         self._pending_losses: list[torch.Tensor] = []
+        self._labelled: dict[int, torch.Tensor] = {}  # by step, of those since the round began
+        self._rates: list[float] | None = []  # None where they are not known
         self._marks: list[torch.cuda.Event | float] = []
         self._held: list[tuple[int, int]] = []
         self._peaks: tuple[int, int] | None = None
@@ -88,7 +91,7 @@ class Meter:
         pending = torch.stack(self._pending_losses).tolist() if self._pending_losses else []
         return self._losses + pending
 
-    def state(self) -> dict[str, list[Any]]:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint keeps for `resume`; waits for the device."""
         losses = self.train_loss
         seconds = self._step_seconds + [_seconds(start, end) for start, end in pairwise(self._marks)]
@@ -97,6 +100,7 @@ class Meter:
             "step_seconds": seconds,
             "step_tokens": [[int(real), int(padded)] for real, padded in self._tokens],
             "heldout_losses": self.heldout_losses,
+            "learning_rates": self._rates,
         }
 
     def resume(
@@ -106,11 +110,13 @@ class Meter:
         step_seconds: list[float],
         heldout_losses: list[float],
         step_tokens: list[list[int]] | None = None,
+        learning_rates: list[float] | None = None,
     ) -> None:
-        """Go on from what another process had measured when it saved a checkpoint; tokens are 0 where it is of a
-        version that did not count them."""
+        """Go on from what another process had measured when it saved a checkpoint; tokens are 0, and learning rates
+        not known, where it is of a version that did not count them."""
         self._losses, self._step_seconds, self.heldout_losses = train_loss, step_seconds, heldout_losses
         self._tokens = [(real, padded) for real, padded in step_tokens or [[0, 0]] * len(train_loss)]
+        self._rates = learning_rates
 
     @property
     def latest_loss(self) -> float | None:
@@ -139,6 +145,17 @@ class Meter:
         the device computes for them, on all ranks."""
         self._step_tokens.append((real, padded))
 
+    def add_labels(self, labelled: torch.Tensor) -> None:
+        """Add how many tokens of one forward pass have a label; to be told where a method's own code makes batches."""
+        step = self.steps + 1
+        self._labelled[step] = self._labelled.get(step, 0) + labelled
+
+    def see_rates(self, rates: Sequence[float]) -> None:
+        """Note the learning rates of the step that is about to be taken, one for each of the optimizer's groups."""
+        if self._rates is not None:
+            both = zip_longest(self._rates, map(float, rates), fillvalue=0.0)
+            self._rates = [max(highest, rate) for highest, rate in both]
+
     def end_step(self) -> None:
         """Note that an optimizer step ended."""
         assert self._step_loss is not None
@@ -156,12 +173,16 @@ class Meter:
         self.read_device()
         self._cpu_seconds += time.process_time() - self._cpu_began
         self.check_losses()
+        self._labelled.clear()
 
     def check_losses(self) -> None:
         """Raise DivergedError where a step's loss is not finite; waits for the device."""
         for step, loss in enumerate(self.train_loss, 1):
             if not math.isfinite(loss):
-                raise DivergedError(step, f"training loss is {loss}")
+                has_none = step in self._labelled and not self._labelled[step].item()
+                raise DivergedError(
+                    step, f"training loss is {loss}", "none of its tokens has a label" if has_none else None
+                )
 
     def read_device(self) -> None:
         """Wait for the device, and take its peaks and what it holds of losses and step boundaries."""
@@ -190,6 +211,7 @@ class Meter:
             step_seconds=tuple(self._step_seconds),
             step_tokens=tuple(int(real) for real, _ in self._tokens[: len(self._losses)]),
             step_padded_tokens=tuple(int(padded) for _, padded in self._tokens[: len(self._losses)]),
+            learning_rates=tuple(self._rates or ()),
             cpu_seconds=self._cpu_seconds,
             heldout_loss_before=before,
             heldout_loss_after=after,

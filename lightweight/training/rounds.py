@@ -76,9 +76,10 @@ class _RoundBoundary(TrainerCallback, ExportableState):
         self.rounds.training_began()
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any
     ) -> None:
         self.meter.phase = "optimizer"
+        self.meter.see_rates([group["lr"] for group in told["optimizer"].param_groups if group["params"]])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.meter.end_step()

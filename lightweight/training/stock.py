@@ -252,6 +252,9 @@ class MeasuredTrainer(TrainerHooks, Trainer):
         if self.seen is not None:
             self.seen.step = self._meter.steps
             self.seen.begin_pass(inputs)
+            labels = inputs.get("labels")
+            if isinstance(labels, torch.Tensor):
+                self._meter.add_labels((labels[..., 1:] != IGNORED).sum())
         if "labels" not in inputs and self.method.data_collator is not None and self.method.trainer is None:
             raise MethodError(
                 f"method {self.method.name}: its data_collator {import_path(self.method.data_collator)} makes a batch "

@@ -123,7 +123,7 @@ def compare(
     fails = limits.ask and limits.missing == "fail"
     (of_run if fails else notes).extend(_missing_line(run, then, entries) for run, then in missing)
     if any(cell.then for cell in cells):
-        notes += [f"appeared: {_name(cell.now)}" for cell in cells if cell.then is None]
+        notes += [f"appeared: {_name(cell.now)}{_seed(cell.now, entries)}" for cell in cells if cell.then is None]
         notes += _not_known(cells, limits)
     else:
         nothing = "NOTHING WAS COMPARED: no stored run has a cell of this one under the same conditions"
@@ -170,7 +170,9 @@ def _cell(now: Entry, entries: Sequence[Entry], counterpart: tuple[Run, Entry] |
         run=run,
         against_stored=against,
         verdict="fail" if failures else verdict,
-        failures=tuple(f"{failure}. {changed}" for failure in failures),
+        failures=tuple(
+            f"{_name(now)}{_seed(now, entries)}{failure.removeprefix(_name(now))}. {changed}" for failure in failures
+        ),
     )
 
 
@@ -374,12 +376,13 @@ def _not_compared(cells: Sequence[Cell], runs: Sequence[Run]) -> list[str]:
 def _not_known(cells: Sequence[Cell], limits: Limits) -> list[str]:
     """What a pass does not say."""
     pairs = [(cell.now, cell.then, cell.run) for cell in cells if cell.then and cell.run]
+    entries = [cell.now for cell in cells]
     notes = [
         f"{run.name} does not say its methods' settings: whether methods of one name are the same is not known"
         for run in {run.path: run for _, then, run in pairs if then.method_digest is None}.values()
     ]
     notes += [
-        f"{_name(cell.now)}: the speedup is undecided after {_pairs(cell.now.speedup)}"
+        f"{_name(cell.now)}{_seed(cell.now, entries)}: the speedup is undecided after {_pairs(cell.now.speedup)}"
         for cell in cells
         if cell.verdict == "undecided" and cell.now.speedup
     ]
@@ -393,9 +396,8 @@ def _not_known(cells: Sequence[Cell], limits: Limits) -> list[str]:
     unpaired = [now for now, then, _ in pairs if then.method != BASELINE and not log_ratios(then)]
     unpaired = [now for now in unpaired if now.outcome == "completed"]
     if unpaired and limits.speedup_fail is not None:
-        notes.append(
-            f"no verdict on the speedup of {', '.join(map(_name, unpaired))}: the stored run has no pairs of rounds"
-        )
+        names = ", ".join(dict.fromkeys(map(_name, unpaired)))
+        notes.append(f"no verdict on the speedup of {names}: the stored run has no pairs of rounds")
     if limits.step_fail is None and limits.stock_step_fail is None:
         return notes
     alike = [(now, then) for now, then, _ in pairs if SAME_TRIAL.holds(now, then)]
@@ -438,6 +440,12 @@ def _name(entry: Entry) -> str:
     on = f" on {entry.world_size} GPUs" if entry.world_size > 1 else ""
     rows = f" in rows of {entry.max_length}" if entry.max_length not in (None, MAX_LENGTH) else ""
     return one_line(f"{entry.model} x {entry.method}{rows}{on}")
+
+
+def _seed(entry: Entry, entries: Sequence[Entry]) -> str:
+    """Which seed it is, where `entries` have the cell with several."""
+    seeds = {other.seed for other in entries if SAME_CELL.holds(other, entry)}
+    return f" (seed {entry.seed})" if len(seeds) > 1 else ""
 
 
 def _words(outcome: str) -> str:

@@ -1,4 +1,5 @@
-"""What do several seeds say together? A mean, and how far another seed may be from it: Student's t-interval.
+"""What do several seeds say together? A mean, and how far another seed may be from it: Student's t-interval. What is
+above 0 and varies by factors, as times, rates and ratios do, has a geometric mean and the interval of its logarithm.
 
 A seed draws the order of the data, an adapter's first values and dropout. What is compared is paired: a method and its
 baseline with the same seed see the same batches in the same order, so the difference of a pair leaves out what the
@@ -8,12 +9,15 @@ order did. Seeds are the only thing drawn at random, for this corpus and this he
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
 CONFIDENCE = 0.95
 """Of the two-sided interval."""
+
+LARGEST_LOG = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,9 @@ def share(count: int, of: int, confidence: float = CONFIDENCE) -> Estimate:
     return Estimate(count / of, float(interval.low), float(interval.high))
 
 
-def ratio_over_seeds(ratios: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
-    """The geometric mean of one ratio a seed, above 0, with the interval of its logarithm; 0 to infinity for one
+def geometric_over_seeds(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
+    """The geometric mean of one value a seed, above 0, with the interval of its logarithm; 0 to infinity for one
     seed."""
-    of_log = over_seeds([math.log(ratio) for ratio in ratios], confidence)
-    return Estimate(math.exp(of_log.mean), math.exp(of_log.low), math.exp(of_log.high))
+    of_log = over_seeds([math.log(value) for value in values], confidence)
+    high = math.exp(of_log.high) if of_log.high < LARGEST_LOG else math.inf
+    return Estimate(values[0] if len(values) == 1 else math.exp(of_log.mean), math.exp(of_log.low), high)

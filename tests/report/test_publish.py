@@ -15,7 +15,8 @@ from lightweight.__main__ import main
 from lightweight.record import document
 from lightweight.report import publish
 
-SEEDED = [*seeds("baseline", 2.5, 2.7), *seeds("lora", 2.51, 2.73, trainable_parameters=1_500_000)]
+LORA = {"trainable_parameters": 1_500_000, "training_arguments": {"learning_rate": 1e-4}}
+SEEDED = [*seeds("baseline", 2.5, 2.7, training_arguments={}), *seeds("lora", 2.51, 2.73, **LORA)]
 
 
 def fields(*entries, columns=publish.DEFAULT):
@@ -51,6 +52,44 @@ def test_one_seed_has_no_interval_and_what_did_not_complete_is_a_row():
     assert (failed["outcome"], failed["loss (nats)"], failed["step (ms)"]) == ("out of memory in forward", "", "")
     text = publish.published([run(entry(), stopped(method="lora"))], "markdown", ("method", "outcome", "loss"))
     assert re.search(r"\| lora +\| out of memory in forward +\| +- \|", text)
+
+
+def test_times_and_rates_are_geometric_means_with_intervals_above_zero():
+    times = [
+        entry(seed=seed, steady_step_seconds=of, cold_seconds=100 * of, tokens_per_second=1 / of, step_tokens=(4,) * 6)
+        for seed, of in enumerate((0.2, 0.4))
+    ]
+    (row,) = fields(*times, columns=("step", "tokens", "total"))
+    assert float(row["step (ms)"]) == pytest.approx(1000 * math.sqrt(0.08))
+    assert all(
+        float(row[f"{name} low ({unit})"]) > 0 for name, unit in (("step", "ms"), ("tokens", "1/s"), ("total", "s"))
+    )
+    text = publish.published([run(*times)], "markdown", ("step",))
+    assert "Times, rates and ratios are geometric means, with the intervals of their logarithms" in text
+    assert "geometric" not in publish.published([run(*times)], "markdown", ("loss",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (
+            {"planned_steps": 12, "tokens_per_step": 1024},
+            "it has 12 steps, 1024 tokens a step, and its baseline 6 steps, 2048",
+        ),
+        ({"corpus_digest": "another"}, "no baseline of its model is here, on its card and corpus"),
+        ({"seed": 3}, "it has seed 3, and its baseline seed 0"),
+    ],
+)
+def test_why_a_method_is_not_held_against_its_baseline_is_said_where_that_is_shown(changes, why):
+    of_run = run(entry(), entry(**{"method": "mine", "adapter": {}} | changes))
+    told = publish.published([of_run], "markdown", ("method", "speedup", "over-baseline"))
+    assert f"No speedup and over-baseline of opt-350m x mine: {why}" in told
+    assert "No speedup of opt-350m" in publish.published([of_run], "markdown", ("method", "speedup"))
+    assert "No speedup" not in publish.published([of_run], "markdown", ("method", "loss"))
+    paired = publish.published([run(entry(), entry(method="mine"))], "markdown", ("method", "speedup"))
+    assert "No speedup" not in paired
+    failed = publish.published([run(stopped(), entry(method="mine"))], "markdown", ("method", "speedup"))
+    assert "No speedup of opt-350m x mine: its baseline ended as out of memory in forward" in failed
 
 
 def test_rungs_of_a_ladder_are_no_rows():
@@ -131,11 +170,59 @@ def test_csv_holds_no_formula():
 
 def test_how_it_was_measured_is_said_of_the_columns_that_are_shown():
     said = publish.published([run(*SEEDED)], "terminal", ("method", "loss", "forgotten"))
-    assert "seeds 0, 1" in said and "learning rates baseline 5e-05, lora 5e-05" in said
+    assert "seeds 0, 1" in said and "learning rates baseline 5e-05, lora 0.0001" in said
     assert "Held-out loss is the mean cross-entropy" in said and "Forgotten is how much" in said
     assert "Peak memory" not in said and "95% Student t-intervals" in said
     assert "torch 2.11.0" in said
     assert "Student" not in publish.published([run(entry())], "terminal", ("loss",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"training_arguments": {}}, "5e-05"),
+        ({"training_arguments": None}, "not known"),
+        ({"training_arguments": {"learning_rate": 0.003}, "own_code": {"compute_loss": {}}}, "0.003"),
+        # as recorded before rates were: at 0.02, and at ten times what is said
+        ({"training_arguments": {}, "own_code": {"optimizer": [{}, {"lr": 0.02}]}}, "not known"),
+        ({"training_arguments": {"learning_rate": 0.003}, "own_code": {"trainer": {}}}, "not known"),
+        ({"own_code": {"optimizer": {}}, "learning_rates": (0.02, 0.02)}, "0.02"),
+        ({"own_code": {"optimizer": {}}, "learning_rates": (0.0032, 0.0002)}, "0.0002 and 0.0032"),
+    ],
+)
+def test_the_rate_that_is_stated_is_the_one_that_was_trained_at_or_none(changes, told):
+    (row,) = fields(entry(method="mine", **changes), columns=("rate",))
+    assert row["rate"] == told
+    text = publish.published([run(entry(method="mine", **changes))], "markdown", ("method", "loss"))
+    assert f"highest learning rates mine {told}. " in text
+
+
+def test_rows_of_one_name_are_told_apart_by_what_differs_between_them():
+    def names(*entries, columns=("method", "loss")):
+        return [row["method"] for row in fields(*entries, columns=columns)]
+
+    swept = [
+        entry(method="lora", method_digest=digest, training_arguments={"learning_rate": rate})
+        for digest, rate in (("a" * 64, 1e-5), ("b" * 64, 1e-3))
+    ]
+    assert names(*swept) == ["lora (rate 1e-05)", "lora (rate 0.001)"]
+    assert names(*swept, columns=("method", "rate")) == ["lora", "lora"]
+    assert [row["rate"] for row in fields(*swept)] == ["1e-05", "0.001"]
+    assert "| learning rate" in publish.published([run(*swept)], "markdown")
+    assert "| learning rate" not in publish.published([run(swept[0])], "markdown")
+    longer = entry(
+        method="lora", method_digest="b" * 64, training_arguments={"learning_rate": 1e-3}, tokens_per_step=512
+    )
+    assert names(swept[0], longer) == [
+        "lora (rate 1e-05, 2048 tokens a step)",
+        "lora (rate 0.001, 512 tokens a step)",
+    ]
+    alike = [entry(method="lora", method_digest=digest * 64, training_arguments={}) for digest in "ab"]
+    assert names(*alike) == ["lora (#aaaaaa)", "lora (#bbbbbb)"]
+    own = {"method": "mine", "own_code": {"optimizer": {}}}  # from before rates were recorded
+    set_ = [entry(**own, method_digest=each, training_arguments={"learning_rate": rate}) for each, rate in ("a1", "b2")]
+    assert names(*set_) == ["mine (learning_rate 1)", "mine (learning_rate 2)"]
+    assert names(entry(), *swept[:1]) == ["baseline", "lora"]
 
 
 def test_the_command_line_writes_the_chosen_columns(tmp_path, capsys):

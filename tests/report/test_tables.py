@@ -110,6 +110,8 @@ def test_over_seeds_means_have_intervals_and_pairs_are_of_the_same_seed():
     assert of_lora["over baseline"] == "+0.100 [-0.148, +0.348]"
     assert of_lora["speedup"] == "2.00 [2.00, 2.00]x"  # whatever a seed's pace was
     unpaired = rows("seeds", run(*first[:2], *loras))[1]
+    told = tables.over_seeds([*first[:1], *loras]).text("markdown")
+    assert "No speedup and loss over baseline of opt-350m x lora: it has seed 2, and its baseline seed 0." in told
     assert (unpaired["over baseline"], unpaired["speedup"]) == ("-", "-")
     failed = rows("seeds", run(*first, *loras[:2], stopped(method="lora", seed=2)))[1]
     assert (failed["seeds"], failed["over baseline"]) == ("3, 1 did not complete", "+0.100 [-1.171, +1.371]")

@@ -46,3 +46,11 @@ def test_what_trained_on_other_rows_or_on_another_loss_is_told():
     assert "Training losses on a scale of their own, unlike held-out ones: smoothed." in smoothed
     plain = words.notes([entry(own_code={"optimizer": {"import_path": "mine:muon"}})])
     assert not any("scale" in line or "Not trained" in line for line in plain)
+
+
+def test_methods_of_one_name_are_told_apart_by_their_rates_where_these_differ():
+    swept = [
+        entry(method="lora", method_digest=digest, learning_rates=(rate,)) for digest, rate in (("a", 1.0), ("b", 2.0))
+    ]
+    assert [words.method_among(each, swept) for each in swept] == ["lora (rate 1)", "lora (rate 2)"]
+    assert words.method_among(swept[0], swept[:1]) == "lora"

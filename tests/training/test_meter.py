@@ -92,6 +92,20 @@ def test_a_loss_that_is_no_number_is_told_with_its_step(meter, loss):
     assert len(meter.measurements().train_loss) == 3
 
 
+@pytest.mark.parametrize(("counts", "why"), [((0, 0), ": none of its tokens has a label"), ((0, 3), ""), ((), "")])
+def test_a_loss_of_no_token_is_told(meter, counts, why):
+    meter.begin_round()
+    meter.add_labels(torch.tensor(5))
+    for value, labelled in ((2.0, ()), (math.nan, counts)):
+        for count in labelled:
+            meter.add_labels(torch.tensor(count))
+        meter.add_loss(torch.tensor(value))
+        meter.end_step()
+    with pytest.raises(DivergedError) as raised:
+        meter.end_round()
+    assert str(raised.value) == f"training loss is nan at step 2{why}"
+
+
 def test_a_trial_that_fails_in_a_round_keeps_what_it_had_and_is_asked_nothing_about_it(meter):
     meter.begin_round()
     meter.add_loss(torch.tensor(math.nan))
@@ -113,6 +127,7 @@ def test_a_steps_tokens_are_the_sum_over_its_forward_passes_and_go_on_after_a_ch
         for real, padded in passes:
             meter.add_loss(torch.tensor(1.0))
             meter.add_tokens(torch.tensor(real), padded)  # ranks add theirs up on the device
+        meter.see_rates([1e-3, 0.01 / len(passes)])
         meter.end_step()
     resumed = Meter(torch.device("cpu"), 0.0)
     resumed.resume(**json.loads(json.dumps(meter.state())))
@@ -121,8 +136,11 @@ def test_a_steps_tokens_are_the_sum_over_its_forward_passes_and_go_on_after_a_ch
         measured = one.measurements()
         assert (measured.step_tokens, measured.step_padded_tokens) == ((5, 4), (16, 8))
         assert all(type(count) is int for count in measured.step_tokens)
+        assert measured.learning_rates == (1e-3, 0.01)
 
 
 def test_a_checkpoint_that_counted_no_tokens_goes_on_without(meter):
     meter.resume(train_loss=[1.0, 2.0], step_seconds=[0.1, 0.1], heldout_losses=[3.0])
+    meter.see_rates([1e-5])  # of the rest alone
     assert meter.measurements().step_tokens == (0, 0)
+    assert meter.measurements().learning_rates == ()

@@ -14,7 +14,7 @@ from lightweight.child import worker
 from lightweight.child.owner import Child
 from lightweight.corpus import IGNORED
 from lightweight.methods import BASELINE, Method, MethodError
-from lightweight.training.meter import Meter
+from lightweight.training.meter import DivergedError, Meter
 from lightweight.trial import Crashed, Trial
 from training.test_stock import CPU, Unattended
 
@@ -106,6 +106,19 @@ def test_rows_that_a_collator_changes_are_told(trained):
     own = trained(Method(name="beginnings", data_collator=Beginnings))
     strange = "40 rows reached the network that are none of the corpus's as they stand there"
     assert own.data_note == f"{strange}; 40 of 40 rows did not reach it"
+
+
+def unlabelled(collate):
+    def call(rows):
+        batch = collate(rows)
+        return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+
+    return call
+
+
+def test_a_step_that_a_collator_leaves_without_labels_is_told(trained):
+    with pytest.raises(DivergedError, match="training loss is nan at step 1: none of its tokens has a label"):
+        trained(Method(name="unlabelled", data_collator=unlabelled))
 
 
 def test_labels_that_a_collator_changes_are_told(trained):

@@ -243,6 +243,30 @@ def test_of_several_seeds_each_has_its_counterpart():
     assert compare(others, then).failures == [], "other seeds of the same cell are as many"
 
 
+def test_of_several_seeds_each_is_named():
+    worse = [cell(seed=0), cell(seed=1, heldout_loss_after=9.0), cell("qlora", seed=0), cell("qlora", seed=1)]
+    found = compare(worse, [cell(seed=0), cell(seed=1)], ALL)
+    assert [note for note in found.notes if "appeared" in note] == [
+        "appeared: opt-350m x qlora (seed 0)",
+        "appeared: opt-350m x qlora (seed 1)",
+    ]
+    (failure,) = found.failures
+    assert failure.startswith("opt-350m x lora (seed 1): held-out loss 9.0000")
+    lines = comparison.text(found).splitlines()
+    assert [line.split("  ")[1].strip() for line in lines[2:6]] == [
+        *("lora, seed 0", "lora, seed 1", "qlora, seed 0", "qlora, seed 1"),
+    ]
+
+
+def test_the_code_that_differs_is_named_by_its_digest():
+    def mine(letter):
+        own = {"compute_loss": {"import_path": "mine:loss", "source_sha256": letter * 64}}
+        return cell("mine", method_digest=letter, own_code=own)
+
+    (note,) = [note for note in compare([cell(), mine("b")], [cell(), mine("a")]).notes if "not compared with" in note]
+    assert note.endswith("digest of the code of compute_loss is aaaaaaaaaaaa... there and bbbbbbbbbbbb... here")
+
+
 def test_what_the_new_run_was_not_asked_for_is_not_missing():
     then = [cell("lora"), cell("lora", model="gpt-neo-1.3b")]
     runs = [run(*then)]

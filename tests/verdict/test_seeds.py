@@ -25,9 +25,21 @@ def test_one_seed_bounds_nothing_and_none_is_no_mean():
 
 
 def test_ratios_are_averaged_as_factors():
-    found = seeds.ratio_over_seeds([0.5, 2.0])
+    found = seeds.geometric_over_seeds([0.5, 2.0])
     assert found.mean == pytest.approx(1.0)
     assert found.low * found.high == pytest.approx(1.0)
+    assert seeds.geometric_over_seeds([9.0]) == seeds.Estimate(9.0, 0.0, math.inf)
+    assert seeds.geometric_over_seeds([1e-300, 1e300]).high == math.inf
+
+
+def test_a_time_is_never_below_zero_however_far_its_seeds_are_apart():
+    found = seeds.geometric_over_seeds([214.3, 356.5])
+    assert found.mean == pytest.approx(math.sqrt(214.3 * 356.5))
+    half = 12.7062 * math.log(356.5 / 214.3) / 2  # Student's t of one degree of freedom
+    assert (found.low, found.high) == pytest.approx(
+        (found.mean / math.exp(half), found.mean * math.exp(half)), rel=1e-4
+    )
+    assert 0 < found.low < 214.3
 
 
 def test_a_share_has_wilsons_interval():
