@@ -6,23 +6,17 @@ function was changed since from what it was. Imports nothing that takes long.
 
 from __future__ import annotations
 
-import ast
 import functools
-import hashlib
 import importlib
-import inspect
-import json
-import re
 import sys
-import sysconfig
-import textwrap
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
-ROOT = __name__.partition(".")[0]
+from lightweight import reached
+from lightweight.reached import ROOT, is_installed, is_package_folder
 
 
 def import_path(value: Any) -> str:
@@ -58,7 +52,7 @@ def described(value: Any) -> Any:
             own = described(value.func)
             return own | {"args": described(value.args), "keywords": described(value.keywords)}
     if not callable(value):
-        return value if isinstance(value, str | int | float | bool | None) else repr(value)
+        return value if isinstance(value, str | int | float | bool | None) else reached.text(value)
     path, digest = import_path(value), source_digest(value)
     return {"import_path": path} | ({} if digest is None else {"source_sha256": digest})
 
@@ -66,11 +60,9 @@ def described(value: Any) -> Any:
 def source_digest(value: Any) -> str | None:
     """SHA-256 over the source of `value`, a function or class, and of what it names in modules that are not installed;
     None for one of an installed package, which its version tells. Raises ValueError where there is no source."""
-    if _is_installed(sys.modules[value.__module__]):
+    if is_installed(sys.modules[value.__module__]):
         return None
-    texts: dict[str, str] = {}
-    _collect(value, texts)
-    return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
+    return reached.digest(value)
 
 
 def module_of(file: Path) -> str:
@@ -102,7 +94,7 @@ def place_of(error: BaseException) -> str | None:
     for frame, line in traceback.walk_tb(error.__traceback__):
         file = Path(frame.f_code.co_filename)
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if file.is_file() and package != ROOT and not any(map(_is_package_folder, file.parents)):
+        if file.is_file() and package != ROOT and not any(map(is_package_folder, file.parents)):
             function = "" if frame.f_code.co_name == "<module>" else f"{frame.f_code.co_name} in "
             place = f"{function}{file.name}, line {line}"
     return place
@@ -112,46 +104,3 @@ def _is_found(package: str) -> bool:
     """Whether a new process with the same path finds `package`."""
     finders = (getattr(finder, "find_spec", None) for finder in sys.meta_path)
     return any(find is not None and find(package, None) is not None for find in finders)
-
-
-@functools.cache
-def _is_package_folder(folder: Path) -> bool:
-    """Whether packages are installed in `folder`, Python's own included."""
-    own = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    return folder in own or any(folder.glob("*.dist-info"))
-
-
-def _is_installed(module: ModuleType) -> bool:
-    package = sys.modules.get(module.__name__.partition(".")[0], module)
-    file = getattr(package, "__file__", None)
-    if file is None or package.__name__ == ROOT:
-        return True
-    path = Path(file).absolute()
-    return _is_package_folder(path.parent.parent if path.stem == "__init__" else path.parent)
-
-
-def _collect(value: Any, texts: dict[str, str]) -> None:
-    """Add to `texts`, by name, the source of `value` and of what it names."""
-    module = sys.modules[value.__module__]
-    key = f"{value.__module__}:{value.__qualname__}"
-    if key in texts:
-        return
-    try:
-        texts[key] = source = textwrap.dedent(inspect.getsource(value))
-    except (OSError, TypeError) as error:
-        raise ValueError(f"is {key}, whose source cannot be read ({error}): keep it in a file") from error
-    for name, named in _named_in(source, module):
-        if isinstance(named, ModuleType):
-            if not _is_installed(named):
-                texts[named.__name__] = inspect.getsource(named)
-        elif isinstance(named, type | FunctionType):
-            if named.__module__ in sys.modules and not _is_installed(sys.modules[named.__module__]):
-                _collect(named, texts)
-        elif isinstance(named, str | int | float | bool | tuple | list | dict | None):
-            texts[f"{module.__name__}:{name}"] = re.sub(r" at 0x[0-9a-f]+", "", repr(named))
-
-
-def _named_in(source: str, module: ModuleType) -> Iterator[tuple[str, Any]]:
-    """The names in `source` that `module` has, with what they stand for there."""
-    names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
-    return ((name, vars(module)[name]) for name in sorted(names & vars(module).keys()))

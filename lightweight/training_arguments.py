@@ -64,6 +64,18 @@ def _all(names: str, argument: Argument) -> dict[str, Argument]:
 TORCHS_ADAMW = ("adamw_torch", "adamw_torch_fused")
 """What the captured step runs: the same arithmetic in both."""
 
+OPTIM_NEEDS: Mapping[str, tuple[str, ...]] = {
+    "bitsandbytes": ("8bit", "32bit", "bnb"),
+    "torchao": ("adamw_torch_4bit", "adamw_torch_8bit"),
+    "galore_torch": ("galore",),
+    "apollo_torch": ("apollo",),
+    "lomo_optim": ("lomo",),
+    "grokadamw": ("grokadamw",),
+    "schedulefree": ("schedule_free",),
+    "optimi": ("stable_adamw",),
+}
+"""What the Trainer imports for an `optim`, by what its name has in it."""
+
 CHECKPOINTING_KEYS = {"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop"}
 """What gradient_checkpointing_kwargs may say: what torch.utils.checkpoint takes, as do peft and the captured step."""
 

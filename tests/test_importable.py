@@ -1,5 +1,6 @@
 import functools
 import importlib
+import importlib.metadata
 import sys
 import textwrap
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from lightweight import importable, record, targets
 from lightweight.child.owner import Child
 from lightweight.methods import BASELINE, LORA, METHODS, CapturedStep, Method, MethodError, named
+from lightweight.record import writing
 from lightweight.trial import Trial
 
 SOURCE = """
@@ -73,6 +75,21 @@ def test_what_a_package_has_is_told_by_its_path():
     optimizers = [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.SGD, {"momentum": 0.8})]
     digests = {record.method_digest(Method(name="m", optimizer=optimizer)) for optimizer in optimizers}
     assert len(digests) == 2
+
+
+def test_a_record_has_the_versions_of_what_a_methods_own_modules_import(written, monkeypatch):
+    usual = record.versions_of(LORA)
+    assert "scipy" not in usual
+    loss = written(("import torch\n", "import scipy.stats\nimport torch\n")).loss
+    for value in (loss, functools.partial(loss, labels=1)):
+        found = record.versions_of(Method(name="m", compute_loss=value))
+        assert found == {**usual, "scipy": importlib.metadata.version("scipy")}
+    installed = record.versions_of(Method(name="m", optimizer=(torch.optim.SGD, {})))
+    assert installed == usual
+    # and of what the Trainer imports for an optimizer
+    monkeypatch.setattr(writing, "_owners", lambda: {"schedulefree": ["schedulefree"], "torch": ["torch"]})
+    free = Method(name="m", training_arguments={"optim": "schedule_free_adamw"})
+    assert "schedulefree" in record.versions_of(free)
 
 
 def test_methods_that_bring_nothing_along_have_the_digests_that_records_have():

@@ -24,10 +24,9 @@ from pathlib import Path
 import lightweight
 from lightweight import corpus, files, methods, record
 from lightweight.child import reaper
+from lightweight.reached import imported
 from lightweight.record import Entry, Run
 from lightweight.settings import OF_CORPUS, Settings, how_read, with_changed
-
-DISTRIBUTION = "lightweight-llm"
 
 LOADED_IF_ASKED = {"unsloth", "unsloth_zoo"}
 """Packages that the suite imports for a method of theirs alone, whose version the record then has."""
@@ -105,11 +104,18 @@ def _fill(folder: Path, runs: Sequence[Run], places: _Places) -> list[str]:
     for run, name in zip(runs, names, strict=True):
         shutil.copy(run.path, folder / "records" / name)
     needed: dict[str, Path] = {}  # by their place in the bundle
+    named: set[str] = set()
     for run in runs:
-        needed |= _sources(run, places)
+        sources = _sources(run, places)
+        named |= {name for name in sources if not name.endswith(".py")}
+        needed |= sources
         needed |= _data(run, places, notes)
         _check_methods(run, places)
         notes += [note for note in _models(run) if note not in notes]
+    if named:
+        notes.append(
+            f"{', '.join(sorted(named))}: as now, since a record does not say what was in files that the code names"
+        )
     for name, source in needed.items():
         place = folder / name
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -158,8 +164,7 @@ def _sources(run: Run, places: _Places) -> dict[str, Path]:
                 f"--bundle: record {run.path}: {test} is not here: run this in the folder in which pytest ran"
             )
         above = [folder for folder in (file.parent, *file.parent.parents) if folder.is_relative_to(root)]
-        found += [file, *_named_beside(file)]
-        found += [conftest for folder in above if (conftest := folder / "conftest.py").is_file()]
+        found += [file, *(conftest for folder in above if (conftest := folder / "conftest.py").is_file())]
     elsewhere: list[Path] = []
     for name in _said(run, "method"):
         where = name.rpartition(":")[0]
@@ -181,11 +186,14 @@ def _sources(run: Run, places: _Places) -> dict[str, Path]:
     return sources
 
 
-def _named_beside(file: Path) -> list[Path]:
-    """Files beside a test that it names, such as a text that it reads."""
-    texts = (node.value for node in ast.walk(_parsed(file)) if isinstance(node, ast.Constant))
-    names = {text for text in texts if isinstance(text, str) and 0 < len(text) < 200 and "\n" not in text}
-    return [beside for beside in file.parent.iterdir() if beside.name in names and beside.is_file()]
+def _named_beside(tree: ast.Module, folder: Path) -> Iterator[Path]:
+    """Files beside a module that it names, such as a text that it reads: in its folder, or in one that is in that."""
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    for text in sorted(text for text in texts if re.match(r"[\w-]", text) and len(text.encode()) < 200):
+        file = folder / text
+        is_hidden = any(part.startswith(".") for part in Path(text).parts)  # such as .. and .env
+        if "\0" not in text and not is_hidden and file.is_file() and file.resolve().is_relative_to(folder.resolve()):
+            yield file
 
 
 def _of_module(name: str, root: Path) -> list[Path]:
@@ -200,7 +208,8 @@ def _of_module(name: str, root: Path) -> list[Path]:
 
 
 def _with_imports(files: Iterable[Path], root: Path) -> Iterator[Path]:
-    """`files` and every module under `root` that they import, lightweight's own left out."""
+    """`files`, what they name beside them, and every module under `root` that they import, lightweight's own left
+    out."""
     ours = Path(lightweight.__file__).parent
     waiting, seen = list(files), set()
     while waiting:
@@ -211,22 +220,12 @@ def _with_imports(files: Iterable[Path], root: Path) -> Iterator[Path]:
         yield file
         if file.suffix != ".py":
             continue
+        tree = _parsed(file)
+        waiting += _named_beside(tree, file.parent)
         package = list(file.parent.relative_to(root).parts)
-        for name in _imported(_parsed(file), package):
+        for name in imported(tree, package):
             waiting += _of_module(name, root)
             waiting += _of_module(".".join([*package, name]), root)  # pytest has a test's folder on its path
-
-
-def _imported(tree: ast.Module, package: Sequence[str]) -> Iterator[str]:
-    """The modules that `tree` may import, with their packages."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = list(package[: len(package) - node.level + 1]) if node.level else []
-            of = ".".join([*above, *([node.module] if node.module else [])])
-            yield of
-            yield from (f"{of}.{name.name}" for name in node.names)
 
 
 def _parsed(file: Path) -> ast.Module:
@@ -314,8 +313,9 @@ def _models(run: Run) -> Iterator[str]:
 
 
 def _recorded(runs: Sequence[Run]) -> dict[str, str]:
-    entry = next(entry for run in runs for entry in run.entries)
-    return {name: number for name, number in (entry.versions or {}).items() if number}
+    """The versions of the records, the first where two differ. A package is only with the methods that need it."""
+    every = [(entry.versions or {}).items() for run in runs for entry in run.entries]
+    return {name: number for versions in reversed(every) for name, number in versions if number}
 
 
 def _build_of_torch(runs: Sequence[Run]) -> tuple[str, str | None]:
@@ -344,10 +344,10 @@ def _requirements(runs: Sequence[Run], files: Iterable[Path]) -> str:
 
 def _installed(files: Iterable[Path]) -> dict[str, str]:
     """What of the packages that `files` import is installed here, by distribution."""
-    tops = {name.partition(".")[0] for file in files for name in _imported(_parsed(file), [])}
+    tops = {name.partition(".")[0] for file in files for name in imported(_parsed(file), [])}
     owners = packages_distributions()
     names = {owner for top in tops - LOADED_IF_ASKED for owner in owners.get(top, ())}
-    return {name: version(name) for name in names if name.lower() != DISTRIBUTION}
+    return {name: version(name) for name in names if name.lower() != record.DISTRIBUTION}
 
 
 SCRIPT = """\
@@ -397,7 +397,10 @@ makes a virtual environment of the exact versions in `requirements.txt`, trains 
 | `records/` | what was measured |
 | `lightweight/` | the suite, version {version} |
 | `requirements.txt` | what was installed |
-| the other files | tests, methods and corpus, each shown to be that of the records by its digest |
+| methods, corpus, task | shown to be those of the records by their digests |
+| the other files | tests, modules and the files that these name beside them, as they were when this was made |
+
+What the code reads from elsewhere is not in here, and nobody can know of it: other files, the environment, the network.
 
 {facts}
 """

@@ -211,7 +211,9 @@ class _Search:
         for entry in self._before:
             stored, installed = entry.stored or {}, entry.versions or {}
             is_same = all(stored.get(key) == value for key, value in settings.items())
-            is_here = entry.device == self._device.name and record.versions().items() <= installed.items()
+            is_here = (
+                entry.device == self._device.name and record.versions_of(trial.method).items() <= installed.items()
+            )
             if is_same and is_here and entry.outcome != "crashed":
                 self._before.remove(entry)
                 return entry

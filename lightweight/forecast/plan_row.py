@@ -10,7 +10,7 @@ from lightweight.forecast import step_time
 from lightweight.forecast.corpus_rows import CorpusRows
 from lightweight.forecast.step_time import JobLimits, JobTime, StepTime
 from lightweight.methods import Method
-from lightweight.record import method_digest, said_of, versions
+from lightweight.record import method_digest, said_of, versions_of
 from lightweight.record.codec import plain
 from lightweight.settings import Placement
 from lightweight.targets import CONTEXT_BYTES, Target
@@ -161,8 +161,7 @@ class PlanRow:
             under |= {"corpus_digest": question.corpus.digest, **self.corpus_rows.as_json()}
             under |= {"loss_on": question.loss_on, "long": question.long}
             under["padding"] = "max" if pads_to_max(question.padding, question.corpus) else "longest"
-        others = () if method.library == "peft" else (method.library,)
-        return under | {"versions": versions(*others)}
+        return under | {"versions": versions_of(method)}
 
 
 def recomputed_layers(method: Method) -> int:

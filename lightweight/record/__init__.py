@@ -36,6 +36,7 @@ from lightweight.record.reading import run as run
 from lightweight.record.searched import check_searched as check_searched
 from lightweight.record.shown import one_line as one_line
 from lightweight.record.shown import readable as readable
+from lightweight.record.writing import DISTRIBUTION as DISTRIBUTION
 from lightweight.record.writing import SCHEMA as SCHEMA
 from lightweight.record.writing import document as document
 from lightweight.record.writing import entry as entry
@@ -46,3 +47,4 @@ from lightweight.record.writing import settings as settings
 from lightweight.record.writing import steady_seconds_per_token as steady_seconds_per_token
 from lightweight.record.writing import steady_step_seconds as steady_step_seconds
 from lightweight.record.writing import versions as versions
+from lightweight.record.writing import versions_of as versions_of

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from typing import TYPE_CHECKING, Any
 
-from lightweight import __version__, importable
+from lightweight import __version__, importable, reached
 from lightweight.record import codec
 from lightweight.record.codec import as_json
 from lightweight.record.entries import Entry, ForecastRow
@@ -25,6 +26,9 @@ if TYPE_CHECKING:  # a record is read without torch
 SCHEMA = 1
 """The number of what a record's JSON looks like: one more whenever a key goes or gets another meaning, and
 `reading.completed` then says what the former one meant. Records from before there were numbers have none."""
+
+DISTRIBUTION = "lightweight-llm"
+"""What is installed to have this package."""
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "pytest", "pytest-benchmark")
 
@@ -116,7 +120,7 @@ def entry(trial: Trial, outcome: Outcome, device: Device, forecast: Forecast | N
         "device": device.name,
         "device_bytes": device.total_bytes,
         "device_driver": device.driver,
-        "versions": versions() if trial.method.library == "peft" else versions(trial.method.library),
+        "versions": versions_of(trial.method),
     }
     return codec.entry_of(values)
 
@@ -175,6 +179,26 @@ def versions(*others: str) -> dict[str, str | None]:
         except PackageNotFoundError:
             installed[package] = None
     return installed
+
+
+def versions_of(method: Method) -> dict[str, str | None]:
+    """Those of `versions`, and of what else is installed that `method` needs: its library, what its `optim` is of, and
+    what its author's modules import."""
+    from lightweight.training_arguments import OPTIM_NEEDS
+
+    optim = str(method.training_arguments.get("optim", ""))
+    needed = {package for package, parts in OPTIM_NEEDS.items() if any(part in optim for part in parts)}
+    needed |= reached.packages(tuple(method.own_code.values())) if method.own_code else set()
+    owners = _owners() if needed else {}
+    known = {*PACKAGES, DISTRIBUTION}
+    others = {owner for package in needed for owner in owners.get(package, ()) if owner.lower() not in known}
+    return versions(*([] if method.library == "peft" else [method.library]), *sorted(others))
+
+
+@functools.cache
+def _owners() -> Mapping[str, list[str]]:
+    """What has to be installed for a package to be imported, by the package's name."""
+    return packages_distributions()
 
 
 def method_digest(method: Method) -> str:

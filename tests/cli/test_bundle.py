@@ -26,6 +26,13 @@ from rates import RATE
 MINE = replace(LORA, name="mine", training_arguments={**LORA.training_arguments, "learning_rate": RATE})
 """
 
+RATES = """
+from pathlib import Path
+
+RATE = 1e-3 * float((Path(__file__).parent / "data/factor.txt").read_text())
+SECRETS = ".env", "../secret.json", "/etc/passwd"
+"""
+
 CELLS = """
 from pathlib import Path
 
@@ -45,10 +52,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Somebody's project in which a cell was trained: a method that imports a module, a test that reads a file."""
     root = tmp_path_factory.mktemp("project")
     (root / "cells").mkdir()
+    (root / "data").mkdir()
     for name, text in (
         ("conftest.py", 'pytest_plugins = ["lightweight.plugin"]\n'),
         ("mine.py", MINE),
-        ("rates.py", "RATE = 2e-3\n"),
+        ("rates.py", RATES),
+        ("data/factor.txt", "2"),
+        (".env", "SECRET"),
         ("unused.py", ""),
         ("corpus.json", json.dumps(turns(12))),
         ("cells/test_cells.py", CELLS),
@@ -74,14 +84,17 @@ def test_a_record_says_by_which_command_it_was_made(project):
 def test_a_bundle_repeats_its_run_in_a_fresh_process(project, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(project)
     assert main(["report", "run.json", "--bundle", str(tmp_path / "b.zip")]) == 0
-    assert "sh repeat.sh repeats it" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "sh repeat.sh repeats it" in told
+    assert "cells/words.txt, data/factor.txt: as now, since a record does not say what was in files that the" in told
     with zipfile.ZipFile(tmp_path / "b.zip") as file:
         file.extractall(tmp_path)
     bundle = tmp_path / "b"
     assert files(bundle) == {
         *("README.md", "repeat.sh", "requirements.txt", "pytest.ini", "conftest.py", "corpus.json", "mine.py"),
-        *("rates.py", "cells/test_cells.py", "cells/words.txt", "records/run.json"),
+        *("rates.py", "data/factor.txt", "cells/test_cells.py", "cells/words.txt", "records/run.json"),
     }
+    assert "What the code reads from elsewhere is not in here" in (bundle / "README.md").read_text("utf-8")
     (bundle / "cells" / "test_whose.py").write_text(
         f"import lightweight\n\n\ndef test_whose():\n    assert lightweight.__file__.startswith({str(bundle)!r})\n"
     )
@@ -113,10 +126,13 @@ def test_requirements_are_exact_and_name_where_torchs_builds_are(project, tmp_pa
     monkeypatch.chdir(project)
     document = json.loads(Path("run.json").read_text("utf-8"))
     document["outcomes"][0]["versions"] |= {"torch": "2.11.0+cu130", "unsloth": None}
+    (other,) = json.loads(Path("run.json").read_text("utf-8"))["outcomes"]
+    other["versions"] |= {"schedulefree": "1.4.1"}  # which only the second method needs
+    document["outcomes"].append(other)
     (tmp_path / "gpu.json").write_text(json.dumps(document), "utf-8")
     assert main(["report", str(tmp_path / "gpu.json"), "--bundle", str(tmp_path / "b")]) == 0
     lines = (tmp_path / "b" / "requirements.txt").read_text("utf-8").splitlines()
-    assert "torch==2.11.0+cu130" in lines
+    assert "torch==2.11.0+cu130" in lines and "schedulefree==1.4.1" in lines
     first = "pip install --no-deps --extra-index-url https://download.pytorch.org/whl/cu130 torch==2.11.0+cu130"
     assert f"# install this first: {first}" in lines
     script = (tmp_path / "b" / "repeat.sh").read_text("utf-8")
@@ -163,7 +179,7 @@ def elsewhere(project, tmp_path, monkeypatch):
     root, away = tmp_path / "root", tmp_path / "away"
     shutil.copytree(project, root)
     (away / "code").mkdir(parents=True)
-    for name in ("mine.py", "rates.py"):
+    for name in ("mine.py", "rates.py", "data"):
         (root / name).rename(away / "code" / name)
     (root / "corpus.json").rename(away / "talks.json")
     (away / "task.jsonl").write_text('{"prompt": "2 + 2?", "answer": "4"}\n', "utf-8")
