@@ -79,6 +79,14 @@ OPTIM_NEEDS: Mapping[str, tuple[str, ...]] = {
 CHECKPOINTING_KEYS = {"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop"}
 """What gradient_checkpointing_kwargs may say: what torch.utils.checkpoint takes, as do peft and the captured step."""
 
+OF_TRAINING = (
+    *("seed", "data_seed", "num_train_epochs", "max_steps", "train_sampling_strategy", "dataloader_drop_last"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type"),
+    *("lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("max_grad_norm", "bf16", "fp16", "optim", "optim_args", "label_smoothing_factor", "neftune_noise_alpha"),
+)
+"""Those that say what is trained, on which rows and how."""
+
 ARGUMENTS: Mapping[str, Argument] = {
     # What is trained
     **_all(

@@ -11,6 +11,7 @@ import torch
 
 from lightweight.internals import torch as torch_internals
 from lightweight.methods import CapturedStep, MethodError
+from lightweight.training.updates import learning_rates
 from lightweight.trial import Trial
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Optimizer:
 
     def __init__(self, trial: Trial, trainer: Trainer, created: torch.optim.AdamW, device: torch.device) -> None:
         self._max_norm = trainer.args.max_grad_norm
-        rates = _learning_rates(trial, trainer, created)
+        rates = learning_rates(trainer, [group["lr"] for group in created.param_groups], trial.steps)
         self._rates = torch.tensor(rates, device=device)  # [steps, groups]
         has_weights = [bool(group["params"]) for group in created.param_groups]
         self.schedule = [list(itertools.compress(of_step, has_weights)) for of_step in rates]
@@ -228,18 +229,3 @@ def adamw_of(trial: Trial, trainer: Trainer) -> torch.optim.AdamW:
         f"method {trial.method.name}: the captured step runs torch's AdamW, and {by} {kind}: leave it out, or let the "
         "Trainer run the steps"
     )
-
-
-def _learning_rates(trial: Trial, trainer: Trainer, created: torch.optim.Optimizer) -> list[list[float]]:
-    """The learning rates of each optimizer step, one for each group of `created`, by the Trainer's own scheduler."""
-    stand_in = torch.optim.SGD(
-        [{"params": [torch.nn.Parameter(torch.zeros(()))], "lr": group["lr"]} for group in created.param_groups]
-    )
-    scheduler = trainer.create_scheduler(num_training_steps=trial.steps, optimizer=stand_in)
-    trainer.lr_scheduler = None
-    rates = []
-    for _ in range(trial.steps):
-        rates.append([float(rate) for rate in scheduler.get_last_lr()])
-        stand_in.step()
-        scheduler.step()
-    return rates

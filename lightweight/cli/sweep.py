@@ -112,7 +112,8 @@ def best(tried: Sequence[Tried]) -> Tried | None:
 
 @dataclass(frozen=True)
 class Found:
-    """What a method's search came to: its best rate, None where no trial completed, and that in a line."""
+    """What a method's search came to: its best rate, None where no trial completed or the rate made no difference to
+    the best ones, and that in a line."""
 
     rate: float | None
     told: str
@@ -192,6 +193,10 @@ class _Search:
         said = f"{name}: {completed} of {len(tried)} trials completed"
         if found is None:
             return Found(None, record.one_line(f"{said}: no rate was found: {self._entries[-1].reason}"))
+        alike = [f"{one.rate:g}" for one in sorted(tried, key=lambda one: one.rate) if one.loss == found.loss]
+        if len(alike) > 1:
+            same = f"no rate was found: the loss is {found.loss:.4f} to the last bit at {', '.join(alike)}"
+            return Found(None, f"{said}: {same}: its optimizer may not use learning_rate, or they are too low")
         ends = {min(one.rate for one in tried), max(one.rate for one in tried)}
         is_at_end = found.rate in ends
         self._found[name] = {"learning_rate": found.rate, "loss": found.loss, "is_at_end": is_at_end}

@@ -38,9 +38,10 @@ def make(method: Method, network: torch.nn.Module, arguments: Any) -> torch.opti
     return made
 
 
-def check(trainer: Trainer, method: Method) -> None:
-    """Raise MethodError where the optimizer of `trainer` leaves trained weights out, or does not take what `method`
-    says of it in its TrainingArguments. It is made for that, and dropped."""
+def check(trainer: Trainer, method: Method) -> list[float]:
+    """The learning rate that the optimizer of `trainer` gives to each group of its weights. It is made for that, and
+    dropped. Raises MethodError where it leaves trained weights out, or does not take what `method` says of it in its
+    TrainingArguments."""
     network, arguments = trainer.model, trainer.args
     assert network is not None
     try:
@@ -75,6 +76,7 @@ def check(trainer: Trainer, method: Method) -> None:
                 )
         finally:
             trainer.args = arguments
+    return [float(group["lr"]) for group in made.param_groups]
 
 
 def _made(trainer: Trainer) -> torch.optim.Optimizer:

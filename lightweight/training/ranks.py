@@ -193,6 +193,11 @@ def draws(trainer: Trainer, rows: Sequence[Any]) -> SeedableRandomSampler:
     return SeedableRandomSampler(rows, data_seed=trainer.args.data_seed)
 
 
+def drawn(rows: Sequence[Any], seed: int) -> SeedableRandomSampler:
+    """The same where nothing but the seed of a trial says so."""
+    return SeedableRandomSampler(rows, data_seed=seed)
+
+
 class Deal(Sampler[int]):
     """Numbers of rows in the order in which accelerate deals batches of `batch` to ranks in turn, so that the ranks'
     passes together are the optimizer steps of one rank: `step` rows each, drawn by `sampler`.

@@ -31,8 +31,9 @@ from lightweight.training import own_optimizer, ranks
 from lightweight.training.meter import Meter
 from lightweight.training.own_loss import OwnLoss
 from lightweight.training.rounds import Rounds, callbacks_around, resume
-from lightweight.training.seen import Seen, SeesRates
-from lightweight.training_arguments import check_schedule
+from lightweight.training.seen import Seen
+from lightweight.training.updates import Updates, learning_rates
+from lightweight.training_arguments import OF_TRAINING, check_schedule
 from lightweight.trial import Trial
 
 TOKENS = "tokens"
@@ -127,17 +128,20 @@ def _made(
             raise
         where = import_path(method.trainer)
         raise MethodError(f"method {method.name}: its trainer {where} cannot be made ({reason(error)})") from error
+    begin = [arguments.learning_rate]
     if method.optimizer is not None or method.trainer is not None:
-        own_optimizer.check(trainer, method)
-    if method.captured_step is None and set(method.own_code) - {"optimizer"}:
+        begin = own_optimizer.check(trainer, method)
+    if method.captured_step is None and method.own_code:
         trainer.seen = Seen(model, rows, is_compiled=arguments.torch_compile)
-        trainer.add_callback(SeesRates(trainer.seen))
+        rates = learning_rates(trainer, begin, trial.with_rows(len(rows)).steps)
+        trainer.updates = Updates(rates, lambda: trainer.accelerator.optimizer_step_was_skipped)
+        trainer.add_callback(trainer.updates)
     return trainer
 
 
-def _planned(trial: Trial, trainer: Trainer, rows: Rows) -> list[list[int]]:
+def _planned(trial: Trial, rows: Rows) -> list[list[int]]:
     """The numbers of the rows that each optimizer step of a trial takes, whatever the method."""
-    sampler, size = ranks.draws(trainer, rows), trial.method.sequences_per_step
+    sampler, size = ranks.drawn(rows, trial.seed), trial.method.sequences_per_step
     steps: list[list[int]] = []
     for epoch in range(trial.rounds):
         sampler.set_epoch(epoch)
@@ -183,11 +187,14 @@ class _NextTokenSmoother(LabelSmoother):
 
 class MeasuredTrainer(TrainerHooks, Trainer):
     """The Trainer, telling the meter where it is and which losses it saw. `collate` is the suite's own collator, and
-    `seen` what reaches the network, where code of the method could change that."""
+    `seen` what reaches the network, and `updates` what is made of it, where code of the method could change that.
+    `said` are the TrainingArguments before such code has had them."""
 
     seen: Seen | None = None
+    updates: Updates | None = None
 
     def __init__(self, *, meter: Meter, method: Method, collate: Collate, **arguments: Any) -> None:
+        self.said = _of_training(arguments["args"])
         super().__init__(**arguments)
         self._meter, self.method, self.collate = meter, method, collate
         if self.label_smoother is not None:
@@ -251,7 +258,6 @@ class MeasuredTrainer(TrainerHooks, Trainer):
         real, padded = inputs.pop(TOKENS, (0, 0))  # a forecast's batches have none
         if self.seen is not None:
             self.seen.step = self._meter.steps
-            self.seen.begin_pass(inputs)
             labels = inputs.get("labels")
             if isinstance(labels, torch.Tensor):
                 self._meter.add_labels((labels[..., 1:] != IGNORED).sum())
@@ -260,7 +266,8 @@ class MeasuredTrainer(TrainerHooks, Trainer):
                 f"method {self.method.name}: its data_collator {import_path(self.method.data_collator)} makes a batch "
                 "without labels: keep those of the suite's collator"
             )
-        loss = super().training_step(model, inputs, *arguments, **options)
+        with contextlib.nullcontext() if self.seen is None else self.seen.in_pass(inputs):
+            loss = super().training_step(model, inputs, *arguments, **options)
         if self.seen is not None:
             real, padded = self.seen.tokens
         of_all, *tokens = self._over_ranks(loss, real, padded)
@@ -343,11 +350,31 @@ class _RankTrainer(MeasuredTrainer):
 
 
 def tell_what_was_seen(trial: Trial, trainer: Trainer, rows: Rows, meter: Meter) -> None:
-    """Add to the facts of `meter` how what the network was trained on differs from what every other method's is."""
-    seen = cast("MeasuredTrainer", trainer).seen
-    if seen is not None:
-        seen.step = meter.steps
-        meter.facts["data_note"] = seen.note(_planned(trial, trainer, rows))
+    """Add to the facts of `meter` how what the network was trained on, and how, differs from what every other method's
+    is."""
+    measured, told = cast("MeasuredTrainer", trainer), []
+    now = _of_training(trainer.args)
+    for name, value in measured.said.items():
+        if now[name] != value:
+            told.append(f"its code changed {name} from {value} to {now[name]}")
+    if measured.seen is not None and measured.updates is not None:
+        measured.seen.step = meter.steps
+        told += [*measured.updates.told(), *measured.seen.told(_planned(trial, rows))]
+    else:
+        told += _other_order(trial)
+    meter.facts["data_note"] = "; ".join(told) or None
+
+
+def _of_training(arguments: TrainingArguments) -> dict[str, str]:
+    """What TrainingArguments say of what is trained, as text."""
+    return {name: str(getattr(arguments, name)) for name in OF_TRAINING if hasattr(arguments, name)}
+
+
+def _other_order(trial: Trial) -> list[str]:
+    """What of the TrainingArguments has a method without code of its own draw the rows in another order."""
+    usual = {"data_seed": (None, trial.seed), "train_sampling_strategy": ("random",)}
+    said = {name: trial.method.training_arguments.get(name, values[0]) for name, values in usual.items()}
+    return [f"the rows came in another order: {name}={said[name]}" for name in usual if said[name] not in usual[name]]
 
 
 def resume_meter(meter: Meter, trainer: Trainer, checkpoint: Path) -> None:

@@ -499,7 +499,8 @@ def test_an_optimizer_of_ones_own_that_is_not_what_the_step_runs_is_refused(tria
 def test_the_schedule_does_not_move_on_a_skipped_step(trial, tmp_path):
     job = job_of(trial, tmp_path)
     optimizer = job.step.optimizer
-    rates = optimizer_module._learning_rates(trial, job.trainer, job.step._adamw)
+    begin = [group["lr"] for group in job.step._adamw.param_groups]
+    rates = optimizer_module.learning_rates(job.trainer, begin, trial.steps)
     expected = [5e-5 * (1 - step / trial.steps) for step in range(trial.steps)]
     assert rates == [pytest.approx([rate, rate]) for rate in expected]  # weights with decay, and without
     for skipped, taken in ((0.0, 1), (1.0, 1), (0.0, 2)):

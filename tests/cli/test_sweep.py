@@ -172,6 +172,27 @@ def test_a_method_without_a_rate_is_told_with_its_reason(micro, tmp_path, capsys
     )
 
 
+class AtItsOwnRate(torch.optim.SGD):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["lr"] = 0.01
+        super().step()
+
+
+AT_ITS_OWN_RATE = Method(name="own", optimizer=(AtItsOwnRate, {}))
+
+
+def test_no_rate_is_chosen_among_those_that_make_no_difference(asked, capsys):
+    asked[asked.index("lora")] = "cli.test_sweep:AT_ITS_OWN_RATE"
+    assert main([*asked, "--learning-rate", "1e-4..1e-2"]) == 1
+    line, _ = capsys.readouterr().out.splitlines()
+    assert line.startswith("own: 3 of 3 trials completed: no rate was found: the loss is ")
+    assert line.endswith(
+        " to the last bit at 0.0001, 0.001, 0.01: its optimizer may not use learning_rate, or they are too low"
+    )
+    assert json.loads(Path("found.json").read_text("utf-8"))["sweep"]["found"] == {}
+
+
 @pytest.fixture
 def asked(micro, tmp_path, monkeypatch):
     """A search of three trials, into `found.json` in the folder that the test is in."""

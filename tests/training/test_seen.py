@@ -21,27 +21,6 @@ from training.test_stock import CPU, Unattended
 pytestmark = pytest.mark.usefixtures("without_gpu")
 
 
-@pytest.fixture(scope="module")
-def trained(micro, small_corpus, tmp_path_factory):
-    """Trains by a method, as a child does: what was measured."""
-    known: dict[str, Any] = {}
-
-    def train(method):
-        trial = Trial(model=micro, method=method, target=targets.CPU, corpus=small_corpus, epochs=2)
-        meter, owner = Meter(CPU, 0.0), Unattended()
-        prepared = worker.set_up(trial, CPU, meter, owner, tmp_path_factory.mktemp("trial"))
-        worker.train(*prepared[:3], prepared.heldout, meter, lambda phase: None)
-        worker.evaluate(prepared.trainer, prepared.heldout, meter)
-        return meter.measurements()
-
-    def once(method=BASELINE):
-        if method.name not in known:
-            known[method.name] = train(method)
-        return known[method.name]
-
-    return once
-
-
 def mean_of_answers(outputs, labels, num_items_in_batch, scale=1.0):
     losses = cross_entropy(outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="sum")
     return scale * losses / num_items_in_batch
@@ -150,6 +129,88 @@ def test_the_side_that_is_padded_makes_no_other_rows(trained):
 def test_held_out_losses_are_of_the_suites_own_rows(trained, collator):
     own = trained(Method(name=f"heldout-{collator.__name__}", data_collator=collator))
     assert own.heldout_loss_before == pytest.approx(trained().heldout_loss_before, abs=1e-6)
+
+
+class Answering(Trainer):
+    """Leaves every other label out of what the network is given."""
+
+    def compute_loss(self, model, inputs, *arguments, **options):
+        labels = inputs["labels"].clone()
+        labels[:, ::2] = IGNORED
+        return super().compute_loss(model, inputs | {"labels": labels}, *arguments, **options)
+
+
+def test_labels_that_a_trainer_changes_on_the_way_to_the_network_are_told(trained):
+    own = trained(Method(name="answering", trainer=Answering))
+    assert own.data_note == "the loss was on other labels than the corpus's in 6 of 6 steps"
+
+
+class Estimates(Trainer):
+    """Estimates a gradient by two losses, as MeZO does."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        with torch.no_grad():
+            losses = [self.compute_loss(model, dict(inputs)) for _ in range(2)]
+        return losses[0]
+
+
+def test_passes_without_gradients_train_where_no_other_does(trained):
+    own = trained(Method(name="estimates", trainer=Estimates))
+    assert own.data_note == "40 rows reached it more often than once a pass over the corpus"
+    assert own.step_tokens == trained().step_tokens
+
+
+class Looks(TrainerCallback):
+    """Asks the network, in the middle of training it."""
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        ids = torch.ones(1, 5, dtype=torch.int64)
+        with torch.no_grad():
+            model(input_ids=ids)
+            model.get_decoder()(input_ids=ids)
+            model.generate(ids, max_new_tokens=2)
+
+
+class TrainsInside(TrainerCallback):
+    """Trains the decoder alone on what is none of the corpus's."""
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        model.get_decoder()(input_ids=torch.ones(1, 5, dtype=torch.int64))[0].sum().backward()
+        model.zero_grad()
+
+
+def test_what_computes_no_gradients_trains_nothing(trained):
+    assert trained(Method(name="looks", callbacks=(Looks,))).data_note is None
+
+
+def test_training_a_part_of_the_network_is_told(trained):
+    strange = "6 rows reached the network that are none of the corpus's as they stand there"
+    assert trained(Method(name="inside", callbacks=(TrainsInside,))).data_note == strange
+
+
+class Seeded(Trainer):
+    def __init__(self, **options):
+        options["args"].seed = 7
+        super().__init__(**options)
+
+
+def test_a_seed_that_a_trainer_sets_is_told(trained):
+    own = trained(Method(name="seeded", trainer=Seeded))
+    assert own.data_note == "its code changed seed from 0 to 7; the rows came in another order from step 1 on"
+
+
+@pytest.mark.parametrize("step", ["trainer", "captured"])
+@pytest.mark.parametrize(("name", "value"), [("data_seed", 7), ("train_sampling_strategy", "sequential")])
+def test_another_order_that_the_method_asks_for_is_told(trained, name, value, step):
+    if name != "data_seed" and step == "captured":
+        return  # which is refused
+    own = trained(Method(name=f"{name}-{step}", training_arguments={name: value}, step=step))
+    assert own.data_note == f"the rows came in another order: {name}={value}"
+    if step == "trainer":
+        own = trained(Method(name=f"own-{name}", training_arguments={name: value}, callbacks=(TrainerCallback,)))
+        assert own.data_note == "the rows came in another order from step 1 on"
+    assert trained(Method(name="same-seed", training_arguments={"data_seed": 0})).data_note is None
 
 
 class Stops(TrainerCallback):
@@ -298,18 +359,6 @@ def test_a_transform_is_trained_as_it_is(trained):
     assert own.trainable_parameters < own.parameters == trained().parameters
     assert own.data_note is None
     assert own.heldout_loss_before == trained().heldout_loss_before
-
-
-class Faster(TrainerCallback):
-    def on_step_begin(self, args, state, control, optimizer=None, **_):
-        assert optimizer is not None
-        if state.global_step == 2:
-            optimizer.param_groups[0]["lr"] = 0.01
-
-
-def test_a_rate_that_a_callback_sets_is_told(trained):
-    own = trained(Method(name="faster", callbacks=(Faster,)))
-    assert own.data_note == "its learning rate was another than its schedule's in 1 of its 6 steps"
 
 
 def of_each_token(outputs, labels, num_items_in_batch):
