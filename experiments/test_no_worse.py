@@ -10,9 +10,10 @@ the methods that are named, with `--corpus` on the whole of that corpus; `--seed
 before those below. Before it begins it tells what so many seeds can show.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -75,7 +76,17 @@ def at_rate(method: Method, learning_rate: float) -> Method:
 NO_WORSE = (BASELINE_CAPTURED, LORA, QLORA, LORA_CAPTURED, QLORA_CAPTURED)
 OTHER_RATES = (LORA_CAPTURED, at_rate(BASELINE_CAPTURED, 2e-4))  # captured, since they take seconds
 
-Differences = Callable[[Method], list[float]]
+
+@dataclass(frozen=True)
+class Compared:
+    """The differences of a method's held-out loss from the baseline's, one a seed, and what the baseline itself gained
+    in training, on average; in nats a token."""
+
+    differences: Sequence[float]
+    gained: float
+
+
+Compare = Callable[[Method], Compared]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -100,8 +111,8 @@ def examples(request: pytest.FixtureRequest, laboratory: Laboratory, model: str)
 
 
 @pytest.fixture
-def differences(examples: Corpus, train: Train, outcome_of: Train, laboratory: Laboratory, model: str) -> Differences:
-    """Train a method with every seed: each one's held-out loss over the baseline's, in nats a token."""
+def compare(examples: Corpus, train: Train, outcome_of: Train, laboratory: Laboratory, model: str) -> Compare:
+    """Train a method with every seed, and the baseline."""
     settings = SETTINGS[laboratory.has_cuda]
     elsewhere = "\n\n".join(ELSEWHERE.read_text("utf-8").split("\n\n")[: settings.paragraphs])
     changes = {**_length(settings, laboratory), "corpus": replace(examples, elsewhere=elsewhere)}
@@ -114,14 +125,14 @@ def differences(examples: Corpus, train: Train, outcome_of: Train, laboratory: L
     def sized(method: Method) -> Method:
         return method if keeps_steps else _in_steps_of(settings, method)
 
-    def heldout_loss(how: Train, method: Method, seed: int) -> float:
+    def heldout_losses(how: Train, method: Method, seed: int) -> tuple[float, float]:
         outcome = how(model, sized(method), seed=seed, **changes)
         assert isinstance(outcome, Completed), f"{method.name}, seed {seed}: {outcome.reason}"
-        loss = outcome.measured.heldout_loss_after
-        assert loss is not None
-        return loss
+        before, after = outcome.measured.heldout_loss_before, outcome.measured.heldout_loss_after
+        assert before is not None and after is not None
+        return before, after
 
-    def measure(method: Method) -> list[float]:
+    def measure(method: Method) -> Compared:
         steps = [laboratory.trial(model, sized(one)).method.sequences_per_step for one in (method, BASELINE)]
         if steps[0] != steps[1]:
             pytest.skip(
@@ -129,15 +140,16 @@ def differences(examples: Corpus, train: Train, outcome_of: Train, laboratory: L
                 "give --batch-size and --accumulation with which both have as many"
             )
         first, *others = seeds  # the first is timed: pytest-benchmark stores no run in which nothing was
-        losses = [heldout_loss(train, method, first), *(heldout_loss(outcome_of, method, seed) for seed in others)]
-        baseline = [heldout_loss(outcome_of, BASELINE, seed) for seed in seeds]
-        return [loss - of for loss, of in zip(losses, baseline, strict=True)]
+        losses = [heldout_losses(train, method, first), *(heldout_losses(outcome_of, method, seed) for seed in others)]
+        baseline = [heldout_losses(outcome_of, BASELINE, seed) for seed in seeds]
+        differences = [after - of_baseline for (_, after), (_, of_baseline) in zip(losses, baseline, strict=True)]
+        return Compared(differences, gained=fmean(before - after for before, after in baseline))
 
     return measure
 
 
 def test_no_worse_than_the_baseline(
-    differences: Differences, laboratory: Laboratory, model: str, variant: str | Method
+    compare: Compare, laboratory: Laboratory, model: str, variant: str | Method
 ) -> None:
     method = methods.named(variant) if isinstance(variant, str) else variant
     is_ours = method is methods.METHODS.get(method.name)
@@ -145,26 +157,31 @@ def test_no_worse_than_the_baseline(
         rates = SETTINGS[laboratory.has_cuda].adapter_rates
         method = at_rate(method, rates[method.name.removesuffix("-captured")])
     margin = laboratory.option("margin")
-    of_seeds = differences(method)
-    found = noninferiority.over_seeds(of_seeds)
+    compared = compare(method)
+    found = noninferiority.over_seeds(compared.differences)
     concluded = noninferiority.conclusion(found, margin)
     told = f"{model} x {method.name}: {concluded}: {found} nats over the baseline, the margin {margin:g}"
     if concluded == "inconclusive":
-        more = power.more_seeds(of_seeds, margin)
-        told += f": {more} more would decide: --seeds {len(of_seeds) + more}" if more else ": no seeds would decide"
+        told += f": {power.undecided(compared.differences, margin)}"
+    if compared.gained < margin:
+        told += (
+            f": the margin is larger than the {compared.gained:.3f} nats that the baseline gained in training, so that "
+            "what learns nothing is no worse: train for longer, or give a smaller --margin"
+        )
+    laboratory.progress.tell(told)
     assert concluded == "no worse", told
 
 
 @pytest.mark.needs_cuda  # for the time it takes
 @pytest.mark.parametrize("variant", OTHER_RATES, ids=lambda method: method.name)
 def test_the_rates_are_fair_to_both_sides(
-    differences: Differences, laboratory: Laboratory, model: str, variant: Method
+    compare: Compare, laboratory: Laboratory, model: str, variant: Method
 ) -> None:
     """At the originals' rate an adapter learns too little, which is why it has a larger one here; the baseline gains
     nothing to speak of by a larger one."""
     if laboratory.option("method"):
         pytest.skip(f"{NOT_RUN}methods were named, and these are the suite's own")
-    found = noninferiority.over_seeds(differences(variant))
+    found = noninferiority.over_seeds(compare(variant).differences)
     told = f"{model} x {variant.name}: {found} nats over the baseline"
     if variant.adapter is not None:
         assert noninferiority.conclusion(found) == "worse", told
@@ -199,7 +216,7 @@ def _tell_power(laboratory: Laboratory, seeds: int) -> None:
     if not spreads:
         pytest.skip(f"{NOT_RUN}--pilot {path}: holds no method and baseline with the same two seeds on real weights")
     widest = max(spreads, key=lambda spread: spread.bound)
-    laboratory.progress.note(f"{power.planned(widest, seeds, laboratory.option('margin'))} (from {path.name})")
+    laboratory.progress.tell(f"{power.planned(widest, seeds, laboratory.option('margin'))} (from {path.name})")
 
 
 def _in_steps_of(settings: Settings, method: Method) -> Method:

@@ -76,6 +76,14 @@ def more_seeds(differences: Sequence[float], margin: float) -> int | None:
     return None if needed is None else max(1, needed - len(differences))
 
 
+def undecided(differences: Sequence[float], margin: float) -> str:
+    """How many seeds would decide where those of `differences` do not, in words."""
+    if len(differences) < 2:
+        return "one seed has no interval: give --seeds 2 or more"
+    more = more_seeds(differences, margin)
+    return f"{more} more would decide: --seeds {len(differences) + more}" if more else f"over {MOST} would be needed"
+
+
 def spreads(entries: Iterable[Entry]) -> list[Spread]:
     """How far each method's held-out losses over its baseline's scatter over the seeds of a stored run, of those with
     at least two pairs."""
@@ -97,10 +105,11 @@ def spreads(entries: Iterable[Entry]) -> list[Spread]:
 def planned(spread: Spread, seeds: int, margin: float) -> str:
     """What `seeds` can show, in a sentence: before they are trained."""
     chance = power(spread.bound, seeds, margin)
+    show = "1 seed has no interval, and shows" if seeds == 1 else f"{seeds} seeds show"
     needed = seeds_needed(spread.bound, margin)
     enough = f"{needed} have {WANTED:.0%}" if needed else f"over {MOST} were needed for {WANTED:.0%}"
     return (
-        f"{seeds} seeds show a method that is as good as its baseline to be no worse within {margin:g} nats with a "
+        f"{show} a method that is as good as its baseline to be no worse within {margin:g} nats with a "
         f"chance of {chance:.0%}, where differences scatter by up to {spread.bound:.3f} nats ({spread.nats:.3f} over "
         f"{spread.seeds} seeds of {spread.of}); {enough}"
     )

@@ -44,6 +44,9 @@ def test_more_seeds_are_as_many_on_either_side_of_the_margin():
     mean, spread = 0.03, 0.0264575
     assert power.power(spread, 3 + more, 0.05, mean) >= 0.8 > power.power(spread, 2 + more, 0.05, mean)
     assert power.more_seeds([0.1], 0.05) is None
+    assert power.undecided([0.1], 0.05) == "one seed has no interval: give --seeds 2 or more"
+    assert power.undecided(below, 0.05) == f"{more} more would decide: --seeds {3 + more}"
+    assert power.undecided([0.0, 0.1], 0.05) == "over 1000 would be needed"
     assert power.more_seeds([0.0, 0.1], 0.05) is None  # the mean is the margin
 
 
