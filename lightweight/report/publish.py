@@ -179,11 +179,17 @@ def _rows(runs: Sequence[Run]) -> list[Study]:
     return studies.studies(select.main_cells(select.newest(runs)), least=1)
 
 
+def _of_first(of: Callable[[Entry], str]) -> Callable[[Study], str]:
+    return lambda study: of(study.first)
+
+
 TELLING: Mapping[str, Callable[[Study], str]] = {
     "rate": lambda study: f"rate {_rates(study)}",
-    "steps": lambda study: f"{study.first.planned_steps} steps",
-    "step's tokens": lambda study: f"{study.first.tokens_per_step} tokens a step",
-    "length": lambda study: f"rows of {study.first.max_length}",
+    **{
+        {"planned_steps": "steps", "max_length": "length"}.get(key, key): _of_first(of)
+        for key, of in words.CONDITIONS.items()
+        if key != "seed"
+    },
     "corpus": lambda study: f"corpus {study.first.corpus_digest[:6]}",
     "card": lambda study: f"on {words.timed_on(study.first)}",
 }
@@ -207,7 +213,9 @@ def _of(rows: Sequence[Study], columns: Sequence[str]) -> dict[str, Word | Numbe
         first = [study.first for study in namesakes]
         for study in namesakes:
             marks = [of(study) for key, of in differing.items() if key not in columns]
-            marks += [words.apart_from(study.first, first)] * (len(namesakes) > 1 and not differing)
+            marks += [words.apart_from(study.first, first)] * (
+                len({entry.method_digest for entry in first}) > 1 and not differing
+            )
             names[id(study)] = study.first.method + (f" ({', '.join(marks)})" if marks else "")
     method = Word(heading="method", of=lambda study: names[id(study)])
     return {name: method if name == "method" else COLUMNS[name] for name in columns}
@@ -325,7 +333,9 @@ def measured(rows: Sequence[Study], columns: Sequence[str] = tuple(COLUMNS)) -> 
     if any(len(study.completed) > 1 for study in rows):
         parts.append("Numbers are means over seeds, in brackets their two-sided 95% Student t-intervals")
         if GEOMETRIC & set(columns):
-            parts.append("Times, rates and ratios are geometric means, with the intervals of their logarithms")
+            parts.append(
+                "Times, tokens a second and ratios are geometric means, with the intervals of their logarithms"
+            )
     if any(entry.weights == "random" for entry in entries):
         parts.append("Random weights: losses show that training works and say nothing about quality")
     installed = {

@@ -65,7 +65,7 @@ def test_times_and_rates_are_geometric_means_with_intervals_above_zero():
         float(row[f"{name} low ({unit})"]) > 0 for name, unit in (("step", "ms"), ("tokens", "1/s"), ("total", "s"))
     )
     text = publish.published([run(*times)], "markdown", ("step",))
-    assert "Times, rates and ratios are geometric means, with the intervals of their logarithms" in text
+    assert "Times, tokens a second and ratios are geometric means, with the intervals of their logarithms" in text
     assert "geometric" not in publish.published([run(*times)], "markdown", ("loss",))
 
 
@@ -223,6 +223,8 @@ def test_rows_of_one_name_are_told_apart_by_what_differs_between_them():
     set_ = [entry(**own, method_digest=each, training_arguments={"learning_rate": rate}) for each, rate in ("a1", "b2")]
     assert names(*set_) == ["mine (learning_rate 1)", "mine (learning_rate 2)"]
     assert names(entry(), *swept[:1]) == ["baseline", "lora"]
+    assert names(entry(), entry(loss_on="last")) == ["baseline (--loss-on all)", "baseline (--loss-on last)"]
+    assert names(entry(), entry(precision="fp16")) == ["baseline", "baseline"]
 
 
 def test_the_command_line_writes_the_chosen_columns(tmp_path, capsys):
