@@ -42,6 +42,7 @@ def model_card(entry: Entry, base_model: str | None) -> ModelCard:
     }
     installed = {name: version for name, version in (entry.versions or {}).items() if version}
     packages = {name: version for name, version in installed.items() if not name.startswith("pytest")}
+    changed = "transform" in (entry.own_code or {})
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {_cell(entry.model)}, fine-tuned by {_cell(entry.method)}",
@@ -50,6 +51,10 @@ def model_card(entry: Entry, base_model: str | None) -> ModelCard:
         "Cross-entropy of the answers, in nats a token; held out: what of the corpus was not trained on."
         + (" Those of training are the method's own loss, on another scale." if entry.has_own_loss else ""),
         _table("", "loss", {name: f"{loss:.4f}" for name, loss in nats.items()}),
+        *(
+            ["They are of the network as the method's transform left it, which is code and not in these files."]
+            * changed
+        ),
         "## Use",
         "`lightweight chat` with this folder answers prompts."
         + (" `PeftModel.from_pretrained(base, folder)` puts the adapter on its base model." if adapted else ""),

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightweight.preload import peft  # isort: skip  # before Trainer, which imports peft
+from lightweight import preload  # isort: skip  # noqa: F401  # before Trainer, which imports peft
 
 import torch
 from accelerate.utils import gather_object
@@ -28,7 +28,7 @@ from transformers.integrations import integration_utils
 from lightweight import corpus, methods, models, record, targets
 from lightweight.child import failure, host_memory, worker
 from lightweight.child.process import see_gpus
-from lightweight.cli import checkpoints
+from lightweight.cli import checkpoints, saved
 from lightweight.cli.callbacks import Checkpoints, ProgressBar
 from lightweight.cli.checkpoints import StopRequest, step_of
 from lightweight.cli.choice import choose, instead, placed, timed
@@ -38,7 +38,6 @@ from lightweight.cli.result import finish, publish_finished
 from lightweight.cli.terminal import fail, say
 from lightweight.forecast import tracer
 from lightweight.forecast.step_time import StepTime, span
-from lightweight.importable import import_path
 from lightweight.internals.transformers import draw_curves_in
 from lightweight.methods import Method, MethodError, check_layers
 from lightweight.models import Model
@@ -173,7 +172,8 @@ def _carry_out(
             )
             if told := _too_long(trial, meter):
                 say(told)
-            _check_saved(trial, trainer.model)
+            if told := saved.check(trial, trainer.model):
+                say(told)
             if step is not None:
                 say(_how_long(trial, step))
             _require_room(trial, trainer, output)
@@ -221,28 +221,6 @@ def _too_long(trial: Trial, meter: Meter) -> str:
     words = {"truncated_sequences": "cut", "split_examples": "split", "dropped_examples": "left out"}
     told = [f"{meter.facts[fact]:,} {what}" for fact, what in words.items() if meter.facts[fact]]
     return f"longer than {trial.max_length:,} tokens: {', '.join(told)}" if told else ""
-
-
-def _check_saved(trial: Trial, network: Any) -> None:
-    """Raise MethodError where a method's transform trains what would not be loaded from the result: it is saved as
-    transformers and peft load it, which know nothing of a transform."""
-    method = trial.method
-    if method.transform is None:
-        return
-    if method.adapter is not None and isinstance(network, peft.PeftModel):
-        saved = peft.get_peft_model_state_dict(network, save_embedding_layers=False)
-        places = {tensor.data_ptr() for tensor in saved.values()}
-        lost = {name for name, weight in network.named_parameters() if weight.requires_grad} - {
-            name for name, weight in network.named_parameters() if weight.data_ptr() in places
-        }
-    else:
-        lost = network.state_dict().keys() ^ models.skeleton(network.config, torch.float32, None).state_dict().keys()
-    if lost:
-        raise MethodError(
-            f"method {method.name}: what its transform {import_path(method.transform)} makes of the network is not "
-            f"what transformers and peft would load again ({len(lost)} tensors, such as {min(lost)}): the suite "
-            "measures it, train saves no result of it"
-        )
 
 
 def _how_long(trial: Trial, step: StepTime) -> str:

@@ -355,7 +355,7 @@ def tell_what_was_seen(trial: Trial, trainer: Trainer, rows: Rows, meter: Meter)
     measured, told = cast("MeasuredTrainer", trainer), []
     now = _of_training(trainer.args)
     for name, value in measured.said.items():
-        if now[name] != value:
+        if trial.method.own_code and now[name] != value:
             told.append(f"its code changed {name} from {value} to {now[name]}")
     if measured.seen is not None and measured.updates is not None:
         measured.seen.step = meter.steps

@@ -870,12 +870,50 @@ def test_a_result_that_would_be_loaded_as_another_is_refused_before_it_is_traine
     assert not (out / "a").exists()
 
 
-def test_a_result_of_a_transform_that_is_loaded_as_it_is_is_saved(train, out, base):
+def test_a_result_of_a_transform_that_is_loaded_as_it_is_is_saved(train, out, base, capfd):
     assert train("a", method="cli.test_train:WITHOUT_EMBEDDINGS") == 0
     trained, before = (load_file(next(folder.glob("*.safetensors"))) for folder in (out / "a", base))
+    assert "no file keeps" not in capfd.readouterr().out
     same = {name for name in before if torch.equal(trained[name], before[name])}
     assert any("embed_tokens" in name for name in same)
     assert len(same) < len(before)
+
+
+def with_a_hook(network):
+    network.get_decoder().register_forward_hook(doubled)
+    return network
+
+
+def doubled(module, arguments, outputs):
+    return outputs | {"last_hidden_state": 2 * outputs.last_hidden_state}
+
+
+class Doubled(torch.nn.Module):
+    """A layer that computes twice what it did, from the same weights."""
+
+    def forward(self, hidden):
+        return 2 * hidden
+
+
+def with_a_module(network):
+    network.get_decoder().double = Doubled()
+    return network
+
+
+HOOK = Method(name="mine", transform=with_a_hook)
+HOOK_ON_LORA = Method(name="mine", adapter=methods.LORA.adapter, transform=with_a_hook)
+MODULE = Method(name="mine", transform=with_a_module)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("HOOK", "the hook doubled of "), ("HOOK_ON_LORA", "the hook doubled of "), ("MODULE", "the module Doubled at ")],
+)
+def test_what_no_file_keeps_of_a_transform_is_said_and_in_the_card(train, out, capfd, name, what):
+    assert train("a", method=f"cli.test_train:{name}") == 0
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if "adds what no file keeps" in line]
+    assert f"({what}" in line
+    assert "as the method's transform left it" in (out / "a" / "README.md").read_text("utf-8")
 
 
 def test_weights_from_fewer_bits_are_said_in_record_and_card(base):
