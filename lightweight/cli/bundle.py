@@ -24,6 +24,7 @@ from pathlib import Path
 import lightweight
 from lightweight import corpus, files, methods, record
 from lightweight.child import reaper
+from lightweight.methods import Method
 from lightweight.reached import imported
 from lightweight.record import Entry, Run
 from lightweight.settings import OF_CORPUS, Settings, how_read, with_changed
@@ -252,12 +253,17 @@ def _check_methods(run: Run, places: _Places) -> None:
     try:
         settings = Settings.read(said)
         named = settings.applied(methods.named(as_here(name)) for name in _said(run, "method"))
+        _check_unchanged(run, named)  # while modules are found here
     except BundleError:
         raise
     except ValueError as error:
         raise BundleError(f"--bundle: {error}") from error
     finally:
         sys.path.remove(str(places.root))
+
+
+def _check_unchanged(run: Run, named: Sequence[Method]) -> None:
+    """Raise BundleError for one of `named` that is not what `run` has of its name."""
     for method in named:
         for entry in (entry for entry in run.entries if entry.method == method.name):
             by_the_test = {name: value for name, value in (entry.changed or {}).items() if name not in method.changed}

@@ -122,6 +122,20 @@ def test_a_bundle_repeats_its_run_in_a_fresh_process(project, tmp_path, monkeypa
     assert worse.returncode == 1 and "FAILED llama-tiny x mine in rows of 48: held-out loss" in worse.stdout
 
 
+def test_code_of_ones_own_is_found_by_a_command_that_has_not_its_folder_on_the_path(project, tmp_path):
+    """As the script `lightweight` has not, and `python -m lightweight` has."""
+    root = tmp_path / "root"
+    shutil.copytree(project, root)
+    of_ours = "\n\ndef loss(outputs, labels, num_items_in_batch): return outputs.loss\n"
+    changed = MINE.replace("MINE = replace(LORA,", f"{of_ours}\nMINE = replace(LORA, compute_loss=loss,")
+    (root / "mine.py").write_text(changed, "utf-8")
+    script = "import sys; from lightweight.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-c", script, "report", "run.json", "--bundle", "b"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "method mine has changed since record run.json: its digest differs" in done.stderr
+
+
 def test_requirements_are_exact_and_name_where_torchs_builds_are(project, tmp_path, monkeypatch):
     monkeypatch.chdir(project)
     document = json.loads(Path("run.json").read_text("utf-8"))
