@@ -11,6 +11,7 @@ import torch
 
 from lightweight import models
 from lightweight.importable import import_path
+from lightweight.internals import torch as torch_internals
 from lightweight.methods import MethodError
 from lightweight.trial import Trial
 
@@ -58,7 +59,7 @@ def _unsaved(network: Any, whole: Any) -> Iterator[str]:
             yield f"the module {type(module).__name__}{f' at {name}' if name else ''}"
         if _is_an_authors(vars(module).get("forward")):
             yield f"another forward{where}"
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        for hook in torch_internals.forward_hooks(module):
             if _is_an_authors(hook):
                 yield f"the hook {getattr(hook, '__qualname__', type(hook).__name__)}{where}"
 

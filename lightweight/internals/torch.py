@@ -102,6 +102,11 @@ class _SeenByTheGpu:
         self.__cuda_array_interface__ = {**place, "version": 3}
 
 
+def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """What a module calls before and after its forward pass. torch/nn/modules/module.py, `_call_impl`."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
 def schema(operator: Any) -> Any:
     """The arguments and returns of an operator, and what it writes to. torch/_ops.py, `OpOverload`."""
     return operator._schema

@@ -43,10 +43,10 @@ def heldout_loss(trainer: Trainer, rows: Sequence[Row]) -> float:
     with torch.no_grad(), measured.evaluating():
         longest = max(rows, key=lambda row: len(row["input_ids"]))
         if set(measured.method.own_code) - {"optimizer"}:
-            _check_causal(measured, collate([longest]))
+            _check_causal(measured, collate([longest]), _cuts(len(longest["input_ids"])))
         elif not measured.has_stepped:  # an architecture's own, which has no blocks of tokens
             few: Row = {"input_ids": longest["input_ids"][:FEW_TOKENS], "labels": longest["labels"][:FEW_TOKENS]}
-            _check_causal(measured, collate([few]))
+            _check_causal(measured, collate([few]), [_prime_to(len(few["input_ids"]) * 2 // 3)])
         for start in range(0, len(rows), batch_size):
             batch = collate(rows[start : start + batch_size])
             ids, mask, labels = (
@@ -82,11 +82,11 @@ BEFORE_CUT = 32
 """So many tokens before a cut are looked at: what sees into the future may see no further than its block."""
 
 
-def _check_causal(trainer: MeasuredTrainer, batch: dict[str, Any]) -> None:
-    """Raise MethodError where the logits just before a cut of a row, the one of `batch`, depend on what comes after
-    it."""
+def _check_causal(trainer: MeasuredTrainer, batch: dict[str, Any], cuts: Sequence[int]) -> None:
+    """Raise MethodError where the logits just before one of `cuts` of a row, the one of `batch`, depend on what comes
+    after it."""
     ids, mask = (batch[name].to(trainer.args.device) for name in ("input_ids", "attention_mask"))
-    cuts = _cuts(int(mask.sum()))
+    cuts = [cut for cut in cuts if cut < int(mask.sum())]
     places = [torch.arange(max(0, cut - BEFORE_CUT), cut, device=ids.device) for cut in cuts]
 
     def logits_before(ids: torch.Tensor, places: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -111,8 +111,7 @@ def _check_causal(trainer: MeasuredTrainer, batch: dict[str, Any]) -> None:
 
 def _cuts(length: int) -> list[int]:
     """Where a row of `length` tokens is cut: after so many of them."""
-    primes = [_prime_to(round(length * part)) for part in CUTS]
-    return sorted({cut for cut in (1, 3, *primes) if cut < length})
+    return sorted({1, 3, *(_prime_to(round(length * part)) for part in CUTS)})
 
 
 def _prime_to(number: int) -> int:

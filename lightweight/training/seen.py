@@ -20,7 +20,7 @@ LONGEST = 2**16
 """Places of a row that have a factor of their own; a longer row begins with the first again."""
 
 
-class _Reached(NamedTuple):
+class _SeenBatch(NamedTuple):
     """One call of the network, not yet read from the device: at which step, the rows, the labels that it got with each
     or None, and the tokens, real ones and all."""
 
@@ -47,9 +47,9 @@ class Seen:
         self._labels: list[int] = []  # what the labels of a step's batches add up to
         self._relabelled: set[int] = set()  # steps in which the network itself got other labels
         self._batches: list[tuple[int, torch.Tensor]] = []  # the labels of each, not yet read from the device
-        self._reached: list[_Reached] = []
-        self._of_pass: list[_Reached] = []
-        self._without_gradients: list[_Reached] | None = None  # of the Trainer's pass, inside one
+        self._reached: list[_SeenBatch] = []
+        self._of_pass: list[_SeenBatch] = []
+        self._without_gradients: list[_SeenBatch] | None = None  # of the Trainer's pass, inside one
         self._looks, self._depth = True, 0
         self._own = [self._identity(row["input_ids"]) for row in rows]
         self._answers = [self._identity(row["labels"], row["labels"] != IGNORED) for row in rows]
@@ -185,13 +185,13 @@ class Seen:
         answers = None
         if isinstance(labels, torch.Tensor) and labels.shape == ids.shape:
             answers = self._identities(labels, mask * (labels != IGNORED), places)
-        reached = _Reached(self.step, rows, answers, mask.sum(1), ids.numel())
+        reached = _SeenBatch(self.step, rows, answers, mask.sum(1), ids.numel())
         if trains:
             self._take(reached)
         elif self._without_gradients is not None:
             self._without_gradients.append(reached)
 
-    def _take(self, reached: _Reached) -> None:
+    def _take(self, reached: _SeenBatch) -> None:
         again = torch.zeros_like(reached.rows, dtype=torch.bool)
         for before in self._of_pass:
             again |= (reached.rows[:, None] == before.rows[None]).any(1)  # `isin` may wait for the device

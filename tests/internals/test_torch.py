@@ -360,6 +360,15 @@ def test_every_dropout_lets_through():
     assert functional.dropout is own
 
 
+def test_the_hooks_of_a_module_are_those_before_and_after_its_forward_pass():
+    module, seen = torch.nn.Linear(1, 1), []
+    module.register_forward_pre_hook(lambda *_: seen.append("before"))
+    module.register_forward_hook(lambda *_: seen.append("after"))
+    for hook in torch_internals.forward_hooks(module):
+        hook(module, None)
+    assert seen == ["before", "after"]
+
+
 def test_memory_that_cannot_be_pinned_is_the_hosts(monkeypatch):
     def none(*_, **__):
         raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
