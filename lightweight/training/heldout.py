@@ -46,7 +46,7 @@ def heldout_loss(trainer: Trainer, rows: Sequence[Row]) -> float:
             _check_causal(measured, collate([longest]), _cuts(len(longest["input_ids"])))
         elif not measured.has_stepped:  # an architecture's own, which has no blocks of tokens
             few: Row = {"input_ids": longest["input_ids"][:FEW_TOKENS], "labels": longest["labels"][:FEW_TOKENS]}
-            _check_causal(measured, collate([few]), [_prime_to(len(few["input_ids"]) * 2 // 3)])
+            _check_causal(measured, collate([few]), [1])
         for start in range(0, len(rows), batch_size):
             batch = collate(rows[start : start + batch_size])
             ids, mask, labels = (
@@ -76,7 +76,8 @@ CUTS = (0.3, 0.55, 0.9)
 """Where a row is cut besides in its first tokens: near these parts of it, at primes, where blocks of any size go on."""
 
 FEW_TOKENS = 128
-"""So much of a row shows whether an architecture is causal: some are only by a setting, such as BERT's `is_decoder`."""
+"""So much of a row shows whether an architecture is causal, by the logits of its first token, which the others would
+move most: some are causal only by a setting, such as BERT's `is_decoder`."""
 
 BEFORE_CUT = 32
 """So many tokens before a cut are looked at: what sees into the future may see no further than its block."""
