@@ -25,6 +25,7 @@ from lightweight.captured.packing import Buffers
 from lightweight.captured.parts import Loss, PartError, Parts
 from lightweight.captured.passes import NOTHING
 from lightweight.captured.reference import Reference
+from lightweight.captured.sample import Sample
 from lightweight.captured.step import Step
 from lightweight.corpus import Row, Rows
 from lightweight.forecast.recorder import Recorder
@@ -163,26 +164,33 @@ def _check(step: Step, epochs: Epochs, reference: Reference, wanted: Parts, reco
     recorder.free_unused()
     step.make_optimizer()
     _mark_state(step, recorder)
-    _use(step, epochs, wanted)
-    _mark_weights(step, recorder)
-    _, shape = epochs.laid_out(begin, step.parts)
-    computed = step.gradients(Buffers(shape, step.device), 1.0)
-    del expected, computed
+    _take_on(step, epochs, wanted, begin, recorder)
+    del expected
     temporary.drop_gradients(step.passes.network)
     _use(step, epochs, step.parts)
 
 
-def _use(step: Step, epochs: Epochs, wanted: Parts) -> None:
-    """Take on as many of the parts that are `wanted` as this network can have."""
+def _take_on(step: Step, epochs: Epochs, wanted: Parts, sample: Sample, recorder: Recorder) -> None:
+    """Take on as many of the parts that are `wanted` as this network can have, and compute the `sample` with them: some
+    networks refuse a part only then."""
     losses: list[Loss] = list(dict.fromkeys([wanted.loss, "logits", "model"]))
-    for parts in wanted.fewer(losses):
+    for parts in (*wanted.fewer(losses), NOTHING):
         try:
-            step.passes.use(parts, None)
+            with torch_internals.no_hooks_left():
+                _use(step, epochs, parts)
+                _mark_weights(step, recorder)
+                _, shape = epochs.laid_out(sample, step.parts)
+                step.gradients(Buffers(shape, step.device), 1.0)
+            break
         except PartError:
-            continue
-        break
-    else:
-        step.passes.use(NOTHING, None)
+            if parts == NOTHING:
+                raise
+            recorder.entered.clear()
+            temporary.drop_gradients(step.passes.network)
+
+
+def _use(step: Step, epochs: Epochs, parts: Parts) -> None:
+    step.passes.use(parts, None)
     epochs.lay_out(step.parts)
 
 

@@ -107,6 +107,10 @@ class CudaRules:
             return int(math.prod(arguments[2])) * int(arguments[0].element_size())
         if operator is torch_internals.FLASH_BACKWARD:
             return _flash_scratch_bytes(arguments[1], arguments[2], arguments[6])
+        if operator is torch_internals.SOFTMAX_BACKWARD:
+            # The gradient times the shares. aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out
+            grad, shares = arguments[:2]
+            return int(grad.numel()) * torch.promote_types(grad.dtype, shares.dtype).itemsize
         return 0
 
     def _ignore_mask(

@@ -74,6 +74,7 @@ class Recorder(DispatchMode):
         self.watch: Watch | None = None
         self.of_pass, self.of_optimizer = Watch(), Watch()
         self._is_in_a_pass = False
+        self.entered: list[str] = []  # modules that compute at the moment, by name and class, the innermost last
         self.answers: Callable[[], bool] = lambda: False
         self._logits = {vocabulary, -(-vocabulary // ALIGNMENT) * ALIGNMENT}
         self._is_sharded = is_sharded

@@ -173,7 +173,7 @@ def _trace(trial: Trial, capability: Capability, rows: Rows | None, network: Any
     recorder = Recorder(mode, meter, rules, vocabulary, is_sharded=trial.is_sharded)
     with _quiet(), mode, rules, recorder, seeing_libraries(recorder), torch_internals.gradients_clipped_at_once():
         recorder.meter.phase = "build"
-        with _module_names(network) as entered:
+        with _modules_told_to(recorder.entered, network):
             try:
                 skeleton.materialise(network, dtype, recorder, in_one_block=step is None or not step.offload)
                 flop_per_token = models.flop_per_token(network, trial.max_length)
@@ -182,14 +182,14 @@ def _trace(trial: Trial, capability: Capability, rows: Rows | None, network: Any
                     if step is None:
                         steps.train(network, *_longest_batches(trial, rows), recorder)
                     else:
-                        recorder.answers = lambda: not entered  # what a module asks for, no graph can have
+                        recorder.answers = lambda: not recorder.entered  # what a module asks for, no graph can have
                         captured.train(network, trial, rows, recorder)
             except steps.AllTracedError:
                 pass
             except captured.UncapturedError as error:
                 raise ForecastError(f"{trial.name}: cannot be captured: {error}") from None
             except Exception as error:  # of any model's code, or a library's, which is the reason that is given
-                where = f"{entered[-1]} " if entered else _part_at_fault(trial, recorder)
+                where = f"{recorder.entered[-1]} " if recorder.entered else _part_at_fault(trial, recorder)
                 raise ForecastError(f"{trial.name}: {where}cannot be traced: {_reason(error)}") from error
     return Trace(
         parameters=parameters,
@@ -261,13 +261,12 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _module_names(network: nn.Module) -> Iterator[list[str]]:
-    """The modules whose forward has been entered and not left, by name and class, the innermost last; without those
-    that a backward pass computes again, which checkpointing leaves in their middle."""
+def _modules_told_to(entered: list[str], network: nn.Module) -> Iterator[None]:
+    """Inside, `entered` has the modules whose forward pass has been entered and not left, by name and class, the
+    innermost last; without those that a backward pass computes again, which checkpointing leaves in their middle."""
     names = {
         id(module): f"{name or 'the network'} ({type(module).__name__})" for name, module in network.named_modules()
     }
-    entered: list[str] = []
 
     def enter(module: nn.Module, _: Any) -> None:
         if not torch_internals.in_backward():
@@ -279,7 +278,7 @@ def _module_names(network: nn.Module) -> Iterator[list[str]]:
 
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     try:
-        yield entered
+        yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -230,6 +230,7 @@ def attention_kernel(
 # softmax(input, dim, half_to_float), which reads fp16 and writes fp32 where the last is True. Ibid.
 softmax = aten._softmax
 log_softmax = aten._log_softmax
+SOFTMAX_BACKWARD = aten._softmax_backward_data.default
 
 
 class DispatchMode(TorchDispatchMode):

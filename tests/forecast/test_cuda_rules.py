@@ -160,3 +160,12 @@ def test_flash_attention_backward_holds_gradients_in_fp32_and_those_of_shared_he
     of_queries, of_each_head = (400 + 5 * 128) * 8 * (64 + 1) * 4, 2 * 400 * 8 * 64 * 2
     assert rules.scratch_bytes(operator, [joined[0], *joined, None, None, ends]) == of_queries + of_each_head
     assert rules.scratch_bytes(torch.ops.aten.relu.default, rows) == 0
+
+
+def test_the_gradient_of_a_softmax_is_multiplied_by_its_shares_first():
+    """Measured on an H100 (torch 2.11): gpt-oss's attention, which is eager, holds 4 of its [heads, time, time]."""
+    grad, shares = torch.empty(2, 8, dtype=torch.float32), torch.empty(2, 8, dtype=torch.float16)
+    operator = torch.ops.aten._softmax_backward_data.default
+    assert CudaRules(HOPPER).scratch_bytes(operator, [shares, shares, 1, torch.float16]) == 2 * 8 * 2
+    assert CudaRules(HOPPER).scratch_bytes(operator, [grad, grad, 1, torch.float16]) == 2 * 8 * 4
+    assert CudaRules(HOPPER).scratch_bytes(torch.ops.aten._log_softmax_backward_data.default, [grad, grad]) == 0

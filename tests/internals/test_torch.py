@@ -149,6 +149,11 @@ def test_softmax_says_whether_it_writes_fp32():
             assert softmax(half, 1, True).dtype == torch.float32
 
 
+def test_the_gradient_of_a_softmax_takes_the_gradient_and_the_shares():
+    names = [argument.name for argument in torch_internals.schema(torch_internals.SOFTMAX_BACKWARD).arguments]
+    assert names[:2] == ["grad_output", "output"]
+
+
 def test_autocast_registers_products_for_cuda_and_cpu():
     assert "linear" in torch_internals.registered("AutocastCUDA") & torch_internals.registered("AutocastCPU")
 
