@@ -18,6 +18,7 @@ pytestmark = pytest.mark.xdist_group("traces")  # of which one worker makes all
 RECORDS = Path(__file__).parents[2] / "experiments" / "records"
 CELLS = {
     "8B": ("h100-8b", BY["captured"], 2048, "24GiB"),
+    "8B, activations on the host": ("h100-8b", BY["offloaded"], 2048, "7GiB"),
     "8,192 tokens": ("h100-long-rows", LONG, 8192, "40GiB"),
     "32,768 tokens": ("h100-long-rows", LONG, 32768, "40GiB"),
 }
