@@ -10,7 +10,7 @@ from lightweight.record import BASELINE, SAME_METHOD, Entry, ForecastRow, Run, b
 from lightweight.report import select
 from lightweight.report.select import cell_of, is_card, planned, target_of
 from lightweight.report.speed import pace, step_ratio
-from lightweight.report.words import duration, ending, forecast_error, method_among, name_among, timed_on
+from lightweight.report.words import duration, end_of, forecast_error, method_among, name_among, timed_on
 from lightweight.targets import size
 from lightweight.verdict import noninferiority
 
@@ -53,7 +53,7 @@ def _in_all(cells: Sequence[Entry], entries: Sequence[Entry]) -> list[Finding]:
 
 def _counted(entries: Sequence[Entry], noun: str) -> Finding:
     """How many of them ended how."""
-    ends = [ending(entry.outcome) for entry in entries]
+    ends = [end_of(entry) for entry in entries]
     counts = ", ".join(f"{ends.count(end)} {end}" for end in sorted(dict.fromkeys(ends), key=_badness))
     return Finding(about=f"{len(entries)} {noun}{'s' * (len(entries) > 1)}", parts=(counts,))
 
@@ -161,7 +161,7 @@ def _about(group: Sequence[Entry], entries: Sequence[Entry], several_lengths: bo
 def _failure(cell: Entry) -> str:
     """How a cell ended that did not complete."""
     verbs = {"out_of_memory": "runs out of memory", "timed_out": "times out"}
-    verb = verbs.get(cell.outcome, cell.outcome)
+    verb = verbs.get(cell.outcome, end_of(cell))
     return f"{verb} in {cell.phase}" if cell.phase else verb
 
 

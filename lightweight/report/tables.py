@@ -138,7 +138,7 @@ def brief(runs: Sequence[Run]) -> Table:
     columns: list[Column[Entry]] = [
         *named(cells)[:-1],
         ("card", "l", lambda cell: words.marked_card(cell).removeprefix(f"{cell.device} ")),  # a note names it
-        ("outcome", "l", lambda cell: words.ending(cell.outcome)),
+        ("outcome", "l", words.end_of),
         ("step", "r", words.step),
         *shares(cells),
         ("speedup", "r", lambda cell: words.times(_ratio(cell, entries))),

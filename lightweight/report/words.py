@@ -10,6 +10,7 @@ from lightweight.report.speed import faster
 from lightweight.report.studies import PAIRED, Study
 from lightweight.settings import MAX_LENGTH, changes
 from lightweight.targets import size
+from lightweight.trial import INTERRUPTED
 from lightweight.verdict.seeds import Estimate
 
 RANDOM, EMULATED, HOST = "[r]", "[e]", "[h]"
@@ -91,9 +92,14 @@ def ending(of: str) -> str:
     return of.replace("_", " ")
 
 
+def end_of(entry: Entry) -> str:
+    """How the trial ended, in words: one that was interrupted has not crashed."""
+    return "interrupted" if (entry.reason or "").startswith(INTERRUPTED) else ending(entry.outcome)
+
+
 def outcome(entry: Entry) -> str:
-    """How the trial ended, in words."""
-    return f"{ending(entry.outcome)} in {entry.phase}" if entry.phase else ending(entry.outcome)
+    """How and where the trial ended, in words."""
+    return f"{end_of(entry)} in {entry.phase}" if entry.phase else end_of(entry)
 
 
 SETS_RATES = {"optimizer", "trainer", "callbacks"}
@@ -183,7 +189,7 @@ def speedup(entry: Entry, baseline: Entry | None) -> str:
 
 def _without_baseline(entry: Entry, baseline: Entry | None) -> str:
     if entry.outcome == "completed" and baseline is not None and baseline.outcome != "completed":
-        return f"baseline {ending(baseline.outcome)}"
+        return f"baseline {end_of(baseline)}"
     return "-"
 
 

@@ -15,7 +15,7 @@ from lightweight.child import handle, owner
 from lightweight.session import xdist_bridge
 from lightweight.session.fixtures import FIXTURES, uses
 from lightweight.session.ledger import Ledger
-from lightweight.trial import Crashed, Measurements, Outcome, TimedOut
+from lightweight.trial import INTERRUPTED, Crashed, Measurements, Outcome, TimedOut
 
 GRACE_SECONDS = 10.0
 """How long a test whose time is up may take to end, its children having been killed."""
@@ -48,7 +48,7 @@ class Interruption:
         """Why what `error` has interrupted has no result."""
         if self.is_expired or "pytest-timeout" in str(error):
             return self.expiry
-        return f"interrupted by {self.ended_by.name if self.ended_by else type(error).__name__}"
+        return f"{INTERRUPTED}{self.ended_by.name if self.ended_by else type(error).__name__}"
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self) -> Generator[None, object, object]:

@@ -125,3 +125,12 @@ def test_every_committed_record_alone_has_a_page_and_an_answer(path):
     run_of = record.load(path)
     assert findings([run_of])
     assert "<html" in write.rendered([run_of], "html")
+
+
+def test_a_trial_that_was_interrupted_is_counted_as_that():
+    entries = [
+        entry(),
+        entry(method="lora", outcome="crashed", phase="train", reason="interrupted by KeyboardInterrupt"),
+    ]
+    told = " ".join(str(each) for each in findings([run(*entries)]))
+    assert "lora interrupted in train" in told and "crashed" not in told

@@ -66,6 +66,11 @@ def test_every_other_failure_is_a_row_too(outcome):
     assert row["speedup"] == "-"
 
 
+def test_a_trial_that_was_interrupted_has_not_crashed():
+    ended = entry(outcome="crashed", phase="start", reason="interrupted by SIGTERM", steady_step_seconds=None)
+    assert cells([ended])[0]["outcome"] == "interrupted in start"
+
+
 @pytest.mark.parametrize("path", [RECORD, RECORD.with_name("h100-t4.json")], ids=lambda path: path.stem)
 def test_the_brief_table_has_the_cells_of_the_whole_one_in_120_columns(path):
     """Also where the record has shares of the card's peak. Which card it was is in a note."""
