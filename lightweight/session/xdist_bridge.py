@@ -14,6 +14,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Generator
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from lightweight.child.process import CAN_PIN
 from lightweight.internals import pytest_benchmark, xdist
 from lightweight.internals.pytest import rename
 from lightweight.session import options
+from lightweight.session.claim import claim
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -71,6 +73,15 @@ def take_place(config: pytest.Config) -> None:
     """Before anything in a worker touches CUDA: have it see its own GPUs alone."""
     if hasattr(config, "workerinput"):
         _take_place(config.workerinput["lightweight_slot"], options.value(config, "gpus_per_trial"))
+
+
+def unclaimed(config: pytest.Config) -> str | None:
+    """In a line why this session cannot have the file of --benchmark-json for itself; None where it has, or needs none.
+    It is claimed when this is first asked, by the process that writes it: a worker knows it from its controller."""
+    if hasattr(config, "workerinput"):
+        told: str | None = config.workerinput["lightweight_unclaimed"]
+        return told
+    return claim(config)
 
 
 def is_shipped(report: pytest.TestReport) -> bool:
@@ -184,6 +195,11 @@ class _Controller(_Side):
         super().__init__(config)
         self._slots: defaultdict[str, dict[int, Any]] = defaultdict(dict)
 
+    @cached_property
+    def _unclaimed(self) -> str | None:
+        """What workers are told, also those that replace another: claimed once."""
+        return unclaimed(self.config)
+
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
         """The lowest number on the node's machine that no living worker has: a replacement gets the dead one's."""
@@ -191,6 +207,7 @@ class _Controller(_Side):
         slot = next(number for number in range(len(taken) + 1) if number not in taken)
         taken[slot] = node
         node.workerinput["lightweight_slot"] = slot
+        node.workerinput["lightweight_unclaimed"] = self._unclaimed
         node.workerinput["lightweight_loadgroup"] = self.config.getoption("dist") == "loadgroup"
 
     @pytest.hookimpl(optionalhook=True)
