@@ -94,6 +94,15 @@ def test_a_method_that_lost_something_is_told():
     assert noninferiority.qualities([*BASELINES, *scattered])[1].conclusion == "inconclusive"
 
 
+def test_a_margin_is_too_wide_where_it_is_larger_than_what_the_baseline_gained_with_the_methods_seeds():
+    baselines = [entry("baseline", seed, after) for seed, after in enumerate((3.97, 3.95, 3.0))]
+    baseline, lora = noninferiority.qualities([*baselines, *(entry("lora", seed, 4.0) for seed in range(2))])
+    assert lora.gained == pytest.approx(0.04)  # the third seed is no pair
+    assert lora.too_wide == noninferiority.too_wide(MARGIN, 0.04) is not None
+    assert baseline.too_wide is None
+    assert noninferiority.too_wide(0.04, 0.04) is None
+
+
 @pytest.mark.parametrize(
     "key",
     [
@@ -290,5 +299,5 @@ def test_what_is_told_of_one_seed_of_a_margin_above_the_baselines_gain_and_where
     two = experiment.runpytest(*asked, pilot, "--seeds=2")
     two.assert_outcomes(passed=1)
     two.stdout.fnmatch_lines(["2 seeds show a method * have 80%*"])
-    gained = r".* x nothing: no worse: .*: the margin is larger than the -?0\.\d{3} nats that the baseline gained in"
-    two.stdout.re_match_lines([gained])
+    gained = r"the margin is larger than the -?0\.\d{3} nats that the baseline gained in training, so that what"
+    two.stdout.re_match_lines([rf".* x nothing: no worse: .*: {gained}", rf".* x nothing: {gained}"])  # under its table
