@@ -24,6 +24,7 @@ from lightweight.internals import pytest_benchmark, xdist
 from lightweight.internals.pytest import rename
 from lightweight.session import options
 from lightweight.session.claim import claim
+from lightweight.session.progress import Progress, take_untold
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -185,6 +186,8 @@ class _Worker(_Side):
             row["extra_info"] = {**row["extra_info"], **where(self.config)}
             row["fullname"] = row["fullname"].removesuffix(self._suffix(item))  # which other runs do not have
             vars(report)["lightweight_row"] = pytest_benchmark.to_json(row)
+        if untold := take_untold(self.config):
+            vars(report)["lightweight_untold"] = untold
         return report
 
 
@@ -223,6 +226,8 @@ class _Controller(_Side):
         return xdist.group_scheduler(config, log) if config.getoption("dist") == "loadgroup" else None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for line in getattr(report, "lightweight_untold", ()):
+            Progress(self.config).tell(line)
         text = getattr(report, "lightweight_row", None)
         if text is not None:
             pytest_benchmark.add_row(self.config, json.loads(text))
