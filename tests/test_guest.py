@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import MICRO, turns
+from lightweight import files
 from lightweight.session import options
 from lightweight.verdict import ratio
 
@@ -120,6 +121,23 @@ def test_a_cell_of_somebodys_is_trained_and_leaves_theirs_as_it_was(run, tmp_pat
     assert "PytestUnknownMarkWarning" not in done.stdout
     (entry,) = json.loads((tmp_path / "out.json").read_text())["outcomes"]
     assert entry["seed"] == 3
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "workers"])
+def test_a_record_without_a_test_of_ours_is_written_as_ever_whoever_holds_its_file(run_here, workers):
+    theirs = "def test_theirs(benchmark):\n    benchmark(int)"
+    with files.alone(Path("out.json")):
+        done = run_here("--benchmark-json=out.json", *workers, test_theirs=theirs)
+    assert done.ret == 0
+    assert workers or json.loads(Path("out.json").read_text())["benchmarks"]  # under pytest-xdist, nothing is timed
+
+
+def test_a_look_at_the_tests_claims_no_record(run_here):
+    Path("corpus.json").write_text(json.dumps(turns(12)))
+    with files.alone(Path("out.json")):
+        assert run_here("--benchmark-json=out.json", "--collect-only", test_cell=CELL).ret == 0
+        refused = run_here("--benchmark-json=out.json", test_cell=CELL)
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
 
 
 def test_a_fixture_that_asks_for_ours_is_ours(run_here):

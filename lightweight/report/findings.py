@@ -68,7 +68,11 @@ def _fastest(cells: Sequence[Entry], entries: Sequence[Entry]) -> list[str]:
     methods = SAME_METHOD.groups(cell for cell in cells if cell.method != BASELINE)
     paces = [gain for seeds in methods if (gain := pace(seeds, entries)) and gain.ratio > 1]
     qualities = noninferiority.qualities(entries)
-    conclusions = {id(entry): quality.conclusion for quality in qualities for entry in quality.entries}
+    conclusions = {
+        id(entry): "inconclusive" if quality.conclusion == "no worse" and quality.too_wide else quality.conclusion
+        for quality in qualities
+        for entry in quality.entries
+    }
     shown = [gain for gain in paces if conclusions.get(id(gain.entries[0])) == "no worse"]
     fastest = max(shown or paces, key=lambda gain: gain.ratio, default=None)
     if fastest is None:
@@ -130,20 +134,20 @@ def _picked(entries: Sequence[Entry]) -> list[Finding]:
 
 
 def _no_worse(entries: Sequence[Entry]) -> list[Finding]:
-    """Which methods were shown to be no worse than baseline on real weights, which worse, and which neither."""
+    """Which methods were shown to be no worse than baseline on real weights, which worse, and which neither; and where
+    the margin shows nothing."""
+    findings = []
     qualities = [quality for quality in noninferiority.qualities(entries) if quality.conclusion]
-    return [
-        Finding(
-            about=f"Over baseline's held-out loss on {model}, means of seeds",
-            parts=tuple(
-                f"{method_among(quality.entries[0], entries)} {quality.conclusion}"
-                + (f", {quality.difference} nats" if quality.difference else "")
-                for quality in qualities
-                if quality.model == model
-            ),
-        )
-        for model in dict.fromkeys(quality.model for quality in qualities)
-    ]
+    for model in dict.fromkeys(quality.model for quality in qualities):
+        of_model = [quality for quality in qualities if quality.model == model]
+        parts = [
+            f"{method_among(quality.entries[0], entries)} {quality.conclusion}"
+            + (f", {quality.difference} nats" if quality.difference else "")
+            for quality in of_model
+        ]
+        parts += dict.fromkeys(quality.too_wide for quality in of_model if quality.too_wide)
+        findings.append(Finding(about=f"Over baseline's held-out loss on {model}, means of seeds", parts=tuple(parts)))
+    return findings
 
 
 def _about(group: Sequence[Entry], entries: Sequence[Entry], several_lengths: bool) -> Finding:

@@ -241,7 +241,14 @@ def qualities(entries: Sequence[Entry], margin: float = noninferiority.MARGIN) -
         ("forgotten", "r", lambda quality: str(quality.forgotten or "-")),
     ]
     rows = noninferiority.qualities(entries, margin)
-    return table("no-worse", "No worse?", columns, rows, [None] * len(rows), [NO_WORSE_NOTE.format(margin)])
+    notes = [NO_WORSE_NOTE.format(margin)]
+    compared: dict[tuple[str, str], list[str]] = {}  # by model and what is said of its margin
+    for quality in rows:
+        if quality.too_wide is not None:
+            named = compared.setdefault((quality.model, quality.too_wide), [])
+            named.append(words.method_among(quality.entries[0], entries))
+    notes += [f"{model} x {' and '.join(methods)}: {said}." for (model, said), methods in compared.items()]
+    return table("no-worse", "No worse?", columns, rows, [None] * len(rows), notes)
 
 
 def _conclusion(quality: noninferiority.Quality) -> str:

@@ -94,6 +94,9 @@ class Collection:
                     _check_crossing(Trial(model=located, method=scaled, **settings))
                 except ValueError as error:
                     raise pytest.UsageError(str(error)) from None
+        is_ours = any(uses(item, FIXTURES) for item in session.items)
+        if is_ours and (problem := xdist_bridge.unclaimed(self.config)) is not None:
+            raise pytest.UsageError(problem)
 
     def _says_otherwise(self, item: pytest.Item) -> bool:
         """Whether a method that a test brings says itself what the command line says otherwise. It will not be run,

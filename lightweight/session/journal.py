@@ -16,6 +16,7 @@ import pytest
 from lightweight import files, record
 from lightweight.internals import pytest_benchmark
 from lightweight.record import Entry, ForecastRow
+from lightweight.session.claim import record_file
 from lightweight.session.command import command
 
 
@@ -29,8 +30,7 @@ class Journal:
     @property
     def is_kept(self) -> bool:
         """Whether there is a file for it; a pipe or a device is written once, by pytest-benchmark."""
-        path = pytest_benchmark.json_path(self.config)
-        return path is not None and (path.is_file() or not path.exists())
+        return record_file(self.config) is not None
 
     def write(self, entries: Iterable[Entry], forecasts: Iterable[ForecastRow]) -> None:
         """What was found so far; a session goes on where it cannot be written."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+_UNTOLD = pytest.StashKey[list[str]]()
+
 
 class Progress:
     """The line of progress of one session; nobody sees it where pytest is quiet, but what is told."""
@@ -32,5 +34,16 @@ class Progress:
         self.show(text, "\n", "\n")
 
     def tell(self, text: str) -> None:
-        """A line that stays, and that `-q` leaves in."""
-        self.show(text, "\n", "\n", verbosity=-1)
+        """A line that stays, and that `-q` leaves in. From a worker of pytest-xdist, which has no terminal, it travels
+        to the controller (`take_untold`)."""
+        if hasattr(self._config, "workerinput"):
+            self._config.stash.setdefault(_UNTOLD, []).append(text)
+        else:
+            self.show(text, "\n", "\n", verbosity=-1)
+
+
+def take_untold(config: pytest.Config) -> list[str]:
+    """The lines that this worker has for the controller to tell, once."""
+    untold = config.stash.get(_UNTOLD, [])
+    config.stash[_UNTOLD] = []
+    return untold

@@ -14,6 +14,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Generator
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from lightweight.child.process import CAN_PIN
 from lightweight.internals import pytest_benchmark, xdist
 from lightweight.internals.pytest import rename
 from lightweight.session import options
+from lightweight.session.claim import claim
+from lightweight.session.progress import Progress, take_untold
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -71,6 +74,15 @@ def take_place(config: pytest.Config) -> None:
     """Before anything in a worker touches CUDA: have it see its own GPUs alone."""
     if hasattr(config, "workerinput"):
         _take_place(config.workerinput["lightweight_slot"], options.value(config, "gpus_per_trial"))
+
+
+def unclaimed(config: pytest.Config) -> str | None:
+    """In a line why this session cannot have the file of --benchmark-json for itself; None where it has, or needs none.
+    It is claimed when this is first asked, by the process that writes it: a worker knows it from its controller."""
+    if hasattr(config, "workerinput"):
+        told: str | None = config.workerinput["lightweight_unclaimed"]
+        return told
+    return claim(config)
 
 
 def is_shipped(report: pytest.TestReport) -> bool:
@@ -174,6 +186,8 @@ class _Worker(_Side):
             row["extra_info"] = {**row["extra_info"], **where(self.config)}
             row["fullname"] = row["fullname"].removesuffix(self._suffix(item))  # which other runs do not have
             vars(report)["lightweight_row"] = pytest_benchmark.to_json(row)
+        if untold := take_untold(self.config):
+            vars(report)["lightweight_untold"] = untold
         return report
 
 
@@ -184,6 +198,11 @@ class _Controller(_Side):
         super().__init__(config)
         self._slots: defaultdict[str, dict[int, Any]] = defaultdict(dict)
 
+    @cached_property
+    def _unclaimed(self) -> str | None:
+        """What workers are told, also those that replace another: claimed once."""
+        return unclaimed(self.config)
+
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
         """The lowest number on the node's machine that no living worker has: a replacement gets the dead one's."""
@@ -191,6 +210,7 @@ class _Controller(_Side):
         slot = next(number for number in range(len(taken) + 1) if number not in taken)
         taken[slot] = node
         node.workerinput["lightweight_slot"] = slot
+        node.workerinput["lightweight_unclaimed"] = self._unclaimed
         node.workerinput["lightweight_loadgroup"] = self.config.getoption("dist") == "loadgroup"
 
     @pytest.hookimpl(optionalhook=True)
@@ -206,6 +226,8 @@ class _Controller(_Side):
         return xdist.group_scheduler(config, log) if config.getoption("dist") == "loadgroup" else None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for line in getattr(report, "lightweight_untold", ()):
+            Progress(self.config).tell(line)
         text = getattr(report, "lightweight_row", None)
         if text is not None:
             pytest_benchmark.add_row(self.config, json.loads(text))

@@ -36,9 +36,9 @@ class Quality:
 
     `heldout` and `elsewhere` are the method's mean losses before and after training, None where there are none;
     `difference` is the held-out loss after it less the baseline's, None for the baseline itself, and `differences` are
-    those of each seed, held against `margin`; `forgotten` is how much the loss elsewhere rose. `entries` are the
-    method's, one a seed; `failed` counts those of them without losses or without a baseline of their seed that has
-    some, which no mean includes.
+    those of each seed, held against `margin`; `gained` is what the baseline itself gained in training; `forgotten` is
+    how much the loss elsewhere rose. `entries` are the method's, one a seed; `failed` counts those of them without
+    losses or without a baseline of their seed that has some, which no mean includes.
     """
 
     model: str
@@ -51,6 +51,7 @@ class Quality:
     entries: Sequence[Entry]
     differences: Sequence[float] = ()
     margin: float = MARGIN
+    gained: float | None = None
 
     @property
     def conclusion(self) -> Conclusion | None:
@@ -58,6 +59,11 @@ class Quality:
         if self.method == BASELINE:
             return None
         return "inconclusive" if self.difference is None or self.failed else conclusion(self.difference, self.margin)
+
+    @property
+    def too_wide(self) -> str | None:
+        """What `too_wide` says of the margin, None for the baseline and where there are no losses."""
+        return None if self.method == BASELINE or self.gained is None else too_wide(self.margin, self.gained)
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
@@ -71,6 +77,17 @@ def conclusion(difference: Estimate, margin: float = MARGIN) -> Conclusion:
     if difference.high < margin:
         return "no worse"
     return "worse" if difference.low > margin else "inconclusive"
+
+
+def too_wide(margin: float, gained: float) -> str | None:
+    """In words, where a method that learns nothing is no worse as well: `margin` is larger than what the baseline
+    `gained` in training, its held-out loss before less that after, in the mean over seeds. Else None."""
+    if gained >= margin:
+        return None
+    return (
+        f"the margin is larger than the {gained:.3f} nats that the baseline gained in training, so that what learns "
+        "nothing is no worse: train for longer, or take a smaller margin"
+    )
 
 
 SAME_JOB = SAME_BASELINE.also("elsewhere_digest", "planned_steps", "max_length", "tokens_per_step", "loss_on", "long")
@@ -94,6 +111,7 @@ def _quality(of_method: Sequence[Entry], baselines: Sequence[Entry], margin: flo
     of_baseline = {entry.seed: losses for entry in baselines if (losses := _heldout(entry))}
     known = {seed: losses for seed, entry in newest.items() if seed in of_baseline and (losses := _heldout(entry))}
     differences = [after - of_baseline[seed][1] for seed, (_, after) in known.items()]
+    gains = [before - after for before, after in map(of_baseline.__getitem__, known)]
     elsewhere = [losses for seed in known if (losses := _elsewhere(newest[seed]))]
     rises = [after - before for before, after in elsewhere]
     return Quality(
@@ -107,6 +125,7 @@ def _quality(of_method: Sequence[Entry], baselines: Sequence[Entry], margin: flo
         entries=list(newest.values()),
         differences=differences,
         margin=margin,
+        gained=fmean(gains) if gains else None,
     )
 
 

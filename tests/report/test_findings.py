@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,14 @@ def test_whether_a_method_is_no_worse_is_among_the_findings():
         "Over baseline's held-out loss on opt-350m, means of seeds: lora no worse, +0.005 [-0.027, +0.037] nats."
         in found
     )
+
+
+def test_no_worse_within_a_margin_above_what_the_baseline_gained_is_no_answer():
+    loras = [replace(of, steady_step_seconds=0.05) for of in seeds("lora", 2.97, 2.98)]
+    first, *others = [str(finding) for finding in findings([run(*seeds("baseline", 2.97, 2.98), *loras)])]
+    assert first.endswith(", and no worse is not shown.")
+    (of_loss,) = [line for line in others if line.startswith("Over baseline's held-out loss on opt-350m")]
+    assert "lora no worse, " in of_loss and "larger than the 0.025 nats that the baseline gained in training" in of_loss
 
 
 def test_a_wrong_forecast_is_named():

@@ -2,6 +2,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from samples import LADDER, cells, entry, forecast, rows, run, seeds, stopped
@@ -9,6 +10,7 @@ from samples import LADDER, cells, entry, forecast, rows, run, seeds, stopped
 from lightweight import record
 from lightweight.report import frontier, select, speed_tables, tables, words, write
 from lightweight.report.findings import findings
+from lightweight.verdict import noninferiority
 
 RECORDS = Path(__file__).parents[2] / "experiments" / "records"
 RECORD = RECORDS / "h200-t4.json"
@@ -100,6 +102,19 @@ def test_methods_of_several_seeds_are_held_against_the_baseline():
     ]
     assert tables.NO_WORSE_NOTE.format(0.05) in text
     assert "no worse" in tables.qualities(entries).text("terminal")
+
+
+def test_a_margin_above_what_the_baseline_gained_is_told_under_the_table():
+    """A method that learns nothing is no worse then. The baseline went from 3.000 to 2.975."""
+    entries = [of for method in ("baseline", "lora", "dora") for of in seeds(method, 2.97, 2.98)]
+    said = noninferiority.too_wide(0.05, fmean(of.heldout_loss_before - of.heldout_loss_after for of in entries[:2]))
+    made = tables.qualities(entries)
+    assert [row[5] for row in made.rows] == ["-", "no worse", "no worse"]
+    assert made.notes[1:] == [f"opt-350m x lora and dora: {said}."]
+    assert "larger than the 0.025 nats that the baseline gained" in made.text("terminal")
+    assert len(tables.qualities(entries, margin=0.02).notes) == 1
+    other = [replace(of, corpus_digest="other") for of in [*seeds("baseline", 2.6, 2.7), *seeds("lora", 2.6, 2.7)]]
+    assert tables.qualities([*entries, *other]).notes == made.notes
 
 
 def test_over_seeds_means_have_intervals_and_pairs_are_of_the_same_seed():

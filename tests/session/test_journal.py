@@ -71,5 +71,14 @@ def test_a_place_where_nothing_can_be_written_is_refused_before_anything_is_trai
     assert f"{option} {place}: cannot be written (" in line
 
 
+def test_a_lock_that_cannot_be_had_is_named_before_anything_is_trained(pytester, corpus):
+    (pytester.path / ".out.json.lock").mkdir()
+    done = session(pytester, corpus, "    pass", "--benchmark-json=out.json")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    (line,) = [line for line in done.stderr.lines if "ERROR" in line]
+    assert "--benchmark-json out.json: cannot be locked (Is a directory: " in line and ".out.json.lock)" in line
+    assert not (pytester.path / "out.json").exists()
+
+
 def test_a_device_is_written_by_pytest_benchmark(pytester, corpus):
     assert session(pytester, corpus, "    pass", "--benchmark-json=/dev/null").ret == 0

@@ -164,6 +164,26 @@ def test_a_session_that_is_killed_leaves_every_completed_trial_and_no_process_an
     assert record.load(project / "out.json").command
 
 
+def test_a_second_session_into_the_same_file_is_refused_before_it_trains_and_one_after_the_first_is_not(project):
+    """Whatever has ended the first, whose record the second leaves as it is."""
+    first = start(project, STOPPED)
+    assert wait_for((project / "stopped").exists)
+    before = (project / "out.json").read_bytes()
+    second = start(project, "open('trained', 'w').close()")
+    output, _ = second.communicate(timeout=240)
+    assert second.returncode == pytest.ExitCode.USAGE_ERROR, output
+    problem = f"--benchmark-json out.json: process {first.pid} writes there: wait for it, or name another file"
+    assert f"ERROR: {problem}" in output.splitlines()
+    assert (project / "out.json").read_bytes() == before and not (project / "trained").exists()
+    first.kill()
+    first.communicate(timeout=60)
+    third = start(project, "pass", "-k", "baseline")
+    output, _ = third.communicate(timeout=240)
+    assert third.returncode == 0, output
+    assert [each[:2] for each in outcomes(project)] == [("baseline", "completed")]
+    assert not (project / ".out.json.lock").exists()
+
+
 TIMED = '''
 import threading
 

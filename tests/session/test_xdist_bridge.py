@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import MICRO, turns
+from lightweight import files
 from lightweight.session import xdist_bridge
 from session.test_session_faults import left, wait_for
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
 
 CELLS = f"""
+    import os
     import pytest
     from dataclasses import replace
     from lightweight.models import Model
@@ -111,6 +113,30 @@ def test_on_two_gateways_cells_are_all_there_once_and_a_models_together(project)
     assert "automatically disabled" not in result.stdout.str() + result.stderr.str()
     (stored,) = project.path.glob(".benchmarks/*/*.json")  # the controller's alone
     assert len(json.loads(stored.read_text())["outcomes"]) == 4
+
+
+LOCKED = """
+    from pathlib import Path
+    from lightweight import files
+
+    def test_locked(train):
+        train(MICRO, "lora")
+        with pytest.raises(files.LockedError, match=f"process {os.getppid()} holds it"), files.alone(Path("out.json")):
+            pass
+"""
+
+
+def test_the_controller_holds_the_record_and_no_worker_trains_where_it_cannot(project):
+    """Without an option of lightweight's, by which the controller would know of its tests."""
+    project.makepyfile(test_cells=CELLS + LOCKED)
+    arguments = ("-n", "1", "-k", "locked", "--benchmark-json=out.json")
+    with files.alone(project.path / "out.json"):
+        refused = project.runpytest(*arguments)
+        problem = f"process {os.getpid()} writes there: wait for it, or name another file"
+        assert list(filter(None, refused.errlines)) == [f"ERROR: --benchmark-json out.json: {problem}"]
+        assert refused.ret == pytest.ExitCode.USAGE_ERROR and not (project.path / "out.json").exists()
+    project.runpytest(*arguments).assert_outcomes(passed=1)
+    assert not (project.path / ".out.json.lock").exists()
 
 
 def test_a_worker_dies_and_loses_the_cell_it_ran_and_nothing_else(project, monkeypatch):

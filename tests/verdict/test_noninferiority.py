@@ -94,6 +94,15 @@ def test_a_method_that_lost_something_is_told():
     assert noninferiority.qualities([*BASELINES, *scattered])[1].conclusion == "inconclusive"
 
 
+def test_a_margin_is_too_wide_where_it_is_larger_than_what_the_baseline_gained_with_the_methods_seeds():
+    baselines = [entry("baseline", seed, after) for seed, after in enumerate((3.97, 3.95, 3.0))]
+    baseline, lora = noninferiority.qualities([*baselines, *(entry("lora", seed, 4.0) for seed in range(2))])
+    assert lora.gained == pytest.approx(0.04)  # the third seed is no pair
+    assert lora.too_wide == noninferiority.too_wide(MARGIN, 0.04) is not None
+    assert baseline.too_wide is None
+    assert noninferiority.too_wide(0.04, 0.04) is None
+
+
 @pytest.mark.parametrize(
     "key",
     [
@@ -279,16 +288,19 @@ def test_methods_with_steps_of_other_sizes_are_not_compared(experiment, micro):
     result.stdout.fnmatch_lines(["*has 8 sequences an optimizer step and baseline 2: give --batch-size and*"])
 
 
-def test_what_is_told_of_one_seed_of_a_margin_above_the_baselines_gain_and_where_pytest_is_quiet(experiment, micro):
+@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "workers"])
+def test_what_is_told_of_one_seed_of_a_margin_above_the_baselines_gain_and_where_pytest_is_quiet(
+    experiment, micro, workers
+):
     experiment.makepyfile(learns_nothing=OF_MINE.replace('"mine"', '"nothing"').replace("1e-3", "1e-12"))
     pilot = f"--pilot={EXPERIMENTS / 'records' / 'h200-no-worse.json'}"
     asked = (f"--model={micro.location}", "--method=learns_nothing.py:MINE", "-k", "no_worse", "--margin=1", "-q")
-    one = experiment.runpytest(*asked, pilot, "--seeds=1")
+    one = experiment.runpytest(*asked, pilot, "--seeds=1", *workers)
     one.assert_outcomes(failed=1)
     one.stdout.fnmatch_lines(["1 seed has no interval, and shows a method * with a chance of 0%, *"])
     assert ": one seed has no interval: give --seeds 2 or more: the margin is larger than" in one.stdout.str()
-    two = experiment.runpytest(*asked, pilot, "--seeds=2")
+    two = experiment.runpytest(*asked, pilot, "--seeds=2", *workers)
     two.assert_outcomes(passed=1)
     two.stdout.fnmatch_lines(["2 seeds show a method * have 80%*"])
-    gained = r".* x nothing: no worse: .*: the margin is larger than the -?0\.\d{3} nats that the baseline gained in"
-    two.stdout.re_match_lines([gained])
+    gained = r"the margin is larger than the -?0\.\d{3} nats that the baseline gained in training, so that what"
+    two.stdout.re_match_lines([rf".* x nothing: no worse: .*: {gained}", rf".* x nothing: {gained}"])  # under its table
