@@ -73,7 +73,7 @@ def test_the_memory_and_the_sizes_in_the_readmes_question_are_those_of_its_recor
     (budget,) = {entry.budget_bytes for entry in entries if entry.budget_bytes}  # the control has none
     baselines = {entry.model: entry.parameters or 0 for entry in entries if entry.method == "baseline"}
     small, large = baselines["opt-350m"], baselines["gpt-neo-1.3b"]
-    english, korean = README.read_text("utf-8"), KOREAN.read_text("utf-8")
+    english, korean = (" ".join(page.read_text("utf-8").split()) for page in (README, KOREAN))
     assert f"has {size(budget)} for" in english and size(budget) in korean
     assert f"of {small / 1e6:.0f} million parameters, and one of {large / 1e9:.1f} billion?" in english
     hundreds, rest = divmod(round(small / 1e6), 100)
