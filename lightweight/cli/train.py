@@ -28,7 +28,7 @@ from transformers.integrations import integration_utils
 from lightweight import corpus, methods, models, record, targets
 from lightweight.child import failure, host_memory, worker
 from lightweight.child.process import see_gpus
-from lightweight.cli import checkpoints, saved
+from lightweight.cli import checkpoints, reloading
 from lightweight.cli.callbacks import Checkpoints, ProgressBar
 from lightweight.cli.checkpoints import StopRequest, step_of
 from lightweight.cli.choice import choose, instead, placed, timed
@@ -172,7 +172,7 @@ def _carry_out(
             )
             if told := _too_long(trial, meter):
                 say(told)
-            if told := saved.check(trial, trainer.model):
+            if told := reloading.check(trial, trainer.model):
                 say(told)
             if step is not None:
                 say(_how_long(trial, step))

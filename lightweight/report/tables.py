@@ -1,5 +1,6 @@
 """Which tables does the report have, and which columns? One table per question. A cell that ran out of memory is a row
-like any other. The tables of speed are in `speed_tables`."""
+like any other. The tables of speed are in `speed_tables`, columns that several tables have in `shared_columns`, what a
+cell says in `words`."""
 
 from __future__ import annotations
 
