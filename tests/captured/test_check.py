@@ -5,6 +5,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.trainer_pt_utils import LabelSmoother
 
 from captured import flash_reference
@@ -88,6 +89,21 @@ def test_a_network_that_turns_by_the_longest_row_of_a_pass_has_the_trainers_pass
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert note.endswith("no GPU: the same step without a graph")
     assert ("packing given up: a row moves by" in note) == step.packing
+
+
+def test_a_network_that_takes_no_positions_is_captured_with_one_dialogue_a_row(losses, monkeypatch):
+    forward = LlamaModel.forward
+
+    def refusing(model, *arguments, position_ids=None, **options):
+        if position_ids is not None:
+            raise ValueError("positions of three dimensions are needed")
+        return forward(model, *arguments, **options)
+
+    monkeypatch.setattr(LlamaModel, "forward", refusing)
+    alone = method(per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    theirs, ours, note = losses("llama", alone, padded_to=None)
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert note == "packing would make 16 rows of 16; no GPU: the same step without a graph"
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "bart", "llama"])
