@@ -137,6 +137,9 @@ class Check:
             if parts.packing:
                 self._check_dialogues_are_apart()
                 probes.check_positions(self._network, self._passes.autocast)
+            early, late = self._epochs.ends(parts)
+            if early < late:
+                probes.check_rows_are_apart(self._passes.model, self._passes.autocast, (early, late), self._allowed)
 
         off = Deviation(error=self._problem_of(take_on, asked_for=parts == self._full))
         for expected in self._expected:

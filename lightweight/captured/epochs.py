@@ -39,6 +39,7 @@ class Epochs:
         self._over_step = trainer.model_accepts_loss_kwargs
         order = _drawn(trial, trainer, rows)
         self.first_epoch = order[0]
+        self._dialogues, self._widths = _lengths(order, rows, trial.world_size)
         self._alone = [[self._one_a_row(passes) for passes in epoch] for epoch in order]
         self._packed, self.packs = self._alone, False
         self.note: str | None = None
@@ -105,6 +106,12 @@ class Epochs:
         """The shape that `layout`, one of the job's, runs in."""
         return self._joined_shape(layout) if self._is_joined else self._by_rows[len(layout.rows)]
 
+    def ends(self, parts: Parts) -> tuple[int, int]:
+        """The least and the most tokens that a pass's rows may end at, of the Trainer's passes and of those of a step
+        with `parts`, whose rows are all made as long as the longest; where they are packed, a dialogue's end is what
+        its positions say."""
+        return min(self._dialogues if parts.packing else self._widths), self.rows.width
+
     def samples(self) -> list[Sample]:
         """The dialogues that speak for the job: see `sample.samples`."""
         layouts = [layout for epoch in self._packed for layout in epoch]
@@ -161,3 +168,15 @@ def _drawn(trial: Trial, trainer: Trainer, rows: Rows) -> list[list[list[list[in
         epochs.append(steps[:left])
         left -= len(epochs[-1])
     return epochs
+
+
+def _lengths(order: list[list[list[list[int]]]], rows: Rows, world_size: int) -> tuple[set[int], set[int]]:
+    """The lengths of all dialogues of a job, and of all passes of the Trainer, on any rank."""
+    passes = [numbers for epoch in order for step in epoch for numbers in step]
+    each = [[packing.length(rows[number]) for number in numbers] for numbers in passes]
+    widths = {
+        rows.padded_to or max(of_pass[rank::world_size])
+        for of_pass in each
+        for rank in range(min(world_size, len(of_pass)))
+    }
+    return {length for of_pass in each for length in of_pass}, widths

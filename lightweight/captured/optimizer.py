@@ -29,7 +29,7 @@ class Optimizer:
 
     def __init__(self, trial: Trial, trainer: Trainer, created: torch.optim.AdamW, device: torch.device) -> None:
         self._max_norm = trainer.args.max_grad_norm
-        rates = learning_rates(trainer, [group["lr"] for group in created.param_groups], trial.steps)
+        rates = learning_rates(trainer, created, trial.steps)
         self._rates = torch.tensor(rates, device=device)  # [steps, groups]
         has_weights = [bool(group["params"]) for group in created.param_groups]
         self.schedule = [list(itertools.compress(of_step, has_weights)) for of_step in rates]

@@ -6,6 +6,7 @@ Each `check_*` raises PartError where it cannot. `autocast` gives the context th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,6 +17,9 @@ from torch.nn.functional import cross_entropy
 from lightweight.captured import agreement, temporary
 from lightweight.captured.agreement import Tolerance
 from lightweight.captured.parts import PartError
+
+PROBED_TOKENS = 64
+"""Of a row that is asked what moves it: their logits are all there at one time."""
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -104,6 +108,42 @@ def check_positions(network: Any, autocast: Autocast) -> None:
     off, effect = (own - given).norm().item(), (reversed_ones - given).norm().item()
     if not off < effect / 10:
         raise PartError("it takes no positions" if effect == 0 else "its positions are not 0, 1, 2, ...")
+
+
+def check_rows_are_apart(model: Any, autocast: Autocast, ends: tuple[int, int], allowed: Tolerance) -> None:
+    """Raise PartError where what `model`, without peft around it, makes of a row depends on where other rows of its
+    pass end: LongRoPE and dynamic rotary embeddings turn by the largest position of a pass. `ends` are the least and
+    the most that a pass may end at, the Trainer's or the captured step's.
+
+    The same row is computed three times, in passes of one shape: beside one that ends early, beside other tokens, and
+    beside one that ends late. It is the same bits each time, or moves by rounding, where experts take a pass's rows
+    together.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return
+    early, late = ends
+    count = min(early, PROBED_TOKENS)
+    begin = torch.arange(count, device=next(model.parameters()).device)
+    ids = begin % 8 + 1
+
+    def beside(other: torch.Tensor, end: int) -> torch.Tensor:
+        rows, positions = torch.stack([ids, other]), torch.stack([begin, begin + end - count])
+        mask = torch.ones_like(rows)
+        logits: torch.Tensor = model(
+            input_ids=rows, attention_mask=mask, position_ids=positions, use_cache=False
+        ).logits
+        return logits[0].float()
+
+    try:
+        with torch.no_grad(), autocast():
+            own, rounded, moved = beside(ids, early), beside(torch.ones_like(ids), early), beside(ids, late)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # noqa: BLE001  of any model's code, which need not take positions to compute a whole batch
+        return
+    off, rounding = ((each - own).norm().item() / own.norm().item() for each in (moved, rounded))
+    if off > max(allowed.loss, 10 * rounding):
+        raise PartError(f"a row moves by {off:.0e} with where others of its pass end")
 
 
 def _tokens(network: Any) -> torch.Tensor:

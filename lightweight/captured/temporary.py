@@ -96,12 +96,23 @@ def nudged(weights: Iterable[torch.nn.Parameter]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_trace(network: torch.nn.Module) -> Iterator[None]:
-    """Inside, dropout is off; afterwards random numbers go on, buffers are, and the device's memory statistics begin,
-    as if nothing had been computed."""
+    """Inside, dropout is off; afterwards random numbers go on, buffers and what modules have noted are, and the
+    device's memory statistics begin, as if nothing had been computed: dynamic rotary embeddings remember the longest
+    row so far, and what they made of it."""
     numbers, state = random.getstate(), numpy.random.get_state()
     on_gpu = next(network.parameters()).device.type == "cuda"
     devices = [torch.cuda.current_device()] if on_gpu else []
-    buffers = [(buffer, buffer.to("cpu", copy=True)) for buffer in network.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.to("cpu", copy=True))
+        for module in network.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    noted = [
+        (module, name, value)
+        for module in network.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, int | float | torch.Tensor) and not isinstance(value, bool)
+    ]
     try:
         with torch.random.fork_rng(devices), dropout.off(), warnings.catch_warnings():
             # of reentrant checkpointing, where what is asked of the network needs no gradients
@@ -111,9 +122,12 @@ def without_trace(network: torch.nn.Module) -> Iterator[None]:
         random.setstate(numbers)
         numpy.random.set_state(state)
         with torch.no_grad():
-            for buffer, before in buffers:
+            for module, name, buffer, before in buffers:
+                setattr(module, name, buffer)
                 if buffer.shape == before.shape:
                     buffer.copy_(before)
+        for module, name, value in noted:
+            setattr(module, name, value)
         drop_gradients(network)
     if on_gpu:
         free_unused(torch.device("cuda"))

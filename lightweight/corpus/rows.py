@@ -213,7 +213,8 @@ def _fitted(example: Example, tokenizer: PreTrainedTokenizerBase, form: RowForm)
         rows, lacking = exchanges.split() if form.long == "split" and form.loss_on == "all" else exchanges.cut()
         return rows, lacking, tokens
     if form.long == "split" and not example.prompt:
-        return _pieces(whole, form.max_length), 0, tokens
+        pieces = _pieces(whole, form.max_length)
+        return pieces, int(sum(len(row["input_ids"]) for row in pieces) < tokens), tokens
     return [_shortened(whole, form.max_length)], 1, tokens
 
 
@@ -264,8 +265,9 @@ def _shortened(row: Row, max_length: int) -> Row:
 
 
 def _pieces(row: Row, max_length: int) -> list[Row]:
-    """`row` in rows that begin where the last one ended."""
-    starts = range(0, len(row["input_ids"]), max_length)
+    """`row` in rows that begin where the last one ended. A single token that would be left for the last is left out:
+    nothing before it predicts it, and the mean over no token is no number."""
+    starts = range(0, len(row["input_ids"]) - 1, max_length)
     spans = [slice(start, start + max_length) for start in starts]
     return [{"input_ids": row["input_ids"][span].copy(), "labels": row["labels"][span].copy()} for span in spans]
 

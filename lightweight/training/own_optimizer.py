@@ -38,10 +38,9 @@ def make(method: Method, network: torch.nn.Module, arguments: Any) -> torch.opti
     return made
 
 
-def check(trainer: Trainer, method: Method) -> list[float]:
-    """The learning rate that the optimizer of `trainer` gives to each group of its weights. It is made for that, and
-    dropped. Raises MethodError where it leaves trained weights out, or does not take what `method` says of it in its
-    TrainingArguments."""
+def check(trainer: Trainer, method: Method) -> torch.optim.Optimizer:
+    """The optimizer of `trainer`, made to see what it does; the Trainer makes its own. Raises MethodError where it
+    leaves trained weights out, or does not take what `method` says of it in its TrainingArguments."""
     network, arguments = trainer.model, trainer.args
     assert network is not None
     try:
@@ -76,7 +75,7 @@ def check(trainer: Trainer, method: Method) -> list[float]:
                 )
         finally:
             trainer.args = arguments
-    return [float(group["lr"]) for group in made.param_groups]
+    return made
 
 
 def _made(trainer: Trainer) -> torch.optim.Optimizer:

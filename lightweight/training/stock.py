@@ -128,12 +128,12 @@ def _made(
             raise
         where = import_path(method.trainer)
         raise MethodError(f"method {method.name}: its trainer {where} cannot be made ({reason(error)})") from error
-    begin = [arguments.learning_rate]
+    optimizer: torch.optim.Optimizer = torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate)
     if method.optimizer is not None or method.trainer is not None:
-        begin = own_optimizer.check(trainer, method)
+        optimizer = own_optimizer.check(trainer, method)
     if method.captured_step is None and method.own_code:
         trainer.seen = Seen(model, rows, is_compiled=arguments.torch_compile)
-        rates = learning_rates(trainer, begin, trial.with_rows(len(rows)).steps)
+        rates = learning_rates(trainer, optimizer, trial.with_rows(len(rows)).steps)
         trainer.updates = Updates(rates, lambda: trainer.accelerator.optimizer_step_was_skipped)
         trainer.add_callback(trainer.updates)
     return trainer

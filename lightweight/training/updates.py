@@ -15,10 +15,12 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-def learning_rates(trainer: Trainer, begin: Sequence[float], steps: int) -> list[list[float]]:
-    """The learning rates of each of `steps` optimizer steps, one for each group of weights, whose rates `begin` at the
-    optimizer's own: those of the schedule that the TrainingArguments name, whatever a method makes of it."""
-    stand_in = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(()))], "lr": rate} for rate in begin])
+def learning_rates(trainer: Trainer, optimizer: torch.optim.Optimizer, steps: int) -> list[list[float]]:
+    """The learning rates of each of `steps` optimizer steps, one for each group of weights, which begin at those of
+    `optimizer`: those of the schedule that the TrainingArguments name, whatever a method makes of it."""
+    begin = [{"params": [torch.nn.Parameter(torch.zeros(()))], "lr": group["lr"]} for group in optimizer.param_groups]
+    # a schedule that ends at a rate of its own reads where it began in the optimizer's defaults
+    stand_in = torch.optim.SGD(begin, lr=optimizer.defaults.get("lr", trainer.args.learning_rate))
     before, trainer.lr_scheduler = trainer.lr_scheduler, None
     scheduler = Trainer.create_scheduler(trainer, num_training_steps=steps, optimizer=stand_in)
     trainer.lr_scheduler = before

@@ -70,6 +70,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": None,
     },
     "mistral": WIDE | {"sliding_window": 16},
+    "phi3": WIDE
+    | {
+        "original_max_position_embeddings": 32,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 8,
+            "long_factor": [1.0 + 3 * index for index in range(8)],
+        },
+    },
+    "qwen2": WIDE
+    | {"max_position_embeddings": 32, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
     "gemma2": WIDE | {"head_dim": 16, "sliding_window": 16},
     "cohere": WIDE,
     "roberta": ANY
@@ -152,9 +164,9 @@ def prepare(small_corpus, tmp_path):
     ]
     found = dataclasses.replace(small_corpus, train=tuple(pairs))
     encoded = corpus.encode_all(found.train, ByT5Tokenizer(), corpus.RowForm(LENGTH))
-    rows = corpus.Rows(encoded.rows, 0, LENGTH)
 
-    def prepare(architecture, method, dtype=torch.float32):
+    def prepare(architecture, method, dtype=torch.float32, padded_to: int | None = LENGTH):
+        rows = corpus.Rows(encoded.rows, 0, padded_to)
         trial = Trial(
             model=Model(name=architecture, architecture={"model_type": architecture}),
             method=method,

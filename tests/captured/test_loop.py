@@ -18,6 +18,7 @@ from lightweight.child import owner, worker
 from lightweight.corpus import Corpus
 from lightweight.methods import BASELINE, LORA, LORA_CAPTURED, QLORA, CapturedStep, Method
 from lightweight.models import GPT_NEO_TINY, OPT_TINY, Model
+from lightweight.names import SCHEDULES
 from lightweight.preload import peft
 from lightweight.training import stock
 from lightweight.training.meter import Meter
@@ -499,14 +500,36 @@ def test_an_optimizer_of_ones_own_that_is_not_what_the_step_runs_is_refused(tria
 def test_the_schedule_does_not_move_on_a_skipped_step(trial, tmp_path):
     job = job_of(trial, tmp_path)
     optimizer = job.step.optimizer
-    begin = [group["lr"] for group in job.step._adamw.param_groups]
-    rates = optimizer_module.learning_rates(job.trainer, begin, trial.steps)
+    rates = optimizer_module.learning_rates(job.trainer, job.step._adamw, trial.steps)
     expected = [5e-5 * (1 - step / trial.steps) for step in range(trial.steps)]
     assert rates == [pytest.approx([rate, rate]) for rate in expected]  # weights with decay, and without
     for skipped, taken in ((0.0, 1), (1.0, 1), (0.0, 2)):
         optimizer._adamw.found_inf = torch.tensor([skipped])
         optimizer._count_step(optimizer._adamw)
         assert optimizer._taken.item() == taken
+
+
+SETTINGS = {
+    "cosine_with_min_lr": {"min_lr": 1e-4},
+    "cosine_warmup_with_min_lr": {"min_lr": 1e-4},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "polynomial": {"lr_end": 2e-3, "power": 2.0},
+    "warmup_stable_decay": {"num_decay_steps": 3},
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_captured_steps_have_the_rates_of_the_trainers_optimizer(trial, tmp_path, schedule):
+    """Of every schedule that is supported, also where it ends at a rate of its own."""
+    arguments = {"learning_rate": 1e-2, "warmup_steps": 2, "lr_scheduler_type": schedule}
+    arguments |= {"lr_scheduler_kwargs": SETTINGS.get(schedule, {})}
+    job = job_of(replace(trial, method=replace(trial.method, training_arguments=arguments)), tmp_path)
+    theirs = job.trainer.create_optimizer()
+    scheduler = job.trainer.create_scheduler(num_training_steps=trial.steps, optimizer=theirs)
+    for rates in job.step.optimizer.schedule:
+        assert rates == pytest.approx([group["lr"] for group in theirs.param_groups if group["params"]])
+        theirs.step()
+        scheduler.step()
 
 
 @pytest.mark.parametrize(

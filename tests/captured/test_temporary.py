@@ -1,6 +1,7 @@
 """What is otherwise while a step is checked is afterwards as it was."""
 
 import random
+from typing import Any
 
 import numpy
 import pytest
@@ -42,6 +43,31 @@ def test_random_numbers_and_buffers_go_on_as_if_nothing_had_been_computed():
     assert draw() == expected
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in network.named_buffers())
     assert all(weight.grad is None for weight in network.parameters())
+
+
+class Remembers(torch.nn.Module):
+    """As dynamic rotary embeddings do: the longest row, and what follows from it in a buffer made anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.longest: Any = 4
+        self.register_buffer("turns", torch.ones(4))
+
+    def forward(self, x):
+        self.longest = torch.tensor(len(x))
+        self.register_buffer("turns", torch.zeros(len(x)))
+        return x * self.weight
+
+
+def test_what_a_module_remembers_of_a_pass_is_as_before():
+    module = Remembers()
+    buffer: Any = module.turns
+    with temporary.without_trace(torch.nn.Sequential(module)):
+        module(torch.rand(9))
+        assert len(module.get_buffer("turns")) == module.longest == 9
+    assert (module.turns is buffer, module.longest) == (True, 4)
+    assert torch.equal(buffer, torch.ones(4))
 
 
 def test_halves_are_computed_in_fp32_and_are_the_same_bits_again():

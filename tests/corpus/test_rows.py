@@ -154,10 +154,13 @@ def test_a_long_text_is_split_anywhere_or_loses_its_end():
     split, cut, dropped = (
         corpus.encode_all([Text("", "abc" * 10)], found, RowForm(10, long=long)) for long in ("split", "cut", "drop")
     )
-    assert [len(row["input_ids"]) for row in split.rows] == [10, 10, 10, 1]
-    assert "".join(text(row, found) for row in split.rows) == "abc" * 10 + "</s>"
+    assert [len(row["input_ids"]) for row in split.rows] == [10, 10, 10]
+    assert "".join(text(row, found) for row in split.rows) == "abc" * 10  # its end would be a row of one token
+    longer = corpus.encode_all([Text("", "abc" * 10 + "d")], found, RowForm(10, long="split"))
+    assert [len(row["input_ids"]) for row in longer.rows] == [10, 10, 10, 2]
+    assert longer.truncated == 0
     assert text(only(cut.rows), found) == "abcabcabca"
-    assert (split.split, split.truncated, cut.truncated, dropped.dropped) == (1, 0, 1, 1)
+    assert (split.split, split.truncated, cut.truncated, dropped.dropped) == (1, 1, 1, 1)
     behind = corpus.encode(Text("p" * 50, "c" * 50), found, RowForm(10, long="split"))
     assert text(only(behind), found) == "pppppccccc"
 
@@ -169,6 +172,7 @@ def test_plain_text_is_cut_into_rows_and_every_token_counts():
     tokens = [label for row in rows for label in row["labels"].tolist()]
     assert tokens == found.encode("Tides follow the moon.", add_special_tokens=False)
     assert corpus.encode_text("", found, 10) == []
+    assert [len(row["input_ids"]) for row in corpus.encode_text("Tides follow the moon", found, 10)] == [10, 10]
 
 
 def test_a_token_takes_eight_bytes_and_no_row_keeps_a_longer_one_alive():

@@ -25,6 +25,24 @@ def test_a_rate_that_a_callback_sets_is_told(trained):
     assert own.data_note == "its learning rate was another than its schedule's in 1 of its 6 steps"
 
 
+class Quiet(TrainerCallback):
+    """Does nothing."""
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        ("cosine_with_min_lr", {"min_lr": 1e-5}),
+        ("cosine_warmup_with_min_lr", {"min_lr": 1e-5}),
+        ("polynomial", {"lr_end": 1e-5}),
+    ],
+    ids=lambda schedule: schedule[0],
+)
+def test_a_schedule_that_ends_at_a_rate_of_its_own_is_no_other(trained, schedule):
+    arguments = {"lr_scheduler_type": schedule[0], "lr_scheduler_kwargs": schedule[1], "learning_rate": 1e-4}
+    assert trained(Method(name=schedule[0], training_arguments=arguments, callbacks=(Quiet,))).data_note is None
+
+
 class Base(TrainerCallback):
     """Changes what the schedule begins at, and so what it says of itself."""
 
