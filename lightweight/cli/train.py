@@ -133,12 +133,16 @@ def _run(job: Job, progress: Callable[[str], None], stop_request: StopRequest) -
             ) from error
         if os.strerror(errno.EFBIG) in str(error) or (ranks.is_first() and output.is_at_limit):
             raise _unwritable(output, "a file of it is larger than ulimit -f allows: raise that") from error
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or (ranks.is_first() and output.is_full):
+        number = failure.unwritten(error)
+        if number in (errno.ENOSPC, errno.EDQUOT) or (ranks.is_first() and output.is_full):
             raise _unwritable(output, "the disk is full: free some space") from error
         if isinstance(error, OSError) and output.partial in Path(str(error.filename)).parents:
             what = f"{error.filename} cannot be written ({error.strerror})"
             mend = MENDS.get(error.errno or 0, "leave the files there alone while it trains")
             raise _unwritable(output, f"{what}: {mend}") from error
+        if number is not None and not isinstance(error, OSError):
+            what = f"a file in {output.unfinished} cannot be written ({models.first_line(error)})"
+            raise _unwritable(output, f"{what}: {MENDS.get(number, MENDS[errno.EIO])}") from error
         raise
     finally:
         progress("")

@@ -667,6 +667,22 @@ def test_a_disk_without_room_is_told_before_training(train, out, monkeypatch, ca
     assert not list(out.iterdir())
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "captured_step.pt", "training_args.bin"])
+def test_a_write_that_torch_fails_in_without_saying_why_is_a_line(train, out, monkeypatch, capfd, name):
+    """Also where the disk has room again, or never was full: the disk of /dev/full is neither here."""
+    save, method = torch.save, "lora-captured" if name == "captured_step.pt" else "baseline"
+    assert train("whole", method=method) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda it, to, *rest: save(it, "/dev/full" if str(to).endswith(name) else to))
+        capfd.readouterr()
+        assert train("a", "--save-steps", "10", method=method) == 2
+    line = f"lightweight: --output {out / 'a'}: a file in {out / 'a.partial' / 'unfinished'} cannot be written ("
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith(line) and last.endswith("): repair that disk, or use another one")
+    assert train("a", "--resume", method=method) == 0
+    assert weights(out / "a") == weights(out / "whole")
+
+
 def test_a_checkpoint_and_a_result_are_as_large_as_was_reckoned(train, base, dialogues, out, monkeypatch):
     """What is required of the disk holds weights and moments, of both kinds of steps."""
     reckoned, written = [], []
