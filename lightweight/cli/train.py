@@ -62,9 +62,10 @@ BESIDES_BYTES = 64 * MiB
 """Room for what is saved beside weights and moments: tokenizer, card, random numbers' state, a tracker's files."""
 
 
-MENDS = {errno.EMFILE: "raise ulimit -n"} | dict.fromkeys(
-    (errno.EIO, errno.EROFS), "repair that disk, or use another one"
-)
+DISK = (errno.EIO, errno.EROFS, errno.ESTALE, errno.EREMOTEIO)
+"""What a disk answers that has failed, or a server of files."""
+
+MENDS = {errno.EMFILE: "raise ulimit -n"} | dict.fromkeys(DISK, "repair that disk, or use another one")
 """Of what keeps a working file from being written, where it is nobody who has changed what lies there."""
 
 REFUSALS = (
@@ -140,9 +141,9 @@ def _run(job: Job, progress: Callable[[str], None], stop_request: StopRequest) -
             what = f"{error.filename} cannot be written ({error.strerror})"
             mend = MENDS.get(error.errno or 0, "leave the files there alone while it trains")
             raise _unwritable(output, f"{what}: {mend}") from error
-        if number is not None and not isinstance(error, OSError):
-            what = f"a file in {output.unfinished} cannot be written ({models.first_line(error)})"
-            raise _unwritable(output, f"{what}: {MENDS.get(number, MENDS[errno.EIO])}") from error
+        if number in DISK and getattr(error, "filename", None) is None:  # torch does not say which file it was
+            why = error.strerror if isinstance(error, OSError) else models.first_line(error)
+            raise _unwritable(output, f"a file in {output.partial} failed ({why}): {MENDS[errno.EIO]}") from error
         raise
     finally:
         progress("")

@@ -1,5 +1,6 @@
 """The job through its command line, on a model that trains a step in milliseconds."""
 
+import errno
 import io
 import itertools
 import json
@@ -676,10 +677,37 @@ def test_a_write_that_torch_fails_in_without_saying_why_is_a_line(train, out, mo
         patch.setattr(torch, "save", lambda it, to, *rest: save(it, "/dev/full" if str(to).endswith(name) else to))
         capfd.readouterr()
         assert train("a", "--save-steps", "10", method=method) == 2
-    line = f"lightweight: --output {out / 'a'}: a file in {out / 'a.partial' / 'unfinished'} cannot be written ("
+    line = f"lightweight: --output {out / 'a'}: a file in {out / 'a.partial'} failed ("
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith(line) and last.endswith("): repair that disk, or use another one")
     assert train("a", "--resume", method=method) == 0
+    assert weights(out / "a") == weights(out / "whole")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE], ids=errno.errorcode.get)
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
+def test_a_checkpoint_whose_disk_fails_as_it_is_loaded_is_a_line(
+    train, out, signal_at, monkeypatch, capfd, name, number
+):
+    """It was whole a moment before. Neither is what is printed to blame, nor is anything lost."""
+    load = torch.load
+
+    def fail(path, *rest, **more):
+        if str(path).endswith(name):
+            raise OSError(number, os.strerror(number))
+        return load(path, *rest, **more)
+
+    assert train("whole") == 0
+    signal_at(7)
+    assert train("a") == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", fail)
+        capfd.readouterr()
+        assert train("a", "--resume") == 2
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lightweight: ")]
+    why = f"a file in {out / 'a.partial'} failed ({os.strerror(number)}): repair that disk, or use another one"
+    assert told == [f"lightweight: --output {out / 'a'}: {why}; --resume then goes on after step 7"]
+    assert train("a", "--resume") == 0
     assert weights(out / "a") == weights(out / "whole")
 
 
