@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import stat
 import tempfile
@@ -18,6 +19,10 @@ from pathlib import Path
 
 UNLOCKABLE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 """What a file system answers that has no locks, such as Lustre without its option `flock`."""
+
+
+LONGEST_NAME = 255
+"""Of a file, in bytes: NAME_MAX of Linux's file systems."""
 
 
 class LockedError(Exception):
@@ -33,37 +38,55 @@ def lock(mark: Path) -> int | None:
     whoever held it has just removed `mark`: ask again. Raises LockedError, FileExistsError where `mark` is no
     file, and OSError."""
     descriptor = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise FileExistsError(errno.EEXIST, "it is no file: remove it", str(mark))
+    is_held = False
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise FileExistsError(errno.EEXIST, "it is no file: remove it", str(mark))
+        _lock(descriptor)
+        if _is_at(mark, descriptor):
+            os.truncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
+            is_held = True
+    except OSError as error:
+        error.filename = str(mark)  # of a descriptor the kernel knows no name
+        raise
+    finally:
+        if not is_held:
+            os.close(descriptor)
+    return descriptor if is_held else None
+
+
+def _lock(descriptor: int) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        process = os.read(descriptor, 20).decode(errors="replace").strip() or "another one"
-        os.close(descriptor)
-        raise LockedError(process) from None
+        raise LockedError(os.read(descriptor, 20).decode(errors="replace").strip() or "another one") from None
     except OSError as error:
         if error.errno not in UNLOCKABLE:
-            os.close(descriptor)
             raise
-    if not mark.exists() or not os.path.samestat(os.fstat(descriptor), mark.stat()):
-        os.close(descriptor)
-        return None
-    os.truncate(descriptor, 0)
-    os.write(descriptor, str(os.getpid()).encode())
-    return descriptor
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the file of `descriptor` is the one at `path` now."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    return False
 
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
     """Inside, no other process that asks for it writes to `path`. Raises LockedError, and OSError."""
-    mark = path.with_name(f".{path.name[:100]}.lock")
+    name = os.fsencode(path.name)
+    is_long = len(name) > LONGEST_NAME - len("..lock")
+    mark = path.with_name(f".{hashlib.sha256(name).hexdigest() if is_long else path.name}.lock")
     while (descriptor := lock(mark)) is None:
         pass
     try:
         yield
     finally:
-        mark.unlink(missing_ok=True)
+        with suppress(OSError):  # where it stays, the next one takes it
+            if _is_at(mark, descriptor):
+                mark.unlink()
         os.close(descriptor)
 
 

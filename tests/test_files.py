@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -89,3 +90,47 @@ def test_checking_leaves_nothing_and_touches_nothing(tmp_path):
     for name in ("a", "b"):
         files.check(tmp_path / name)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "before")]
+
+
+@pytest.mark.parametrize("name", ["한" * 83 + ".json", "a" * 250 + ".json"])
+def test_a_file_can_be_held_whatever_length_its_name_has(tmp_path, name):
+    (tmp_path / name).touch()
+    with files.alone(tmp_path / name):
+        with pytest.raises(files.LockedError, match=str(os.getpid())), files.alone(tmp_path / name):
+            pass
+        with files.alone(tmp_path / f"{name[:-6]}_.json"):  # another one of the same beginning
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("call", ["truncate", "write", "fstat"])
+def test_a_lock_that_fails_names_its_file_and_holds_nothing(tmp_path, monkeypatch, call):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(OSError, match="No space left") as raised, files.alone(tmp_path / "a"):
+            pass
+    assert raised.value.filename == str(tmp_path / ".a.lock")
+    with files.alone(tmp_path / "a"):
+        pass
+
+
+def test_a_lock_that_cannot_be_removed_takes_nothing_from_what_was_done(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with files.alone(tmp_path / "a"):
+        monkeypatch.setattr(Path, "unlink", fail)
+    monkeypatch.undo()
+    with files.alone(tmp_path / "a"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_was_taken_from_under_its_holder_is_not_removed_by_it(tmp_path):
+    with files.alone(tmp_path / "a"):
+        (tmp_path / ".a.lock").unlink()
+        (tmp_path / ".a.lock").write_text("another's")
+    assert (tmp_path / ".a.lock").read_text() == "another's"

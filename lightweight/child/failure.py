@@ -49,17 +49,33 @@ def outcome_of(error: Exception, trial: Trial, meter: Meter | None, folder: Path
     return Crashed(phase=phase, reason=reason, details=traceback.format_exc(), measured=measured)
 
 
+SILENT = ("failed writing file", "unexpected pos", "iostream error")
+"""What torch.save() says of a file that it cannot write: not why."""
+
+
+def unwritten(error: Exception) -> int | None:
+    """The error number of a file that could not be used. safetensors has it in its message; torch.save() has none, and
+    EIO stands for it. None of any other error."""
+    if isinstance(error, OSError):
+        return error.errno
+    message = str(error)
+    if told := re.search(r"Error while serializing: .*\(os error (\d+)\)", message):
+        return int(told[1])
+    return errno.EIO if isinstance(error, RuntimeError) and any(words in message for words in SILENT) else None
+
+
 def full_disk(error: Exception, folder: Path) -> str | None:
     """Which disk has no room for what is written into the scratch `folder`, and the mend; None where `error` is none.
     safetensors and torch have messages alone for it, and some of torch's do not say why."""
-    number, message = getattr(error, "errno", None), str(error)
+    number, message = unwritten(error), str(error)
     if number == errno.EFBIG or os.strerror(errno.EFBIG) in message:
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         return f"a file in the scratch folder {folder} may have {limit} bytes by the limit of ulimit -f: raise it"
     is_told = any(number == each or os.strerror(each) in message for each in (errno.ENOSPC, errno.EDQUOT))
     try:
         usage = shutil.disk_usage(folder)
-        if not is_told and (usage.free >= MiB or number is not None or "writ" not in message):
+        may_be = not isinstance(error, OSError) and (number is not None or "writ" in message)
+        if not is_told and (usage.free >= MiB or not may_be):
             return None
     except OSError:  # it is gone, and so nothing is known of its disk
         return None

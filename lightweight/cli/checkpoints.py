@@ -130,8 +130,12 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _measured(path: Path) -> tuple[int, str]:
-    with path.open("rb") as file:
-        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    """Its size and its digest. Raises OSError, which names it."""
+    try:
+        with path.open("rb") as file:
+            return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # reading, the kernel knows no name of it
 
 
 # Which one

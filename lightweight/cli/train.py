@@ -62,9 +62,10 @@ BESIDES_BYTES = 64 * MiB
 """Room for what is saved beside weights and moments: tokenizer, card, random numbers' state, a tracker's files."""
 
 
-MENDS = {errno.EMFILE: "raise ulimit -n"} | dict.fromkeys(
-    (errno.EIO, errno.EROFS), "repair that disk, or use another one"
-)
+DISK = (errno.EIO, errno.EROFS, errno.ESTALE, errno.EREMOTEIO)
+"""What a disk answers that has failed, or a server of files."""
+
+MENDS = {errno.EMFILE: "raise ulimit -n"} | dict.fromkeys(DISK, "repair that disk, or use another one")
 """Of what keeps a working file from being written, where it is nobody who has changed what lies there."""
 
 REFUSALS = (
@@ -133,12 +134,16 @@ def _run(job: Job, progress: Callable[[str], None], stop_request: StopRequest) -
             ) from error
         if os.strerror(errno.EFBIG) in str(error) or (ranks.is_first() and output.is_at_limit):
             raise _unwritable(output, "a file of it is larger than ulimit -f allows: raise that") from error
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or (ranks.is_first() and output.is_full):
+        number = failure.unwritten(error)
+        if number in (errno.ENOSPC, errno.EDQUOT) or (ranks.is_first() and output.is_full):
             raise _unwritable(output, "the disk is full: free some space") from error
         if isinstance(error, OSError) and output.partial in Path(str(error.filename)).parents:
             what = f"{error.filename} cannot be written ({error.strerror})"
             mend = MENDS.get(error.errno or 0, "leave the files there alone while it trains")
             raise _unwritable(output, f"{what}: {mend}") from error
+        if number in DISK and getattr(error, "filename", None) is None:  # torch does not say which file it was
+            why = error.strerror if isinstance(error, OSError) else models.first_line(error)
+            raise _unwritable(output, f"a file in {output.partial} failed ({why}): {MENDS[errno.EIO]}") from error
         raise
     finally:
         progress("")

@@ -121,6 +121,9 @@ def _pretrained(model: Model) -> Model:
 def _in_folder(model: Model, folder: Path) -> Model:
     if (folder / "adapter_config.json").is_file():
         raise ModelError(f"model {model.name}: {folder} holds an adapter; merge it into its base model and give that")
+    for path in folder.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+            raise ModelError(f"model {model.name}: {path} is no file; take it out of there")
     if any(folder.glob("*.safetensors")):
         return replace(model, weights="pretrained", location=str(folder))
     if gguf := sorted(file.name for file in folder.glob("*.gguf")):

@@ -57,8 +57,8 @@ class Choices:
             ("--benchmark-json", pytest_benchmark.json_path(self.config)),
         ):
             try:
-                if path is not None and not path.is_char_device():
-                    files.check(path)
+                if path is not None and not (place := options.place(self.config, path)).is_char_device():
+                    files.check(place)
             except OSError as error:
                 raise pytest.UsageError(f"{option} {path}: cannot be written ({error.strerror})") from None
         for seed in (self.seeds[0], self.seeds[-1]):

@@ -14,11 +14,13 @@ import pytest
 
 from lightweight import files
 from lightweight.internals import pytest_benchmark
+from lightweight.session import options
 
 
 def record_file(config: pytest.Config) -> Path | None:
     """The file of --benchmark-json; None where there is none to write more than once, but a pipe or a device."""
-    path = pytest_benchmark.json_path(config)
+    given = pytest_benchmark.json_path(config)
+    path = None if given is None else options.place(config, given)
     return path if path is not None and (path.is_file() or not path.exists()) else None
 
 
@@ -30,12 +32,12 @@ def claim(config: pytest.Config) -> str | None:
         return str(error)
     if path is None:
         return None
-    held = ExitStack()
+    held, given = ExitStack(), pytest_benchmark.json_path(config)
     try:
-        held.enter_context(files.alone(path.absolute()))  # a test may go to another folder
+        held.enter_context(files.alone(path))
     except files.LockedError as error:
-        return f"--benchmark-json {path}: process {error.process} writes there: wait for it, or name another file"
+        return f"--benchmark-json {given}: process {error.process} writes there: wait for it, or name another file"
     except OSError as error:
-        return f"--benchmark-json {path}: cannot be locked ({error.strerror}: {error.filename})"
+        return f"--benchmark-json {given}: cannot be locked ({error.strerror}: {error.filename})"
     config.add_cleanup(held.close)
     return None

@@ -16,6 +16,7 @@ import pytest
 from lightweight import files, record
 from lightweight.internals import pytest_benchmark
 from lightweight.record import Entry, ForecastRow
+from lightweight.session import options
 from lightweight.session.claim import record_file
 from lightweight.session.command import command
 
@@ -44,11 +45,11 @@ class Journal:
 
     def _write(self, text: str) -> bool:
         """Whether `text` is in the file now."""
-        path = pytest_benchmark.json_path(self.config)
-        assert path is not None
+        given = pytest_benchmark.json_path(self.config)
+        assert given is not None
         try:
-            files.write(path, text)
+            files.write(options.place(self.config, given), text)
             self.problem = None
         except OSError as error:
-            self.problem = f"record {path}: cannot be written ({error.strerror}): what is in it was written before"
+            self.problem = f"record {given}: cannot be written ({error.strerror}): what is in it was written before"
         return self.problem is None

@@ -172,6 +172,11 @@ def value(config: pytest.Config, key: str) -> Any:
     return getattr(config.option, key if not hasattr(config.option, _own(key)) else _own(key))
 
 
+def place(config: pytest.Config, path: Path) -> Path:
+    """Where a file of the command line lies, also for a test that has gone to another folder."""
+    return config.invocation_params.dir / path
+
+
 def are_given(config: pytest.Config) -> bool:
     """Whether the command line says anything of lightweight's."""
     return any(value(config, option.key) != option.settings.get("default") for option in OPTIONS)

@@ -12,6 +12,7 @@ import pytest
 from lightweight import record
 from lightweight.child import forkserver
 from lightweight.report import tables, write
+from lightweight.session import options
 from lightweight.session.command import command
 from lightweight.session.laboratory import Laboratory
 
@@ -72,7 +73,7 @@ class Summary:
         now = datetime.now(UTC).isoformat()
         run = record.Run(path=Path("this run"), ended=now, entries=entries, forecasts=forecasts)
         try:
-            write.save(path, [run, *self.laboratory.runs])
+            write.save(options.place(self.config, path), [run, *self.laboratory.runs])
             self._of_report = f"report: {path}"
         except write.ReportError as error:
             self._of_report = str(error)

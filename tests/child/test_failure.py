@@ -2,10 +2,12 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from lightweight import targets
 from lightweight.child import failure, host_memory
@@ -82,3 +84,29 @@ def test_a_disk_that_is_full_is_told_with_its_place_and_the_mend(trial, folder, 
         assert reason.endswith("raise it" if number == errno.EFBIG else "let TMPDIR name a larger one"), reason
     other = OSError(errno.EACCES, os.strerror(errno.EACCES))
     assert str(folder) not in failure.outcome_of(other, trial, None, folder).reason
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (OSError(errno.EROFS, "Read-only file system"), errno.EROFS),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), errno.EIO),
+        (RuntimeError("basic_ios::clear: iostream error"), errno.EIO),
+        (SafetensorError("Error while serializing: I/O error: Stale file handle (os error 116)"), errno.ESTALE),
+        (SafetensorError("Error while deserializing: I/O error: Stale file handle (os error 116)"), None),
+        (RuntimeError("something else"), None),
+    ],
+)
+def test_what_cannot_be_written_is_known_from_messages(error, number):
+    assert failure.unwritten(error) == number
+
+
+def test_a_full_disk_is_told_where_torch_does_not_say_why(trial, folder, monkeypatch):
+    with pytest.raises(RuntimeError) as raised:
+        torch.save({"a": torch.zeros(9)}, "/dev/full")
+    assert failure.full_disk(raised.value, folder) is None
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 0))
+    assert (
+        f"scratch folder {folder} is on a disk that is full"
+        in failure.outcome_of(raised.value, trial, None, folder).reason
+    )

@@ -1,5 +1,6 @@
 """The job through its command line, on a model that trains a step in milliseconds."""
 
+import errno
 import io
 import itertools
 import json
@@ -665,6 +666,49 @@ def test_a_disk_without_room_is_told_before_training(train, out, monkeypatch, ca
     assert "5 MiB free, and checkpoints and result need" in capsys.readouterr().err
     assert not trained
     assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "captured_step.pt", "training_args.bin"])
+def test_a_write_that_torch_fails_in_without_saying_why_is_a_line(train, out, monkeypatch, capfd, name):
+    """Also where the disk has room again, or never was full: the disk of /dev/full is neither here."""
+    save, method = torch.save, "lora-captured" if name == "captured_step.pt" else "baseline"
+    assert train("whole", method=method) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda it, to, *rest: save(it, "/dev/full" if str(to).endswith(name) else to))
+        capfd.readouterr()
+        assert train("a", "--save-steps", "10", method=method) == 2
+    line = f"lightweight: --output {out / 'a'}: a file in {out / 'a.partial'} failed ("
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith(line) and last.endswith("): repair that disk, or use another one")
+    assert train("a", "--resume", method=method) == 0
+    assert weights(out / "a") == weights(out / "whole")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE], ids=errno.errorcode.get)
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
+def test_a_checkpoint_whose_disk_fails_as_it_is_loaded_is_a_line(
+    train, out, signal_at, monkeypatch, capfd, name, number
+):
+    """It was whole a moment before. Neither is what is printed to blame, nor is anything lost."""
+    load = torch.load
+
+    def fail(path, *rest, **more):
+        if str(path).endswith(name):
+            raise OSError(number, os.strerror(number))
+        return load(path, *rest, **more)
+
+    assert train("whole") == 0
+    signal_at(7)
+    assert train("a") == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", fail)
+        capfd.readouterr()
+        assert train("a", "--resume") == 2
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lightweight: ")]
+    why = f"a file in {out / 'a.partial'} failed ({os.strerror(number)}): repair that disk, or use another one"
+    assert told == [f"lightweight: --output {out / 'a'}: {why}; --resume then goes on after step 7"]
+    assert train("a", "--resume") == 0
+    assert weights(out / "a") == weights(out / "whole")
 
 
 def test_a_checkpoint_and_a_result_are_as_large_as_was_reckoned(train, base, dialogues, out, monkeypatch):

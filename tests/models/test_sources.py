@@ -1,5 +1,6 @@
 """Where weights come from, and what is said where they cannot be had."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,14 @@ def test_a_local_folder_is_pretrained(weights_folder):
     assert found.is_loadable
     assert models.load(found, torch.float32, CPU, None).config.hidden_size == 32
     assert models.load_tokenizer(found).eos_token_id == 1
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"])
+def test_a_pipe_in_a_models_folder_is_refused_and_not_waited_for(weights_folder, name):
+    (weights_folder / name).unlink(missing_ok=True)
+    os.mkfifo(weights_folder / name)
+    with pytest.raises(ModelError, match=f"{name} is no file; take it out of there$"):
+        models.find(models.named(str(weights_folder)), "pretrained")
 
 
 def test_random_weights_can_be_asked_for_where_there_are_others(weights_folder, tmp_path):

@@ -82,3 +82,17 @@ def test_a_lock_that_cannot_be_had_is_named_before_anything_is_trained(pytester,
 
 def test_a_device_is_written_by_pytest_benchmark(pytester, corpus):
     assert session(pytester, corpus, "    pass", "--benchmark-json=/dev/null").ret == 0
+
+
+def test_a_session_whose_tests_go_elsewhere_writes_where_it_was_told(pytester, corpus, tmp_path):
+    """Also before it ends, so that what is killed there has its record; nobody's file of that name is replaced."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "out.json").write_text("somebody's")
+    (elsewhere / "out.md").write_text("somebody's")
+    fault = f"    os.chdir({str(elsewhere)!r})"
+    done = session(pytester, corpus, fault, "--benchmark-json=out.json", "--report=out.md")
+    assert done.ret == 0
+    stored = json.loads((pytester.path / "out.json").read_text("utf-8"))
+    assert len(stored["benchmarks"]) == 1 and (pytester.path / "out.md").is_file()
+    assert [path.read_text() for path in elsewhere.iterdir()] == ["somebody's"] * 2
