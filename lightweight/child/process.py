@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
+import signal
+import sys
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -45,6 +48,21 @@ def lead_a_group() -> None:
         os.setsid()
     with suppress(OSError):  # another system than Linux
         OOM_SCORE.write_text("1000")
+
+
+PR_SET_PDEATHSIG = 1
+"""linux/prctl.h"""
+
+
+def end_with_parent() -> None:
+    """Have Linux kill this process when the one that started it ends, whatever ends that: a torchrun that is killed
+    outright leaves its ranks, which train on, or wait for its store."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        signal.raise_signal(signal.SIGKILL)
 
 
 def redirect_output(path: Path) -> None:

@@ -11,6 +11,7 @@ import traceback
 from dataclasses import fields
 from typing import NoReturn
 
+from lightweight.child.process import end_with_parent
 from lightweight.cli import checkpoints
 from lightweight.cli.job import Job, NothingFitsError
 from lightweight.cli.output import Output
@@ -18,9 +19,14 @@ from lightweight.cli.terminal import leave_to_us, refuse, show, tell
 from lightweight.imports import for_good
 from lightweight.settings import how_read
 
+TORCHRUNS_JOB = "TORCHELASTIC_RUN_ID"
+"""Environment variable of a process that torchrun, or accelerate by it, has started."""
+
 
 def command(options: argparse.Namespace) -> int:
     """Train what `options` ask for; the exit status. Whatever ends it is told in one line."""
+    if TORCHRUNS_JOB in os.environ:
+        end_with_parent()
     options.reading = how_read(lambda name: getattr(options, name))
     try:
         return _train(options)
@@ -66,7 +72,7 @@ def _how_to_go_on(output: Output, options: argparse.Namespace) -> str:
         return f": the trained weights lie in {output.rescued}"
     if not output.can_resume:
         return " before the first checkpoint: nothing is left to resume"
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if TORCHRUNS_JOB in os.environ:
         return ": go on with the same command and --resume"  # how it began is torchrun's
     again = options.given if options.resume else [*options.given, "--resume"]
     return f": go on with: lightweight {shlex.join(again)}"

@@ -440,6 +440,29 @@ def test_torchrun_trains_what_one_rank_does_also_where_sigterm_came_between(micr
         torch.testing.assert_close(twos, ones, atol=1e-3, rtol=1e-2)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's end")
+def test_ranks_end_with_a_torchrun_that_is_killed(micro, dialogues, out, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lightweight"]
+    given = arguments(Path(micro.location), dialogues, out, "--epochs", "400", "--save-steps", "2")
+    with (tmp_path / "log").open("w") as log:
+        agent = psutil.Popen([*torchrun, *given], stdout=log, stderr=log)
+    ranks = []
+    try:
+        deadline = time.monotonic() + 90
+        while Output(out).checkpoint is None:
+            assert agent.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.01)
+        ranks = agent.children()
+        assert len(ranks) == 2
+    finally:
+        agent.kill()
+        agent.wait(10)
+        _, left = psutil.wait_procs(ranks, timeout=10)
+        for process in left:
+            process.kill()
+    assert not left
+
+
 def test_what_cannot_start_on_two_ranks_is_one_line_of_one_of_them(base, dialogues, out, tmp_path):
     (out / "taken").mkdir(parents=True)
     (out / "taken" / "something").touch()
