@@ -58,11 +58,15 @@ def seal(folder: Path, job: Mapping[str, Any]) -> None:
         sync(path)
 
 
+UNREADABLE = "cannot be read"
+"""Of a file that may be whole: what keeps it from being read may go."""
+
+
 def problem(folder: Path) -> str | None:
     """Why `folder` is not what was sealed there, naming the first file that differs; None where it is whole."""
     manifest = read(folder)
     if manifest is None:
-        return f"its {MANIFEST_NAME} is missing or damaged"
+        return _why_unreadable(folder / MANIFEST_NAME) or f"its {MANIFEST_NAME} is missing or damaged"
     there = {str(path.relative_to(folder)): path for path in _files(folder)}
     for name, (size, digest) in manifest.files.items():
         if name not in there or not there[name].is_file():  # what waits for a writer, or a link to nothing, is none
@@ -73,9 +77,18 @@ def problem(folder: Path) -> str | None:
             if _measured(there[name])[1] != digest:
                 return f"{name} has changed since it was saved"
         except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+            return f"{name} {UNREADABLE} ({error.strerror})"
     added = sorted(name for name in there if name not in manifest.files and not Path(name).name.startswith("."))
     return f"{added[0]} was not saved with it" if added else None
+
+
+def _why_unreadable(path: Path) -> str | None:
+    try:
+        if path.is_file():
+            path.read_bytes()
+    except OSError as error:
+        return f"{path.name} {UNREADABLE} ({error.strerror})"
+    return None
 
 
 def read(folder: Path) -> Manifest | None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from samples import entry
@@ -440,6 +441,30 @@ def test_an_interrupted_job_is_neither_lost_nor_taken_over(tmp_path):
     assert found is not None and found.checkpoint == output.partial / "checkpoint-4"
     again.release()
     assert checkpoints.problem(output.partial / "checkpoint-4") is None
+
+
+@pytest.mark.parametrize("broken", [checkpoints.MANIFEST_NAME, "trainer_state.json"])
+def test_a_checkpoint_that_a_disk_does_not_give_is_not_advised_to_be_replaced(tmp_path, monkeypatch, broken):
+    output = Output(tmp_path / "a")
+    output.claim(resume=False, overwrite=False)
+    checkpoint(output, 4)
+    output.release()
+
+    def failing(own: Any) -> Any:
+        def read(path: Path, *arguments: Any, **options: Any) -> Any:
+            if path.name == broken:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return own(path, *arguments, **options)
+
+        return read
+
+    for name in ("read_bytes", "read_text", "open"):
+        monkeypatch.setattr(Path, name, failing(getattr(Path, name)))
+    again = Output(tmp_path / "a")
+    again.claim(resume=True, overwrite=False)
+    with pytest.raises(OutputError, match=r"cannot be read \(Input/output error\).*give --resume again$"):
+        again.interrupted()
+    again.release()
 
 
 def test_what_an_older_version_left_is_refused_in_a_line(tmp_path):
