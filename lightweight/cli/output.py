@@ -15,6 +15,7 @@ import resource
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,11 @@ class Output:
         left half done."""
         self._overwrite = overwrite
         try:
-            self._check_place(resume)
+            try:
+                self._check_place(resume)
+            except OutputError:  # another process may just be making the place its own
+                time.sleep(0.1)
+                self._check_place(resume)
             try:
                 self._take_lock()
                 self._recover()
