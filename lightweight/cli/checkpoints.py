@@ -4,7 +4,7 @@ here.
 A checkpoint is whole when its manifest lists every file with its size and digest, and the files agree. The manifest has
 a digest of itself, and is written last; everything is synced before the folder gets its name (`output` moves it), so
 that neither a kill nor a power cut leaves one that only looks whole. Digests read every file once at saving and once
-more at resuming. Imports no torch.
+more at resuming. What `--resume` goes on with is `output.Output.interrupted`. Imports no torch.
 """
 
 from __future__ import annotations
