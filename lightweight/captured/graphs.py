@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Iterator
-from itertools import zip_longest
 from typing import Any
-from unittest import mock
 
-import numpy
 import torch
 
 from lightweight.captured.packing import Shape
@@ -19,33 +15,15 @@ from lightweight.models import first_line
 
 def what_cannot_be_captured(network: torch.nn.Module, step: Callable[[], None]) -> str | None:
     """Run `step`: the innermost module of `network` in which it failed and why, in one line, or None. On a device,
-    within `waiting_forbidden`.
-
-    Where the host draws random numbers, the step is run again with others: layers that are computed by chance (OPT's
-    `layerdrop`) would be those that a graph has recorded, in every step. Many draw also where nothing can follow.
-    """
+    within `waiting_forbidden`."""
     inside: list[str] = []
-    entered: list[str] = []
-
-    def enter(label: str) -> None:
-        inside.append(label)
-        entered.append(label)
-
     hooks = []
     for name, module in network.named_modules():
         label = f"{name or 'the network'} ({type(module).__name__})"
-        hooks.append(module.register_forward_pre_hook(lambda *_, label=label: enter(label), prepend=True))
+        hooks.append(module.register_forward_pre_hook(lambda *_, label=label: inside.append(label), prepend=True))
         hooks.append(module.register_forward_hook(lambda *_: inside.pop() and None))
-    begin = host_random_numbers()
     try:
         step()
-        if host_random_numbers() != begin:
-            usual = entered.copy()
-            entered.clear()
-            with drawing_zeros():
-                step()
-            if entered != usual:
-                return f"{_first_apart(usual, entered)}: whether it is computed is drawn on the host"
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -54,32 +32,6 @@ def what_cannot_be_captured(network: torch.nn.Module, step: Callable[[], None]) 
         for hook in hooks:
             hook.remove()
     return None
-
-
-def _first_apart(usual: list[str], other: list[str]) -> str:
-    return next(label for label, another in zip_longest(usual, other) if label != another) or other[len(usual)]
-
-
-def host_random_numbers() -> tuple[Any, ...]:
-    """Where the host's random numbers are: torch's, Python's and NumPy's."""
-    numpys: Any = numpy.random.get_state()
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), numpys[1].tobytes(), numpys[2]
-
-
-@contextlib.contextmanager
-def drawing_zeros() -> Iterator[None]:
-    """Inside, a number between 0 and 1 that the host draws is 0."""
-    draw = torch.rand
-
-    def lowest(*size: Any, **options: Any) -> torch.Tensor:
-        drawn = draw(*size, **options)
-        return drawn.zero_() if drawn.device.type == "cpu" else drawn
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(torch, "rand", lowest))
-        for module, name in ((random, "random"), (random, "uniform"), (numpy.random, "rand"), (numpy.random, "random")):
-            stack.enter_context(mock.patch.object(module, name, return_value=0.0))
-        yield
 
 
 @contextlib.contextmanager
