@@ -340,10 +340,6 @@ class Diverged:
     measured: Measurements
 
 
-INTERRUPTED = "interrupted by "
-"""How the reason of a trial begins that Ctrl-C or a signal to its session ended: it says nothing of the trial."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Crashed:
     """Any other end: an exception, a CUDA error, a signal. `details` holds the traceback or the child's last words.

@@ -616,7 +616,7 @@ def test_an_interrupted_run_keeps_the_record_of_what_has_finished(project):
     ]
     assert document["outcomes"][1]["reason"] == "interrupted by KeyboardInterrupt"
     assert [row["params"]["method"] for row in document["benchmarks"]] == ["baseline"]
-    result.stdout.fnmatch_lines(["micro * baseline * completed *", "micro * lora * crashed in train *"])
+    result.stdout.fnmatch_lines(["micro * baseline * completed *", "micro * lora * interrupted in train *"])
 
 
 def test_a_model_of_true_size_is_not_trained_on_a_cpu_unless_told_how_long(project, micro):

@@ -10,6 +10,7 @@ from lightweight.record.codec import as_json as as_json
 from lightweight.record.codec import entry_of as entry_of
 from lightweight.record.codec import forecast_of as forecast_of
 from lightweight.record.entries import BASELINE as BASELINE
+from lightweight.record.entries import INTERRUPTED as INTERRUPTED
 from lightweight.record.entries import ONE_AFTER_THE_OTHER as ONE_AFTER_THE_OTHER
 from lightweight.record.entries import Entry as Entry
 from lightweight.record.entries import ForecastRow as ForecastRow

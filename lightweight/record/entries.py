@@ -43,6 +43,9 @@ from lightweight.schema import (
     Weights,
 )
 
+INTERRUPTED = "interrupted by "
+"""How the reason of a trial begins that Ctrl-C or a signal to its session ended: it says nothing of the trial."""
+
 BASELINE = "baseline"
 """The method that a model's others are held against."""
 

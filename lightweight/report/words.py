@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from lightweight.record import Entry, Run, baseline_of, one_line
+from lightweight.record import INTERRUPTED, Entry, Run, baseline_of, one_line
 from lightweight.report.select import method_of, several
 from lightweight.report.speed import faster
 from lightweight.report.studies import PAIRED, Study
 from lightweight.settings import MAX_LENGTH, changes
 from lightweight.targets import size
-from lightweight.trial import INTERRUPTED
 from lightweight.verdict.seeds import Estimate
 
 RANDOM, EMULATED, HOST = "[r]", "[e]", "[h]"

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from lightweight.child import handle, owner
+from lightweight.record import INTERRUPTED
 from lightweight.session import xdist_bridge
 from lightweight.session.fixtures import FIXTURES, uses
 from lightweight.session.ledger import Ledger
-from lightweight.trial import INTERRUPTED, Crashed, Measurements, Outcome, TimedOut
+from lightweight.trial import Crashed, Measurements, Outcome, TimedOut
 
 GRACE_SECONDS = 10.0
 """How long a test whose time is up may take to end, its children having been killed."""
