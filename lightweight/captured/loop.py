@@ -19,7 +19,7 @@ from typing import Any
 from lightweight.preload import peft  # isort: skip  # before Trainer, which imports peft
 
 import torch
-from transformers import Trainer, TrainerState
+from transformers import PretrainedConfig, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -51,6 +51,11 @@ COMPILE_STEPS = 6_000
 
 
 RANKS_MOVE = "AdaLoRA moves its ranks by the gradients of each step"
+
+LAYERS_ARE_DROPPED = "its layers are left out by chance ({}), and a graph would leave out the same ones in every step"
+
+LAYER_DROPS = ("layerdrop", "decoder_layerdrop", "encoder_layerdrop")
+"""What configurations call the chance that a layer is left out, which the host draws."""
 
 CAPTURED_STATE = "captured_step.pt"
 """The file of a checkpoint that holds what `Optimizer.state` gives."""
@@ -220,6 +225,9 @@ class CapturedTraining:
         if self.trial.method.moves_ranks:
             self.notes.append(f"the Trainer runs the steps, since {RANKS_MOVE}")
             return False
+        if (drop := layer_drop(self.model.config)) is not None:
+            self.notes.append(f"the Trainer runs the steps, since {LAYERS_ARE_DROPPED.format(drop)}")
+            return False
         check = Check(self.trial, self.trainer, self.step, self.epochs)
         if not check.draws_the_same():
             self.notes.append("the Trainer runs the steps, since it draws other rows than the captured step")
@@ -321,6 +329,12 @@ class CapturedTraining:
             self._graphs.replay(shape)
         else:
             self.step.run(self._buffers[shape])
+
+
+def layer_drop(config: PretrainedConfig) -> str | None:
+    """By what name, and with what chance, a network of `config` leaves out whole layers; None where it does not."""
+    chances = ((name, getattr(config, name, None)) for name in LAYER_DROPS)
+    return next((f"{name}={chance}" for name, chance in chances if chance), None)
 
 
 def compiles(step: CapturedStep, steps: int) -> bool:

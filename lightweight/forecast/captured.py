@@ -20,7 +20,7 @@ import numpy as np
 from lightweight.captured import dropout, flash, launching, offload, packing, temporary
 from lightweight.captured.epochs import Epochs
 from lightweight.captured.graphs import what_cannot_be_captured
-from lightweight.captured.loop import RANKS_MOVE
+from lightweight.captured.loop import LAYERS_ARE_DROPPED, RANKS_MOVE, layer_drop
 from lightweight.captured.packing import Buffers
 from lightweight.captured.parts import Loss, PartError, Parts
 from lightweight.captured.passes import NOTHING
@@ -78,6 +78,8 @@ def train(network: Any, trial: Trial, rows: Rows | None, recorder: Recorder) -> 
     assert asked is not None
     if trial.method.moves_ranks:
         raise UncapturedError(RANKS_MOVE)
+    if (drop := layer_drop(network.config)) is not None:
+        raise UncapturedError(LAYERS_ARE_DROPPED.format(drop))
     if rows is None:
         trial, rows = _one_full_step(trial)
     if asked.offload:

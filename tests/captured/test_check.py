@@ -268,6 +268,13 @@ def test_the_comparison_leaves_no_trace_in_what_is_trained(prepare, monkeypatch)
     assert len(compared) == 20
 
 
+def test_layers_that_are_left_out_by_chance_are_the_trainers(prepare, monkeypatch):
+    monkeypatch.setitem(CONFIGS, "opt", CONFIGS["opt"] | {"layerdrop": 0.1})
+    trainer, rows, meter, trial = prepare("opt", method())
+    assert loop.prepare(trial, trainer, rows, meter) is None
+    assert "since its layers are left out by chance (layerdrop=0.1)" in meter.facts["capture_note"]
+
+
 def test_out_of_memory_of_what_was_asked_for_is_that(prepare, monkeypatch):
     def short_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -82,6 +82,12 @@ def cell_of(entry):
     )
 
 
+def test_layers_that_are_left_out_by_chance_are_no_captured_step():
+    dropping = replace(MICRO, architecture={**MICRO.architecture, "layerdrop": 0.1}, location=None)
+    with pytest.raises(ForecastError, match=r"cannot be captured: its layers are left out by chance \(layerdrop=0.1\)"):
+        trace(trial(dropping, LORA_CAPTURED, max_length=32))
+
+
 def test_adalora_is_traced_although_it_moves_its_ranks_by_numbers():
     adapter = peft.AdaLoraConfig(task_type="CAUSAL_LM", total_step=4, tinit=0, target_modules=["q_proj"])
     method = replace(LORA, name="adalora", adapter=adapter)
