@@ -305,12 +305,9 @@ class Output:
                 place=self.partial, settings=manifest.job, checkpoint=checkpoint, passed_over=passed_over
             )
         if passed_over:
-            may_be_whole = any(checkpoints.UNREADABLE in each for each in passed_over)
-            mend = (
-                "see to what keeps them from being read, and give --resume again"
-                if may_be_whole
-                else ("start again with --overwrite, without --resume")
-            )
+            mend = "start again with --overwrite, without --resume"
+            if any(checkpoints.UNREADABLE in each for each in passed_over):  # they may be whole
+                mend = "see to what keeps them from being read, and give --resume again"
             raise OutputError(
                 f"--output {self.folder}: {'; '.join(passed_over)}: no checkpoint is left to go on with: {mend}"
             )
